@@ -1,0 +1,446 @@
+"""The configuration: frozen typed sections, read from YAML plus dotted overrides, checked once at start.
+
+Change here: what a user may set, its default, and the rules that hold between sections.
+Megatron's own options stay upstream: the `megatron` section passes them through (see actor/model.py).
+Nothing downstream fills in a default; a section that reaches a stage is complete.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dapo_mcore.errors import ConfigError
+
+LossMode = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
+]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys fail, values cannot be changed after validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy: a Hugging Face folder, and how Megatron builds it."""
+
+    path: str
+    """Folder with config.json, tokenizer files and (for init=pretrained) safetensors."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws weights from `seed` with the config's initializer_range: for tests and for the quickstart."""
+    overrides: dict[str, Any] = {}
+    """Keys of config.json to replace, for instance {num_hidden_layers: 2}; only with init=random."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """`auto` takes Transformer Engine where it is installed and a GPU is present, else the local layers."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    trust_remote_code: bool = False
+
+
+class ParallelConfig(Section):
+    """The process mesh. World size = tensor · pipeline · context · data; data is what remains."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    context_parallel: int = Field(1, ge=1)
+    data_parallel: int | None = Field(None, ge=1)
+    """Only a check: when given, the world size must be exactly the product."""
+    sequence_parallel: bool = False
+    timeout_minutes: int = Field(240, ge=1)
+    """Collectives wait this long: it must outlast the longest rollout."""
+
+
+class DataConfig(Section):
+    """Training prompts: JSONL or parquet rows, rendered to tokens."""
+
+    files: list[str] = Field(min_length=1)
+    prompt_key: str = "prompt"
+    """A column with text, or with a chat: [{role, content}, …]."""
+    answer_key: str = "reward_model.ground_truth"
+    """A column name; dots descend into nested objects."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer, for instance `#### (.+)` for GSM8K."""
+    source_key: str | None = "data_source"
+    prompt_template: str = "{prompt}"
+    """Text around a plain-text prompt; {prompt} is replaced."""
+    chat_template: bool | str = False
+    """True: the tokenizer's own; a path: that Jinja file; False: plain text."""
+    system_prompt: str | None = None
+    add_bos: bool = False
+    """Plain text only: put the tokenizer's BOS token first."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    on_long_prompt: Literal["truncate_left", "drop", "error"] = "truncate_left"
+    on_bad_row: Literal["error", "skip"] = "error"
+    deduplicate: bool = True
+    shuffle: bool = True
+    limit: int | None = Field(None, ge=1)
+
+
+class RolloutConfig(Section):
+    """Generation: the engine and the sampling law of training rollouts."""
+
+    engine: Literal["embedded"] = "embedded"
+    group_size: int = Field(16, ge=1)
+    """Responses a prompt (G, verl's n)."""
+    max_response_tokens: int = Field(20480, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = -1
+    max_batch: int = Field(1024, ge=1)
+    """Embedded engine: sequences decoded at once."""
+    num_threads: int | None = Field(None, ge=1)
+    """Embedded engine: CPU threads while generating; None takes all cores."""
+
+
+class SamplingConfig(Section):
+    """Which groups a rollout step trains on: dynamic sampling (paper section 3.2)."""
+
+    style: Literal["none", "filter", "resample"] = "filter"
+    train_batch_prompts: int = Field(512, ge=1)
+    """Groups trained on per rollout step."""
+    gen_batch_prompts: int = Field(1536, ge=1)
+    """Prompts generated at a time by filter-and-refill."""
+    max_gen_batches: int = Field(10, ge=1)
+    on_exhausted: Literal["error", "train_on_what_we_have"] = "error"
+    carry_surplus: bool = True
+    max_staleness: int = Field(1, ge=0)
+    """Weight versions a carried group may be behind the current one."""
+    resample_size: int = Field(1, ge=1)
+    """Style `resample`: responses added to a uniform group in one round."""
+    max_samples_per_prompt: int = Field(64, ge=1)
+    """Style `resample`: where a group that never varies is given up."""
+
+
+class OverlongConfig(Section):
+    """Soft overlong punishment (paper eq. 13) and overlong filtering."""
+
+    penalty: bool = False
+    max_length: int | None = Field(None, ge=1)
+    """L_max in response tokens; None means rollout.max_response_tokens."""
+    cache: int = Field(4096, ge=1)
+    """L_cache in tokens: the penalty grows from 0 to -factor over the last `cache` tokens."""
+    factor: float = Field(1.0, gt=0)
+    filter: bool = False
+    """Mask the tokens of truncated responses out of the loss."""
+
+
+class RewardConfig(Section):
+    """Scoring of one response."""
+
+    function: str = "math_dapo"
+    """`math_dapo`, or an import path `package.module:function` / `path/to/file.py:function`."""
+    adapter: Literal["verl", "trl"] = "verl"
+    """Calling convention of an imported function."""
+    strict_box: bool = False
+    workers: int = Field(0, ge=0)
+    """0 scores in the controller process; n > 0 uses n processes with a deadline."""
+    timeout_seconds: float = Field(30.0, gt=0)
+    on_failure: Literal["mask", "value"] = "mask"
+    """A failed score leaves statistics and loss (`mask`), or becomes `failure_value`; it is counted either way."""
+    failure_value: float = -1.0
+    overlong: OverlongConfig = OverlongConfig()
+
+
+class KLConfig(Section):
+    """KL to the frozen starting policy. Off by default, as in the paper."""
+
+    coef: float = Field(0.0, ge=0)
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    place: Literal["loss", "reward"] = "loss"
+
+
+class TISConfig(Section):
+    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form."""
+
+    mode: Literal["off", "truncate", "mask"] = "off"
+    cap: float = Field(2.0, gt=0)
+
+
+class AlgoConfig(Section):
+    """The objective. Defaults are the paper's."""
+
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    loss_mode: LossMode = "token-mean"
+    loss_length: int | None = Field(None, ge=1)
+    """The constant of seq-mean-token-sum-norm; None means rollout.max_response_tokens."""
+    advantage_std: Literal["unbiased", "biased", "none"] = "unbiased"
+    advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
+    advantage_eps: float = Field(1e-6, ge=0)
+    entropy_coef: float = 0.0
+    old_logprobs: Literal["actor", "rollout"] = "actor"
+    kl: KLConfig = KLConfig()
+    tis: TISConfig = TISConfig()
+
+
+class BatchConfig(Section):
+    """How a rollout step's groups become gradient steps and micro-batches."""
+
+    mini_batch_prompts: int = Field(32, ge=1)
+    """Groups per gradient step; train_batch_prompts / mini_batch_prompts gradient steps per rollout step."""
+    max_tokens: int = Field(22528, ge=1)
+    """Token budget of one micro-batch on one context-parallel rank."""
+    packing: bool = True
+    """False: right-padded rectangles instead of packed (THD) sequences."""
+    epochs: int = Field(1, ge=1)
+    shuffle: bool = True
+    head_chunk_tokens: int = Field(1024, ge=1)
+    """Rows of the policy head projected to the vocabulary at a time."""
+
+
+class OptimizerConfig(Section):
+    """AdamW as Megatron runs it. Warm-up and decay are counted in gradient steps."""
+
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = Field(10, ge=0)
+    decay_updates: int | None = Field(None, ge=1)
+    """Length of the cosine; required by schedule=cosine."""
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+    distributed: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+
+
+class EvalConfig(Section):
+    """mean@k on held-out prompts, by the training rollout path."""
+
+    sets: dict[str, DataConfig] = {}
+    every: int = Field(5, ge=1)
+    at_start: bool = True
+    samples_per_prompt: int = Field(8, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 777
+
+
+class CheckpointConfig(Section):
+    """Saving, resuming and exporting. Steps are rollout steps."""
+
+    every: int | None = Field(None, ge=1)
+    keep: int = Field(2, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+    export_every: int | None = Field(None, ge=1)
+    export_at_end: bool = True
+
+
+class ObserveConfig(Section):
+    """What a run writes beside its weights."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    samples_per_step: int = Field(4, ge=0)
+    plot_at_end: bool = True
+
+
+class WarmStartConfig(Section):
+    """Supervised steps on demonstrations, through the same actor, before the first rollout step."""
+
+    files: list[str] = Field(min_length=1)
+    """JSONL with `prompt` and `response`."""
+    batch_size: int = Field(128, ge=1)
+    max_updates: int = Field(300, ge=1)
+    lr: float = Field(3e-3, gt=0)
+    warmup_updates: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    stop_at: float | None = Field(None, gt=0, le=1)
+    """Stop once this pass rate is reached on `choose` (measured every `check_every` updates)."""
+    check_every: int = Field(10, ge=1)
+    choose: DataConfig | None = None
+
+
+class Config(Section):
+    """One training run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str = "runs"
+    seed: int = 0
+    num_rollout_steps: int = Field(100, ge=1)
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    algo: AlgoConfig = AlgoConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+    warm_start: WarmStartConfig | None = None
+    megatron: dict[str, Any] = {}
+    """Extra fields of megatron.core.transformer.TransformerConfig."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder that holds everything this run writes."""
+        return Path(self.output_dir) / self.name
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling):
+            rule(self)
+        return self
+
+
+def _check_batch(c: Config) -> None:
+    train, mini = c.sampling.train_batch_prompts, c.batch.mini_batch_prompts
+    if train % mini:
+        divisors = ", ".join(str(d) for d in range(1, train + 1) if train % d == 0)
+        raise ValueError(
+            f"batch.mini_batch_prompts {mini} does not divide sampling.train_batch_prompts {train}; use one of {divisors}"
+        )
+    if c.parallel.sequence_parallel and c.parallel.tensor_parallel == 1:
+        raise ValueError(
+            "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1; set sequence_parallel false"
+        )
+
+
+def _check_tokens(c: Config) -> None:
+    longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
+    budget, context = c.batch.max_tokens, c.parallel.context_parallel
+    if longest > budget * context:
+        raise ValueError(
+            f"the longest sequence is data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{c.rollout.max_response_tokens} = {longest} tokens, but a micro-batch holds batch.max_tokens {budget} × "
+            f"context_parallel {context} = {budget * context}; raise batch.max_tokens to {-(-longest // context)} "
+            f"or shorten the prompts or responses"
+        )
+
+
+def _check_overlong(c: Config) -> None:
+    overlong, limit = c.reward.overlong, c.rollout.max_response_tokens
+    longest = overlong.max_length or limit
+    if overlong.penalty and overlong.cache > longest:
+        raise ValueError(
+            f"reward.overlong.cache {overlong.cache} exceeds the maximal length {longest}; "
+            f"it is the width in tokens of the window before that length: use at most {longest}"
+        )
+
+
+def _check_algo(c: Config) -> None:
+    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
+        raise ValueError(
+            "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
+            "the engine's mismatch and would count it twice; use tis.mode mask or off"
+        )
+    if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
+        raise ValueError(
+            "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
+        )
+    if c.model.overrides and c.model.init != "random":
+        raise ValueError("model.overrides changes the architecture, so stored weights cannot fit; set model.init random")
+
+
+def _check_sampling(c: Config) -> None:
+    s, size = c.sampling, c.rollout.group_size
+    if s.style == "filter" and size < 2:
+        raise ValueError(
+            f"sampling.style filter keeps groups whose answers vary, but rollout.group_size is {size}; "
+            f"use at least 2, or sampling.style none"
+        )
+    if s.style == "resample" and s.max_samples_per_prompt < size:
+        raise ValueError(
+            f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
+            f"raise it to at least {size}"
+        )
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The validated configuration of a YAML file with `a.b=c` overrides applied in order.
+
+    Values of overrides are parsed as YAML, so `x=1e-6`, `x=true`, `x=[a, b]` and `x=null` mean what they say.
+    Raises ConfigError for a missing file, broken YAML, an unknown key (with the nearest known one) or a broken rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}; examples are in examples/*.yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """The validated configuration of a nested mapping. Raises ConfigError naming every bad key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as text; YAML 1.2, and everybody who trains models, reads a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of override {override!r} is not valid YAML: {error}") from error
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[leaf] = value
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{where}: {message} (got {item['input']!r})" if where else message
+    near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1, cutoff=0.4)
+    hint = f"; did you mean {'.'.join([*map(str, item['loc'][:-1]), near[0]])!r}?" if near else ""
+    return f"unknown key {where!r}{hint}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at `location`, found by walking the annotations."""
+    section: Any = Config
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            continue  # a key of a mapping, such as a set's name in eval.sets
+        section = _section_of(field.annotation)
+    return list(getattr(section, "model_fields", {}))
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for arg in getattr(annotation, "__args__", ()) if (found := _section_of(arg))), None)

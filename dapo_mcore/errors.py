@@ -1,0 +1,25 @@
+"""What can go wrong, by who must act. Every message says the numbers, the rule and the remedy."""
+
+
+class DapoError(Exception):
+    """Base of every error that dapo_mcore raises on purpose."""
+
+
+class ConfigError(DapoError):
+    """The configuration contradicts itself, the model or the machine: the user edits a value."""
+
+
+class DataError(DapoError):
+    """A prompt file or row is unusable; the message names the file and the row."""
+
+
+class RewardError(DapoError):
+    """A reward function cannot be loaded or called at all (one sample's failure is a counted outcome instead)."""
+
+
+class RolloutError(DapoError):
+    """Generation cannot go on, for instance because no group of answers varies."""
+
+
+class CheckpointError(DapoError):
+    """A checkpoint or model folder is missing, incomplete or does not fit the model."""

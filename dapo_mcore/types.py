@@ -1,0 +1,211 @@
+"""The records that cross stage borders, and the protocols of replaceable stages.
+
+Change here: what one stage tells the next. Token data is flat numpy, never a Python list per token.
+Letters of shapes everywhere: P prompts, G group size, B samples, T tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, rendered to tokens.
+
+    uid        names the row for the whole run (`train:17`); groups are formed by it, never by equal text.
+    token_ids  int32 [T], what the engine is given: `[1, 50, 12]`.
+    text       the same, as a person reads it.
+    answer     ground truth handed to the reward function.
+    source     name of the data set, for reward functions that dispatch on it.
+    extra      the row's remaining columns.
+    """
+
+    uid: str
+    token_ids: np.ndarray
+    text: str
+    answer: str
+    source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The sampling law of one call. `seed` makes a call repeatable; temperature 0 is greedy (evaluation only)."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One generated response.
+
+    token_ids       int32 [T], response only, with the end-of-sequence token when there is one.
+    logprobs        float32 [T], natural log of the probability of each token after temperature (not renormalised for
+                    top_p and top_k), as the engine computed it; 0 where loss_mask is False.
+    loss_mask       bool [T]; False on tokens the policy did not write (tool output).
+    finish_reason   `stop`, `length` (truncated) or `abort`.
+    weight_version  version of the weights that produced every token.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    loss_mask: np.ndarray
+    finish_reason: FinishReason
+    weight_version: int
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The outcome of scoring one response.
+
+    reward    what the advantage is computed from: score + penalty.
+    score     raw reward of the answer, for instance +1 or -1.
+    penalty   soft overlong punishment, 0 or negative.
+    acc       raw correctness, the metric of dynamic sampling; never contains the penalty.
+    pred      what was extracted from the response, for people to read.
+    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`); then `acc` is False, and the sample is
+              out of statistics and loss unless the configuration gives failures a value.
+    masked    True when the sample must leave group statistics and loss because scoring failed.
+    """
+
+    reward: float
+    score: float
+    acc: bool
+    pred: str = ""
+    penalty: float = 0.0
+    failure: str | None = None
+    masked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A response with its text and score."""
+
+    rollout: Rollout
+    text: str
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All responses to one prompt. Example: G = 2, accuracies (True, False): it varies, so it can teach."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+    @property
+    def weight_version(self) -> int:
+        """The oldest version among the samples."""
+        return min(sample.rollout.weight_version for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One rollout step's samples as flat arrays (host memory), prompt and response back to back.
+
+    tokens            int32 [T]   all samples concatenated; sample b is tokens[offsets[b]:offsets[b + 1]].
+    loss_mask         bool  [T]   True on tokens whose log-prob is trained; always False on prompts.
+    rollout_logprobs  float32 [T] the engine's log-probs, 0 where loss_mask is False.
+    offsets           int64 [B+1]
+    rewards           float64 [B]
+    group_ids         int64 [B]   equal numbers are one group; groups are contiguous.
+    in_statistics     bool [B]    False for a sample whose scoring failed.
+    Example: two samples of lengths 5 and 3 have offsets [0, 5, 8].
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    offsets: np.ndarray
+    rewards: np.ndarray
+    group_ids: np.ndarray
+    in_statistics: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [B], tokens of prompt and response."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward pass of one context-parallel rank reads.
+
+    tokens, position_ids   int64 [b, s]; packed (THD): b = 1 and s = this rank's share of the pack.
+    cu_seqlens             int32 [n+1], boundaries of the whole padded sequences before the context-parallel split; None
+                           when not packed.
+    max_seqlen             longest padded sequence, in tokens.
+    rows                   int64 [L], the positions that predict a loss token, indexing hidden states [s, b, H] flattened
+                           to [s·b, H].
+    targets                int64 [L], the token each row predicts.
+    advantages             float32 [L]
+    token_weights          float32 [L], see algo/loss.py; the loss is the weighted sum over rows.
+    rollout_logprobs       float32 [L]
+    sample_ids             int64 [L], which sample of the TrainBatch a row belongs to.
+    old_logprobs, ref_logprobs  float32 [L] or None until scored.
+    All row tensors hold this context-parallel rank's rows only.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    rows: torch.Tensor
+    targets: torch.Tensor
+    advantages: torch.Tensor
+    token_weights: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    sample_ids: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+
+    def with_(self, **changes: Any) -> MicroBatch:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with versioned weights. Lives on rank 0."""
+
+    @property
+    def weight_version(self) -> int: ...
+
+    def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
+        """One response for each entry of `prompts` (int32 [T] each; repeat a prompt to sample it again), in order."""
+        ...
+
+    def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Takes every HF-named tensor of the stream, then moves to `version`. A transaction: all or nothing."""
+        ...
+
+
+class RewardFunction(Protocol):
+    """Scores samples in order; one failure never takes another sample down."""
+
+    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]: ...
+
+
+class WeightSource(Protocol):
+    """Yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it (collectives inside)."""
+
+    def __call__(self) -> Iterator[tuple[str, torch.Tensor]]: ...

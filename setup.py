@@ -1,0 +1,46 @@
+"""Packaging of dapo_mcore. The folder `kernels/` installs as `dapo_mcore.kernels`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+KERNELS = find_packages("kernels")
+
+setup(
+    name="dapo_mcore",
+    version="0.1.0",
+    description="A Megatron-core training backend for DAPO: one code path from a laptop's CPU to a GPU cluster",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dapo_mcore", "dapo_mcore.*"]) + [f"dapo_mcore.kernels.{name}" for name in KERNELS],
+    package_dir={f"dapo_mcore.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in KERNELS},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core==0.16.1",
+        "transformers>=5.12",
+        "safetensors>=0.5",
+        "pydantic>=2.8",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "rich>=13",
+        "tensorboard>=2.17",
+        "matplotlib>=3.8",
+        "psutil>=5.9",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.6"],
+        "gpu": ["triton>=3.4"],
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "sglang": ["sglang>=0.5.15,<0.5.24"],
+        "ray": ["ray>=2.52"],
+        "dali": ["nvidia-dali-cuda130>=2.0"],
+        "wandb": ["wandb>=0.18"],
+        "math": ["math-verify>=0.7"],
+    },
+    entry_points={"console_scripts": ["dapo-mcore=dapo_mcore.cli:main"]},
+)
