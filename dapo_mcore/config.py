@@ -336,6 +336,11 @@ def _check_algo(c: Config) -> None:
             "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
             "the engine's mismatch and would count it twice; use tis.mode mask or off"
         )
+    if c.algo.tis.mode == "mask" and c.algo.tis.cap < 1:
+        raise ValueError(
+            f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
+            "use a cap of at least 1"
+        )
     if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
         raise ValueError(
             "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"

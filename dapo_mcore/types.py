@@ -101,6 +101,11 @@ class Sample:
     text: str
     score: Score
 
+    @property
+    def scored(self) -> bool:
+        """True when the sample counts: scoring did not fail, and generation was not aborted."""
+        return not self.score.masked and self.rollout.finish_reason != "abort"
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -145,6 +150,11 @@ class TrainBatch:
     def lengths(self) -> np.ndarray:
         """int64 [B], tokens of prompt and response."""
         return np.diff(self.offsets)
+
+    @property
+    def num_loss_tokens(self) -> np.ndarray:
+        """int64 [B], tokens of each sample that are trained."""
+        return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The objective: advantages, which groups teach, token weights, mismatch correction, KL. Pure functions on arrays."""

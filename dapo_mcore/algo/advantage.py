@@ -1,0 +1,59 @@
+"""Group-relative advantages.
+
+Change here: baseline and scale of a reward inside its group. Groups are told apart by number, never by equal text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+
+def group_advantages(
+    rewards: np.ndarray,
+    group_ids: np.ndarray,
+    in_statistics: np.ndarray,
+    *,
+    std: Literal["unbiased", "biased", "none"] = "unbiased",
+    baseline: Literal["mean", "leave-one-out"] = "mean",
+    eps: float = 1e-6,
+) -> np.ndarray:
+    """float64 [B], the advantage `(R - baseline) / (std + eps)` of every sample (DAPO, arXiv 2503.14476, eq. 9).
+
+    rewards        float64 [B], overlong penalty included; anything (NaN too) where in_statistics is False.
+    group_ids      int64 [B], equal numbers are one group, in any order.
+    in_statistics  bool [B]; a sample that is out gets 0 and does not touch its group.
+    std            divisor n - 1 (`unbiased`, as verl), n (`biased`), or no scaling and no eps at all (`none`).
+    baseline       the group's mean, or the mean of the *other* samples; std is always that of the whole group.
+
+    A group with one valid sample has baseline 0 and std 1, as in verl. A uniform group gets exactly 0, even when eps is 0.
+    Example: rewards [1, 1, -1, -1] in one group have mean 0 and std 1.1547, so advantages ±0.8660.
+    """
+    advantages = np.zeros(len(rewards), dtype=np.float64)
+    valid = np.asarray(in_statistics, dtype=bool)
+    if valid.any():
+        advantages[valid] = _advantages(np.asarray(rewards, np.float64)[valid], group_ids[valid], std, baseline, eps)
+    return advantages
+
+
+def _advantages(rewards: np.ndarray, group_ids: np.ndarray, std: str, baseline: str, eps: float) -> np.ndarray:
+    _, first, group = np.unique(group_ids, return_index=True, return_inverse=True)
+    count = np.bincount(group)
+    alone = (count == 1)[group]
+    # Measured from the group's first reward, so that equal rewards cancel exactly instead of leaving rounding / eps.
+    shifted = rewards - rewards[first][group]
+    mean = np.bincount(group, shifted) / count
+    centred = np.where(alone, rewards, shifted - mean[group])
+
+    numerator = centred
+    if baseline == "leave-one-out":
+        # R - (S - R)/(n - 1) = (R - S/n) · n/(n - 1)
+        numerator = np.where(alone, centred, centred * (count / np.maximum(count - 1, 1))[group])
+    if std == "none":
+        return numerator
+
+    divisor = np.maximum(count - 1, 1) if std == "unbiased" else count
+    deviation = np.sqrt(np.bincount(group, centred**2) / divisor)[group]
+    scale = np.where(alone, 1.0, deviation) + eps
+    return np.divide(numerator, scale, out=np.zeros_like(numerator), where=scale > 0)

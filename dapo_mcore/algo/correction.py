@@ -1,0 +1,99 @@
+"""The gap between the engine that sampled and the actor that trains: its correction and its measurement.
+
+Change here: importance weights of the mismatch, and what is reported about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+LOG_RATIO_LIMIT = 20.0
+BINS_PER_DECADE = 40
+FIRST_DECADE, LAST_DECADE = -7, 2
+
+
+def importance_weights(
+    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["off", "truncate", "mask"], cap: float
+) -> torch.Tensor | None:
+    """float32 tensor of the inputs' shape that multiplies token weights, detached; None when the mode is off.
+
+    With w = exp(old - rollout), the exponent clamped to ±20:
+      truncate  min(w, cap)                       truncated importance sampling (TIS)
+      mask      1 where 1/cap ≤ w ≤ cap, else 0   tokens the engine and the actor disagree on teach nothing
+    `old_logprobs` are the actor's. With algo.old_logprobs=rollout there are none: hand in the fresh log-probs of the
+    forward pass (mask only).
+    """
+    if mode == "off":
+        return None
+    log_ratio = _log_ratio(old_logprobs, rollout_logprobs)
+    if mode == "truncate":
+        return log_ratio.exp().clamp(max=cap)
+    # Compared in logarithms: exact at the limits, and the same rule on both sides.
+    return (log_ratio.abs() <= torch.tensor(cap, dtype=log_ratio.dtype).log().to(log_ratio.device)).to(log_ratio.dtype)
+
+
+@dataclass(frozen=True)
+class MismatchStats:
+    """Partial statistics of |Δ log p| over one rank's loss tokens; ranks combine them with two all-reduces.
+
+    sums     float64 [3 + bins]: Σ|Δ|, Σ k3, number of tokens, then the histogram of |Δ|: all-reduce with SUM.
+    maximum  float64 [1]: all-reduce with MAX.
+    Example: two tokens with Δ = 0 and 0.1 have sums [0.1, 0.00517, 2, 1, …, 1, …] and maximum [0.1].
+    """
+
+    sums: torch.Tensor
+    maximum: torch.Tensor
+
+    def __add__(self, other: MismatchStats) -> MismatchStats:
+        return MismatchStats(self.sums + other.sums, torch.maximum(self.maximum, other.maximum))
+
+
+def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> MismatchStats:
+    """Statistics of one rank's loss tokens (float [L] each; L may be 0), on the inputs' device."""
+    log_ratio = _log_ratio(actor_logprobs, rollout_logprobs).double()
+    distance = (actor_logprobs - rollout_logprobs).detach().double().abs()
+    # Tokens come from the engine, so this estimates KL(engine ‖ actor).
+    k3 = (log_ratio.expm1() - log_ratio).sum()
+    edges = _bin_edges(distance.device)
+    histogram = torch.bincount(torch.bucketize(distance, edges), minlength=len(edges) + 1)
+    head = torch.stack([distance.sum(), k3, k3.new_tensor(distance.numel())])
+    maximum = distance.max().reshape(1) if distance.numel() else distance.new_zeros(1)
+    return MismatchStats(torch.cat([head, histogram.double()]), maximum)
+
+
+def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
+    """Mean, 99th percentile and maximum of |Δ log p|, and the k3 KL(engine ‖ actor), over all tokens; {} for no tokens.
+
+    The percentile is the upper edge of its histogram bin, so it may overstate by up to 6 % and never understates
+    (below 1e-7 it is 1e-7, above 100 the maximum, and never more than the maximum).
+    """
+    distance_sum, k3_sum, count = total.sums[:3].tolist()
+    if count == 0:
+        return {}
+    maximum = total.maximum.item()
+    return {
+        "mismatch/logprob_diff_mean": distance_sum / count,
+        "mismatch/logprob_diff_p99": min(_percentile(total.sums[3:], 0.99), maximum),
+        "mismatch/logprob_diff_max": maximum,
+        "mismatch/k3_kl": k3_sum / count,
+    }
+
+
+def _log_ratio(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> torch.Tensor:
+    return (actor_logprobs - rollout_logprobs).detach().float().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _bin_edges(device: torch.device) -> torch.Tensor:
+    num_bins = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE
+    return torch.logspace(FIRST_DECADE, LAST_DECADE, num_bins + 1, dtype=torch.float64, device=device)
+
+
+def _percentile(histogram: torch.Tensor, fraction: float) -> float:
+    """Upper edge of the bin in which `fraction` of the tokens is reached."""
+    reached = histogram.cumsum(0)
+    bin_index = int(torch.searchsorted(reached, fraction * reached[-1]))
+    edges = _bin_edges(histogram.device)
+    return edges[bin_index].item() if bin_index < len(edges) else float("inf")

@@ -1,0 +1,73 @@
+"""Groups of responses to flat arrays.
+
+Change here: which tokens of a response are trained. Samples that must not teach keep their place and lose their mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dapo_mcore.errors import DataError
+from dapo_mcore.types import Group, Sample, TrainBatch
+
+
+def to_train_batch(groups: Sequence[Group], *, overlong_filter: bool) -> TrainBatch:
+    """The samples of `groups`, in order, as one flat batch; group_ids are 0, 1, … in the order given.
+
+    A sample whose scoring failed, or whose generation was aborted, leaves statistics and loss. A truncated one leaves
+    the loss when `overlong_filter` is set (DAPO's overlong filtering) and always stays in the statistics.
+    Raises DataError for an empty prompt: the first response token would have nothing to be predicted from.
+    """
+    rows = [(group.prompt.token_ids, sample) for group in groups for sample in group.samples]
+    offsets = _offsets(np.array([len(prompt) + len(sample.rollout.token_ids) for prompt, sample in rows], np.int64))
+    batch = TrainBatch(
+        tokens=np.empty(offsets[-1], np.int32),
+        loss_mask=np.zeros(offsets[-1], bool),
+        rollout_logprobs=np.zeros(offsets[-1], np.float32),
+        offsets=offsets,
+        rewards=np.array([sample.score.reward for _, sample in rows], np.float64),
+        group_ids=np.repeat(np.arange(len(groups), dtype=np.int64), [len(group.samples) for group in groups]),
+        in_statistics=np.array([sample.scored for _, sample in rows], bool),
+    )
+    for (prompt, sample), begin, end in zip(rows, offsets[:-1], offsets[1:]):
+        if len(prompt) == 0:
+            raise DataError("a prompt has 0 tokens, but at least 1 must precede a response; set data.add_bos true")
+        _write(batch, prompt, sample, slice(begin, end), overlong_filter)
+    return batch
+
+
+def select(batch: TrainBatch, samples: Sequence[int] | np.ndarray) -> TrainBatch:
+    """The given samples of `batch`, in the order given, as a batch of their own; group_ids keep their numbers."""
+    samples = np.asarray(samples, dtype=np.int64)
+    places = [slice(batch.offsets[sample], batch.offsets[sample + 1]) for sample in samples]
+    return TrainBatch(
+        tokens=_join(batch.tokens, places),
+        loss_mask=_join(batch.loss_mask, places),
+        rollout_logprobs=_join(batch.rollout_logprobs, places),
+        offsets=_offsets(batch.lengths[samples]),
+        rewards=batch.rewards[samples],
+        group_ids=batch.group_ids[samples],
+        in_statistics=batch.in_statistics[samples],
+    )
+
+
+def _write(batch: TrainBatch, prompt: np.ndarray, sample: Sample, place: slice, overlong_filter: bool) -> None:
+    rollout = sample.rollout
+    assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.loss_mask), "ragged rollout"
+    response = slice(place.start + len(prompt), place.stop)
+    batch.tokens[place.start : response.start] = prompt
+    batch.tokens[response] = rollout.token_ids
+    if sample.scored and not (overlong_filter and rollout.truncated):
+        batch.loss_mask[response] = rollout.loss_mask
+        batch.rollout_logprobs[response] = np.where(rollout.loss_mask, rollout.logprobs, 0)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _join(flat: np.ndarray, places: list[slice]) -> np.ndarray:
+    """One copy and no index per token: a rollout step can hold 10⁸ tokens."""
+    return np.concatenate([flat[:0], *(flat[place] for place in places)])

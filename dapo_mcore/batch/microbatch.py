@@ -1,0 +1,97 @@
+"""The tensors of one forward pass on one context-parallel rank.
+
+Change here: how samples are laid out in a micro-batch, and which positions predict a loss token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dapo_mcore.batch.context import pack_multiple, padded_length, round_up, zigzag_positions
+from dapo_mcore.batch.ragged import ragged_ranges
+from dapo_mcore.types import MicroBatch, TrainBatch
+
+
+def build_micro_batch(
+    batch: TrainBatch,
+    samples: Sequence[int] | np.ndarray,
+    *,
+    advantages: np.ndarray,
+    weights: np.ndarray,
+    context_parallel: int,
+    context_rank: int,
+    tensor_multiple: int,
+    packing: bool,
+    pad_token: int,
+) -> MicroBatch:
+    """What `context_rank` reads of the given samples of `batch`; see MicroBatch for shapes. Host tensors.
+
+    advantages, weights  float64 [B], of every sample of the batch; each of a sample's loss tokens takes its sample's.
+    tensor_multiple      a rank's share of tokens is a multiple of it: TP with sequence parallelism, else 1.
+    packing              True: sequences back to back, each padded to 2·CP, and one dummy sequence of `pad_token` at the
+                         end where alignment needs it; its boundary is in cu_seqlens. False: a right-padded rectangle.
+
+    Position t predicts token t + 1: a row stands at t where the loss mask is set at t + 1. Without samples the result is
+    the smallest dummy that runs (no rows), for a rank that has nothing left while its peers still communicate.
+    Example: tokens [5, 6, 7], mask [F, F, T], CP 1: rows [1], targets [7].
+    """
+    samples = np.asarray(samples, dtype=np.int64)
+    lengths = batch.lengths[samples]
+    multiple = pack_multiple(context_parallel, tensor_multiple)
+    segments = _packed(lengths, context_parallel, multiple) if packing else _rectangle(lengths, multiple)
+    begins = np.cumsum(segments) - segments
+
+    source = ragged_ranges(batch.offsets[samples], lengths)
+    place = ragged_ranges(begins[: len(samples)], lengths)
+    tokens = np.full(segments.sum(), pad_token, dtype=np.int64)
+    tokens[place] = batch.tokens[source]
+
+    held = zigzag_positions(segments, context_parallel, context_rank)
+    num_rows = 1 if packing else len(segments)
+    trained = batch.loss_mask[source]
+    rows, mine = _rows(place[trained] - 1, held, len(tokens), num_rows)
+    source = source[trained][mine]
+    sample_ids = np.repeat(samples, lengths)[trained][mine]
+    position_ids = ragged_ranges(np.zeros_like(segments), segments)
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens[held].reshape(num_rows, -1)),
+        position_ids=torch.from_numpy(position_ids[held].reshape(num_rows, -1)),
+        cu_seqlens=torch.from_numpy(np.append(begins, len(tokens)).astype(np.int32)) if packing else None,
+        max_seqlen=int(segments.max()),
+        rows=torch.from_numpy(rows),
+        targets=torch.from_numpy(batch.tokens[source].astype(np.int64)),
+        advantages=torch.from_numpy(advantages[sample_ids].astype(np.float32)),
+        token_weights=torch.from_numpy(weights[sample_ids].astype(np.float32)),
+        rollout_logprobs=torch.from_numpy(batch.rollout_logprobs[source]),
+        sample_ids=torch.from_numpy(sample_ids),
+    )
+
+
+def _packed(lengths: np.ndarray, context_parallel: int, multiple: int) -> np.ndarray:
+    """int64 [n] or [n + 1], padded length of each sequence and of the dummy that aligns the pack."""
+    padded = padded_length(lengths, context_parallel)
+    total = int(padded.sum())
+    dummy = round_up(max(total, 1), multiple) - total
+    return np.append(padded, dummy) if dummy else padded
+
+
+def _rectangle(lengths: np.ndarray, multiple: int) -> np.ndarray:
+    """int64 [max(n, 1)], the one padded length, for every sequence."""
+    longest = int(lengths.max(initial=1))
+    return np.full(max(len(lengths), 1), round_up(longest, multiple), dtype=np.int64)
+
+
+def _rows(predicting: np.ndarray, held: np.ndarray, num_tokens: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the flattened hidden states [s, b, H], and bool: which entries of `predicting` this rank holds.
+
+    predicting, held  positions of the whole layout, where sequences lie one after the other.
+    """
+    local = np.full(num_tokens, -1, dtype=np.int64)
+    local[held] = np.arange(len(held))
+    index = local[predicting]
+    mine = index >= 0
+    row, position = np.divmod(index[mine], len(held) // num_rows)
+    return position * num_rows + row, mine

@@ -1,0 +1,184 @@
+"""Which samples are trained together: gradient steps, data-parallel ranks, micro-batches.
+
+Change here: how work is divided. The gradient does not depend on it (algo/loss.py); speed and memory do.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from itertools import count
+from operator import itemgetter
+
+import numpy as np
+
+from dapo_mcore.batch.context import pack_multiple, padded_length, round_up
+from dapo_mcore.errors import ConfigError
+
+Plan = list[list[list[int]]]
+"""[data-parallel rank][micro-batch] → sample positions."""
+
+CROSSOVER_TOKENS = 65_536.0
+"""Sequence length at which causal attention costs as much as all matrix products of a layer: about 12 times the hidden
+size (2·H·len against 24·H² operations a token), 61k for Qwen2.5-32B."""
+
+
+def split_mini_batches(
+    group_ids: np.ndarray, mini_batch_prompts: int, seed: int | None = None, *, allow_ragged: bool = False
+) -> list[np.ndarray]:
+    """int64 arrays, the sample indices of each gradient step; every sample once, groups kept whole.
+
+    group_ids           int64 [B], equal numbers are one group.
+    mini_batch_prompts  groups per gradient step.
+    seed                shuffles whole groups; None keeps their order of appearance.
+    allow_ragged        for a step with too few groups: ceil(groups / mini_batch_prompts) gradient steps whose numbers
+                        of groups differ by at most one, instead of a last one that is nearly empty.
+    Raises ConfigError when mini_batch_prompts does not divide the number of groups and allow_ragged is False.
+    """
+    _, first, group = np.unique(group_ids, return_index=True, return_inverse=True)
+    num_groups = len(first)
+    if num_groups % mini_batch_prompts and not allow_ragged:
+        raise ConfigError(
+            f"{num_groups} groups of this rollout step cannot be cut into gradient steps of batch.mini_batch_prompts "
+            f"{mini_batch_prompts}: {num_groups % mini_batch_prompts} would remain; use a divisor of {num_groups}"
+        )
+    order = np.argsort(first) if seed is None else np.random.default_rng(seed).permutation(np.argsort(first))
+    by_group = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+    steps = np.array_split(order, -(-num_groups // mini_batch_prompts)) if num_groups else []
+    return [np.concatenate([by_group[number] for number in step]).astype(np.int64) for step in steps]
+
+
+def plan_micro_batches(
+    lengths: np.ndarray,
+    *,
+    data_parallel: int,
+    context_parallel: int,
+    max_tokens: int,
+    align: int = 1,
+    packing: bool = True,
+    crossover_tokens: float = CROSSOVER_TOKENS,
+) -> Plan:
+    """Sample positions of one mini-batch, indexed [data-parallel rank][micro-batch]; every position once.
+
+    lengths           int64 [n], tokens of each sample, prompt and response.
+    max_tokens        budget of a micro-batch on one context-parallel rank, rounded up to whole aligned shares, so that a
+                      sample of max_tokens · CP tokens fits. Packed, padded lengths count; otherwise rectangles do.
+    align             multiple of a rank's share (tensor_multiple of `build_micro_batch`).
+    crossover_tokens  cost of a sample is len · (1 + len / crossover_tokens), in proportion to its FLOPs.
+
+    Ranks are balanced first, by cost, then each rank's micro-batches. All ranks get the same number of micro-batches,
+    the costliest first, so that what runs together is alike; some may be empty lists (see `build_micro_batch`).
+    Deterministic: every rank computes the same plan. Raises ConfigError for a sample over the budget.
+    """
+    padded = padded_length(np.asarray(lengths, dtype=np.int64), context_parallel)
+    multiple = pack_multiple(context_parallel, align)
+    budget = round_up(max_tokens * context_parallel, multiple)
+    _check_budget(lengths, padded, budget, max_tokens, context_parallel)
+    costs = padded * (1.0 + padded / crossover_tokens)
+
+    ranks = largest_differencing(costs, data_parallel)
+    fitted = [
+        _first_fit(rank, padded, budget) if packing else _rectangles(rank, padded, budget, multiple) for rank in ranks
+    ]
+    num_micro_batches = max(1, *map(len, fitted))
+    if packing:
+        fitted = [_balanced(parts, padded, costs, budget, num_micro_batches) for parts in fitted]
+    return [_in_order(parts, costs, num_micro_batches) for parts in fitted]
+
+
+def micro_batch_ids(plan: Plan, num_samples: int) -> np.ndarray:
+    """int64 [num_samples], a number for each sample's micro-batch, unique over data-parallel ranks."""
+    ids = np.zeros(num_samples, dtype=np.int64)
+    for number, samples in enumerate(samples for rank in plan for samples in rank):
+        ids[samples] = number
+    return ids
+
+
+def largest_differencing(costs: np.ndarray, num_parts: int) -> list[list[int]]:
+    """Indices of `costs` in `num_parts` lists of nearly equal sums, the largest sum first; lists may be empty.
+
+    Karmarkar and Karp, "The Differencing Method of Set Partitioning" (1982): time and again, of the two partial
+    partitions with the widest spread, the largest part of one joins the smallest of the other. O(n · parts).
+    """
+    heap = [(-cost, i, [(cost, i)]) for i, cost in enumerate(np.asarray(costs, dtype=np.float64).tolist())]
+    heapq.heapify(heap)
+    number = count(len(heap))  # breaks ties, so that trees are never compared
+    while len(heap) > 1:
+        wide, narrow = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
+        parts = _merge(wide, narrow, num_parts)
+        smallest = parts[-1][0] if len(parts) == num_parts else 0.0
+        heapq.heappush(heap, (smallest - parts[0][0], next(number), parts))
+    filled = [_leaves(tree) for _, tree in heap[0][2]] if heap else []
+    return filled + [[] for _ in range(num_parts - len(filled))]
+
+
+def _check_budget(lengths: np.ndarray, padded: np.ndarray, budget: int, max_tokens: int, context_parallel: int) -> None:
+    if not len(padded) or padded.max() <= budget:
+        return
+    worst = int(np.argmax(padded))
+    raise ConfigError(
+        f"sample {worst} has {lengths[worst]} tokens ({padded[worst]} padded), but a micro-batch holds batch.max_tokens "
+        f"{max_tokens} * context_parallel {context_parallel} = {max_tokens * context_parallel}; raise batch.max_tokens "
+        f"to {-(-int(padded[worst]) // context_parallel)}, or shorten prompts or responses"
+    )
+
+
+def _merge(wide: list[tuple], narrow: list[tuple], num_parts: int) -> list[tuple]:
+    """Parts (sum, tree), largest first, of two partial partitions; empty parts are not stored."""
+    alone = num_parts - len(narrow)
+    joined = [(a + b, (left, right)) for (a, left), (b, right) in zip(wide[alone:], reversed(narrow))]
+    return sorted(wide[:alone] + joined + narrow[: num_parts - len(wide)], key=itemgetter(0), reverse=True)
+
+
+def _leaves(tree: int | tuple) -> list[int]:
+    """Sorted leaves of nested pairs, without recursion: a tree may be as deep as it has leaves."""
+    found, open_nodes = [], [tree]
+    while open_nodes:
+        node = open_nodes.pop()
+        if isinstance(node, tuple):
+            open_nodes.extend(node)
+        else:
+            found.append(node)
+    return sorted(found)
+
+
+def _first_fit(samples: Sequence[int], padded: np.ndarray, budget: int) -> list[list[int]]:
+    """First-fit decreasing: the longest sample first, each into the first pack with room."""
+    free = np.full(len(samples), budget, dtype=np.int64)
+    parts: list[list[int]] = []
+    for sample in sorted(samples, key=lambda sample: -padded[sample]):
+        place = int(np.argmax(free >= padded[sample]))
+        if place == len(parts):
+            parts.append([])
+        parts[place].append(sample)
+        free[place] -= padded[sample]
+    return parts
+
+
+def _rectangles(samples: Sequence[int], padded: np.ndarray, budget: int, multiple: int) -> list[list[int]]:
+    """Longest first, so that neighbours are alike and a rectangle wastes little."""
+    order = sorted(samples, key=lambda sample: -padded[sample])
+    parts = []
+    while order:
+        num_rows = budget // int(round_up(padded[order[0]], multiple))
+        parts.append(order[:num_rows])
+        order = order[num_rows:]
+    return parts
+
+
+def _balanced(
+    fitted: list[list[int]], padded: np.ndarray, costs: np.ndarray, budget: int, num_parts: int
+) -> list[list[int]]:
+    """The samples of `fitted` in `num_parts` packs of nearly equal cost, or of nearly equal length, whichever fits."""
+    samples = np.array(sorted(sample for part in fitted for sample in part), dtype=np.int64)
+    for weight in (costs, padded):
+        parts = [samples[part] for part in largest_differencing(weight[samples], num_parts)]
+        if all(padded[part].sum() <= budget for part in parts):
+            return [part.tolist() for part in parts]
+    return fitted
+
+
+def _in_order(parts: list[list[int]], costs: np.ndarray, num_parts: int) -> list[list[int]]:
+    """Costliest micro-batch first, samples ascending, filled up with empty micro-batches."""
+    ordered = sorted(map(sorted, parts), key=lambda part: (-costs[part].sum(), part))
+    return ordered + [[] for _ in range(num_parts - len(parts))]

@@ -1,0 +1,80 @@
+"""Group advantages against numbers worked out by hand and a per-group fp64 loop."""
+
+import numpy as np
+import pytest
+
+from dapo_mcore.algo.advantage import group_advantages
+
+
+def advantages(rewards, ids=None, valid=None, **options):
+    rewards = np.array(rewards, dtype=np.float64)
+    ids = np.zeros(len(rewards), np.int64) if ids is None else np.array(ids)
+    valid = np.ones(len(rewards), bool) if valid is None else np.array(valid)
+    return group_advantages(rewards, ids, valid, **options)
+
+
+def test_paper_formula_by_hand():
+    # mean 0, unbiased variance (1 + 1 + 1 + 1) / 3 = 4/3
+    std = np.sqrt(4 / 3)
+    expected = np.array([1, 1, -1, -1]) / (std + 1e-6)
+    np.testing.assert_allclose(advantages([1, 1, -1, -1]), expected, rtol=1e-14)
+
+
+def test_options_by_hand():
+    rewards = [3, 0, 0]  # mean 1, deviations 2, -1, -1, squares sum to 6
+    np.testing.assert_allclose(advantages(rewards, eps=0.0), np.array([2, -1, -1]) / np.sqrt(3), rtol=1e-14)
+    np.testing.assert_allclose(advantages(rewards, std="biased", eps=0.0), np.array([2, -1, -1]) / np.sqrt(2))
+    np.testing.assert_allclose(advantages(rewards, std="none"), [2, -1, -1])
+    # leave-one-out baselines: (0 + 0)/2 = 0 for the first, (3 + 0)/2 = 1.5 for the others
+    np.testing.assert_allclose(advantages(rewards, std="none", baseline="leave-one-out"), [3, -1.5, -1.5])
+    np.testing.assert_allclose(
+        advantages(rewards, baseline="leave-one-out", eps=0.0), np.array([3, -1.5, -1.5]) / np.sqrt(3)
+    )
+
+
+def test_group_of_one_has_mean_0_and_std_1():
+    np.testing.assert_allclose(advantages([0.5, -1.0], ids=[0, 1]), [0.5 / (1 + 1e-6), -1 / (1 + 1e-6)], rtol=1e-14)
+    np.testing.assert_array_equal(advantages([0.5], std="none", baseline="leave-one-out"), [0.5])
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e9])
+def test_failed_sample_gets_0_and_leaves_its_group_alone(broken):
+    with_failure = advantages([1, broken, -1, 1], valid=[True, False, True, True])
+    assert with_failure[1] == 0
+    np.testing.assert_array_equal(with_failure[[0, 2, 3]], advantages([1, -1, 1]))
+
+
+def test_one_valid_sample_of_a_larger_group_counts_as_a_group_of_one():
+    np.testing.assert_allclose(advantages([2, np.nan], valid=[True, False]), [2 / (1 + 1e-6), 0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("std", ["unbiased", "biased", "none"])
+def test_uniform_group_is_exactly_zero(std, eps):
+    # 0.1 + 0.1 + 0.1 divided by 3 is not 0.1 in binary: a plain mean would leave rounding to be divided by eps
+    np.testing.assert_array_equal(advantages([0.1] * 3, std=std, eps=eps), [0, 0, 0])
+
+
+def test_nothing_valid_gives_zeros():
+    np.testing.assert_array_equal(advantages([np.nan, 1.0], valid=[False, False]), [0, 0])
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+@pytest.mark.parametrize("std", ["unbiased", "biased", "none"])
+def test_interleaved_groups_of_unequal_size_match_a_loop(std, baseline):
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(np.repeat([7, 3, 11, 5], [2, 16, 1, 9]))
+    rewards, valid = rng.normal(size=28), rng.random(28) > 0.2
+
+    expected = np.zeros(28)
+    for group in np.unique(ids):
+        members = [i for i in range(28) if ids[i] == group and valid[i]]
+        for i in members:
+            values = rewards[members]
+            others = [rewards[j] for j in members if j != i]
+            center = 0.0 if not others else np.mean(others if baseline == "leave-one-out" else values)
+            scale = 1.0 if not others else np.std(values, ddof=int(std == "unbiased"))
+            expected[i] = (rewards[i] - center) / (1.0 if std == "none" else scale + 1e-6)
+
+    actual = group_advantages(rewards, ids, valid, std=std, baseline=baseline)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-14)

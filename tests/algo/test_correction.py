@@ -1,0 +1,84 @@
+"""Importance weights by hand; mismatch statistics that add up over ranks."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from dapo_mcore.algo.correction import importance_weights, mismatch_metrics, mismatch_stats
+from dapo_mcore.config import parse_config
+from dapo_mcore.errors import ConfigError
+
+RATIOS = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
+
+
+def weights(mode, cap=2.0):
+    return importance_weights(RATIOS.log(), torch.zeros(6), mode, cap)
+
+
+def test_truncate_cuts_above_only():
+    torch.testing.assert_close(weights("truncate"), torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 2.0]))
+
+
+def test_mask_is_symmetric_in_the_ratio():
+    torch.testing.assert_close(weights("mask"), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 0.0]))
+
+
+def test_off_is_none():
+    assert weights("off") is None
+
+
+def test_weights_are_detached_and_the_exponent_is_clamped():
+    old = torch.tensor([1e4, -1e4], requires_grad=True)
+    result = importance_weights(old, torch.zeros(2), "truncate", 1e30)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, torch.tensor([20.0, -20.0]).exp())
+
+
+def test_a_mask_that_keeps_nothing_is_refused_in_the_configuration():
+    tree = {"model": {"path": "m"}, "data": {"files": ["a"]}, "algo": {"tis": {"mode": "mask", "cap": 0.5}}}
+    with pytest.raises(ConfigError, match=r"tis\.cap 0\.5.*at least 1"):
+        parse_config(tree)
+
+
+def test_metrics_by_hand():
+    actor, engine = torch.tensor([-1.0, -2.0], dtype=torch.float64), torch.tensor([-1.0, -2.1], dtype=torch.float64)
+    metrics = mismatch_metrics(mismatch_stats(actor, engine))
+    assert metrics["mismatch/logprob_diff_mean"] == pytest.approx(0.05)
+    assert metrics["mismatch/logprob_diff_max"] == pytest.approx(0.1)
+    assert metrics["mismatch/logprob_diff_p99"] == pytest.approx(0.1)
+    assert metrics["mismatch/k3_kl"] == pytest.approx((math.exp(0.1) - 1 - 0.1) / 2, rel=1e-5)
+
+
+def sample_logprobs(num_tokens=20_000):
+    generator = torch.Generator().manual_seed(0)
+    engine = -torch.rand(num_tokens, generator=generator)
+    noise = torch.randn(num_tokens, generator=generator) * 0.02 * torch.rand(num_tokens, generator=generator).exp() ** 2
+    return engine + noise, engine
+
+
+def test_percentile_is_within_a_bin_of_the_exact_one_and_never_below():
+    actor, engine = sample_logprobs()
+    exact = (actor - engine).double().abs().sort().values[int(0.99 * 20_000) - 1].item()
+    reported = mismatch_metrics(mismatch_stats(actor, engine))["mismatch/logprob_diff_p99"]
+    assert exact <= reported <= exact * 10 ** (1 / 40)
+
+
+def test_ranks_add_up_to_the_whole():
+    actor, engine = sample_logprobs()
+    whole = mismatch_metrics(mismatch_stats(actor, engine))
+    cuts = [0, 0, 7, 9000, 20_000]  # one rank holds nothing
+    parts = [mismatch_stats(actor[a:b], engine[a:b]) for a, b in itertools.pairwise(cuts)]
+    assert mismatch_metrics(sum(parts[1:], parts[0])) == pytest.approx(whole, rel=1e-12)
+
+
+def test_extremes_land_in_the_outer_bins():
+    same = torch.full((100,), -0.5)
+    assert set(mismatch_metrics(mismatch_stats(same, same)).values()) == {0.0}
+    far = mismatch_metrics(mismatch_stats(same, same - 1e6))
+    assert far["mismatch/logprob_diff_p99"] == far["mismatch/logprob_diff_max"] == pytest.approx(1e6)
+
+
+def test_no_tokens_give_no_metrics():
+    assert mismatch_metrics(mismatch_stats(torch.zeros(0), torch.zeros(0))) == {}

@@ -1,0 +1,79 @@
+"""Groups to flat arrays: places, masks, statistics."""
+
+import numpy as np
+import pytest
+
+from dapo_mcore.batch.collate import select, to_train_batch
+from dapo_mcore.errors import DataError
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+
+
+def make_sample(tokens, mask=None, finish="stop", reward=1.0, masked=False):
+    mask = np.ones(len(tokens), bool) if mask is None else np.array(mask, bool)
+    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+    rollout = Rollout(np.array(tokens, np.int32), logprobs, mask, finish, 0)
+    failure = "timeout" if masked else None
+    return Sample(rollout, "", Score(reward, reward, reward > 0, failure=failure, masked=masked))
+
+
+def make_group(uid, prompt, *samples):
+    return Group(Prompt(uid, np.array(prompt, np.int32), "", ""), samples)
+
+
+GROUPS = [
+    make_group("train:9", [1, 2], make_sample([3, 4, 5], mask=[1, 0, 1]), make_sample([6], finish="length", reward=-1)),
+    make_group(
+        "train:4",
+        [7],
+        make_sample([8, 9], masked=True, reward=float("nan")),
+        make_sample([10], finish="abort"),
+        make_sample([], reward=0.5),
+    ),
+]
+
+
+def test_flat_layout():
+    batch = to_train_batch(GROUPS, overlong_filter=False)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 1, 2, 6, 7, 8, 9, 7, 10, 7]
+    assert batch.offsets.tolist() == [0, 5, 8, 11, 13, 14]
+    assert np.flatnonzero(batch.loss_mask).tolist() == [2, 4, 7]
+    assert batch.rollout_logprobs[[2, 3, 4, 7]].tolist() == [-1, 0, -3, -1]
+    assert batch.group_ids.tolist() == [0, 0, 1, 1, 1]
+    assert batch.rewards[[0, 1, 3, 4]].tolist() == [1, -1, 1, 0.5]
+    assert batch.num_loss_tokens.tolist() == [2, 1, 0, 0, 0]
+    kinds = {name: getattr(batch, name).dtype.name for name in ("tokens", "loss_mask", "rollout_logprobs", "offsets")}
+    assert kinds == {"tokens": "int32", "loss_mask": "bool", "rollout_logprobs": "float32", "offsets": "int64"}
+
+
+def test_failed_and_aborted_samples_leave_statistics_and_loss():
+    batch = to_train_batch(GROUPS, overlong_filter=False)
+    assert batch.in_statistics.tolist() == [True, True, False, False, True]
+    assert not batch.rollout_logprobs[8:].any()
+
+
+def test_overlong_filter_takes_truncated_samples_out_of_the_loss_only():
+    batch = to_train_batch(GROUPS, overlong_filter=True)
+    assert np.flatnonzero(batch.loss_mask).tolist() == [2, 4]
+    assert batch.rollout_logprobs[7] == 0
+    assert batch.in_statistics.tolist() == [True, True, False, False, True]
+
+
+def test_select_keeps_order_and_group_numbers():
+    part = select(to_train_batch(GROUPS, overlong_filter=False), [4, 0])
+    assert part.tokens.tolist() == [7, 1, 2, 3, 4, 5]
+    assert part.offsets.tolist() == [0, 1, 6]
+    assert part.loss_mask.tolist() == [False, False, False, True, False, True]
+    assert part.rollout_logprobs.tolist() == [0, 0, 0, -1, 0, -3]
+    assert (part.group_ids.tolist(), part.rewards.tolist()) == ([1, 0], [0.5, 1])
+
+
+def test_nothing_is_a_valid_batch():
+    whole = to_train_batch(GROUPS, overlong_filter=False)
+    for batch in (select(whole, []), to_train_batch([], overlong_filter=False)):
+        assert (batch.num_samples, batch.offsets.tolist(), len(batch.tokens)) == (0, [0], 0)
+        assert batch.num_loss_tokens.tolist() == []
+
+
+def test_empty_prompt_is_refused():
+    with pytest.raises(DataError, match=r"0 tokens.*add_bos"):
+        to_train_batch([make_group("train:0", [], make_sample([1]))], overlong_filter=False)
