@@ -1,0 +1,93 @@
+"""The command `dapo-mcore`: one small subcommand per question a user has about a configuration, a reward or a run.
+
+Change here: add a subcommand by writing its two functions and one line in COMMANDS.
+Heavy imports stay inside the functions, so that every subcommand starts quickly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dapo_mcore.config import dump_config, load_config
+from dapo_mcore.errors import DapoError
+
+
+class Command(NamedTuple):
+    """A subcommand: `add_arguments` fills its parser, `run` does the work and returns the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one message on standard error when the user must change something."""
+    parser = argparse.ArgumentParser(prog="dapo-mcore", description="Tools around a dapo_mcore training run.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except DapoError as error:
+        print(f"dapo-mcore {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
+
+
+def _config(args: argparse.Namespace) -> int:
+    print(dump_config(load_config(args.file, args.overrides)), end="")
+    return 0
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are compared")
+    parser.add_argument("--out", type=Path, help="the PNG to write (default: plot.png in RUN, compare.png for several)")
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from dapo_mcore.observe.plots import plot_run, plot_runs
+
+    several = len(args.runs) > 1
+    print(plot_runs(args.runs, args.out or Path("compare.png")) if several else plot_run(args.runs[0], args.out))
+    return 0
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--answer", required=True, metavar="TRUTH", help="the ground truth")
+    parser.add_argument("--text", help="the response; standard input when absent")
+    parser.add_argument("--function", default="math_dapo", help="as reward.function in the configuration")
+    parser.add_argument("--adapter", default="verl", choices=("verl", "trl"), help="as reward.adapter")
+    parser.add_argument("--strict-box", action="store_true", help="as reward.strict_box")
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from dapo_mcore.reward.attempt import Attempt
+    from dapo_mcore.reward.explain import explain
+
+    text = sys.stdin.read() if args.text is None else args.text
+    attempt = Attempt(prompt="", response=text, answer=args.answer)
+    print("\n".join(explain(attempt, args.function, args.adapter, args.strict_box)))
+    return 0
+
+
+COMMANDS = (
+    Command("config", "Check a configuration and print it with every default.", _config_arguments, _config),
+    Command("plot", "Plot one run, or compare several, from metrics.jsonl.", _plot_arguments, _plot),
+    Command("reward-explain", "Say step by step why a response is right or wrong.", _explain_arguments, _explain),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

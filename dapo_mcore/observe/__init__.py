@@ -1,0 +1,1 @@
+"""What a run shows and keeps: phase times, metrics, sinks, sample completions, the live view and the plots."""

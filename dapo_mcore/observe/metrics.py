@@ -1,0 +1,144 @@
+"""Every metric of a run, and the ones computed from groups.
+
+Change here: what a metric is called, its unit and its meaning (METRICS is the one table; sinks, live view, plots and
+docs use its names), and the statistics of rewards and response lengths.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # types imports torch, which reading or plotting metrics does not need
+    from dapo_mcore.types import Group, Sample
+
+
+_UNPARSED = ("", "[INVALID]")  # the second is what verl's math_dapo, and ours, calls a response without an answer
+
+
+class Metric(NamedTuple):
+    """What one number of a rollout step is. The unit is empty where there is none."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("", "score plus overlong penalty, mean over generated samples that were scored"),
+    "reward/std": Metric("", "population standard deviation of the same"),
+    "reward/score_mean": Metric("", "raw score of the answer, without the penalty"),
+    "reward/overlong_penalty_mean": Metric("", "soft overlong punishment, 0 or negative"),
+    "reward/acc": Metric("fraction", "correct answers among generated samples that were scored"),
+    "reward/acc_kept": Metric("fraction", "correct answers among the scored samples of kept groups"),
+    "reward/failures": Metric(
+        "samples", "generated samples whose scoring failed (time-out, exception, NaN), masked or not"
+    ),
+    "reward/unparsed_ratio": Metric("fraction", "scored samples from which the reward function extracted no answer"),
+    "response_length/mean": Metric("tokens", "response length of generated samples, tool output included"),
+    "response_length/max": Metric("tokens", "longest response"),
+    "response_length/min": Metric("tokens", "shortest response"),
+    "response_length/truncated_ratio": Metric("fraction", "responses cut at rollout.max_response_tokens"),
+    "sampling/groups_generated": Metric("groups", "groups finished in this step"),
+    "sampling/groups_kept": Metric("groups", "groups trained on"),
+    "sampling/groups_all_right": Metric("groups", "groups without signal: every answer right"),
+    "sampling/groups_all_wrong": Metric("groups", "groups without signal: every answer wrong"),
+    "sampling/kept_ratio": Metric("fraction", "groups whose answers vary among groups generated"),
+    "sampling/gen_batches": Metric("batches", "generation rounds of filter-and-refill"),
+    "sampling/surplus_carried": Metric("groups", "good groups beyond the training batch, kept for the next step"),
+    "sampling/surplus_dropped": Metric("groups", "carried groups that became too stale, or surplus thrown away"),
+    "sampling/resample_rate": Metric("fraction", "prompts that needed more responses than group_size"),
+    "sampling/samples_generated": Metric("samples", "responses generated in this step"),
+    "actor/loss": Metric("", "policy loss as optimised, mean over the step's updates"),
+    "actor/entropy": Metric("nats", "entropy of the policy, mean over loss tokens"),
+    "actor/grad_norm": Metric("", "gradient norm before clipping, mean over the step's updates"),
+    "actor/lr": Metric("", "learning rate of the step's last update"),
+    "actor/clip_low": Metric("fraction", "loss tokens whose gradient the lower clip removed"),
+    "actor/clip_high": Metric("fraction", "loss tokens whose gradient the upper clip removed"),
+    "actor/clip_dual": Metric("fraction", "loss tokens whose loss the dual clip capped"),
+    "actor/ppo_kl": Metric("nats", "mean of old minus new log-prob over loss tokens"),
+    "actor/ratio_max_deviation": Metric("", "largest |ratio - 1| of the step"),
+    "actor/first_update_ratio_deviation": Metric("", "largest |ratio - 1| before the first update; 0 in exact maths"),
+    "actor/ref_kl": Metric("nats", "KL to the starting policy, by algo.kl.estimator"),
+    "mismatch/logprob_diff_mean": Metric("nats", "|log-prob of actor - of rollout engine|, mean over loss tokens"),
+    "mismatch/logprob_diff_p99": Metric("nats", "99th percentile of the same"),
+    "mismatch/logprob_diff_max": Metric("nats", "maximum of the same"),
+    "mismatch/k3_kl": Metric("nats", "k3 estimate of KL(rollout engine ‖ actor) over loss tokens"),
+    "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over the time of the whole step"),
+    "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens over the time of generation"),
+    "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
+    "updates": Metric("updates", "gradient steps since the start of the run"),
+    "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
+    "time/step_s": Metric("s", "wall time of the rollout step"),
+    "time/<phase>_s": Metric("s", "wall time of generate, reward, filter, logprob, train, sync, eval or save"),
+    "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
+    "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
+    "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),
+    "val/<set>/response_length": Metric("tokens", "mean response length on a validation set"),
+}
+
+
+def describe(name: str) -> Metric | None:
+    """The table's entry for a metric's name (`val/aime/mean@32` finds `val/<set>/mean@<k>`), None when unlisted."""
+    return METRICS.get(name) or next((METRICS[key] for key, pattern in _PATTERNS if pattern.fullmatch(name)), None)
+
+
+def group_metrics(generated: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
+    """The `reward/…` and `response_length/…` metrics of one rollout step.
+
+    `generated` are all groups of the step, `kept` the ones it trains on. Samples out of the statistics (Sample.scored)
+    count only in `reward/failures` and the lengths. A statistic over no sample is NaN.
+    """
+    samples = _samples(generated)
+    return {
+        **_reward_metrics(samples),
+        "reward/acc_kept": _mean([s.score.acc for s in _scored(_samples(kept))]),
+        **_length_metrics(samples),
+    }
+
+
+def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    scores = [sample.score for sample in _scored(samples)]
+    rewards = np.array([score.reward for score in scores], dtype=np.float64)
+    return {
+        "reward/mean": _mean(rewards),
+        "reward/std": float(rewards.std()) if len(rewards) else math.nan,
+        "reward/score_mean": _mean([score.score for score in scores]),
+        "reward/overlong_penalty_mean": _mean([score.penalty for score in scores]),
+        "reward/acc": _mean([score.acc for score in scores]),
+        "reward/failures": float(sum(sample.score.failure is not None for sample in samples)),
+        "reward/unparsed_ratio": _mean([score.failure is None and score.pred in _UNPARSED for score in scores]),
+    }
+
+
+def _length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    lengths = [len(sample.rollout.token_ids) for sample in samples]
+    return {
+        "response_length/mean": _mean(lengths),
+        "response_length/max": float(max(lengths, default=math.nan)),
+        "response_length/min": float(min(lengths, default=math.nan)),
+        "response_length/truncated_ratio": _mean([sample.rollout.truncated for sample in samples]),
+    }
+
+
+def _samples(groups: Sequence[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group.samples]
+
+
+def _scored(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.scored]
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(np.asarray(values, dtype=np.float64))) if len(values) else math.nan
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """`val/<set>/mean@<k>` as a regular expression; a placeholder stands for one path segment's text."""
+    return re.compile(r"[^/@]+".join(re.escape(part) for part in re.split(r"<\w+>", name)))
+
+
+_PATTERNS = [(name, _pattern(name)) for name in METRICS if "<" in name]

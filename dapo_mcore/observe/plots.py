@@ -1,0 +1,286 @@
+"""PNG plots of runs from their metrics.jsonl: eight panels on one page, for one run or several compared.
+
+Change here: which metrics a panel shows, and how the page looks (PANELS, STYLE).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from dapo_mcore.observe.sinks import read_metrics
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, told apart with every common form of colour blindness."""
+MARKERS = ("o", "s", "^", "D", "v")
+SMOOTH_FROM = 30
+"""From this many steps on, a curve is a thin raw line under its moving average over a tenth of the run."""
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": True,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "legend.fontsize": 9.5,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+
+Run = list[dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One metric of a panel. `twin` draws it on the right-hand axis, dashed."""
+
+    metric: str
+    label: str
+    twin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One of the eight plots. When runs are compared, the first curve stands for the panel, and `alone` is its axis.
+
+    `val` adds the markers of every `val/<set>/mean@k`; `scale` log suits quantities that span decades;
+    `fraction` fixes the axis (the right-hand one, when there is one) to 0…1.
+    """
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    alone: str = ""
+    twin_unit: str = ""
+    val: bool = False
+    scale: Literal["linear", "log"] = "linear"
+    fraction: bool = False
+
+
+PANELS = (
+    Panel("Policy loss", "loss", (Curve("actor/loss", "policy loss"),)),
+    Panel("Entropy", "nats per token", (Curve("actor/entropy", "entropy"),)),
+    Panel(
+        "Reward",
+        "reward per sample",
+        (Curve("reward/mean", "reward"), Curve("reward/score_mean", "without overlong penalty")),
+        alone="reward per sample, with penalty",
+    ),
+    Panel(
+        "Dynamic sampling",
+        "fraction",
+        (Curve("sampling/kept_ratio", "groups kept"), Curve("sampling/resample_rate", "prompts resampled")),
+        alone="groups kept (fraction)",
+        fraction=True,
+    ),
+    Panel(
+        "Response length",
+        "tokens",
+        (Curve("response_length/mean", "mean"), Curve("response_length/truncated_ratio", "truncated", twin=True)),
+        alone="mean tokens",
+        twin_unit="truncated fraction",
+        fraction=True,
+    ),
+    Panel("Accuracy", "fraction correct", (Curve("reward/acc", "train"),), val=True, fraction=True),
+    Panel("Gradient norm", "norm before clipping", (Curve("actor/grad_norm", "gradient norm"),)),
+    Panel(
+        "Train/rollout mismatch",
+        "nats; ratio deviation",
+        (
+            Curve("mismatch/logprob_diff_mean", "|Δ log-prob| mean"),
+            Curve("mismatch/logprob_diff_p99", "|Δ log-prob| p99"),
+            Curve("actor/first_update_ratio_deviation", "|ratio - 1|, first update"),
+        ),
+        alone="mean |Δ log-prob| (nats)",
+        scale="log",
+    ),
+)
+
+
+def plot_run(run_dir: Path, out: Path | None = None) -> Path:
+    """The PNG written: `out`, or plot.png in the run's folder. Raises DataError when the run has no metrics."""
+    run_dir = Path(run_dir)
+    return plot_runs([run_dir], out or run_dir / "plot.png")
+
+
+def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
+    """The PNG written to `out`. Several runs share every panel, one colour each, showing the panel's first curve."""
+    runs = {name: read_metrics(folder) for name, folder in zip(_names(run_dirs), run_dirs)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(15.5, 7.2), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.04, hspace=0.05)
+        for axes, panel in zip(figure.subplots(2, 4).flat, PANELS):
+            _draw_panel(axes, panel, runs)
+        _write_heading(figure, runs)
+        out = Path(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=120, format="png")
+    return out
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """float64 [N], the centred moving average over a tenth of the run; NaN is left out, and stays NaN."""
+    window = np.ones(max(3, len(values) // 10 | 1))
+    known = np.isfinite(values)
+    sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    counts = np.convolve(known.astype(np.float64), window, mode="same")
+    return np.where(known, sums / np.maximum(counts, 1.0), np.nan)
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """Folder names; whole paths when two are equal."""
+    names = [Path(folder).resolve().name for folder in run_dirs]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in run_dirs]
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
+    axes.set_title(panel.title)
+    axes.set_ylabel(panel.unit)
+    axes.set_xlabel("rollout step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    drawn = _draw_one_run(axes, panel, *runs.values()) if len(runs) == 1 else _draw_comparison(axes, panel, runs)
+    if not drawn:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="#888888")
+        axes.set(xticks=[], yticks=[])
+        return
+    last = max((record["step"] for run in runs.values() for record in run), default=0)
+    axes.set_xlim(-0.02 * last, 1.02 * last + (last < 2))
+    if panel.scale == "log":
+        _set_log_scale(axes)
+    if panel.fraction and not panel.twin_unit:
+        axes.set_ylim(-0.03, 1.03)
+
+
+def _draw_one_run(axes: Axes, panel: Panel, run: Run) -> bool:
+    """True when there was something to draw."""
+    handles = []
+    for curve, colour in zip(panel.curves, PALETTE):
+        if _series(run, curve.metric) is None:
+            continue
+        target = _twin(axes, panel, colour) if curve.twin else axes
+        _draw_curve(target, run, curve.metric, colour, dashed=curve.twin)
+        handles.append(Line2D([], [], color=colour, linestyle="--" if curve.twin else "-", label=curve.label))
+    if panel.val:
+        handles += _draw_val(axes, run, PALETTE[1:])
+    if handles and (len(panel.curves) > 1 or panel.val):
+        axes.legend(handles=handles, loc="best")
+    return bool(handles)
+
+
+def _draw_comparison(axes: Axes, panel: Panel, runs: dict[str, Run]) -> bool:
+    drawn = False
+    for colour, run in zip(_colours(len(runs)), runs.values()):
+        drawn |= _draw_curve(axes, run, panel.curves[0].metric, colour)
+        if panel.val:
+            drawn |= bool(_draw_val(axes, run, (colour,)))
+    axes.set_ylabel(panel.alone or panel.unit)
+    if panel.val and drawn:
+        _explain_markers(axes)
+    return drawn
+
+
+def _draw_curve(axes: Axes, run: Run, metric: str, colour: str, dashed: bool = False) -> bool:
+    series = _series(run, metric)
+    if series is None:
+        return False
+    steps, values = series
+    line = "--" if dashed else "-"
+    marker = "." if len(steps) < SMOOTH_FROM // 2 else None
+    if len(steps) < SMOOTH_FROM:
+        axes.plot(steps, values, color=colour, linewidth=1.8, linestyle=line, marker=marker, markersize=7)
+    else:
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(steps, smooth(values), color=colour, linewidth=2.0, linestyle=line)
+    return True
+
+
+def _draw_val(axes: Axes, run: Run, colours: Sequence[str]) -> list[Line2D]:
+    """Draws every validation set's mean@k with markers; returns the lines."""
+    names = dict.fromkeys(name for record in run for name in record if name.startswith("val/") and "/mean@" in name)
+    lines = []
+    for index, name in enumerate(names):
+        steps, values = _series(run, name) or ((), ())
+        style = {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
+        label = name.removeprefix("val/").replace("/", " ")
+        lines += axes.plot(steps, values, linewidth=1.2, markersize=5, markeredgecolor="white", label=label, **style)
+    return lines
+
+
+def _explain_markers(axes: Axes) -> None:
+    """A grey legend of what line and markers mean, once for all runs: colours already mean runs."""
+    sets = {str(line.get_label()): line.get_marker() for line in axes.get_lines() if line.get_marker() in MARKERS}
+    handles = [Line2D([], [], color="#666666", label="train")]
+    handles += [Line2D([], [], color="#666666", marker=marker, label=label) for label, marker in sets.items()]
+    axes.legend(handles=handles, loc="best")
+
+
+def _twin(axes: Axes, panel: Panel, colour: str) -> Axes:
+    twin = axes.twinx()
+    twin.set_ylabel(panel.twin_unit, color=colour)
+    twin.tick_params(axis="y", colors=colour)
+    twin.spines["right"].set_visible(True)
+    twin.grid(False)
+    if panel.fraction:
+        twin.set_ylim(-0.03, 1.03)
+    return twin
+
+
+def _set_log_scale(axes: Axes) -> None:
+    """Logarithmic, with a linear stretch below the smallest positive value when there are zeros (exact agreement)."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()])
+    positive = values[values > 0]
+    if len(positive) == 0:
+        return
+    if np.any(values == 0):
+        axes.set_yscale("symlog", linthresh=positive.min())
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(top=high * (high / max(low, positive.min())) ** 0.4)  # room for the legend
+
+
+def _series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps int64 [N] and values float64 [N] of the lines that hold the metric; None when no value is finite."""
+    points = [(record["step"], record[metric]) for record in run if metric in record]
+    if not any(math.isfinite(value) for _, value in points):
+        return None
+    steps, values = zip(*points)
+    return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+
+def _colours(count: int) -> list[str]:
+    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+
+
+def _write_heading(figure: Figure, runs: dict[str, Run]) -> None:
+    """The run's name and size on top; for several runs, the legend."""
+    if len(runs) > 1:
+        handles = [
+            Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in zip(runs, _colours(len(runs)))
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 5), fontsize=12, frameon=False)
+        return
+    (name, run), *_ = runs.items()
+    steps = int(run[-1]["step"]) if run else 0
+    updates = next((f", {record['updates']:.0f} gradient steps" for record in reversed(run) if "updates" in record), "")
+    count = "1 rollout step" if steps == 1 else f"{steps} rollout steps"
+    figure.suptitle(f"{name}: {count}{updates}", fontsize=14, x=0.01, ha="left")

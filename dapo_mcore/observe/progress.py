@@ -1,0 +1,257 @@
+"""The live view of a run: a rich display on a terminal, one readable line a step everywhere else.
+
+Change here: what a step's line and the table of the last steps show, and how durations and counts are written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as PhaseBar
+from rich.table import Table
+from rich.text import Text
+
+TABLE_STEPS = 8
+ETA_STEPS = 20
+
+Metrics = Mapping[str, float]
+
+
+class NullProgress:
+    """The same methods, showing nothing: for every rank but 0."""
+
+    def __enter__(self) -> NullProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def phase(self, name: str, total: int | None = None) -> None: ...
+
+    def advance(self, n: int = 1) -> None: ...
+
+    def step_done(self, step: int, metrics: Metrics) -> None: ...
+
+    def eval_done(self, step: int, metrics: Metrics) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None: ...
+
+
+class Progress(NullProgress):
+    """Shows the run on rank 0's standard output; a context manager around the whole run.
+
+    The console decides: a terminal gets the live display, a pipe or a file gets plain lines, flushed one by one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_steps: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._num_steps, self._clock = name, num_steps, clock
+        self._console = console or Console(highlight=False)
+        self._start = self._step_start = clock()
+        self._durations: deque[float] = deque(maxlen=ETA_STEPS)
+        self._history: deque[tuple[int, Metrics]] = deque(maxlen=TABLE_STEPS)
+        self._step, self._updates, self._last_val = 0, 0, {}
+        self._bar = PhaseBar(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=40),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._live = (
+            Live(get_renderable=self._render, console=self._console, refresh_per_second=4, vertical_overflow="crop")
+            if self._console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear_phase()
+        if self._live:
+            self._live.stop()
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Begins a phase, with a bar over `total` items (samples, micro-batches, …) when their number is known."""
+        self._clear_phase()
+        self._bar.add_task(name, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more items of the current phase are done."""
+        for task in self._bar.tasks:
+            self._bar.advance(task.id, n)
+
+    def step_done(self, step: int, metrics: Metrics) -> None:
+        """Rollout step `step` is over. Its duration is `time/step_s`, or the time since the step before."""
+        now = self._clock()
+        self._durations.append(metrics.get("time/step_s", now - self._step_start))
+        self._step, self._step_start = step, now
+        self._updates = int(metrics.get("updates", self._updates))
+        self._last_val = _val_means(metrics) or self._last_val
+        self._history.append((step, {**metrics, **self._last_val}))
+        self._clear_phase()
+        if self._live is None:
+            self.line(step_line(step, self._num_steps, metrics, self._eta()))
+
+    def eval_done(self, step: int, metrics: Metrics) -> None:
+        """The evaluation after rollout step `step` (0: before training); printed as a line in both views."""
+        self._last_val = _val_means(metrics) or self._last_val
+        self.line(eval_line(step, metrics))
+
+    def line(self, text: str) -> None:
+        """One line of text, above the live display on a terminal."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None:
+        """A closing block of `label: value` lines, for instance where checkpoints and plots are."""
+        width = max(map(len, rows), default=0)
+        self.line("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]))
+
+    def _clear_phase(self) -> None:
+        for task in list(self._bar.task_ids):
+            self._bar.remove_task(task)
+
+    def _eta(self) -> float:
+        """Seconds left, by the mean duration of recent steps; NaN before the first one."""
+        if not self._durations:
+            return math.nan
+        return (self._num_steps - self._step) * sum(self._durations) / len(self._durations)
+
+    def _render(self) -> Group:
+        header = Text.assemble(
+            (self._name, "bold"),
+            f"  rollout step {self._step}/{self._num_steps}  gradient step {self._updates}",
+            f"  elapsed {format_seconds(self._clock() - self._start)}  ETA {format_seconds(self._eta())}",
+        )
+        shown = [header, self._bar] if self._bar.tasks else [header]
+        if self._history:
+            shown.append(step_table(list(self._history), self._console.width))
+        return Group(*shown)
+
+
+class Column(NamedTuple):
+    """One number of a step: its heading, how it is written, and its rank when the terminal is narrow (1 stays)."""
+
+    heading: str
+    rank: int
+    write: Callable[[Metrics], str]
+
+
+def step_line(step: int, num_steps: int, metrics: Metrics, eta_s: float) -> str:
+    """`step 12/50 | update 48 | reward 0.41 | … | gen 1.2s train 0.9s | ETA 1m40s`; missing numbers are left out."""
+    parts = [f"step {step}/{num_steps}"]
+    parts += [f"{c.heading} {text}".strip() for c in _LINE if (text := c.write(metrics))]
+    times = [f"{c.heading} {text}" for c in _TIMES if (text := c.write(metrics))]
+    parts += [" ".join(times)] if times else []
+    return " | ".join([*parts, f"ETA {format_seconds(eta_s)}"])
+
+
+def eval_line(step: int, metrics: Metrics) -> str:
+    """`eval after step 12 | aime mean@32 0.312 best@32 0.600 maj@32 0.400 response_length 912`."""
+    sets: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        if name.startswith("val/"):
+            _, dataset, quantity = name.split("/", 2)
+            sets.setdefault(dataset, []).append(f"{quantity} {_fixed(value, 3) if '@' in quantity else f'{value:.0f}'}")
+    return " | ".join([f"eval after step {step}", *(f"{name} {' '.join(items)}" for name, items in sets.items())])
+
+
+def step_table(history: list[tuple[int, Metrics]], width: int) -> Table:
+    """The last steps as a table; the least important columns go when `width` characters are too few."""
+    columns = [c for c in (*_LINE, *_VAL, *_TIMES) if any(c.write(metrics) for _, metrics in history)]
+    while len(columns) > 1 and sum(_cell_width(c, history) for c in columns) + len("step") > width:
+        columns.remove(max(columns, key=lambda c: c.rank))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("step", justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.heading or "tok/s", justify="right", no_wrap=True)
+    for step, metrics in history:
+        table.add_row(str(step), *(column.write(metrics).removesuffix(" tok/s") for column in columns))
+    return table
+
+
+def _cell_width(column: Column, history: list[tuple[int, Metrics]]) -> int:
+    """Characters of the widest cell and the gap of two before it."""
+    return 2 + max(len(column.heading), *(len(column.write(metrics)) for _, metrics in history))
+
+
+def format_seconds(seconds: float) -> str:
+    """`8s`, `1m40s`, `3h05m`, `2d04h`; `-` for NaN."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def format_count(value: float) -> str:
+    """`870`, `5.1k`, `2.3M`."""
+    for limit, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _number(name: str, digits: int, suffix: str = "") -> Callable[[Metrics], str]:
+    return lambda metrics: _fixed(metrics[name], digits) + suffix if name in metrics else ""
+
+
+def _kept(metrics: Metrics) -> str:
+    names = ("sampling/groups_kept", "sampling/groups_generated")
+    return "/".join(f"{metrics[name]:.0f}" for name in names) if all(name in metrics for name in names) else ""
+
+
+def _tokens_per_s(metrics: Metrics) -> str:
+    return f"{format_count(metrics['perf/tokens_per_s'])} tok/s" if "perf/tokens_per_s" in metrics else ""
+
+
+def _val_means(metrics: Metrics) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k.startswith("val/") and "/mean@" in k}
+
+
+def _val(metrics: Metrics) -> str:
+    return next((_fixed(value, 3) for value in _val_means(metrics).values()), "")
+
+
+_LINE = (
+    Column("update", 20, _number("updates", 0)),
+    Column("reward", 1, _number("reward/mean", 2)),
+    Column("acc", 2, _number("reward/acc", 2)),
+    Column("entropy", 4, _number("actor/entropy", 2)),
+    Column("len", 5, _number("response_length/mean", 1)),
+    Column("kept", 6, _kept),
+    Column("grad", 7, _number("actor/grad_norm", 2)),
+    Column("", 9, _tokens_per_s),
+)
+_VAL = (Column("val", 3, _val),)
+_TIMES = tuple(
+    Column(heading, 10 + order, _number(f"time/{phase}_s", 1, "s"))
+    for order, (heading, phase) in enumerate(
+        {"gen": "generate", "train": "train", "sync": "sync", "logprob": "logprob", "eval": "eval"}.items()
+    )
+)

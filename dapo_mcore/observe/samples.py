@@ -1,0 +1,56 @@
+"""Sample completions of each rollout step, for people to read: samples/step_000012.jsonl.
+
+Change here: which completions are shown, and what is written about each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapo_mcore.observe.sinks import json_line
+
+if TYPE_CHECKING:
+    from dapo_mcore.types import Group, Prompt, Sample
+
+
+def write_samples(run_dir: Path, step: int, groups: Sequence[Group], count: int) -> Path | None:
+    """The file written with at most `count` completions, None when there is nothing to write."""
+    picked = pick_samples(groups, count)
+    if not picked:
+        return None
+    path = Path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json_line(_record(prompt, sample)) for prompt, sample in picked), encoding="utf-8")
+    return path
+
+
+def pick_samples(groups: Sequence[Group], count: int) -> list[tuple[Prompt, Sample]]:
+    """At most `count` samples: right and wrong alternate while both last, each running over the prompts first."""
+    rounds = zip_longest(*([(group.prompt, sample) for sample in group.samples] for group in groups))
+    candidates = [pair for pair in chain.from_iterable(rounds) if pair is not None]
+    right = [pair for pair in candidates if pair[1].score.acc]
+    wrong = [pair for pair in candidates if not pair[1].score.acc]
+    alternating = [pair for pair in chain.from_iterable(zip_longest(right, wrong)) if pair is not None]
+    return alternating[:count]
+
+
+def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    score, rollout = sample.score, sample.rollout
+    return {
+        "uid": prompt.uid,
+        "prompt": prompt.text,
+        "response": sample.text,
+        "pred": score.pred,
+        "answer": prompt.answer,
+        "acc": bool(score.acc),
+        "score": float(score.score),
+        "penalty": float(score.penalty),
+        "reward": float(score.reward),
+        "failure": score.failure,
+        "length": len(rollout.token_ids),
+        "finish_reason": rollout.finish_reason,
+        "weight_version": rollout.weight_version,
+    }

@@ -1,0 +1,87 @@
+"""Group metrics against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dapo_mcore.observe.metrics import METRICS, describe, group_metrics
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+
+
+def sample(length: int, score: Score, finish: str = "stop") -> Sample:
+    ids = np.zeros(length, dtype=np.int32)
+    return Sample(Rollout(ids, np.zeros(length, np.float32), np.ones(length, bool), finish, 0), "text", score)
+
+
+def group(*samples: Sample) -> Group:
+    return Group(Prompt("train:0", np.zeros(1, np.int32), "1+1=", "2"), samples)
+
+
+RIGHT = Score(reward=1.0, score=1.0, acc=True, pred="2")
+WRONG = Score(reward=-1.0, score=-1.0, acc=False, pred="3")
+LATE = Score(reward=0.5, score=1.0, acc=True, pred="2", penalty=-0.5)
+UNPARSED = Score(reward=-1.0, score=-1.0, acc=False, pred="[INVALID]")
+FAILED = Score(reward=-1.0, score=-1.0, acc=False, failure="timeout", masked=True)
+FAILED_WITH_VALUE = Score(reward=-1.0, score=-1.0, acc=False, failure="nan")
+
+
+def test_statistics_of_two_groups_by_hand() -> None:
+    mixed = group(sample(4, RIGHT), sample(10, LATE, "length"), sample(2, WRONG), sample(7, FAILED))
+    uniform = group(sample(3, UNPARSED))
+    metrics = group_metrics([mixed, uniform], [mixed])
+    # scored rewards: 1, 0.5, -1, -1; mean -0.125; variance (1 + 0.25 + 1 + 1) / 4 - 0.125² = 0.796875
+    assert metrics == pytest.approx(
+        {
+            "reward/mean": -0.125,
+            "reward/std": math.sqrt(0.796875),
+            "reward/score_mean": 0.0,
+            "reward/overlong_penalty_mean": -0.125,
+            "reward/acc": 0.5,
+            "reward/acc_kept": 2 / 3,
+            "reward/failures": 1.0,
+            "reward/unparsed_ratio": 0.25,
+            "response_length/mean": 5.2,
+            "response_length/max": 10.0,
+            "response_length/min": 2.0,
+            "response_length/truncated_ratio": 0.2,
+        }
+    )
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_a_failure_with_a_value_counts_in_statistics_but_not_as_unparsed() -> None:
+    metrics = group_metrics([group(sample(1, RIGHT), sample(1, FAILED_WITH_VALUE))], [])
+    assert (metrics["reward/mean"], metrics["reward/failures"], metrics["reward/unparsed_ratio"]) == (0.0, 1.0, 0.0)
+
+
+def test_statistics_over_nothing_are_nan() -> None:
+    assert all(math.isnan(v) for k, v in group_metrics([], []).items() if k != "reward/failures")
+    failed = group_metrics([group(sample(5, FAILED))], [])
+    assert math.isnan(failed["reward/mean"])
+    assert failed["response_length/mean"] == 5.0
+
+
+def test_every_metric_made_here_is_in_the_table() -> None:
+    assert set(group_metrics([], [])) <= set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("actor/entropy", "actor/entropy"),
+        ("val/aime24/mean@32", "val/<set>/mean@<k>"),
+        ("val/aime24/response_length", "val/<set>/response_length"),
+        ("time/generate_s", "time/<phase>_s"),
+        ("time/step_s", "time/step_s"),
+    ],
+)
+def test_names_with_placeholders_find_their_entry(name: str, entry: str) -> None:
+    assert describe(name) is METRICS[entry]
+
+
+@pytest.mark.parametrize("name", ["val/mean@3", "val/a/b/mean@3", "val/a/median@3", "actor/entropyy", "step"])
+def test_an_unlisted_name_has_no_entry(name: str) -> None:
+    assert describe(name) is None

@@ -1,0 +1,102 @@
+"""Plots are drawn from whatever a run recorded. What they look like is for eyes; here, what they contain."""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from dapo_mcore.errors import DataError
+from dapo_mcore.observe.metrics import describe
+from dapo_mcore.observe.plots import PANELS, _draw_panel, plot_run, plot_runs, smooth
+from dapo_mcore.observe.sinks import json_line
+
+KEYS = [curve.metric for panel in PANELS for curve in panel.curves]
+
+
+def fake_run(folder: Path, steps: int, keys: list[str] = KEYS) -> Path:
+    folder.mkdir(parents=True)
+    records = [
+        {"step": s, **{key: 0.5 + 0.1 * math.sin(s) for key in keys}, "val/a/mean@8": 0.3} for s in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(map(json_line, records)))
+    return folder
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+@pytest.fixture
+def axes():
+    return Figure().subplots()
+
+
+def test_every_plotted_metric_is_in_the_table() -> None:
+    assert [key for key in KEYS if describe(key) is None] == []
+
+
+@pytest.mark.parametrize(("steps", "keys"), [(1, KEYS), (40, KEYS), (3, ["actor/loss"])])
+def test_a_run_of_any_length_and_any_keys_gives_one_png(tmp_path: Path, steps: int, keys: list[str]) -> None:
+    path = plot_run(fake_run(tmp_path / "run", steps, keys))
+    assert path == tmp_path / "run" / "plot.png"
+    assert png_size(path) == (1860, 864)
+
+
+def test_runs_are_compared_in_one_png_even_with_equal_folder_names(tmp_path: Path) -> None:
+    folders = [fake_run(tmp_path / name / "run", 5) for name in ("one", "two")]
+    out = tmp_path / "new" / "compare.png"
+    assert plot_runs(folders, out) == out
+    assert png_size(out) == (1860, 864)
+
+
+def test_a_folder_without_metrics_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no metrics\.jsonl"):
+        plot_run(tmp_path)
+
+
+def test_a_panel_without_numbers_says_so(axes) -> None:
+    _draw_panel(axes, PANELS[0], {"run": [{"step": 1, "actor/loss": math.nan}]})
+    assert [text.get_text() for text in axes.texts] == ["not recorded"]
+
+
+def test_short_runs_are_drawn_raw_and_long_runs_raw_and_smoothed(axes) -> None:
+    run = [{"step": step, "actor/loss": float(step % 7)} for step in range(1, 41)]
+    _draw_panel(axes, PANELS[0], {"run": run[:20]})
+    assert len(axes.lines) == 1
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [float(s % 7) for s in range(1, 21)])
+    axes.clear()
+    _draw_panel(axes, PANELS[0], {"run": run})
+    assert [len(line.get_xdata()) for line in axes.lines] == [40, 40]
+
+
+def test_accuracy_shows_every_validation_set_at_the_steps_it_was_measured(axes) -> None:
+    run = [{"step": 0, "val/a/mean@8": 0.1, "val/b/mean@4": 0.2}, {"step": 1, "reward/acc": 0.5}]
+    run.append({"step": 2, "reward/acc": 0.6, "val/a/mean@8": 0.3, "val/a/best@8": 0.9})
+    panel = next(panel for panel in PANELS if panel.val)
+    _draw_panel(axes, panel, {"run": run})
+    lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in axes.lines}
+    assert lines["a mean@8"] == [(0, 0.1), (2, 0.3)]
+    assert lines["b mean@4"] == [(0, 0.2)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train", "a mean@8", "b mean@4"]
+
+
+def test_exact_agreement_is_shown_on_the_mismatch_panel(axes) -> None:
+    panel = next(panel for panel in PANELS if panel.scale == "log")
+    metric = panel.curves[0].metric
+    _draw_panel(axes, panel, {"run": [{"step": 1, metric: 0.0}, {"step": 2, metric: 1e-6}]})
+    assert axes.get_yscale() == "symlog"
+    axes.clear()
+    _draw_panel(axes, panel, {"run": [{"step": 1, metric: 0.0}]})
+    assert axes.get_yscale() == "linear"
+
+
+def test_smoothing_is_the_mean_of_known_neighbours() -> None:
+    values = np.array([1.0, 2.0, 6.0, np.nan, 4.0])
+    np.testing.assert_allclose(smooth(values), [1.5, 3.0, 4.0, np.nan, 4.0])

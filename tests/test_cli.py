@@ -1,0 +1,91 @@
+"""The command line: what it prints, its exit codes, and that it starts without heavy imports."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.cli import COMMANDS, main
+from dapo_mcore.config import load_config
+
+CONFIG = "model: {path: model}\ndata: {files: [train.jsonl]}\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_config_prints_what_reads_back(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", str(config), "optimizer.lr=1e-5", "name=x"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "printed.yaml") == load_config(config, ["optimizer.lr=1e-5", "name=x"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["config", "CONFIG", "algo.clip_hi=1"], "did you mean 'algo.clip_high'"),
+        (["config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
+        (["plot", "nowhere"], "no metrics.jsonl in nowhere"),
+        (["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"], "neither math_dapo nor"),
+    ],
+)
+def test_a_users_error_is_one_message_and_exit_code_2(
+    argv: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config) if arg == "CONFIG" else arg for arg in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"dapo-mcore {argv[0]}: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_plot_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "actor/loss": 0.5}\n')
+    assert main(["plot", str(tmp_path / "a")]) == 0
+    out = tmp_path / "both.png"
+    assert main(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a" / "plot.png"), str(out)]
+    assert out.is_file()
+
+
+def test_reward_explain_reads_the_response_from_standard_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("so\nAnswer: 7\n"))
+    assert main(["reward-explain", "--answer", "7"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "score       +1 (right)"
+    assert main(["reward-explain", "--answer", "7", "--text", "\\boxed{8}", "--strict-box"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "score       -1 (wrong)"
+
+
+def test_every_subcommand_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            main([command.name, "--help"])
+        assert exit_.value.code == 0
+        assert command.help in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_bare_call_and_an_unknown_command_show_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["nonsense"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        assert exit_.value.code == 2
+        assert "usage: dapo-mcore" in capsys.readouterr().err
+
+
+def test_starting_imports_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, dapo_mcore.cli; print({'torch', 'matplotlib', 'megatron'} & set(sys.modules))"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,171 @@
+"""The configuration refuses what contradicts itself, and says the numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dapo_mcore.config import Config, dump_config, load_config, parse_config
+from dapo_mcore.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"files": ["train.jsonl"]}}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
+    return path
+
+
+def test_a_minimal_file_gets_the_papers_defaults(file: Path) -> None:
+    config = load_config(file)
+    assert (config.algo.clip_low, config.algo.clip_high, config.algo.dual_clip) == (0.2, 0.28, None)
+    assert config.algo.loss_mode == "token-mean"
+    assert config.run_dir == Path("runs/run")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("optimizer.lr=1e-6", 1e-6), ("optimizer.lr=3E-4", 3e-4), ("optimizer.lr=.5e-3", 5e-4), ("optimizer.lr=1", 1.0)],
+)
+def test_overrides_read_numbers_as_people_write_them(file: Path, override: str, value: float) -> None:
+    lr = load_config(file, [override]).optimizer.lr
+    assert isinstance(lr, float)
+    assert lr == value
+
+
+def test_scientific_notation_is_a_number_where_nothing_coerces_it(file: Path) -> None:
+    config = load_config(file, ["megatron.layernorm_epsilon=1e-6"])
+    assert config.megatron == {"layernorm_epsilon": 1e-6}
+
+
+def test_overrides_read_yaml_values_and_the_last_one_wins(file: Path) -> None:
+    overrides = ["data.files=[a.jsonl, b.parquet]", "algo.dual_clip=10", "algo.dual_clip=null", "batch.packing=false"]
+    config = load_config(file, overrides)
+    assert config.data.files == ["a.jsonl", "b.parquet"]
+    assert config.algo.dual_clip is None
+    assert config.batch.packing is False
+
+
+@pytest.mark.parametrize("override", ["algo.clip_high", "=3", "algo.clip_high 0.3"])
+def test_an_override_without_key_or_value_is_refused(file: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"override {override!r} is not of the form section.key=value")):
+        load_config(file, [override])
+
+
+def test_an_override_with_broken_yaml_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape("'data.files=[a'")):
+        load_config(file, ["data.files=[a"])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"no configuration file at {tmp_path / 'no.yaml'}")):
+        load_config(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [1", "not valid YAML"), ("- 1\n- 2", "not a list")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algo.clip_hi=0.3", "unknown key 'algo.clip_hi'; did you mean 'algo.clip_high'?"),
+        ("rollout.grup_size=4", "unknown key 'rollout.grup_size'; did you mean 'rollout.group_size'?"),
+        ("algo.kl.coeff=0.1", "unknown key 'algo.kl.coeff'; did you mean 'algo.kl.coef'?"),
+        ("sampler.style=none", "unknown key 'sampler'; did you mean 'sampling'?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(file, [override])
+
+
+def test_every_bad_key_is_named_at_once(file: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(file, ["algo.clip_low=-1", "rollout.temperature=0", "algo.zzz=1"])
+    text = str(error.value)
+    assert "algo.clip_low" in text
+    assert "got -1" in text
+    assert "rollout.temperature" in text
+    assert "unknown key 'algo.zzz'" in text
+
+
+LONG = ["data.max_prompt_tokens=100", "rollout.max_response_tokens=205", "parallel.context_parallel=3"]
+RULES: list[tuple[list[str], str]] = [
+    (
+        ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=5"],
+        "batch.mini_batch_prompts 5 does not divide sampling.train_batch_prompts 12; use one of 1, 2, 3, 4, 6, 12",
+    ),
+    (
+        [*LONG, "batch.max_tokens=100"],
+        "data.max_prompt_tokens 100 + rollout.max_response_tokens 205 = 305 tokens, "
+        "but a micro-batch holds batch.max_tokens 100 ",
+    ),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1"),
+    (
+        [*LONG, "batch.max_tokens=100"],
+        "context_parallel 3 = 300; raise batch.max_tokens to 102 or shorten the prompts or responses",
+    ),
+    (
+        ["reward.overlong.penalty=true", "rollout.max_response_tokens=1000"],
+        "reward.overlong.cache 4096 exceeds the maximal length 1000",
+    ),
+    (["algo.old_logprobs=rollout", "algo.tis.mode=truncate"], "use tis.mode mask or off"),
+    (["algo.tis.mode=mask", "algo.tis.cap=0.5"], "which no token meets at tis.cap 0.5; use a cap of at least 1"),
+    (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
+    (["model.overrides={num_hidden_layers: 2}"], "set model.init random"),
+    (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
+    (
+        ["sampling.style=resample", "sampling.max_samples_per_prompt=8"],
+        "sampling.max_samples_per_prompt 8 is below rollout.group_size 16; raise it to at least 16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), RULES)
+def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(file, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=6"],
+        ["parallel.sequence_parallel=true", "parallel.tensor_parallel=2"],
+        [*LONG, "batch.max_tokens=102"],
+        ["reward.overlong.penalty=true", "rollout.max_response_tokens=4096"],
+        ["algo.old_logprobs=rollout", "algo.tis.mode=mask"],
+        ["optimizer.schedule=cosine", "optimizer.decay_updates=10"],
+        ["model.overrides={num_hidden_layers: 2}", "model.init=random"],
+        ["rollout.group_size=1", "sampling.style=none"],
+        ["sampling.style=resample", "sampling.max_samples_per_prompt=16"],
+    ],
+)
+def test_the_remedy_of_each_rule_works(file: Path, overrides: list[str]) -> None:
+    load_config(file, overrides)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = parse_config(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.algo.clip_high = 0.5
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+
+
+def test_the_dump_reads_back_to_the_same_configuration(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["optimizer.lr=1e-6", "algo.dual_clip=10", "megatron={a: 1}"])
+    (tmp_path / "dump.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "dump.yaml") == config
+    assert isinstance(config, Config)

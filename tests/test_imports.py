@@ -1,0 +1,190 @@
+"""Imports point down: every module of dapo_mcore imports only its own floor or lower ones. Read from the AST.
+
+Change here: the floor of a new module, and which folders may import a framework.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = {
+    "dapo_mcore": 0,
+    "dapo_mcore.errors": 0,
+    "dapo_mcore.config": 0,
+    "dapo_mcore.kernels": 0,
+    "dapo_mcore.types": 1,
+    "dapo_mcore.data": 2,
+    "dapo_mcore.reward": 2,
+    "dapo_mcore.algo": 2,
+    "dapo_mcore.batch": 2,
+    "dapo_mcore.observe": 2,
+    "dapo_mcore.weights": 2,  # the package itself and mapping; its other modules are named below
+    "dapo_mcore.rollout": 3,
+    "dapo_mcore.actor": 3,
+    "dapo_mcore.weights.sync": 4,
+    "dapo_mcore.weights.checkpoint": 4,
+    "dapo_mcore.weights.hf_io": 4,
+    "dapo_mcore.eval": 4,
+    "dapo_mcore.plan": 4,
+    "dapo_mcore.doctor": 4,
+    "dapo_mcore.train": 5,
+    "dapo_mcore.cli": 5,
+}
+"""The longest matching prefix decides; a module of the top level must be named."""
+
+MEGATRON = ("dapo_mcore.actor", "dapo_mcore.weights.checkpoint", "dapo_mcore.weights.sync", "dapo_mcore.train")
+SGLANG = ("dapo_mcore.rollout",)
+PARALLEL_STATE = ("dapo_mcore.actor.layout",)
+STRANGERS = (("dapo_mcore.actor", "dapo_mcore.rollout"), ("dapo_mcore.rollout", "dapo_mcore.actor"))
+FLOOR_0_PACKAGES = {"pydantic", "yaml", "dapo_mcore", *sys.stdlib_module_names}
+KERNEL_PACKAGES = {"torch", "triton", *sys.stdlib_module_names}
+
+
+def within(module: str, *folders: str) -> bool:
+    return any(module == folder or module.startswith(folder + ".") for folder in folders)
+
+
+def floor(module: str) -> int | None:
+    """The floor of a module, None for an unnamed module of the top level."""
+    prefixes = [name for name in FLOORS if name != "dapo_mcore" and within(module, name)]
+    return FLOORS[max(prefixes, key=len)] if prefixes else FLOORS.get(module)
+
+
+def imports(module: str, source: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything imported anywhere in the file, also in functions and for type checkers.
+
+    `from a import b` gives `a.b`, which is right for submodules and harmless for the rest: prefixes are compared.
+    """
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+
+
+def reads_parallel_state(source: str) -> bool:
+    names = {"parallel_state", "mpu"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            return True
+        if isinstance(node, ast.Import) and any(names & set(alias.name.split(".")) for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron"):
+            read = {*node.module.split("."), *(alias.name for alias in node.names)}
+            if names & read:
+                return True
+    return False
+
+
+def broken_rule(module: str, imported: str) -> str | None:
+    """What is wrong with this import, None when it is allowed."""
+    top = imported.split(".")[0]
+    if within(module, "dapo_mcore.kernels"):
+        inside = top in KERNEL_PACKAGES or within(imported, "dapo_mcore.kernels")
+        return None if inside else "kernels import torch, triton, the standard library and themselves"
+    if top == "dapo_mcore":
+        return broken_floor(module, imported)
+    if floor(module) == 0 and top not in FLOOR_0_PACKAGES:
+        return "floor 0 imports the standard library, pydantic and yaml"
+    if top == "megatron" and not within(module, *MEGATRON):
+        return f"only {', '.join(MEGATRON)} import megatron"
+    if top == "sglang" and not within(module, *SGLANG):
+        return "only rollout imports sglang"
+    return None
+
+
+def broken_floor(module: str, imported: str) -> str | None:
+    if within(imported, "dapo_mcore.train"):
+        return "nobody imports train"
+    if any(within(module, a) and within(imported, b) for a, b in STRANGERS):
+        return "actor and rollout never import each other"
+    above, below = floor(module), floor(imported)
+    if above is None or below is None:
+        return "a module without a floor: name it in FLOORS"
+    return f"floor {above} imports floor {below}" if below > above else None
+
+
+def violations(sources: Mapping[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
+    """One line for each broken rule in {module name: source}."""
+    found = [f"{module}: a module without a floor: name it in FLOORS" for module in sources if floor(module) is None]
+    for module, source in sources.items():
+        for line, imported in imports(module, source, module in packages):
+            if rule := broken_rule(module, imported):
+                found.append(f"{module}:{line} imports {imported}: {rule}")
+        if reads_parallel_state(source) and not within(module, *PARALLEL_STATE):
+            found.append(f"{module} reads parallel_state: only {PARALLEL_STATE[0]} does")
+    return found
+
+
+def project() -> tuple[dict[str, str], frozenset[str]]:
+    """{module name: source} of dapo_mcore and kernels, and which of the modules are packages."""
+    sources, packages = {}, set()
+    for folder, prefix in ((ROOT / "dapo_mcore", "dapo_mcore"), (ROOT / "kernels", "dapo_mcore.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
+            name = ".".join(parts).removesuffix(".__init__")
+            sources[name] = path.read_text(encoding="utf-8")
+            if path.name == "__init__.py":
+                packages.add(name)
+    return sources, frozenset(packages)
+
+
+def test_the_project_imports_only_downwards() -> None:
+    sources, packages = project()
+    assert len(sources) > 10, "the checker found no modules"
+    assert violations(sources, packages) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "rule"),
+    [
+        ("dapo_mcore.algo.loss", "from dapo_mcore.rollout import sampler", "floor 2 imports floor 3"),
+        ("dapo_mcore.algo.loss", "def f():\n    from ..actor.head import Head", "floor 2 imports floor 3"),
+        ("dapo_mcore.algo.loss", "from dapo_mcore import train", "nobody imports train"),
+        ("dapo_mcore.cli", "import dapo_mcore.train", "nobody imports train"),
+        ("dapo_mcore.algo.loss", "from megatron.core import tensor_parallel", "import megatron"),
+        ("dapo_mcore.weights.mapping", "from dapo_mcore.weights.sync import push", "floor 2 imports floor 4"),
+        ("dapo_mcore.weights.mapping", "from . import hf_io", "floor 2 imports floor 4"),
+        ("dapo_mcore.actor.step", "from dapo_mcore.rollout.sampler import Sampler", "never import each other"),
+        ("dapo_mcore.rollout.sampler", "import dapo_mcore.actor.actor", "never import each other"),
+        ("dapo_mcore.config", "import torch", "floor 0"),
+        ("dapo_mcore.errors", "from megatron.core import x", "floor 0"),
+        ("dapo_mcore.types", "from dapo_mcore.data.loader import Loader", "floor 1 imports floor 2"),
+        ("dapo_mcore.eval", "import sglang.srt", "only rollout"),
+        ("dapo_mcore.kernels.policy_loss.kernel", "from dapo_mcore.errors import DapoError", "kernels import"),
+        ("dapo_mcore.kernels.policy_loss.kernel", "import numpy", "kernels import"),
+        ("dapo_mcore.actor.step", "from megatron.core import parallel_state", "reads parallel_state"),
+        ("dapo_mcore.actor.step", "from megatron.core import mpu", "reads parallel_state"),
+        ("dapo_mcore.actor.step", "import megatron.core.parallel_state as ps", "reads parallel_state"),
+        ("dapo_mcore.actor.step", "import megatron.core as m\nm.parallel_state.x()", "reads parallel_state"),
+        ("dapo_mcore.helpers", "import math", "without a floor"),
+    ],
+)
+def test_a_planted_violation_is_found(module: str, source: str, rule: str) -> None:
+    assert any(rule in line for line in violations({module: source}))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dapo_mcore.actor.layout", "from megatron.core import parallel_state"),
+        ("dapo_mcore.actor.head", "from dapo_mcore.kernels.policy_head import head_logprobs"),
+        ("dapo_mcore.weights.sync", "from dapo_mcore.weights.mapping import table"),
+        ("dapo_mcore.kernels.policy_loss.kernel", "import torch\nimport triton\nfrom .reference import loss"),
+        ("dapo_mcore.train", "from dapo_mcore.actor.actor import Actor\nimport megatron.core"),
+        ("dapo_mcore.rollout.sglang", "import sglang"),
+        ("dapo_mcore.data.loader", "from dapo_mcore.errors import DataError\nimport numpy, torch"),
+    ],
+)
+def test_an_allowed_import_is_left_alone(module: str, source: str) -> None:
+    assert violations({module: source}) == []
