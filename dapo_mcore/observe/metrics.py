@@ -48,11 +48,15 @@ METRICS: dict[str, Metric] = {
     "sampling/groups_all_wrong": Metric("groups", "groups without signal: every answer wrong"),
     "sampling/kept_ratio": Metric("fraction", "groups whose answers vary among groups generated"),
     "sampling/gen_batches": Metric("batches", "generation rounds of filter-and-refill"),
+    "sampling/generated_tokens": Metric("tokens", "response tokens generated in this step"),
+    "sampling/surplus_reused": Metric("groups", "groups trained on that an earlier step had generated"),
     "sampling/surplus_carried": Metric("groups", "good groups beyond the training batch, kept for the next step"),
     "sampling/surplus_dropped": Metric("groups", "carried groups that became too stale, or surplus thrown away"),
-    "sampling/resample_rate": Metric("fraction", "prompts that needed more responses than group_size"),
+    "sampling/resample_rate": Metric("fraction", "responses added to uniform groups, among all responses generated"),
     "sampling/samples_generated": Metric("samples", "responses generated in this step"),
     "actor/loss": Metric("", "policy loss as optimised, mean over the step's updates"),
+    "actor/skipped_updates": Metric("updates", "gradient steps left out because the gradient was not finite"),
+    "actor/nll": Metric("nats", "negative log-prob of the loss tokens, mean"),
     "actor/entropy": Metric("nats", "entropy of the policy, mean over loss tokens"),
     "actor/grad_norm": Metric("", "gradient norm before clipping, mean over the step's updates"),
     "actor/lr": Metric("", "learning rate of the step's last update"),
@@ -78,6 +82,8 @@ METRICS: dict[str, Metric] = {
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
     "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),
     "val/<set>/response_length": Metric("tokens", "mean response length on a validation set"),
+    "val/<set>/truncated_ratio": Metric("fraction", "responses cut at the length limit"),
+    "val/<set>/failures": Metric("samples", "samples whose scoring failed; they count as wrong"),
 }
 
 

@@ -163,12 +163,13 @@ def step_line(step: int, num_steps: int, metrics: Metrics, eta_s: float) -> str:
 
 
 def eval_line(step: int, metrics: Metrics) -> str:
-    """`eval after step 12 | aime mean@32 0.312 best@32 0.600 maj@32 0.400 response_length 912`."""
+    """`eval after step 12 | aime mean@32 0.312 best@32 0.600 response_length 912`; failures only when there are some."""
     sets: dict[str, list[str]] = {}
     for name, value in metrics.items():
-        if name.startswith("val/"):
-            _, dataset, quantity = name.split("/", 2)
-            sets.setdefault(dataset, []).append(f"{quantity} {_fixed(value, 3) if '@' in quantity else f'{value:.0f}'}")
+        _, dataset, quantity = name.split("/", 2) if name.startswith("val/") else ("", "", "")
+        if dataset and (quantity, value) != ("failures", 0):
+            whole = quantity in ("response_length", "failures")
+            sets.setdefault(dataset, []).append(f"{quantity} {_fixed(value, 0 if whole else 3)}")
     return " | ".join([f"eval after step {step}", *(f"{name} {' '.join(items)}" for name, items in sets.items())])
 
 

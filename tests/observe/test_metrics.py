@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +69,17 @@ def test_statistics_over_nothing_are_nan() -> None:
 
 def test_every_metric_made_here_is_in_the_table() -> None:
     assert set(group_metrics([], [])) <= set(METRICS)
+
+
+def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:
+    metric = re.compile(r"(reward|response_length|sampling|actor|mismatch|perf|memory|time|val)/[a-z0-9_@]+")
+    named = set()
+    for path in (Path(__file__).parents[2] / "dapo_mcore").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        named |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    named = {name for name in named if metric.fullmatch(name)}
+    assert "actor/entropy" in named, "the search found nothing"
+    assert sorted(name for name in named if describe(name) is None) == []
 
 
 @pytest.mark.parametrize(
