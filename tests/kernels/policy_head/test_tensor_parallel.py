@@ -1,0 +1,107 @@
+"""The policy head with its vocabulary split over 1, 2 and 4 ranks (gloo): the same numbers everywhere."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from dapo_mcore.kernels.policy_head import linear_logprobs, linear_policy_loss
+
+WORLD = 4
+TOKENS, WIDTH = 45, 12
+# padded rows of the whole matrix, true vocabulary: the second leaves padding only on the last of 4 ranks
+VOCABULARIES = [(32, None), (16, 11)]
+DTYPES = [torch.float64, torch.float32]
+OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7, "chunk_tokens": 20}
+
+
+def problem(rows: int, vocab_size: int | None, dtype: torch.dtype, tokens: int = TOKENS):
+    g = torch.Generator().manual_seed(7)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    hidden, weight = normal(tokens, WIDTH), normal(rows, WIDTH) / 2
+    targets = torch.randint(0, vocab_size or rows, (tokens,), generator=g)
+    everywhere = ((hidden @ weight.t())[:, :vocab_size] / OPTIONS["temperature"]).log_softmax(-1)
+    logprobs = everywhere.gather(1, targets[:, None])[:, 0]
+    inputs = {
+        "advantages": normal(tokens),
+        "token_weights": normal(tokens).abs() / max(tokens, 1),
+        "old_logprobs": logprobs + 0.3 * normal(tokens),
+        "ref_logprobs": logprobs + 0.3 * normal(tokens),
+        "tis_weights": normal(tokens).exp(),
+    }
+    return hidden, weight, targets, inputs
+
+
+def run(rows, vocab_size, dtype, group=None, tokens=TOKENS):
+    """Output fields, this rank's gradients, and the scoring pass's log-probs."""
+    hidden, weight, targets, inputs = problem(rows, vocab_size, dtype, tokens)
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    local = weight.chunk(size)[rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    out = linear_policy_loss(hidden, local, targets, vocab_size=vocab_size, tp_group=group, **inputs, **OPTIONS)
+    out.loss.backward()
+    scoring = {name: OPTIONS[name] for name in ("temperature", "chunk_tokens")}
+    with torch.no_grad():
+        scored, _ = linear_logprobs(hidden, local, targets, vocab_size=vocab_size, tp_group=group, **scoring)
+    return {
+        "fields": [field.detach() for field in out],
+        "hidden": hidden.grad,
+        "weight": local.grad,
+        "scored": scored,
+    }
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(minutes=2), world_size=WORLD, rank=rank)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
+    results = {
+        (size, case, dtype): run(*case, dtype, group)
+        for size, group in groups.items()
+        for case in VOCABULARIES
+        for dtype in DTYPES
+    }
+    if rank == 0:  # alone: a collective would wait for the others, and fail
+        results["empty"] = run(32, None, torch.float32, dist.group.WORLD, tokens=0)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tensor_parallel"))
+    mp.spawn(worker, (folder,), nprocs=WORLD)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", VOCABULARIES, ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_split_gives_the_numbers_of_one_rank(results, size, case, dtype):
+    ranks = [result[size, case, dtype] for result in results[:size]]
+    whole = run(*case, dtype)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 2e-6}
+    for rank in ranks:
+        for ours, reference in zip(rank["fields"], whole["fields"]):
+            torch.testing.assert_close(ours, reference, **tolerance)
+        assert torch.equal(rank["scored"], rank["fields"][1])
+    torch.testing.assert_close(sum(rank["hidden"] for rank in ranks), whole["hidden"], **tolerance)
+    torch.testing.assert_close(torch.cat([rank["weight"] for rank in ranks]), whole["weight"], **tolerance)
+    assert whole["weight"].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_ranks_hold_the_same_bits(results, size):
+    first, *others = (result[size, VOCABULARIES[1], torch.float32]["fields"] for result in results[:size])
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+def test_no_tokens_need_no_collective_and_give_zero_gradients(results):
+    empty = results[0]["empty"]
+    assert empty["fields"][0] == 0 and empty["hidden"].shape == (0, WIDTH)
+    assert empty["weight"].shape == (8, WIDTH) and empty["weight"].eq(0).all()

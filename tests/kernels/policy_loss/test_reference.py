@@ -1,0 +1,162 @@
+"""The objective of a token: numbers worked out by hand, and random ones against autograd of the textbook formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, policy_loss, policy_loss_terms
+
+# name: probability, old probability, advantage, dual clip → loss, d loss / d logp, flag that is set
+BY_HAND = {
+    "inside, A > 0": (0.6, 0.5, 2.0, None, -2.4, -2.4, None),  # r = 1.2
+    "inside, A < 0": (0.45, 0.5, -2.0, None, 1.8, 1.8, None),  # r = 0.9
+    "above 1.28, A > 0": (0.7, 0.5, 2.0, None, -2.56, 0.0, "clipped_high"),  # r = 1.4, loss -2 · 1.28
+    "above 1.28, A < 0": (0.7, 0.5, -2.0, None, 2.8, 2.8, None),  # the pessimistic branch is -A · r
+    "below 0.8, A > 0": (0.3, 0.5, 2.0, None, -1.2, -1.2, None),  # r = 0.6
+    "below 0.8, A < 0": (0.3, 0.5, -2.0, None, 1.6, 0.0, "clipped_low"),  # 2 · 0.8
+    "dual, A < 0": (0.8, 0.2, -2.0, 3.0, 6.0, 0.0, "clipped_dual"),  # r = 4, 8 capped at 2 · 3
+    "below dual, A < 0": (0.5, 0.2, -2.0, 3.0, 5.0, 5.0, None),  # r = 2.5
+    "dual leaves A > 0": (0.8, 0.2, 2.0, 3.0, -2.56, 0.0, "clipped_high"),
+    "A = 0": (0.8, 0.2, 0.0, 3.0, 0.0, 0.0, None),
+}
+FLAGS = ("clipped_low", "clipped_high", "clipped_dual")
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def textbook(logprobs, tokens: TokenInputs, c: Objective):
+    """Token losses by the formulas of the papers, for autograd to differentiate."""
+    a, old = tokens.advantages, tokens.old_logprobs
+    r = (logprobs - old).clamp(-20, 20).exp()
+    loss = torch.maximum(-a * r, -a * r.clamp(1 - c.clip_low, 1 + c.clip_high))
+    if c.dual_clip is not None:
+        loss = torch.where(a < 0, torch.minimum(-a * c.dual_clip, loss), loss)
+    loss = loss * tokens.tis_weights
+    x = logprobs - tokens.ref_logprobs
+    return loss + c.kl_coef * {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}[c.kl_estimator]
+
+
+def random_tokens(num: int, seed: int = 0) -> tuple[torch.Tensor, TokenInputs]:
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda: torch.randn(num, generator=generator, dtype=torch.float64)  # noqa: E731
+    logprobs = -normal().abs()
+    tis = normal().exp().clamp(max=2)
+    return logprobs, TokenInputs(normal(), normal().abs() / num, logprobs + normal(), logprobs + normal(), tis)
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_by_hand(case):
+    p, old, advantage, dual, loss, grad, flag = BY_HAND[case]
+    tokens = TokenInputs(f64(advantage), f64(1.0), f64(math.log(old)))
+    terms = policy_loss_terms(f64(math.log(p)), tokens, Objective(0.2, 0.28, dual))
+    assert terms.loss.item() == pytest.approx(loss, abs=1e-12)
+    assert terms.grad_logprobs.item() == pytest.approx(grad, abs=1e-12)
+    assert terms.ratio.item() == pytest.approx(p / old)
+    assert [name for name in FLAGS if getattr(terms, name)] == ([flag] if flag else [])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl", "slope"),
+    [("k1", math.log(2), 1.0), ("k2", math.log(2) ** 2 / 2, math.log(2)), ("k3", math.log(2) - 0.5, 0.5)],
+)
+def test_kl_by_hand_adds_to_the_policy_term(estimator, kl, slope):
+    """p = 0.5 under the policy, 0.25 under the reference; r = 1 and A = 3, TIS 0.5: the policy term is -1.5."""
+    tokens = TokenInputs(f64(3.0), f64(1.0), f64(math.log(0.5)), f64(math.log(0.25)), f64(0.5))
+    terms = policy_loss_terms(f64(math.log(0.5)), tokens, Objective(kl_coef=0.1, kl_estimator=estimator))
+    assert terms.kl.item() == pytest.approx(kl)
+    assert terms.loss.item() == pytest.approx(-1.5 + 0.1 * kl)
+    assert terms.grad_logprobs.item() == pytest.approx(-1.5 + 0.1 * slope)
+
+
+@pytest.mark.parametrize("dual", [None, 1.5])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_loss_and_gradient_match_autograd(estimator, dual):
+    logprobs, tokens = random_tokens(500)
+    objective = Objective(0.1, 0.3, dual, 0.2, estimator)
+    plain = logprobs.clone().requires_grad_()
+    expected = (tokens.token_weights * textbook(plain, tokens, objective)).sum()
+    expected.backward()
+    ours = logprobs.clone().requires_grad_()
+    out = policy_loss(
+        ours, **tokens._asdict(), clip_low=0.1, clip_high=0.3, dual_clip=dual, kl_coef=0.2, kl_estimator=estimator
+    )
+    (3 * out.loss).backward()
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(ours.grad, 3 * plain.grad, rtol=1e-12, atol=1e-15)
+    assert out.clipped_low.any() and out.clipped_high.any() and out.clipped_dual.any() == (dual is not None)
+    assert not any(field.requires_grad for field in out[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("old", [-1e4, 1e4])
+def test_no_gradient_and_no_overflow_outside_the_ratio_clamp(old, dtype):
+    logprobs = torch.full((3,), -1.0, dtype=dtype)
+    tokens = TokenInputs(logprobs.new_tensor([-1.0, 0.0, 1.0]), torch.ones_like(logprobs), logprobs.new_full((3,), old))
+    terms = policy_loss_terms(logprobs, tokens, Objective())
+    assert terms.grad_logprobs.eq(0).all() and terms.loss.isfinite().all()
+    assert terms.ratio.tolist() == pytest.approx([math.exp(math.copysign(20, -old))] * 3, rel=1e-5)
+
+
+def test_k3_far_from_the_reference_stays_finite():
+    tokens = TokenInputs(f64(0, 0), f64(1, 1), None, f64(0, -1e4))
+    terms = policy_loss_terms(f64(-1e4, 0), tokens, Objective(kl_coef=1.0))
+    assert terms.kl.tolist() == pytest.approx([math.exp(20) - 21, 19 + math.exp(-20)])
+    assert terms.grad_logprobs.eq(0).all()
+
+
+@pytest.mark.parametrize("advantage", [-2.0, 2.0])
+def test_on_the_clip_boundary_the_token_still_learns(advantage):
+    terms = policy_loss_terms(f64(-1.0), TokenInputs(f64(advantage), f64(1.0)), Objective(clip_low=0, clip_high=0))
+    assert terms.ratio.item() == 1 and terms.grad_logprobs.item() == -advantage
+    assert not terms.clipped_low and not terms.clipped_high
+
+
+def test_without_old_logprobs_advantage_one_is_weighted_likelihood():
+    logprobs = f64(-3.0, -0.1, -1e-9).requires_grad_()
+    weights = f64(0.5, 0.25, 0.0)
+    out = policy_loss(logprobs, advantages=torch.ones(3), token_weights=weights)
+    out.loss.backward()
+    assert out.ratio.tolist() == [1, 1, 1]
+    assert logprobs.grad.tolist() == (-weights).tolist()
+
+
+def test_entropy_bonus_reaches_the_caller_s_entropy():
+    logprobs, entropy = f64(-1.0, -2.0).requires_grad_(), f64(0.5, 1.5).requires_grad_()
+    weights = f64(0.25, 0.75)
+    out = policy_loss(logprobs, advantages=f64(0, 0), token_weights=weights, entropy=entropy, entropy_coef=0.1)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-0.1 * (0.25 * 0.5 + 0.75 * 1.5))
+    assert entropy.grad.tolist() == pytest.approx([-0.025, -0.075])
+
+
+def test_no_tokens_give_a_zero_loss_on_the_graph():
+    logprobs = torch.zeros(0, requires_grad=True)
+    out = policy_loss(logprobs, advantages=torch.zeros(0), token_weights=torch.zeros(0), old_logprobs=torch.zeros(0))
+    out.loss.backward()
+    assert out.loss.item() == 0 and logprobs.grad.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logprobs": torch.zeros(2, 1)}, r"logprobs must be \[T\].*\[2, 1\]"),
+        ({"logprobs": torch.zeros(2, dtype=torch.bfloat16)}, r"got \[2\] in torch.bfloat16"),
+        ({"advantages": torch.zeros(3)}, r"advantages has shape \[3\], but there are 2 tokens"),
+        ({"token_weights": torch.ones(2, dtype=torch.bool)}, "token_weights is torch.bool"),
+        ({"old_logprobs": torch.zeros(2, device="meta")}, "old_logprobs is on meta, but the tokens are on cpu"),
+        ({"kl_coef": 0.1}, r"kl_coef 0.1 needs ref_logprobs \[2\]"),
+        ({"entropy_coef": 0.1}, r"entropy_coef 0.1 needs `entropy` \[2\]"),
+        ({"clip_low": 1.0}, "clip_low 1.0"),
+        ({"clip_high": -0.1}, "clip_high -0.1"),
+        ({"dual_clip": 1.0}, "dual_clip 1.0 must be above 1"),
+        ({"kl_estimator": "k4"}, "kl_estimator 'k4' is unknown"),
+    ],
+)
+def test_wrong_arguments_are_told_what_is_wrong(changes, message):
+    arguments = {"logprobs": torch.zeros(2), "advantages": torch.zeros(2), "token_weights": torch.zeros(2)} | changes
+    with pytest.raises(ValueError, match=message):
+        policy_loss(arguments.pop("logprobs"), **arguments)
