@@ -45,7 +45,7 @@ def linear_policy_loss(
 
     hidden         [T, H] in fp32, bf16 or fp64: only rows with a loss token; T may be 0.
     weight         [V_local, H], same dtype: rows rank·V_local … of the output matrix.
-    targets        int64 [T], global token ids below vocab_size (checked on the CPU; elsewhere a bad id has log-prob -inf).
+    targets        int64 [T], global token ids below vocab_size (checked on the CPU; on a GPU a bad one gets -inf).
     advantages, token_weights, old_logprobs, ref_logprobs, tis_weights
                    floating [T], constants. `token_weights` holds the normalisation (1/N and masks) and multiplies every
                    term; `tis_weights` multiplies only the policy term.
@@ -56,10 +56,10 @@ def linear_policy_loss(
     chunk_tokens   rows projected at a time: workspace is a few [chunk_tokens, V_local] tensors in fp32 (fp64 for fp64).
 
     `loss` is differentiable with respect to hidden and weight; every other field is detached, [T] in fp32 (fp64).
-    Gradients are made in this call, if grad mode is on and an input requires them, and held, in the input's dtype, until
-    backward; backward scales them. Repeatable bit by bit.
-    Tensor parallelism: one all-gather of [4, n] statistics a chunk over `tp_group` (none for T = 0); T and the rows must
-    be the same on its ranks. All results are the same on all ranks, except that **the gradient to hidden is this rank's
+    Gradients are made in this call, if grad mode is on and an input requires them, and held in the input's dtype until
+    backward, which scales them. Repeatable bit by bit.
+    Tensor parallelism: one all-gather of [4, n] statistics a chunk over `tp_group` (none for T = 0); its ranks must
+    give the same rows. All results are the same on all ranks, except that **the gradient to hidden is this rank's
     partial sum over its vocabulary rows: the caller reduces it over tp_group** (or reduce-scatters it).
     Raises ValueError for shapes, dtypes or devices that do not fit, and for constants out of range.
     Source: DAPO (arXiv 2503.14476) eq. 8; details in policy_loss/reference.py.
@@ -84,8 +84,8 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` and entropies in nats, [T] in fp32 (fp64 for fp64), without gradient.
 
-    Arguments, collective and errors as in linear_policy_loss. On the same rows, with the same chunk_tokens, the log-probs
-    are bitwise those of linear_policy_loss: scored and trained alike, the ratio is exactly 1.
+    Arguments, collective and errors as in linear_policy_loss. On the same rows, with the same chunk_tokens, the
+    log-probs are bitwise those of linear_policy_loss: scored and trained alike, the ratio is exactly 1.
     """
     shard = _check(hidden, weight, targets, temperature, vocab_size, tp_group, chunk_tokens)
     return reference.linear_logprobs(hidden, weight, targets, shard, temperature, chunk_tokens)
