@@ -1,0 +1,99 @@
+"""mean@k, best@k and maj@k on held-out prompts, generated and scored by the path that training uses.
+
+Change here: how an evaluation set becomes numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dapo_mcore.config import EvalConfig
+from dapo_mcore.errors import DataError
+from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.rollout.respond import Decode, Responder
+from dapo_mcore.types import Group, Prompt, RewardFunction, RolloutEngine, Sample, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """metrics: `val/<set>/…`, see set_metrics. groups: each set's prompts with their k samples, to read or to store."""
+
+    metrics: dict[str, float]
+    groups: dict[str, list[Group]]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    sets: Mapping[str, Sequence[Prompt]],
+    reward: RewardFunction,
+    decode: Decode,
+    eval_config: EvalConfig,
+    max_new_tokens: int,
+    progress: NullProgress | None = None,
+) -> EvalResult:
+    """The metrics and samples of every set, with eval_config.samples_per_prompt (k) responses a prompt.
+
+    Every set uses the same seed, so a set's result does not depend on which others are evaluated, and successive
+    evaluations differ by the weights alone. Raises DataError for a set without prompts.
+    """
+    responder = Responder(engine, reward, decode, progress)
+    params = SamplingParams(
+        temperature=eval_config.temperature,
+        top_p=eval_config.top_p,
+        top_k=-1,
+        max_new_tokens=max_new_tokens,
+        seed=eval_config.seed,
+    )
+    metrics: dict[str, float] = {}
+    groups: dict[str, list[Group]] = {}
+    for name, prompts in sets.items():
+        if not prompts:
+            raise DataError(f"eval.sets.{name} has 0 prompts; a mean needs at least 1: check its files and limit")
+        groups[name] = responder.groups(prompts, eval_config.samples_per_prompt, params)
+        metrics |= {f"val/{name}/{key}": value for key, value in set_metrics(groups[name]).items()}
+    return EvalResult(metrics, groups)
+
+
+def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """The numbers of one set of groups of k samples each; accuracies are means over prompts, in [0, 1].
+
+    mean@k           mean accuracy of the samples (for AIME with k = 32 the paper's avg@32).
+    best@k           share of prompts with at least one right sample.
+    maj@k            share of prompts whose most frequent answer is right.
+    response_length  tokens; truncated_ratio: share of samples cut at the length limit.
+    failures         samples whose scoring failed. They count as wrong above, so a number other than 0 means that the
+                     accuracies are too low, not that the model is bad.
+    """
+    k = len(groups[0].samples)
+    correct = np.array([[_right(sample) for sample in group.samples] for group in groups], dtype=np.float64)
+    samples = [sample for group in groups for sample in group.samples]
+    return {
+        f"mean@{k}": float(correct.mean()),
+        f"best@{k}": float(correct.max(axis=1).mean()),
+        f"maj@{k}": float(np.mean([majority_is_right(group) for group in groups])),
+        "response_length": float(np.mean([len(sample.rollout.token_ids) for sample in samples])),
+        "truncated_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
+        "failures": float(sum(sample.score.failure is not None for sample in samples)),
+    }
+
+
+def majority_is_right(group: Group) -> bool:
+    """True when the most frequent extracted answer is right; the earliest answer wins a tie.
+
+    Samples without an answer, or whose scoring failed, have no vote; without any vote the prompt counts as wrong.
+    """
+    votes = Counter(s.score.pred for s in group.samples if s.score.pred and s.score.failure is None)
+    if not votes:
+        return False
+    # most_common sorts stably, and a Counter keeps the order of first appearance.
+    answer = votes.most_common(1)[0][0]
+    return next(_right(s) for s in group.samples if s.score.pred == answer and s.score.failure is None)
+
+
+def _right(sample: Sample) -> bool:
+    score = sample.score
+    return bool(score.acc) and score.failure is None

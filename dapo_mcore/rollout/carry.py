@@ -1,0 +1,85 @@
+"""Groups as JSON and flat arrays, and back: how carried-over groups survive a restart.
+
+Change here: the stored form of a group. Prompts are stored by uid and found again in the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from dapo_mcore.errors import CheckpointError
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+
+
+def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A JSON-ready description of the groups, and their token data.
+
+    Arrays: token_ids int32 [T], logprobs float32 [T], loss_mask bool [T], all samples concatenated, and offsets
+    int64 [B+1]. `unpack_groups` restores them exactly.
+    """
+    rollouts = [sample.rollout for group in groups for sample in group.samples]
+    arrays = {
+        "token_ids": _concatenate([r.token_ids for r in rollouts], np.int32),
+        "logprobs": _concatenate([r.logprobs for r in rollouts], np.float32),
+        "loss_mask": _concatenate([r.loss_mask for r in rollouts], np.bool_),
+        "offsets": np.cumsum([0, *(len(r.token_ids) for r in rollouts)], dtype=np.int64),
+    }
+    return {"groups": [_describe(group) for group in groups]}, arrays
+
+
+def unpack_groups(state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> list[Group]:
+    """The groups that `pack_groups` stored; `prompts` holds the training prompts by uid.
+
+    Raises CheckpointError when a prompt is no longer in the data.
+    """
+    spans = zip(arrays["offsets"][:-1].tolist(), arrays["offsets"][1:].tolist())
+    return [
+        Group(
+            _find(described["uid"], prompts),
+            tuple(_restore(sample, arrays, *next(spans)) for sample in described["samples"]),
+        )
+        for described in state["groups"]
+    ]
+
+
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+
+
+def _describe(group: Group) -> dict[str, Any]:
+    return {
+        "uid": group.prompt.uid,
+        "samples": [
+            {
+                "text": sample.text,
+                "score": asdict(sample.score),
+                "finish_reason": sample.rollout.finish_reason,
+                "weight_version": sample.rollout.weight_version,
+            }
+            for sample in group.samples
+        ],
+    }
+
+
+def _restore(described: dict[str, Any], arrays: dict[str, np.ndarray], start: int, end: int) -> Sample:
+    rollout = Rollout(
+        token_ids=arrays["token_ids"][start:end].copy(),
+        logprobs=arrays["logprobs"][start:end].copy(),
+        loss_mask=arrays["loss_mask"][start:end].copy(),
+        finish_reason=described["finish_reason"],
+        weight_version=described["weight_version"],
+    )
+    return Sample(rollout, described["text"], Score(**described["score"]))
+
+
+def _find(uid: str, prompts: Mapping[str, Prompt]) -> Prompt:
+    if uid not in prompts:
+        raise CheckpointError(
+            f"the checkpoint carries a group for prompt {uid!r}, which is not among the {len(prompts)} training prompts; "
+            f"resume with the data files the run was started with"
+        )
+    return prompts[uid]

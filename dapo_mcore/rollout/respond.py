@@ -1,0 +1,54 @@
+"""Prompts to scored responses: generate, decode, score. Training and evaluation both go through here.
+
+Change here: how an engine's rollouts and the reward function's scores become Samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.types import Group, Prompt, RewardFunction, RolloutEngine, Sample, SamplingParams
+
+Decode = Callable[[np.ndarray], str]
+
+
+class Responder:
+    """Answers prompts with an engine and scores the answers.
+
+    decode    text of a response's token ids.
+    progress  gets the phases `generate` and `reward`; `engine.on_progress = progress.advance` moves the first one.
+    timer     is charged with the same two phases.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        reward: RewardFunction,
+        decode: Decode,
+        progress: NullProgress | None = None,
+        timer: PhaseTimer | None = None,
+    ):
+        self._engine, self._reward, self._decode = engine, reward, decode
+        self._progress, self._timer = progress or NullProgress(), timer or PhaseTimer()
+
+    def groups(self, prompts: Sequence[Prompt], size: int, params: SamplingParams) -> list[Group]:
+        """One group of `size` responses for each prompt, in order."""
+        samples = self.samples([prompt for prompt in prompts for _ in range(size)], params)
+        return [Group(prompt, tuple(samples[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)]
+
+    def samples(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
+        """One scored response for each entry of `prompts`, in order; repeat a prompt to sample it again."""
+        self._progress.phase("generate", total=len(prompts))
+        with self._timer.phase("generate"):
+            rollouts = self._engine.generate([prompt.token_ids for prompt in prompts], params)
+        assert len(rollouts) == len(prompts), f"engine returned {len(rollouts)} rollouts for {len(prompts)} prompts"
+        self._progress.phase("reward")
+        with self._timer.phase("reward"):
+            texts = [self._decode(rollout.token_ids) for rollout in rollouts]
+            scores = self._reward(prompts, rollouts, texts)
+        assert len(scores) == len(prompts), f"reward returned {len(scores)} scores for {len(prompts)} samples"
+        return [Sample(rollout, text, score) for rollout, text, score in zip(rollouts, texts, scores)]

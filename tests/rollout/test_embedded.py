@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.embedded import EmbeddedEngine
+from dapo_mcore.types import SamplingParams
+
+VOCAB, STOPS = 16, (1, 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_config(tied: bool = False) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        tie_word_embeddings=tied,
+    )
+
+
+def reference_model(tied: bool = False) -> torch.nn.Module:
+    """Weights wide enough that the law is far from uniform and depends on position and context."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = AutoModelForCausalLM.from_config(tiny_config(tied), attn_implementation="eager", dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.15)
+    return model.eval().requires_grad_(False)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())  # without the tied alias
+
+
+def empty_engine(tied: bool = False, stops: tuple[int, ...] = STOPS, max_batch: int = 64) -> EmbeddedEngine:
+    return EmbeddedEngine(tiny_config(tied), stop_token_ids=stops, pad_token_id=0, max_batch=max_batch, num_threads=1)
+
+
+def loaded_engine(**options) -> EmbeddedEngine:
+    engine = empty_engine(**options)
+    engine.update_weights(iter(weights_of(reference_model(options.get("tied", False))).items()), version=3)
+    return engine
+
+
+def params(max_new_tokens: int = 12, temperature: float = 1.0, top_p: float = 1.0, top_k: int = -1, seed: int = 0):
+    return SamplingParams(temperature, top_p, top_k, max_new_tokens, seed)
+
+
+def prompts_of(*lengths: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCAB, length).astype(np.int32) for length in lengths]  # may hold pad and stop tokens
+
+
+@cache
+def fp64_model() -> torch.nn.Module:
+    return reference_model().double()
+
+
+def teacher_forced(prompt: np.ndarray, response: np.ndarray, temperature: float) -> np.ndarray:
+    """Log-probs of one response in fp64, alone in its batch, without cache."""
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
+    logits = fp64_model()(ids).logits[0, len(prompt) - 1 : -1]
+    laws = (logits / temperature).log_softmax(-1)
+    return laws.gather(-1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+def same(left, right) -> bool:
+    return len(left) == len(right) and all(
+        np.array_equal(a.token_ids, b.token_ids)
+        and np.array_equal(a.logprobs, b.logprobs)
+        and a.finish_reason == b.finish_reason
+        for a, b in zip(left, right)
+    )
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 6, 6), (1, 9, 4, 4, 2, 9, 7)], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("max_batch", [3, 64])
+def test_logprobs_are_those_of_a_teacher_forced_pass(lengths, temperature, max_batch):
+    prompts = [prompt for prompt in prompts_of(*lengths) for _ in range(3)]
+    rollouts = loaded_engine(max_batch=max_batch).generate(prompts, params(temperature=temperature))
+    assert len({len(r.token_ids) for r in rollouts}) > 3, "rows must end at different times to exercise compaction"
+    for prompt, rollout in zip(prompts, rollouts):
+        expected = teacher_forced(prompt, rollout.token_ids, temperature)
+        np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_record_types_and_version():
+    rollout = loaded_engine().generate(prompts_of(4), params())[0]
+    assert (rollout.token_ids.dtype, rollout.logprobs.dtype, rollout.loss_mask.dtype) == (
+        np.int32,
+        np.float32,
+        np.bool_,
+    )
+    assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.loss_mask)
+    assert rollout.loss_mask.all() and rollout.weight_version == 3
+
+
+def test_a_response_ends_with_its_first_stop_token_or_at_the_limit():
+    rollouts = loaded_engine().generate(prompts_of(4) * 200, params(max_new_tokens=6))
+    last_tokens = set()
+    for rollout in rollouts:
+        assert not np.isin(rollout.token_ids[:-1], STOPS).any()
+        if rollout.finish_reason == "stop":
+            last_tokens.add(int(rollout.token_ids[-1]))
+        else:
+            assert rollout.finish_reason == "length" and len(rollout.token_ids) == 6
+            assert rollout.token_ids[-1] not in STOPS
+    assert last_tokens == set(STOPS)
+    assert any(r.finish_reason == "length" for r in rollouts)
+    assert any(r.finish_reason == "stop" and len(r.token_ids) == 6 for r in rollouts), "a stop on the last token"
+
+
+def test_first_tokens_follow_the_models_law():
+    prompt, n = prompts_of(5)[0], 20_000
+    rollouts = loaded_engine(max_batch=n).generate([prompt] * n, params(max_new_tokens=1, temperature=1.3))
+    counts = np.bincount([r.token_ids[0] for r in rollouts], minlength=VOCAB)
+    logits = fp64_model()(torch.from_numpy(prompt).long()[None]).logits[0, -1]
+    expected = (logits / 1.3).softmax(-1).numpy()
+    assert (abs(counts / n - expected) <= 5 * np.sqrt(expected * (1 - expected) / n)).all()
+
+
+def test_greedy_takes_the_most_likely_token_whatever_the_seed():
+    prompts = prompts_of(3, 5)
+    rollouts = loaded_engine().generate(prompts, params(temperature=0, seed=1))
+    assert same(rollouts, loaded_engine().generate(prompts, params(temperature=0, seed=2)))
+    model = reference_model()
+    for prompt, rollout in zip(prompts, rollouts):
+        ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()[None]
+        assert model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == rollout.token_ids.tolist()
+
+
+def test_top_k_one_is_greedy():
+    greedy = loaded_engine().generate(prompts_of(3, 5), params(temperature=0))
+    assert same(greedy, loaded_engine().generate(prompts_of(3, 5), params(top_k=1)))
+
+
+def test_the_seed_and_nothing_else_decides():
+    engine, prompts = loaded_engine(), prompts_of(4, 6, 6, 3) * 8
+    first = engine.generate(prompts, params(seed=7))
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert same(first, engine.generate(prompts, params(seed=7)))
+    assert not same(first, engine.generate(prompts, params(seed=8)))
+
+
+def test_repeats_of_a_prompt_differ():
+    rollouts = loaded_engine().generate(prompts_of(4) * 16, params())
+    assert len({r.token_ids.tobytes() for r in rollouts}) > 8
+
+
+def test_generation_leaves_the_global_rng_and_thread_count_alone():
+    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+    engine = EmbeddedEngine(tiny_config(), stop_token_ids=STOPS, pad_token_id=0, max_batch=8, num_threads=threads + 1)
+    engine.update_weights(iter(weights_of(reference_model()).items()), version=1)
+    seen = []
+    engine.on_progress = lambda n: seen.append(torch.get_num_threads())
+    engine.generate(prompts_of(4), params())
+    assert set(seen) == {threads + 1} and torch.get_num_threads() == threads
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_progress_counts_every_sequence_once():
+    engine, seen = loaded_engine(max_batch=5), []
+    engine.on_progress = seen.append
+    engine.generate(prompts_of(4, 6, 6, 3) * 4, params(max_new_tokens=5))
+    assert sum(seen) == 16 and min(seen) > 0
+
+
+def test_no_prompts_no_rollouts():
+    assert loaded_engine().generate([], params()) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_takes_a_stream_with_or_without_the_tied_head(tied):
+    model = reference_model(tied)
+    streams = [weights_of(model), dict(model.state_dict())]
+    assert len(streams[1]) == len(streams[0]) + tied
+    outputs = []
+    for stream in streams:
+        engine = empty_engine(tied)
+        engine.update_weights(iter(stream.items()), version=1)
+        outputs.append(engine.generate(prompts_of(4, 6), params()))
+    assert same(*outputs)
+
+
+def test_weights_are_copied_not_borrowed():
+    weights = {name: tensor.clone() for name, tensor in weights_of(reference_model()).items()}
+    engine = empty_engine()
+    engine.update_weights(iter(weights.items()), version=1)
+    before = engine.generate(prompts_of(4), params())
+    for tensor in weights.values():
+        tensor.zero_()
+    assert same(before, engine.generate(prompts_of(4), params()))
+
+
+def _without(weights, name):
+    return {k: v for k, v in weights.items() if k != name}
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BAD_STREAMS = {
+    "missing": (lambda w: _without(w, NORM).items(), f"lacks 1 of .* tensors: {NORM}"),
+    "unexpected": (
+        lambda w: {**w, "model.extra.weight": torch.ones(1)}.items(),
+        "model.extra.weight is not in the model",
+    ),
+    "shape": (lambda w: {**w, NORM: torch.ones(31)}.items(), rf"{NORM} has shape \[31\], the model \[32\]"),
+    "twice": (lambda w: [*w.items(), (NORM, w[NORM])], f"{NORM} came twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_a_bad_stream_changes_nothing(case):
+    engine = loaded_engine()
+    before = engine.generate(prompts_of(4, 6), params())
+    make, message = BAD_STREAMS[case]
+    stream = make({name: tensor + 1 for name, tensor in weights_of(reference_model()).items()})
+    with pytest.raises(RolloutError, match=message):
+        engine.update_weights(iter(stream), version=4)
+    assert engine.weight_version == 3
+    assert same(before, engine.generate(prompts_of(4, 6), params()))
+
+
+def test_a_stream_that_breaks_off_changes_nothing():
+    engine = loaded_engine()
+    before = engine.generate(prompts_of(4), params())
+
+    def stream():
+        yield from [(n, t + 1) for n, t in weights_of(reference_model()).items()][:5]
+        raise ConnectionError("peer died")
+
+    with pytest.raises(ConnectionError):
+        engine.update_weights(stream(), version=4)
+    assert engine.weight_version == 3 and same(before, engine.generate(prompts_of(4), params()))
+
+
+def test_a_head_that_contradicts_the_tie_is_refused():
+    stream = dict(reference_model(tied=True).state_dict())
+    stream["lm_head.weight"] = stream["lm_head.weight"] + 1
+    with pytest.raises(RolloutError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        empty_engine(tied=True).update_weights(iter(stream.items()), version=1)
+
+
+def test_generate_before_weights_is_refused():
+    engine = empty_engine()
+    assert engine.weight_version == -1
+    with pytest.raises(RolloutError, match="no weights yet"):
+        engine.generate(prompts_of(4), params())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (prompts_of(3, 29), "prompt 1 has 29 tokens; with max_new_tokens 12 that is 41, .*max_position_embeddings 40"),
+        ([np.array([], dtype=np.int32)], "prompt 0 has no tokens"),
+        ([np.array([VOCAB], dtype=np.int32)], f"token {VOCAB}, .*vocabulary has {VOCAB}"),
+    ],
+    ids=["long", "empty", "unknown"],
+)
+def test_unusable_prompts_are_refused_with_numbers(prompts, message):
+    with pytest.raises(RolloutError, match=message):
+        loaded_engine().generate(prompts, params())
+
+
+def test_the_longest_allowed_prompt_is_taken():
+    rollout = loaded_engine(stops=()).generate(prompts_of(28), params())[0]
+    assert len(rollout.token_ids) == 12

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dapo_mcore.config import EvalConfig
+from dapo_mcore.errors import DataError
+from dapo_mcore.eval import evaluate, majority_is_right, set_metrics
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+
+
+def make_prompt(index: int) -> Prompt:
+    return Prompt(f"val:{index}", np.array([index], dtype=np.int32), "", "42")
+
+
+def make_rollout(length: int = 1, truncated: bool = False) -> Rollout:
+    tokens = np.zeros(length, dtype=np.int32)
+    reason = "length" if truncated else "stop"
+    return Rollout(tokens, tokens.astype(np.float32), tokens == 0, reason, weight_version=1)
+
+
+def make_group(preds: str, length: int = 1, truncated: bool = False) -> Group:
+    """One sample a letter: R is the right answer, `.` no answer found, `F` a failed score, others are wrong answers."""
+    rollout = make_rollout(length, truncated)
+    return Group(make_prompt(0), tuple(Sample(rollout, "", _score(pred)) for pred in preds))
+
+
+def _score(pred: str) -> Score:
+    if pred == "F":
+        # What a configured failure value looks like: not masked, but failed.
+        return Score(reward=-1.0, score=-1.0, acc=False, pred="", failure="timeout")
+    return Score(reward=1.0, score=1.0, acc=pred == "R", pred="" if pred == "." else pred)
+
+
+@pytest.mark.parametrize(
+    ("preds", "right"),
+    [
+        ("RRA", True),
+        ("RAA", False),
+        ("RA", True),
+        ("AR", False),
+        ("R..", True),
+        ("FFFR", True),
+        ("..", False),
+        ("FF", False),
+    ],
+)
+def test_majority(preds, right):
+    assert majority_is_right(make_group(preds)) is right
+
+
+def test_set_metrics_by_hand():
+    groups = [make_group("RRAF", length=2), make_group("AABR", length=6, truncated=True)]
+    assert set_metrics(groups) == {
+        "mean@4": pytest.approx((2 / 4 + 1 / 4) / 2),
+        "best@4": 1.0,
+        "maj@4": 0.5,
+        "response_length": 4.0,
+        "truncated_ratio": 0.5,
+        "failures": 1.0,
+    }
+
+
+def test_best_is_a_share_of_prompts():
+    assert set_metrics([make_group("AA"), make_group("AR"), make_group("RR")])["best@2"] == pytest.approx(2 / 3)
+
+
+class RecordingEngine:
+    """Answers with as many tokens as the prompt's number plus one."""
+
+    weight_version = 1
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, params):
+        self.calls.append(([int(p[0]) for p in prompts], params))
+        return [make_rollout(int(p[0]) + 1) for p in prompts]
+
+
+def reward(prompts, rollouts, texts):
+    return [_score("R" if len(rollout.token_ids) > 1 else "A") for rollout in rollouts]
+
+
+def test_evaluate_runs_every_set_with_its_own_law():
+    engine = RecordingEngine()
+    config = EvalConfig(samples_per_prompt=3, temperature=0.6, top_p=0.7, seed=11)
+    sets = {"easy": [make_prompt(1), make_prompt(2)], "hard": [make_prompt(0)]}
+    result = evaluate(engine, sets, reward, lambda ids: f"{len(ids)} tokens", config, max_new_tokens=9)
+    assert [prompts for prompts, _ in engine.calls] == [[1, 1, 1, 2, 2, 2], [0, 0, 0]]
+    for _, params in engine.calls:
+        law = (params.temperature, params.top_p, params.top_k, params.max_new_tokens, params.seed)
+        assert law == (0.6, 0.7, -1, 9, 11)
+    assert result.metrics["val/easy/mean@3"] == 1.0 and result.metrics["val/hard/mean@3"] == 0.0
+    assert result.metrics["val/easy/response_length"] == 2.5
+    assert len(result.metrics) == 12
+    assert [group.prompt.uid for group in result.groups["easy"]] == ["val:1", "val:2"]
+    assert result.groups["hard"][0].samples[0].text == "1 tokens"
+
+
+def test_a_set_without_prompts_is_an_error():
+    with pytest.raises(DataError, match=r"eval.sets.empty has 0 prompts"):
+        evaluate(RecordingEngine(), {"empty": []}, reward, str, EvalConfig(), max_new_tokens=4)
