@@ -138,10 +138,8 @@ class EmbeddedEngine:
     def _prefill(self, prompts: Sequence[np.ndarray], rows: np.ndarray) -> _Batch:
         """The decoding state after the prompts. Each distinct prompt is computed once, however often it is sampled."""
         distinct: dict[bytes, int] = {}
-        texts = [np.asarray(prompts[row], dtype=np.int64) for row in rows]
-        which = torch.tensor(
-            [distinct.setdefault(text.tobytes(), len(distinct)) for text in texts], device=self._device
-        )
+        chosen = [np.asarray(prompts[row], dtype=np.int64) for row in rows]
+        which = torch.tensor([distinct.setdefault(ids.tobytes(), len(distinct)) for ids in chosen], device=self._device)
         ids, mask = _pad_left([np.frombuffer(key, dtype=np.int64) for key in distinct], self._pad)
         ids, mask = ids.to(self._device), None if mask is None else mask.to(self._device)
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
