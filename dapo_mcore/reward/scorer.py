@@ -1,0 +1,70 @@
+"""Scores of responses: the reward function's outcome, the overlong penalty, and what a failure becomes.
+
+Change here: how outcome, length and failure policy combine into a Score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dapo_mcore.config import RewardConfig
+from dapo_mcore.reward.attempt import Attempt, Outcome, judged
+from dapo_mcore.reward.overlong import soft_overlong_penalty
+from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.pool import RewardPool
+from dapo_mcore.types import Prompt, Rollout, Score
+
+
+class Scorer:
+    """A types.RewardFunction; close() ends its workers. Made by build_reward."""
+
+    def __init__(self, config: RewardConfig, max_response_tokens: int):
+        self._config = config
+        self._max_length = config.overlong.max_length or max_response_tokens
+        self._pool: RewardPool | None = None
+        function = (config.function, config.adapter, config.strict_box)
+        if config.workers:
+            self._pool = RewardPool(config.workers, *function, config.timeout_seconds)
+        else:
+            self._judge = build_judge(*function)
+
+    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]:
+        """One Score a sample, in order; the three sequences are equally long."""
+        attempts = [
+            Attempt(prompt.text, text, prompt.answer, prompt.source, prompt.extra, rollout.token_ids)
+            for prompt, rollout, text in zip(prompts, rollouts, texts, strict=True)
+        ]
+        outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, attempt) for attempt in attempts]
+        return [
+            self._score(outcome, len(rollout.token_ids)) for outcome, rollout in zip(outcomes, rollouts, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Ends the worker processes, if any. May be called twice."""
+        if self._pool:
+            self._pool.close()
+
+    def _score(self, outcome: Outcome, length: int) -> Score:
+        """A failure carries failure_value, which counts only under on_failure=value: under mask it is masked."""
+        overlong, failed = self._config.overlong, outcome.failure is not None
+        penalty = 0.0
+        if overlong.penalty:
+            penalty = soft_overlong_penalty(length, self._max_length, overlong.cache, overlong.factor)
+        score = self._config.failure_value if failed else outcome.score
+        return Score(
+            reward=score + penalty,
+            score=score,
+            acc=outcome.acc and not failed,
+            pred=outcome.pred,
+            penalty=penalty,
+            failure=outcome.failure,
+            masked=failed and self._config.on_failure == "mask",
+        )
+
+
+def build_reward(config: RewardConfig, max_response_tokens: int) -> Scorer:
+    """The reward function of a run. Raises RewardError when it cannot be loaded.
+
+    With workers = 0 it runs here and has no deadline; with n > 0, in n processes with one of timeout_seconds.
+    """
+    return Scorer(config, max_response_tokens)

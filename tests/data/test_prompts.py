@@ -1,0 +1,203 @@
+"""Prompt files: both schemas, both formats, and what becomes of rows that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dapo_mcore.config import DataConfig
+from dapo_mcore.data.prompts import PromptSet, load_prompts
+from dapo_mcore.errors import ConfigError, DataError
+
+PLAIN = {"prompt_key": "q", "answer_key": "a"}
+VERL = {
+    "data_source": "math_dapo",
+    "prompt": [{"role": "user", "content": "1+1?"}],
+    "ability": "MATH",
+    "reward_model": {"ground_truth": "2", "style": "rule"},
+    "extra_info": {"index": "x1"},
+}
+
+
+def write(path: Path, *rows) -> str:
+    """A JSONL file; text is written as it is, anything else as JSON."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    def load(*rows, **settings) -> PromptSet:
+        files = settings.pop("files", None) or [write(tmp_path / "f.jsonl", *rows)]
+        return load_prompts(DataConfig(files=files, **{**PLAIN, **settings}), tokenizer, "train")
+
+    return load
+
+
+def fates(found: PromptSet) -> dict[str, int]:
+    names = ("rows", "bad_rows", "duplicates", "truncated", "dropped")
+    return {name: getattr(found, f"num_{name}") for name in names if getattr(found, f"num_{name}")}
+
+
+def test_plain_columns(load):
+    found = load({"q": "ab", "a": 7, "level": 3}, {"q": "b", "a": "x", "data_source": "set"})
+    first, second = found.prompts
+    assert (first.uid, first.text, first.token_ids.tolist(), first.answer) == ("train:0", "ab", [70, 71], "7")
+    assert (first.source, dict(first.extra)) == ("", {"level": 3})
+    assert (second.uid, second.answer, second.source, dict(second.extra)) == ("train:1", "x", "set", {})
+    assert found.describe() == "train: 2 rows gave 2 prompts"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_verls_schema_in_both_formats(tokenizer, tmp_path, suffix):
+    path = tmp_path / f"f.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([VERL]), path)
+    else:
+        write(path, VERL)
+    (tmp_path / "t.jinja").write_text("{{ messages[0].role }}>{{ messages[0].content }}")
+    config = DataConfig(files=[str(path)], chat_template=str(tmp_path / "t.jinja"))
+    (prompt,) = load_prompts(config, tokenizer, "train").prompts
+    assert (prompt.text, prompt.answer, prompt.source) == ("user>1+1?", "2", "math_dapo")
+    assert prompt.extra["extra_info"] == {"index": "x1"}
+    assert prompt.extra["ability"] == "MATH"
+
+
+def test_a_column_with_a_dot_in_its_name_comes_first(load):
+    (prompt,) = load({"q": "x", "a.b": "flat", "a": {"b": "nested"}}, answer_key="a.b").prompts
+    assert prompt.answer == "flat"
+
+
+def test_uids_count_rows_over_all_files_whatever_is_left_out(load, tmp_path):
+    one = write(tmp_path / "one.jsonl", {"q": "x", "a": "1"}, "{broken", "", {"q": "x", "a": "1"})
+    two = write(tmp_path / "two.jsonl", {"q": "y", "a": "1"})
+    found = load(files=[one, two], on_bad_row="skip")
+    assert [prompt.uid for prompt in found.prompts] == ["train:0", "train:3"]
+    assert fates(found) == {"rows": 4, "bad_rows": 1, "duplicates": 1}
+    assert "2 prompts (1 bad, 1 duplicates); first bad row: " in found.describe()
+    assert "one.jsonl row 2: not valid JSON" in found.describe()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("[1]", "a row must be a JSON object, not a list"),
+        ('{"q": "x', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ({"a": "1", "Q": "x"}, "no 'q', the row has a, Q; name the column in data.prompt_key"),
+        ({"q": "x"}, "no 'a', the row has q; name the column in data.answer_key"),
+        ({"q": None, "a": "1"}, "'q' is null"),
+        ({"q": "x", "a": None}, "'a' is null"),
+        ({"q": "x", "a": "  "}, "the answer is empty"),
+        ({"q": "x", "a": 45.0}, "text or an integer, got the float 45.0"),
+        ({"q": "x", "a": True}, "got the bool True"),
+        ({"q": "x", "a": ["1"]}, "got the list"),
+        ({"q": 5, "a": "1"}, "the prompt is a int, not text"),
+        ({"q": "", "a": "1"}, "no tokens"),
+        ({"q": "x", "a": "1", "data_source": 4}, "'data_source' must be text, got 4"),
+    ],
+)
+def test_a_bad_row_is_refused_or_skipped_and_counted(load, row, reason):
+    good = {"q": "good", "a": "1"}
+    with pytest.raises(DataError) as error:
+        load(good, row)
+    assert "f.jsonl row 2: " in str(error.value)
+    assert reason in str(error.value)
+    assert "on_bad_row skip" in str(error.value)
+    found = load(good, row, on_bad_row="skip")
+    assert [prompt.text for prompt in found.prompts] == ["good"]
+    assert fates(found) == {"rows": 2, "bad_rows": 1}
+    assert reason in found.first_bad_row
+
+
+def test_bytes_that_are_no_utf8(load, tmp_path):
+    (tmp_path / "b.jsonl").write_bytes(b'{"q": "\xff", "a": "1"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl row 1: not valid JSON"):
+        load(files=[str(tmp_path / "b.jsonl")])
+
+
+def test_nulls_in_parquet_are_bad_rows(load, tmp_path):
+    pq.write_table(pa.table({"q": ["x", "y"], "a": ["1", None]}), tmp_path / "n.parquet")
+    with pytest.raises(DataError, match=r"n\.parquet row 2: 'a' is null"):
+        load(files=[str(tmp_path / "n.parquet")])
+
+
+def test_files_that_cannot_be_read(load, tmp_path):
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "c.csv").write_text("q,a")
+    for name, reason in {"absent.jsonl": "no data file", "c.parquet": "cannot be read", "c.csv": "neither"}.items():
+        with pytest.raises(DataError, match=reason):
+            load(files=[str(tmp_path / name)])
+
+
+def test_nothing_left_is_an_error(load):
+    with pytest.raises(DataError, match=r"no usable prompt.*0 rows gave 0 prompts"):
+        load()
+    with pytest.raises(DataError, match=r"2 rows gave 0 prompts .2 bad.; first bad row:.* no 'q'"):
+        load({}, {}, on_bad_row="skip")
+
+
+def test_duplicates_are_equal_prompt_and_answer(load):
+    rows = [{"q": "x", "a": "1", "id": 1}, {"q": "x", "a": "1", "id": 2}, {"q": "x", "a": "2"}]
+    assert fates(load(*rows)) == {"rows": 3, "duplicates": 1}
+    assert [prompt.uid for prompt in load(*rows).prompts] == ["train:0", "train:2"]
+    assert len(load(*rows, deduplicate=False).prompts) == 3
+
+
+def test_long_prompts(load):
+    rows = [{"q": "abcdef", "a": "1"}, {"q": "abc", "a": "1"}]
+    cut = load(*rows, max_prompt_tokens=3)
+    assert [prompt.text for prompt in cut.prompts] == ["def", "abc"]
+    assert [len(prompt.token_ids) for prompt in cut.prompts] == [3, 3]
+    assert fates(cut) == {"rows": 2, "truncated": 1}
+    dropped = load(*rows, max_prompt_tokens=3, on_long_prompt="drop")
+    assert [prompt.uid for prompt in dropped.prompts] == ["train:1"]
+    assert fates(dropped) == {"rows": 2, "dropped": 1}
+    with pytest.raises(DataError, match=r"row 1: the prompt has 6 tokens, but data.max_prompt_tokens is 3"):
+        load(*rows, max_prompt_tokens=3, on_long_prompt="error", on_bad_row="skip")
+
+
+def test_limit_stops_reading(load):
+    found = load({"q": "x", "a": "1"}, {"q": "x", "a": "1"}, {"q": "y", "a": "1"}, "{broken", limit=2)
+    assert [prompt.uid for prompt in found.prompts] == ["train:0", "train:2"]
+    assert fates(found) == {"rows": 3, "duplicates": 1}
+
+
+def test_the_answer_pattern_takes_the_last_match(load):
+    (prompt,) = load({"q": "x", "a": "#### 3 is a step\n#### 72 "}, answer_pattern="#### (.+)").prompts
+    assert prompt.answer == "72"
+    with pytest.raises(DataError, match=r"row 1: data.answer_pattern '#### \(.\+\)' does not occur in '72'"):
+        load({"q": "x", "a": "72"}, answer_pattern="#### (.+)")
+
+
+@pytest.mark.parametrize(("pattern", "reason"), [("####", "has no group"), ("(", "no regular expression")])
+def test_a_useless_answer_pattern_is_refused(load, pattern, reason):
+    with pytest.raises(ConfigError, match=reason):
+        load({"q": "x", "a": "1"}, answer_pattern=pattern)
+
+
+def test_gsm8k_with_the_qwen_tokenizer_and_template(real_data):
+    """Real rows, tokenizer and template; the expected text is written out by hand."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(real_data("qwen/tokenizer.json")), eos_token="<|im_end|>")
+    config = DataConfig(
+        files=[str(real_data("gsm8k/train.jsonl"))],
+        prompt_key="question",
+        answer_key="answer",
+        answer_pattern="#### (.+)",
+        chat_template=str(real_data("qwen/qwen2_5.jinja")),
+        system_prompt="Think.",
+        limit=300,
+    )
+    found = load_prompts(config, tokenizer, "gsm8k")
+    first = found.prompts[0]
+    assert (len(found.prompts), first.uid, first.answer) == (300, "gsm8k:0", "72")
+    assert first.text.startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nNatalia sold clips to 48 of")
+    assert first.text.endswith("altogether in April and May?<|im_end|>\n<|im_start|>assistant\n")
+    assert first.token_ids[:2].tolist() == [151644, 8948]
+    assert tokenizer.decode(first.token_ids) == first.text
+    assert all(prompt.answer.replace(",", "").lstrip("-").isdigit() for prompt in found.prompts)

@@ -1,0 +1,137 @@
+"""The pool: order, deadlines, dying workers, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.errors import RewardError
+from dapo_mcore.reward.attempt import Attempt, Outcome
+from dapo_mcore.reward.pool import RewardPool
+
+ZOO = Path(__file__).with_name("plugin_zoo.py")
+
+
+@contextmanager
+def pool(num_workers: int = 2, timeout_seconds: float = 30.0, function: str = f"{ZOO}:by_text") -> Iterator[RewardPool]:
+    workers = RewardPool(num_workers, function, "verl", False, timeout_seconds)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def attempts(*responses: str) -> list[Attempt]:
+    return [Attempt("q", response, "a") for response in responses]
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_outcomes_come_back_in_order_and_workers_live_on():
+    with pool() as workers:
+        assert workers.score([]) == []
+        slow_first = workers.score(attempts("sleep 0.2", *(f"score {n}" for n in range(-3, 9))))
+        assert [outcome.score for outcome in slow_first] == [1.0, *map(float, range(-3, 9))]
+        pids = [{outcome.pred for outcome in workers.score(attempts(*["pid"] * 8))} for _ in range(2)]
+        assert len(pids[0] | pids[1]) <= 2
+
+
+def test_a_hanging_or_dying_worker_costs_its_own_sample_only():
+    work = ["score 1", "spin", "exit 7", "sleep 60", "raise no", "leave 2", "score nan", *["score 2"] * 20]
+    with pool(timeout_seconds=1.0) as workers:
+        start_s = time.monotonic()
+        outcomes = workers.score(attempts(*work))
+        assert time.monotonic() - start_s < 20
+        assert [outcome.failure for outcome in outcomes[:7]] == [
+            None,
+            "timeout",
+            "exit: the reward process ended with code 7",
+            "timeout",
+            "exception: ValueError: no",
+            "exception: SystemExit: 2",
+            "nan",
+        ]
+        assert outcomes[7:] == [Outcome(2.0, True)] * 20
+        assert workers.score(attempts("score 3")) == [Outcome(3.0, True)]
+
+
+def test_a_worker_killed_while_idle_costs_nothing():
+    with pool(num_workers=1) as workers:
+        (before,) = workers.score(attempts("pid"))
+        os.kill(int(before.pred), 9)
+        time.sleep(0.1)
+        (after,) = workers.score(attempts("pid"))
+        assert after.failure is None
+        assert after.pred != before.pred
+
+
+def test_an_interrupted_call_closes_the_pool():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pool() as workers:
+        (outcome,) = workers.score(attempts("pid"))
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            workers.score(attempts("sleep 60", "sleep 60"))
+        signal.signal(signal.SIGALRM, before)
+        assert gone(int(outcome.pred))
+
+
+def test_large_responses_pass():
+    with pool(num_workers=1, function=f"{ZOO}:echo") as workers:
+        (outcome,) = workers.score(attempts("x" * 1_000_000))
+        assert len(outcome.pred) > 1_000_000
+
+
+def test_close_leaves_no_process():
+    with pool() as workers:
+        pids = {int(outcome.pred) for outcome in workers.score(attempts(*["pid"] * 6))}
+        workers.close()
+        assert pids and all(gone(pid) for pid in pids)
+
+
+def test_workers_end_when_the_controller_is_killed():
+    script = f"""
+import time
+from dapo_mcore.reward.attempt import Attempt
+from dapo_mcore.reward.pool import RewardPool
+pool = RewardPool(2, "{ZOO}:by_text", "verl", False, 0.1)
+print(*(outcome.pred for outcome in pool.score([Attempt("q", "pid", "a")] * 4)), flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as controller:
+        pids = [int(pid) for pid in controller.stdout.readline().split()]
+        controller.kill()
+    deadline_s = time.monotonic() + 10
+    while not all(map(gone, pids)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert pids and all(map(gone, pids))
+
+
+def test_a_function_that_cannot_be_loaded_fails_at_once():
+    with pytest.raises(RewardError, match="has no function 'absent'"):
+        RewardPool(2, f"{ZOO}:absent", "verl", False, 30.0)
+
+
+def test_a_file_that_ends_the_process_on_import_is_told(tmp_path: Path):
+    (tmp_path / "ends.py").write_text("import os; os._exit(5)")
+    with pytest.raises(RewardError, match="did not start: exit: the reward process ended with code 5"):
+        RewardPool(1, f"{tmp_path / 'ends.py'}:f", "verl", False, 30.0)

@@ -1,0 +1,95 @@
+"""Scores: reward = score + penalty, raw correctness, and what a failure becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dapo_mcore.config import RewardConfig
+from dapo_mcore.errors import RewardError
+from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.types import Prompt, Rollout, Score
+
+ZOO = Path(__file__).with_name("plugin_zoo.py")
+OVERLONG = {"penalty": True, "cache": 8}
+
+
+def rollout(length: int) -> Rollout:
+    written = np.arange(length) % 2 == 0  # every other token is tool output, which counts as length
+    return Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), written, "stop", 0)
+
+
+def score(*responses: str, lengths: tuple[int, ...] = (), max_response_tokens: int = 16, **config) -> list[Score]:
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7", "set", {"level": 3})
+    reward = build_reward(RewardConfig(**config), max_response_tokens)
+    try:
+        rollouts = [rollout(length) for length in lengths or [4] * len(responses)]
+        return reward([prompt] * len(responses), rollouts, responses)
+    finally:
+        reward.close()
+        reward.close()
+
+
+def test_math_dapo():
+    assert score("Answer: 7", "Answer: 8", "?") == [
+        Score(reward=1.0, score=1.0, acc=True, pred="7"),
+        Score(reward=-1.0, score=-1.0, acc=False, pred="8"),
+        Score(reward=-1.0, score=-1.0, acc=False, pred="[INVALID]"),
+    ]
+
+
+def test_strict_box():
+    assert [s.acc for s in score("\\boxed{7}", "Answer: 7", strict_box=True)] == [True, False]
+
+
+def test_the_penalty_is_in_the_reward_and_never_in_acc():
+    scores = score(*["Answer: 7"] * 4, lengths=(8, 12, 16, 40), overlong=OVERLONG)
+    assert [s.penalty for s in scores] == [0.0, -0.5, -1.0, -1.0]
+    assert [s.reward for s in scores] == [1.0, 0.5, 0.0, 0.0]
+    assert all(s.score == 1.0 and s.acc for s in scores)
+
+
+def test_the_penalty_can_have_a_length_of_its_own():
+    (scored,) = score("Answer: 7", lengths=(8,), overlong={**OVERLONG, "max_length": 10, "factor": 2.0})
+    assert scored.penalty == -1.5
+
+
+def test_the_penalty_is_off_by_default():
+    assert score("Answer: 7", lengths=(16,))[0].penalty == 0.0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_failures_are_masked(workers: int):
+    function = f"{ZOO}:by_text"
+    bad, good = score("raise no", "score 1", function=function, workers=workers, failure_value=-3.0)
+    assert bad == Score(reward=-3.0, score=-3.0, acc=False, failure="exception: ValueError: no", masked=True)
+    assert good == Score(reward=1.0, score=1.0, acc=True)
+
+
+def test_or_failures_get_the_configured_value():
+    settings = {"function": f"{ZOO}:by_text", "on_failure": "value", "failure_value": -3.0, "overlong": OVERLONG}
+    (bad,) = score("score nan", lengths=(12,), **settings)
+    assert bad == Score(reward=-3.5, score=-3.0, acc=False, penalty=-0.5, failure="nan", masked=False)
+
+
+def test_a_pool_keeps_its_deadline():
+    bad, good = score("spin", "score 1", function=f"{ZOO}:by_text", workers=2, timeout_seconds=0.5)
+    assert (bad.failure, bad.masked, good.reward) == ("timeout", True, 1.0)
+
+
+def test_trl_sees_the_rows_columns():
+    (scored,) = score("7", function=f"{ZOO}:trl_named", adapter="trl")
+    assert scored.acc
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_function_that_cannot_be_loaded(workers: int):
+    with pytest.raises(RewardError, match="no function 'absent'"):
+        score("x", function=f"{ZOO}:absent", workers=workers)
+
+
+def test_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        score("x", "y", lengths=(1,))
