@@ -1,0 +1,67 @@
+"""From the last stage's hidden states to the loss: selects loss rows, applies the policy head over the tensor group."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from dapo_mcore.actor.layout import Layout
+from dapo_mcore.actor.model import PolicyModel
+from dapo_mcore.config import Config
+from dapo_mcore.kernels.policy_head import PolicyHeadOutput, linear_logprobs, linear_policy_loss
+from dapo_mcore.types import MicroBatch
+
+
+class Head:
+    """The policy head of one model: `loss` for training, `logprobs` for scoring, on one path with one chunk size.
+
+    Only rows that carry loss are projected to the vocabulary.
+    """
+
+    def __init__(self, config: Config, layout: Layout, vocab_size: int):
+        self.algo = config.algo
+        self.sequence_parallel = config.parallel.sequence_parallel
+        self.common = dict(
+            temperature=config.rollout.temperature,
+            vocab_size=vocab_size,
+            tp_group=layout.tensor_group if layout.tensor > 1 else None,
+            chunk_tokens=config.batch.head_chunk_tokens,
+        )
+
+    def loss(
+        self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch, tis_weights: torch.Tensor | None
+    ) -> PolicyHeadOutput:
+        """The weighted sum of token losses over this rank's rows, differentiable; hidden [s, b, H]."""
+        algo = self.algo
+        return linear_policy_loss(
+            self._rows(hidden, batch),
+            model.head_weight(),
+            batch.targets,
+            advantages=batch.advantages,
+            token_weights=batch.token_weights,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            tis_weights=tis_weights,
+            clip_low=algo.clip_low,
+            clip_high=algo.clip_high,
+            dual_clip=algo.dual_clip,
+            kl_coef=algo.kl.coef if algo.kl.place == "loss" else 0.0,
+            kl_estimator=algo.kl.estimator,
+            entropy_coef=algo.entropy_coef,
+            **self.common,
+        )
+
+    def logprobs(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """float32 [L], log-probs of the targets; no gradient."""
+        return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]
+
+    def _rows(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """[L, H]. The head returns this rank's share of d(loss)/d(hidden); these mappings sum it over the group."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return hidden.flatten(0, 1).index_select(0, batch.rows)

@@ -1,0 +1,196 @@
+"""The mesh of processes: where this rank stands, and which ranks it talks to.
+
+Change here: how processes are started and grouped. No other module reads Megatron's parallel_state or
+the launcher's environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dapo_mcore.actor import cpu_device
+from dapo_mcore.config import ParallelConfig
+from dapo_mcore.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's coordinates and groups. Rank 0 is the controller: first in every direction of the mesh.
+
+    tensor, pipeline, context, data          sizes of the mesh's axes; world_size is their product
+    *_rank                                   this rank's coordinate on each axis
+    tensor_group, pipeline_group             device process groups
+    control_group                            gloo group of all ranks, for tensors in host memory
+    replica_groups                           gloo; entry d holds rank 0 and every rank of data-parallel replica d, and is
+                                             None where this rank is not in it
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    pipeline_ranks: tuple[int, ...]
+    control_group: dist.ProcessGroup
+    replica_groups: tuple[dist.ProcessGroup | None, ...]
+
+    @property
+    def is_controller(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """True on exactly one rank of each (data, context) coordinate: its loss rows count once in a sum over ranks."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum of host tensors over all ranks (gloo all-reduce); in place."""
+        dist.all_reduce(values, group=self.control_group)
+        return values
+
+    def max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise maximum of host tensors over all ranks (gloo all-reduce); in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control_group)
+        return values
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's value on every rank (gloo broadcast); small records within the trusted job only."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control_group)
+        return box[0]
+
+    def broadcast(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """Rank 0's host tensor on every rank of a gloo `group`; in place."""
+        dist.broadcast(tensor, src=0, group=group)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control_group)
+
+    def controller_first(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0 while the others wait."""
+        if self.is_controller:
+            action()
+        self.barrier()
+
+
+def start(parallel: ParallelConfig, seed: int) -> Layout:
+    """Joins the job and builds every process group.
+
+    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when the world
+    size does not fit the mesh. Collectives: creates process groups, so every rank must call it.
+    """
+    cpu_device.install_if_needed()
+    from megatron.core import parallel_state, tensor_parallel
+
+    device = _join(parallel)
+    data = _data_parallel_size(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        context_parallel_size=parallel.context_parallel,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+    data_rank = parallel_state.get_data_parallel_rank()
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        tensor=parallel.tensor_parallel,
+        pipeline=parallel.pipeline_parallel,
+        context=parallel.context_parallel,
+        data=data,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=data_rank,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        pipeline_ranks=tuple(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())),
+        control_group=control,
+        replica_groups=_replica_groups(data, data_rank, control, timeout),
+    )
+
+
+def stop() -> None:
+    """Leaves the job; safe to call twice."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join(parallel: ParallelConfig) -> torch.device:
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if dist.is_initialized():
+        return device
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    tensor, pipeline, context = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
+    model = tensor * pipeline * context
+    product = f"tensor_parallel {tensor} × pipeline_parallel {pipeline} × context_parallel {context}"
+    if parallel.data_parallel is not None and world_size != model * parallel.data_parallel:
+        raise ConfigError(
+            f"world size {world_size} is not {product} × data_parallel {parallel.data_parallel} "
+            f"= {model * parallel.data_parallel}; start {model * parallel.data_parallel} processes or change the mesh"
+        )
+    if world_size % model:
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of {product} = {model}; "
+            f"start {model} processes (or a multiple, for data parallelism), for instance "
+            f"torchrun --nproc-per-node {model} -m dapo_mcore.train …"
+        )
+    return world_size // model
+
+
+def _replica_groups(
+    data: int, data_rank: int, control: dist.ProcessGroup, timeout: timedelta
+) -> tuple[dist.ProcessGroup | None, ...]:
+    """One gloo group a data-parallel replica, each with rank 0 added. Every rank creates all of them, in one order."""
+    ranks_of = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    ranks_of[dist.get_rank()] = data_rank
+    dist.all_reduce(ranks_of, group=control)
+    groups = []
+    for replica in range(data):
+        members = sorted({0, *torch.nonzero(ranks_of == replica).flatten().tolist()})
+        group = dist.new_group(members, backend="gloo", timeout=timeout)
+        groups.append(group if dist.get_rank() in members else None)
+    return tuple(groups)

@@ -1,0 +1,136 @@
+"""What one rollout step does to the policy: share → score → advantages → gradient steps.
+
+Change here: the order of learning within a rollout step. The parts are elsewhere: who trains on what (scatter), the
+objective (algo, kernels), the gradient step (actor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.metrics import UpdateSums
+from dapo_mcore.actor.scatter import StepFacts, StepShare
+from dapo_mcore.algo.advantage import group_advantages
+from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
+from dapo_mcore.algo.kl import kl_estimate, penalised_rewards
+from dapo_mcore.algo.loss import config_sample_weights
+from dapo_mcore.batch.microbatch import build_micro_batch
+from dapo_mcore.config import Config
+from dapo_mcore.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class ScoredStep:
+    """The mini-batches of a step, ready for gradient steps, and what scoring found out."""
+
+    mini_batches: list[list[MicroBatch]]
+    metrics: dict[str, float]
+
+
+class Learner:
+    """Runs an actor on shares of rollout steps. Every rank calls the same methods in the same order."""
+
+    def __init__(self, actor: Actor, pad_token: int):
+        self.actor = actor
+        self.config: Config = actor.config
+        self.layout = actor.layout
+        self.pad_token = pad_token
+
+    def score(self, share: StepShare) -> ScoredStep:
+        """The step's micro-batches with old (and reference) log-probs and advantages, partitioned first, scored second."""
+        mini_batches = self.build(share)
+        sizes = [len(mini) for mini in mini_batches]
+        flat = [micro for mini in mini_batches for micro in mini]
+        metrics = {}
+        if self._needs_scoring():
+            flat = self.actor.score(flat)
+            metrics = mismatch_metrics(self._mismatch(flat))
+        advantages = self._advantages(share.facts, flat)
+        flat = [micro.with_(advantages=advantages[micro.sample_ids]) for micro in flat]
+        if self.config.algo.old_logprobs == "rollout" and not self._needs_scoring():
+            flat = [micro.with_(old_logprobs=micro.rollout_logprobs) for micro in flat]
+        bounds = np.cumsum([0, *sizes])
+        return ScoredStep([flat[a:b] for a, b in zip(bounds[:-1], bounds[1:])], metrics)
+
+    def build(self, share: StepShare) -> list[list[MicroBatch]]:
+        """This rank's micro-batches of every mini-batch, with token weights and without advantages."""
+        return [self._build_mini_batch(share, index) for index in range(len(share.plan))]
+
+    def update(self, mini_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateSums]:
+        """One gradient step per mini-batch, `batch.epochs` times over."""
+        return [self.actor.update(mini) for _ in range(self.config.batch.epochs) for mini in mini_batches]
+
+    def _needs_scoring(self) -> bool:
+        algo = self.config.algo
+        return algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.kl.coef > 0
+
+    def _build_mini_batch(self, share: StepShare, index: int) -> list[MicroBatch]:
+        plan, facts, layout = share.plan[index], share.facts, self.layout
+        weights = np.zeros(len(facts.lengths))
+        weights[plan.samples] = config_sample_weights(
+            self.config, facts.num_loss_tokens[plan.samples], _micro_batch_ids(plan.samples, plan.micro)
+        )
+        local = share.global_ids
+        micro_batches = [
+            build_micro_batch(
+                share.batch,
+                [share.local_of[sample] for sample in samples],
+                advantages=np.zeros(len(local)),
+                weights=weights[local],
+                context_parallel=layout.context,
+                context_rank=layout.context_rank,
+                tensor_multiple=layout.tensor if self.config.parallel.sequence_parallel else 1,
+                packing=self.config.batch.packing,
+                pad_token=self.pad_token,
+            )
+            for samples in plan.micro[layout.data_rank]
+        ]
+        to_global = torch.from_numpy(local)
+        return [micro.with_(sample_ids=to_global[micro.sample_ids]) for micro in micro_batches]
+
+    def _advantages(self, facts: StepFacts, scored: Sequence[MicroBatch]) -> torch.Tensor:
+        """float32 [B] for all samples of the step, the same on every rank."""
+        algo = self.config.algo
+        rewards = facts.rewards
+        if algo.kl.coef > 0 and algo.kl.place == "reward":
+            rewards = penalised_rewards(rewards, self._kl_sums(len(rewards), scored), algo.kl.coef)
+        advantages = group_advantages(
+            rewards,
+            facts.group_ids,
+            facts.in_statistics,
+            std=algo.advantage_std,
+            baseline=algo.advantage_baseline,
+            eps=algo.advantage_eps,
+        )
+        return torch.from_numpy(advantages).float()
+
+    def _kl_sums(self, num_samples: int, scored: Sequence[MicroBatch]) -> np.ndarray:
+        """float64 [B], each sample's summed KL estimate over its loss tokens. Collective: one gloo all-reduce."""
+        sums = torch.zeros(num_samples, dtype=torch.float64)
+        if self.layout.reports_loss:
+            for micro in scored:
+                kl = kl_estimate(micro.old_logprobs, micro.ref_logprobs, self.config.algo.kl.estimator)
+                sums.index_add_(0, micro.sample_ids, kl.double().cpu())
+        return self.layout.sum_over_ranks(sums).numpy()
+
+    def _mismatch(self, scored: Sequence[MicroBatch]) -> MismatchStats:
+        """Train-versus-rollout log-prob distance over all loss tokens of the step. Collectives: two gloo all-reduces."""
+        nothing = torch.zeros(0)
+        total = mismatch_stats(nothing, nothing)
+        if self.layout.reports_loss:
+            for micro in scored:
+                old = micro.old_logprobs.cpu()
+                total = total + mismatch_stats(old, micro.rollout_logprobs.to(old.dtype))
+        return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
+
+
+def _micro_batch_ids(samples: np.ndarray, micro: list[list[list[int]]]) -> np.ndarray:
+    """int64 [n]: the number of the micro-batch, over all replicas, that each of `samples` is in."""
+    parts = [part for rank in micro for part in rank]
+    number_of = {sample: number for number, part in enumerate(parts) for sample in part}
+    return np.array([number_of[sample] for sample in samples.tolist()], dtype=np.int64)

@@ -1,0 +1,83 @@
+"""Sums over loss tokens of one gradient step, added up over the mesh, and what they mean as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dapo_mcore.actor.layout import Layout
+from dapo_mcore.kernels.policy_head import PolicyHeadOutput
+from dapo_mcore.types import MicroBatch
+
+SUMS = ("tokens", "loss", "nll", "entropy", "clip_low", "clip_high", "clip_dual", "ppo_kl", "ref_kl")
+MAXIMA = ("ratio_max_deviation",)
+
+
+def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """One micro-batch's sums and maxima over this rank's loss rows, as fp64 vectors in the order of SUMS and MAXIMA."""
+    new = output.logprobs.double()
+    drift = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
+    sums = torch.stack(
+        [
+            new.new_tensor(float(new.numel())),
+            output.loss.detach().double(),
+            -new.sum(),
+            output.entropy.double().sum(),
+            output.clipped_low.double().sum(),
+            output.clipped_high.double().sum(),
+            output.clipped_dual.double().sum(),
+            (drift.exp() - 1 - drift).sum(),  # k3: always ≥ 0
+            output.kl.double().sum(),
+        ]
+    )
+    deviation = (output.ratio.double() - 1).abs()
+    return {"sums": sums, "maxima": deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)}
+
+
+@dataclass(frozen=True)
+class UpdateSums:
+    """One gradient step. `sums` and `maxima` are over every loss token of the mini-batch on all ranks.
+
+    loss is the mini-batch's loss itself (a sum of already weighted terms); the others are sums to divide by tokens.
+    """
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+    @classmethod
+    def reduce(
+        cls, outcomes: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float, skipped: bool
+    ) -> UpdateSums:
+        """Adds up the micro-batches of all ranks. Collectives: two small gloo all-reduces over the control group."""
+        sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        maxima = torch.zeros(len(MAXIMA), dtype=torch.float64)
+        if layout.reports_loss:
+            sums = torch.stack([out["sums"] for out in outcomes]).sum(0).cpu()
+            maxima = torch.stack([out["maxima"] for out in outcomes]).amax(0).cpu()
+        layout.sum_over_ranks(sums)
+        layout.max_over_ranks(maxima)
+        return cls(
+            dict(zip(SUMS, sums.tolist())), dict(zip(MAXIMA, maxima.tolist())), grad_norm=grad_norm, lr=lr, skipped=skipped
+        )
+
+
+def update_metrics(updates: Sequence[UpdateSums]) -> dict[str, float]:
+    """`actor/…` metrics of one rollout step: token-weighted means over its gradient steps, maxima, the last lr."""
+    tokens = max(1.0, sum(u.sums["tokens"] for u in updates))
+    mean = {name: sum(u.sums[name] for u in updates) / tokens for name in SUMS if name not in ("tokens", "loss")}
+    count = len(updates)
+    return {
+        "actor/loss": sum(u.sums["loss"] for u in updates) / count,
+        **{f"actor/{name}": value for name, value in mean.items()},
+        "actor/grad_norm": sum(u.grad_norm for u in updates) / count,
+        "actor/lr": updates[-1].lr,
+        "actor/ratio_max_deviation": max(u.maxima["ratio_max_deviation"] for u in updates),
+        "actor/first_update_ratio_deviation": updates[0].maxima["ratio_max_deviation"],
+        "actor/skipped_updates": float(sum(u.skipped for u in updates)),
+        "updates_per_step": float(count),
+    }

@@ -1,0 +1,103 @@
+"""Forward and backward over micro-batches through Megatron's schedule, with the loss normalised in one place.
+
+Change here: nothing about the objective (kernels/, algo/loss); only how Megatron is driven. This is the only module that knows
+how Megatron would scale a loss: `calculate_per_token_loss=True` makes the schedule leave it alone, gradients are summed
+over data- and context-parallel ranks, and `num_tokens=None` keeps finalize_model_grads from dividing. The token weights
+already hold 1/N, with N counted over the whole mini-batch before the first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from dapo_mcore.actor.attention import SequenceParams, plan_attention
+from dapo_mcore.actor.layout import Layout
+from dapo_mcore.actor.model import PolicyModel
+from dapo_mcore.types import MicroBatch
+
+Outcome = dict[str, torch.Tensor]
+LossFunction = Callable[[PolicyModel, torch.Tensor, MicroBatch], tuple[torch.Tensor, Outcome]]
+
+
+def run_micro_batches(
+    model: DistributedDataParallel | PolicyModel,
+    micro_batches: Sequence[MicroBatch],
+    loss_function: LossFunction,
+    layout: Layout,
+    *,
+    backward: bool,
+) -> list[Outcome]:
+    """What `loss_function` returned for each micro-batch, on last-stage ranks; an empty list elsewhere.
+
+    `loss_function(policy, hidden [s, b, H], micro_batch)` gives (loss to differentiate, tensors to keep). With `backward`
+    the gradients end in main_grad, summed over data- and context-parallel ranks. Every rank of the mesh must call this
+    with equally many micro-batches. Collectives: all of Megatron's for one step.
+    """
+    forward_step = partial(_forward_step, loss_function=loss_function, layout=layout)
+    schedule = get_forward_backward_func()
+    tokens = micro_batches[0].tokens
+    with torch.enable_grad() if backward else torch.no_grad():
+        return schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=tokens.size(1) * layout.context,
+            micro_batch_size=tokens.size(0),
+            forward_only=not backward,
+        )
+
+
+def finalize_without_division(
+    model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: Any
+) -> None:
+    """Megatron's gradient finalisation (sums over ranks, tied embeddings, sequence-parallel norms), never dividing."""
+    finalize_model_grads(model, None, **groups)
+
+
+def _forward_step(
+    iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Outcome]]]:
+    batch = to_device(next(iterator), layout.device)
+    hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=_sequence_params(batch, layout))
+    return hidden, partial(_loss, model, batch, loss_function)
+
+
+def _loss(
+    model: torch.nn.Module, batch: MicroBatch, loss_function: LossFunction, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Outcome]:
+    policy = model.module if isinstance(model, DistributedDataParallel) else model
+    loss, kept = loss_function(policy, hidden, batch)
+    # the triple (loss, tokens, kept) is the form that Megatron neither averages nor scales; the count is not used
+    return loss, torch.zeros((), dtype=torch.int, device=hidden.device), kept
+
+
+def _sequence_params(batch: MicroBatch, layout: Layout) -> SequenceParams | None:
+    if batch.cu_seqlens is None:
+        return None
+    lengths = torch.diff(batch.cu_seqlens).cpu().numpy().astype(np.int64)
+    return SequenceParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        plan=plan_attention(lengths, layout.context, layout.context_rank, layout.device),
+    )
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same record with every tensor on `device`."""
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name in MicroBatch.__dataclass_fields__
+        if torch.is_tensor(value := getattr(batch, name)) and value.device != device
+    }
+    return batch.with_(**moved) if moved else batch

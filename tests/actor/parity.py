@@ -1,0 +1,301 @@
+"""Three gradient steps of a small policy: on a mesh of real gloo processes, and in plain fp64 (Hugging Face + AdamW).
+
+Helpers of the tests beside this file; the worker functions run in spawned processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from dapo_mcore.config import Config, parse_config
+from dapo_mcore.types import TrainBatch
+
+VOCAB, LAYERS, STEPS, LR = 61, 4, 3, 1e-3
+
+
+@dataclass(frozen=True)
+class Mesh:
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def __str__(self) -> str:
+        name = f"TP{self.tensor}PP{self.pipeline}CP{self.context}DP{self.data}"
+        return name + ("SP" if self.sequence_parallel else "")
+
+
+def make_config(mesh: Mesh, **overrides: Any) -> Config:
+    """The configuration of the tests; `overrides` are dotted keys with dots written as double underscores."""
+    tree: dict[str, Any] = {
+        "model": {"path": "unused", "init": "random"},
+        "data": {"files": ["unused"], "max_prompt_tokens": 16},
+        "parallel": {
+            "tensor_parallel": mesh.tensor,
+            "pipeline_parallel": mesh.pipeline,
+            "context_parallel": mesh.context,
+            "sequence_parallel": mesh.sequence_parallel,
+            "timeout_minutes": 5,
+        },
+        "rollout": {"group_size": 4, "max_response_tokens": 24},
+        "sampling": {"train_batch_prompts": 4, "gen_batch_prompts": 4},
+        "algo": {"old_logprobs": "rollout", "dual_clip": 3.0},
+        "batch": {"mini_batch_prompts": 4, "max_tokens": 64},
+        "optimizer": {"lr": LR, "warmup_updates": 0, "weight_decay": 0.1, "beta2": 0.95, "clip_grad": 0.5},
+    }
+    for key, value in overrides.items():
+        *sections, leaf = key.split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return parse_config(tree)
+
+
+def hf_config(family: str = "qwen2", tied: bool = False) -> Any:
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    common = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-6,
+        attn_implementation="sdpa",
+        initializer_range=0.05,
+    )
+    if family == "qwen3":
+        return Qwen3Config(**common, head_dim=32, architectures=["Qwen3ForCausalLM"])
+    if family == "llama":
+        return LlamaConfig(**common, architectures=["LlamaForCausalLM"])
+    return Qwen2Config(**common, architectures=["Qwen2ForCausalLM"])
+
+
+class DictReader:
+    """HF tensors from a dictionary."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        self.state = state
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state[name].shape)
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
+        tensor = self.state[name].float()
+        return tensor if dim is None else tensor.narrow(dim, start, stop - start)
+
+
+def start_weights(family: str, tied: bool) -> dict[str, torch.Tensor]:
+    """fp32 weights with nothing left at 0 or 1, so that every tensor has a gradient that matters."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    state = AutoModelForCausalLM.from_config(hf_config(family, tied)).float().state_dict()
+    noise = torch.Generator().manual_seed(1)
+    for name, tensor in state.items():
+        if tensor.dim() == 1:
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=noise))
+    return state
+
+
+def make_batch(seed: int = 7, num_groups: int = 4, group_size: int = 4) -> TrainBatch:
+    """Ragged samples over a skewed vocabulary (gradients then add up rather than cancel); the second is fully masked."""
+    rng = np.random.default_rng(seed)
+    count = num_groups * group_size
+    prompts, responses = rng.integers(3, 13, count), rng.integers(1, 25, count)
+    offsets = np.concatenate([[0], np.cumsum(prompts + responses)]).astype(np.int64)
+    mask = np.zeros(offsets[-1], dtype=bool)
+    for sample in range(count):
+        response = slice(offsets[sample] + prompts[sample], offsets[sample + 1])
+        mask[response] = sample != 1 and rng.random(responses[sample]) < 0.8
+    common = rng.random(offsets[-1]) < 0.7
+    return TrainBatch(
+        tokens=np.where(common, 0, rng.integers(0, VOCAB, offsets[-1])).astype(np.int32),
+        loss_mask=mask,
+        rollout_logprobs=np.zeros(offsets[-1], dtype=np.float32),
+        offsets=offsets,
+        rewards=rng.normal(size=count),
+        group_ids=np.repeat(np.arange(num_groups), group_size),
+        in_statistics=np.ones(count, dtype=bool),
+    )
+
+
+def off_policy(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> TrainBatch:
+    """The batch with old log-probs near the policy's: every clip is active, as after a few gradient steps."""
+    model = model64(family, tied)
+    noise = np.random.default_rng(3)
+    old = np.zeros(len(batch.tokens))
+    for begin, end in zip(batch.offsets[:-1], batch.offsets[1:]):
+        tokens = torch.from_numpy(batch.tokens[begin:end].astype(np.int64))
+        with torch.no_grad():
+            logp = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        old[begin + 1 : end] = logp.numpy() + 0.3 * noise.standard_t(3, size=len(logp))
+    return replace(batch, rollout_logprobs=np.where(batch.loss_mask, old, 0).astype(np.float32))
+
+
+def dapo_loss(model: torch.nn.Module, batch: TrainBatch, low: float, high: float, dual: float) -> torch.Tensor:
+    """The objective in its plainest form: one sample after the other, log_softmax over whole logits."""
+    total, count = torch.zeros((), dtype=torch.float64), int(batch.loss_mask.sum())
+    for group in np.unique(batch.group_ids):
+        rewards = torch.from_numpy(batch.rewards[batch.group_ids == group])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for sample, advantage in zip(np.flatnonzero(batch.group_ids == group), advantages):
+            where = slice(batch.offsets[sample], batch.offsets[sample + 1])
+            tokens = torch.from_numpy(batch.tokens[where].astype(np.int64))
+            mask = torch.from_numpy(batch.loss_mask[where])[1:]
+            logits = model(tokens[None]).logits[0, :-1]
+            logp = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0][mask]
+            old = torch.from_numpy(batch.rollout_logprobs[where].astype(np.float64))[1:][mask]
+            ratio = (logp - old).clamp(-20, 20).exp()
+            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+            total = total + (torch.minimum(loss, -advantage * dual) if advantage < 0 else loss).sum()
+    return total / count
+
+
+def model64(family: str, tied: bool) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(hf_config(family, tied)).double()
+    model.load_state_dict(start_weights(family, tied))
+    _norms_in_fp64(model)
+    return model
+
+
+def reference(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> dict[str, Any]:
+    """Gradients of step 1, gradient norms, and parameters after STEPS steps, all fp64 and HF-named."""
+    model = model64(family, tied)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    result: dict[str, Any] = {"norms": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        dapo_loss(model, batch, 0.2, 0.28, 3.0).backward()
+        if step == 0:
+            result["grads"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+        result["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+    result["params"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return result
+
+
+def _norms_in_fp64(model: torch.nn.Module) -> None:
+    """Hugging Face computes RMSNorm in fp32 whatever the model's dtype; a reference must not."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = module.variance_epsilon
+
+            def forward(x: torch.Tensor, weight: torch.Tensor = module.weight, eps: float = eps) -> torch.Tensor:
+                return weight * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+            module.forward = forward
+
+
+def spawn(worker: Any, mesh: Mesh, *args: Any) -> list[Any]:
+    """Runs `worker(layout, *args)` on every process of the mesh; the JSON that rank 0 returned, from a fresh job."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, args=(worker, mesh, folder, args), nprocs=mesh.world_size)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def _enter(rank: int, worker: Any, mesh: Mesh, folder: str, args: tuple[Any, ...]) -> None:
+    import torch.distributed as dist
+
+    from dapo_mcore.actor import layout as layouts
+
+    os.environ.update(LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=mesh.world_size)
+    config = make_config(mesh)
+    layout = layouts.start(config.parallel, seed=0)
+    result = worker(layout, mesh, *args)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    layouts.stop()
+
+
+def build_actor(config: Config, layout: Any, family: str = "qwen2", tied: bool = False) -> Any:
+    from dapo_mcore.actor.actor import Actor
+
+    return Actor(config, hf_config(family, tied), layout, DictReader(start_weights(family, tied)))
+
+
+def gather_named(actor: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full HF-named tensors on rank 0 from local ones keyed like the policy's parameters."""
+    from dapo_mcore.weights.sync import WeightStream
+
+    stream = WeightStream(actor.policy, actor.shape, actor.layout)
+    names = actor.policy.global_parameter_names()
+    stream.local = {names[name]: tensor for name, tensor in tensors.items()}
+    return {name: tensor.clone() for name, tensor in stream()}
+
+
+def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
+    """main_grad of every parameter; with the distributed optimizer its reduced shards are gathered first."""
+    import torch.distributed as dist
+
+    for buffer in actor.ddp.buffers if actor.config.optimizer.distributed else []:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            parts = [torch.empty_like(shard) for _ in range(group.size())]
+            dist.all_gather(parts, shard, group=group)
+            bucket.grad_data.copy_(torch.cat(parts))
+    return {name: p.main_grad.clone() for name, p in actor.policy.named_parameters()}
+
+
+def capture_first_gradient(actor: Any) -> dict[str, torch.Tensor]:
+    """A dictionary that the actor's next update fills with its HF-named gradient (rank 0), before the optimizer acts."""
+    found: dict[str, torch.Tensor] = {}
+    step = actor.optimizer.step
+
+    def step_and_capture() -> tuple[bool, float]:
+        found.update(gather_named(actor, local_gradients(actor)))
+        actor.optimizer.step = step
+        return step()
+
+    actor.optimizer.step = step_and_capture
+    return found
+
+
+def shared_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed: int | None = None) -> Any:
+    from dapo_mcore.actor.learner import Learner
+    from dapo_mcore.actor.scatter import scatter_step
+
+    share = scatter_step(
+        batch if layout.is_controller else None,
+        config,
+        layout,
+        mini_batch_prompts=config.batch.mini_batch_prompts,
+        seed=seed,
+    )
+    return Learner(actor, pad_token=0).score(share).mini_batches
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest ‖Δ‖₂ / ‖g‖₂ over all tensors; every expected name must be there."""
+    assert found.keys() == {name for name in expected if name in found} and len(found) == len(expected), (
+        sorted(set(expected) ^ set(found))
+    )
+    return max(
+        float((found[name].double() - expected[name]).norm() / expected[name].norm()) for name in expected
+    )
