@@ -346,7 +346,9 @@ def _check_algo(c: Config) -> None:
             "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
         )
     if c.model.overrides and c.model.init != "random":
-        raise ValueError("model.overrides changes the architecture, so stored weights cannot fit; set model.init random")
+        raise ValueError(
+            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
+        )
 
 
 def _check_sampling(c: Config) -> None:

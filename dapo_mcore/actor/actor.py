@@ -1,6 +1,6 @@
 """The trained policy on this rank: score micro-batches, take gradient steps, hand out weights.
 
-    micro-batches → score (old and reference log-probs) → update (one gradient step per mini-batch) → metrics
+micro-batches → score (old and reference log-probs) → update (one gradient step per mini-batch) → metrics
 """
 
 from __future__ import annotations
@@ -78,11 +78,15 @@ class Actor:
         scored = self._with_logprobs(self.policy, micro_batches, "old_logprobs")
         return scored if self.reference is None else self._with_logprobs(self.reference, scored, "ref_logprobs")
 
-    def update(self, micro_batches: Sequence[MicroBatch]) -> UpdateSums:
-        """One gradient step on a mini-batch; the sums of its metrics over all ranks. Collectives: all of a step's."""
+    def update(self, micro_batches: Sequence[MicroBatch], *, supervised: bool = False) -> UpdateSums:
+        """One gradient step on a mini-batch; the sums of its metrics over all ranks. Collectives: all of a step's.
+
+        supervised  maximises the targets' likelihood instead of the policy objective; advantages are not read.
+        """
         self.ddp.zero_grad_buffer()
         self.optimizer.megatron.zero_grad()
-        outcomes = run_micro_batches(self.ddp, micro_batches, self._policy_loss, self.layout, backward=True)
+        loss = self._supervised_loss if supervised else self._policy_loss
+        outcomes = run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
         done, grad_norm = self.optimizer.step()
         self.num_updates += 1
         return UpdateSums.reduce(outcomes, self.layout, grad_norm=grad_norm, lr=self.optimizer.lr, skipped=not done)
@@ -93,14 +97,16 @@ class Actor:
             return list(micro_batches)
         return [batch.with_(**{field: out["logprobs"]}) for batch, out in zip(micro_batches, outcomes, strict=True)]
 
-    def _logprobs(
-        self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch
-    ) -> tuple[torch.Tensor, Outcome]:
+    def _logprobs(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Outcome]:
         return hidden.new_zeros(()), {"logprobs": self.head.logprobs(model, hidden, batch)}
 
-    def _policy_loss(
+    def _supervised_loss(
         self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, Outcome]:
+        output = self.head.supervised_loss(model, hidden, batch)
+        return output.loss, token_sums(output, batch)
+
+    def _policy_loss(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Outcome]:
         algo = self.config.algo
         tis = None
         if algo.tis.mode != "off" and batch.old_logprobs is not None:

@@ -77,9 +77,7 @@ def _key_slots(lengths: np.ndarray, starts: np.ndarray, context_parallel: int) -
     return np.where(inside, place[np.where(inside, starts[:-1, None] + position, 0)], 0)
 
 
-def plan_rectangle(
-    length: int, batch: int, context_parallel: int, rank: int, device: torch.device
-) -> AttentionPlan:
+def plan_rectangle(length: int, batch: int, context_parallel: int, rank: int, device: torch.device) -> AttentionPlan:
     """The plan for `batch` sequences of one local `length`, tokens laid out [s, b] (unpacked micro-batches)."""
     lengths = np.full(batch, length * context_parallel, dtype=np.int64)
     plan = plan_attention(lengths, context_parallel, rank, device)

@@ -54,6 +54,17 @@ class Head:
             **self.common,
         )
 
+    def supervised_loss(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> PolicyHeadOutput:
+        """Weighted cross-entropy: the on-policy loss with every advantage 1 has exactly its gradient (temperature 1)."""
+        return linear_policy_loss(
+            self._rows(hidden, batch),
+            model.head_weight(),
+            batch.targets,
+            advantages=torch.ones_like(batch.token_weights),
+            token_weights=batch.token_weights,
+            **self.common | {"temperature": 1.0},
+        )
+
     def logprobs(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """float32 [L], log-probs of the targets; no gradient."""
         return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]

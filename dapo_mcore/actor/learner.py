@@ -14,13 +14,13 @@ import torch
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateSums
-from dapo_mcore.actor.scatter import StepFacts, StepShare
+from dapo_mcore.actor.scatter import MiniBatchPlan, StepFacts, StepShare
 from dapo_mcore.algo.advantage import group_advantages
 from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
 from dapo_mcore.algo.kl import kl_estimate, penalised_rewards
-from dapo_mcore.algo.loss import config_sample_weights
+from dapo_mcore.algo.loss import sample_weights
 from dapo_mcore.batch.microbatch import build_micro_batch
-from dapo_mcore.config import Config
+from dapo_mcore.config import Config, LossMode
 from dapo_mcore.types import MicroBatch
 
 
@@ -43,7 +43,7 @@ class Learner:
 
     def score(self, share: StepShare) -> ScoredStep:
         """The step's micro-batches with old (and reference) log-probs and advantages, partitioned first, scored second."""
-        mini_batches = self.build(share)
+        mini_batches = self.build(share, self.config.algo.loss_mode)
         sizes = [len(mini) for mini in mini_batches]
         flat = [micro for mini in mini_batches for micro in mini]
         metrics = {}
@@ -57,9 +57,9 @@ class Learner:
         bounds = np.cumsum([0, *sizes])
         return ScoredStep([flat[a:b] for a, b in zip(bounds[:-1], bounds[1:])], metrics)
 
-    def build(self, share: StepShare) -> list[list[MicroBatch]]:
+    def build(self, share: StepShare, loss_mode: LossMode) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every mini-batch, with token weights and without advantages."""
-        return [self._build_mini_batch(share, index) for index in range(len(share.plan))]
+        return [self._build_mini_batch(share, plan, loss_mode) for plan in share.plan]
 
     def update(self, mini_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateSums]:
         """One gradient step per mini-batch, `batch.epochs` times over."""
@@ -69,11 +69,14 @@ class Learner:
         algo = self.config.algo
         return algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.kl.coef > 0
 
-    def _build_mini_batch(self, share: StepShare, index: int) -> list[MicroBatch]:
-        plan, facts, layout = share.plan[index], share.facts, self.layout
+    def _build_mini_batch(self, share: StepShare, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
+        facts, layout = share.facts, self.layout
         weights = np.zeros(len(facts.lengths))
-        weights[plan.samples] = config_sample_weights(
-            self.config, facts.num_loss_tokens[plan.samples], _micro_batch_ids(plan.samples, plan.micro)
+        weights[plan.samples] = sample_weights(
+            loss_mode,
+            facts.num_loss_tokens[plan.samples],
+            micro_batch_ids=plan.micro_batch_ids,
+            loss_length=self.config.algo.loss_length or self.config.rollout.max_response_tokens,
         )
         local = share.global_ids
         micro_batches = [
@@ -127,10 +130,3 @@ class Learner:
                 old = micro.old_logprobs.cpu()
                 total = total + mismatch_stats(old, micro.rollout_logprobs.to(old.dtype))
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
-
-
-def _micro_batch_ids(samples: np.ndarray, micro: list[list[list[int]]]) -> np.ndarray:
-    """int64 [n]: the number of the micro-batch, over all replicas, that each of `samples` is in."""
-    parts = [part for rank in micro for part in rank]
-    number_of = {sample: number for number, part in enumerate(parts) for sample in part}
-    return np.array([number_of[sample] for sample in samples.tolist()], dtype=np.int64)

@@ -62,7 +62,11 @@ class UpdateSums:
         layout.sum_over_ranks(sums)
         layout.max_over_ranks(maxima)
         return cls(
-            dict(zip(SUMS, sums.tolist())), dict(zip(MAXIMA, maxima.tolist())), grad_norm=grad_norm, lr=lr, skipped=skipped
+            dict(zip(SUMS, sums.tolist())),
+            dict(zip(MAXIMA, maxima.tolist())),
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=skipped,
         )
 
 

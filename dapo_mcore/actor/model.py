@@ -110,9 +110,7 @@ def check_divisibility(hf_config: Any, shape: WeightShape, parallel: ParallelCon
     usable = [t for t in range(1, shape.num_heads + 1) if not any(size % t for size in sizes.values())]
     for name, size in sizes.items():
         if size % tensor:
-            raise ConfigError(
-                f"tensor_parallel {tensor} does not divide {name} {size}; use {_listed(usable)}"
-            )
+            raise ConfigError(f"tensor_parallel {tensor} does not divide {name} {size}; use {_listed(usable)}")
     if shape.num_layers % pipeline:
         divisors = [p for p in range(1, shape.num_layers + 1) if shape.num_layers % p == 0]
         raise ConfigError(
@@ -226,7 +224,9 @@ def rope_arguments(hf_config: Any) -> dict[str, Any]:
     fixed = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     if kind == "llama3" and all(rope.get(key) == value for key, value in fixed.items()):
         return dict(rotary_base=base, rope_scaling=True, rope_scaling_factor=rope["factor"])
-    raise ConfigError(f"rope scaling {rope} is not supported; megatron-core 0.16.1 has default, linear and llama3 {fixed}")
+    raise ConfigError(
+        f"rope scaling {rope} is not supported; megatron-core 0.16.1 has default, linear and llama3 {fixed}"
+    )
 
 
 def _refuse_unsupported(hf_config: Any) -> None:

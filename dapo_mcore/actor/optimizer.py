@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -60,3 +62,86 @@ class Optimizer:
     @property
     def lr(self) -> float:
         return float(self.megatron.param_groups[0]["lr"])
+
+    def sharded_state(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """What a distributed checkpoint stores, or with `loading` the frame it is read into.
+
+        `model_state` is the policy's sharded state. Valid before the first gradient step, too. Collectives: with the
+        distributed optimizer, gathers over the data-parallel group.
+        """
+        for part in self._parts:
+            _allocate_state(part.optimizer)
+        return {
+            "megatron": self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata),
+            "adam_steps": [_adam_step(part.optimizer) for part in self._parts],
+            "num_updates": self.scheduler.num_steps,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes a read `sharded_state`: moments, master weights and position. Learning rate, decay and betas stay the
+        configuration's, so that a resumed run may change them."""
+        counted = ("params", "step")
+        configured = [{k: v for k, v in group.items() if k not in counted} for group in self.megatron.param_groups]
+        stored = state["megatron"]
+        states = [stored] if len(self._parts) == 1 else [stored[index] for index in range(len(self._parts))]
+        for part, part_state, step in zip(self._parts, states, state["adam_steps"], strict=True):
+            _load_part(part, part_state, step)
+        for group, own in zip(self.megatron.param_groups, configured, strict=True):
+            group.update(own)
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=state["num_updates"])
+
+    @property
+    def _parts(self) -> list[MegatronOptimizer]:
+        return self.megatron.chained_optimizers
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives an optimizer that has not stepped yet its state, all zero.
+
+    Upstream (0.16.1) can neither save nor load torch's AdamW before its first step. A step without gradient at learning
+    rate 0 creates the state and changes nothing else.
+    """
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.numel() else None
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:  # Transformer Engine's FusedAdam counts here, torch's AdamW per parameter
+            group["step"] = 0
+    if _adam_step(optimizer) is not None:
+        _set_adam_step(optimizer, 0.0)
+
+
+def _adam_step(optimizer: torch.optim.Optimizer) -> float | None:
+    """Steps taken, where they are counted per parameter; None where they are counted per group."""
+    return next((float(state["step"]) for state in optimizer.state.values() if "step" in state), None)
+
+
+def _set_adam_step(optimizer: torch.optim.Optimizer, step: float) -> None:
+    """Gives every parameter its own count."""
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(step)
+
+
+def _load_part(part: MegatronOptimizer, state: dict[str, Any], step: float | None) -> None:
+    """Loads one of the chained optimizers; works around upstream's handling of AdamW's per-parameter `step` (0.16.1).
+
+    With the distributed optimizer, loading the moments expects no `step` beside them. And upstream gives all parameters
+    one shared `step` tensor, which would then advance once per parameter in every gradient step.
+    """
+    moments = state.pop("param_state", None)
+    part.load_state_dict(state)
+    optimizer = part.optimizer
+    if moments is not None:
+        for values in optimizer.state.values():
+            values.pop("step", None)
+        part.load_parameter_state_from_fully_reshardable(moments)
+    if step is not None:
+        _set_adam_step(optimizer, step)

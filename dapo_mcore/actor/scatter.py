@@ -14,7 +14,7 @@ import torch
 
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.batch.collate import select
-from dapo_mcore.batch.packing import plan_micro_batches, split_mini_batches
+from dapo_mcore.batch.packing import micro_batch_ids, plan_micro_batches, split_mini_batches
 from dapo_mcore.config import Config
 from dapo_mcore.types import TrainBatch
 
@@ -32,10 +32,16 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class MiniBatchPlan:
-    """The samples of one gradient step: `samples` of all replicas, and `micro[d][k]`, replica d's k-th micro-batch."""
+    """The samples of one gradient step, by their global numbers.
+
+    samples          int64 [n], of all replicas together
+    micro            [replica][k]: the samples of a replica's k-th micro-batch
+    micro_batch_ids  int64 [n], which micro-batch of the whole mini-batch each of `samples` is in
+    """
 
     samples: np.ndarray
     micro: list[list[list[int]]]
+    micro_batch_ids: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def plan_step(
             align=layout.tensor if config.parallel.sequence_parallel else 1,
             packing=config.batch.packing,
         )
-        plans.append(MiniBatchPlan(samples, [[[int(samples[i]) for i in part] for part in rank] for rank in micro]))
+        numbers = [[samples[part].tolist() for part in rank] for rank in micro]
+        plans.append(MiniBatchPlan(samples, numbers, micro_batch_ids(micro, len(samples))))
     return plans
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dapo_mcore.config import Config, LossMode
+from dapo_mcore.config import LossMode
 
 
 def sample_weights(
@@ -53,18 +53,6 @@ def sample_weights(
         assert micro_batch_ids is not None, "token-mean-microbatch needs micro_batch_ids"
         weights = _micro_batch_weights(tokens, micro_batch_ids)
     return np.where(trained, weights, 0.0)
-
-
-def config_sample_weights(
-    config: Config, num_loss_tokens: np.ndarray, micro_batch_ids: np.ndarray | None = None
-) -> np.ndarray:
-    """float64 [n], `sample_weights` as algo.loss_mode and algo.loss_length ask; arguments as there."""
-    return sample_weights(
-        config.algo.loss_mode,
-        num_loss_tokens,
-        micro_batch_ids=micro_batch_ids,
-        loss_length=config.algo.loss_length or config.rollout.max_response_tokens,
-    )
 
 
 def _micro_batch_weights(tokens: np.ndarray, micro_batch_ids: np.ndarray) -> np.ndarray:

@@ -140,9 +140,7 @@ def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path, sha
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _shards(
-    weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights:

@@ -65,9 +65,7 @@ LAYER_RULES = (
     _layer_rule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",)),
     _layer_rule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",)),
     _layer_rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), 1),
-    _layer_rule(
-        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), ("post_attention_layernorm.weight",)
-    ),
+    _layer_rule(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), ("post_attention_layernorm.weight",)),
     _layer_rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0, "gate_up"),
     _layer_rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), 1),
 )
@@ -146,7 +144,9 @@ def import_parameter(
     return _merge(rule, pieces, shape)
 
 
-def split_parameter(rule: Rule, layer: int | None, local: torch.Tensor, shape: WeightShape) -> list[tuple[str, torch.Tensor]]:
+def split_parameter(
+    rule: Rule, layer: int | None, local: torch.Tensor, shape: WeightShape
+) -> list[tuple[str, torch.Tensor]]:
     """The (HF name, local shard) pairs of a local Megatron parameter: the inverse of the merge."""
     pieces = _split(rule, local, shape)
     return [(name.format(layer=layer), piece) for name, piece in zip(rule.hf, pieces, strict=True)]

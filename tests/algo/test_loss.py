@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from dapo_mcore.algo.loss import config_sample_weights, sample_weights
-from dapo_mcore.config import parse_config
+from dapo_mcore.algo.loss import sample_weights
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"]
 TOKENS = np.array([4, 1, 0, 3])
@@ -75,18 +74,3 @@ def test_masked_samples_and_micro_batches_change_nothing(mode):
 def test_count_is_exact_beyond_float32():
     tokens = np.array([2**24, 1, 1])
     assert sample_weights("token-mean", tokens)[0] == 1 / (2**24 + 2)
-
-
-def config(**algo):
-    data = {"files": ["a.jsonl"], "max_prompt_tokens": 8}
-    return parse_config({"model": {"path": "m"}, "data": data, "algo": algo, "rollout": {"max_response_tokens": 50}})
-
-
-@pytest.mark.parametrize(("loss_length", "expected"), [(None, 1 / 150), (20, 1 / 60)])
-def test_config_names_the_mode_and_the_constant_defaults_to_the_response_limit(loss_length, expected):
-    weights = config_sample_weights(config(loss_mode="seq-mean-token-sum-norm", loss_length=loss_length), TOKENS)
-    np.testing.assert_allclose(weights, [expected, expected, 0, expected])
-
-
-def test_default_mode_is_global_token_mean():
-    np.testing.assert_allclose(config_sample_weights(config(), TOKENS), [1 / 8, 1 / 8, 0, 1 / 8])

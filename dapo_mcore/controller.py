@@ -1,0 +1,220 @@
+"""Rank 0's side of a run: prompts, rollouts, rewards, evaluation, and everything a run writes or shows.
+
+Change here: what happens on the controller between two gradient phases. It owns no weights of the actor and takes
+part in no collective; train.py connects the two sides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dapo_mcore.batch.collate import to_train_batch
+from dapo_mcore.config import Config, dump_config
+from dapo_mcore.data.loader import PromptLoader
+from dapo_mcore.data.model_folder import stop_token_ids
+from dapo_mcore.data.prompts import load_prompts
+from dapo_mcore.eval import EvalResult, evaluate
+from dapo_mcore.observe.metrics import group_metrics
+from dapo_mcore.observe.plots import plot_run
+from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.observe.samples import write_samples
+from dapo_mcore.observe.sinks import MetricSinks
+from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.rollout.embedded import EmbeddedEngine
+from dapo_mcore.rollout.sampler import Collected, Sampler
+from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
+from dapo_mcore.weights.checkpoint import TrainState
+
+GIB = 2**30
+
+
+class Controller:
+    """Built at start, so that bad data, rewards or models fail before anything is trained."""
+
+    def __init__(self, config: Config, hf_config: Any, tokenizer: Any, progress: NullProgress, timer: PhaseTimer):
+        self.config, self.progress, self.timer = config, progress, timer
+        self.tokenizer = tokenizer
+        self.prompts = load_prompts(config.data, tokenizer, "train")
+        progress.line(self.prompts.describe())
+        self.eval_sets = {name: self._eval_prompts(name) for name in config.eval.sets}
+        self.loader = PromptLoader(self.prompts.prompts, config.seed, config.data.shuffle)
+        self.reward = build_reward(config.reward, config.rollout.max_response_tokens)
+        self.engine = self._build_engine(hf_config)
+        self.sampler = Sampler(self.engine, self.loader, self.reward, self.decode, config, progress, timer)
+        self.sinks: MetricSinks | None = None
+        self.collected: Collected | None = None
+        self.last_eval: EvalResult | None = None
+
+    def open_run(self, resume_step: int | None) -> None:
+        """Starts (or continues) the run's folder. A fresh run moves an older folder of its name aside."""
+        run_dir = self.config.run_dir
+        if resume_step is None and (run_dir / "metrics.jsonl").exists():
+            aside = _free_name(run_dir)
+            run_dir.rename(aside)
+            self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        self.sinks = MetricSinks(run_dir, self.config.observe, resume_step)
+
+    def train_state(self, step: int, num_updates: int) -> TrainState:
+        """Where the run stands after rollout step `step`, for a checkpoint."""
+        sampler, arrays = self.sampler.state()
+        return TrainState(
+            step=step,
+            num_updates=num_updates,
+            weight_version=self.engine.weight_version,
+            loader=self.loader.state(),
+            sampler=sampler,
+            sampler_arrays=arrays,
+            config=dump_config(self.config),
+        )
+
+    def resume(self, state: TrainState) -> None:
+        """Continues the run that `state` was taken from; later metrics of that run are dropped."""
+        self.loader.load_state(state.loader)
+        self.sampler.load_state(state.sampler, state.sampler_arrays, {p.uid: p for p in self.prompts.prompts})
+        self.open_run(resume_step=state.step)
+
+    def decode(self, token_ids: Any) -> str:
+        """Text of a response without special tokens, as reward functions expect it."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def rollout(self, step: int) -> TrainBatch:
+        """The samples to train on: prompts → rollout → reward → filter (refill)."""
+        self.collected = self.sampler.collect(step)
+        return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report."""
+        if not self.eval_sets:
+            return {}
+        with self.timer.phase("eval"):
+            self.last_eval = evaluate(
+                self.engine,
+                self.eval_sets,
+                self.reward,
+                self.decode,
+                self.config.eval,
+                self.config.rollout.max_response_tokens,
+                self.progress,
+            )
+        self.progress.eval_done(step, self.last_eval.metrics)
+        return self.last_eval.metrics
+
+    def record_start(self) -> None:
+        """Evaluates the policy before the first rollout step, as step 0 of the metrics."""
+        metrics = self.evaluate(step=0)
+        if metrics:
+            assert self.sinks is not None
+            self.sinks.write(0, metrics)
+        self.timer.pop()
+
+    def pass_rate(self, prompts: Sequence[Prompt], seed: int) -> float:
+        """Share of right answers, one sample a prompt, under the training sampling law."""
+        rollout = self.config.rollout
+        params = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, seed)
+        rollouts = self.engine.generate([prompt.token_ids for prompt in prompts], params)
+        scores = self.reward(prompts, rollouts, [self.decode(r.token_ids) for r in rollouts])
+        return sum(score.acc for score in scores) / len(scores)
+
+    def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
+        """Writes and shows one rollout step."""
+        assert self.collected is not None and self.sinks is not None
+        times = self.timer.pop()
+        row = {
+            "updates": float(num_updates),
+            **group_metrics(self.collected.generated, self.collected.groups),
+            **self.collected.stats,
+            **metrics,
+            **_throughput(self.collected, times),
+            **times,
+            "memory/rss_gib": psutil.Process().memory_info().rss / GIB,
+        }
+        self.sinks.write(step, row)
+        write_samples(self.config.run_dir, step, self.collected.groups, self.config.observe.samples_per_step)
+        self.progress.step_done(step, row)
+
+    def finish(self, started: float, export: Path | None) -> None:
+        """Closes the run: the plot, and a closing report with sample answers."""
+        run_dir = self.config.run_dir
+        self.close()
+        rows = {"metrics": str(run_dir / "metrics.jsonl"), "samples": str(run_dir / "samples")}
+        if self.config.observe.plot_at_end:
+            rows["plot"] = str(plot_run(run_dir))
+        if export is not None:
+            rows["HF model"] = str(export)
+        rows["wall time"] = f"{time.monotonic() - started:.0f} s"
+        if self.last_eval is not None:
+            rows.update(_answers(self.last_eval.groups))
+        self.progress.summary(f"{self.config.name} is done", rows)
+
+    def close(self) -> None:
+        self.reward.close()
+        if self.sinks is not None:
+            self.sinks.close()
+
+    def _eval_prompts(self, name: str) -> Sequence[Prompt]:
+        prompts = load_prompts(self.config.eval.sets[name], self.tokenizer, name)
+        self.progress.line(prompts.describe())
+        return prompts.prompts
+
+    def _build_engine(self, hf_config: Any) -> EmbeddedEngine:
+        config = self.config
+        engine = EmbeddedEngine(
+            hf_config,
+            stop_token_ids=stop_token_ids(config.model, self.tokenizer),
+            pad_token_id=pad_token(self.tokenizer),
+            dtype=torch.bfloat16 if config.model.dtype == "bf16" else torch.float32,
+            max_batch=config.rollout.max_batch,
+            num_threads=config.rollout.num_threads or psutil.cpu_count(logical=False),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        engine.on_progress = self.progress.advance
+        return engine
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills padding; its value never reaches a loss or an attended position."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _throughput(collected: Collected, times: dict[str, float]) -> dict[str, float]:
+    trained = sum(
+        len(group.prompt.token_ids) + len(sample.rollout.token_ids)
+        for group in collected.groups
+        for sample in group.samples
+    )
+    generated = collected.stats.get("sampling/generated_tokens", 0.0)
+    return {
+        "perf/tokens_per_s": trained / max(times["time/step_s"], 1e-9),
+        "perf/generated_tokens_per_s": generated / max(times.get("time/generate_s", 0.0), 1e-9),
+    }
+
+
+def _answers(groups: dict[str, list[Group]], count: int = 4) -> dict[str, str]:
+    """A few sample answers of each evaluation set, for people to read."""
+    rows = {}
+    for name, prompts in groups.items():
+        for group in prompts[:count]:
+            sample = group.samples[0]
+            verdict = "right" if sample.score.acc else f"wrong, the answer is {group.prompt.answer}"
+            rows[f"{name} {group.prompt.uid.rpartition(':')[2]}"] = (
+                f"{_short(group.prompt.text)} → {_short(sample.text)}  ({verdict})"
+            )
+    return rows
+
+
+def _short(text: str, limit: int = 80) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"…{line[-limit:]}"
+
+
+def _free_name(folder: Path) -> Path:
+    return next(path for i in range(1, 10_000) if not (path := folder.with_name(f"{folder.name}.old{i}")).exists())

@@ -1,0 +1,203 @@
+"""The training loop. Run it as `torchrun --nproc-per-node N -m dapo_mcore.train CONFIG.yaml [a.b=c …]`, or without torchrun
+as one process.
+
+    prompts → rollout → reward → filter (refill) → scatter → score → gradient steps → weight sync → next
+
+Every rank runs the same loop. Rank 0 is also the controller, which rolls out, rewards, evaluates and reports; the others
+wait for its samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dapo_mcore.config import Config, load_config
+from dapo_mcore.errors import DapoError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains by a configuration file; the process's exit status: 0 done, 2 an error the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_mcore.train", description="Train a policy with DAPO.")
+    parser.add_argument("config", help="YAML file, see examples/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
+    options = parser.parse_args(argv)
+    _quiet_libraries()
+    try:
+        train(load_config(options.config, options.overrides))
+    except DapoError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def train(config: Config) -> None:
+    """One run from start or resume to export. Every rank of the job must call it."""
+    from dapo_mcore.actor import layout as layouts
+
+    layout = layouts.start(config.parallel, config.seed)
+    try:
+        with _progress(config, layout.is_controller) as progress:
+            Run(config, layout, progress).loop()
+    finally:
+        layouts.stop()
+
+
+class Run:
+    """Everything one rank holds during a run; `loop` is the run."""
+
+    def __init__(self, config: Config, layout: Any, progress: Any):
+        from dapo_mcore.actor.actor import Actor
+        from dapo_mcore.actor.learner import Learner
+        from dapo_mcore.controller import pad_token
+        from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
+        from dapo_mcore.observe.timing import PhaseTimer
+        from dapo_mcore.weights.hf_io import open_weights
+        from dapo_mcore.weights.sync import WeightStream
+
+        self.started = time.monotonic()
+        self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
+        self.hf_config = load_hf_config(config.model)
+        tokenizer = load_tokenizer(config.model)
+        check_tokenizer_fits(tokenizer, self.hf_config)
+        self.controller = self._start_controller(tokenizer)
+        self.actor = Actor(config, self.hf_config, layout, open_weights(config.model, self.hf_config, config.seed))
+        self.learner = Learner(self.actor, pad_token(tokenizer))
+        self.stream = WeightStream(self.actor.policy, self.actor.shape, layout)
+
+    def loop(self) -> None:
+        """All rollout steps."""
+        first = self._resume_or_start()
+        for step in range(first, self.config.num_rollout_steps + 1):
+            metrics = self._train_step(step)
+            if step % self.config.eval.every == 0 or step == self.config.num_rollout_steps:
+                metrics |= self._on_controller(lambda c, step=step: c.evaluate(step)) or {}
+            self._save(step)
+            self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
+        export = self._export("final") if self.config.checkpoint.export_at_end else None
+        self._on_controller(lambda c: c.finish(self.started, export))
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        """One rollout step: rollout, gradient steps, weight sync."""
+        from dapo_mcore.actor.metrics import update_metrics
+        from dapo_mcore.actor.scatter import scatter_step
+
+        config, phase = self.config, self._phase
+        batch = self.controller.rollout(step) if self.controller else None
+        with phase("logprob"):
+            share = scatter_step(
+                batch,
+                config,
+                self.layout,
+                mini_batch_prompts=config.batch.mini_batch_prompts,
+                seed=config.seed + step if config.batch.shuffle else None,
+            )
+            scored = self.learner.score(share)
+        with phase("train"):
+            updates = self.learner.update(scored.mini_batches)
+        with phase("sync"):
+            self._sync(version=step)
+        return update_metrics(updates) | scored.metrics
+
+    def _resume_or_start(self) -> int:
+        """The number of the first rollout step to run, with weights, data position and engine in place for it."""
+        from dapo_mcore.weights.checkpoint import latest_checkpoint, load_checkpoint
+
+        path = latest_checkpoint(self.config.run_dir) if self.config.checkpoint.resume == "auto" else None
+        path = self.layout.broadcast_object(path)
+        if path is None:
+            return self._start()
+        state = load_checkpoint(path, self.actor, self.layout)
+        self._sync(version=state.step)
+        self._on_controller(lambda c: c.resume(state))
+        self.progress.line(f"resumed after rollout step {state.step} from {path}")
+        return state.step + 1
+
+    def _start(self) -> int:
+        from dapo_mcore.warm_start import warm_start
+
+        self._on_controller(lambda c: c.open_run(resume_step=None))
+        if self.config.warm_start is not None:
+            warm_start(self.config, self.learner, self.stream, self.controller, self.layout)
+        self._sync(version=0)
+        if self.config.eval.at_start:
+            self._on_controller(lambda c: c.record_start())
+        return 1
+
+    def _start_controller(self, tokenizer: Any) -> Any:
+        """Rank 0's controller, None elsewhere. Its errors reach every rank, so that none is left waiting."""
+        from dapo_mcore.controller import Controller
+
+        controller, problem = None, None
+        if self.layout.is_controller:
+            try:
+                controller = Controller(self.config, self.hf_config, tokenizer, self.progress, self.timer)
+            except DapoError as error:
+                problem = error
+            except Exception:
+                problem = DapoError(traceback.format_exc())
+        if (problem := self.layout.broadcast_object(problem)) is not None:
+            raise problem
+        return controller
+
+    def _save(self, step: int) -> None:
+        from dapo_mcore.weights.checkpoint import save_checkpoint
+
+        checkpoint = self.config.checkpoint
+        with self._phase("save"):
+            if checkpoint.every and step % checkpoint.every == 0:
+                state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
+                save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep=checkpoint.keep)
+            if checkpoint.export_every and step % checkpoint.export_every == 0:
+                self._export(f"step_{step:06d}")
+
+    def _export(self, name: str) -> Path:
+        from dapo_mcore.weights.hf_io import save_hf_folder
+
+        folder = self.config.run_dir / "hf" / name
+        if self.layout.is_controller:
+            save_hf_folder(self.stream(), folder, hf_config=self.hf_config, source=self.config.model.path)
+        else:
+            for _ in self.stream():
+                pass
+        self.layout.barrier()
+        return folder
+
+    def _sync(self, version: int) -> None:
+        from dapo_mcore.weights.sync import sync_weights
+
+        sync_weights(self.stream, self.controller and self.controller.engine, version)
+
+    def _phase(self, name: str) -> Any:
+        self.progress.phase(name)
+        return self.timer.phase(name)
+
+    def _on_controller(self, action: Callable[[Any], Any]) -> Any:
+        return action(self.controller) if self.controller else None
+
+
+def _progress(config: Config, is_controller: bool) -> Any:
+    from dapo_mcore.observe.progress import NullProgress, Progress
+
+    return Progress(config.name, config.num_rollout_steps) if is_controller else NullProgress()
+
+
+def _quiet_libraries() -> None:
+    """Hides the notes of megatron and torch about absent optional packages; `dapo-mcore doctor` is the place for them."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
