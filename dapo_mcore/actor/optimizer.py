@@ -133,12 +133,14 @@ def _set_adam_step(optimizer: torch.optim.Optimizer, step: float) -> None:
 def _load_part(part: MegatronOptimizer, state: dict[str, Any], step: float | None) -> None:
     """Loads one of the chained optimizers; works around upstream's handling of AdamW's per-parameter `step` (0.16.1).
 
-    With the distributed optimizer, loading the moments expects no `step` beside them. And upstream gives all parameters
-    one shared `step` tensor, which would then advance once per parameter in every gradient step.
+    The plain optimizer does not store a step of 0. The distributed one loads moments only where no `step` is beside
+    them, and gives all parameters one shared `step` tensor, which would advance once per parameter in every update.
     """
-    moments = state.pop("param_state", None)
-    part.load_state_dict(state)
     optimizer = part.optimizer
+    moments = state.pop("param_state", None)
+    if moments is None and step is not None:
+        state.get("optimizer", state)["state"]["common_step"] = torch.tensor(step)
+    part.load_state_dict(state)
     if moments is not None:
         for values in optimizer.state.values():
             values.pop("step", None)
