@@ -48,7 +48,7 @@ class SafetensorsReader:
     def _index(self) -> dict[str, str]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
         if index.is_file():
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return _read_weight_map(index)
         if single.is_file():
             return dict.fromkeys(self._handle(single.name, {}).keys(), single.name)
         raise CheckpointError(
@@ -75,6 +75,14 @@ class SafetensorsReader:
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is truncated or broken: {error}; fetch it again") from error
         return cache[file]
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor name."""
+    try:
+        return dict(json.loads(index.read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is broken: {error!r}; fetch it again") from error
 
 
 class RandomReader:

@@ -102,6 +102,10 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
     name = architecture.replace("Config", "ForCausalLM") if architecture.endswith("Config") else architecture
     if name not in SUPPORTED:
         raise ConfigError(f"architecture {architecture} is not supported; supported are {', '.join(SUPPORTED)}")
+    if getattr(hf_config, "attention_bias", False):
+        raise ConfigError(
+            f"attention_bias true is not supported: {name}'s o_proj.bias has no Megatron counterpart here"
+        )
     heads = hf_config.num_attention_heads
     return WeightShape(
         num_layers=hf_config.num_hidden_layers,
@@ -112,7 +116,7 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
         padded_vocab_size=padded_vocab_size(hf_config.vocab_size, tensor_parallel),
         tied=hf_config.tie_word_embeddings,
         qk_norm=name == "Qwen3ForCausalLM",
-        qkv_bias=name == "Qwen2ForCausalLM" or bool(getattr(hf_config, "attention_bias", False)),
+        qkv_bias=name == "Qwen2ForCausalLM",
     )
 
 

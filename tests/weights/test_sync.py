@@ -1,0 +1,83 @@
+"""The weight stream of a policy on four processes (TP2·PP2) gives back what the policy was loaded from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.weights.sync import WeightStream, sync_weights
+from tests.actor.parity import Mesh, build_actor, hf_config, make_config, model64, spawn, start_weights
+
+PROMPTS = [np.array([1, 2, 3], dtype=np.int32), np.array([4], dtype=np.int32)]
+
+
+def stream_and_sync(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    return {str(tied): one_policy(layout, mesh, tied) for tied in (False, True)}
+
+
+def one_policy(layout: Any, mesh: Mesh, tied: bool) -> dict[str, Any]:
+    from dapo_mcore.rollout.embedded import EmbeddedEngine
+
+    actor = build_actor(make_config(mesh), layout, tied=tied)
+    stream = WeightStream(actor.policy, actor.shape, layout)
+    streamed = [(name, tensor.clone()) for name, tensor in stream()]
+    counts: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(counts, len(streamed), group=layout.control_group)
+    engine = None
+    if layout.is_controller:
+        stop = (0,)
+        engine = EmbeddedEngine(
+            hf_config("qwen2", tied), stop_token_ids=stop, pad_token_id=0, max_batch=4, num_threads=1
+        )
+    sync_weights(stream, engine, version=7)
+    if engine is None:
+        return {}
+    expected = start_weights("qwen2", tied)
+    if tied:
+        expected.pop("lm_head.weight")
+    found = dict(streamed)
+    return {
+        "counts": counts,
+        "names": sorted(name for name, _ in streamed) == sorted(expected),
+        "different": [name for name in expected if not torch.equal(found[name], expected[name])],
+        "version": engine.weight_version,
+        "logprobs": logprob_error(engine, tied),
+    }
+
+
+def logprob_error(engine: Any, tied: bool) -> float:
+    """The largest difference between the engine's log-probs and those of Hugging Face's model in fp64."""
+    from dapo_mcore.types import SamplingParams
+
+    rollouts = engine.generate(PROMPTS, SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=6, seed=1))
+    model = model64("qwen2", tied)
+    errors = []
+    for prompt, rollout in zip(PROMPTS, rollouts):
+        tokens = torch.from_numpy(np.concatenate([prompt, rollout.token_ids]).astype(np.int64))
+        with torch.no_grad():
+            logp = model(tokens[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logp.gather(1, tokens[len(prompt) :, None])[:, 0]
+        errors.append((torch.from_numpy(rollout.logprobs) - expected).abs().max().item())
+    return max(errors)
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return spawn(stream_and_sync, Mesh(tensor=2, pipeline=2))
+
+
+@pytest.mark.parametrize(("tied", "count"), [("False", 4 * 12 + 3), ("True", 4 * 12 + 2)])
+def test_the_stream_is_bitwise_what_the_policy_was_loaded_from(result: dict[str, Any], tied: str, count: int) -> None:
+    found = result[tied]
+    assert found["names"]
+    assert found["different"] == []
+    assert found["counts"] == [count, 0, 0, 0]
+
+
+@pytest.mark.parametrize("tied", ["False", "True"])
+def test_the_engine_takes_the_stream_and_agrees_with_hugging_face(result: dict[str, Any], tied: str) -> None:
+    assert result[tied]["version"] == 7
+    assert result[tied]["logprobs"] < 2e-5
