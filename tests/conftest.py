@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first, dearly on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ import numpy as np
 import safetensors.numpy
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -68,6 +70,7 @@ def save_checkpoint(run_dir: Path, actor: Actor, state: TrainState | None, layou
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     layout.controller_first(lambda: _make_empty(partial / _MEGATRON))
+    _collect_results_in_process()
     dist_checkpointing.save(_sharded_state(actor, loading=False), str(partial / _MEGATRON))
     layout.controller_first(lambda: _finish(partial, folder, state, actor, keep))
     return folder
@@ -113,6 +116,14 @@ def _sharded_state(actor: Actor, *, loading: bool) -> dict[str, Any]:
         state["reference"] = actor.reference.sharded_state_dict(metadata=metadata)
         add_prefix_for_sharding(state["reference"], "reference.")
     return state
+
+
+def _collect_results_in_process() -> None:
+    """Spares every rank a helper process that upstream (0.16.1) starts at the first save, to hold the queue of results.
+
+    It imports the whole program anew (seconds, hundreds of MB). Only asynchronous saving needs it; ours is synchronous.
+    """
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
 
 
 def _finish(partial: Path, folder: Path, state: TrainState | None, actor: Actor, keep: int) -> None:

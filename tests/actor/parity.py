@@ -6,6 +6,7 @@ Helpers of the tests beside this file; the worker functions run in spawned proce
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ def hf_config(family: str = "qwen2", tied: bool = False) -> Any:
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10.0},
         attn_implementation="sdpa",
         initializer_range=0.08,
     )
@@ -118,8 +120,10 @@ def start_weights(family: str, tied: bool) -> dict[str, torch.Tensor]:
             tensor.add_(0.2 * torch.randn(tensor.shape, generator=noise))
         if "q_proj" in name or "k_proj" in name:
             tensor.mul_(2.0)
-        if "embed_tokens" in name and not tied:
+        if "embed_tokens" in name:
             tensor.mul_(20.0)
+    if tied:
+        state["model.norm.weight"].mul_(0.05)  # or the large embedding would make the logits extreme
     return state
 
 
@@ -225,8 +229,9 @@ def _norms_in_fp64(model: torch.nn.Module) -> None:
 
 def spawn(worker: Any, mesh: Mesh, *args: Any) -> list[Any]:
     """Runs `worker(layout, *args)` on every process of the mesh; the JSON that rank 0 returned, from a fresh job."""
+    multiprocessing.set_forkserver_preload([f"{__package__}.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, args=(worker, mesh, folder, args), nprocs=mesh.world_size)
+        mp.start_processes(_enter, (worker, mesh, folder, args), nprocs=mesh.world_size, start_method="forkserver")
         return json.loads((Path(folder) / "result.json").read_text())
 
 
@@ -290,7 +295,8 @@ def capture_first_gradient(actor: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def shared_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed: int | None = None) -> Any:
+def scored_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed: int | None = None) -> Any:
+    """The batch scattered and scored as the training loop does it."""
     from dapo_mcore.actor.learner import Learner
     from dapo_mcore.actor.scatter import scatter_step
 
@@ -301,7 +307,12 @@ def shared_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed
         mini_batch_prompts=config.batch.mini_batch_prompts,
         seed=seed,
     )
-    return Learner(actor, pad_token=0).score(share).mini_batches
+    return Learner(actor, pad_token=0).score(share)
+
+
+def shared_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed: int | None = None) -> Any:
+    """The mini-batches of scored_step."""
+    return scored_step(config, layout, batch, actor, seed).mini_batches
 
 
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -310,3 +321,24 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         set(expected) ^ set(found)
     )
     return max(float((found[name].double() - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+def save_problem(path: Path, batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> Path:
+    """A batch with its fp64 solution, for worker processes."""
+    fields = {name: getattr(batch, name) for name in TrainBatch.__dataclass_fields__}
+    torch.save({"batch": fields, "family": family, "tied": tied, **reference(batch, family, tied)}, path)
+    return path
+
+
+def load_problem(path: str) -> tuple[TrainBatch, dict[str, Any]]:
+    problem = torch.load(path, weights_only=False)  # written by the test itself, a moment ago
+    return TrainBatch(**problem["batch"]), problem
+
+
+def gradient_of(actor: Any, mini_batch: Any) -> dict[str, torch.Tensor]:
+    """The HF-named gradient on rank 0, without an optimizer step."""
+    from dapo_mcore.actor.step import run_micro_batches
+
+    actor.ddp.zero_grad_buffer()
+    run_micro_batches(actor.ddp, mini_batch, actor._policy_loss, actor.layout, backward=True)
+    return gather_named(actor, local_gradients(actor))

@@ -16,7 +16,8 @@ import torch
 
 from dapo_mcore.errors import CheckpointError
 from dapo_mcore.weights.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
-from tests.actor.parity import Mesh, build_actor, gather_named, make_batch, make_config, shared_step, spawn
+from dapo_mcore.weights.hf_io import RandomReader
+from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, shared_step, spawn
 
 STATE = TrainState(
     step=2,
@@ -32,6 +33,15 @@ STATE = TrainState(
     },
     config="name: run\n",
 )
+
+
+def build_actor(config: Any, layout: Any, family: str = "qwen2", tied: bool = False) -> Any:
+    """A fresh actor. 65 words are padded to 80 on two tensor-parallel ranks, to 72 on one."""
+    from dapo_mcore.actor.actor import Actor
+
+    model = hf_config(family, tied)
+    model.vocab_size = 65
+    return Actor(config, model, layout, RandomReader(model, seed=0))
 
 
 def train(actor: Any, num_updates: int) -> list[float]:

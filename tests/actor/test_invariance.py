@@ -1,0 +1,126 @@
+"""The same gradient for any micro-batch size, packing order and layout; and what a step means in its other modes.
+
+The reference of the first two tests is plain fp64; the third compares layouts with one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+TOLERANCE = 1e-6
+
+MODES: dict[str, dict[str, Any]] = {
+    "old log-probs from the actor": {"algo__old_logprobs": "actor"},
+    "truncated importance sampling": {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 1.2}},
+    "masked importance sampling": {"algo__tis": {"mode": "mask", "cap": 1.5}},
+    "kl in the loss": {"algo__kl": {"coef": 0.1, "estimator": "k3"}},
+    "kl in the reward": {"algo__old_logprobs": "actor", "algo__kl": {"coef": 0.1, "estimator": "k1", "place": "reward"}},
+    "entropy bonus": {"algo__entropy_coef": 0.01},
+    "GRPO's sequence mean": {"algo__loss_mode": "seq-mean-token-mean"},
+    "Dr. GRPO": {"algo__loss_mode": "seq-mean-token-sum-norm", "algo__advantage_std": "none"},
+    "full recompute": {"model__recompute": "full"},
+    "selective recompute": {"model__recompute": "selective"},
+}
+
+
+def test_gradient_is_the_same_for_any_micro_batch_size_and_order(tmp_path):
+    path = parity.save_problem(tmp_path / "problem.pt", parity.off_policy(parity.make_batch()))
+    rows = parity.spawn(vary_micro_batches, Mesh(data=2), str(path))
+    assert len({row["num_micro_batches"] for row in rows}) >= 3, rows
+    for row in rows:
+        assert row["error"] <= TOLERANCE, row
+
+
+def test_a_rank_without_any_loss_token_takes_part_and_an_empty_batch_moves_nothing(tmp_path):
+    full = parity.off_policy(parity.make_batch())
+    longest = int(full.num_loss_tokens.argmax())
+    place = np.arange(len(full.tokens))
+    inside = (place >= full.offsets[longest]) & (place < full.offsets[longest + 1])
+    lone = replace(full, loss_mask=full.loss_mask & inside)
+    path = parity.save_problem(tmp_path / "lone.pt", lone)
+    result = parity.spawn(train_on_little, Mesh(data=2), str(path))
+    assert sorted(result["rows_per_rank"]) == [0, int(lone.loss_mask.sum())]
+    assert result["error"] <= TOLERANCE
+    assert result["empty_gradient"] == 0.0
+    assert result["empty_loss"] == 0.0
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tensor=2, data=2), Mesh(pipeline=2, context=2)], ids=str)
+def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, tmp_path):
+    path = str(parity.save_problem(tmp_path / "problem.pt", parity.off_policy(parity.make_batch())))
+    alone, spread = tmp_path / "alone.pt", tmp_path / "spread.pt"
+    parity.spawn(all_modes, Mesh(), path, str(alone))
+    parity.spawn(all_modes, mesh, path, str(spread))
+    expected, found = torch.load(alone, weights_only=True), torch.load(spread, weights_only=True)
+    for name in MODES:
+        reference = torch.cat([g.flatten() for g in expected[name]["gradient"].values()]).double()
+        gradient = torch.cat([found[name]["gradient"][key].flatten() for key in expected[name]["gradient"]]).double()
+        assert (gradient - reference).norm() <= TOLERANCE * reference.norm(), name
+        assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4, abs=1e-5), name
+    plain = expected["selective recompute"]["gradient"]
+    assert not torch.equal(plain["lm_head.weight"], expected["entropy bonus"]["gradient"]["lm_head.weight"])
+    for name in ("old log-probs from the actor", "truncated importance sampling", "kl in the reward"):
+        assert found[name]["metrics"]["actor/first_update_ratio_deviation"] == 0.0, name
+
+
+def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any]]:
+    """Worker: token budgets, orders and packings of one mini-batch."""
+    batch, expected = parity.load_problem(path)
+    rows = []
+    for max_tokens, packing, seed in [(48, True, None), (96, True, 1), (400, True, 2), (40, False, None), (400, False, 3)]:
+        config = parity.make_config(mesh, batch__max_tokens=max_tokens, batch__packing=packing)
+        actor = parity.build_actor(config, layout)
+        (mini_batch,) = parity.shared_step(config, layout, batch, actor, seed=seed)
+        found = parity.gradient_of(actor, mini_batch)
+        error = parity.worst(found, expected["grads"]) if layout.is_controller else 0.0
+        rows.append({"setting": (max_tokens, packing, seed), "num_micro_batches": len(mini_batch), "error": error})
+    return rows
+
+
+def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
+    """Worker: one sample with loss tokens for two data-parallel ranks, then none at all."""
+    batch, expected = parity.load_problem(path)
+    config = parity.make_config(mesh)
+    actor = parity.build_actor(config, layout)
+    (mini_batch,) = parity.shared_step(config, layout, batch, actor)
+    gradient = parity.gradient_of(actor, mini_batch)
+    rows = torch.zeros(layout.data, dtype=torch.int64)
+    rows[layout.data_rank] = sum(len(micro.rows) for micro in mini_batch)
+    layout.sum_over_ranks(rows)
+    nothing = replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
+    (empty,) = parity.shared_step(config, layout, nothing, actor)
+    empty_gradient = parity.gradient_of(actor, empty)
+    return {
+        "rows_per_rank": rows.tolist(),
+        "error": parity.worst(gradient, expected["grads"]) if layout.is_controller else 0.0,
+        "empty_gradient": max((float(g.abs().max()) for g in empty_gradient.values()), default=0.0),
+        "empty_loss": actor.update(empty).sums["loss"],
+    }
+
+
+def all_modes(layout: Any, mesh: Mesh, path: str, out: str) -> None:
+    """Worker: gradient and metrics of one step in every mode, saved by rank 0."""
+    from dapo_mcore.actor.metrics import update_metrics
+
+    batch, _ = parity.load_problem(path)
+    results = {}
+    for name, overrides in MODES.items():
+        config = parity.make_config(mesh, **overrides)
+        actor = parity.build_actor(config, layout)
+        if actor.reference is not None:
+            with torch.no_grad():
+                for parameter in actor.reference.parameters():
+                    parameter.mul_(1.01)  # a reference equal to the policy would have no KL
+        scored = parity.scored_step(config, layout, batch, actor)
+        gradient = parity.capture_first_gradient(actor)
+        metrics = update_metrics([actor.update(scored.mini_batches[0])]) | scored.metrics
+        results[name] = {"gradient": dict(gradient), "metrics": metrics}
+    if layout.is_controller:
+        torch.save(results, out)

@@ -1,0 +1,34 @@
+"""Every configuration in examples/ loads, and the reference one says what the reference says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.config import load_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_valid(path):
+    assert load_config(path).name == path.stem
+
+
+def test_the_reference_configuration_has_the_numbers_of_the_public_script():
+    c = load_config(EXAMPLES / "dapo_32b.yaml")
+    assert (c.sampling.gen_batch_prompts, c.sampling.train_batch_prompts, c.rollout.group_size) == (1536, 512, 16)
+    assert c.batch.mini_batch_prompts * c.rollout.group_size == 512
+    assert c.sampling.train_batch_prompts // c.batch.mini_batch_prompts == 16
+    assert (c.data.max_prompt_tokens, c.rollout.max_response_tokens, c.batch.max_tokens) == (2048, 20480, 22528)
+    assert (c.algo.clip_low, c.algo.clip_high, c.algo.dual_clip, c.algo.loss_mode) == (0.2, 0.28, 10.0, "token-mean")
+    assert (c.algo.kl.coef, c.algo.entropy_coef) == (0.0, 0.0)
+    o = c.optimizer
+    assert (o.lr, o.schedule, o.weight_decay, o.clip_grad, o.warmup_updates) == (1e-6, "constant", 0.1, 1.0, 10)
+    assert (c.rollout.temperature, c.rollout.top_p, c.rollout.top_k) == (1.0, 1.0, -1)
+    assert (c.eval.temperature, c.eval.top_p, c.eval.every, c.checkpoint.every) == (1.0, 0.7, 5, 5)
+    overlong = c.reward.overlong
+    assert (overlong.penalty, overlong.max_length, overlong.cache, overlong.factor) == (True, 20480, 4096, 1.0)
+    p = c.parallel
+    assert p.tensor_parallel * p.pipeline_parallel * p.context_parallel * p.data_parallel == 16 * 8
