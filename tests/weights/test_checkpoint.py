@@ -6,6 +6,7 @@ The workers run in real gloo processes; each spawn checks several things, becaus
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: s
         "reshard": reshard(layout, mesh, Path(tensor_parallel_path)),
         "first_step": [before_the_first_step(layout, mesh, base / str(own), own) for own in (True, False)],
         "settings": changed_settings(layout, mesh, Path(tensor_parallel_path)),
+        "helpers": [process.name for process in multiprocessing.active_children()],
         "kept": retention(layout, mesh, base / "retention"),
         "errors": errors(layout, mesh, Path(tensor_parallel_path), base),
     }
@@ -241,6 +243,10 @@ def test_a_checkpoint_before_the_first_gradient_step(single_process_run: dict[st
     for found in single_process_run["first_step"]:
         assert found["saved"] == found["resumed"] == found["expected"]
         assert found["different"] == []
+
+
+def test_saving_leaves_no_process_behind(single_process_run: dict[str, Any]) -> None:
+    assert single_process_run["helpers"] == []
 
 
 def test_the_configuration_decides_rates_and_the_checkpoint_the_position(single_process_run: dict[str, Any]) -> None:

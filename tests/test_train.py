@@ -1,0 +1,127 @@
+"""Whole runs as users start them, on a task small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "rollout.group_size=4",
+    "rollout.max_response_tokens=12",
+    "reward.overlong.cache=4",
+    "sampling.style=none",
+    "sampling.train_batch_prompts=8",
+    "sampling.gen_batch_prompts=8",
+    "batch.mini_batch_prompts=4",
+    "warm_start.max_updates=4",
+    "warm_start.check_every=4",
+    "warm_start.batch_size=32",
+    "eval.every=2",
+    "eval.samples_per_prompt=2",
+    "eval.sets.heldout.limit=8",
+    "warm_start.choose.limit=8",
+    "checkpoint.every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """The quickstart's data and model, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("task")
+    made = [sys.executable, str(ROOT / "examples/arithmetic.py"), "--out", "runs/arithmetic"]
+    subprocess.run(made, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def run(task: Path, name: str, *overrides: str, processes: int = 1, ok: bool = True) -> str:
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29617", "-m"]
+    else:
+        overrides = ("parallel.tensor_parallel=1", *overrides)
+    config = str(ROOT / "examples/quickstart.yaml")
+    done = subprocess.run(
+        [*launcher, "dapo_mcore.train", config, *SMALL, f"name={name}", *overrides],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(task: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (task / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def stable(row: dict) -> dict:
+    """The numbers of a step that do not depend on the machine's speed."""
+    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/", "memory/"))}
+
+
+def test_a_run_over_two_processes_writes_all_that_it_promises(task):
+    output = run(task, "pair", "num_rollout_steps=2", "parallel.sequence_parallel=true", processes=2)
+    folder = task / "runs/pair"
+    rows = metrics(task, "pair")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["val/heldout/mean@2"] >= 0
+    assert rows[2]["updates"] == 4
+    assert rows[1]["actor/first_update_ratio_deviation"] == 0.0
+    assert rows[1]["mismatch/logprob_diff_max"] < 1e-4
+    assert len(list((folder / "samples").glob("*.jsonl"))) == 2
+    assert (folder / "plot.png").stat().st_size > 10_000
+    for expected in ("step 2/2", "eval after step 2", "pair is done", "plot", "HF model", "metrics", "heldout 0"):
+        assert expected in output
+
+
+def test_the_exported_folder_loads_in_transformers_with_the_trained_weights(task):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (task / "runs/pair/hf/final").is_dir():
+        pytest.fail("the run of the test before left no export")
+    model = AutoModelForCausalLM.from_pretrained(task / "runs/pair/hf/final")
+    tokenizer = AutoTokenizer.from_pretrained(task / "runs/pair/hf/final")
+    assert model.config.num_hidden_layers == 2
+    assert tokenizer.decode(tokenizer("12+34=", add_special_tokens=False)["input_ids"]) == "12+34="
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
+    run(task, "whole", "num_rollout_steps=4")
+    run(task, "parts", "num_rollout_steps=2")
+    output = run(task, "parts", "num_rollout_steps=4")
+    assert "resumed after rollout step 2" in output
+    whole, parts = metrics(task, "whole"), metrics(task, "parts")
+    assert [row["step"] for row in parts] == [0, 1, 2, 3, 4]
+    for a, b in zip(whole, parts):
+        assert stable(a) == stable(b)
+    final = "hf/final/model.safetensors"
+    assert (task / "runs/whole" / final).read_bytes() == (task / "runs/parts" / final).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch.mini_batch_prompts=3"], "batch.mini_batch_prompts 3 does not divide sampling.train_batch_prompts 8"),
+        (["batch.max_tokens=16"], "the longest sequence is data.max_prompt_tokens 8 + rollout.max_response_tokens 12 = 20"),
+        (["data.files=[nowhere.jsonl]"], "no data file at nowhere.jsonl"),
+        (["rollout.groupsize=4"], "unknown key 'rollout.groupsize'; did you mean 'rollout.group_size'?"),
+        (["parallel.tensor_parallel=2"], "world size 1 is not a multiple of tensor_parallel 2"),
+        (
+            ["sampling.style=filter", "sampling.max_gen_batches=2", "warm_start=null", "num_rollout_steps=1", "eval.sets={}"],
+            "0 of sampling.train_batch_prompts 8 groups have answers that vary after sampling.max_gen_batches 2 rounds",
+        ),
+    ],
+    ids=["batch arithmetic", "token budget", "missing data", "unknown key", "world size", "no group varies"],
+)
+def test_bad_input_ends_with_a_message_and_status_2(task, overrides, message):
+    output = run(task, "bad", *overrides, ok=False)
+    assert f"error: {message}" in output
+    assert "Traceback" not in output
