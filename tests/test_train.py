@@ -110,12 +110,21 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
     ("overrides", "message"),
     [
         (["batch.mini_batch_prompts=3"], "batch.mini_batch_prompts 3 does not divide sampling.train_batch_prompts 8"),
-        (["batch.max_tokens=16"], "the longest sequence is data.max_prompt_tokens 8 + rollout.max_response_tokens 12 = 20"),
+        (
+            ["batch.max_tokens=16"],
+            "the longest sequence is data.max_prompt_tokens 8 + rollout.max_response_tokens 12 = 20",
+        ),
         (["data.files=[nowhere.jsonl]"], "no data file at nowhere.jsonl"),
         (["rollout.groupsize=4"], "unknown key 'rollout.groupsize'; did you mean 'rollout.group_size'?"),
         (["parallel.tensor_parallel=2"], "world size 1 is not a multiple of tensor_parallel 2"),
         (
-            ["sampling.style=filter", "sampling.max_gen_batches=2", "warm_start=null", "num_rollout_steps=1", "eval.sets={}"],
+            [
+                "sampling.style=filter",
+                "sampling.max_gen_batches=2",
+                "warm_start=null",
+                "num_rollout_steps=1",
+                "eval.sets={}",
+            ],
             "0 of sampling.train_batch_prompts 8 groups have answers that vary after sampling.max_gen_batches 2 rounds",
         ),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Learner:
         if self.config.algo.old_logprobs == "rollout" and not self._needs_scoring():
             flat = [micro.with_(old_logprobs=micro.rollout_logprobs) for micro in flat]
         bounds = np.cumsum([0, *sizes])
-        return ScoredStep([flat[a:b] for a, b in zip(bounds[:-1], bounds[1:])], metrics)
+        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], metrics)
 
     def build(self, share: StepShare, loss_mode: LossMode) -> list[list[MicroBatch]]:
         """This rank's micro-batches of every mini-batch, with token weights and without advantages."""

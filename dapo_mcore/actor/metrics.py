@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dapo_mcore.actor.layout import Layout
+from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
 from dapo_mcore.kernels.policy_head import PolicyHeadOutput
 from dapo_mcore.types import MicroBatch
 
@@ -16,7 +17,8 @@ MAXIMA = ("ratio_max_deviation",)
 
 
 def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """One micro-batch's sums and maxima over this rank's loss rows, as fp64 vectors in the order of SUMS and MAXIMA."""
+    """One micro-batch's sums and maxima over this rank's loss rows, as fp64 vectors in the order of SUMS and MAXIMA;
+    behind them, those of the distance to the rollout engine's log-probs (MismatchStats)."""
     new = output.logprobs.double()
     drift = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
     sums = torch.stack(
@@ -33,7 +35,9 @@ def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.T
         ]
     )
     deviation = (output.ratio.double() - 1).abs()
-    return {"sums": sums, "maxima": deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)}
+    largest = deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)
+    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs)
+    return {"sums": torch.cat([sums, mismatch.sums]), "maxima": torch.cat([largest, mismatch.maximum])}
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class UpdateSums:
     """One gradient step. `sums` and `maxima` are over every loss token of the mini-batch on all ranks.
 
     loss is the mini-batch's loss itself (a sum of already weighted terms); the others are sums to divide by tokens.
+    `mismatch` compares the policy before this step with the rollout engine.
     """
 
     sums: dict[str, float]
     maxima: dict[str, float]
+    mismatch: MismatchStats
     grad_norm: float
     lr: float
     skipped: bool
@@ -54,8 +60,10 @@ class UpdateSums:
         cls, outcomes: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float, skipped: bool
     ) -> UpdateSums:
         """Adds up the micro-batches of all ranks. Collectives: two small gloo all-reduces over the control group."""
-        sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        maxima = torch.zeros(len(MAXIMA), dtype=torch.float64)
+        nothing = torch.zeros(0)
+        empty = mismatch_stats(nothing, nothing)
+        sums = torch.cat([torch.zeros(len(SUMS), dtype=torch.float64), empty.sums])
+        maxima = torch.cat([torch.zeros(len(MAXIMA), dtype=torch.float64), empty.maximum])
         if layout.reports_loss:
             sums = torch.stack([out["sums"] for out in outcomes]).sum(0).cpu()
             maxima = torch.stack([out["maxima"] for out in outcomes]).amax(0).cpu()
@@ -64,6 +72,7 @@ class UpdateSums:
         return cls(
             dict(zip(SUMS, sums.tolist())),
             dict(zip(MAXIMA, maxima.tolist())),
+            MismatchStats(sums[len(SUMS) :], maxima[len(MAXIMA) :]),
             grad_norm=grad_norm,
             lr=lr,
             skipped=skipped,
@@ -84,4 +93,5 @@ def update_metrics(updates: Sequence[UpdateSums]) -> dict[str, float]:
         "actor/first_update_ratio_deviation": updates[0].maxima["ratio_max_deviation"],
         "actor/skipped_updates": float(sum(u.skipped for u in updates)),
         "updates_per_step": float(count),
+        **mismatch_metrics(updates[0].mismatch),  # later gradient steps differ from the engine because they learned
     }

@@ -1,15 +1,10 @@
 """Imported once by the server that worker processes are forked from: the imports cost more than the tests."""
 
-import warnings
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-warnings.filterwarnings("ignore")
-
-import dapo_mcore.actor.actor
 import dapo_mcore.actor.learner
 import dapo_mcore.weights.checkpoint
 import dapo_mcore.weights.sync  # noqa: F401
-from transformers import Qwen2ForCausalLM  # noqa: F401
-
 from dapo_mcore.actor import cpu_device
 
 cpu_device.install_if_needed()

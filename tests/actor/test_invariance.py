@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -21,7 +22,10 @@ MODES: dict[str, dict[str, Any]] = {
     "truncated importance sampling": {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 1.2}},
     "masked importance sampling": {"algo__tis": {"mode": "mask", "cap": 1.5}},
     "kl in the loss": {"algo__kl": {"coef": 0.1, "estimator": "k3"}},
-    "kl in the reward": {"algo__old_logprobs": "actor", "algo__kl": {"coef": 0.1, "estimator": "k1", "place": "reward"}},
+    "kl in the reward": {
+        "algo__old_logprobs": "actor",
+        "algo__kl": {"coef": 0.1, "estimator": "k1", "place": "reward"},
+    },
     "entropy bonus": {"algo__entropy_coef": 0.01},
     "GRPO's sequence mean": {"algo__loss_mode": "seq-mean-token-mean"},
     "Dr. GRPO": {"algo__loss_mode": "seq-mean-token-sum-norm", "algo__advantage_std": "none"},
@@ -74,7 +78,13 @@ def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any
     """Worker: token budgets, orders and packings of one mini-batch."""
     batch, expected = parity.load_problem(path)
     rows = []
-    for max_tokens, packing, seed in [(48, True, None), (96, True, 1), (400, True, 2), (40, False, None), (400, False, 3)]:
+    for max_tokens, packing, seed in [
+        (48, True, None),
+        (96, True, 1),
+        (400, True, 2),
+        (40, False, None),
+        (400, False, 3),
+    ]:
         config = parity.make_config(mesh, batch__max_tokens=max_tokens, batch__packing=packing)
         actor = parity.build_actor(config, layout)
         (mini_batch,) = parity.shared_step(config, layout, batch, actor, seed=seed)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.actor import parity
-from tests.actor.parity import Mesh
 
 from dapo_mcore.actor.layout import _data_parallel_size
 from dapo_mcore.config import ParallelConfig
 from dapo_mcore.errors import ConfigError
+from tests.actor import parity
+from tests.actor.parity import Mesh
 
 
 def test_world_size_that_is_no_multiple_of_the_mesh_is_refused():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests.actor.parity import Mesh, hf_config, make_config
 
 from dapo_mcore.actor.model import check_divisibility, rope_arguments, transformer_config, uses_transformer_engine
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.weights.mapping import weight_shape
+from tests.actor.parity import Mesh, hf_config, make_config
 
 
 def check(mesh: Mesh, **changes):
@@ -81,7 +81,9 @@ def test_what_is_not_understood_is_refused_by_name(change, message):
 
 
 def test_unknown_architecture_is_refused():
-    with pytest.raises(ConfigError, match=r"architecture GPT2LMHeadModel is not supported; supported are Qwen2ForCausalLM"):
+    with pytest.raises(
+        ConfigError, match=r"architecture GPT2LMHeadModel is not supported; supported are Qwen2ForCausalLM"
+    ):
         weight_shape(SimpleNamespace(architectures=["GPT2LMHeadModel"]), 1)
 
 
@@ -92,7 +94,10 @@ LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_fac
     ("rope", "expected"),
     [
         ({"rope_theta": 1e6, "rope_type": "default"}, {"rotary_base": 1e6}),
-        ({"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}, {"rotary_base": 1e4, "seq_len_interpolation_factor": 2.0}),
+        (
+            {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+            {"rotary_base": 1e4, "seq_len_interpolation_factor": 2.0},
+        ),
         (
             LLAMA3 | {"original_max_position_embeddings": 8192},
             {"rotary_base": 5e5, "rope_scaling": True, "rope_scaling_factor": 8.0},

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tests.actor import parity
 from tests.actor.parity import Mesh
 

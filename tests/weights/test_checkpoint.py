@@ -91,7 +91,9 @@ def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str
     found = train(resumed, 2)
     weights = gather_named(resumed, dict(resumed.policy.named_parameters()))
     if layout.is_controller:
-        np.savez(Path(folder) / "after.npz", trace=found, **{name: t.detach().numpy() for name, t in weights.items()})
+        np.savez(
+            Path(folder) / "after.npz", trace=found, **{name: t.detach().float().numpy() for name, t in weights.items()}
+        )
     return {
         "moved": any(not torch.equal(saved[name], p) for name, p in actor.policy.named_parameters()),
         "loaded": all(torch.equal(saved[name], loaded[name]) for name in saved),
@@ -125,8 +127,9 @@ def test_resume_is_bitwise_with_tensor_parallelism(tensor_parallel_run: dict[str
     check_resumed(tensor_parallel_run)
 
 
-def test_resume_is_bitwise_with_data_parallelism_and_a_sharded_optimizer(tmp_path: Path) -> None:
-    check_resumed(spawn(interrupt_and_resume, Mesh(data=2), str(tmp_path), {"algo__kl__coef": 0.1}, False))
+def test_resume_is_bitwise_in_bf16_with_a_sharded_optimizer_and_a_reference_policy(tmp_path: Path) -> None:
+    options = {"model__dtype": "bf16", "algo__kl__coef": 0.1}
+    check_resumed(spawn(interrupt_and_resume, Mesh(data=2), str(tmp_path), options, False))
 
 
 def test_resume_is_bitwise_with_tied_embeddings_on_two_pipeline_stages(tmp_path: Path) -> None:
