@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dapo_mcore.config import dump_config, load_config
+from dapo_mcore.config_file import dump_config, load_config
 from dapo_mcore.errors import DapoError
 
 

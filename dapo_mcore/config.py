@@ -1,4 +1,4 @@
-"""The configuration: frozen typed sections, read from YAML plus dotted overrides, checked once at start.
+"""The configuration: frozen typed sections, checked once at start. Reading files is config_file.py.
 
 Change here: what a user may set, its default, and the rules that hold between sections.
 Megatron's own options stay upstream: the `megatron` section passes them through (see actor/model.py).
@@ -7,14 +7,10 @@ Nothing downstream fills in a default; a section that reaches a stage is complet
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from dapo_mcore.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
@@ -363,91 +359,3 @@ def _check_sampling(c: Config) -> None:
             f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
             f"raise it to at least {size}"
         )
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The validated configuration of a YAML file with `a.b=c` overrides applied in order.
-
-    Values of overrides are parsed as YAML, so `x=1e-6`, `x=true`, `x=[a, b]` and `x=null` mean what they say.
-    Raises ConfigError for a missing file, broken YAML, an unknown key (with the nearest known one) or a broken rule.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}; examples are in examples/*.yaml")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
-
-
-def parse_config(tree: dict[str, Any]) -> Config:
-    """The validated configuration of a nested mapping. Raises ConfigError naming every bad key."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
-
-
-def dump_config(config: Config) -> str:
-    """The configuration as YAML with every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; YAML 1.2, and everybody who trains models, reads a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not valid YAML: {error}") from error
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    tree[leaf] = value
-
-
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        message = item["msg"].removeprefix("Value error, ")
-        return f"{where}: {message} (got {item['input']!r})" if where else message
-    near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1, cutoff=0.4)
-    hint = f"; did you mean {'.'.join([*map(str, item['loc'][:-1]), near[0]])!r}?" if near else ""
-    return f"unknown key {where!r}{hint}"
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """Field names of the section at `location`, found by walking the annotations."""
-    section: Any = Config
-    for part in location:
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is None:
-            continue  # a key of a mapping, such as a set's name in eval.sets
-        section = _section_of(field.annotation)
-    return list(getattr(section, "model_fields", {}))
-
-
-def _section_of(annotation: Any) -> Any:
-    """The Section inside `X`, `X | None` or `dict[str, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for arg in getattr(annotation, "__args__", ()) if (found := _section_of(arg))), None)

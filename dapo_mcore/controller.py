@@ -15,7 +15,8 @@ import psutil
 import torch
 
 from dapo_mcore.batch.collate import to_train_batch
-from dapo_mcore.config import Config, dump_config
+from dapo_mcore.config import Config
+from dapo_mcore.config_file import dump_config
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.model_folder import stop_token_ids
 from dapo_mcore.data.prompts import load_prompts

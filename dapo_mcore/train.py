@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dapo_mcore.config import Config, load_config
+from dapo_mcore.config import Config
+from dapo_mcore.config_file import load_config
 from dapo_mcore.errors import DapoError
 
 

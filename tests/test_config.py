@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dapo_mcore.config import Config, dump_config, load_config, parse_config
+from dapo_mcore.config import Config
+from dapo_mcore.config_file import dump_config, load_config, parse_config
 from dapo_mcore.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"files": ["train.jsonl"]}}

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from dapo_mcore.config import Config, parse_config
+from dapo_mcore.config import Config
+from dapo_mcore.config_file import parse_config
 from dapo_mcore.types import TrainBatch
 
 VOCAB, LAYERS, STEPS, LR = 61, 4, 3, 1e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dapo_mcore.algo.correction import importance_weights, mismatch_metrics, mismatch_stats
-from dapo_mcore.config import parse_config
+from dapo_mcore.config_file import parse_config
 from dapo_mcore.errors import ConfigError
 
 RATIOS = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])

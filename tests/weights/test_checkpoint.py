@@ -82,6 +82,7 @@ def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str
     config = settings(mesh, **options)
     actor = build_actor(config, layout, tied=tied)
     train(actor, 2)
+    actor.freeze_reference()  # a reference that only the checkpoint knows
     path = save_checkpoint(Path(folder), actor, STATE if layout.is_controller else None, layout, keep=2)
     saved = {name: p.detach().clone() for name, p in actor.policy.named_parameters()}
     expected = train(actor, 2)

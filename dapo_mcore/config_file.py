@@ -1,0 +1,105 @@
+"""Configuration files: YAML plus dotted overrides to a validated Config, with errors that name the key and the nearest one.
+
+Change here: how files and overrides are read and how mistakes are explained. What may be set is config.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dapo_mcore.config import Config, Section
+from dapo_mcore.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The validated configuration of a YAML file with `a.b=c` overrides applied in order.
+
+    Values of overrides are parsed as YAML, so `x=1e-6`, `x=true`, `x=[a, b]` and `x=null` mean what they say.
+    Raises ConfigError for a missing file, broken YAML, an unknown key (with the nearest known one) or a broken rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}; examples are in examples/*.yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """The validated configuration of a nested mapping. Raises ConfigError naming every bad key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as text; YAML 1.2, and everybody who trains models, reads a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of override {override!r} is not valid YAML: {error}") from error
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[leaf] = value
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{where}: {message} (got {item['input']!r})" if where else message
+    near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1, cutoff=0.4)
+    hint = f"; did you mean {'.'.join([*map(str, item['loc'][:-1]), near[0]])!r}?" if near else ""
+    return f"unknown key {where!r}{hint}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at `location`, found by walking the annotations."""
+    section: Any = Config
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            continue  # a key of a mapping, such as a set's name in eval.sets
+        section = _section_of(field.annotation)
+    return list(getattr(section, "model_fields", {}))
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for arg in getattr(annotation, "__args__", ()) if (found := _section_of(arg))), None)
