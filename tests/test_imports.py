@@ -33,6 +33,8 @@ FLOORS = {
     "dapo_mcore.weights.checkpoint": 4,
     "dapo_mcore.weights.hf_io": 4,
     "dapo_mcore.eval": 4,
+    "dapo_mcore.controller": 4,
+    "dapo_mcore.warm_start": 4,
     "dapo_mcore.plan": 4,
     "dapo_mcore.doctor": 4,
     "dapo_mcore.train": 5,
