@@ -56,7 +56,7 @@ class Controller:
     def open_run(self, resume_step: int | None) -> None:
         """Starts (or continues) the run's folder. A fresh run moves an older folder of its name aside."""
         run_dir = self.config.run_dir
-        if resume_step is None and (run_dir / "metrics.jsonl").exists():
+        if resume_step is None and run_dir.exists() and any(run_dir.iterdir()):
             aside = _free_name(run_dir)
             run_dir.rename(aside)
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")

@@ -9,20 +9,35 @@ wait for its samples.
 
 from __future__ import annotations
 
+import dapo_mcore.quiet  # noqa: F401  before megatron is imported
+
+# isort: split
 import argparse
-import logging
 import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dapo_mcore.actor import layout as layouts
+from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.layout import Layout
+from dapo_mcore.actor.learner import Learner
+from dapo_mcore.actor.metrics import update_metrics
+from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.config import Config
 from dapo_mcore.config_file import load_config
+from dapo_mcore.controller import Controller, pad_token
+from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.errors import DapoError
+from dapo_mcore.observe.progress import NullProgress, Progress
+from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.warm_start import warm_start
+from dapo_mcore.weights.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
+from dapo_mcore.weights.sync import WeightStream, sync_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file, see examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
     options = parser.parse_args(argv)
-    _quiet_libraries()
     try:
         train(load_config(options.config, options.overrides))
     except DapoError as error:
@@ -43,11 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     """One run from start or resume to export. Every rank of the job must call it."""
-    from dapo_mcore.actor import layout as layouts
-
     layout = layouts.start(config.parallel, config.seed)
     try:
-        with _progress(config, layout.is_controller) as progress:
+        with Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as progress:
             Run(config, layout, progress).loop()
     finally:
         layouts.stop()
@@ -56,15 +68,7 @@ def train(config: Config) -> None:
 class Run:
     """Everything one rank holds during a run; `loop` is the run."""
 
-    def __init__(self, config: Config, layout: Any, progress: Any):
-        from dapo_mcore.actor.actor import Actor
-        from dapo_mcore.actor.learner import Learner
-        from dapo_mcore.controller import pad_token
-        from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-        from dapo_mcore.observe.timing import PhaseTimer
-        from dapo_mcore.weights.hf_io import open_weights
-        from dapo_mcore.weights.sync import WeightStream
-
+    def __init__(self, config: Config, layout: Layout, progress: NullProgress):
         self.started = time.monotonic()
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.hf_config = load_hf_config(config.model)
@@ -77,55 +81,46 @@ class Run:
 
     def loop(self) -> None:
         """All rollout steps."""
-        first = self._resume_or_start()
-        for step in range(first, self.config.num_rollout_steps + 1):
+        last = self.config.num_rollout_steps
+        for step in range(self._resume_or_start(), last + 1):
             metrics = self._train_step(step)
-            if step % self.config.eval.every == 0 or step == self.config.num_rollout_steps:
+            if step % self.config.eval.every == 0 or step == last:
                 metrics |= self._on_controller(lambda c, step=step: c.evaluate(step)) or {}
-            self._save(step)
+            # recorded before it is saved: a run killed in between repeats the step instead of losing its row
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
+            self._save(step)
         export = self._export("final") if self.config.checkpoint.export_at_end else None
         self._on_controller(lambda c: c.finish(self.started, export))
 
     def _train_step(self, step: int) -> dict[str, float]:
         """One rollout step: rollout, gradient steps, weight sync."""
-        from dapo_mcore.actor.metrics import update_metrics
-        from dapo_mcore.actor.scatter import scatter_step
-
-        config, phase = self.config, self._phase
+        config = self.config
         batch = self.controller.rollout(step) if self.controller else None
-        with phase("logprob"):
+        seed = config.seed + step if config.batch.shuffle else None
+        with self._phase("logprob"):
             share = scatter_step(
-                batch,
-                config,
-                self.layout,
-                mini_batch_prompts=config.batch.mini_batch_prompts,
-                seed=config.seed + step if config.batch.shuffle else None,
+                batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
             )
             scored = self.learner.score(share)
-        with phase("train"):
+        with self._phase("train"):
             updates = self.learner.update(scored.mini_batches)
-        with phase("sync"):
+        with self._phase("sync"):
             self._sync(version=step)
         return update_metrics(updates) | scored.metrics
 
     def _resume_or_start(self) -> int:
         """The number of the first rollout step to run, with weights, data position and engine in place for it."""
-        from dapo_mcore.weights.checkpoint import latest_checkpoint, load_checkpoint
-
         path = latest_checkpoint(self.config.run_dir) if self.config.checkpoint.resume == "auto" else None
         path = self.layout.broadcast_object(path)
         if path is None:
             return self._start()
         state = load_checkpoint(path, self.actor, self.layout)
-        self._sync(version=state.step)
+        self._sync(version=state.weight_version)
         self._on_controller(lambda c: c.resume(state))
         self.progress.line(f"resumed after rollout step {state.step} from {path}")
         return state.step + 1
 
     def _start(self) -> int:
-        from dapo_mcore.warm_start import warm_start
-
         self._on_controller(lambda c: c.open_run(resume_step=None))
         if self.config.warm_start is not None:
             warm_start(self.config, self.learner, self.stream, self.controller, self.layout)
@@ -134,10 +129,8 @@ class Run:
             self._on_controller(lambda c: c.record_start())
         return 1
 
-    def _start_controller(self, tokenizer: Any) -> Any:
+    def _start_controller(self, tokenizer: Any) -> Controller | None:
         """Rank 0's controller, None elsewhere. Its errors reach every rank, so that none is left waiting."""
-        from dapo_mcore.controller import Controller
-
         controller, problem = None, None
         if self.layout.is_controller:
             try:
@@ -151,8 +144,6 @@ class Run:
         return controller
 
     def _save(self, step: int) -> None:
-        from dapo_mcore.weights.checkpoint import save_checkpoint
-
         checkpoint = self.config.checkpoint
         with self._phase("save"):
             if checkpoint.every and step % checkpoint.every == 0:
@@ -162,8 +153,7 @@ class Run:
                 self._export(f"step_{step:06d}")
 
     def _export(self, name: str) -> Path:
-        from dapo_mcore.weights.hf_io import save_hf_folder
-
+        """Writes an HF folder; every rank takes part in gathering the weights."""
         folder = self.config.run_dir / "hf" / name
         if self.layout.is_controller:
             save_hf_folder(self.stream(), folder, hf_config=self.hf_config, source=self.config.model.path)
@@ -174,30 +164,14 @@ class Run:
         return folder
 
     def _sync(self, version: int) -> None:
-        from dapo_mcore.weights.sync import sync_weights
-
         sync_weights(self.stream, self.controller and self.controller.engine, version)
 
     def _phase(self, name: str) -> Any:
         self.progress.phase(name)
         return self.timer.phase(name)
 
-    def _on_controller(self, action: Callable[[Any], Any]) -> Any:
+    def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
         return action(self.controller) if self.controller else None
-
-
-def _progress(config: Config, is_controller: bool) -> Any:
-    from dapo_mcore.observe.progress import NullProgress, Progress
-
-    return Progress(config.name, config.num_rollout_steps) if is_controller else NullProgress()
-
-
-def _quiet_libraries() -> None:
-    """Hides the notes of megatron and torch about absent optional packages; `dapo-mcore doctor` is the place for them."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

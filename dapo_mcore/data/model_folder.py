@@ -66,10 +66,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"no tokenizer can be loaded from {folder}: {error}; it needs tokenizer.json and tokenizer_config.json"
         ) from error
     tokenizer = _as_stored(tokenizer, folder)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or not _is_stored(tokenizer.eos_token, folder):
+        invented = f" ({tokenizer.eos_token!r} is only its class's default)" if tokenizer.eos_token else ""
         raise ConfigError(
-            f"the tokenizer in {folder} has no EOS token, so no response could ever end; "
-            f'set "eos_token" in its tokenizer_config.json'
+            f"the tokenizer in {folder} has no EOS token{invented}, so no response could ever end; "
+            f'set "eos_token" in its tokenizer_config.json to a token of its vocabulary'
         )
     return tokenizer
 
@@ -134,6 +135,14 @@ def _refuse_unknown(overrides: dict[str, Any], known: set[str]) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"model.overrides has {key!r}, which this architecture's config.json does not know{hint}")
+
+
+def _is_stored(token: str, folder: Path) -> bool:
+    """Whether the folder's vocabulary has the token; transformers adds its classes' default specials to any vocabulary."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    return not file.is_file() or Tokenizer.from_file(str(file)).token_to_id(token) is not None
 
 
 def _as_stored(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
