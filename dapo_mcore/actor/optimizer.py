@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dapo_mcore import config as settings
@@ -50,14 +52,23 @@ class Optimizer:
         )
 
     def step(self) -> tuple[bool, float]:
-        """(False when the gradient was not finite and the update was skipped, global gradient norm before clipping).
+        """(True when the parameters moved, global gradient norm before clipping).
 
-        Collectives: gradient norm over the model-parallel group; with the distributed optimizer, the all-gather of
-        parameters over the data-parallel group.
+        A gradient that is not finite anywhere is skipped everywhere: the norm is the same on all ranks, so they agree
+        without asking. Adam's state is not touched then. Collectives: gradient norm over the model-parallel group; with
+        the distributed optimizer, the all-gather of parameters over the data-parallel group.
+        Source: the order of ChainedOptimizer.step (megatron-core 0.16.1), which would apply a NaN in fp32.
         """
         self.scheduler.step(increment=1)
-        done, norm, _ = self.megatron.step()
-        return bool(done), float(norm)
+        if self.megatron.prepare_grads():
+            return False, math.nan
+        norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(norm):
+            return False, norm
+        for part in self._parts:
+            if self.config.clip_grad > 0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+        return bool(self.megatron.step_with_ready_grads()), norm
 
     @property
     def lr(self) -> float:

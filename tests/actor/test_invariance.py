@@ -54,6 +54,8 @@ def test_a_rank_without_any_loss_token_takes_part_and_an_empty_batch_moves_nothi
     assert result["error"] <= TOLERANCE
     assert result["empty_gradient"] == 0.0
     assert result["empty_loss"] == 0.0
+    assert result["poisoned_is_skipped"], "a NaN on one rank must leave every rank's parameters as they were"
+    assert result["next_step_moves"]
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tensor=2, data=2), Mesh(pipeline=2, context=2)], ids=str)
@@ -107,7 +109,14 @@ def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     nothing = replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
     (empty,) = parity.shared_step(config, layout, nothing, actor)
     empty_gradient = parity.gradient_of(actor, empty)
+    before = {name: p.clone() for name, p in actor.policy.named_parameters()}
+    # only one rank has rows, so only one rank's gradient becomes NaN
+    poisoned = actor.update([micro.with_(token_weights=micro.token_weights * float("nan")) for micro in mini_batch])
+    unmoved = all(torch.equal(p, before[name]) for name, p in actor.policy.named_parameters())
+    moved = not actor.update(mini_batch).skipped
     return {
+        "poisoned_is_skipped": poisoned.skipped and unmoved,
+        "next_step_moves": moved,
         "rows_per_rank": rows.tolist(),
         "error": parity.worst(gradient, expected["grads"]) if layout.is_controller else 0.0,
         "empty_gradient": max((float(g.abs().max()) for g in empty_gradient.values()), default=0.0),
