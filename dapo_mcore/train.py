@@ -9,7 +9,7 @@ wait for its samples.
 
 from __future__ import annotations
 
-import dapo_mcore.quiet  # noqa: F401  before megatron is imported
+import dapo_mcore.environment  # noqa: F401  before torch is imported
 
 # isort: split
 import argparse
