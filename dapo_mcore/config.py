@@ -8,13 +8,17 @@ Nothing downstream fills in a default; a section that reaches a stage is complet
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
 ]
+
+
+Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One path or several."""
 
 
 class Section(BaseModel):
@@ -55,7 +59,7 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """Training prompts: JSONL or parquet rows, rendered to tokens."""
 
-    files: list[str] = Field(min_length=1)
+    files: Files = Field(min_length=1)
     prompt_key: str = "prompt"
     """A column with text, or with a chat: [{role, content}, …]."""
     answer_key: str = "reward_model.ground_truth"
@@ -243,7 +247,7 @@ class ObserveConfig(Section):
 class WarmStartConfig(Section):
     """Supervised steps on demonstrations, through the same actor, before the first rollout step."""
 
-    files: list[str] = Field(min_length=1)
+    files: Files = Field(min_length=1)
     """JSONL with `prompt` and `response`."""
     batch_size: int = Field(128, ge=1)
     max_updates: int = Field(300, ge=1)

@@ -52,6 +52,7 @@ class Controller:
         self.sinks: MetricSinks | None = None
         self.collected: Collected | None = None
         self.last_eval: EvalResult | None = None
+        self.num_failures = 0
 
     def open_run(self, resume_step: int | None) -> None:
         """Starts (or continues) the run's folder. A fresh run moves an older folder of its name aside."""
@@ -128,6 +129,7 @@ class Controller:
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
         """Writes and shows one rollout step."""
         assert self.collected is not None and self.sinks is not None
+        self._tell_failures()
         times = self.timer.pop()
         row = {
             "updates": float(num_updates),
@@ -142,7 +144,7 @@ class Controller:
         write_samples(self.config.run_dir, step, self.collected.groups, self.config.observe.samples_per_step)
         self.progress.step_done(step, row)
 
-    def finish(self, started: float, export: Path | None) -> None:
+    def finish(self, export: Path | None) -> None:
         """Closes the run: the plot, and a closing report with sample answers."""
         run_dir = self.config.run_dir
         self.close()
@@ -151,10 +153,21 @@ class Controller:
             rows["plot"] = str(plot_run(run_dir))
         if export is not None:
             rows["HF model"] = str(export)
-        rows["wall time"] = f"{time.monotonic() - started:.0f} s"
+        rows["wall time"] = f"{time.time() - psutil.Process().create_time():.0f} s"
+        if self.num_failures:
+            rows["reward failures"] = f"{self.num_failures} samples had no score; see failure in samples/"
         if self.last_eval is not None:
             rows.update(_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
+
+    def _tell_failures(self) -> None:
+        """Says on the screen when samples could not be scored, and why the first could not."""
+        assert self.collected is not None
+        samples = [sample for group in self.collected.generated for sample in group.samples]
+        failures = [sample.score.failure for sample in samples if sample.score.failure is not None]
+        self.num_failures += len(failures)
+        if failures:
+            self.progress.line(f"reward failed on {len(failures)} of {len(samples)} samples; the first: {failures[0]}")
 
     def close(self) -> None:
         self.reward.close()

@@ -15,7 +15,6 @@ import dapo_mcore.environment  # noqa: F401  before torch is imported
 import argparse
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,7 +68,6 @@ class Run:
     """Everything one rank holds during a run; `loop` is the run."""
 
     def __init__(self, config: Config, layout: Layout, progress: NullProgress):
-        self.started = time.monotonic()
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.hf_config = load_hf_config(config.model)
         tokenizer = load_tokenizer(config.model)
@@ -90,7 +88,7 @@ class Run:
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
             self._save(step)
         export = self._export("final") if self.config.checkpoint.export_at_end else None
-        self._on_controller(lambda c: c.finish(self.started, export))
+        self._on_controller(lambda c: c.finish(export))
 
     def _train_step(self, step: int) -> dict[str, float]:
         """One rollout step: rollout, gradient steps, weight sync."""
@@ -144,9 +142,9 @@ class Run:
         return controller
 
     def _save(self, step: int) -> None:
-        checkpoint = self.config.checkpoint
+        checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
         with self._phase("save"):
-            if checkpoint.every and step % checkpoint.every == 0:
+            if checkpoint.every and (last or step % checkpoint.every == 0):
                 state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
                 save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep=checkpoint.keep)
             if checkpoint.export_every and step % checkpoint.export_every == 0:

@@ -48,6 +48,11 @@ def warm_start(
         sync_weights(stream, controller and controller.engine, version=0)
         if layout.broadcast_object(check.reached(update, sums["nll"] / sums["tokens"]) if check else None):
             break
+    else:
+        if controller and settings.stop_at is not None:
+            controller.progress.line(
+                f"warm start ended at max_updates {settings.max_updates}, short of stop_at {settings.stop_at}"
+            )
     actor.reset_optimizer(config.optimizer)
     actor.freeze_reference()
 

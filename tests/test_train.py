@@ -28,7 +28,7 @@ SMALL = [
     "eval.samples_per_prompt=2",
     "eval.sets.heldout.limit=8",
     "warm_start.choose.limit=8",
-    "checkpoint.every=2",
+    "checkpoint.every=3",  # and at the last step
 ]
 
 
@@ -86,7 +86,16 @@ def test_a_run_over_two_processes_writes_all_that_it_promises(task):
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf/final")
     assert model.config.num_hidden_layers == 2
     assert tokenizer.decode(tokenizer("12+34=", add_special_tokens=False)["input_ids"]) == "12+34="
-    for expected in ("step 2/2", "eval after step 2", "pair is done", "plot", "HF model", "metrics", "heldout 0"):
+    for expected in (
+        "warm start ended at max_updates 4, short of stop_at 0.25",
+        "step 2/2",
+        "eval after step 2",
+        "pair is done",
+        "plot",
+        "HF model",
+        "metrics",
+        "heldout 0",
+    ):
         assert expected in output
 
 
@@ -95,6 +104,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
     run(task, "parts", "num_rollout_steps=2")
     output = run(task, "parts", "num_rollout_steps=4")
     assert "resumed after rollout step 2" in output
+    kept = sorted(path.name for path in (task / "runs/parts/checkpoints").iterdir())
+    assert kept == ["step_000003", "step_000004"]
     whole, parts = metrics(task, "whole"), metrics(task, "parts")
     assert [row["step"] for row in parts] == [0, 1, 2, 3, 4]
     for a, b in zip(whole, parts):

@@ -87,7 +87,7 @@ PANELS = (
     Panel(
         "Dynamic sampling",
         "fraction",
-        (Curve("sampling/kept_ratio", "groups kept"), Curve("sampling/resample_rate", "responses resampled")),
+        (Curve("sampling/kept_ratio", "groups that vary"), Curve("sampling/resample_rate", "responses resampled")),
         alone="groups kept (fraction)",
         fraction=True,
     ),

@@ -227,6 +227,12 @@ def _kept(metrics: Metrics) -> str:
     return "/".join(f"{metrics[name]:.0f}" for name in names) if all(name in metrics for name in names) else ""
 
 
+def _failures(metrics: Metrics) -> str:
+    """Samples whose scoring failed; nothing when there are none."""
+    failures = metrics.get("reward/failures", 0)
+    return f"{failures:.0f}" if failures else ""
+
+
 def _tokens_per_s(metrics: Metrics) -> str:
     return f"{format_count(metrics['perf/tokens_per_s'])} tok/s" if "perf/tokens_per_s" in metrics else ""
 
@@ -246,6 +252,7 @@ _LINE = (
     Column("entropy", 4, _number("actor/entropy", 2)),
     Column("len", 5, _number("response_length/mean", 1)),
     Column("kept", 6, _kept),
+    Column("failed", 3, _failures),
     Column("grad", 7, _number("actor/grad_norm", 2)),
     Column("", 9, _tokens_per_s),
 )

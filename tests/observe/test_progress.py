@@ -52,6 +52,11 @@ def test_missing_numbers_are_left_out_and_nan_is_a_dash() -> None:
     assert step_line(1, 2, {"reward/mean": float("nan")}, float("nan")) == "step 1/2 | reward - | ETA -"
 
 
+def test_a_steps_line_shows_failed_scores_only_when_there_are_some() -> None:
+    assert "failed" not in step_line(1, 2, METRICS | {"reward/failures": 0.0}, 1.0)
+    assert "| failed 12 |" in step_line(1, 2, METRICS | {"reward/failures": 12.0}, 1.0)
+
+
 def test_an_evaluations_line() -> None:
     line = eval_line(12, {**METRICS, **VAL})
     assert line == "eval after step 12 | aime mean@32 0.312 maj@32 0.400 response_length 912 | gsm8k mean@1 0.500"
