@@ -40,7 +40,6 @@ setup(
         "ray": ["ray>=2.52"],
         "dali": ["nvidia-dali-cuda130>=2.0"],
         "wandb": ["wandb>=0.18"],
-        "math": ["math-verify>=0.7"],
     },
     entry_points={"console_scripts": ["dapo-mcore=dapo_mcore.cli:main"]},
 )
