@@ -1,7 +1,7 @@
 """The policy head: from hidden states to log-probs, or straight to the DAPO loss with its gradients.
 
-Change here: what is accepted, what a wrong argument is told, and which implementation runs. The chunks are in chunks.py,
-the eager mode in eager.py, and all that happens to logits, in plain PyTorch and in Triton, in policy_loss/.
+Change here: what is accepted, what a wrong argument is told, and which implementation runs. The chunks are in chunks.py, the
+eager mode in eager.py, and all that happens to logits, in plain PyTorch and in Triton, in policy_loss/.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def linear_policy_loss(
     vocab_size     true size of the vocabulary; columns from there on are padding: probability 0, gradient 0.
     chunk_tokens   rows projected at a time. Workspace: with Triton one [chunk_tokens, V_local] in logits_dtype (see
                    chunk_tokens_for), in plain PyTorch a few in fp32 (fp64 for fp64).
-    logits_dtype   None is fp32 (fp64 for fp64). bfloat16, for bf16 inputs, rounds the logits as a rollout engine may do:
-                   log-probs move by 0.01 to 0.1.
+    logits_dtype   None is fp32 (fp64 for fp64). bfloat16, for bf16 inputs, rounds the logits as a rollout engine may
+                   do: log-probs move by 0.01 to 0.1.
     main_grad      eager mode: contiguous fp32 (fp64) [V_local, H], to which grad_scale · d loss / d weight is added *in
                    this call*; weight then receives a dummy gradient in backward, and weight.grad_added_to_main_grad is
                    set, as Megatron's DistributedDataParallel expects. Only where this call is followed by exactly one
                    backward pass: refused under no_grad and in the replay of a checkpoint.
     grad_scale     in eager mode, the gradient that the loss will receive; another one fails in backward.
-    implementation "auto" is Triton for fp32 and bf16 on a GPU where it is installed, else plain PyTorch. "triton" on CPU
-                   tensors needs TRITON_INTERPRET=1: for tests.
+    implementation "auto" is Triton for fp32 and bf16 on a GPU where it is installed, else plain PyTorch. "triton" on
+                   CPU tensors needs TRITON_INTERPRET=1: for tests.
 
     `loss` is differentiable with respect to hidden and weight; every other field is detached, [T] in fp32 (fp64).
     Gradients are made in this call, if grad mode is on and an input requires them, and held in the input's dtype until

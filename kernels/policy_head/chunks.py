@@ -25,7 +25,7 @@ from .eager import EagerTarget, with_hidden_gradient
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """How a chunk's logits are made and read: by `implementation`, one of those that policy_loss/dispatch.py chooses."""
+    """How a chunk's logits are made and read: by `implementation`, as policy_loss/dispatch.py chooses it."""
 
     shard: VocabShard
     temperature: float

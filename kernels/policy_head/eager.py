@@ -1,8 +1,8 @@
 """Eager mode: the weight's gradient goes straight into its fp32 main_grad, in the forward pass.
 
 Change here: when that is allowed, and what autograd and Megatron's DistributedDataParallel are told.
-It saves the [V_local, H] gradient that would wait for the backward pass, and one reading and writing of it. But a forward
-pass then changes main_grad, so it must run exactly once for every backward pass.
+It saves the [V_local, H] gradient that would wait for the backward pass, and one reading and writing of it. But a
+forward pass then changes main_grad, so it must run exactly once for every backward pass.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class EagerTarget(NamedTuple):
 
 
 def eager_target(weight: Tensor, main_grad: Tensor | None, scale: float, dtype: torch.dtype) -> EagerTarget | None:
-    """Where the weight's gradient goes in this forward pass; None outside eager mode. `dtype` is what main_grad must be.
+    """Where the weight's gradient goes in this forward pass; None outside eager mode.
 
+    `dtype` is what main_grad must be.
     Raises ValueError for a main_grad that does not fit the weight, RuntimeError where the forward pass may run twice or
     without a backward pass: under no_grad (also the first pass of a reentrant checkpoint), and while a backward pass
     runs (a checkpoint's replay).

@@ -1,7 +1,7 @@
 """The DAPO loss in Triton: from log-probs, and from vocabulary-parallel logits with their gradient in the same memory.
 
-Change here: how the GPU computes what reference.py and softmax.py define. One program owns one row of logits: no atomics,
-every sum in a fixed order, the same bits each time. A row is read twice and written once; where the vocabulary is
+Change here: how the GPU computes what reference.py and softmax.py define. One program owns one row of logits: no
+atomics, every sum in a fixed order, the same bits each time. A row is read twice and written once; where the vocabulary is
 split, an all-gather of the rows' statistics lies between the two readings.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .reference import Objective, PolicyHeadOutput, TokenInputs, TokenTerms
 from .shard import VocabShard
+from .token_terms import log1p, token_terms
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -33,7 +34,6 @@ TOKEN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # Stands for -inf: exp gives 0 all the same, and 0 · x stays 0 where 0 · -inf would be nan.
 LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG_RATIO_LIMIT = tl.constexpr(20.0)
 
 
 class Constants(NamedTuple):
@@ -313,7 +313,7 @@ def load_logits(logits, columns, num_real):
 
 @triton.jit
 def row_statistics(logits, num_real, target, scale, BLOCK: tl.constexpr):
-    """Of one row without its target: max, Σ e, Σ e · (logit - max) with e = 2^(scale · (logit - max)); target's logit.
+    """Of one row without its target: max, Σ e, Σ e · (logit - max) with e = 2^(scale · (logit - max)); the target's.
 
     Each lane keeps its own three sums until the end, so the loop has no barrier; one exponential a column serves both
     cases, a new maximum (the sums shrink) and none (the summand does). The target is left out so that 1 - p keeps its
@@ -392,65 +392,3 @@ def zero_row(grad, num_columns, BLOCK: tl.constexpr):
     for first in range(0, num_columns, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         tl.store(grad + columns, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=columns < num_columns)
-
-
-@triton.jit
-def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
-    """The fields of TokenTerms for the tokens `at`: the formula of reference.policy_loss_terms."""
-    advantage = tl.load(tokens.advantages + at, mask=mask)
-    if tokens.old_logprobs is None:
-        log_ratio = logprob - logprob
-    else:
-        log_ratio = logprob - tl.load(tokens.old_logprobs + at, mask=mask)
-    ratio = tl.exp(tl.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, propagate_nan=tl.PropagateNan.ALL))
-    unclipped = -advantage * ratio
-    in_range = tl.clamp(ratio, objective.ratio_low, objective.ratio_high, propagate_nan=tl.PropagateNan.ALL)
-    clipped = -advantage * in_range
-    loss = tl.maximum(unclipped, clipped, propagate_nan=tl.PropagateNan.ALL)
-
-    negative = advantage < 0
-    at_bound = clipped > unclipped
-    dual = negative & False
-    if objective.dual_clip is not None:
-        cap = -advantage * objective.dual_clip
-        dual = negative & (loss > cap)
-        loss = tl.where(dual, cap, loss)
-    slope = tl.where(at_bound | dual | (tl.abs(log_ratio) > LOG_RATIO_LIMIT), 0.0, unclipped)
-
-    if tokens.tis_weights is not None:
-        tis = tl.load(tokens.tis_weights + at, mask=mask)
-        loss *= tis
-        slope *= tis
-    kl = tl.zeros_like(loss)
-    if tokens.ref_logprobs is not None:
-        kl, kl_slope = kl_terms(logprob - tl.load(tokens.ref_logprobs + at, mask=mask), KL)
-        loss += objective.kl_coef * kl
-        slope += objective.kl_coef * kl_slope
-    return loss, slope, ratio, at_bound & negative, at_bound & (advantage >= 0), dual, kl
-
-
-@triton.jit
-def kl_terms(log_ratio, KL: tl.constexpr):
-    """The formula of reference.kl_terms."""
-    if KL == "k1":
-        return log_ratio, tl.zeros_like(log_ratio) + 1.0
-    elif KL == "k2":
-        return log_ratio * log_ratio / 2, log_ratio
-    else:
-        x = tl.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        excess = expm1(-x)
-        return excess + x, tl.where(tl.abs(log_ratio) > LOG_RATIO_LIMIT, 0.0, -excess)
-
-
-@triton.jit
-def log1p(x):
-    """Exact to rounding for small x, where 1 + x is not: the quotient takes the rounding of 1 + x out again (Kahan)."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
-
-
-@triton.jit
-def expm1(x):
-    """Exact to rounding for small x, by the same trick."""
-    u = tl.exp(x)
-    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, (u - 1.0) * x / tl.log(u)))

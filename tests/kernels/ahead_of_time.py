@@ -111,15 +111,18 @@ def kernels() -> set[str]:
     found, called = set(), set()
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         for value in vars(importlib.import_module(info.name)).values():
-            if isinstance(value, triton.JITFunction) and value.fn.__module__ == info.name:
+            if isinstance(value, triton.JITFunction):
                 found.add(full_name(value))
-                called |= {f"{info.name.removeprefix(package.__name__ + '.')}.{name}" for name in calls(value.fn)}
+                called |= {full_name(part) for part in parts(value)}
     return found - called
 
 
-def calls(function: Callable) -> set[str]:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+def parts(kernel: triton.JITFunction) -> list[triton.JITFunction]:
+    """The @triton.jit functions that this one calls by name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+    names = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    candidates = (kernel.fn.__globals__.get(name) for name in names)
+    return [candidate for candidate in candidates if isinstance(candidate, triton.JITFunction)]
 
 
 def full_name(kernel: triton.JITFunction) -> str:

@@ -175,8 +175,12 @@ def test_wrong_arguments_are_told_what_is_wrong(changes, message):
 
 @pytest.mark.parametrize(
     ("budget", "vocab", "dtype", "rows"),
-    [(4 << 30, 152_064, torch.float32, 7040), (4 << 30, 152_064, torch.bfloat16, 14_080), (1, 19_008, torch.float32, 128)],
-)  # fmt: skip
+    [
+        (4 << 30, 152_064, torch.float32, 7040),
+        (4 << 30, 152_064, torch.bfloat16, 14_080),
+        (1, 19_008, torch.float32, 128),
+    ],
+)
 def test_chunk_size_from_a_byte_budget(budget, vocab, dtype, rows):
     assert chunk_tokens_for(budget, vocab, dtype) == rows
     assert rows == 128 or rows * vocab * dtype.itemsize <= budget < (rows + 128) * vocab * dtype.itemsize
