@@ -1,7 +1,7 @@
 """The policy head: from hidden states to log-probs, or straight to the DAPO loss with its gradients.
 
-Change here: what is accepted, what a wrong argument is told, and which implementation runs. The chunks are in chunks.py, the
-eager mode in eager.py, and all that happens to logits, in plain PyTorch and in Triton, in policy_loss/.
+Change here: what is accepted, what a wrong argument is told, and which implementation runs. The chunks are in
+chunks.py, the eager mode in eager.py, and all that happens to logits, in plain PyTorch or Triton, in policy_loss/.
 """
 
 from __future__ import annotations

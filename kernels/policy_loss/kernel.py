@@ -1,8 +1,8 @@
 """The DAPO loss in Triton: from log-probs, and from vocabulary-parallel logits with their gradient in the same memory.
 
 Change here: how the GPU computes what reference.py and softmax.py define. One program owns one row of logits: no
-atomics, every sum in a fixed order, the same bits each time. A row is read twice and written once; where the vocabulary is
-split, an all-gather of the rows' statistics lies between the two readings.
+atomics, every sum in a fixed order, the same bits each time. A row is read twice and written once; where the
+vocabulary is split, an all-gather of the rows' statistics lies between the two readings.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def row_losses_kernel(
     BLOCK: tl.constexpr,
     GRADIENT_BLOCK: tl.constexpr,
 ):
-    """`fields` [8, n] of PolicyHeadOutput and, unless None, `grad` [n, num_columns]; with empty `tokens` only the score.
+    """`fields` [8, n] of PolicyHeadOutput and, unless None, `grad` [n, num_columns]; empty `tokens`: only the score.
 
     statistics  [R, 4, n] of all ranks; None: computed here, of the one rank there is.
     SHARED_ROWS says that `grad` lies in the rows of `logits` in a narrower type (see gradient_view).
