@@ -33,7 +33,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.6"],
+        "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'"],
         "gpu": ["triton>=3.4"],
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "sglang": ["sglang>=0.5.15,<0.5.24"],

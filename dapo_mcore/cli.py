@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dapo_mcore.config_file import dump_config, load_config
-from dapo_mcore.errors import DapoError
+from dapo_mcore.errors import DapoError, DataError
 
 
 class Command(NamedTuple):
@@ -52,13 +52,24 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; several are compared")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder; several are compared")
     parser.add_argument("--out", type=Path, help="the PNG to write (default: plot.png in RUN, compare.png for several)")
+    parser.add_argument(
+        "--bench",
+        action="store_true",
+        help="RUN are JSON files of pytest -m bench (default: all in kernels/results); one PNG beside each",
+    )
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from dapo_mcore.observe.bench_plots import plot_benches
     from dapo_mcore.observe.plots import plot_run, plot_runs
 
+    if args.bench:
+        print(*plot_benches(args.runs, args.out), sep="\n")
+        return 0
+    if not args.runs:
+        raise DataError("name the folder of a run, or give --bench for benchmark results")
     several = len(args.runs) > 1
     print(plot_runs(args.runs, args.out or Path("compare.png")) if several else plot_run(args.runs[0], args.out))
     return 0
@@ -84,7 +95,9 @@ def _explain(args: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("config", "Check a configuration and print it with every default.", _config_arguments, _config),
-    Command("plot", "Plot one run, or compare several, from metrics.jsonl.", _plot_arguments, _plot),
+    Command(
+        "plot", "Plot one run, or compare several, from metrics.jsonl; or benchmark results.", _plot_arguments, _plot
+    ),
     Command("reward-explain", "Say step by step why a response is right or wrong.", _explain_arguments, _explain),
 )
 

@@ -34,6 +34,8 @@ def test_config_prints_what_reads_back(config: Path, tmp_path: Path, capsys: pyt
         (["config", "CONFIG", "algo.clip_hi=1"], "did you mean 'algo.clip_high'"),
         (["config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
         (["plot", "nowhere"], "no metrics.jsonl in nowhere"),
+        (["plot"], "name the folder of a run, or give --bench"),
+        (["plot", "--bench", "nowhere.json"], "nowhere.json is no benchmark JSON"),
         (["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"], "neither math_dapo nor"),
     ],
 )

@@ -1,7 +1,7 @@
 """The policy head: from hidden states to log-probs, or straight to the DAPO loss with its gradients.
 
-Change here: what is accepted, what a wrong argument is told, and which implementation runs. The mathematics is in
-reference.py (plain PyTorch, any device) and the objective of a token in policy_loss/reference.py.
+Change here: what is accepted, what a wrong argument is told, and which implementation runs. The chunks are in
+chunks.py, the eager mode in eager.py, and all that happens to logits, in plain PyTorch or Triton, in policy_loss/.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..policy_loss import Objective, make_token_inputs
-from ..policy_loss.reference import KLEstimator
-from . import reference
-from .reference import PolicyHeadOutput, VocabShard
+from ..policy_loss import Objective, PolicyHeadOutput, check_temperature, make_token_inputs
+from ..policy_loss.dispatch import Implementation, choose
+from ..policy_loss.reference import KLEstimator, compute_dtype
+from ..policy_loss.shard import VocabShard, check_targets
+from . import chunks
+from .eager import eager_target
 
-__all__ = ["PolicyHeadOutput", "linear_logprobs", "linear_policy_loss"]
+__all__ = ["PolicyHeadOutput", "chunk_tokens_for", "linear_logprobs", "linear_policy_loss"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -40,6 +42,10 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 1024,
+    logits_dtype: torch.dtype | None = None,
+    main_grad: Tensor | None = None,
+    grad_scale: float = 1.0,
+    implementation: Implementation = "auto",
 ) -> PolicyHeadOutput:
     """The loss Σ_t weight_t · (policy term + kl_coef · KL - entropy_coef · entropy), and what happened to each token.
 
@@ -53,7 +59,17 @@ def linear_policy_loss(
                    gradient is that of weighted cross-entropy.
     temperature    divides the logits, as in sampling; log-probs, entropy and KL are those of the divided logits.
     vocab_size     true size of the vocabulary; columns from there on are padding: probability 0, gradient 0.
-    chunk_tokens   rows projected at a time: workspace is a few [chunk_tokens, V_local] tensors in fp32 (fp64 for fp64).
+    chunk_tokens   rows projected at a time. Workspace: with Triton one [chunk_tokens, V_local] in logits_dtype (see
+                   chunk_tokens_for), in plain PyTorch a few in fp32 (fp64 for fp64).
+    logits_dtype   None is fp32 (fp64 for fp64). bfloat16, for bf16 inputs, rounds the logits as a rollout engine may
+                   do: log-probs move by 0.01 to 0.1.
+    main_grad      eager mode: contiguous fp32 (fp64) [V_local, H], to which grad_scale · d loss / d weight is added *in
+                   this call*; weight then receives a dummy gradient in backward, and weight.grad_added_to_main_grad is
+                   set, as Megatron's DistributedDataParallel expects. Only where this call is followed by exactly one
+                   backward pass: refused under no_grad and in the replay of a checkpoint.
+    grad_scale     in eager mode, the gradient that the loss will receive; another one fails in backward.
+    implementation "auto" is Triton for fp32 and bf16 on a GPU where it is installed, else plain PyTorch. "triton" on
+                   CPU tensors needs TRITON_INTERPRET=1: for tests.
 
     `loss` is differentiable with respect to hidden and weight; every other field is detached, [T] in fp32 (fp64).
     Gradients are made in this call, if grad mode is on and an input requires them, and held in the input's dtype until
@@ -61,14 +77,18 @@ def linear_policy_loss(
     Tensor parallelism: one all-gather of [4, n] statistics a chunk over `tp_group` (none for T = 0); its ranks must
     give the same rows. All results are the same on all ranks, except that **the gradient to hidden is this rank's
     partial sum over its vocabulary rows: the caller reduces it over tp_group** (or reduce-scatters it).
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for constants out of range.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for constants out of range; RuntimeError where
+    eager mode is refused.
     Source: DAPO (arXiv 2503.14476) eq. 8; details in policy_loss/reference.py.
     """
-    shard = _check(hidden, weight, targets, temperature, vocab_size, tp_group, chunk_tokens)
+    how = _projection(
+        hidden, weight, targets, temperature, vocab_size, tp_group, chunk_tokens, logits_dtype, implementation
+    )
     objective = Objective(clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef)
-    like = reference.compute_like(hidden, len(hidden))
+    like = hidden.new_empty(len(hidden), dtype=compute_dtype(hidden))
     tokens = make_token_inputs(like, objective, advantages, token_weights, old_logprobs, ref_logprobs, tis_weights)
-    return reference.linear_policy_loss(hidden, weight, targets, tokens, objective, shard, temperature, chunk_tokens)
+    eager = eager_target(weight, main_grad, grad_scale, compute_dtype(weight))
+    return chunks.linear_policy_loss(hidden, weight, targets, tokens, objective, how, eager)
 
 
 @torch.no_grad()
@@ -81,17 +101,30 @@ def linear_logprobs(
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 1024,
+    logits_dtype: torch.dtype | None = None,
+    implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` and entropies in nats, [T] in fp32 (fp64 for fp64), without gradient.
 
     Arguments, collective and errors as in linear_policy_loss. On the same rows, with the same chunk_tokens, the
     log-probs are bitwise those of linear_policy_loss: scored and trained alike, the ratio is exactly 1.
     """
-    shard = _check(hidden, weight, targets, temperature, vocab_size, tp_group, chunk_tokens)
-    return reference.linear_logprobs(hidden, weight, targets, shard, temperature, chunk_tokens)
+    how = _projection(
+        hidden, weight, targets, temperature, vocab_size, tp_group, chunk_tokens, logits_dtype, implementation
+    )
+    return chunks.linear_logprobs(hidden, weight, targets, how)
 
 
-def _check(
+def chunk_tokens_for(budget_bytes: int, vocab_local: int, logits_dtype: torch.dtype = torch.float32) -> int:
+    """The most rows, a multiple of 128, whose logits [rows, vocab_local] fit into `budget_bytes`: at least 128.
+
+    With Triton that is the whole workspace: the gradient takes the logits' memory. Larger chunks read and write the
+    weight's fp32 gradient less often.
+    """
+    return max(budget_bytes // (vocab_local * logits_dtype.itemsize) // 128 * 128, 128)
+
+
+def _projection(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -99,16 +132,21 @@ def _check(
     vocab_size: int | None,
     tp_group: dist.ProcessGroup | None,
     chunk_tokens: int,
-) -> VocabShard:
-    """This rank's part of the vocabulary, once every argument fits."""
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature} must be above 0: it divides the logits")
+    logits_dtype: torch.dtype | None,
+    implementation: Implementation,
+) -> chunks.Projection:
+    """How to make and read the logits, once every argument fits."""
+    check_temperature(temperature)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1")
     _check_matrices(hidden, weight)
-    shard = _vocab_shard(len(weight), vocab_size, tp_group)
-    _check_targets(targets, hidden, vocab_size or shard.num_ranks * len(weight))
-    return shard
+    if logits_dtype not in (None, compute_dtype(hidden), hidden.dtype):
+        raise ValueError(
+            f"logits_dtype {logits_dtype} must be None, {compute_dtype(hidden)} or that of hidden, {hidden.dtype}"
+        )
+    shard = VocabShard.of(len(weight), vocab_size, tp_group)
+    check_targets(targets, len(hidden), hidden.device, vocab_size or shard.num_ranks * len(weight))
+    return chunks.Projection(shard, temperature, chunk_tokens, logits_dtype, choose(implementation, hidden))
 
 
 def _check_matrices(hidden: Tensor, weight: Tensor) -> None:
@@ -124,29 +162,3 @@ def _check_matrices(hidden: Tensor, weight: Tensor) -> None:
         )
     if hidden.device != weight.device:
         raise ValueError(f"hidden is on {hidden.device}, but weight on {weight.device}; move one")
-
-
-def _vocab_shard(num_rows: int, vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> VocabShard:
-    rank, num_ranks = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
-    padded = num_ranks * num_rows
-    if vocab_size is not None and not 1 <= vocab_size <= padded:
-        raise ValueError(
-            f"vocab_size {vocab_size} must be between 1 and the {padded} rows there are: "
-            f"{num_rows} weight rows on each of {num_ranks} tensor-parallel ranks"
-        )
-    start = rank * num_rows
-    num_real = min(max((vocab_size or padded) - start, 0), num_rows)
-    return VocabShard(start, num_real, tp_group, num_ranks)
-
-
-def _check_targets(targets: Tensor, hidden: Tensor, vocab_size: int) -> None:
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64 or targets.device != hidden.device:
-        raise ValueError(
-            f"targets must be int64 [{len(hidden)}] on {hidden.device}, one for each row of hidden, "
-            f"got {targets.dtype} {list(targets.shape)} on {targets.device}"
-        )
-    # Looking at values would stall a GPU's stream; there a bad target shows as log-prob -inf.
-    if targets.is_cpu and len(targets):
-        low, high = (int(bound) for bound in targets.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"targets must lie in 0 … {vocab_size - 1}, the vocabulary, but span {low} … {high}")

@@ -1,6 +1,8 @@
 """The DAPO objective of single tokens: its value and its derivative with respect to the log-prob, in closed form.
 
-Change here: the per-token formula. It is written once; the policy head and the loss from given log-probs both use it.
+Change here: the per-token formula. In plain PyTorch it is written once, for the loss from log-probs, from logits and
+from hidden states; its Triton twin is token_terms.py. `score`, `differentiate` and `token_losses` are what every
+implementation offers (dispatch.py).
 Source: DAPO (arXiv 2503.14476) eq. 8, with separate clip ranges, and dual clip (arXiv 1912.09729) as an option.
 """
 
@@ -11,7 +13,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .shard import VocabShard
+from .softmax import Softmax, logit_gradient, target_softmax
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -95,6 +99,25 @@ class PolicyLossOutput(NamedTuple):
     kl: Tensor
 
 
+class PolicyHeadOutput(NamedTuple):
+    """The loss of a batch seen from its logits, and detached, [T] each, what happened to its tokens.
+
+    loss      the differentiable scalar; inside an implementation [n], each token's part of it:
+              token weight · (TokenTerms.loss - entropy_coef · entropy).
+    logprobs  log-prob of the target in nats; `entropy` of the whole distribution, too.
+    The other fields are those of TokenTerms.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    clipped_dual: Tensor
+    kl: Tensor
+
+
 def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objective) -> TokenTerms:
     """The objective of each token and its derivative with respect to `logprobs` [T], all in the dtype of `logprobs`.
 
@@ -147,27 +170,58 @@ def kl_terms(log_ratio: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]
     return excess + x, -excess.masked_fill(log_ratio.abs() > LOG_RATIO_LIMIT, 0.0)
 
 
-def policy_loss(
-    logprobs: Tensor, entropy: Tensor | None, tokens: TokenInputs, objective: Objective
-) -> PolicyLossOutput:
-    """The weighted sum of the tokens' objectives, differentiable with respect to `logprobs` and `entropy` [T]."""
-    terms = policy_loss_terms(logprobs.detach(), tokens, objective)
-    loss = _WeightedSum.apply(logprobs, terms.loss, terms.grad_logprobs, tokens.token_weights)
-    if entropy is not None:
-        loss = loss - objective.entropy_coef * (tokens.token_weights * entropy).sum()
-    return PolicyLossOutput(loss, *terms[2:])
+def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) -> TokenTerms:
+    """The terms of policy_loss_terms with `loss` and `grad_logprobs` multiplied by the token weights."""
+    terms = policy_loss_terms(logprobs, tokens, objective)
+    weights = tokens.token_weights
+    return terms._replace(loss=weights * terms.loss, grad_logprobs=weights * terms.grad_logprobs)
 
 
-class _WeightedSum(torch.autograd.Function):
-    """Σ weight · loss, with the closed-form derivative in place of a traced one."""
+def score(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [n] of `logits` [n, V_local] / temperature, by the operations of `differentiate`.
 
-    @staticmethod
-    def forward(ctx, logprobs: Tensor, loss: Tensor, grad_logprobs: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights * grad_logprobs)
-        return (weights * loss).sum()
+    Overwrites `logits`. Collective: one all-gather over shard.group, if that has several ranks.
+    """
+    softmax = _softmax(logits, targets, shard, temperature)
+    return softmax.logprobs, softmax.entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        (grad_logprobs,) = ctx.saved_tensors
-        return grad_loss * grad_logprobs, None, None, None
+
+def differentiate(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: TokenInputs,
+    objective: Objective,
+    shard: VocabShard,
+    temperature: float,
+    grad_dtype: torch.dtype | None,
+    *,
+    keep_logits: bool = False,
+) -> tuple[PolicyHeadOutput, Tensor | None]:
+    """The losses of a chunk's tokens, and the gradient [n, V_local] of their sum to `logits` [n, V_local].
+
+    targets      int64 [n], global ids.
+    grad_dtype   of the gradient; None for no gradient.
+    keep_logits  leaves `logits` as they are; else their memory is used up.
+    Computed in fp32 (fp64 for fp64 logits). Collective: as in `score`.
+    """
+    softmax = _softmax(logits.clone() if keep_logits else logits, targets, shard, temperature)
+    terms = policy_loss_terms(softmax.logprobs, tokens, objective)
+    loss = tokens.token_weights * (terms.loss - objective.entropy_coef * softmax.entropy)
+    losses = PolicyHeadOutput(loss, softmax.logprobs, softmax.entropy, *terms[2:])
+    if grad_dtype is None:
+        return losses, None
+    scale = tokens.token_weights / temperature
+    slope = objective.entropy_coef * scale if objective.entropy_coef else None
+    return losses, logit_gradient(softmax, scale * terms.grad_logprobs, slope).to(grad_dtype)
+
+
+def _softmax(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> Softmax:
+    logits = logits.to(compute_dtype(logits))
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return target_softmax(logits, targets, shard)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """fp64 for fp64, fp32 for anything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

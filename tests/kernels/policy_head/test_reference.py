@@ -2,81 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from dapo_mcore.kernels.policy_head import linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_logprobs, linear_policy_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-EVERYTHING = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7}
-
-
-def plain(hidden, weight, targets, *, advantages, token_weights, old_logprobs=None, ref_logprobs=None, tis_weights=None,
-          clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
-          temperature=1.0, vocab_size=None):  # fmt: skip
-    """Loss, log-probs, entropy and both gradients in fp64, written as in the papers, from the [T, V] logits."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    a, w = advantages.double(), token_weights.double()
-    everywhere = ((hidden @ weight.t())[:, :vocab_size] / temperature).log_softmax(-1)
-    logp = everywhere.gather(1, targets[:, None])[:, 0]
-    entropy = -(everywhere.exp() * everywhere).sum(-1)
-    r = (logp - (logp.detach() if old_logprobs is None else old_logprobs.double())).clamp(-20, 20).exp()
-    loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
-    if dual_clip is not None:
-        loss = torch.where(a < 0, torch.minimum(-a * dual_clip, loss), loss)
-    if tis_weights is not None:
-        loss = loss * tis_weights
-    if ref_logprobs is not None:
-        x = logp - ref_logprobs.double()
-        loss = loss + kl_coef * {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}[kl_estimator]
-    total = (w * (loss - entropy_coef * entropy)).sum()
-    total.backward()
-    return total.detach(), logp.detach(), entropy.detach(), hidden.grad, weight.grad
-
-
-def problem(tokens, vocab=37, width=24, dtype=torch.float64, vocab_size=None, seed=0):
-    """hidden, weight, targets and per-token inputs, with ratios on both sides of every clip."""
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    hidden, weight = normal(tokens, width).to(dtype), (normal(vocab, width) * 2 / width**0.5).to(dtype)
-    targets = torch.randint(0, vocab_size or vocab, (tokens,), generator=g)
-    logp = (hidden.double() @ weight.double().t())[:, :vocab_size].log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    inputs = {
-        "advantages": normal(tokens),
-        "token_weights": normal(tokens).abs() / max(tokens, 1),
-        "old_logprobs": logp + 0.5 * normal(tokens),
-        "ref_logprobs": logp + 0.5 * normal(tokens),
-        "tis_weights": normal(tokens).exp().clamp(max=2),
-    }
-    inputs = {name: value.to(torch.promote_types(dtype, torch.float32)) for name, value in inputs.items()}
-    return hidden, weight, targets, inputs
-
-
-def run(hidden, weight, targets, **options):
-    """The output and both gradients."""
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    out = linear_policy_loss(hidden, weight, targets, **options)
-    out.loss.backward()
-    return out, hidden.grad, weight.grad
-
-
-def relative_error(ours, exact) -> float:
-    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
-
-
-def check(hidden, weight, targets, tolerance, grad_tolerance=None, **options):
-    out, *grads = run(hidden, weight, targets, **options)
-    loss, logp, entropy, *exact = plain(
-        hidden, weight, targets, **{k: v for k, v in options.items() if k != "chunk_tokens"}
-    )
-    scale = options["token_weights"].double().sum().item() + 1e-300  # losses of single tokens are of order 1
-    assert abs(out.loss.item() - loss.item()) <= 3 * tolerance * scale
-    torch.testing.assert_close(out.logprobs.double(), logp, rtol=0, atol=20 * tolerance)
-    torch.testing.assert_close(out.entropy.double(), entropy, rtol=0, atol=20 * tolerance)
-    for ours, reference in zip(grads, exact):
-        assert ours.dtype == hidden.dtype
-        assert relative_error(ours, reference) <= (grad_tolerance or 10 * tolerance)
+from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, problem, relative_error, run
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 1000])
@@ -129,21 +60,7 @@ def test_all_negative_logits():
 @pytest.mark.parametrize("doubt", [1e-3, 1e-5, 1e-7, 1e-8, 1e-9])
 def test_confident_tokens_keep_their_gradient(doubt, entropy_coef):
     """Most RL tokens are nearly certain: at 1 - p = 1e-9 fp32 holds p = 1, yet 1 - p must keep its digits."""
-    vocab, width = 33, 8
-    weight = torch.randn(vocab, width, generator=torch.Generator().manual_seed(0))
-    weight[:, 0] = 0
-    weight[5] = torch.eye(width)[0]
-    hidden = torch.eye(width)[:1] * math.log((vocab - 1) / doubt)
-    inputs = {"advantages": torch.ones(1), "token_weights": torch.ones(1), "entropy_coef": entropy_coef}
-    targets = torch.tensor([5])
-    out, *grads = run(hidden, weight, targets, **inputs)
-    _, logp, entropy, *exact = plain(hidden, weight, targets, **inputs)
-    assert -logp.item() == pytest.approx(doubt, rel=1e-3)
-    assert out.logprobs.item() == pytest.approx(logp.item(), rel=1e-5)
-    assert out.entropy.item() == pytest.approx(entropy.item(), rel=1e-5)
-    for ours, reference in zip(grads, exact):
-        torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-5 * doubt)
-        assert relative_error(ours, reference) < 1e-5
+    check_confident(doubt, entropy_coef=entropy_coef)
 
 
 @pytest.mark.parametrize("old", [-1e4, 1e4])
@@ -213,7 +130,7 @@ class Largest(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         if isinstance(result, torch.Tensor):
             self.elements = max(self.elements, result.numel())
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         return result
 
 
@@ -254,3 +171,22 @@ def test_wrong_arguments_are_told_what_is_wrong(changes, message):
     } | changes
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("budget", "vocab", "dtype", "rows"),
+    [
+        (4 << 30, 152_064, torch.float32, 7040),
+        (4 << 30, 152_064, torch.bfloat16, 14_080),
+        (1, 19_008, torch.float32, 128),
+    ],
+)
+def test_chunk_size_from_a_byte_budget(budget, vocab, dtype, rows):
+    assert chunk_tokens_for(budget, vocab, dtype) == rows
+    assert rows == 128 or rows * vocab * dtype.itemsize <= budget < (rows + 128) * vocab * dtype.itemsize
+
+
+def test_logits_dtype_is_that_of_hidden_or_fp32():
+    hidden, weight, targets, inputs = problem(4, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"logits_dtype torch.bfloat16 must be None, torch.float32 or .*torch.float32"):
+        linear_policy_loss(hidden, weight, targets, **inputs, logits_dtype=torch.bfloat16)

@@ -1,4 +1,7 @@
-"""The policy head with its vocabulary split over 1, 2 and 4 ranks (gloo): the same numbers everywhere."""
+"""The policy head with its vocabulary split over 1, 2 and 4 ranks (gloo): the same numbers everywhere.
+
+The Triton ranks are compared with the reference on one rank.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from dapo_mcore.kernels.policy_head import linear_logprobs, linear_policy_loss
 
+from tests.kernels.triton_here import IMPLEMENTATIONS
+
 WORLD = 4
-TOKENS, WIDTH = 45, 12
+TOKENS, WIDTH = 14, 12
 # padded rows of the whole matrix, true vocabulary: the second leaves padding only on the last of 4 ranks
 VOCABULARIES = [(32, None), (16, 11)]
-DTYPES = [torch.float64, torch.float32]
-OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7, "chunk_tokens": 20}
+KINDS = [("reference", torch.float64), ("reference", torch.float32)]
+if "triton" in IMPLEMENTATIONS:  # in its interpreter, which the ranks' processes find in their environment
+    KINDS.append(("triton", torch.float32))
+OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7, "chunk_tokens": 9}
 
 
 def problem(rows: int, vocab_size: int | None, dtype: torch.dtype, tokens: int = TOKENS):
@@ -35,17 +42,17 @@ def problem(rows: int, vocab_size: int | None, dtype: torch.dtype, tokens: int =
     return hidden, weight, targets, inputs
 
 
-def run(rows, vocab_size, dtype, group=None, tokens=TOKENS):
+def run(rows, vocab_size, implementation, dtype, group=None, tokens=TOKENS):
     """Output fields, this rank's gradients, and the scoring pass's log-probs."""
     hidden, weight, targets, inputs = problem(rows, vocab_size, dtype, tokens)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     local = weight.chunk(size)[rank].clone().requires_grad_()
     hidden.requires_grad_()
-    out = linear_policy_loss(hidden, local, targets, vocab_size=vocab_size, tp_group=group, **inputs, **OPTIONS)
+    how = {"vocab_size": vocab_size, "tp_group": group, "implementation": implementation}
+    out = linear_policy_loss(hidden, local, targets, **how, **inputs, **OPTIONS)
     out.loss.backward()
     scoring = {name: OPTIONS[name] for name in ("temperature", "chunk_tokens")}
-    with torch.no_grad():
-        scored, _ = linear_logprobs(hidden, local, targets, vocab_size=vocab_size, tp_group=group, **scoring)
+    scored, _ = linear_logprobs(hidden, local, targets, **how, **scoring)
     return {
         "fields": [field.detach() for field in out],
         "hidden": hidden.grad,
@@ -61,13 +68,13 @@ def worker(rank: int, folder: str) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
     results = {
-        (size, case, dtype): run(*case, dtype, group)
+        (size, case, kind): run(*case, *kind, group)
         for size, group in groups.items()
         for case in VOCABULARIES
-        for dtype in DTYPES
+        for kind in KINDS
     }
     if rank == 0:  # alone: a collective would wait for the others, and fail
-        results["empty"] = run(32, None, torch.float32, dist.group.WORLD, tokens=0)
+        results["empty"] = run(32, None, *KINDS[-1], dist.group.WORLD, tokens=0)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -79,13 +86,13 @@ def results(tmp_path_factory):
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("case", VOCABULARIES, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
-def test_any_split_gives_the_numbers_of_one_rank(results, size, case, dtype):
-    ranks = [result[size, case, dtype] for result in results[:size]]
-    whole = run(*case, dtype)
-    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 2e-6}
+def test_any_split_gives_the_numbers_of_one_rank(results, size, case, kind):
+    ranks = [result[size, case, kind] for result in results[:size]]
+    whole = run(*case, "reference", kind[1])
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if kind[1] == torch.float64 else {"rtol": 1e-5, "atol": 2e-6}
     for rank in ranks:
         for ours, reference in zip(rank["fields"], whole["fields"]):
             torch.testing.assert_close(ours, reference, **tolerance)
@@ -95,9 +102,10 @@ def test_any_split_gives_the_numbers_of_one_rank(results, size, case, dtype):
     assert whole["weight"].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
-def test_all_ranks_hold_the_same_bits(results, size):
-    first, *others = (result[size, VOCABULARIES[1], torch.float32]["fields"] for result in results[:size])
+def test_all_ranks_hold_the_same_bits(results, size, kind):
+    first, *others = (result[size, VOCABULARIES[1], kind]["fields"] for result in results[:size])
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 

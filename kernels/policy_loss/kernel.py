@@ -1,0 +1,394 @@
+"""The DAPO loss in Triton: from log-probs, and from vocabulary-parallel logits with their gradient in the same memory.
+
+Change here: how the GPU computes what reference.py and softmax.py define. One program owns one row of logits: no
+atomics, every sum in a fixed order, the same bits each time. A row is read twice and written once; where the
+vocabulary is split, an all-gather of the rows' statistics lies between the two readings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import Objective, PolicyHeadOutput, TokenInputs, TokenTerms
+from .shard import VocabShard
+from .token_terms import log1p, token_terms
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# Columns that a program handles at a time, when it sums and when it writes gradients, with 16 warps: no more than 64
+# registers a thread, so that two programs fit on a multiprocessor and their loads overlap. The two must differ: with
+# equal ones the compiler gives both loops one layout, the one that the gradient's type wants, and the scoring pass,
+# which has no gradient, would add in another order than the training pass.
+SUM_BLOCK = 4096
+GRADIENT_BLOCK = 8192
+# Without fusion of multiply and add a formula rounds alike in every kernel: scoring and training agree to the bit.
+ROW_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
+BLOCK_TOKENS = 256
+TOKEN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+# Stands for -inf: exp gives 0 all the same, and 0 · x stays 0 where 0 · -inf would be nan.
+LOWEST = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Constants(NamedTuple):
+    """An Objective as the kernels take it: None compiles a term away."""
+
+    ratio_low: float
+    ratio_high: float
+    dual_clip: float | None
+    kl_coef: float
+    entropy_coef: float | None
+
+    @classmethod
+    def of(cls, objective: Objective) -> Constants:
+        o = objective
+        return cls(1 - o.clip_low, 1 + o.clip_high, o.dual_clip, float(o.kl_coef), o.entropy_coef or None)
+
+
+def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) -> TokenTerms:
+    """As reference.token_losses, for fp32 `logprobs` [T]."""
+    fields = logprobs.new_empty(7, len(logprobs))
+    if len(logprobs):
+        token_losses_kernel[(triton.cdiv(len(logprobs), BLOCK_TOKENS),)](
+            logprobs.contiguous(),
+            contiguous(tokens),
+            Constants.of(objective),
+            fields,
+            len(logprobs),
+            KL=objective.kl_estimator,
+            BLOCK=BLOCK_TOKENS,
+            **TOKEN_OPTIONS,
+        )
+    loss, grad, ratio, low, high, dual, kl = fields
+    return TokenTerms(loss, grad, ratio, low != 0, high != 0, dual != 0, kl)
+
+
+def score(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
+    """As reference.score; leaves `logits` as they are."""
+    fields = _launch(logits, targets, TokenInputs(None, None), Objective(), shard, temperature, None)
+    return fields[1], fields[2]
+
+
+def differentiate(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: TokenInputs,
+    objective: Objective,
+    shard: VocabShard,
+    temperature: float,
+    grad_dtype: torch.dtype | None,
+    *,
+    keep_logits: bool = False,
+) -> tuple[PolicyHeadOutput, Tensor | None]:
+    """As reference.differentiate, for fp32 or bf16 `logits`."""
+    grad = None
+    if grad_dtype is not None:
+        shared = not keep_logits and grad_dtype.itemsize <= logits.dtype.itemsize
+        grad = gradient_view(logits, grad_dtype) if shared else torch.empty_like(logits, dtype=grad_dtype)
+    fields = _launch(logits, targets, contiguous(tokens), objective, shard, temperature, grad)
+    loss, logprobs, entropy, ratio, low, high, dual, kl = fields
+    return PolicyHeadOutput(loss, logprobs, entropy, ratio, low != 0, high != 0, dual != 0, kl), grad
+
+
+def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, V_local] in `dtype`, no wider than that of `logits`, in the memory of `logits`.
+
+    A narrower one takes the end of each row, so that a program that goes through a row from its end writes only
+    where it has read.
+    """
+    if dtype == logits.dtype:
+        return logits
+    columns = logits.shape[1]
+    return logits.view(dtype)[:, -columns:]
+
+
+def _overlap(grad: Tensor | None, logits: Tensor) -> bool:
+    """Whether `grad` is a narrower view of the memory of `logits`."""
+    if grad is None or grad.dtype == logits.dtype:
+        return False
+    return grad.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+
+
+def contiguous(tokens: TokenInputs) -> TokenInputs:
+    return TokenInputs(*(tensor if tensor is None else tensor.contiguous() for tensor in tokens))
+
+
+def _launch(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: TokenInputs,
+    objective: Objective,
+    shard: VocabShard,
+    temperature: float,
+    grad: Tensor | None,
+) -> Tensor:
+    """The fields of PolicyHeadOutput [8, n] in fp32 (of scores only 1 and 2), with the gradient written to `grad`."""
+    num_rows, num_columns = logits.shape
+    fields = logits.new_empty(8, num_rows, dtype=torch.float32)
+    if num_rows == 0:
+        return fields
+    targets = targets.contiguous()
+    row_losses_kernel[(num_rows,)](
+        logits,
+        logits.stride(0),
+        num_columns,
+        shard.num_real,
+        targets,
+        shard.start,
+        _all_statistics(logits, targets, shard, temperature),
+        shard.num_ranks,
+        tokens,
+        Constants.of(objective),
+        1 / temperature,
+        fields,
+        num_rows,
+        grad,
+        0 if grad is None else grad.stride(0),
+        KL=objective.kl_estimator,
+        SHARED_ROWS=_overlap(grad, logits),
+        BLOCK=SUM_BLOCK,
+        GRADIENT_BLOCK=GRADIENT_BLOCK,
+        **ROW_OPTIONS,
+    )
+    return fields
+
+
+def _all_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> Tensor | None:
+    """[R, 4, n] in fp32: each rank's row_statistics; None for one rank, whose rows need no second launch."""
+    if shard.num_ranks == 1:
+        return None
+    statistics = logits.new_empty(4, len(logits), dtype=torch.float32)
+    row_statistics_kernel[(len(logits),)](
+        logits,
+        logits.stride(0),
+        shard.num_real,
+        targets,
+        shard.start,
+        1 / temperature,
+        statistics,
+        len(logits),
+        BLOCK=SUM_BLOCK,
+        **ROW_OPTIONS,
+    )
+    return shard.all_gather(statistics)
+
+
+@triton.jit
+def token_losses_kernel(logprobs, tokens, objective, fields, num_tokens, KL: tl.constexpr, BLOCK: tl.constexpr):
+    """`fields` [7, T]: those of TokenTerms, loss and derivative times the token weight."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_tokens
+    logprob = tl.load(logprobs + at, mask=mask, other=0.0)
+    weight = tl.load(tokens.token_weights + at, mask=mask, other=0.0)
+    loss, grad, ratio, low, high, dual, kl = token_terms(logprob, tokens, at, mask, objective, KL)
+    tl.store(fields + at, weight * loss, mask=mask)
+    tl.store(fields + num_tokens + at, weight * grad, mask=mask)
+    tl.store(fields + 2 * num_tokens + at, ratio, mask=mask)
+    tl.store(fields + 3 * num_tokens + at, low.to(tl.float32), mask=mask)
+    tl.store(fields + 4 * num_tokens + at, high.to(tl.float32), mask=mask)
+    tl.store(fields + 5 * num_tokens + at, dual.to(tl.float32), mask=mask)
+    tl.store(fields + 6 * num_tokens + at, kl, mask=mask)
+
+
+@triton.jit
+def row_statistics_kernel(
+    logits, row_stride, num_real, targets, start, inverse_temperature, statistics, num_rows, BLOCK: tl.constexpr
+):
+    """`statistics` [4, n] of this rank's columns, as row_statistics returns them."""
+    row = tl.program_id(0).to(tl.int64)
+    target = local_target(targets, row, start, num_real)
+    top, total, weighted, target_logit = row_statistics(
+        logits + row * row_stride, num_real, target, inverse_temperature * LOG2_E, BLOCK
+    )
+    tl.store(statistics + row, top)
+    tl.store(statistics + num_rows + row, total)
+    tl.store(statistics + 2 * num_rows + row, weighted)
+    tl.store(statistics + 3 * num_rows + row, target_logit)
+
+
+@triton.jit
+def row_losses_kernel(
+    logits,
+    row_stride,
+    num_columns,
+    num_real,
+    targets,
+    start,
+    statistics,
+    num_ranks,
+    tokens,
+    objective,
+    inverse_temperature,
+    fields,
+    num_rows,
+    grad,
+    grad_stride,
+    KL: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GRADIENT_BLOCK: tl.constexpr,
+):
+    """`fields` [8, n] of PolicyHeadOutput and, unless None, `grad` [n, num_columns]; empty `tokens`: only the score.
+
+    statistics  [R, 4, n] of all ranks; None: computed here, of the one rank there is.
+    SHARED_ROWS says that `grad` lies in the rows of `logits` in a narrower type (see gradient_view).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    target = local_target(targets, row, start, num_real)
+    scale = inverse_temperature * LOG2_E
+
+    if statistics is None:
+        top, total, weighted, target_logit = row_statistics(logits, num_real, target, scale, BLOCK)
+        peak = tl.maximum(top, target_logit)
+        others, distance = at_peak(top, total, weighted, peak, scale)
+    else:
+        peak, others, distance, target_logit = merged_statistics(statistics + row, num_rows, num_ranks, scale)
+
+    # Logits over temperature, counted from the largest.
+    target_z = (target_logit - peak) * inverse_temperature
+    target_exp = tl.exp(target_z)
+    # 0 · -inf would be nan: a target outside the vocabulary has no share in the mean
+    target_share = tl.where(target_exp == 0, 0.0, target_exp * target_z)
+    total = others + target_exp
+    mean = (distance * inverse_temperature + target_share) / total
+    # When the target is the largest logit, others may be below the rounding of 1.
+    log_total = tl.where(target_z == 0, log1p(others), tl.log(total))
+    logprob = target_z - log_total
+    entropy = log_total - mean
+    tl.store(fields + num_rows + row, logprob)
+    tl.store(fields + 2 * num_rows + row, entropy)
+
+    if tokens.advantages is not None:
+        weight = tl.load(tokens.token_weights + row)
+        loss, slope, ratio, low, high, dual, kl = token_terms(logprob, tokens, row, None, objective, KL)
+        if objective.entropy_coef is not None:
+            loss -= objective.entropy_coef * entropy
+        tl.store(fields + row, weight * loss)
+        tl.store(fields + 3 * num_rows + row, ratio)
+        tl.store(fields + 4 * num_rows + row, low.to(tl.float32))
+        tl.store(fields + 5 * num_rows + row, high.to(tl.float32))
+        tl.store(fields + 6 * num_rows + row, dual.to(tl.float32))
+        tl.store(fields + 7 * num_rows + row, kl)
+
+        if grad is not None:
+            slope *= weight * inverse_temperature
+            bonus = 0.0
+            if objective.entropy_coef is not None:
+                bonus = objective.entropy_coef * weight * inverse_temperature
+            # d loss / d logit = exp · (constant + rate · (logit - peak)); the target's: 1 - p would cancel
+            at_target = (slope * others + bonus * (target_share - target_exp * mean)) / total
+            constant = (-slope - bonus * mean) / total
+            rate = bonus * inverse_temperature / total
+            grad += row * grad_stride
+            tl.debug_barrier()  # every warp has read the target's logit before one writes
+            if (slope == 0) & (bonus == 0):
+                zero_row(grad, num_columns, GRADIENT_BLOCK)
+            else:
+                gradient_row(
+                    logits, grad, num_columns, num_real, target, at_target, peak, scale, constant, rate,
+                    objective.entropy_coef is not None, SHARED_ROWS, GRADIENT_BLOCK,
+                )  # fmt: skip
+
+
+@triton.jit
+def local_target(targets, row, start, num_real):
+    """The target's column on this rank, -1 if it is not here."""
+    target = tl.load(targets + row) - start
+    return tl.where((target >= 0) & (target < num_real), target, -1)
+
+
+@triton.jit
+def load_logits(logits, columns, num_real):
+    """fp32, with LOWEST for padding and for anything below it; nan stays nan."""
+    x = tl.load(logits + columns, mask=columns < num_real, other=float("-inf")).to(tl.float32)
+    return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_statistics(logits, num_real, target, scale, BLOCK: tl.constexpr):
+    """Of one row without its target: max, Σ e, Σ e · (logit - max) with e = 2^(scale · (logit - max)); the target's.
+
+    Each lane keeps its own three sums until the end, so the loop has no barrier; one exponential a column serves both
+    cases, a new maximum (the sums shrink) and none (the summand does). The target is left out so that 1 - p keeps its
+    digits. Of a rank without real columns, max is LOWEST. The target's logit is -inf where it is not here.
+    """
+    target_logit = tl.load(logits + target, mask=target >= 0, other=float("-inf")).to(tl.float32)
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_real, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        x = tl.where(columns == target, LOWEST, load_logits(logits, columns, num_real))
+        step = x - top
+        decay = tl.exp2(-tl.abs(step) * scale)
+        rises = step > 0
+        weighted = tl.where(rises, tl.fma(-step, total, weighted) * decay, tl.fma(step, decay, weighted))
+        total = tl.where(rises, tl.fma(total, decay, 1.0), total + decay)
+        top = tl.maximum(top, x)
+    row_top = tl.max(top, 0)
+    total, weighted = at_peak(top, total, weighted, row_top, scale)
+    return row_top, tl.sum(total, 0), tl.sum(weighted, 0), target_logit
+
+
+@triton.jit
+def at_peak(top, total, weighted, peak, scale):
+    """Σ e and Σ e · (logit - max) counted from a larger maximum."""
+    step = top - peak
+    decay = tl.exp2(step * scale)
+    return decay * total, decay * (weighted + step * total)
+
+
+@triton.jit
+def merged_statistics(statistics, num_rows, num_ranks, scale):
+    """Largest logit, Σ e and Σ e · (logit - largest) without the target, and the target's logit, over all ranks."""
+    top = tl.load(statistics)
+    target_logit = tl.load(statistics + 3 * num_rows)
+    for rank in range(1, num_ranks):
+        top = tl.maximum(top, tl.load(statistics + 4 * rank * num_rows))
+        target_logit = tl.maximum(target_logit, tl.load(statistics + (4 * rank + 3) * num_rows))
+    peak = tl.maximum(top, target_logit)
+    others = 0.0
+    distance = 0.0
+    for rank in range(num_ranks):
+        top = tl.load(statistics + 4 * rank * num_rows)
+        total = tl.load(statistics + (4 * rank + 1) * num_rows)
+        weighted = tl.load(statistics + (4 * rank + 2) * num_rows)
+        total, weighted = at_peak(top, total, weighted, peak, scale)
+        others += total
+        distance += weighted
+    return peak, others, distance, target_logit
+
+
+@triton.jit
+def gradient_row(
+    logits, grad, num_columns, num_real, target, at_target, peak, scale, constant, rate,
+    ENTROPY: tl.constexpr, SHARED_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes a row of `grad` from its end: what was read last, in row_statistics, may still be in the L2 cache."""
+    num_blocks = tl.cdiv(num_columns, BLOCK)
+    for step in range(num_blocks):
+        columns = (num_blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        x = load_logits(logits, columns, num_real) - peak
+        if SHARED_ROWS:
+            tl.debug_barrier()  # all warps have read this block before one of them writes over it
+        value = tl.exp2(x * scale)
+        if ENTROPY:
+            value *= tl.fma(x, rate, constant)
+        else:
+            value *= constant
+        value = tl.where(columns == target, at_target, value)
+        tl.store(grad + columns, value.to(grad.dtype.element_ty), mask=columns < num_columns)
+
+
+@triton.jit
+def zero_row(grad, num_columns, BLOCK: tl.constexpr):
+    for first in range(0, num_columns, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        tl.store(grad + columns, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=columns < num_columns)

@@ -1,0 +1,61 @@
+"""The part of the vocabulary that one tensor-parallel rank holds, and the collective that joins the parts.
+
+Change here: how the vocabulary is split over ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """Where this rank's columns lie: ids start … start + num_real - 1; columns from num_real on are padding."""
+
+    start: int
+    num_real: int
+    group: dist.ProcessGroup | None
+    num_ranks: int
+
+    @classmethod
+    def of(cls, num_columns: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
+        """The shard of this rank of `group`, each of whose ranks holds `num_columns` columns, padding at the end.
+
+        Raises ValueError for a vocab_size that the columns of all ranks cannot hold.
+        """
+        rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        padded = num_ranks * num_columns
+        if vocab_size is not None and not 1 <= vocab_size <= padded:
+            raise ValueError(
+                f"vocab_size {vocab_size} must be between 1 and the {padded} rows there are: "
+                f"{num_columns} weight rows on each of {num_ranks} tensor-parallel ranks"
+            )
+        start = rank * num_columns
+        num_real = min(max((vocab_size or padded) - start, 0), num_columns)
+        return cls(start, num_real, group, num_ranks)
+
+    def all_gather(self, statistics: Tensor) -> Tensor:
+        """[R, 4, n]: the ranks' [4, n] in rank order. No collective for one rank or for no tokens."""
+        if self.num_ranks == 1 or statistics.numel() == 0:
+            return statistics[None]
+        gathered = statistics.new_empty(self.num_ranks * len(statistics), statistics.shape[1])
+        dist.all_gather_into_tensor(gathered, statistics, group=self.group)
+        return gathered.view(self.num_ranks, *statistics.shape)
+
+
+def check_targets(targets: Tensor, num_tokens: int, device: torch.device, vocab_size: int) -> None:
+    """Raises ValueError unless `targets` is int64 [num_tokens] on `device` and, on the CPU, below vocab_size."""
+    if targets.shape != (num_tokens,) or targets.dtype != torch.int64 or targets.device != device:
+        raise ValueError(
+            f"targets must be int64 [{num_tokens}] on {device}, one for each row, "
+            f"got {targets.dtype} {list(targets.shape)} on {targets.device}"
+        )
+    # Looking at values would stall a GPU's stream; there a bad target shows as log-prob -inf.
+    if targets.is_cpu and len(targets):
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"targets must lie in 0 … {vocab_size - 1}, the vocabulary, but span {low} … {high}")

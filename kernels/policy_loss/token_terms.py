@@ -1,0 +1,73 @@
+"""The DAPO objective of single tokens in Triton, for the kernels in kernel.py: of one token, or of a block of them.
+
+Change here: nothing alone. The formula is that of reference.policy_loss_terms; a change there is made here, too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG_RATIO_LIMIT = tl.constexpr(20.0)
+
+
+@triton.jit
+def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
+    """The fields of TokenTerms for the tokens `at`: the formula of reference.policy_loss_terms."""
+    advantage = tl.load(tokens.advantages + at, mask=mask)
+    if tokens.old_logprobs is None:
+        log_ratio = logprob - logprob
+    else:
+        log_ratio = logprob - tl.load(tokens.old_logprobs + at, mask=mask)
+    ratio = tl.exp(tl.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, propagate_nan=tl.PropagateNan.ALL))
+    unclipped = -advantage * ratio
+    in_range = tl.clamp(ratio, objective.ratio_low, objective.ratio_high, propagate_nan=tl.PropagateNan.ALL)
+    clipped = -advantage * in_range
+    loss = tl.maximum(unclipped, clipped, propagate_nan=tl.PropagateNan.ALL)
+
+    negative = advantage < 0
+    at_bound = clipped > unclipped
+    dual = negative & False
+    if objective.dual_clip is not None:
+        cap = -advantage * objective.dual_clip
+        dual = negative & (loss > cap)
+        loss = tl.where(dual, cap, loss)
+    slope = tl.where(at_bound | dual | (tl.abs(log_ratio) > LOG_RATIO_LIMIT), 0.0, unclipped)
+
+    if tokens.tis_weights is not None:
+        tis = tl.load(tokens.tis_weights + at, mask=mask)
+        loss *= tis
+        slope *= tis
+    kl = tl.zeros_like(loss)
+    if tokens.ref_logprobs is not None:
+        kl, kl_slope = kl_terms(logprob - tl.load(tokens.ref_logprobs + at, mask=mask), KL)
+        loss += objective.kl_coef * kl
+        slope += objective.kl_coef * kl_slope
+    return loss, slope, ratio, at_bound & negative, at_bound & (advantage >= 0), dual, kl
+
+
+@triton.jit
+def kl_terms(log_ratio, KL: tl.constexpr):
+    """The formula of reference.kl_terms."""
+    if KL == "k1":
+        return log_ratio, tl.zeros_like(log_ratio) + 1.0
+    elif KL == "k2":
+        return log_ratio * log_ratio / 2, log_ratio
+    else:
+        x = tl.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        excess = expm1(-x)
+        return excess + x, tl.where(tl.abs(log_ratio) > LOG_RATIO_LIMIT, 0.0, -excess)
+
+
+@triton.jit
+def log1p(x):
+    """Exact to rounding for small x, where 1 + x is not: the quotient takes the rounding of 1 + x out again (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """Exact to rounding for small x, by the same trick."""
+    u = tl.exp(x)
+    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, (u - 1.0) * x / tl.log(u)))

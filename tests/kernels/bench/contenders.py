@@ -1,0 +1,204 @@
+"""Everybody who can turn hidden states into the DAPO loss and its gradients, as functions Problem -> Answer.
+
+Change here: add a contender by one function and one line in CONTENDERS. Packages are imported inside, so that one that
+is absent is that contender's failure, shown in the table, and not the benchmark's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_policy_loss
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.bench.problem import CLIP_HIGH, CLIP_LOW, Answer, Problem, answer_of, token_mean_loss
+
+TORCH_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A name and a function.
+
+    on_policy   it knows no old log-probs: it computes less, and is checked against that.
+    gpu_only    without a GPU it cannot run, or compiles for longer than all the rest takes.
+    ours        it is part of this project: when it is wrong, nothing is reported.
+    """
+
+    name: str
+    compute: Callable[[Problem], Answer]
+    on_policy: bool = False
+    gpu_only: bool = False
+    ours: bool = False
+
+    def __call__(self, problem: Problem) -> Answer:
+        if self.gpu_only and not problem.hidden.is_cuda:
+            raise RuntimeError("needs a GPU")
+        return self.compute(problem)
+
+
+def ours(p: Problem, workspace_bytes: float) -> Answer:
+    return answer_of(_policy_loss(p, workspace_bytes), p)
+
+
+def ours_eager(p: Problem, workspace_bytes: float) -> Answer:
+    """The gradient to weight is added to main_grad, as in Megatron: what earlier calls left there stays."""
+    loss = _policy_loss(p, workspace_bytes, main_grad=p.main_grad)
+    return Answer(loss.detach(), *torch.autograd.grad(loss, p.hidden), p.main_grad)
+
+
+def naive(p: Problem) -> Answer:
+    """The textbook: the whole [T, V] in fp32. In fp64 it is the answer that everybody is held to."""
+    return answer_of(token_mean_loss(_logprobs(p.hidden, p.weight, p.targets), p), p)
+
+
+def compiled(p: Problem) -> Answer:
+    return answer_of(token_mean_loss(_compile(_logprobs)(p.hidden, p.weight, p.targets), p), p)
+
+
+def chunked(p: Problem) -> Answer:
+    """A chunk of tokens at a time, its logits computed again in the backward pass."""
+    parts = zip(p.hidden.split(TORCH_CHUNK), p.targets.split(TORCH_CHUNK))
+    logprobs = [checkpoint(_logprobs, hidden, p.weight, targets, use_reentrant=False) for hidden, targets in parts]
+    return answer_of(token_mean_loss(torch.cat(logprobs), p), p)
+
+
+def liger_grpo(p: Problem) -> Answer:
+    """From logits, which it overwrites with their gradient."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    loss, _ = triton_grpo_loss(
+        _logits_with_a_spare_row(p), _by_sequence(p, p.old_logprobs), None, _by_sequence(p, p.targets),
+        p.sequence_advantages, temperature=1.0, beta=0.0, eps_low=CLIP_LOW, eps_high=CLIP_HIGH, loss_type="dapo",
+        reduce=True,
+    )  # fmt: skip
+    return answer_of(loss, p)
+
+
+def liger_fused_linear(p: Problem) -> Answer:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    head = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=p.hidden.is_cuda, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH
+    )
+    targets = _by_sequence(p, p.targets)
+    old = _by_sequence(p, p.old_logprobs)
+    mask = torch.ones_like(old)
+    hidden = _by_sequence(p, p.hidden)
+    loss, _ = head(hidden, p.weight, targets, mask, p.sequence_advantages, old_per_token_logps=old)
+    return answer_of(loss, p)
+
+
+def liger_scaled_cross_entropy(p: Problem) -> Answer:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return answer_of(
+        token_mean_loss(-LigerFusedLinearScaledCrossEntropyFunction.apply(p.hidden, p.weight, p.targets), p), p
+    )
+
+
+def verl(p: Problem) -> Answer:
+    logprobs, _ = _verl_kernels().linear_cross_entropy(p.hidden, p.weight, p.targets, 1.0, "none", None)
+    return answer_of(token_mean_loss(logprobs, p), p)
+
+
+def cut_cross_entropy(p: Problem) -> Answer:
+    """As it comes: its default leaves out gradients that it deems small."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return answer_of(token_mean_loss(-linear_cross_entropy(p.hidden, p.weight, p.targets, reduction="none"), p), p)
+
+
+def fla_grpo(p: Problem) -> Answer:
+    from fla.modules.grpo import fused_grpo_loss
+
+    targets = _by_sequence(p, p.targets)
+    no_reference = torch.zeros(targets.shape, device=targets.device)
+    losses = fused_grpo_loss(
+        _logits_with_a_spare_row(p), no_reference, targets, p.sequence_advantages, beta=0.0, inplace=True
+    )
+    return answer_of(losses.mean(), p)
+
+
+CONTENDERS = (
+    Contender("ours, 4 GB", partial(ours, workspace_bytes=4e9), ours=True),
+    Contender("ours, eager, 4 GB", partial(ours_eager, workspace_bytes=4e9), ours=True),
+    Contender("ours, eager, 2 GB", partial(ours_eager, workspace_bytes=2e9), ours=True),
+    Contender("ours, eager, 1 GB", partial(ours_eager, workspace_bytes=1e9), ours=True),
+    Contender("torch", naive),
+    Contender("torch.compile", compiled, gpu_only=True),
+    Contender("torch, chunks + checkpoint", chunked),
+    Contender("Liger triton_grpo_loss", liger_grpo, gpu_only=True),
+    Contender("Liger fused linear GRPO", liger_fused_linear),
+    Contender("Liger scaled cross-entropy", liger_scaled_cross_entropy),
+    Contender("verl linear_cross_entropy", verl, gpu_only=True),
+    Contender("cut-cross-entropy", cut_cross_entropy, gpu_only=True),
+    Contender("fla fused_grpo_loss", fla_grpo, on_policy=True, gpu_only=True),
+)
+
+
+def _policy_loss(p: Problem, workspace_bytes: float, **options) -> Tensor:
+    chunk = chunk_tokens_for(int(workspace_bytes), len(p.weight))
+    weights = torch.full((len(p.hidden),), 1 / len(p.hidden), device=p.hidden.device)
+    out = linear_policy_loss(
+        p.hidden, p.weight, p.targets, advantages=p.advantages, token_weights=weights, old_logprobs=p.old_logprobs,
+        clip_low=CLIP_LOW, clip_high=CLIP_HIGH, chunk_tokens=chunk, **options,
+    )  # fmt: skip
+    return out.loss
+
+
+def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """[T], by log_softmax in fp32 (fp64 for fp64) of logits in the inputs' dtype."""
+    logits = hidden @ weight.t()
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def _by_sequence(p: Problem, tokens: Tensor) -> Tensor:
+    """[T, …] as [S, T/S, …]."""
+    return tokens.view(len(p.sequence_advantages), -1, *tokens.shape[1:])
+
+
+def _logits_with_a_spare_row(p: Problem) -> Tensor:
+    """[S, T/S + 1, V]: these kernels ignore the last row of a sequence."""
+    return pad(_by_sequence(p, p.hidden), (0, 0, 0, 1)) @ p.weight.t()
+
+
+@cache
+def _compile(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+@cache
+def _verl_kernels() -> ModuleType:
+    """verl.utils.kernel.linear_cross_entropy without verl's dependencies: its two files, over stubs of their packages.
+
+    Raises ModuleNotFoundError when verl is not installed.
+    """
+    spec = importlib.util.find_spec("verl")  # does not run verl/__init__.py
+    if spec is None:
+        raise ModuleNotFoundError("No module named 'verl'")
+    folder = Path(spec.submodule_search_locations[0]) / "utils" / "kernel"
+    for name in ("verl", "verl.utils", "verl.utils.kernel"):
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = []
+    device = sys.modules["verl.utils.device"] = ModuleType("verl.utils.device")
+    device.is_cuda_available = torch.cuda.is_available()
+    device.get_device_name = lambda: "cuda" if torch.cuda.is_available() else "cpu"
+    device.get_device_capability = torch.cuda.get_device_capability
+    device.get_torch_device = lambda: torch.cuda
+    for name in ("kernels", "linear_cross_entropy"):
+        spec = importlib.util.spec_from_file_location(f"verl.utils.kernel.{name}", folder / f"{name}.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        setattr(sys.modules["verl.utils.kernel"], name, module)  # they import each other
+        spec.loader.exec_module(module)
+    return module

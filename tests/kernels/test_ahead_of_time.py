@@ -1,0 +1,53 @@
+"""Every Triton kernel compiles for sm_90, without a GPU, spills nothing, and sums alike in scoring and in training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    """A record for each compiled kernel, then the names of all kernels there are; from a process of its own.
+
+    There TRITON_INTERPRET is unset: with it, as in the other tests of kernels, nothing would be compiled.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(ROOT / "tests" / "kernels" / "ahead_of_time.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_kernel_is_forgotten(records):
+    *compiled, last = records
+    assert set(last["kernels"]) == {record["kernel"] for record in compiled}, "see CALLS in ahead_of_time.py"
+
+
+def test_no_kernel_spills_registers(records, capsys):
+    with capsys.disabled():
+        print(f"\n{'kernel':<44} {'registers':>9} {'shared':>7} {'warps':>5}  case")
+        for r in records[:-1]:
+            print(f"{r['kernel']:<44} {r['registers']:>9} {r['shared']:>7} {r['warps']:>5}  {r['case']}")
+    assert {record["case"]: record["spilled"] for record in records[:-1] if record["spilled"]} == {}
+
+
+def test_scoring_adds_in_the_order_of_training(records):
+    """Else log-probs would differ in their last bits between the two passes, on a GPU only, and the ratio from 1."""
+    rows = [r for r in records[:-1] if r["kernel"] == "policy_loss.kernel.row_losses_kernel" and r["sum_layouts"]]
+    orders: dict[str, set[str]] = {}
+    for record in rows:
+        orders.setdefault(record["case"].split(":")[0], set()).update(record["sum_layouts"])
+    assert len(orders) >= 4 and all(len(layouts) == 1 for layouts in orders.values()), orders
+    scored = {record["case"].split(":")[0] for record in rows if record["case"].endswith("score")}
+    assert scored == set(orders)

@@ -1,0 +1,84 @@
+"""Benchmark plots from a made-up file: what is drawn, what is left out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from dapo_mcore.errors import DataError
+from dapo_mcore.observe.bench_plots import _draw_time, _groups, _styles, plot_bench, plot_benches
+from tests.observe.test_plots import png_size
+
+
+def row(name: str, median: float | None, peak: float | None = None) -> dict:
+    ms = median and {"median": median, "p20": 0.9 * median, "p80": 1.1 * median, "repeats": 5}
+    return {"contender": name, "ms": ms, "peak_mib": peak, "errors": None, "failure": None if ms else "absent"}
+
+
+def shape(tokens: int, rows: list[dict], tensor_parallel: int = 1) -> dict:
+    gemms = {"median": 2.0, "p20": 2.0, "p80": 2.0, "repeats": 5}
+    return {
+        "model": "m",
+        "tensor_parallel": tensor_parallel,
+        "tokens": tokens,
+        "hidden": 8,
+        "gemms_ms": gemms,
+        "rows": rows,
+    }
+
+
+def write(path: Path, shapes: list[dict]) -> Path:
+    header = {"machine": "made up", "date": "2026-01-01T00:00:00", "commit": "none", "versions": {"torch": "2"}}
+    path.write_text(json.dumps(header | {"shapes": shapes}))
+    return path
+
+
+SHAPES = [
+    shape(512, [row("ours", 3.0, 100.0), row("x", None), row("y", 5.0, 50.0)]),
+    shape(256, [row("ours", 2.5, 100.0), row("x", None), row("y", None)]),
+    shape(256, [row("ours", 2.5, 100.0)], tensor_parallel=8),
+]
+
+
+def test_one_column_a_model_and_split_and_a_row_for_memory_where_measured(tmp_path: Path) -> None:
+    with_memory = plot_bench(write(tmp_path / "a.json", SHAPES), tmp_path / "new" / "a.png")
+    without = plot_bench(write(tmp_path / "b.json", [shape(256, [row("ours", 2.5)])]), tmp_path / "b.png")
+    assert png_size(with_memory)[0] == png_size(without)[0] and png_size(with_memory)[1] > png_size(without)[1]
+
+
+def test_times_are_drawn_over_those_of_the_gemms_by_tokens() -> None:
+    groups, styles = _groups(SHAPES), _styles(SHAPES)
+    assert list(groups) == ["m, TP1", "m, TP8"] and list(styles) == ["ours", "y"], "never measured: not in the legend"
+    axes = Figure().subplots()
+    _draw_time(axes, groups["m, TP1"], styles)
+    roofline, ours, other = ([*zip(line.get_xdata(), line.get_ydata())] for line in axes.lines)
+    assert roofline == [(256, 1.0), (512, 1.0)]
+    assert ours == [(256, 1.25), (512, 1.5)] and other == [(512, 2.5)]
+    assert [text.get_text() for text in axes.texts] == ["2 ms", "2 ms"]
+
+
+def test_each_file_gets_a_png_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "kernels" / "results"
+    folder.mkdir(parents=True)
+    files = [write(folder / f"{name}.json", SHAPES) for name in "ab"]
+    assert plot_benches(files) == [folder / "a.png", folder / "b.png"]
+    assert [path.name for path in plot_benches([])] == ["a.png", "b.png"]
+    with pytest.raises(DataError, match=r"--out x\.png names one PNG, but there are 2 files"):
+        plot_benches(files, Path("x.png"))
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[]", '{"shapes": []}'])
+def test_a_file_that_is_no_benchmark_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DataError, match=r"x\.json (is no benchmark JSON|holds no `shapes`)"):
+        plot_benches([tmp_path / "x.json"])
+
+
+def test_without_any_file_the_message_says_where_they_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"no benchmark JSON in kernels/results"):
+        plot_benches([])
