@@ -1,4 +1,4 @@
-"""Fixtures for every test: optional real data, which is not part of this repository."""
+"""For every test: threads, the mode of Triton kernels, and optional real data, which is not part of this repository."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first, dearly on a busy machine
+
+# Kernels run compiled where there is a GPU, and elsewhere in Triton's interpreter. Triton decides when a kernel's
+# module is first imported, and megatron imports Triton: hence here, before any test module.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
