@@ -26,7 +26,7 @@ def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(triton.cdiv(rows, block), triton.cdiv(columns, block), device=weight.device)
     quantize_blocks_kernel[(scales.numel(),)](
-        weight, weight.stride(0), codes, scales, rows, columns, scales.shape[1], BLOCK=block, num_warps=16
+        weight, weight.stride(0), codes, scales, rows, columns, scales.shape[1], BLOCK=block, num_warps=32
     )
     return codes.view(torch.float8_e4m3fn), scales
 
