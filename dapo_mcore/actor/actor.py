@@ -21,7 +21,8 @@ from dapo_mcore.actor.step import Outcome, finalize_without_division, run_micro_
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.config import Config
 from dapo_mcore.types import MicroBatch
-from dapo_mcore.weights.mapping import WeightReader, weight_shape
+from dapo_mcore.weights.mapping import WeightReader
+from dapo_mcore.weights.shape import weight_shape
 
 
 class Actor:

@@ -26,7 +26,8 @@ from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.norm import RMSNorm
 from dapo_mcore.config import Config, ModelConfig, ParallelConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.weights.mapping import WeightReader, WeightShape, import_parameter, weight_shape
+from dapo_mcore.weights.mapping import WeightReader, find_parameter, import_parameter
+from dapo_mcore.weights.shape import WeightShape, weight_shape
 
 
 class PolicyModel(GPTModel):
@@ -52,7 +53,8 @@ class PolicyModel(GPTModel):
         names = self.global_parameter_names()
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                value = import_parameter(names[name], reader, shape, layout.tensor_rank, layout.tensor)
+                found = find_parameter(names[name], shape)
+                value = import_parameter(found, reader, shape, layout.tensor_rank, layout.tensor)
                 if value.shape != parameter.shape:
                     raise ConfigError(
                         f"{names[name]}: config.json implies shape {tuple(parameter.shape)} on this rank, "

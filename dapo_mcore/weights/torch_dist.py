@@ -1,0 +1,241 @@
+"""Megatron's distributed checkpoints (`torch_dist`), read and written outside of a process group, tensor by tensor.
+
+Change here: nothing but what upstream changes in the format. Reading: any region of any tensor, loading only the chunks
+that it touches. Writing: chunk by chunk, so that memory is that of one chunk; megatron-core's own saving takes all at once.
+The format is torch.distributed.checkpoint's (torch 2.11-2.13): `*.distcp` files of torch.save'd chunks, `.metadata` that
+says where each lies, and megatron-core's `metadata.json` and `common.pt` (dist_checkpointing 0.16.1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from dapo_mcore.errors import CheckpointError
+
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class StoredChunk(NamedTuple):
+    """A block of the tensor `key` at `offsets` with `sizes`, as bytes start … start + length - 1 of a file."""
+
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class DistributedReader:
+    """A checkpoint open for reading. Keeps the last chunk, since neighbouring regions are asked for in turn.
+
+    Raises CheckpointError for a folder that is no such checkpoint, and for missing or truncated files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        metadata = _load_metadata(folder / ".metadata")
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: tensor
+            for key, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._chunks = {key: _by_layer_and_expert(tensor) for key, tensor in self.tensors.items()}
+        self._last: tuple[MetadataIndex, Tensor] | None = None
+        self._check_files()
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensor(key).properties.dtype
+
+    def size(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensor(key).size)
+
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The block of tensor `key` at `offsets` with `sizes`; may share memory with a later answer, so don't write."""
+        whole = torch.empty(0)
+        self._tensor(key)
+        for chunk in self._chunks[key].get(tuple(offsets[:-2]), ()):
+            region = _overlap(chunk, offsets, sizes)
+            if region is None:
+                continue
+            stored = self._chunk(MetadataIndex(key, chunk.offsets))
+            part = _narrow(stored, [low - at for (low, _), at in zip(region, chunk.offsets)], _lengths(region))
+            if list(part.shape) == list(sizes):
+                return part
+            if not whole.numel():
+                whole = stored.new_empty(list(sizes))
+            _narrow(whole, [low - at for (low, _), at in zip(region, offsets)], _lengths(region)).copy_(part)
+        return whole if whole.numel() else torch.empty(list(sizes), dtype=self.dtype(key))
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        if key not in self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {key}; it does not fit its config.json")
+        return self.tensors[key]
+
+    def _chunk(self, index: MetadataIndex) -> Tensor:
+        if self._last is None or self._last[0] != index:
+            place = self._places[index]
+            self._last = None  # its memory is free before the next one is read
+            with open(self.folder / place.relative_path, "rb") as file:
+                view = _create_file_view(file, place.offset, place.length)
+                self._last = index, torch.load(view, map_location="cpu", weights_only=True)
+        return self._last[1]
+
+    def _check_files(self) -> None:
+        sizes: dict[str, int] = {}
+        for index, place in self._places.items():
+            path = self.folder / place.relative_path
+            if place.relative_path not in sizes:
+                sizes[place.relative_path] = path.stat().st_size if path.is_file() else -1
+            if sizes[place.relative_path] < place.offset + place.length:
+                problem = "is missing" if sizes[place.relative_path] < 0 else "is truncated"
+                raise CheckpointError(f"{path} {problem}: {index.fqn} ends at its byte {place.offset + place.length}")
+        for key, tensor in self.tensors.items():
+            stored, wanted = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
+            if stored != wanted:
+                raise CheckpointError(
+                    f"{self.folder} holds {stored} elements of {key} {list(tensor.size)}, not {wanted}"
+                )
+
+
+def write_chunk(
+    file: BinaryIO, name: str, key: str, offsets: Sequence[int], sizes: Sequence[int], block: Tensor
+) -> StoredChunk:
+    """Appends one chunk to the open file called `name`; `block` has the chunk's elements, `sizes` its shape."""
+    start = file.tell()
+    block = block.detach().contiguous()
+    # a view would drag its whole storage along
+    if block.untyped_storage().nbytes() != block.nbytes:
+        block = block.clone()
+    torch.save(block.view(list(sizes)), file)
+    return StoredChunk(key, tuple(offsets), tuple(sizes), name, start, file.tell() - start)
+
+
+@contextmanager
+def without_crc() -> Iterator[None]:
+    """torch.save without checksums: torch.load does not look at them, and they cost half the speed."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def write_metadata(
+    folder: Path, chunks: Iterable[StoredChunk], dtypes: dict[str, torch.dtype], sizes: dict[str, tuple]
+) -> None:
+    """Makes a folder of chunk files a checkpoint; `sizes` are the tensors' global shapes. Flushes all it writes."""
+    tensors = {
+        key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(sizes[key]), []) for key in sizes
+    }
+    places = {}
+    for chunk in chunks:
+        block = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+        tensors[chunk.key].chunks.append(block)
+        places[MetadataIndex(chunk.key, block.offsets)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    _write_bytes(folder / ".metadata", pickle.dumps(metadata))
+    _write_bytes(folder / "metadata.json", json.dumps(FORMAT).encode())
+    torch.save({}, folder / "common.pt")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the records of a `.metadata` file and nothing else: a pickle may come from a stranger."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype))),
+        "collections": ("OrderedDict",),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no checkpoint metadata needs")
+        return super().find_class(module, name)
+
+
+def _load_metadata(path: Path) -> Metadata:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is no distributed checkpoint: it lacks .metadata")
+    try:
+        with open(path, "rb") as file:
+            return _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _by_layer_and_expert(tensor: TensorStorageMetadata) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+    """The chunks by their place in all dims but the last two, in which Megatron stores one layer, one expert a chunk.
+
+    A tensor of many experts has thousands of chunks, of which a block touches a few.
+    """
+    found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+    for chunk in tensor.chunks:
+        if any(size != 1 for size in chunk.sizes[:-2]):
+            raise CheckpointError(
+                f"a chunk of {list(chunk.sizes)} spans several layers or experts; this is no Megatron model"
+            )
+        found.setdefault(tuple(chunk.offsets[:-2]), []).append(chunk)
+    return found
+
+
+def _overlap(chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]] | None:
+    """[low, high) along each dim of the whole tensor that the chunk and the block share; None for nothing."""
+    region = [
+        (max(at, start), min(at + count, start + size))
+        for at, count, start, size in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
+    ]
+    return region if all(low < high for low, high in region) else None
+
+
+def _lengths(region: list[tuple[int, int]]) -> list[int]:
+    return [high - low for low, high in region]
+
+
+def _narrow(tensor: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
