@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+# torch takes large pages for large tensors: reading into fresh memory is twice as fast
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # a bare checkout works, too
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dapo_mcore import environment  # noqa: E402, F401  (first: it sets what later imports read)
-from dapo_mcore.errors import DapoError  # noqa: E402
-from dapo_mcore.observe.byte_progress import ByteProgress  # noqa: E402
+from dapo_mcore import environment  # noqa: F401  (first: it sets what later imports read)
+from dapo_mcore.errors import DapoError
+from dapo_mcore.observe.byte_progress import ByteProgress
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from threading import Lock
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -29,6 +30,7 @@ class ByteProgress:
         self._task = self._bar.add_task(title, total=None)
         self._total = self._done = self._first = self._said = 0
         self._began = clock()
+        self._lock = Lock()
 
     def __enter__(self) -> ByteProgress:
         self._bar.start()
@@ -46,11 +48,13 @@ class ByteProgress:
             self.console.print(f"{self._title}: goes on at {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
     def advance(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._bar.advance(self._task, num_bytes)
-        if not self.console.is_terminal and self._tenth() > self._said:
-            self._said = self._tenth()
-            self.console.print(self._line(), soft_wrap=True)
+        """From any thread."""
+        with self._lock:
+            self._done += num_bytes
+            self._bar.advance(self._task, num_bytes)
+            if not self.console.is_terminal and self._tenth() > self._said:
+                self._said = self._tenth()
+                self.console.print(self._line(), soft_wrap=True)
 
     def _tenth(self) -> int:
         return self._done * 10 // max(self._total, 1)

@@ -32,8 +32,8 @@ from dapo_mcore.weights.hf_io import (
 from dapo_mcore.weights.job import Job, OutputFile, Report
 from dapo_mcore.weights.mapping import (
     Parameter,
-    checkpoint_place,
     check_shapes,
+    checkpoint_place,
     hf_shapes,
     import_parameter,
     import_rows,
@@ -111,7 +111,7 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
         for name, group, size in _checkpoint_files(shape, cut, dtype)
     ]
     job = Job(out, files, inputs=[*reader.paths, source / "config.json"], options=[*map(str, vars(cut).items())])
-    with job.run(report) as (folder, notes):
+    with without_crc(), job.run(report) as (folder, notes):
         copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
         chunks = [StoredChunk(*map(_tuple, entry)) for note in notes for entry in note]
         sizes = {place.key: (*place.size, *local_shape(parameter, shape)) for parameter, place in _places(shape)}
@@ -181,7 +181,7 @@ def _write_chunks(
 ) -> list[list[Any]]:
     """Writes one file of the checkpoint; where each chunk lies."""
     stored = []
-    with without_crc(), open(path, "wb") as file:
+    with open(path, "wb") as file:
         for parameter in group:
             place = checkpoint_place(parameter, shape)
             for offsets, block in _blocks(parameter, reader, shape, _ranks(parameter, cut)):

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ JOURNAL = ".job.json"
 
 
 class Report(Protocol):
-    """Who is told how far a job is; in bytes of tensors."""
+    """Who is told how far a job is, in bytes of tensors; from several threads."""
 
     def start(self, total: int, done: int) -> None: ...
 
@@ -77,7 +78,7 @@ class Job:
                 done = self._resume()
                 self._check_space(done)
                 report.start(sum(file.num_bytes for file in self.files), self._size(done))
-                yield self.partial, [self._make(file, done, report) for file in self.files]
+                yield self.partial, self._make_all(done, report)
                 self._finish()
             except OSError as error:
                 if error.errno == errno.ENOSPC:
@@ -113,18 +114,33 @@ class Job:
                 f"{self.out} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; free some or give another"
             )
 
-    def _make(self, file: OutputFile, done: dict[str, Any], report: Report) -> Any:
-        if file.name not in done:
-            path = self.partial / file.name
-            path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(path.name + ".tmp")
-            done[file.name] = file.write(unfinished, report)
-            _flush(unfinished)
-            os.replace(unfinished, path)
-            journal = self.partial / (JOURNAL + ".tmp")
-            journal.write_text(json.dumps({"identity": self.identity, "done": done}), encoding="utf-8")
-            os.replace(journal, self.partial / JOURNAL)
-        return done[file.name]
+    def _make_all(self, done: dict[str, Any], report: Report) -> list[Any]:
+        """The notes of all files. Two are in work at a time: one waits for the disk while the other computes."""
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            works = [pool.submit(self._make, file, report) for file in self.files if file.name not in done]
+            try:
+                for work in as_completed(works):
+                    name, note = work.result()
+                    done[name] = note
+                    self._write_journal(done)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [done[file.name] for file in self.files]
+
+    def _make(self, file: OutputFile, report: Report) -> tuple[str, Any]:
+        path = self.partial / file.name
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        note = file.write(unfinished, report)
+        _flush(unfinished)
+        os.replace(unfinished, path)
+        return file.name, note
+
+    def _write_journal(self, done: dict[str, Any]) -> None:
+        journal = self.partial / (JOURNAL + ".tmp")
+        journal.write_text(json.dumps({"identity": self.identity, "done": done}), encoding="utf-8")
+        os.replace(journal, self.partial / JOURNAL)
 
     def _finish(self) -> None:
         (self.partial / JOURNAL).unlink(missing_ok=True)

@@ -52,7 +52,7 @@ class SafetensorsFile:
         self.path = path
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; fetch the whole folder again")
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (held while the reader lives)
         self._size = path.stat().st_size
         self._data = 0
         try:
@@ -77,13 +77,12 @@ class SafetensorsFile:
 
     def _read(self, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
         raw = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
-        left = memoryview(raw.numpy())
-        self._file.seek(self._data + info.start + offset)
-        # one system call reads at most 2 GiB
+        left, position = memoryview(raw.numpy()), self._data + info.start + offset
+        # one system call reads at most 2 GiB; reading at a position lets threads share the file
         while left:
-            if not (count := self._file.readinto(left)):
+            if not (count := os.preadv(self._file.fileno(), [left], position)):
                 raise CheckpointError(f"{self.path} ended while it was read; another process may have changed it")
-            left = left[count:]
+            left, position = left[count:], position + count
         return raw.view(info.dtype).view(shape)
 
     def _read_header(self) -> dict[str, TensorInfo]:
@@ -122,7 +121,7 @@ class SafetensorsWriter:
         # spaces up to a multiple of eight keep the data aligned
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
-        self._file = open(path, "wb", buffering=0)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by close)
         _write(self._file, memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: Tensor) -> None:

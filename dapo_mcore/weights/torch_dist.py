@@ -170,22 +170,25 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
 
 
+_DTYPES = tuple(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *_DTYPES),
+    "collections": ("OrderedDict",),
+}  # fmt: skip
+"""What a `.metadata` file is made of."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes the records of a `.metadata` file and nothing else: a pickle may come from a stranger."""
 
-    ALLOWED = {
-        "torch.distributed.checkpoint.metadata": (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch.serialization": ("_get_layout",),
-        "torch": ("Size", *(str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype))),
-        "collections": ("OrderedDict",),
-    }  # fmt: skip
-
     def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
+        if name not in _RECORDS.get(module, ()):
             raise pickle.UnpicklingError(f"it wants {module}.{name}, which no checkpoint metadata needs")
         return super().find_class(module, name)
 
