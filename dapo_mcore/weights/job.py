@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,6 +128,9 @@ class Job:
                     self._write_journal(done)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                done |= dict(work.result() for work in works if not work.cancelled() and not work.exception())
+                with suppress(OSError):
+                    self._write_journal(done)
                 raise
         return [done[file.name] for file in self.files]
 
