@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,14 +175,17 @@ def write_metadata(
     folder: Path, chunks: Iterable[StoredChunk], dtypes: dict[str, torch.dtype], sizes: dict[str, tuple]
 ) -> None:
     """Makes a folder of chunk files a checkpoint; `sizes` are the tensors' global shapes. Flushes all it writes."""
+    # pickle tells equal strings from one string: interned, the same chunks always give the same bytes
     tensors = {
-        key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(sizes[key]), []) for key in sizes
+        sys.intern(key): TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(size), [])
+        for key, size in sizes.items()
     }
     places = {}
     for chunk in chunks:
+        key, file = sys.intern(chunk.key), sys.intern(chunk.file)
         block = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-        tensors[chunk.key].chunks.append(block)
-        places[MetadataIndex(chunk.key, block.offsets)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+        tensors[key].chunks.append(block)
+        places[MetadataIndex(key, block.offsets)] = _StorageInfo(file, chunk.start, chunk.length)
     metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
     _write_bytes(folder / ".metadata", pickle.dumps(metadata))
     _write_bytes(folder / "metadata.json", json.dumps(FORMAT).encode())
