@@ -332,7 +332,7 @@ def test_a_disk_too_small(tmp_path: Path, hf_folder: Folders, monkeypatch: pytes
 
 
 class Interrupting(NoReport):
-    """Ctrl-C after so many tensors; remembers where the job began."""
+    """Ctrl-C after so many tensors (-1: never), for every thread; remembers where the job began."""
 
     def __init__(self, after: int):
         self.left, self.began, self.count = after, (0, 0), 0
@@ -342,7 +342,7 @@ class Interrupting(NoReport):
 
     def advance(self, num_bytes: int) -> None:
         self.count += 1
-        if self.count == self.left:
+        if 0 < self.left <= self.count:
             raise KeyboardInterrupt
 
 
