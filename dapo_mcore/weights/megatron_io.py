@@ -51,12 +51,9 @@ class MegatronReader:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor, or its slice [start, stop) along `dim`. Don't write into it: tensors may share memory."""
         parameter, source = self._find(name)
-        size = list(self.shape(name))
-        if dim is not None and dim != 0:
-            return self._block(parameter, 0, size[0], size[1:]).narrow(dim, start, stop - start)
-        first, last = (start, stop) if dim == 0 else (0, size[0])
-        ranges = merged_rows(parameter, source, first, last, self._shape)
-        parts = [self._block(parameter, low, high, size[1:]) for low, high in ranges or [(0, 0)]]
+        region = [(start, stop) if axis == dim else (0, size) for axis, size in enumerate(self.shape(name))]
+        ranges = merged_rows(parameter, source, *region[0], self._shape)
+        parts = [self._block(parameter, [rows, *region[1:]]) for rows in ranges or [(0, 0)]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _find(self, name: str) -> tuple[Parameter, int]:
@@ -64,12 +61,11 @@ class MegatronReader:
             raise CheckpointError(f"{self.folder} has no tensor {name}; it does not fit its config.json")
         return self._of[name]
 
-    def _block(self, parameter: Parameter, start: int, stop: int, rest: list[int]) -> Tensor:
-        """Rows of the merged parameter."""
+    def _block(self, parameter: Parameter, region: list[tuple[int, int]]) -> Tensor:
+        """A block of the merged parameter, [start, stop) along each of its dims."""
         key, offset, _ = checkpoint_place(parameter, self._shape)
-        lead, none = [1] * len(offset), [0] * len(rest)
-        block = self.store.read(key, [*offset, start, *none], [*lead, stop - start, *rest])
-        return block.view(stop - start, *rest) if block.is_contiguous() else block.reshape(stop - start, *rest)
+        starts, sizes = [start for start, _ in region], [stop - start for start, stop in region]
+        return self.store.read(key, [*offset, *starts], [*[1] * len(offset), *sizes]).reshape(sizes)
 
     def _check(self, parameter: Parameter) -> None:
         key, _, size = checkpoint_place(parameter, self._shape)

@@ -204,6 +204,10 @@ _RECORDS = {
         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    # megatron-core stores the plans of its save, too
+    "torch.distributed.checkpoint.planner": (
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    ),
     "torch.serialization": ("_get_layout",),
     "torch": ("Size", *_DTYPES),
     "collections": ("OrderedDict",),
