@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -114,9 +115,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about, examples = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="convert.py", description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="convert.py", description=about, epilog=examples, formatter_class=_wide)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = _command(commands, "hf-to-mcore", hf_to_mcore, "HF folder → Megatron checkpoint")
@@ -141,23 +140,28 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = _command(commands, "verify", verify, "compare two folders, of either kind, tensor by tensor")
-    command.add_argument("first", type=Path, metavar="A")
-    command.add_argument("second", type=Path, metavar="B")
+    command.add_argument("first", type=Path, metavar="A", help="a Hugging Face or Megatron folder")
+    command.add_argument("second", type=Path, metavar="B", help="another")
     command.add_argument("--text", help="also compare the logits on this text, in float32 (loads both models in turn)")
     command.add_argument(
         "--manifest", type=Path, metavar="FILE", help="write name, shape, dtype and SHA-256 of all tensors as JSON"
     )
 
     command = _command(commands, "inspect", inspect, "what a folder of either kind holds")
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=Path, metavar="DIR", help="a Hugging Face or Megatron folder")
     command.add_argument("--tensors", action="store_true", help="list every tensor")
     return parser
 
 
 def _command(commands: argparse._SubParsersAction, name: str, run, about: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=about, description=about)
+    command = commands.add_parser(name, help=about, description=about, formatter_class=_wide)
     command.set_defaults(run=run)
     return command
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    """Room for the longest option beside its help."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)
 
 
 def _positive(text: str) -> int:
@@ -167,8 +171,8 @@ def _positive(text: str) -> int:
 
 
 def _gigabytes(text: str) -> float:
-    if (value := float(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a size above 0")
     return value
 
 

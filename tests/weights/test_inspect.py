@@ -27,7 +27,7 @@ def test_a_hugging_face_folder(hf_folder: Callable[..., Path]) -> None:
 
 
 def test_a_megatron_folder_with_experts(tmp_path: Path, hf_folder: Callable[..., Path]) -> None:
-    """Its expert matrices lie in 3 layers × 4 experts × 2 halves × 2 ranks."""
+    """Layers that differ are not stacked; a layer's gate and up lie in 4 experts × 2 halves × 2 ranks."""
     hf_to_mcore(hf_folder("qwen2-moe-mixed", torch.bfloat16), tmp_path / "out", Cut(2, 1, 2, 2), NoReport())
     lines = describe(tmp_path / "out").splitlines()
     assert lines[0] == f"{tmp_path / 'out'}: a Megatron distributed checkpoint"
