@@ -159,7 +159,9 @@ def _check_cut(shape: WeightShape, cut: Cut) -> None:
         raise ConfigError(f"--pipeline-parallel {cut.pipeline_parallel} exceeds num_hidden_layers {shape.num_layers}")
     for option, size in (("expert", cut.expert_parallel), ("expert-tensor", cut.expert_tensor_parallel)):
         if size > 1 and not shape.num_experts:
-            raise ConfigError(f"--{option}-parallel {size} is of no use: {shape.architecture} has no experts; leave it out")
+            raise ConfigError(
+                f"--{option}-parallel {size} is of no use: {shape.architecture} has no experts; leave it out"
+            )
     if shape.num_experts % cut.expert_parallel:
         raise ConfigError(
             f"--expert-parallel {cut.expert_parallel} does not divide the number of experts, {shape.num_experts}"

@@ -109,7 +109,9 @@ def test_verify_finds_a_single_bit(folder: Path, megatron_folder: Path, tmp_path
     done = convert("verify", megatron_folder, flipped(folder, tmp_path / "flipped"))
     assert done.returncode == 1
     line, count = done.stdout.splitlines()
-    assert re.fullmatch(r"model\.norm\.weight: \[32\] float32 \w{12} in the first, \[32\] float32 \w{12} in the second", line)
+    assert re.fullmatch(
+        r"model\.norm\.weight: \[32\] float32 \w{12} in the first, \[32\] float32 \w{12} in the second", line
+    )
     assert count == "1 of 39 tensors differ"
 
 

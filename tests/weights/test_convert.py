@@ -28,6 +28,7 @@ from tests.weights.zoo import CONFIGS, MOE
 Folders = Callable[..., Path]
 DENSE_CUTS = [Cut(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2)]
 MOE_CUTS = [Cut(), Cut(2, 1, 2), Cut(4, 2, 1), Cut(1, 2, 2), Cut(2, 2, 2, 2), Cut(2, 1, 4, 4)]
+WHOLE = Cut()
 SMALL, ONE_FILE = 20_000, 5_000_000_000
 """Bytes a file: some ten of them, or all in one."""
 
@@ -54,7 +55,7 @@ def assert_same_model(ours: Path, theirs: Path) -> None:
     assert {"config.json", "generation_config.json", *TEXTS} <= set(others)
 
 
-def round_trip(source: Path, work: Path, cut: Cut = Cut(), shard_bytes: int = ONE_FILE) -> Path:
+def round_trip(source: Path, work: Path, cut: Cut = WHOLE, shard_bytes: int = ONE_FILE) -> Path:
     hf_to_mcore(source, work / "mcore", cut, NoReport())
     mcore_to_hf(work / "mcore", work / "hf", NoReport(), shard_bytes)
     return work / "hf"
@@ -141,7 +142,7 @@ def set_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def refused(source: Path, work: Path, match: str, cut: Cut = Cut(), error: type = DapoError) -> None:
+def refused(source: Path, work: Path, match: str, cut: Cut = WHOLE, error: type = DapoError) -> None:
     with pytest.raises(error, match=match):
         hf_to_mcore(source, work / "out", cut, NoReport())
     assert [path for path in work.iterdir() if path.name.startswith("out")] == []
@@ -269,9 +270,7 @@ def test_broken_files(how: str, tmp_path: Path, hf_folder: Folders) -> None:
         ("qwen2-moe", Cut(4), None),
     ],
 )
-def test_layouts_that_do_not_fit(
-    family: str, cut: Cut, told: str | None, tmp_path: Path, hf_folder: Folders
-) -> None:
+def test_layouts_that_do_not_fit(family: str, cut: Cut, told: str | None, tmp_path: Path, hf_folder: Folders) -> None:
     if told is None:
         hf_to_mcore(hf_folder(family), tmp_path / "out", cut, NoReport())
     else:
@@ -285,7 +284,10 @@ def test_folders_of_the_other_kind_and_outputs_that_exist(tmp_path: Path, hf_fol
         hf_to_mcore(mcore, tmp_path / "out", Cut(), NoReport())
     with pytest.raises(CheckpointError, match=r"holds no Megatron checkpoint: it lacks megatron/\.metadata"):
         mcore_to_hf(source, tmp_path / "out", NoReport())
-    for convert in (lambda: hf_to_mcore(source, mcore, Cut(), NoReport()), lambda: mcore_to_hf(mcore, mcore, NoReport())):
+    for convert in (
+        lambda: hf_to_mcore(source, mcore, Cut(), NoReport()),
+        lambda: mcore_to_hf(mcore, mcore, NoReport()),
+    ):
         with pytest.raises(CheckpointError, match="mcore exists; give another folder, or remove it"):
             convert()
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
@@ -378,7 +380,10 @@ def test_an_interrupted_conversion_goes_on(direction: str, tmp_path: Path, hf_fo
         finished = times(partial)
     convert(tmp_path / "out", report := Interrupting(-1))
     assert 0 < report.began[1] < report.began[0]
-    kept = {name: ((tmp_path / "out" / name).stat().st_ino, (tmp_path / "out" / name).stat().st_mtime_ns) for name in finished}
+    kept = {
+        name: ((tmp_path / "out" / name).stat().st_ino, (tmp_path / "out" / name).stat().st_mtime_ns)
+        for name in finished
+    }
     assert kept == finished
     assert not partial.exists()
     assert contents(tmp_path / "out") == whole
@@ -425,7 +430,9 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, hf_folder: Folders) ->
     """SIGKILL, as from a batch system or for want of memory: nothing can be tidied up."""
     source = hf_folder("qwen2-moe")
     root = Path(__file__).parents[2]
-    process = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "out"], cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, source, tmp_path / "out"], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}
+    )
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and times(tmp_path / "out.partial")
     hf_to_mcore(source, tmp_path / "out", Cut(2, 1, 2), report := Interrupting(-1))

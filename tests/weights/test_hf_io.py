@@ -184,7 +184,9 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def export(weights: Iterator[tuple[str, torch.Tensor]], folder: Path, source: Path, config: Any, **options: Any) -> None:
+def export(
+    weights: Iterator[tuple[str, torch.Tensor]], folder: Path, source: Path, config: Any, **options: Any
+) -> None:
     shape = weight_shape(config, 1)
     save_hf_folder(weights, folder, shape=shape, dtype=torch.float32, hf_config=config, source=source, **options)
 

@@ -225,7 +225,9 @@ def test_strangers_are_named(name: str) -> None:
 def test_tensors_of_another_shape_are_named() -> None:
     state = {"model.embed_tokens.weight": column(7, 8, 9, 10)}
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight is \[4, 1\], but config.json implies \[3, 1\]"):
-        import_parameter(find_parameter("embedding.word_embeddings.weight", tiny_shape()), DictReader(state), tiny_shape())
+        import_parameter(
+            find_parameter("embedding.word_embeddings.weight", tiny_shape()), DictReader(state), tiny_shape()
+        )
 
 
 def hf_state(shape: WeightShape) -> dict[str, torch.Tensor]:

@@ -36,7 +36,12 @@ POLICY_HAS_EXPERTS = False
 CHANGES: dict[str, Any] = {"num_hidden_layers": 4}
 DENSE = [family for family in CONFIGS if family not in MOE and (POLICY_HAS_EXPERTS or family != "mistral")]
 DENSE_MESHES = [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}]
-MOE_MESHES = [{"tensor": 2}, {"data": 2, "expert": 2}, {"tensor": 2, "expert": 2}, {"pipeline": 2, "data": 2, "expert": 2}]
+MOE_MESHES = [
+    {"tensor": 2},
+    {"data": 2, "expert": 2},
+    {"tensor": 2, "expert": 2},
+    {"pipeline": 2, "data": 2, "expert": 2},
+]
 CASES = [(mesh, DENSE) for mesh in DENSE_MESHES] + [(mesh, list(MOE)) for mesh in MOE_MESHES if POLICY_HAS_EXPERTS]
 
 

@@ -132,7 +132,9 @@ def test_system_calls_that_read_or_write_less_than_asked_are_repeated(
     assert len(calls) == 10  # 48 bytes
 
 
-@pytest.mark.parametrize(("size", "told"), [(-1, "a ends at byte"), (40, "header does not fit"), (4, "header"), (0, "header")])
+@pytest.mark.parametrize(
+    ("size", "told"), [(-1, "a ends at byte"), (40, "header does not fit"), (4, "header"), (0, "header")]
+)
 def test_truncated_files(tmp_path: Path, size: int, told: str) -> None:
     save_file({"a": MATRIX}, tmp_path / "file")
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:size])

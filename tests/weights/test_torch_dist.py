@@ -153,7 +153,9 @@ def test_a_missing_file(checkpoint: Path) -> None:
 def test_a_truncated_file(checkpoint: Path) -> None:
     path = checkpoint / "__0_0.distcp"
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=rf"__0_0\.distcp is truncated: grid ends at its byte {path.stat().st_size + 1}"):
+    with pytest.raises(
+        CheckpointError, match=rf"__0_0\.distcp is truncated: grid ends at its byte {path.stat().st_size + 1}"
+    ):
         DistributedReader(checkpoint)
 
 
@@ -176,7 +178,7 @@ def test_chunks_of_another_shape_or_type(checkpoint: Path) -> None:
         reader = DistributedReader(checkpoint)
         first = next(index for index in reader._places if index.fqn == "layers")
         reader._places[first].length = len(file.getvalue())
-        with pytest.raises(CheckpointError, match="layers at byte 0 is not what .metadata says"):
+        with pytest.raises(CheckpointError, match=r"layers at byte 0 is not what \.metadata says"):
             reader.read("layers", [0, 0, 0], [1, 3, 2])
 
 
