@@ -30,6 +30,7 @@ class Actor:
 
     def __init__(self, config: Config, hf_config: Any, layout: Layout, reader: WeightReader):
         self.config = config
+        self.hf_config = hf_config
         self.layout = layout
         self.shape = weight_shape(hf_config, layout.tensor)
         self.policy = build_model(config, hf_config, layout)

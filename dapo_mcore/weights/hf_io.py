@@ -6,6 +6,7 @@ renamed when whole, so a model folder is never half written.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -154,6 +155,14 @@ def write_index(folder: Path, files: Files) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def write_model_files(folder: Path, hf_config: Any, dtype: torch.dtype, source: Path) -> None:
+    """All that is no weight: config.json, which names the dtype of the weights, and the tokenizer files of `source`."""
+    config = copy.deepcopy(hf_config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    copy_files(source, folder)
+
+
 def copy_files(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
     """Copies those of the named files that `source` has."""
     for name in names:
@@ -178,8 +187,7 @@ def save_hf_folder(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hf_config.save_pretrained(partial)
-    copy_files(Path(source), partial)
+    write_model_files(partial, hf_config, dtype, Path(source))
     files = plan_files(tensor_groups(shape, dtype), shard_bytes)
     writers = {file: SafetensorsWriter(partial / file, tensors) for file, tensors in files.items()}
     file_of = {name: file for file, tensors in files.items() for name in tensors}

@@ -264,7 +264,7 @@ def test_the_newest_checkpoints_are_kept_and_unfinished_ones_ignored(single_proc
         ["step_000002", "step_000004", unfinished],
         ["step_000002", "step_000004", unfinished],
         ["step_000004", unfinished, "step_1000000"],
-        ["megatron", "state.json", "state.safetensors"],
+        ["config.json", "megatron", "state.json", "state.safetensors"],
         "step_1000000",
     ]
 
