@@ -1,7 +1,7 @@
 """What the policy head computes, in its plainest form: the whole [T, V] logits, the papers' formulas, and autograd.
 
-Change here: the definition. Written apart from the closed forms of policy_loss/, which it checks: tests and benchmark
-hold every other path to this one in fp64.
+Change here: the definition. It is no choice for training: written apart from the closed forms of policy_loss/, which it
+checks, it is what tests and benchmark hold every other path to, in fp64.
 """
 
 from __future__ import annotations
