@@ -75,7 +75,7 @@ class Head:
         return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]
 
     def _gradients(self, model: PolicyModel) -> dict[str, Any]:
-        """Where gradients go. DDP's main_grad lasts as long as its buffer, which a new DDP would replace: ask each time."""
+        """Where gradients go; main_grad is a view of DDP's buffer, which belongs to the model and not to the head."""
         main_grad = model.head_weight().main_grad if self.eager_grad else None
         return {"reduce_hidden_grad": self.reduce_hidden_grad, "main_grad": main_grad}
 

@@ -39,7 +39,7 @@ def wide_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def adds_in_place(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether addmm of `dtype` operands adds to a `wide` matrix in that matrix's own memory: tried once, on a small one.
+    """Whether addmm of `dtype` operands adds to a `wide` matrix in its own memory: tried once, on a small one.
 
     torch does so on CUDA since 2.10 (pytorch/pytorch#167931) and documents it nowhere; other devices and settings of
     torch may refuse. Waits for the device, once.

@@ -1,6 +1,6 @@
 """The definition of the policy head, to which every other path is held, against numbers worked out by hand.
 
-Two words with probabilities 1/4 and 3/4: logits 0 and ln 3, made as (0, 2 ln 3) · 1 / temperature 2, beside a padding row.
+Two words of probability 1/4 and 3/4: logits 0 and ln 3, made as (0, 2 ln 3) · 1 / temperature 2, and a padding row.
 """
 
 from __future__ import annotations
