@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except DapoError as error:
+    except (DapoError, OSError) as error:
         print(f"{parsed.command}: {error}", file=sys.stderr)
         return 2
 

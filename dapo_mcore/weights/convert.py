@@ -19,6 +19,7 @@ import torch
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.data.model_folder import load_hf_config
 from dapo_mcore.errors import CheckpointError, ConfigError
+from dapo_mcore.weights.families import EMBEDDING, OUTPUT
 from dapo_mcore.weights.hf_io import (
     INDEX,
     SHARD_BYTES,
@@ -89,6 +90,7 @@ def check_tensors(reader: Reader, shape: WeightShape) -> torch.dtype:
         )
     for parameter in parameters(shape):
         check_shapes(parameter, reader, shape)
+    _check_tied(reader, shape)
     dtype = reader.dtype(expected[0])
     for name in expected:
         if reader.dtype(name) != dtype or dtype not in WEIGHT_DTYPES:
@@ -96,6 +98,15 @@ def check_tensors(reader: Reader, shape: WeightShape) -> torch.dtype:
                 f"{name} is {reader.dtype(name)}, {expected[0]} is {dtype}; all must be one of float32, bfloat16, float16"
             )
     return dtype
+
+
+def _check_tied(reader: Reader, shape: WeightShape) -> None:
+    """Raises CheckpointError for a stored output head that is not the embedding: transformers would not tie them."""
+    head, embedding = OUTPUT.hf[0], EMBEDDING.hf[0]
+    if shape.tied and head in reader.names and not torch.equal(reader.read(head), reader.read(embedding)):
+        raise CheckpointError(
+            f"{head} differs from {embedding}, but config.json says tie_word_embeddings true; set it false, or remove one"
+        )
 
 
 def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
@@ -146,7 +157,12 @@ def _check_cut(shape: WeightShape, cut: Cut) -> None:
         )
     if cut.pipeline_parallel > shape.num_layers:
         raise ConfigError(f"--pipeline-parallel {cut.pipeline_parallel} exceeds num_hidden_layers {shape.num_layers}")
-    if cut.expert_parallel > 1 and (not shape.num_experts or shape.num_experts % cut.expert_parallel):
+    for option, size in (("expert", cut.expert_parallel), ("expert-tensor", cut.expert_tensor_parallel)):
+        if size > 1 and not shape.num_experts:
+            raise ConfigError(
+                f"--{option}-parallel {size} is of no use: {shape.architecture} has no experts; leave it out"
+            )
+    if shape.num_experts % cut.expert_parallel:
         raise ConfigError(
             f"--expert-parallel {cut.expert_parallel} does not divide the number of experts, {shape.num_experts}"
         )

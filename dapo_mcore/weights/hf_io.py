@@ -78,10 +78,17 @@ class SafetensorsReader:
         """File name by tensor name; empty for a folder with a single file."""
         index = self.folder / INDEX
         if index.is_file():
+            if (self.folder / SINGLE).is_file():
+                raise CheckpointError(
+                    f"{self.folder} holds both {SINGLE} and {INDEX}; one is a leftover of another model: remove it"
+                )
             try:
-                return dict(json.loads(index.read_bytes())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                weight_map = json.loads(index.read_bytes())["weight_map"]
+                if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+                    raise ValueError("weight_map must give a file for each tensor")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index} is broken: {error!r}; fetch it again") from error
+            return weight_map
         if (self.folder / SINGLE).is_file():
             return {}
         raise CheckpointError(

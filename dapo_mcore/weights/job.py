@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +50,10 @@ class OutputFile:
     write: Callable[[Path, Report], Any]
 
 
+class _TooSmall(CheckpointError):
+    """The disk is; what was finished before is still good."""
+
+
 class Job:
     """Makes the folder `out` of `files`.
 
@@ -68,27 +72,26 @@ class Job:
         """Writes all files, then gives (folder, the files' notes) for what is left to add; then renames the folder.
 
         Raises CheckpointError where `out` exists, the disk is too small, or another process works at the same output.
-        After an error nothing is left but, where the disk filled up, what a next start goes on with.
+        After an error nothing is left but, where the disk is full, the finished files that a next start goes on with.
         """
         if self.out.exists():
             raise CheckpointError(f"{self.out} exists; give another folder, or remove it")
         self.partial.mkdir(parents=True, exist_ok=True)
         with _lock(self.partial):
+            done: dict[str, Any] = {}
             try:
-                done = self._resume()
+                done |= self._resume()
                 self._check_space(done)
                 report.start(sum(file.num_bytes for file in self.files), self._size(done))
                 yield self.partial, self._make_all(done, report)
                 self._finish()
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise CheckpointError(
-                        f"the disk of {self.out} is full; free some space and start again: {self.partial} is gone on with"
-                    ) from error
-                shutil.rmtree(self.partial, ignore_errors=True)
-                raise
-            except Exception:
-                shutil.rmtree(self.partial, ignore_errors=True)
+            except Exception as error:
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not done or not (full or isinstance(error, _TooSmall)):
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                if full:
+                    kept = f": {len(done)} finished files in {self.partial} are kept" if done else ""
+                    raise _TooSmall(f"the disk of {self.out} is full; free some space and start again{kept}") from error
                 raise
 
     def _resume(self) -> dict[str, Any]:
@@ -110,7 +113,7 @@ class Job:
         left = sum(file.num_bytes for file in self.files) - self._size(done)
         needed, free = left + left // 50 + 50_000_000, shutil.disk_usage(self.partial).free
         if needed > free:
-            raise CheckpointError(
+            raise _TooSmall(
                 f"{self.out} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; free some or give another"
             )
 
@@ -125,6 +128,9 @@ class Job:
                     self._write_journal(done)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                done |= dict(work.result() for work in works if not work.cancelled() and not work.exception())
+                with suppress(OSError):
+                    self._write_journal(done)
                 raise
         return [done[file.name] for file in self.files]
 

@@ -103,6 +103,9 @@ class SafetensorsFile:
                 raise CheckpointError(
                     f"{self.path} is truncated: {name} ends at byte {end}, but the file has {self._size}; fetch it again"
                 )
+        held, named = self._size - self._data, sum(info.nbytes for info in tensors.values())
+        if held != named:
+            raise CheckpointError(f"{self.path} has {held} bytes of data, but its tensors {named}; fetch it again")
         return tensors
 
 
@@ -141,15 +144,14 @@ class SafetensorsWriter:
                 )
             os.fsync(self._file.fileno())
 
-    def abandon(self) -> None:
-        self._file.close()
-
 
 def _parse(name: str, entry: dict) -> TensorInfo:
     start, stop = entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
     info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+    if any(size < 0 for size in info.shape):
+        raise ValueError(f"{name} has the shape {list(info.shape)}")
     if start < 0 or stop - start != info.nbytes:
         raise ValueError(f"{name} {list(info.shape)} needs {info.nbytes} bytes, but has {stop - start}")
     return info

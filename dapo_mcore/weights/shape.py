@@ -74,6 +74,9 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
     architecture = _architecture(hf_config)
     _refuse_other_tensors(hf_config, architecture)
     heads = hf_config.num_attention_heads
+    kv_heads = _first(hf_config, "num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ConfigError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads} in config.json")
     num_experts = _first(hf_config, "num_experts", "num_local_experts") if FAMILIES[architecture].moe else 0
     return WeightShape(
         architecture=architecture,
@@ -81,7 +84,7 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
         hidden_size=hf_config.hidden_size,
         ffn_size=hf_config.intermediate_size,
         num_heads=heads,
-        num_kv_heads=_first(hf_config, "num_key_value_heads") or heads,
+        num_kv_heads=kv_heads,
         head_dim=_first(hf_config, "head_dim") or hf_config.hidden_size // heads,
         vocab_size=hf_config.vocab_size,
         padded_vocab_size=padded_vocab_size(hf_config.vocab_size, tensor_parallel),

@@ -8,13 +8,16 @@ says where each lies, and megatron-core's `metadata.json` and `common.pt` (dist_
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import pickle
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import local
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -52,7 +55,7 @@ class StoredChunk(NamedTuple):
 
 
 class DistributedReader:
-    """A checkpoint open for reading. Keeps the last chunk, since neighbouring regions are asked for in turn.
+    """A checkpoint open for reading, from any thread. Each keeps its last chunk: neighbouring regions are read in turn.
 
     Raises CheckpointError for a folder that is no such checkpoint, and for missing or truncated files.
     """
@@ -67,7 +70,7 @@ class DistributedReader:
         }
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        self._last: tuple[MetadataIndex, Tensor] | None = None
+        self._last = local()
         self._check_files()
 
     def dtype(self, key: str) -> torch.dtype:
@@ -100,13 +103,25 @@ class DistributedReader:
         return self.tensors[key]
 
     def _chunk(self, index: MetadataIndex) -> Tensor:
-        if self._last is None or self._last[0] != index:
-            place = self._places[index]
-            self._last = None  # its memory is free before the next one is read
-            with open(self.folder / place.relative_path, "rb") as file:
+        if getattr(self._last, "index", None) != index:
+            self._last.index = self._last.tensor = None  # its memory is free before the next one is read
+            self._last.tensor = self._load(index)
+            self._last.index = index
+        return self._last.tensor
+
+    def _load(self, index: MetadataIndex) -> Tensor:
+        place, path = self._places[index], self.folder / self._places[index].relative_path
+        try:
+            with open(path, "rb") as file:
                 view = _create_file_view(file, place.offset, place.length)
-                self._last = index, torch.load(view, map_location="cpu", weights_only=True)
-        return self._last[1]
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is damaged: {index.fqn} at byte {place.offset}: {error}") from error
+        near = self._chunks[index.fqn][tuple(index.offset[:-2])]
+        told = next(chunk.sizes for chunk in near if chunk.offsets == index.offset)
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype(index.fqn), told):
+            raise CheckpointError(f"{path} is damaged: {index.fqn} at byte {place.offset} is not what .metadata says")
+        return tensor
 
     def _check_files(self) -> None:
         sizes: dict[str, int] = {}
@@ -117,6 +132,9 @@ class DistributedReader:
             if sizes[place.relative_path] < place.offset + place.length:
                 problem = "is missing" if sizes[place.relative_path] < 0 else "is truncated"
                 raise CheckpointError(f"{path} {problem}: {index.fqn} ends at its byte {place.offset + place.length}")
+        for key, tensor in self.tensors.items():
+            if not all(MetadataIndex(key, chunk.offsets) in self._places for chunk in tensor.chunks):
+                raise CheckpointError(f"{self.folder / '.metadata'} does not say where all of {key} lies")
 
 
 def write_chunk(
@@ -128,7 +146,13 @@ def write_chunk(
     # a view would drag its whole storage along
     if block.untyped_storage().nbytes() != block.nbytes:
         block = block.clone()
-    torch.save(block.view(list(sizes)), file)
+    try:
+        torch.save(block.view(list(sizes)), file)
+    except RuntimeError as error:
+        # torch's writer covers what the disk said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     return StoredChunk(key, tuple(offsets), tuple(sizes), name, start, file.tell() - start)
 
 
@@ -147,18 +171,22 @@ def write_metadata(
     folder: Path, chunks: Iterable[StoredChunk], dtypes: dict[str, torch.dtype], sizes: dict[str, tuple]
 ) -> None:
     """Makes a folder of chunk files a checkpoint; `sizes` are the tensors' global shapes. Flushes all it writes."""
+    # pickle tells equal strings from one string: interned, the same chunks always give the same bytes
     tensors = {
-        key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(sizes[key]), []) for key in sizes
+        sys.intern(key): TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(size), [])
+        for key, size in sizes.items()
     }
     places = {}
     for chunk in chunks:
+        key, file = sys.intern(chunk.key), sys.intern(chunk.file)
         block = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-        tensors[chunk.key].chunks.append(block)
-        places[MetadataIndex(chunk.key, block.offsets)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+        tensors[key].chunks.append(block)
+        places[MetadataIndex(key, block.offsets)] = _StorageInfo(file, chunk.start, chunk.length)
     metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
     _write_bytes(folder / ".metadata", pickle.dumps(metadata))
     _write_bytes(folder / "metadata.json", json.dumps(FORMAT).encode())
-    torch.save({}, folder / "common.pt")
+    torch.save({}, common := io.BytesIO())
+    _write_bytes(folder / "common.pt", common.getvalue())
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -193,9 +221,12 @@ def _load_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path.parent} is no distributed checkpoint: it lacks .metadata")
     try:
         with open(path, "rb") as file:
-            return _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(metadata, Metadata) or not metadata.storage_data:
+        raise CheckpointError(f"{path} cannot be read: it holds no checkpoint metadata")
+    return metadata
 
 
 def _by_layer_and_expert(key: str, tensor: TensorStorageMetadata) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
