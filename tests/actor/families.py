@@ -1,6 +1,6 @@
 """Small random models of every family, made by transformers, and what they compute in fp64.
 
-Helpers of test_families.py. Weights and gradients go through save_pretrained, so they carry the names that real checkpoints
+Helpers of test_model.py. Weights and gradients go through save_pretrained, so they carry the names that real checkpoints
 have on disk; `megatron_part` turns them into a rank's Megatron tensors by a way of its own, not by weights/mapping.
 """
 
@@ -41,6 +41,7 @@ _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2, seven layers": ("Qwen2", {"num_hidden_layers": 7, "tie_word_embeddings": True}),
     "qwen2, yarn": ("Qwen2", {"rope_parameters": _YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "llama": ("Llama", {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 32}}),
@@ -189,7 +190,9 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
         return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
 
     if rest in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        source = "model.embed_tokens.weight" if "embedding" in rest or "lm_head.weight" not in disk else "lm_head.weight"
+        source = (
+            "model.embed_tokens.weight" if "embedding" in rest or "lm_head.weight" not in disk else "lm_head.weight"
+        )
         unit = 8 * size
         return rows(torch.nn.functional.pad(disk[source], (0, 0, 0, -disk[source].size(0) % unit)))
     if rest.endswith("linear_fc1.weight"):
