@@ -209,6 +209,17 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
     return disk[prefix + _WHOLE[rest].format(mlp="block_sparse_moe" if "block_sparse_moe" in mlp else "mlp")]
 
 
+def fill(policy: Any, problem: Problem, layout: Any) -> None:
+    """Gives a PolicyModel the problem's weights."""
+    for name, global_name in policy.global_parameter_names().items():
+        value, parameter = (
+            megatron_part(global_name, problem.weights, problem.hf_config, layout),
+            policy.get_parameter(name),
+        )
+        assert value.shape == parameter.shape, (global_name, value.shape, parameter.shape)
+        parameter.data.copy_(value)
+
+
 _WHOLE = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "input_layernorm.weight": "input_layernorm.weight",

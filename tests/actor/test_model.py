@@ -80,11 +80,7 @@ def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any]
     from dapo_mcore.actor.step import run_micro_batches
 
     policy = build_model(config, problem.hf_config, layout)
-    for name, global_name in policy.global_parameter_names().items():
-        value = families.megatron_part(global_name, problem.weights, problem.hf_config, layout)
-        parameter = policy.get_parameter(name)
-        assert value.shape == parameter.shape, (global_name, value.shape, parameter.shape)
-        parameter.data.copy_(value)
+    families.fill(policy, problem, layout)
     ddp = wrap(policy, config)
     optimizer = Optimizer(ddp, config.optimizer, torch.float32)
     ddp.zero_grad_buffer()
