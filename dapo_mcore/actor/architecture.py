@@ -7,11 +7,13 @@ every key is that of transformers' own class: what the class ignores is still re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from dapo_mcore.actor import deepseek
 from dapo_mcore.actor.rope import Rope, read_rope
 from dapo_mcore.errors import ConfigError
 
@@ -21,7 +23,7 @@ class Experts:
     """The keys under which a family keeps its mixture of experts.
 
     count, size   number of routed experts, and the width of each
-    shared        width of the gated shared expert, where there is one
+    shared        width of the gated shared expert, where there is one (DeepSeek's has no gate: deepseek.py)
     normalized    whether the chosen experts' probabilities are scaled to sum to 1: a key, or the family's constant
     """
 
@@ -36,15 +38,27 @@ class Family:
     """What distinguishes a family from the plain Llama-shaped decoder (RMSNorm, RoPE, SwiGLU, no biases).
 
     qkv_bias   whether q, k and v have biases: a key, or the family's constant
-    qk_norm    an RMSNorm over each query and key head
+    qk_norm    an RMSNorm over each query and key head (DeepSeek: over the latent vectors)
+    further    fields that need more than this table says
+    keys       further keys of config.json that are understood
+    required   further keys, with the values they must have
     """
 
     qkv_bias: str | bool = False
     qk_norm: bool = False
     experts: Experts | None = None
+    further: Callable[[Any], dict[str, Any]] = lambda hf: {}
+    keys: frozenset[str] = frozenset()
+    required: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 _QWEN_EXPERTS = dict(count="num_experts", size="moe_intermediate_size", normalized="norm_topk_prob")
+_QWEN_KEYS = frozenset(
+    {
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "qkv_bias"),
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
+    }
+)
 
 FAMILIES = {
     "Qwen2ForCausalLM": Family(qkv_bias=True),
@@ -52,20 +66,28 @@ FAMILIES = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(),
     "Qwen2MoeForCausalLM": Family(
-        qkv_bias="qkv_bias", experts=Experts(**_QWEN_EXPERTS, shared="shared_expert_intermediate_size")
+        qkv_bias="qkv_bias",
+        experts=Experts(**_QWEN_EXPERTS, shared="shared_expert_intermediate_size"),
+        keys=_QWEN_KEYS,
     ),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=Experts(**_QWEN_EXPERTS)),
-    "MixtralForCausalLM": Family(experts=Experts(count="num_local_experts", size="intermediate_size")),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=Experts(**_QWEN_EXPERTS), keys=_QWEN_KEYS),
+    "MixtralForCausalLM": Family(
+        experts=Experts(count="num_local_experts", size="intermediate_size"),
+        keys=frozenset({"num_local_experts", "num_experts_per_tok"}),
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        qk_norm=True,
+        experts=Experts(count="n_routed_experts", size="moe_intermediate_size"),
+        further=deepseek.fields,
+        keys=deepseek.KEYS,
+        required=deepseek.REQUIRED,
+    ),
 }
 
 _READ = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"),
     *("rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-}
-_READ_FOR_EXPERTS = {
-    *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "qkv_bias"),
-    *("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
 }
 
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -132,7 +154,7 @@ def read_architecture(hf_config: Any, longest_sequence: int) -> Architecture:
     rope = read_rope(hf_config)
     return Architecture(
         name=name,
-        fields={**_decoder(hf_config, family, rope), **_experts(hf_config, family.experts)},
+        fields=_decoder(hf_config, family, rope) | _experts(hf_config, family.experts) | family.further(hf_config),
         rope=rope,
         vocab_size=hf_config.vocab_size,
         max_positions=hf_config.max_position_embeddings,
@@ -192,7 +214,8 @@ def sparse_layers(hf: Any, experts: Experts | None) -> list[bool]:
     if experts is None or not getattr(hf, experts.count):
         return [False] * hf.num_hidden_layers
     step, dense = getattr(hf, "decoder_sparse_step", 1), getattr(hf, "mlp_only_layers", None) or []
-    return [layer not in dense and (layer + 1) % step == 0 for layer in range(hf.num_hidden_layers)]
+    first = getattr(hf, "first_k_dense_replace", 0)
+    return [layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(hf.num_hidden_layers)]
 
 
 def _value(hf: Any, key: str | bool) -> bool:
@@ -200,13 +223,13 @@ def _value(hf: Any, key: str | bool) -> bool:
 
 
 def _refuse_unknown_keys(hf: Any, name: str, family: Family) -> None:
-    understood = _READ | _HARMLESS | (_READ_FOR_EXPERTS if family.experts else set())
+    understood, required = _READ | _HARMLESS | family.keys, _REQUIRED | family.required
     defaults = type(hf)().to_dict()
     for key, value in hf.to_dict().items():
-        if key in _REQUIRED:
-            if value not in _REQUIRED[key]:
+        if key in required:
+            if value not in required[key]:
                 raise ConfigError(
-                    f"{key} {_short(value)} in config.json is not supported for {name}; supported is {_REQUIRED[key][0]!r}"
+                    f"{key} {_short(value)} in config.json is not supported for {name}; supported is {required[key][0]!r}"
                 )
         elif key not in understood and value is not None and (key not in defaults or value != defaults[key]):
             raise ConfigError(

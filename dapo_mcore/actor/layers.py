@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_mcore.actor.attention import CoreAttention
+from dapo_mcore.actor.deepseek import WholeLinear, use_whole_linear
 from dapo_mcore.actor.norm import RMSNorm
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.errors import ConfigError
@@ -48,18 +50,35 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
 
 def _without_transformer_engine(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """Upstream's local layer with our norm and attention."""
-    attention = dataclasses.replace(layer.submodules.self_attention.submodules, core_attention=CoreAttention)
-    if config.qk_layernorm:
-        attention = dataclasses.replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
-    keys = dict(layer.submodules.sharded_state_dict_keys_map)
-    if layer.submodules.mlp.module is MoELayer:
-        # stored as Transformer Engine stores it, which fuses this norm into dense layers only
-        del keys["pre_mlp_layernorm."]
     submodules = dataclasses.replace(
         layer.submodules,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
-        self_attention=dataclasses.replace(layer.submodules.self_attention, submodules=attention),
-        sharded_state_dict_keys_map=keys,
+        self_attention=dataclasses.replace(
+            layer.submodules.self_attention, submodules=_attention(layer.submodules.self_attention.submodules, config)
+        ),
+        sharded_state_dict_keys_map=_stored_names(layer.submodules.mlp.module is MoELayer, config),
     )
     return dataclasses.replace(layer, submodules=submodules)
+
+
+def _stored_names(has_experts: bool, config: TransformerConfig) -> dict[str, str]:
+    """Names in a checkpoint where they differ from ours: Transformer Engine fuses norms into the layers after them, except
+    before experts, and a checkpoint is to fit both."""
+    names = {} if has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if config.multi_latent_attention:
+        latent = {"q": "self_attention.q_layernorm.", "kv": "self_attention.kv_layernorm."}
+        return names | {own: f"self_attention.linear_{which}_up_proj.layer_norm_" for which, own in latent.items()}
+    return names | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+
+
+def _attention(submodules: Any, config: TransformerConfig) -> Any:
+    """Upstream's attention submodules with our core attention and norms."""
+    changed: dict[str, Any] = {"core_attention": CoreAttention}
+    if config.multi_latent_attention:
+        use_whole_linear()
+        changed |= dict(linear_q_down_proj=WholeLinear, linear_kv_down_proj=WholeLinear)
+        changed |= dict(q_layernorm=RMSNorm, kv_layernorm=RMSNorm)
+    elif config.qk_layernorm:
+        changed |= dict(q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    return dataclasses.replace(submodules, **changed)

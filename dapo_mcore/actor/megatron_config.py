@@ -10,7 +10,7 @@ import difflib
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from dapo_mcore.actor.architecture import Architecture
 from dapo_mcore.actor.layers import uses_transformer_engine
@@ -32,12 +32,19 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         "moe_router_load_balancing_type": "none",
     }
     # routing is sharp: rounding logits to bf16 would choose other experts than the rollout engine
-    return TransformerConfig(**{"moe_router_dtype": "fp32"} | owned | _passthrough(config.megatron, owned))
+    kind = MLATransformerConfig if owned.get("multi_latent_attention") else TransformerConfig
+    return kind(**{"moe_router_dtype": "fp32"} | owned | _passthrough(config.megatron, owned))
 
 
 def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the mesh does not divide the model. The vocabulary is padded instead."""
     _check_tensor_parallel(architecture, parallel.tensor_parallel)
+    latent = architecture.fields.get("multi_latent_attention", False)
+    if (latent or architecture.num_experts) and parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"tensor_parallel {parallel.tensor_parallel} with {'latent attention' if latent else 'experts'} needs "
+            f"sequence_parallel: without it every rank would do the same work; set parallel.sequence_parallel true"
+        )
     if parallel.pipeline_parallel > architecture.num_layers:
         raise ConfigError(
             f"pipeline_parallel {parallel.pipeline_parallel} leaves stages empty: num_hidden_layers is "
@@ -90,11 +97,6 @@ def _check_experts(architecture: Architecture, parallel: ParallelConfig) -> None
         if total % size:
             divisors = [d for d in range(1, total + 1) if total % d == 0]
             raise ConfigError(f"{name} {size} does not divide {key} {total}; use {listed(divisors)}")
-    if parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
-        raise ConfigError(
-            f"tensor_parallel {parallel.tensor_parallel} with experts needs sequence_parallel: without it every rank "
-            f"would route every token; set parallel.sequence_parallel true"
-        )
 
 
 def split_layers(num_layers: int, stages: int) -> list[int]:

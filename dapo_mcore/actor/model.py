@@ -7,6 +7,7 @@ computes is architecture.py's, Megatron's options are megatron_config.py's, the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,9 +38,14 @@ class PolicyModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of all that a checkpoint of the model holds: parameters, and routers' fixed biases (DeepSeek)."""
+        yield from self.named_parameters()
+        yield from ((name, buffer) for name, buffer in self.named_buffers() if name.endswith("router.expert_bias"))
+
     def global_parameter_names(self) -> dict[str, str]:
-        """Local parameter name → the same with the layer's and the expert's number in the whole model."""
-        return {name: self._global_name(name) for name, _ in self.named_parameters()}
+        """Local name of each of `named_weights` → the same with the layer's and the expert's number in the whole model."""
+        return {name: self._global_name(name) for name, _ in self.named_weights()}
 
     def _global_name(self, name: str) -> str:
         match = _LAYER.fullmatch(name)
@@ -51,17 +57,17 @@ class PolicyModel(GPTModel):
         return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
     def load_weights(self, reader: WeightReader, shape: WeightShape, layout: Layout) -> None:
-        """Fills every local parameter from HF tensors, reading only this rank's slices."""
+        """Fills `named_weights` from HF tensors, reading only this rank's slices."""
         names = self.global_parameter_names()
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
+            for name, weight in self.named_weights():
                 value = import_parameter(names[name], reader, shape, layout.tensor_rank, layout.tensor)
-                if value.shape != parameter.shape:
+                if value.shape != weight.shape:
                     raise ConfigError(
-                        f"{names[name]}: config.json implies shape {tuple(parameter.shape)} on this rank, "
+                        f"{names[name]}: config.json implies shape {tuple(weight.shape)} on this rank, "
                         f"but the stored tensors give {tuple(value.shape)}; config.json and weights disagree"
                     )
-                parameter.copy_(value)
+                weight.copy_(value)
 
 
 def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
@@ -79,6 +85,7 @@ def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
         position_embedding_type="rope",
         rotary_base=architecture.rope.base,
     )
-    # a plain attribute in 0.16.1, read at the first forward: linear, llama3 and YaRN scaling are only other frequencies
-    model.rotary_pos_emb.inv_freq = architecture.rope.frequencies
+    if not megatron_config.multi_latent_attention:  # which has an embedding of its own in every layer
+        # a plain attribute in 0.16.1, read at the first forward: every kind of scaling is only other frequencies
+        model.rotary_pos_emb.inv_freq = architecture.rope.frequencies
     return model.to(layout.device)

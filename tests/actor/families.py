@@ -38,6 +38,24 @@ _LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=2
 _YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 
+_DEEPSEEK = dict(
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=4,
+    moe_intermediate_size=24,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    q_lora_rank=48,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+)
+_LATENT_YARN = _YARN | dict(mscale=0.7, mscale_all_dim=1.3)
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -53,6 +71,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("Qwen2Moe", _EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "qwen3-moe": ("Qwen3Moe", _EXPERTS | {"head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen3-moe, sparse": ("Qwen3Moe", _EXPERTS | {"head_dim": 32, "decoder_sparse_step": 2, "num_experts_per_tok": 1}),
+    "deepseek-v3": ("DeepseekV3", _DEEPSEEK | {"rope_parameters": _LATENT_YARN}),
+    "deepseek-v3, no groups": ("DeepseekV3", _DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
 }
 
 
@@ -108,6 +128,9 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
     loss.backward()
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()  # it has no gradient
     delta = (torch.cat(rough) - torch.cat(logits)).detach()
     problem = Problem(
         config,
@@ -140,8 +163,13 @@ def _condition(model: torch.nn.Module) -> None:
                 parameter.mul_(2.0)
             if name.endswith("mlp.gate.weight"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=noise))
+            if "q_a_proj" in name or "q_b_proj" in name or "kv_a_proj" in name:
+                parameter.mul_(2.0)
             if "embed_tokens" in name:
                 parameter.mul_(20.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=noise))
         if model.config.tie_word_embeddings:
             model.model.norm.weight.mul_(0.05)  # or the large embedding would make the logits extreme
 
@@ -165,6 +193,8 @@ def _compute_in_fp64(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = types.MethodType(_route, module)
+        if type(module).__name__ == "DeepseekV3TopkRouter":
+            module.forward = types.MethodType(_route_deepseek, module)
 
 
 def _route(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -173,6 +203,18 @@ def _route(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     if getattr(self, "norm_topk_prob", True):
         chosen = chosen / chosen.sum(-1, keepdim=True)
     return logits, chosen, indices
+
+
+def _route_deepseek(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The experts of each token's best groups compete; the bias decides who is chosen, not with which weight."""
+    logits = hidden.reshape(-1, self.weight.size(1)) @ self.weight.T
+    scores = logits.sigmoid()
+    ranked = (scores + self.e_score_correction_bias).unflatten(-1, (self.num_group, -1))
+    groups = ranked.topk(2)[0].sum(-1)
+    kept = groups >= groups.topk(self.topk_group)[0][:, -1:]
+    indices = ranked.masked_fill(~kept[..., None], -torch.inf).flatten(1).topk(self.top_k)[1]
+    chosen = scores.gather(1, indices)
+    return logits, self.routed_scaling_factor * chosen / chosen.sum(-1, keepdim=True), indices
 
 
 def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any) -> torch.Tensor:
@@ -199,6 +241,9 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
         return rows(disk[f"{mlp}{gate}.weight"], disk[f"{mlp}{up}.weight"])
     if rest.endswith("linear_fc2.weight"):
         return disk[f"{mlp}{down}.weight"].chunk(size, dim=1)[rank]
+    if latent := re.fullmatch(r"self_attention\.linear_(q|kv)_(proj|up_proj|down_proj)\.weight", rest):
+        source = f"{prefix}self_attn.{_LATENT[latent[1], latent[2]]}.weight"
+        return disk[source] if latent[2] == "down_proj" else rows(disk[source])
     if "linear_qkv" in rest:
         kind = rest.rpartition(".")[2]
         groups = hf.num_key_value_heads
@@ -206,21 +251,31 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
         return rows(torch.cat([part for group in zip(*(x.chunk(groups) for x in qkv)) for part in group]))
     if rest.endswith("linear_proj.weight"):
         return disk[f"{prefix}self_attn.o_proj.weight"].chunk(size, dim=1)[rank]
+    if rest == "self_attention.q_layernorm.weight" and f"{prefix}self_attn.q_a_layernorm.weight" in disk:
+        return disk[f"{prefix}self_attn.q_a_layernorm.weight"]
     return disk[prefix + _WHOLE[rest].format(mlp="block_sparse_moe" if "block_sparse_moe" in mlp else "mlp")]
 
 
 def fill(policy: Any, problem: Problem, layout: Any) -> None:
     """Gives a PolicyModel the problem's weights."""
-    for name, global_name in policy.global_parameter_names().items():
-        value, parameter = (
-            megatron_part(global_name, problem.weights, problem.hf_config, layout),
-            policy.get_parameter(name),
-        )
-        assert value.shape == parameter.shape, (global_name, value.shape, parameter.shape)
-        parameter.data.copy_(value)
+    names = policy.global_parameter_names()
+    for name, tensor in policy.named_weights():
+        value = megatron_part(names[name], problem.weights, problem.hf_config, layout)
+        assert value.shape == tensor.shape, (names[name], value.shape, tensor.shape)
+        tensor.data.copy_(value)
 
+
+_LATENT = {
+    ("q", "proj"): "q_proj",
+    ("q", "down_proj"): "q_a_proj",
+    ("q", "up_proj"): "q_b_proj",
+    ("kv", "down_proj"): "kv_a_proj_with_mqa",
+    ("kv", "up_proj"): "kv_b_proj",
+}
 
 _WHOLE = {
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -235,4 +290,10 @@ def _mlp_prefix(layer: str, expert: re.Match[str] | None, shared: bool, disk: di
     mlp = "block_sparse_moe" if f"{layer}block_sparse_moe.gate.weight" in disk else "mlp"
     if expert:
         return f"{layer}{mlp}.experts.{expert[1]}."
-    return f"{layer}{mlp}.shared_expert." if shared else f"{layer}{mlp}."
+    if shared:
+        return (
+            f"{layer}{mlp}.shared_experts."
+            if f"{layer}mlp.shared_experts.up_proj.weight" in disk
+            else f"{layer}{mlp}.shared_expert."
+        )
+    return f"{layer}{mlp}."

@@ -278,7 +278,8 @@ def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
     """main_grad of every parameter; with the distributed optimizer its reduced shards are gathered first."""
     import torch.distributed as dist
 
-    for buffer in actor.ddp.buffers if actor.config.optimizer.distributed else []:
+    sharded = actor.ddp.buffers + actor.ddp.expert_parallel_buffers if actor.config.optimizer.distributed else []
+    for buffer in sharded:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()

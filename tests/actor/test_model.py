@@ -19,7 +19,7 @@ from tests.actor.parity import Mesh
 GRADIENT_TOLERANCE = 1e-6  # per tensor, ‖Δ‖₂ / ‖g‖₂
 
 DENSE = ["qwen2", "qwen2, tied", "qwen2, yarn", "qwen3", "llama", "llama, linear", "mistral"]
-EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe, sparse"]
+EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe, sparse", "deepseek-v3", "deepseek-v3, no groups"]
 
 MESHES = [
     (Mesh(), [*DENSE, *EXPERTS]),
@@ -109,9 +109,11 @@ def logits_errors(problem: Problem, outcomes: list[Any], layout: Any) -> dict[st
 def gradient_sums(policy: Any, problem: Problem, layout: Any, scale: float) -> dict[str, tuple[float, float]]:
     """Global parameter name → (‖Δ‖², ‖g‖²) of this rank's part, the expected gradient being clipped to `scale` of itself."""
     sums = {}
-    for name, global_name in policy.global_parameter_names().items():
+    names = policy.global_parameter_names()
+    for name, parameter in policy.named_parameters():
+        global_name = names[name]
         expected = scale * families.megatron_part(global_name, problem.gradients, problem.hf_config, layout)
-        delta = policy.get_parameter(name).main_grad.double() - expected
+        delta = parameter.main_grad.double() - expected
         sums[global_name] = (float(delta.square().sum()), float(expected.square().sum()))
     return sums
 
