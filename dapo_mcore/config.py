@@ -206,6 +206,9 @@ class BatchConfig(Section):
     shuffle: bool = True
     head_chunk_tokens: int = Field(1024, ge=1)
     """Rows of the policy head projected to the vocabulary at a time."""
+    head_eager_grad: bool = True
+    """Add the output matrix's gradient to Megatron's fp32 main_grad in the forward pass: saves a copy of that matrix and,
+    in bf16, a rounding. False keeps it until the backward pass."""
 
 
 class OptimizerConfig(Section):

@@ -35,7 +35,6 @@ from dapo_mcore.weights.mapping import (
     Parameter,
     check_shapes,
     checkpoint_place,
-    hf_shapes,
     import_parameter,
     import_rows,
     local_shape,
@@ -78,8 +77,12 @@ def open_model(folder: Path) -> tuple[Reader, WeightShape]:
     return reader, shape
 
 
-def check_tensors(reader: Reader, shape: WeightShape) -> torch.dtype:
-    """The one dtype of all tensors. Raises CheckpointError for missing, unexpected, misshapen or mixed tensors."""
+def num_bytes(reader: Reader, name: str) -> int:
+    return torch.Size(reader.shape(name)).numel() * reader.dtype(name).itemsize
+
+
+def check_tensors(reader: Reader, shape: WeightShape) -> None:
+    """Raises CheckpointError for missing, unexpected, misshapen or mixed tensors."""
     expected = [name for parameter in parameters(shape) for name in parameter.hf]
     extra = set(reader.names) - set(expected)
     extra -= {name for name in extra if name.endswith(REBUILT) or (shape.tied and name == "lm_head.weight")}
@@ -91,13 +94,18 @@ def check_tensors(reader: Reader, shape: WeightShape) -> torch.dtype:
     for parameter in parameters(shape):
         check_shapes(parameter, reader, shape)
     _check_tied(reader, shape)
-    dtype = reader.dtype(expected[0])
-    for name in expected:
-        if reader.dtype(name) != dtype or dtype not in WEIGHT_DTYPES:
+    for parameter in parameters(shape):
+        _check_dtypes(parameter, reader, reader.dtype(expected[0]))
+
+
+def _check_dtypes(parameter: Parameter, reader: Reader, common: torch.dtype) -> None:
+    allowed = {common, torch.float32} if parameter.rule.float32 else {common}
+    for name in parameter.hf:
+        if reader.dtype(name) not in allowed or common not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{name} is {reader.dtype(name)}, {expected[0]} is {dtype}; all must be one of float32, bfloat16, float16"
+                f"{name} is {reader.dtype(name)}, {EMBEDDING.hf[0]} is {common}; all must be one of float32, bfloat16, "
+                f"float16"
             )
-    return dtype
 
 
 def _check_tied(reader: Reader, shape: WeightShape) -> None:
@@ -113,20 +121,21 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
     """Writes the Megatron checkpoint of an HF folder. Raises before anything is written where the input is bad."""
     if is_megatron_folder(source):
         raise CheckpointError(f"{source} is a Megatron checkpoint already; the other direction is mcore-to-hf")
-    reader, shape = open_model(source)
-    dtype = check_tensors(reader, shape)
+    reader, _ = open_model(source)
     shape = weight_shape(load_hf_config(ModelConfig(path=str(source))), cut.tensor_parallel)
     _check_cut(shape, cut)
     files = [
         OutputFile(f"{MEGATRON}/{name}", size, partial(_write_chunks, name, group, reader, shape, cut))
-        for name, group, size in _checkpoint_files(shape, cut, dtype)
+        for name, group, size in _checkpoint_files(reader, shape, cut)
     ]
     job = Job(out, files, inputs=[*reader.paths, source / "config.json"], options=[*map(str, vars(cut).items())])
     with without_crc(), job.run(report) as (folder, notes):
         copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
         chunks = [StoredChunk(*map(_tuple, entry)) for note in notes for entry in note]
-        sizes = {place.key: (*place.size, *local_shape(parameter, shape)) for parameter, place in _places(shape)}
-        write_metadata(folder / MEGATRON, chunks, dict.fromkeys(sizes, dtype), sizes)
+        places = [(parameter, checkpoint_place(parameter, shape)) for parameter in parameters(shape)]
+        dtypes = {place.key: reader.dtype(parameter.hf[0]) for parameter, place in places}
+        sizes = {place.key: (*place.size, *local_shape(parameter, shape)) for parameter, place in places}
+        write_metadata(folder / MEGATRON, chunks, dtypes, sizes)
 
 
 def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHARD_BYTES) -> None:
@@ -134,8 +143,7 @@ def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHAR
     if not is_megatron_folder(source):
         raise CheckpointError(f"{source} holds no Megatron checkpoint: it lacks {MEGATRON}/.metadata")
     reader, shape = open_model(source)
-    dtype = check_tensors(reader, shape)
-    plan = plan_files(tensor_groups(shape, dtype), shard_bytes)
+    plan = plan_files(tensor_groups(shape, lambda parameter: reader.dtype(parameter.hf[0])), shard_bytes)
     files = [
         OutputFile(name, sum(info.nbytes for info in tensors.values()), partial(_write_tensors, tensors, reader))
         for name, tensors in plan.items()
@@ -174,11 +182,7 @@ def _ranks(parameter: Parameter, cut: Cut) -> int:
     return cut.expert_tensor_parallel if parameter.rule.of_expert else cut.tensor_parallel
 
 
-def _places(shape: WeightShape) -> Iterator[tuple[Parameter, Any]]:
-    return ((parameter, checkpoint_place(parameter, shape)) for parameter in parameters(shape))
-
-
-def _checkpoint_files(shape: WeightShape, cut: Cut, dtype: torch.dtype) -> Iterator[tuple[str, list[Parameter], int]]:
+def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[tuple[str, list[Parameter], int]]:
     """(name, parameters, bytes) of every chunk file: a layer's, and for layers with experts an expert rank's, a file."""
     groups: dict[tuple[int, int], list[Parameter]] = {}
     for parameter in parameters(shape):
@@ -188,7 +192,7 @@ def _checkpoint_files(shape: WeightShape, cut: Cut, dtype: torch.dtype) -> Itera
         groups.setdefault((layer, expert), []).append(parameter)
     for number, ((layer, expert), group) in enumerate(groups.items()):
         stage = min(max(layer, 0), shape.num_layers - 1) * cut.pipeline_parallel // shape.num_layers
-        size = sum(torch.Size(own).numel() for p in group for own in hf_shapes(p, shape)) * dtype.itemsize
+        size = sum(num_bytes(reader, name) for parameter in group for name in parameter.hf)
         yield f"__{stage * cut.expert_parallel + expert}_{number}.distcp", group, size
 
 

@@ -20,10 +20,11 @@ class Rule:
     mcore   its names, {layer} and {expert} being global numbers: with the local spec, and where it differs, with
             Transformer Engine's fused layers
     hf      the HF tensors it is made of, in merge order
-    sizes   each HF tensor's shape, in the sizes that WeightShape.size knows
+    sizes   each HF tensor's shape, in the sizes that WeightShape.size knows; a model with a size of 0 lacks the parameter
     cut     how tensor parallelism cuts it; None replicates
     merge   `one`: as it is; `gate_up`: stacked, each cut alone; `qkv`: interleaved by query group, then cut
     key     its name in a distributed checkpoint, layer and expert numbers left out; "" is the last of `mcore`
+    float32 it may be float32 in a model of a narrower type
     """
 
     mcore: tuple[str, ...]
@@ -32,6 +33,7 @@ class Rule:
     cut: Cut | None = None
     merge: Merge = "one"
     key: str = ""
+    float32: bool = False
 
     @property
     def of_expert(self) -> bool:
@@ -63,6 +65,7 @@ def _layer(
     cut: Cut | None = None,
     merge: Merge = "one",
     key: str = "",
+    float32: bool = False,
 ) -> Rule:
     """A rule of every layer, the common prefixes put in front."""
     mcore = (mcore,) if isinstance(mcore, str) else mcore
@@ -74,6 +77,7 @@ def _layer(
         cut,
         merge,
         key and "decoder.layers." + key,
+        float32,
     )
 
 
@@ -144,19 +148,48 @@ def _experts(router: str, expert: str, gate: str, up: str, down: str) -> tuple[R
 
 MIXTRAL_EXPERTS = _experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2")
 QWEN_EXPERTS = _experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj")
-SHARED_EXPERT = (
+
+
+def _shared(name: str) -> tuple[Rule, ...]:
+    """The rules of an expert that takes every token, by the name that an architecture gives it."""
+    return (
+        _layer(
+            "mlp.shared_experts.linear_fc1.weight", (f"mlp.{name}.gate_proj.weight", f"mlp.{name}.up_proj.weight"),
+            ("shared_ffn", "hidden"), ("shared_ffn", "hidden"), cut="rows", merge="gate_up",
+        ),
+        _layer(
+            "mlp.shared_experts.linear_fc2.weight", f"mlp.{name}.down_proj.weight", ("hidden", "shared_ffn"), cut="columns"
+        ),
+    )  # fmt: skip
+
+
+SHARED_GATE = (_layer("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", ("one", "hidden")),)
+
+LATENT_ATTENTION = (
+    _layer("input_layernorm.weight", "input_layernorm.weight", ("hidden",)),
+    _layer("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", ("whole_query", "hidden"), cut="rows"),
+    _layer("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", ("query_rank", "hidden")),
     _layer(
-        "mlp.shared_experts.linear_fc1.weight",
-        ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
-        ("shared_ffn", "hidden"), ("shared_ffn", "hidden"),
-        cut="rows", merge="gate_up",
+        ("self_attention.q_layernorm.weight", "self_attention.linear_q_up_proj.layer_norm_weight"),
+        "self_attn.q_a_layernorm.weight", ("query_rank",),
     ),
     _layer(
-        "mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight", ("hidden", "shared_ffn"),
-        cut="columns",
+        "self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", ("query", "query_rank"), cut="rows"
     ),
-    _layer("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", ("one", "hidden")),
+    _layer(
+        "self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", ("latent_key", "hidden")
+    ),
+    _layer(
+        ("self_attention.kv_layernorm.weight", "self_attention.linear_kv_up_proj.layer_norm_weight"),
+        "self_attn.kv_a_layernorm.weight", ("key_rank",),
+    ),
+    _layer(
+        "self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", ("key_and_value", "key_rank"), cut="rows"
+    ),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", ("hidden", "value"), cut="columns"),
 )  # fmt: skip
+"""DeepSeek's: queries (through a rank, or whole) and keys with values are made from low-rank latents."""
+EXPERT_BIAS = (_layer("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", ("experts",), float32=True),)
 
 FAMILIES = {
     "Qwen2ForCausalLM": Family(ATTENTION + QKV_BIAS, DENSE),
@@ -164,6 +197,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family(ATTENTION, DENSE),
     "MistralForCausalLM": Family(ATTENTION, DENSE),
     "MixtralForCausalLM": Family(ATTENTION, (), MIXTRAL_EXPERTS),
-    "Qwen2MoeForCausalLM": Family(ATTENTION + QKV_BIAS, DENSE, QWEN_EXPERTS + SHARED_EXPERT),
+    "Qwen2MoeForCausalLM": Family(ATTENTION + QKV_BIAS, DENSE, QWEN_EXPERTS + _shared("shared_expert") + SHARED_GATE),
     "Qwen3MoeForCausalLM": Family(ATTENTION + QK_NORM, DENSE, QWEN_EXPERTS),
+    "DeepseekV3ForCausalLM": Family(LATENT_ATTENTION, DENSE, QWEN_EXPERTS + _shared("shared_experts") + EXPERT_BIAS),
 }

@@ -6,10 +6,11 @@ renamed when whole, so a model folder is never half written.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.errors import CheckpointError
-from dapo_mcore.weights.mapping import hf_shapes, parameters
+from dapo_mcore.weights.mapping import Parameter, hf_shapes, parameters
 from dapo_mcore.weights.megatron_io import MegatronReader, is_megatron_folder
 from dapo_mcore.weights.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from dapo_mcore.weights.shape import WeightShape, weight_shape
@@ -143,12 +144,11 @@ def plan_files(groups: Iterable[Mapping[str, TensorInfo]], shard_bytes: int = SH
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def tensor_groups(shape: WeightShape, dtype: torch.dtype) -> Iterator[dict[str, TensorInfo]]:
+def tensor_groups(shape: WeightShape, dtype_of: Callable[[Parameter], torch.dtype]) -> Iterator[dict[str, TensorInfo]]:
     """The HF tensors of each parameter, in order."""
     for parameter in parameters(shape):
-        yield {
-            name: TensorInfo(dtype, size) for name, size in zip(parameter.hf, hf_shapes(parameter, shape), strict=True)
-        }
+        sizes = zip(parameter.hf, hf_shapes(parameter, shape), strict=True)
+        yield {name: TensorInfo(dtype_of(parameter), size) for name, size in sizes}
 
 
 def write_index(folder: Path, files: Files) -> None:
@@ -159,6 +159,14 @@ def write_index(folder: Path, files: Files) -> None:
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_model_files(folder: Path, hf_config: Any, dtype: torch.dtype, source: Path) -> None:
+    """All that is no weight: config.json, which names the dtype of the weights, and the tokenizer files of `source`."""
+    config = copy.deepcopy(hf_config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    copy_files(source, folder)
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
@@ -185,9 +193,9 @@ def save_hf_folder(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hf_config.save_pretrained(partial)
-    copy_files(Path(source), partial)
-    files = plan_files(tensor_groups(shape, dtype), shard_bytes)
+    write_model_files(partial, hf_config, dtype, Path(source))
+    groups = tensor_groups(shape, lambda parameter: torch.float32 if parameter.rule.float32 else dtype)
+    files = plan_files(groups, shard_bytes)
     writers = {file: SafetensorsWriter(partial / file, tensors) for file, tensors in files.items()}
     file_of = {name: file for file, tensors in files.items() for name in tensors}
     for name, tensor in weights:

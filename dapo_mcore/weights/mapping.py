@@ -205,9 +205,10 @@ def checkpoint_place(parameter: Parameter, shape: WeightShape) -> Place:
     return Place(key, tuple(at for at, _ in axes), tuple(size for _, size in axes))
 
 
-def _layer_rules(shape: WeightShape, layer: int) -> tuple[Rule, ...]:
+def _layer_rules(shape: WeightShape, layer: int) -> list[Rule]:
     family = shape.family
-    return family.attention + (family.moe if shape.moe_layers[layer] else family.dense)
+    rules = family.attention + (family.moe if shape.moe_layers[layer] else family.dense)
+    return [rule for rule in rules if all(shape.size(size) for sizes in rule.sizes for size in sizes)]
 
 
 def _merged_shape(parameter: Parameter, shape: WeightShape) -> tuple[int, ...]:

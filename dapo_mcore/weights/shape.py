@@ -19,6 +19,9 @@ class WeightShape:
 
     moe_layers   for every layer, whether it has experts
     expert_ffn, shared_ffn   inner sizes of one expert and of the shared expert; 0 where there is none
+    query_rank, key_rank     sizes of the latents of latent attention; key_rank 0 for other attention, query_rank 0 where
+                             queries need none
+    rope_dim, value_dim      per head, of latent attention; head_dim includes rope_dim
     """
 
     architecture: str
@@ -35,6 +38,10 @@ class WeightShape:
     expert_ffn: int = 0
     shared_ffn: int = 0
     moe_layers: tuple[bool, ...] = ()
+    query_rank: int = 0
+    key_rank: int = 0
+    rope_dim: int = 0
+    value_dim: int = 0
 
     @property
     def family(self) -> Family:
@@ -66,6 +73,12 @@ class WeightShape:
             "expert_ffn": self.expert_ffn,
             "shared_ffn": self.shared_ffn,
             "one": 1,
+            "whole_query": 0 if self.query_rank else self.num_heads * self.head_dim,
+            "query_rank": self.query_rank,
+            "key_rank": self.key_rank,
+            "latent_key": self.key_rank + self.rope_dim,
+            "key_and_value": self.num_heads * (self.head_dim - self.rope_dim + self.value_dim),
+            "value": self.num_heads * self.value_dim,
         }[name]
 
 
@@ -77,7 +90,8 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
     kv_heads = _first(hf_config, "num_key_value_heads") or heads
     if heads % kv_heads:
         raise ConfigError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads} in config.json")
-    num_experts = _first(hf_config, "num_experts", "num_local_experts") if FAMILIES[architecture].moe else 0
+    count = _first(hf_config, "num_experts", "num_local_experts", "n_routed_experts")
+    num_experts = count if FAMILIES[architecture].moe else 0
     return WeightShape(
         architecture=architecture,
         num_layers=hf_config.num_hidden_layers,
@@ -85,14 +99,18 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
         ffn_size=hf_config.intermediate_size,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=_first(hf_config, "head_dim") or hf_config.hidden_size // heads,
+        head_dim=_head_dim(hf_config),
         vocab_size=hf_config.vocab_size,
         padded_vocab_size=padded_vocab_size(hf_config.vocab_size, tensor_parallel),
         tied=hf_config.tie_word_embeddings,
         num_experts=num_experts,
         expert_ffn=(_first(hf_config, "moe_intermediate_size") or hf_config.intermediate_size) if num_experts else 0,
-        shared_ffn=_first(hf_config, "shared_expert_intermediate_size") or 0,
+        shared_ffn=_shared_ffn(hf_config),
         moe_layers=tuple(_has_experts(hf_config, layer, num_experts) for layer in range(hf_config.num_hidden_layers)),
+        query_rank=_first(hf_config, "q_lora_rank") or 0,
+        key_rank=_first(hf_config, "kv_lora_rank") or 0,
+        rope_dim=_first(hf_config, "qk_rope_head_dim") or 0,
+        value_dim=_first(hf_config, "v_head_dim") or 0,
     )
 
 
@@ -121,14 +139,24 @@ def _refuse_other_tensors(hf_config: Any, architecture: str) -> None:
         raise ConfigError(f"qkv_bias false is not supported for {architecture}: the table expects q, k and v biases")
 
 
+def _head_dim(hf_config: Any) -> int:
+    """Of queries and keys; latent attention turns only a part of them, and its config calls that part head_dim."""
+    if plain := _first(hf_config, "qk_nope_head_dim"):
+        return plain + hf_config.qk_rope_head_dim
+    return _first(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def _shared_ffn(hf_config: Any) -> int:
+    if count := _first(hf_config, "n_shared_experts"):
+        return count * hf_config.moe_intermediate_size
+    return _first(hf_config, "shared_expert_intermediate_size") or 0
+
+
 def _has_experts(hf_config: Any, layer: int, num_experts: int) -> bool:
-    """Source: transformers' Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer; Mixtral's config has neither key."""
-    every = getattr(hf_config, "decoder_sparse_step", 1)
-    return (
-        num_experts > 0
-        and layer not in (getattr(hf_config, "mlp_only_layers", None) or [])
-        and (layer + 1) % every == 0
-    )
+    """Source: transformers' Qwen2MoeDecoderLayer, Qwen3MoeDecoderLayer, DeepseekV3DecoderLayer; Mixtral has no such key."""
+    step = getattr(hf_config, "decoder_sparse_step", 1)
+    dense = getattr(hf_config, "mlp_only_layers", None) or range(getattr(hf_config, "first_k_dense_replace", 0))
+    return num_experts > 0 and layer not in dense and (layer + 1) % step == 0
 
 
 def _first(hf_config: Any, *names: str) -> Any:

@@ -37,7 +37,7 @@ class WeightStream:
         self.shape = shape
         self.layout = layout
         names = policy.global_parameter_names()
-        local = {names[name]: parameter for name, parameter in policy.named_parameters()}
+        local = {names[name]: weight for name, weight in policy.named_weights()}
         if shape.tied and not layout.is_first_stage:
             local.pop("output_layer.weight", None)
         self.dtype = policy.config.params_dtype
@@ -93,8 +93,9 @@ class WeightStream:
 
     def _receive(self, item: Item) -> Iterator[tuple[str, torch.Tensor]]:
         parameter = find_parameter(item.name, self.shape)
+        dtype = torch.float32 if parameter.rule.float32 else self.dtype
         for name, size in zip(parameter.hf, hf_shapes(parameter, self.shape), strict=True):
-            tensor = torch.empty(size, dtype=self.dtype, device=self.layout.device)
+            tensor = torch.empty(size, dtype=dtype, device=self.layout.device)
             dist.recv(tensor, item.owner)
             yield name, tensor
 

@@ -69,7 +69,7 @@ class DistributedReader:
             if isinstance(tensor, TensorStorageMetadata)
         }
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self._chunks = {key: _by_layer_and_expert(tensor) for key, tensor in self.tensors.items()}
+        self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._last = local()
         self._check_files()
 
@@ -82,7 +82,8 @@ class DistributedReader:
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The block of tensor `key` at `offsets` with `sizes`; may share memory with a later answer, so don't write."""
         whole = torch.empty(0)
-        self._tensor(key)
+        if key not in self._chunks:
+            self._chunks[key] = _by_layer_and_expert(key, self._tensor(key))
         for chunk in self._chunks[key].get(tuple(offsets[:-2]), ()):
             region = _overlap(chunk, offsets, sizes)
             if region is None:
@@ -132,11 +133,6 @@ class DistributedReader:
                 problem = "is missing" if sizes[place.relative_path] < 0 else "is truncated"
                 raise CheckpointError(f"{path} {problem}: {index.fqn} ends at its byte {place.offset + place.length}")
         for key, tensor in self.tensors.items():
-            stored, wanted = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
-            if stored != wanted:
-                raise CheckpointError(
-                    f"{self.folder} holds {stored} elements of {key} {list(tensor.size)}, not {wanted}"
-                )
             if not all(MetadataIndex(key, chunk.offsets) in self._places for chunk in tensor.chunks):
                 raise CheckpointError(f"{self.folder / '.metadata'} does not say where all of {key} lies")
 
@@ -237,17 +233,19 @@ def _load_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _by_layer_and_expert(tensor: TensorStorageMetadata) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+def _by_layer_and_expert(key: str, tensor: TensorStorageMetadata) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
     """The chunks by their place in all dims but the last two, in which Megatron stores one layer, one expert a chunk.
 
     A tensor of many experts has thousands of chunks, of which a block touches a few.
     """
+    stored, wanted = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
+    if stored != wanted or any(size != 1 for chunk in tensor.chunks for size in chunk.sizes[:-2]):
+        raise CheckpointError(
+            f"{key} {list(tensor.size)} is stored as {len(tensor.chunks)} chunks of {stored} elements in all, not as "
+            f"{wanted} in chunks of one layer and expert each; megatron-core wrote no such checkpoint"
+        )
     found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
     for chunk in tensor.chunks:
-        if any(size != 1 for size in chunk.sizes[:-2]):
-            raise CheckpointError(
-                f"a chunk of {list(chunk.sizes)} spans several layers or experts; this is no Megatron model"
-            )
         found.setdefault(tuple(chunk.offsets[:-2]), []).append(chunk)
     return found
 

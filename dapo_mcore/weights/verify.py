@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dapo_mcore.config import Config, ModelConfig
 from dapo_mcore.data.model_folder import load_hf_config, load_tokenizer
-from dapo_mcore.weights.convert import Reader, open_model
+from dapo_mcore.weights.convert import Reader, num_bytes, open_model
 from dapo_mcore.weights.job import Report
 from dapo_mcore.weights.mapping import parameters
 from dapo_mcore.weights.megatron_io import is_megatron_folder
@@ -54,10 +54,6 @@ def logits_on_text(folder: Path, text: str) -> Tensor:
     model = ModelConfig(path=str(folder))
     tokens = torch.tensor(load_tokenizer(model).encode(text))[None]
     return _megatron_logits(folder, tokens) if is_megatron_folder(folder) else _transformers_logits(folder, tokens)
-
-
-def num_bytes(reader: Reader, name: str) -> int:
-    return torch.Size(reader.shape(name)).numel() * reader.dtype(name).itemsize
 
 
 def _entries(reader: Reader, names: list[str], report: Report) -> Iterator[tuple[str, Entry]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -23,6 +24,11 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=64,
 )  # fmt: skip
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+DEEPSEEK = dict(
+    num_key_value_heads=4, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2, moe_intermediate_size=24,
+    first_k_dense_replace=1, n_group=2, topk_group=1, q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=8,
+    qk_rope_head_dim=4, v_head_dim=6,
+)  # fmt: skip
 
 CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {}),
@@ -33,6 +39,8 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen2-moe": (Qwen2MoeConfig, EXPERTS | dict(shared_expert_intermediate_size=40)),
     "qwen2-moe-mixed": (Qwen2MoeConfig, EXPERTS | dict(shared_expert_intermediate_size=40, mlp_only_layers=[0])),
+    "deepseek-v3": (DeepseekV3Config, DEEPSEEK),
+    "deepseek-v3-direct": (DeepseekV3Config, DEEPSEEK | dict(q_lora_rank=None, first_k_dense_replace=0)),
     "qwen3-moe": (Qwen3MoeConfig, EXPERTS | dict(head_dim=16)),
 }
 MOE = tuple(name for name, (_, changes) in CONFIGS.items() if "num_experts_per_tok" in changes)
