@@ -73,6 +73,18 @@ def test_a_round_trip_is_exact(family: str, dtype: torch.dtype, tmp_path: Path, 
         assert SafetensorsReader(out).names
 
 
+def test_a_routing_bias_may_be_wider_than_the_rest(tmp_path: Path, hf_folder: Folders) -> None:
+    """As in DeepSeek-V3's own files; every other tensor must not."""
+    source = hf_folder("deepseek-v3", torch.bfloat16)
+
+    def widen(state: dict[str, torch.Tensor]) -> None:
+        state |= {name: tensor.float() for name, tensor in state.items() if name.endswith("correction_bias")}
+
+    copy = edited_copy(source, tmp_path, widen)
+    assert sorted(str(tensor.dtype) for tensor in tensors_of(copy).values())[-2:] == ["torch.float32"] * 2
+    assert_same_model(round_trip(copy, tmp_path / "work", Cut(2, 2, 2)), copy)
+
+
 def test_half_precision_and_sizes_that_the_padding_does_not_change(tmp_path: Path, hf_folder: Folders) -> None:
     source = hf_folder("qwen2", torch.float16, vocab_size=128)
     assert_same_model(round_trip(source, tmp_path, Cut(2)), source)

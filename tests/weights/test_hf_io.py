@@ -166,7 +166,7 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
 
 
 def test_groups_are_the_tensors_of_a_parameter() -> None:
-    groups = list(tensor_groups(weight_shape(config_of("qwen3"), 1), torch.bfloat16))
+    groups = list(tensor_groups(weight_shape(config_of("qwen3"), 1), lambda _: torch.bfloat16))
     assert groups[2] == {
         f"model.layers.0.self_attn.{letter}_proj.weight": TensorInfo(torch.bfloat16, (rows, 32))
         for letter, rows in (("q", 64), ("k", 32), ("v", 32))
