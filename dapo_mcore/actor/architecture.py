@@ -116,6 +116,10 @@ class Architecture:
     def num_experts(self) -> int | None:
         return self.fields.get("num_moe_experts")
 
+    @property
+    def latent_attention(self) -> bool:
+        return self.fields.get("multi_latent_attention", False)
+
 
 def read_architecture(hf_config: Any, longest_sequence: int) -> Architecture:
     """The architecture of a transformers config.
