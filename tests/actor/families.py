@@ -129,7 +129,7 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
     loss_weights = [(0.5 + torch.rand(n, generator=noise)) / sum(sizes) for n in sizes]
     rough = _logits(model, tokens)
     model = model.double()
-    _compute_in_fp64(model)
+    compute_in_fp64(model)
     logits = _logits(model, tokens)
     loss = sum(
         -(z.log_softmax(-1).gather(1, t[:, None])[:, 0] * w).sum() for z, t, w in zip(logits, targets, loss_weights)
@@ -197,7 +197,7 @@ def _as_on_disk(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]
     return load_file(folder / "model.safetensors")
 
 
-def _compute_in_fp64(model: torch.nn.Module) -> None:
+def compute_in_fp64(model: torch.nn.Module) -> None:
     """transformers computes RMSNorm and routing probabilities in fp32 whatever the model's dtype; a reference must not."""
     parity.norms_in_fp64(model)
     for module in model.modules():
