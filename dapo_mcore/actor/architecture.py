@@ -16,21 +16,7 @@ import torch
 from dapo_mcore.actor import deepseek
 from dapo_mcore.actor.rope import Rope, read_rope
 from dapo_mcore.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The keys under which a family keeps its mixture of experts.
-
-    count, size   number of routed experts, and the width of each
-    shared        width of the gated shared expert, where there is one (DeepSeek's has no gate: deepseek.py)
-    normalized    whether the chosen experts' probabilities are scaled to sum to 1: a key, or the family's constant
-    """
-
-    count: str
-    size: str
-    shared: str | None = None
-    normalized: str | bool = True
+from dapo_mcore.weights.shape import WeightShape, weight_shape
 
 
 @dataclass(frozen=True)
@@ -39,6 +25,7 @@ class Family:
 
     qkv_bias   whether q, k and v have biases: a key, or the family's constant
     qk_norm    an RMSNorm over each query and key head (DeepSeek: over the latent vectors)
+    normalized whether the chosen experts' probabilities are scaled to sum to 1: a key, or the family's constant
     further    fields that need more than this table says
     keys       further keys of config.json that are understood
     required   further keys, with the values they must have
@@ -46,13 +33,12 @@ class Family:
 
     qkv_bias: str | bool = False
     qk_norm: bool = False
-    experts: Experts | None = None
+    normalized: str | bool = True
     further: Callable[[Any], dict[str, Any]] = lambda hf: {}
     keys: frozenset[str] = frozenset()
     required: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-_QWEN_EXPERTS = dict(count="num_experts", size="moe_intermediate_size", normalized="norm_topk_prob")
 _QWEN_KEYS = frozenset(
     {
         *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "qkv_bias"),
@@ -65,19 +51,11 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True),
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(),
-    "Qwen2MoeForCausalLM": Family(
-        qkv_bias="qkv_bias",
-        experts=Experts(**_QWEN_EXPERTS, shared="shared_expert_intermediate_size"),
-        keys=_QWEN_KEYS,
-    ),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=Experts(**_QWEN_EXPERTS), keys=_QWEN_KEYS),
-    "MixtralForCausalLM": Family(
-        experts=Experts(count="num_local_experts", size="intermediate_size"),
-        keys=frozenset({"num_local_experts", "num_experts_per_tok"}),
-    ),
+    "Qwen2MoeForCausalLM": Family(qkv_bias="qkv_bias", normalized="norm_topk_prob", keys=_QWEN_KEYS),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, normalized="norm_topk_prob", keys=_QWEN_KEYS),
+    "MixtralForCausalLM": Family(keys=frozenset({"num_local_experts", "num_experts_per_tok"})),
     "DeepseekV3ForCausalLM": Family(
         qk_norm=True,
-        experts=Experts(count="n_routed_experts", size="moe_intermediate_size"),
         further=deepseek.fields,
         keys=deepseek.KEYS,
         required=deepseek.REQUIRED,
@@ -138,6 +116,10 @@ class Architecture:
     def num_experts(self) -> int | None:
         return self.fields.get("num_moe_experts")
 
+    @property
+    def latent_attention(self) -> bool:
+        return self.fields.get("multi_latent_attention", False)
+
 
 def read_architecture(hf_config: Any, longest_sequence: int) -> Architecture:
     """The architecture of a transformers config.
@@ -151,29 +133,29 @@ def read_architecture(hf_config: Any, longest_sequence: int) -> Architecture:
     family = FAMILIES[name]
     _refuse_unknown_keys(hf_config, name, family)
     _refuse_narrow_window(hf_config, longest_sequence)
-    rope = read_rope(hf_config)
+    rope, shape = read_rope(hf_config), weight_shape(hf_config, tensor_parallel=1)
     return Architecture(
         name=name,
-        fields=_decoder(hf_config, family, rope) | _experts(hf_config, family.experts) | family.further(hf_config),
+        fields=_decoder(hf_config, family, rope, shape)
+        | _experts(hf_config, family, shape)
+        | family.further(hf_config),
         rope=rope,
-        vocab_size=hf_config.vocab_size,
+        vocab_size=shape.vocab_size,
         max_positions=hf_config.max_position_embeddings,
-        tied=hf_config.tie_word_embeddings,
+        tied=shape.tied,
     )
 
 
-def _decoder(hf: Any, family: Family, rope: Rope) -> dict[str, Any]:
-    heads = hf.num_attention_heads
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+def _decoder(hf: Any, family: Family, rope: Rope, shape: WeightShape) -> dict[str, Any]:
     return dict(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.intermediate_size,
-        num_attention_heads=heads,
-        num_query_groups=hf.num_key_value_heads,
-        kv_channels=head_dim,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
         # the rotary embedding scales queries and keys alike, and megatron-core only knows that as part of this factor
-        softmax_scale=rope.attention_factor**2 / head_dim**0.5,
+        softmax_scale=rope.attention_factor**2 / shape.head_dim**0.5,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
         qk_layernorm=family.qk_norm,
@@ -186,36 +168,26 @@ def _decoder(hf: Any, family: Family, rope: Rope) -> dict[str, Any]:
     )
 
 
-def _experts(hf: Any, experts: Experts | None) -> dict[str, Any]:
-    sparse = sparse_layers(hf, experts)
-    if not any(sparse):
+def _experts(hf: Any, family: Family, shape: WeightShape) -> dict[str, Any]:
+    if not any(shape.moe_layers):
         return {}
-    chosen, normalized = hf.num_experts_per_tok, _value(hf, experts.normalized)
+    chosen, normalized = hf.num_experts_per_tok, _value(hf, family.normalized)
     if chosen == 1 and normalized:
         raise ConfigError(
             "num_experts_per_tok 1 with normalized probabilities gives every expert the weight 1, which megatron-core "
             "0.16.1 cannot do; set norm_topk_prob false in config.json if the model allows"
         )
     return dict(
-        num_moe_experts=getattr(hf, experts.count),
-        moe_ffn_hidden_size=getattr(hf, experts.size),
-        moe_layer_freq=1 if all(sparse) else [int(layer) for layer in sparse],
+        num_moe_experts=shape.num_experts,
+        moe_ffn_hidden_size=shape.expert_ffn,
+        moe_layer_freq=1 if all(shape.moe_layers) else [int(has_experts) for has_experts in shape.moe_layers],
         moe_router_topk=chosen,
         moe_router_score_function="softmax",
         # softmax over all experts and normalisation of the chosen is softmax over the chosen
         moe_router_pre_softmax=not normalized,
-        moe_shared_expert_intermediate_size=getattr(hf, experts.shared) if experts.shared else None,
-        moe_shared_expert_gate=experts.shared is not None,
+        moe_shared_expert_intermediate_size=shape.shared_ffn or None,
+        moe_shared_expert_gate=shape.has_shared_gate,
     )
-
-
-def sparse_layers(hf: Any, experts: Experts | None) -> list[bool]:
-    """For each layer, whether it has experts rather than one MLP."""
-    if experts is None or not getattr(hf, experts.count):
-        return [False] * hf.num_hidden_layers
-    step, dense = getattr(hf, "decoder_sparse_step", 1), getattr(hf, "mlp_only_layers", None) or []
-    first = getattr(hf, "first_k_dense_replace", 0)
-    return [layer >= first and layer not in dense and (layer + 1) % step == 0 for layer in range(hf.num_hidden_layers)]
 
 
 def _value(hf: Any, key: str | bool) -> bool:

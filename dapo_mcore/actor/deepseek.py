@@ -100,6 +100,4 @@ def _routing(hf: Any) -> dict[str, Any]:
         moe_router_topk_scaling_factor=hf.routed_scaling_factor,
         moe_router_enable_expert_bias=True,
         moe_router_bias_update_rate=0.0,  # the rollout engine has no part in balancing: the bias stays as loaded
-        moe_shared_expert_intermediate_size=hf.n_shared_experts * hf.moe_intermediate_size or None,
-        moe_shared_expert_gate=False,
     )

@@ -10,6 +10,7 @@ import difflib
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from dapo_mcore.actor.architecture import Architecture
@@ -17,6 +18,13 @@ from dapo_mcore.actor.layers import uses_transformer_engine
 from dapo_mcore.config import Config, ParallelConfig
 from dapo_mcore.errors import ConfigError, listed
 
+_STAGE_FIELDS = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 _AUXILIARY_LOSSES = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
 
 
@@ -24,22 +32,55 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     """Raises ConfigError for a mesh that does not fit the model, and for fields of the `megatron` section that may not
     be set there."""
     check_mesh(architecture, config.parallel)
+    kind = MLATransformerConfig if architecture.latent_attention else TransformerConfig
     owned = {
         **architecture.fields,
-        **_mesh(config.parallel, architecture.num_layers),
-        **_implementation(config),
+        **_mesh(config.parallel),
+        **_implementation(config, architecture),
         **_recompute(config.model.recompute),
         "moe_router_load_balancing_type": "none",
     }
+    chosen = _passthrough(config.megatron, owned, kind)
+    try:
+        built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
+        _check_stages(built)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core refuses the configuration (megatron section: {chosen}): {error}") from error
+    return built
+
+
+def _check_stages(built: TransformerConfig) -> None:
+    """Raises ConfigError for stages chosen in the `megatron` section that this project, or upstream silently, cannot build."""
+    if (built.virtual_pipeline_model_parallel_size or 1) > 1:
+        raise ConfigError(
+            f"the megatron section asks for {built.virtual_pipeline_model_parallel_size} virtual pipeline stages a rank; "
+            f"interleaved pipelines are not supported: leave it out"
+        )
+    if built.pipeline_model_parallel_layout is not None:
+        return  # which upstream checks itself
+    counts = [get_num_layers_to_build(built, pp_rank=stage) for stage in range(built.pipeline_model_parallel_size)]
+    if sum(counts) != built.num_layers or min(counts) < 1:
+        raise ConfigError(
+            f"the megatron section spreads {built.num_layers} layers over pipeline stages as {counts}; every layer must "
+            f"have a stage and every stage a layer"
+        )
+
+
+def _defaults(num_layers: int, stages: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the `megatron` section may change."""
     # routing is sharp: rounding logits to bf16 would choose other experts than the rollout engine
-    kind = MLATransformerConfig if owned.get("multi_latent_attention") else TransformerConfig
-    return kind(**{"moe_router_dtype": "fp32"} | owned | _passthrough(config.megatron, owned))
+    defaults: dict[str, Any] = dict(moe_router_dtype="fp32")
+    # micro-batches have their own lengths; upstream allows that over pipeline stages only with this one and `flex`
+    defaults["moe_token_dispatcher_type"] = "alltoall"
+    if num_layers % stages and not any(key in chosen for key in _STAGE_FIELDS):
+        defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, stages)
+    return defaults
 
 
 def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Raises ConfigError where the mesh does not divide the model. The vocabulary is padded instead."""
     _check_tensor_parallel(architecture, parallel.tensor_parallel)
-    latent = architecture.fields.get("multi_latent_attention", False)
+    latent = architecture.latent_attention
     if (latent or architecture.num_experts) and parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
         raise ConfigError(
             f"tensor_parallel {parallel.tensor_parallel} with {'latent attention' if latent else 'experts'} needs "
@@ -110,19 +151,15 @@ def split_layers(num_layers: int, stages: int) -> list[int]:
     return [num_layers // stages + (stage in extra) for stage in range(stages)]
 
 
-def _mesh(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
-    stages = parallel.pipeline_parallel
+def _mesh(parallel: ParallelConfig) -> dict[str, Any]:
     return dict(
         tensor_model_parallel_size=parallel.tensor_parallel,
-        pipeline_model_parallel_size=stages,
-        pipeline_model_parallel_layout=_pipeline_layout(num_layers, stages) if num_layers % stages else None,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
         context_parallel_size=parallel.context_parallel,
         expert_model_parallel_size=parallel.expert_parallel,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         sequence_parallel=parallel.sequence_parallel,
-        # micro-batches have their own lengths; upstream allows that over pipeline stages only with this dispatcher
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=True,
         calculate_per_token_loss=True,
     )
@@ -133,7 +170,7 @@ def _pipeline_layout(num_layers: int, stages: int) -> list[list[str]]:
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def _implementation(config: Config) -> dict[str, Any]:
+def _implementation(config: Config, architecture: Architecture) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     engine = uses_transformer_engine(config.model)
     return dict(
@@ -146,7 +183,7 @@ def _implementation(config: Config) -> dict[str, Any]:
         moe_grouped_gemm=engine,
         bias_activation_fusion=engine,
         bias_dropout_fusion=engine,
-        apply_rope_fusion=engine,
+        apply_rope_fusion=engine and not architecture.latent_attention,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -161,9 +198,9 @@ def _recompute(mode: str) -> dict[str, Any]:
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
-def _passthrough(extra: dict[str, Any], owned: dict[str, Any]) -> dict[str, Any]:
+def _passthrough(extra: dict[str, Any], owned: dict[str, Any], kind: type[TransformerConfig]) -> dict[str, Any]:
     """The user's `megatron` section. Raises ConfigError for unknown keys and for keys that other sections decide."""
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    known = {field.name for field in dataclasses.fields(kind)}
     for key, value in extra.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

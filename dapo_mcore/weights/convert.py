@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dapo_mcore.actor.architecture import read_architecture
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.data.model_folder import load_hf_config
 from dapo_mcore.errors import CheckpointError, ConfigError
@@ -69,7 +70,9 @@ def open_model(folder: Path) -> tuple[Reader, WeightShape]:
 
     Raises ConfigError or CheckpointError, naming the key or tensor, for a folder that is not whole and consistent.
     """
-    shape = weight_shape(load_hf_config(ModelConfig(path=str(folder))), 1)
+    hf_config = load_hf_config(ModelConfig(path=str(folder)))
+    read_architecture(hf_config, longest_sequence=0)  # what training would refuse is refused now
+    shape = weight_shape(hf_config, 1)
     if is_megatron_folder(folder):
         return MegatronReader(folder, shape), shape
     reader = SafetensorsReader(folder)

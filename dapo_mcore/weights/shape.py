@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.weights.families import FAMILIES, QK_NORM, QKV_BIAS, Family
+from dapo_mcore.weights.families import FAMILIES, SHARED_GATE, Family
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,9 @@ class WeightShape:
         return FAMILIES[self.architecture]
 
     @property
-    def qk_norm(self) -> bool:
-        return QK_NORM[0] in self.family.attention
-
-    @property
-    def qkv_bias(self) -> bool:
-        return QKV_BIAS[0] in self.family.attention
+    def has_shared_gate(self) -> bool:
+        """Whether a gate scales the shared expert's output."""
+        return self.shared_ffn > 0 and SHARED_GATE[0] in self.family.moe
 
     @property
     def layers_are_alike(self) -> bool:

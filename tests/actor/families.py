@@ -1,7 +1,8 @@
 """Small random models of every family, made by transformers, and what they compute in fp64.
 
 Helpers of test_model.py. Weights and gradients go through save_pretrained, so they carry the names that real checkpoints
-have on disk; `megatron_part` turns them into a rank's Megatron tensors by a way of its own, not by weights/mapping.
+have on disk. Policies are filled from a converted folder, as tools/convert.py makes it; `megatron_part` turns HF tensors
+into a rank's Megatron tensors by a way of its own, not by weights/mapping, and must give the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dapo_mcore.weights.convert import Cut, hf_to_mcore
+from dapo_mcore.weights.job import NoReport
+from dapo_mcore.weights.megatron_io import MegatronReader
+from dapo_mcore.weights.shape import weight_shape
 from tests.actor import parity
 
 VOCAB = 61
@@ -87,6 +92,7 @@ def hf_config(name: str, **changes: Any) -> Any:
 class Problem:
     """A model with its solution. Tensors are HF-named, as on disk.
 
+    converted   folder with the weights as a Megatron checkpoint
     weights     fp32
     tokens      int64, one tensor [b·s] a micro-batch; targets and loss_weights likewise
     logits      fp64 [b·s, V] a micro-batch
@@ -95,6 +101,7 @@ class Problem:
     """
 
     hf_config: Any
+    converted: Path
     weights: dict[str, torch.Tensor]
     tokens: list[torch.Tensor]
     targets: list[torch.Tensor]
@@ -113,6 +120,8 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float()
     _condition(model)
     weights = _as_on_disk(model, folder / "weights")
+    # cut for another layout than most tests have
+    hf_to_mcore(folder / "weights", folder / "mcore", Cut(tensor_parallel=2), NoReport())
     noise = torch.Generator().manual_seed(2)
     sizes = [sum(lengths) for lengths in LENGTHS]
     tokens = [torch.randint(5, 11, (n,), generator=noise) for n in sizes]
@@ -120,7 +129,7 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
     loss_weights = [(0.5 + torch.rand(n, generator=noise)) / sum(sizes) for n in sizes]
     rough = _logits(model, tokens)
     model = model.double()
-    _compute_in_fp64(model)
+    compute_in_fp64(model)
     logits = _logits(model, tokens)
     loss = sum(
         -(z.log_softmax(-1).gather(1, t[:, None])[:, 0] * w).sum() for z, t, w in zip(logits, targets, loss_weights)
@@ -134,6 +143,7 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
     delta = (torch.cat(rough) - torch.cat(logits)).detach()
     problem = Problem(
         config,
+        folder / "mcore",
         weights,
         tokens,
         targets,
@@ -187,7 +197,7 @@ def _as_on_disk(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]
     return load_file(folder / "model.safetensors")
 
 
-def _compute_in_fp64(model: torch.nn.Module) -> None:
+def compute_in_fp64(model: torch.nn.Module) -> None:
     """transformers computes RMSNorm and routing probabilities in fp32 whatever the model's dtype; a reference must not."""
     parity.norms_in_fp64(model)
     for module in model.modules():
@@ -257,12 +267,13 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
 
 
 def fill(policy: Any, problem: Problem, layout: Any) -> None:
-    """Gives a PolicyModel the problem's weights."""
+    """Gives a PolicyModel the problem's weights, from the converted folder."""
+    shape = weight_shape(problem.hf_config, layout.tensor)
+    policy.load_weights(MegatronReader(problem.converted, shape), shape, layout)
     names = policy.global_parameter_names()
     for name, tensor in policy.named_weights():
-        value = megatron_part(names[name], problem.weights, problem.hf_config, layout)
-        assert value.shape == tensor.shape, (names[name], value.shape, tensor.shape)
-        tensor.data.copy_(value)
+        expected = megatron_part(names[name], problem.weights, problem.hf_config, layout)
+        assert torch.equal(tensor, expected.to(tensor.dtype)), names[name]
 
 
 _LATENT = {

@@ -161,9 +161,9 @@ def make_batch(seed: int = 5, num_groups: int = 4, group_size: int = 4) -> Train
     )
 
 
-def off_policy(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> TrainBatch:
+def off_policy(batch: TrainBatch, model: torch.nn.Module | None = None) -> TrainBatch:
     """The batch with old log-probs near the policy's, a few of them far: every clip is active."""
-    model = model64(family, tied)
+    model = model or model64("qwen2", False)
     noise = np.random.default_rng(3)
     old = np.zeros(len(batch.tokens))
     for begin, end in zip(batch.offsets[:-1], batch.offsets[1:]):

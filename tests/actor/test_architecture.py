@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from dapo_mcore.actor.architecture import FAMILIES, read_architecture
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.weights import families as weight_table
 from tests.actor import families
 
 HUB = json.loads((Path(__file__).parent / "hub_configs.json").read_text())
@@ -142,3 +143,7 @@ def test_unknown_architecture_is_refused():
 
 def test_every_family_has_a_model_in_the_tests():
     assert {f"{kind}ForCausalLM" for kind, _ in families.FAMILIES.values()} == set(FAMILIES)
+
+
+def test_every_architecture_of_the_weight_table_is_understood() -> None:
+    assert FAMILIES.keys() == weight_table.FAMILIES.keys()

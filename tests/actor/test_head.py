@@ -31,7 +31,9 @@ def problems(tmp_path_factory) -> dict[bool, str]:
     folder = tmp_path_factory.mktemp("head")
     return {
         tied: str(
-            parity.save_problem(folder / f"{tied}.pt", parity.off_policy(parity.make_batch(), tied=tied), tied=tied)
+            parity.save_problem(
+                folder / f"{tied}.pt", parity.off_policy(parity.make_batch(), parity.model64("qwen2", tied)), tied=tied
+            )
         )
         for tied in (False, True)
     }

@@ -109,6 +109,26 @@ def test_megatron_section_passes_upstream_fields_through():
     assert built("mixtral", megatron={"moe_router_dtype": "fp64"}).moe_router_dtype == "fp64"
 
 
+def test_megatron_section_may_choose_the_stages_itself():
+    two_stages = Mesh(pipeline=2)
+    assert built(mesh=two_stages).pipeline_model_parallel_layout.layout[0][0][0].name == "embedding"
+    chosen = built(mesh=two_stages, megatron={"num_layers_in_first_pipeline_stage": 1})
+    assert chosen.pipeline_model_parallel_layout is None
+    with pytest.raises(ConfigError, match=r"spreads 3 layers over pipeline stages as \[9, -6\]"):
+        built(mesh=two_stages, megatron={"num_layers_in_first_pipeline_stage": 9})
+
+
+def test_what_upstream_refuses_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"megatron-core refuses the configuration .*allgather"):
+        built("mixtral", megatron={"moe_token_dispatcher_type": "allgather"})
+
+
+def test_interleaved_pipelines_are_refused():
+    layout = [["embedding", "decoder"], ["decoder"], ["decoder"], ["loss"]]
+    with pytest.raises(ConfigError, match="2 virtual pipeline stages a rank"):
+        built(mesh=Mesh(pipeline=2), megatron={"pipeline_model_parallel_layout": layout})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -50,7 +50,7 @@ def test_three_steps_equal_the_fp64_reference_and_broken_scaling_does_not(mesh, 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)])
 def test_families_and_tied_embeddings_over_tensor_and_pipeline_stages(family, tied, tmp_path):
-    batch = parity.off_policy(parity.make_batch(), family, tied)
+    batch = parity.off_policy(parity.make_batch(), parity.model64(family, tied))
     path = parity.save_problem(tmp_path / "problem.pt", batch, family, tied)
     row = parity.spawn(compare_one, Mesh(tensor=2, pipeline=2), str(path))
     assert row["gradient"] <= GRADIENT_TOLERANCE, row

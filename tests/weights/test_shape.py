@@ -40,14 +40,6 @@ def test_experts_in_every_second_layer() -> None:
     assert weight_shape(config_of("qwen3-moe", decoder_sparse_step=2), 1).moe_layers == (False, True, False)
 
 
-@pytest.mark.parametrize(
-    ("family", "bias", "norm"), [("qwen2", True, False), ("qwen3", False, True), ("llama", False, False)]
-)
-def test_what_attention_has(family: str, bias: bool, norm: bool) -> None:
-    shape = weight_shape(config_of(family), 1)
-    assert (shape.qkv_bias, shape.qk_norm) == (bias, norm)
-
-
 def test_head_dim_and_kv_heads_have_defaults() -> None:
     shape = weight_shape(config_of("llama", num_key_value_heads=None, head_dim=None), 1)
     assert (shape.num_kv_heads, shape.head_dim) == (4, 8)
