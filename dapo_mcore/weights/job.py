@@ -71,13 +71,15 @@ class Job:
     def run(self, report: Report) -> Iterator[tuple[Path, list[Any]]]:
         """Writes all files, then gives (folder, the files' notes) for what is left to add; then renames the folder.
 
-        Raises CheckpointError where `out` exists, the disk is too small, or another process works at the same output.
+        Raises CheckpointError where `out` exists, the disk is too small, or the temporary folder is another process's or
+        none of ours.
         After an error nothing is left but, where the disk is full, the finished files that a next start goes on with.
         """
         if self.out.exists():
             raise CheckpointError(f"{self.out} exists; give another folder, or remove it")
         self.partial.mkdir(parents=True, exist_ok=True)
         with _lock(self.partial):
+            self._refuse_strangers()
             done: dict[str, Any] = {}
             try:
                 done |= self._resume()
@@ -94,6 +96,15 @@ class Job:
                     raise _TooSmall(f"the disk of {self.out} is full; free some space and start again{kept}") from error
                 raise
 
+    def _refuse_strangers(self) -> None:
+        """Raises CheckpointError for a folder of that name which no job made; its contents are somebody's."""
+        names = [path.name for path in self.partial.iterdir()]
+        if names and not any(name.startswith(JOURNAL) for name in names):
+            raise CheckpointError(
+                f"{self.partial} is needed for the work, but holds {min(names)}, which is not of an interrupted "
+                f"conversion; move it away, or give another output folder"
+            )
+
     def _resume(self) -> dict[str, Any]:
         """The notes of the files that an earlier start finished; none, and an empty folder, where it was another job."""
         try:
@@ -104,6 +115,7 @@ class Job:
             pass
         for path in self.partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._write_journal({})
         return {}
 
     def _size(self, done: dict[str, Any]) -> int:

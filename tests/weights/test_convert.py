@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dapo_mcore.errors import CheckpointError, ConfigError, DapoError
+from dapo_mcore.weights import convert as conversion
 from dapo_mcore.weights.convert import Cut, hf_to_mcore, mcore_to_hf
 from dapo_mcore.weights.hf_io import SafetensorsReader
 from dapo_mcore.weights.job import JOURNAL, NoReport
@@ -419,6 +421,30 @@ def test_other_options_or_inputs_start_anew(tmp_path: Path, hf_folder: Folders) 
     hf_to_mcore(source, out, Cut(), report := Interrupting(-1))
     assert report.began[1] == 0
     assert_same_model(round_trip_back(out, tmp_path), source)
+
+
+def test_a_disk_that_fills_up_in_the_middle(
+    tmp_path: Path, hf_folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, count, original = hf_folder("qwen2-moe"), [], conversion.write_chunk
+
+    def write_chunk(*arguments: Any) -> Any:
+        count.append(1)
+        if len(count) > 60:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match="is full; free some space and start again"),
+    ):
+        patch.setattr(conversion, "write_chunk", write_chunk)
+        hf_to_mcore(source, tmp_path / "out", Cut(2), NoReport())
+    assert not (tmp_path / "out").exists()
+    finished = times(tmp_path / "out.partial")
+    hf_to_mcore(source, tmp_path / "out", Cut(2), report := Interrupting(-1))
+    assert finished and report.began[1] > 0
+    assert_same_model(round_trip_back(tmp_path / "out", tmp_path), source)
 
 
 KILLED = """

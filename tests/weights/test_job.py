@@ -193,9 +193,24 @@ def test_a_disk_that_fills_up_at_once_leaves_nothing(tmp_path: Path, source: Pat
     assert listing(tmp_path) == ["input"]
 
 
-def test_one_process_at_a_time(tmp_path: Path, source: Path) -> None:
+def test_a_folder_that_no_job_made_is_left_alone(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "a").write_bytes(b"of the other process")
+    (tmp_path / "out.partial" / "precious").touch()
+    with pytest.raises(CheckpointError, match=r"out\.partial is needed for the work, but holds precious"):
+        run(tmp_path / "out", Writer().files("a"), source)
+    assert listing(tmp_path) == ["input", "out.partial", "out.partial/precious"]
+
+
+def test_a_job_that_was_interrupted_in_its_first_file_is_known(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", Writer(a=KeyboardInterrupt()).files("a"), source)
+    assert listing(tmp_path / "out.partial") == [JOURNAL, "a.tmp"]
+    run(tmp_path / "out", Writer().files("a"), source)
+    assert listing(tmp_path / "out") == ["a", "config.json"]
+
+
+def test_one_process_at_a_time(tmp_path: Path, source: Path) -> None:
+    interrupted(tmp_path, source)
     other = os.open(tmp_path / "out.partial", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     try:
@@ -203,6 +218,5 @@ def test_one_process_at_a_time(tmp_path: Path, source: Path) -> None:
             run(tmp_path / "out", Writer().files("a"), source)
     finally:
         os.close(other)
-    assert (tmp_path / "out.partial" / "a").read_bytes() == b"of the other process"
-    run(tmp_path / "out", Writer().files("a"), source)
-    assert listing(tmp_path / "out") == ["a", "config.json"]
+    run(tmp_path / "out", (writer := Writer()).files("a", "b", "c"), source)
+    assert writer.written == ["c"]
