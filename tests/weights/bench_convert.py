@@ -56,7 +56,7 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     source = tmp_path / "hf"
     source.mkdir()
     config.save_pretrained(source)
-    files = plan_files(tensor_groups(weight_shape(config, 1), torch.bfloat16), 4_000_000_000)
+    files = plan_files(tensor_groups(weight_shape(config, 1), lambda _: torch.bfloat16), 4_000_000_000)
     for name, tensors in files.items():
         writer = SafetensorsWriter(source / name, tensors)
         for tensor, info in tensors.items():
