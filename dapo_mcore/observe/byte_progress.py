@@ -1,4 +1,5 @@
-"""The live view of a long copy: bytes, speed and remaining time; a bar on a terminal, a line every tenth elsewhere.
+"""The live view of a long copy: bytes, speed and remaining time; a bar on a terminal, elsewhere a line every tenth,
+but at most one a second, and one at the end.
 
 Change here: how it looks.
 """
@@ -29,7 +30,7 @@ class ByteProgress:
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(title, total=None)
         self._total = self._done = self._first = self._said = 0
-        self._began = clock()
+        self._began = self._told = clock()
         self._lock = Lock()
 
     def __enter__(self) -> ByteProgress:
@@ -41,7 +42,8 @@ class ByteProgress:
 
     def start(self, total: int, done: int) -> None:
         """`done` bytes were there before; they do not count as speed."""
-        self._total, self._done, self._first, self._began = total, done, done, self._clock()
+        self._total, self._done, self._first = total, done, done
+        self._began = self._told = self._clock()
         self._said = self._tenth()
         self._bar.reset(self._task, total=total, completed=done)
         if done:
@@ -52,8 +54,9 @@ class ByteProgress:
         with self._lock:
             self._done += num_bytes
             self._bar.advance(self._task, num_bytes)
-            if not self.console.is_terminal and self._tenth() > self._said:
-                self._said = self._tenth()
+            due = self._clock() >= self._told + 1 or self._done == self._total
+            if not self.console.is_terminal and self._tenth() > self._said and due:
+                self._said, self._told = self._tenth(), self._clock()
                 self.console.print(self._line(), soft_wrap=True)
 
     def _tenth(self) -> int:
