@@ -8,6 +8,7 @@ Change here: what an output folder holds and in which files. How a conversion is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -195,7 +196,7 @@ def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[
         groups.setdefault((layer, expert), []).append(parameter)
     for number, ((layer, expert), group) in enumerate(groups.items()):
         stage = min(max(layer, 0), shape.num_layers - 1) * cut.pipeline_parallel // shape.num_layers
-        size = sum(num_bytes(reader, name) for parameter in group for name in parameter.hf)
+        size = sum(math.prod(local_shape(p, shape)) * reader.dtype(p.hf[0]).itemsize for p in group)
         yield f"__{stage * cut.expert_parallel + expert}_{number}.distcp", group, size
 
 
