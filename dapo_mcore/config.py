@@ -10,7 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from dapo_mcore.config_section import Section
+from dapo_mcore.config_sglang import SGLangConfig
 
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
@@ -19,12 +22,6 @@ LossMode = Literal[
 
 Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """One path or several."""
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys fail, values cannot be changed after validation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -85,7 +82,8 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Generation: the engine and the sampling law of training rollouts."""
 
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """`embedded` generates in the controller's process; `sglang` on servers."""
     group_size: int = Field(16, ge=1)
     """Responses a prompt (G, verl's n)."""
     max_response_tokens: int = Field(20480, ge=1)
@@ -96,6 +94,7 @@ class RolloutConfig(Section):
     """Embedded engine: sequences decoded at once."""
     num_threads: int | None = Field(None, ge=1)
     """Embedded engine: CPU threads while generating; None takes all cores."""
+    sglang: SGLangConfig = SGLangConfig()
 
 
 class SamplingConfig(Section):
