@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dapo_mcore.config_section import Section
 from dapo_mcore.config_sglang import SGLangConfig
 
 LossMode = Literal[
@@ -22,6 +21,12 @@ LossMode = Literal[
 
 Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """One path or several."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys fail, values cannot be changed after validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelConfig(Section):

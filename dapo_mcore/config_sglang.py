@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
-
-from dapo_mcore.config_section import Section
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EVERYWHERE = ("", "0.0.0.0", "::", "*")
-OWNED_ARGS = frozenset(
-    "config model-path tokenizer-path skip-tokenizer-init load-format dtype device tp-size tensor-parallel-size "
-    "base-gpu-id host port api-key admin-api-key weight-version".split()
-)
+_OWNED_MODEL_ARGS = {"model-path", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype", "weight-version"}
+_OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "base-gpu-id", "host", "port"}
+OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | {"api-key", "admin-api-key", "config"}
 
 
-class SGLangConfig(Section):
+class SGLangConfig(BaseModel):
     """Servers are either started here (`num_servers`) or given (`urls`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     urls: list[str] = []
     """Servers that run already, as `http://host:port`. Empty: start num_servers on this machine."""

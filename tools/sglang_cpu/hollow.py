@@ -51,8 +51,11 @@ class Hollow(metaclass=_AttributesOfTheClass):
 class HollowModule(ModuleType):
     """Every attribute exists; a capitalised one is a class, since it may become a base class or go to isinstance."""
 
-    __path__: list[str] = []
     __version__ = "0.0.0"
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
