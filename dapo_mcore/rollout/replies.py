@@ -66,9 +66,9 @@ def read_reply(reply: Any, rule: VersionRule) -> Rollout:
     if finish == "abort":
         raise Dropped("aborted", str(meta["finish_reason"].get("message", "")))
     _check_tokens(reply, finish, tokens, logprobs)
-    spans = tuple((start, rule.accept(tag)) for start, tag in stretches)
     if len({tag for _, tag in stretches}) > 1 and not rule.max_lag:
-        raise Dropped("mixed_versions", f"weights changed at tokens {[start for start, _ in spans[1:]]}")
+        raise Dropped("mixed_versions", f"weights changed at tokens {[start for start, _ in stretches[1:]]}")
+    spans = tuple((start, rule.accept(tag)) for start, tag in stretches)
     return Rollout(
         token_ids=tokens,
         logprobs=logprobs,

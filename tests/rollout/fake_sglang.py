@@ -47,7 +47,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong in the next `count` uses of `where`: a path, or `bucket`."""
+    """What goes wrong in the next `count` uses of `where`: a path, `bucket 5` (counted from 1 in an update), `version`."""
 
     kind: str
     where: str = "/generate"
@@ -69,7 +69,7 @@ class FakeServer:
         self.unpaused = asyncio.Event()
         self.unpaused.set()
         self.paused_mode = None
-        self.session, self.groups = False, {}
+        self.session, self.groups, self.buckets = False, {}, 0
         self.faults: list[Fault] = []
         self.told: Counter[str] = Counter()
 
@@ -213,7 +213,9 @@ class FakeServer:
             work.spans[-1]["end"] = after
 
     def reply(self, work: Request, ids: list[int]) -> dict[str, Any]:
-        reason = {"type": "abort", "message": "Aborted"} if work.aborted else {"type": "length", "length": len(work.tokens)}
+        reason = (
+            {"type": "abort", "message": "Aborted"} if work.aborted else {"type": "length", "length": len(work.tokens)}
+        )
         meta = {
             "id": work.rid,
             "finish_reason": reason,
@@ -272,7 +274,7 @@ class FakeServer:
     async def begin(self, request: web.Request) -> web.Response:
         if self.session:
             return self.result(False, "a weight-update session is already open; call end_weight_update() first")
-        self.session = True
+        self.session, self.buckets = True, 0
         return self.result(True, "Success")
 
     async def end(self, request: web.Request) -> web.Response:
@@ -297,8 +299,8 @@ class FakeServer:
             return self.result(False, told)
         if body["group_name"] not in self.groups:
             return self.result(False, f"Failed to receive weights: Group {body['group_name']} not in []")
-        if fault := self.take_fault("bucket"):
-            assert fault.kind == "die"
+        self.buckets += 1
+        if self.take_fault(f"bucket {self.buckets}") is not None:
             os._exit(9)
         self.told["buckets"] += 1
         self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
