@@ -181,8 +181,8 @@ class Fleet:
 
     async def _revive(self, member: Member) -> bool:
         """True once the server generates; False when it never will again."""
-        with suppress(RolloutError):
-            await member.api.resume()  # a paused server looks dead to a health check
+        with suppress(RolloutError, TimeoutError):  # a paused server looks dead to a health check
+            await asyncio.wait_for(member.api.resume(), self._patience.health_timeout_s)
         if member.process is None:
             while not await member.api.healthy(self._patience.health_timeout_s):
                 self._give_up_calls(member)
@@ -249,6 +249,7 @@ class Fleet:
             for member, healthy in zip(members, answers):
                 if not healthy:
                     self.suspect(member, f"no sign of health within {self._patience.health_timeout_s:g} s")
+                    self._give_up_calls(member)
 
     def _serve(self, member: Member) -> None:
         assert member.tag == self._target, f"{member.api.url} holds {member.tag}, not {self._target}"
