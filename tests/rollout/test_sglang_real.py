@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dapo_mcore.rollout.embedded import EmbeddedEngine
-from dapo_mcore.rollout.fleet import Member
+from dapo_mcore.rollout.member import Member
 from dapo_mcore.rollout.sglang import SGLangEngine
 from dapo_mcore.rollout.transfer import BroadcastTransfer
 from dapo_mcore.types import Rollout, SamplingParams
