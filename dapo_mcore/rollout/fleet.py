@@ -139,6 +139,8 @@ class Fleet:
                 member.state = "lost"
         except (RolloutError, TimeoutError) as error:
             self._take_out(member, str(error))
+        except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
+            member.state, member.problem = "lost", repr(error)
         finally:
             async with self._changed:
                 self._changed.notify_all()
@@ -147,6 +149,7 @@ class Fleet:
         """True once the server generates; False when it never will again."""
         with suppress(RolloutError, TimeoutError):  # a paused server looks dead to a health check
             await asyncio.wait_for(member.api.resume(), self._patience.health_timeout_s)
+        await asyncio.sleep(max(member.strikes - 1, 0))
         if member.process is None:
             return await self._wait_for_given(member)
         good = member.strikes < _STRIKES and member.process.alive
@@ -169,7 +172,6 @@ class Fleet:
         """A server of somebody else's gets as long to come back as one of ours to start, and three tries to be of use."""
         if member.strikes > _STRIKES:
             return False
-        await asyncio.sleep(member.strikes - 1)
         end = time.monotonic() + self._patience.start_timeout_s
         while not await member.api.healthy(self._patience.health_timeout_s):
             self._give_up_calls(member)

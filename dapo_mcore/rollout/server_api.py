@@ -111,7 +111,11 @@ class ServerApi:
             await asyncio.sleep(_FLUSH_PAUSE_S)
 
     async def weight_version(self) -> str:
-        return str((await self._info("model_info"))["weight_version"])
+        """Of the weights that the server holds."""
+        try:
+            return str((await self._info("model_info"))["weight_version"])
+        except (KeyError, TypeError) as error:
+            raise RequestFailed(f"{self.url}/model_info names no weight_version: {error!r}") from error
 
     async def load_from_disk(self, folder: str, weight_version: str) -> None:
         """Loads a folder of safetensors and flushes. The format is named: a server started with dummy weights would

@@ -132,9 +132,7 @@ class SGLangEngine:
 
     def metrics(self) -> dict[str, float]:
         """`rollout/…` counts and `sync/…` times since the last call, and how many servers serve."""
-        counts = self._counts + self._fleet.counts
-        self._counts.clear()
-        self._fleet.counts.clear()
+        counts = self._loop.run(self._pop_counts())
         rows = {f"rollout/{name}": float(counts[name]) for name in _COUNTS}
         sync, self._sync_metrics = self._sync_metrics, {}
         return {"rollout/servers_serving": float(len(self._fleet.serving)), **rows, **sync}
@@ -184,6 +182,13 @@ class SGLangEngine:
             patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
             router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
         return Fleet(members, patience, getattr(self._transfer, "resync", None), router)
+
+    async def _pop_counts(self) -> Counter[str]:
+        """In the loop, where they are counted."""
+        counts = self._counts + self._fleet.counts
+        self._counts.clear()
+        self._fleet.counts.clear()
+        return counts
 
     async def _admit(self, member: Member, hf_config: PretrainedConfig) -> None:
         if member.process is not None:

@@ -67,8 +67,9 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 
 @contextmanager
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
+    python = changes.pop("python", None) or fake_python(folder)
     made = SGLangEngine(
-        settings(changes.pop("python", None) or fake_python(folder), **changes),
+        settings(python, **{"sync_dir": str(folder), **changes}),
         tiny_config(),
         stop_token_ids=(STOP,),
         dtype=torch.float32,
