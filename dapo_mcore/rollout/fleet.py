@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from dapo_mcore.errors import RolloutError
+from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.http import RequestFailed
 from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
 
@@ -137,7 +137,7 @@ class Fleet:
                 await self._give_weights(member)
             else:
                 member.state = "lost"
-        except (RolloutError, TimeoutError) as error:
+        except (RolloutError, ConfigError, TimeoutError) as error:
             self._take_out(member, str(error))
         except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
             member.state, member.problem = "lost", repr(error)
@@ -152,7 +152,7 @@ class Fleet:
         await asyncio.sleep(max(member.strikes - 1, 0))
         if member.process is None:
             return await self._wait_for_given(member)
-        good = member.strikes < _STRIKES and member.process.alive
+        good = member.strikes < _STRIKES and await member.is_alive()
         if good and await member.api.healthy(self._patience.health_timeout_s):
             return True
         self._give_up_calls(member)
@@ -165,6 +165,7 @@ class Fleet:
         self.counts["server_restarts"] += 1
         member.tag, member.strikes = None, 0
         await asyncio.to_thread(member.process.restart)
+        member.api.url = member.process.url
         await wait_until_healthy(member, self._patience.start_timeout_s)
         return True
 

@@ -9,11 +9,12 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_mcore.rollout.http import HttpClient, RequestFailed, RequestRefused
+
+if TYPE_CHECKING:
+    import torch
 
 PauseMode = Literal["abort", "retract", "in_place"]
 OLDEST = (0, 5, 15)
