@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.8",
         "psutil>=5.9",
         "jinja2>=3.1",
+        "aiohttp>=3.10",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'"],

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dapo_mcore.config_sglang import SGLangConfig
+
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
 ]
@@ -98,7 +100,8 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Generation: the engine and the sampling law of training rollouts."""
 
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """`embedded` generates in the controller's process; `sglang` on servers."""
     group_size: int = Field(16, ge=1)
     """Responses a prompt (G, verl's n)."""
     max_response_tokens: int = Field(20480, ge=1)
@@ -109,6 +112,7 @@ class RolloutConfig(Section):
     """Embedded engine: sequences decoded at once."""
     num_threads: int | None = Field(None, ge=1)
     """Embedded engine: CPU threads while generating; None takes all cores."""
+    sglang: SGLangConfig = SGLangConfig()
 
 
 class SamplingConfig(Section):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from dapo_mcore.config import Config, Section
+from dapo_mcore.config import Config
 from dapo_mcore.errors import ConfigError
 
 
@@ -100,6 +100,6 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 def _section_of(annotation: Any) -> Any:
     """The Section inside `X`, `X | None` or `dict[str, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for arg in getattr(annotation, "__args__", ()) if (found := _section_of(arg))), None)

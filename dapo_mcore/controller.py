@@ -30,10 +30,12 @@ from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 from dapo_mcore.rollout.sampler import Collected, Sampler
-from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
+from dapo_mcore.types import Group, Prompt, RolloutEngine, SamplingParams, TrainBatch
 from dapo_mcore.weights.checkpoint import TrainState
 
 GIB = 2**30
+SERVERS = "servers"
+"""Folder of a run for its rollout servers' logs and keys."""
 
 
 class Controller:
@@ -57,9 +59,7 @@ class Controller:
     def open_run(self, resume_step: int | None) -> None:
         """Starts (or continues) the run's folder. A fresh run moves an older folder of its name aside."""
         run_dir = self.config.run_dir
-        if resume_step is None and run_dir.exists() and any(run_dir.iterdir()):
-            aside = _free_name(run_dir)
-            run_dir.rename(aside)
+        if resume_step is None and (aside := _move_aside(run_dir)) is not None:
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
@@ -135,6 +135,7 @@ class Controller:
             "updates": float(num_updates),
             **group_metrics(self.collected.generated, self.collected.groups),
             **self.collected.stats,
+            **self.engine.metrics(),
             **metrics,
             **_throughput(self.collected, times),
             **times,
@@ -170,6 +171,8 @@ class Controller:
             self.progress.line(f"reward failed on {len(failures)} of {len(samples)} samples; the first: {failures[0]}")
 
     def close(self) -> None:
+        """Ends workers and servers, and the run's files. May be called twice."""
+        self.engine.close()
         self.reward.close()
         if self.sinks is not None:
             self.sinks.close()
@@ -179,17 +182,25 @@ class Controller:
         self.progress.line(prompts.describe())
         return prompts.prompts
 
-    def _build_engine(self, hf_config: Any) -> EmbeddedEngine:
+    def _build_engine(self, hf_config: Any) -> RolloutEngine:
         config = self.config
-        engine = EmbeddedEngine(
-            hf_config,
+        common: dict[str, Any] = dict(
             stop_token_ids=stop_token_ids(config.model, self.tokenizer),
-            pad_token_id=pad_token(self.tokenizer),
             dtype=torch.bfloat16 if config.model.dtype == "bf16" else torch.float32,
-            max_batch=config.rollout.max_batch,
-            num_threads=config.rollout.num_threads or psutil.cpu_count(logical=False),
-            device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        if config.rollout.engine == "sglang":
+            from dapo_mcore.rollout.sglang import SGLangEngine  # its HTTP client is of no use to the embedded engine
+
+            engine: Any = SGLangEngine(config.rollout.sglang, hf_config, folder=config.run_dir / SERVERS, **common)
+        else:
+            engine = EmbeddedEngine(
+                hf_config,
+                pad_token_id=pad_token(self.tokenizer),
+                max_batch=config.rollout.max_batch,
+                num_threads=config.rollout.num_threads or psutil.cpu_count(logical=False),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                **common,
+            )
         engine.on_progress = self.progress.advance
         return engine
 
@@ -230,5 +241,13 @@ def _short(text: str, limit: int = 80) -> str:
     return line if len(line) <= limit else f"…{line[-limit:]}"
 
 
-def _free_name(folder: Path) -> Path:
-    return next(path for i in range(1, 10_000) if not (path := folder.with_name(f"{folder.name}.old{i}")).exists())
+def _move_aside(run_dir: Path) -> Path | None:
+    """Where an earlier run went, if there was one. The servers' folder stays: this run's servers have started in it."""
+    entries = [path for path in run_dir.iterdir() if path.name != SERVERS] if run_dir.exists() else []
+    if not entries:
+        return None
+    aside = next(path for i in range(1, 10_000) if not (path := run_dir.with_name(f"{run_dir.name}.old{i}")).exists())
+    aside.mkdir()
+    for path in entries:
+        path.rename(aside / path.name)
+    return aside

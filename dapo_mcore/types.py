@@ -56,7 +56,9 @@ class Rollout:
                     top_p and top_k), as the engine computed it; 0 where loss_mask is False.
     loss_mask       bool [T]; False on tokens the policy did not write (tool output).
     finish_reason   `stop`, `length` (truncated) or `abort`.
-    weight_version  version of the weights that produced every token.
+    weight_version  version of the weights that produced every token; the oldest, when several did.
+    version_spans   empty when one version produced all tokens; else (first token, version) of each stretch, in order:
+                    ((0, 3), (17, 4)) says that version 4 took over at token 17.
     """
 
     token_ids: np.ndarray
@@ -64,6 +66,7 @@ class Rollout:
     loss_mask: np.ndarray
     finish_reason: FinishReason
     weight_version: int
+    version_spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -205,7 +208,18 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes every HF-named tensor of the stream, then moves to `version`. A transaction: all or nothing."""
+        """Takes every HF-named tensor of the stream, then moves to `version`. A transaction: all or nothing.
+
+        The stream is drained in any case, since other ranks send it by collectives.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """`rollout/…` and `sync/…` metrics since the last call; see observe/metrics.py."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine has started. May be called twice."""
         ...
 
 

@@ -59,6 +59,7 @@ def _describe(group: Group) -> dict[str, Any]:
                 "score": asdict(sample.score),
                 "finish_reason": sample.rollout.finish_reason,
                 "weight_version": sample.rollout.weight_version,
+                "version_spans": sample.rollout.version_spans,
             }
             for sample in group.samples
         ],
@@ -72,6 +73,7 @@ def _restore(described: dict[str, Any], arrays: dict[str, np.ndarray], start: in
         loss_mask=arrays["loss_mask"][start:end].copy(),
         finish_reason=described["finish_reason"],
         weight_version=described["weight_version"],
+        version_spans=tuple((start, version) for start, version in described["version_spans"]),
     )
     return Sample(rollout, described["text"], Score(**described["score"]))
 

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.draw import draw_tokens
+from dapo_mcore.rollout.limits import check_prompts
+from dapo_mcore.rollout.manifest import WeightManifest
 from dapo_mcore.types import Rollout, SamplingParams
 
 # Dropping finished rows copies the whole cache, computing them wastes their share: copy once a quarter is finished.
@@ -60,6 +62,7 @@ class EmbeddedEngine:
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab, self._context = model.config.vocab_size, model.config.max_position_embeddings
         self._is_stop = self._stop_table(stop_token_ids)
+        self._manifest = WeightManifest.of_model(self._model)
         self._version = -1
 
     @property
@@ -73,8 +76,8 @@ class EmbeddedEngine:
         Raises RolloutError before the first weights, for an empty prompt, an unknown token, or a prompt that leaves no
         room for `params.max_new_tokens` in the model's positions.
         """
+        self._check(prompts, params)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        self._check(prompts, lengths, params)
         responses = _Responses.empty(len(prompts), params.max_new_tokens, self._device)
         generator = torch.Generator(self._device).manual_seed(params.seed)
         # Neighbours of equal length need neither padding nor a mask, which makes attention about twice as fast.
@@ -93,14 +96,11 @@ class EmbeddedEngine:
         Peak memory is twice the model.
         """
         current = self._model.state_dict()
-        tied = _tied_names(self._model)
-        staged = _stage(weights, current)
-        missing = sorted(set(current) - set(tied) - set(staged))
-        if missing:
-            raise RolloutError(
-                f"weight version {version} lacks {len(missing)} of {len(current)} tensors: {_some(missing)}"
-            )
-        for name, owner in tied.items():
+        staged = {
+            name: tensor.detach().to(current[name], copy=True)  # the sender may reuse its buffers
+            for name, tensor in self._manifest.checked(weights, version)
+        }
+        for name, owner in self._manifest.tied.items():
             if name in staged and not torch.equal(staged[name], staged[owner]):
                 raise RolloutError(
                     f"{name} differs from {owner}, but the model ties them; set tie_word_embeddings false"
@@ -108,6 +108,13 @@ class EmbeddedEngine:
         for name, tensor in staged.items():
             current[name].copy_(tensor)
         self._version = version
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing: there is no server to count."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def _stop_table(self, stop_token_ids: tuple[int, ...]) -> Tensor:
         """bool [V]: a look-up is cheaper than a comparison with every stop token."""
@@ -118,22 +125,10 @@ class EmbeddedEngine:
         table[list(stop_token_ids)] = True
         return table
 
-    def _check(self, prompts: Sequence[np.ndarray], lengths: np.ndarray, params: SamplingParams) -> None:
+    def _check(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
         if self._version < 0:
             raise RolloutError("the embedded engine has no weights yet; call update_weights before generate")
-        if not len(prompts):
-            return
-        if lengths.min() == 0:
-            raise RolloutError(f"prompt {int(lengths.argmin())} has no tokens; give it at least a BOS token")
-        total = int(lengths.max()) + params.max_new_tokens
-        if total > self._context:
-            raise RolloutError(
-                f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; with max_new_tokens {params.max_new_tokens} "
-                f"that is {total}, but the model has max_position_embeddings {self._context}; shorten either"
-            )
-        largest = max(int(prompt.max()) for prompt in prompts)
-        if largest >= self._vocab:
-            raise RolloutError(f"a prompt holds token {largest}, but the model's vocabulary has {self._vocab} tokens")
+        check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
 
     def _prefill(self, prompts: Sequence[np.ndarray], rows: np.ndarray) -> _Batch:
         """The decoding state after the prompts. Each distinct prompt is computed once, however often it is sampled."""
@@ -259,39 +254,6 @@ def _pad_left(prompts: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor | Non
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     return torch.from_numpy(ids), None if mask.all() else torch.from_numpy(mask)
-
-
-def _stage(weights: Iterator[tuple[str, Tensor]], current: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the stream's tensors in the model's types (the sender may reuse its buffers), names and shapes checked.
-
-    Drains the stream even when it holds errors: the senders' collectives must complete.
-    """
-    staged: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, tensor in weights:
-        if name not in current:
-            wrong.append(f"{name} is not in the model")
-        elif name in staged:
-            wrong.append(f"{name} came twice")
-        elif tensor.shape != current[name].shape:
-            wrong.append(f"{name} has shape {list(tensor.shape)}, the model {list(current[name].shape)}")
-        else:
-            staged[name] = tensor.detach().to(current[name], copy=True)
-    if wrong:
-        raise RolloutError(f"{len(wrong)} tensors of the weight stream don't fit the model: {_some(wrong, '; ')}")
-    return staged
-
-
-def _tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """Each parameter name that shares another's storage, with the name that owns it."""
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    everything = model.named_parameters(remove_duplicate=False)
-    return {name: owners[id(parameter)] for name, parameter in everything if owners[id(parameter)] != name}
-
-
-def _some(items: list[str], separator: str = ", ", limit: int = 8) -> str:
-    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
 
 
 def _available_cores() -> int:

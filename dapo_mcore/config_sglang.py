@@ -1,0 +1,114 @@
+"""The section `rollout.sglang`: which SGLang servers generate, how they are spoken to, and how weights reach them.
+
+Change here: what a user may set about servers, and the rules inside the section. SGLang's own options stay upstream:
+`server_args` passes them through.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+EVERYWHERE = ("", "0.0.0.0", "::", "*")
+_OWNED_MODEL_ARGS = {"model-path", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype", "weight-version"}
+_OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "base-gpu-id", "host", "port"}
+OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | {"api-key", "admin-api-key", "config"}
+
+
+class SGLangConfig(BaseModel):
+    """Servers are either started here (`num_servers`) or given (`urls`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    urls: list[str] = []
+    """Servers that run already, as `http://host:port`. Empty: start num_servers on this machine."""
+    router_url: str | None = None
+    """SGLang's router in front of `urls`: generation goes through it, weights go to the servers themselves."""
+    key_file: str | None = None
+    """JSON file of mode 0600 with `api_key` and `admin_key` of the servers at `urls`; null: they ask for none. Servers
+    started here get random keys, in servers/keys.json of the run's folder."""
+
+    placement: Literal["local", "ray"] = "local"
+    """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
+    ray_address: str | None = None
+    """placement ray: the cluster's address; null starts one on this machine, without dashboard and with a token."""
+    num_servers: int = Field(1, ge=1)
+    python: str | None = None
+    """Interpreter of the environment that has SGLang; null: the trainer's own."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs of one server."""
+    host: str = "127.0.0.1"
+    """Address that servers started here listen on: loopback or the cluster's interface, never all of them; `node` is each
+    Ray node's own address."""
+    base_port: int | None = Field(None, ge=1, le=65535)
+    """Server i listens on base_port + i; null: free ports."""
+    server_args: dict[str, Any] = {}
+    """More options of `sglang.launch_server`, without the dashes: {mem-fraction-static: 0.8}."""
+    start_timeout_s: float = Field(900.0, gt=0)
+    restart_budget: int = Field(3, ge=0)
+    """Restarts of servers during a run, over all servers."""
+
+    max_in_flight: int = Field(1024, ge=1)
+    """Requests that one server holds at a time."""
+    max_attempts: int = Field(6, ge=1)
+    """Tries of one sample, first included."""
+    connect_timeout_s: float = Field(10.0, gt=0)
+    read_timeout_s: float = Field(60.0, gt=0)
+    """From the first byte of an answer to its last."""
+    request_timeout_s: float = Field(3600.0, gt=0)
+    """From sending a generation request to the end of its answer."""
+    health_interval_s: float = Field(10.0, gt=0)
+    health_timeout_s: float = Field(30.0, gt=0)
+    max_version_lag: int = Field(0, ge=0)
+    """Weight versions that a token may be behind the engine's. 0 keeps only samples made by the current weights alone."""
+
+    sync: Literal["disk", "distributed"] = "disk"
+    """How weights reach the servers: safetensors in `sync_dir`, or a broadcast from rank 0 (NCCL, gloo on CPUs)."""
+    sync_dir: str = "/dev/shm"
+    """sync disk: a folder that every server sees under the same path."""
+    sync_host: str = "127.0.0.1"
+    """sync distributed: the trainer's address, as the servers reach it."""
+    bucket_mib: int = Field(512, ge=1)
+    """Weights are sent in buckets of about this size."""
+    sync_timeout_s: float = Field(600.0, gt=0)
+    """Limit of each step of a sync on each server."""
+
+    @field_validator("host", "sync_host")
+    @classmethod
+    def _names_one_interface(cls, value: str) -> str:
+        if value in EVERYWHERE:
+            raise ValueError(
+                f"{value!r} stands for every interface, and SGLang's admin calls would be open to the network; "
+                "use 127.0.0.1 or the address of the cluster's interface"
+            )
+        return value
+
+    @field_validator("urls", "router_url")
+    @classmethod
+    def _are_urls(cls, value: list[str] | str | None) -> list[str] | str | None:
+        for url in value if isinstance(value, list) else [value] if value else []:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is not a URL; write http://host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SGLangConfig:
+        if self.router_url and not self.urls:
+            raise ValueError(
+                "router_url needs urls: the router cannot update weights, so list the servers behind it as well"
+            )
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"urls names {len(self.urls)} servers, but only {len(set(self.urls))} different ones")
+        if (self.host == "node") != (self.placement == "ray" and self.ray_address is not None):
+            raise ValueError(
+                f"host {self.host} does not go with placement {self.placement} and ray_address {self.ray_address}: servers "
+                "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
+            )
+        owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
+        if owned:
+            raise ValueError(
+                f"server_args holds {', '.join(owned)}, which dapo_mcore sets; use the keys of rollout.sglang instead"
+            )
+        return self

@@ -1,0 +1,271 @@
+"""The servers of a run: who serves, who is out, how one comes back, and a weight update as a transaction over all.
+
+Change here: when a server is taken out, and what it must show before it serves again. The rule that everything here keeps:
+a server is `serving` only while it has confirmed that it holds the current weights.
+
+    waiting (no current weights) → update → serving → suspect → out → healthy again, or restarted → re-synced → serving
+                                                                  └ budget spent → lost
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any
+
+from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.rollout.http import RequestFailed
+from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
+
+_STRIKES = 3
+
+Resync = Callable[[Member, str], Awaitable[None]]
+"""Gives one server the weights of a tag, from where they are kept."""
+
+
+class Fleet:
+    """Lives in one event loop.
+
+    resync  None where weights are not kept: then a server that was out rejoins at the next update.
+    router  generates in place of the members, which then only take weights. It may ask one that is out: the version
+            of the answer tells.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], patience: Patience, resync: Resync | None = None, router: Member | None = None
+    ):
+        self.members, self.resync, self._router = list(members), resync, router
+        self.counts: Counter[str] = Counter()
+        self._num_updates = 0
+        self._patience, self._restarts_left = patience, patience.restart_budget
+        self._changed = asyncio.Condition()
+        self._weights = asyncio.Lock()
+        self._target: str | None = None
+        self._tasks = {asyncio.create_task(self._watch())}
+
+    @property
+    def serving(self) -> list[Member]:
+        return [member for member in self.members if member.state == "serving"]
+
+    async def acquire(self, avoid: Member | None = None) -> Member:
+        """The serving member with the fewest requests, once one has room; `avoid` only where it is the only one.
+
+        Raises RolloutError when none serves and none is on its way back.
+        """
+        async with self._changed:
+            while True:
+                free = [m for m in self._generators() if len(m.calls) < self._patience.max_in_flight]
+                if free:
+                    return min(free, key=lambda m: (m is avoid, len(m.calls)))
+                if not self.serving and not self._returning():
+                    raise RolloutError(self._nobody())
+                await self._changed.wait()
+
+    async def call(self, member: Member, request: Coroutine[Any, Any, Any]) -> Any:
+        """Awaits a generation request of `member`; RequestFailed when the server is taken out for good meanwhile."""
+        task = asyncio.create_task(request)
+        member.calls.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():
+                task.cancel()
+                raise
+            raise RequestFailed(f"{member.api.url} was given up: {member.problem}") from None
+        finally:
+            member.calls.discard(task)
+            async with self._changed:
+                self._changed.notify()
+
+    def suspect(self, member: Member, problem: str, reload: bool = False) -> None:
+        """Takes a serving member out and starts its way back, with new weights where `reload` says that its are wrong.
+
+        The router is never out: there is nothing else to ask.
+        """
+        if member.state != "serving" or member is self._router:
+            return
+        if reload:
+            member.tag = None
+        member.state, member.problem = "out", problem
+        member.strikes += 1
+        self.counts["servers_suspected"] += 1
+        self._spawn(self._bring_back(member))
+
+    async def update(self, tag: str, steps: Callable[[Transaction], Awaitable[None]]) -> None:
+        """Moves every member that can be reached to the weights `tag` by `steps`; those that fail are taken out.
+
+        On return at least one serves, and all that serve have confirmed `tag`. Raises RolloutError when none does.
+        """
+        async with self._weights:
+            previous, self._target = self._target, tag
+            self._num_updates += 1
+            taking_part = [m for m in self.members if m.state in ("serving", "waiting")]
+            transaction = Transaction(self, taking_part, tag, self._patience.step_timeout_s)
+            try:
+                await steps(transaction)
+                await transaction.each("confirm", self._confirm)
+                await transaction.each("resume", lambda m: m.api.resume())
+                for member in transaction.members:
+                    self._serve(member)
+            except BaseException:
+                self._target = previous
+                for member in transaction.members:
+                    self._take_out(member, "the weight update was broken off")
+                raise
+        await self._settle()
+
+    async def close(self) -> None:
+        """Ends the fleet's own tasks; the servers go on."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _take_out(self, member: Member, problem: str) -> None:
+        """A member whose weights are in doubt: nothing it says counts until it is re-synced."""
+        member.tag, member.link, member.state, member.problem = None, None, "out", problem
+        member.strikes += 1
+        self.counts["servers_excluded"] += 1
+        self._spawn(self._bring_back(member))
+
+    async def _bring_back(self, member: Member) -> None:
+        """Waits for health or restarts, re-syncs, and lets the member serve; or gives it up."""
+        try:
+            if await self._revive(member):
+                await self._give_weights(member)
+            else:
+                member.state = "lost"
+        except (RolloutError, ConfigError, TimeoutError) as error:
+            self._take_out(member, str(error))
+        except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
+            member.state, member.problem = "lost", repr(error)
+        finally:
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _revive(self, member: Member) -> bool:
+        """True once the server generates; False when it never will again."""
+        with suppress(RolloutError, TimeoutError):  # a paused server looks dead to a health check
+            await asyncio.wait_for(member.api.resume(), self._patience.health_timeout_s)
+        await asyncio.sleep(max(member.strikes - 1, 0))
+        if member.process is None:
+            return await self._wait_for_given(member)
+        good = member.strikes < _STRIKES and await member.is_alive()
+        if good and await member.api.healthy(self._patience.health_timeout_s):
+            return True
+        self._give_up_calls(member)
+        if not self._restarts_left:
+            budget = self._patience.restart_budget
+            member.problem += f"; all {budget} restarts (rollout.sglang.restart_budget) are spent"
+            await asyncio.to_thread(member.process.stop)
+            return False
+        self._restarts_left -= 1
+        self.counts["server_restarts"] += 1
+        member.tag, member.strikes = None, 0
+        await asyncio.to_thread(member.process.restart)
+        member.api.url = member.process.url
+        await wait_until_healthy(member, self._patience.start_timeout_s)
+        return True
+
+    async def _wait_for_given(self, member: Member) -> bool:
+        """A server of somebody else's gets as long to come back as one of ours to start, and three tries to be of use."""
+        if member.strikes > _STRIKES:
+            return False
+        end = time.monotonic() + self._patience.start_timeout_s
+        while not await member.api.healthy(self._patience.health_timeout_s):
+            self._give_up_calls(member)
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(self._patience.health_interval_s)
+        return True
+
+    async def _give_weights(self, member: Member) -> None:
+        async with self._weights:
+            if member.tag is not None and member.tag == self._target == await member.api.weight_version():
+                self._serve(member)
+            elif self.resync is not None and self._target is not None:
+                member.tag = None
+                await asyncio.wait_for(self._reload(member, self._target), self._patience.step_timeout_s)
+                self._serve(member)
+                self.counts["servers_resynced"] += 1
+            else:
+                member.state = "waiting"
+
+    async def _reload(self, member: Member, tag: str) -> None:
+        await member.api.pause()
+        await self.resync(member, tag)
+        await self._confirm(member)
+        await member.api.resume()
+
+    async def _confirm(self, member: Member) -> None:
+        told = await member.api.weight_version()
+        if told != self._target:
+            raise RequestFailed(f"{member.api.url} reports weights {told!r} after it was given {self._target!r}")
+        member.tag = self._target
+
+    async def _settle(self) -> None:
+        """Waits until somebody serves the target, where all failed but may come back with it."""
+        async with self._changed:
+            self._changed.notify_all()
+            while not self.serving:
+                if self.resync is None or not self._returning():
+                    raise RolloutError(self._nobody())
+                await self._changed.wait()
+
+    async def _watch(self) -> None:
+        """Finds servers that hang: they accept requests and never answer."""
+        while True:
+            await asyncio.sleep(self._patience.health_interval_s)
+            members, num_updates = self.serving, self._num_updates
+            answers = await asyncio.gather(*(m.api.healthy(self._patience.health_timeout_s) for m in members))
+            if self._weights.locked() or self._num_updates > num_updates:
+                continue  # it may have been paused, and then a healthy server looks hung
+            for member, healthy in zip(members, answers):
+                if not healthy:
+                    self.suspect(member, f"no sign of health within {self._patience.health_timeout_s:g} s")
+                    self._give_up_calls(member)
+
+    def _serve(self, member: Member) -> None:
+        assert member.tag == self._target, f"{member.api.url} holds {member.tag}, not {self._target}"
+        member.state = "serving"
+
+    def _generators(self) -> list[Member]:
+        return [self._router] if self._router is not None and self.serving else self.serving
+
+    def _returning(self) -> bool:
+        return any(member.state == "out" for member in self.members)
+
+    def _give_up_calls(self, member: Member) -> None:
+        for task in member.calls:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _nobody(self) -> str:
+        told = "; ".join(f"{m.api.url} {m.state}: {m.problem or 'no weights yet'}" for m in self.members)
+        return f"none of {len(self.members)} rollout servers can serve the current weights: {told}"
+
+
+class Transaction:
+    """A weight update in progress. A member that fails a step leaves it and is taken out; the others go on."""
+
+    def __init__(self, fleet: Fleet, members: list[Member], tag: str, timeout_s: float):
+        self.members, self.tag = members, tag
+        self._fleet, self._timeout_s = fleet, timeout_s
+
+    async def each(self, step: str, action: Callable[[Member], Awaitable[None]]) -> None:
+        """Does one step on every remaining member at once."""
+        work = (asyncio.wait_for(action(member), self._timeout_s) for member in self.members)
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        for member, outcome in zip(list(self.members), outcomes):
+            if isinstance(outcome, BaseException):
+                if not isinstance(outcome, RolloutError | TimeoutError):
+                    raise outcome
+                told = str(outcome) or f"nothing within {self._timeout_s:g} s"
+                self.members.remove(member)
+                self._fleet._take_out(member, f"weight update, {step}: {told}")

@@ -1,0 +1,101 @@
+"""JSON over HTTP through one connection pool, for thousands of requests in flight.
+
+Change here: pooling, time-outs, and which answers mean that another try may succeed. What is said is server_api.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from typing import Any
+
+import aiohttp
+
+from dapo_mcore.errors import ConfigError, RolloutError
+
+# uvicorn closes a connection that was idle for 5 s; one that we close first is never found dead by the next request.
+_KEEP_ALIVE_S = 2.0
+_SPARE_FILES = 256
+
+
+class RequestFailed(RolloutError):
+    """Nobody answered, or too late, or with a server error: another try, or another server, may succeed."""
+
+
+class RequestRefused(RolloutError):
+    """The server understood and said no (HTTP 4xx): the same request would be refused again."""
+
+    def __init__(self, url: str, status: int, message: str):
+        super().__init__(f"{url} refused with HTTP {status}: {message}")
+        self.status, self.message = status, message
+
+
+class HttpClient:
+    """Use it inside one event loop, and close it there."""
+
+    def __init__(self, connect_timeout_s: float, read_timeout_s: float):
+        self._connect_timeout_s, self._read_timeout_s = connect_timeout_s, read_timeout_s
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector)
+
+    async def call(
+        self, method: str, url: str, body: Any = None, key: str | None = None, timeout_s: float = 60.0
+    ) -> Any:
+        """The answer's JSON, or its text where it is none.
+
+        timeout_s runs from sending to the end of the answer; the answer itself may take read_timeout_s, so a server that
+        drips is given up. Raises RequestFailed and RequestRefused.
+        """
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
+        try:
+            async with self._session.request(method, url, json=body, headers=headers, timeout=timeout) as response:
+                async with asyncio.timeout(self._read_timeout_s):
+                    raw = await response.read()
+                return _judged(url, response.status, _decoded(raw))
+        except TimeoutError as error:
+            raise RequestFailed(f"{url} gave no whole answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise RequestFailed(f"{url}: {error or type(error).__name__}") from error
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def allow_open_files(connections: int) -> None:
+    """Raises this process's soft limit of open files to what `connections` need; ConfigError where it may not."""
+    needed = connections + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"{connections} requests in flight need {needed} open files, but this process may open {hard} (ulimit -Hn); "
+            f"lower rollout.sglang.max_in_flight or raise the limit"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _decoded(raw: bytes) -> Any:
+    try:
+        return json.loads(raw) if raw else None
+    except ValueError:
+        return raw.decode(errors="replace")
+
+
+def _judged(url: str, status: int, answer: Any) -> Any:
+    if status < 400:
+        return answer
+    message = _message(answer)
+    if status >= 500 or status in (408, 429):
+        raise RequestFailed(f"{url} answered HTTP {status}: {message}")
+    raise RequestRefused(url, status, message)
+
+
+def _message(answer: Any) -> str:
+    """SGLang says what is wrong as {"error": {"message": …}}, {"error": …}, {"message": …} or plain text."""
+    if isinstance(answer, dict):
+        inner = answer.get("error", answer.get("message", answer))
+        answer = inner.get("message", inner) if isinstance(inner, dict) else inner
+    return str(answer)[:500]

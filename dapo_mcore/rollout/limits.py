@@ -1,0 +1,30 @@
+"""What a model can be asked to continue; checked before an engine sees a prompt.
+
+Change here: limits on prompts that every engine has. SGLang 0.5.21 dies of a token outside the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dapo_mcore.errors import RolloutError
+
+
+def check_prompts(prompts: Sequence[np.ndarray], max_new_tokens: int, vocab_size: int, context: int) -> None:
+    """Nothing; raises RolloutError for an empty prompt, one without room for `max_new_tokens`, or an unknown token."""
+    if not len(prompts):
+        return
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    if lengths.min() == 0:
+        raise RolloutError(f"prompt {int(lengths.argmin())} has no tokens; give it at least a BOS token")
+    total = int(lengths.max()) + max_new_tokens
+    if total > context:
+        raise RolloutError(
+            f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; with max_new_tokens {max_new_tokens} "
+            f"that is {total}, but the model has max_position_embeddings {context}; shorten either"
+        )
+    largest = max(int(prompt.max()) for prompt in prompts)
+    if largest >= vocab_size:
+        raise RolloutError(f"a prompt holds token {largest}, but the model's vocabulary has {vocab_size} tokens")

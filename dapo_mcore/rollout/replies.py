@@ -1,0 +1,99 @@
+"""An answer of /generate as a Rollout, or the reason why it may not be trained on.
+
+Change here: what an answer must show before the trainer sees it. Nothing is repaired: a doubtful answer is dropped whole
+and its prompt asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dapo_mcore.types import Rollout
+
+DropReason = Literal["aborted", "stale_version", "mixed_versions", "unknown_version", "malformed"]
+DROP_REASONS: tuple[str, ...] = get_args(DropReason)
+
+
+class Dropped(Exception):
+    """An answer that must not be used, with the reason it is counted under."""
+
+    def __init__(self, reason: DropReason, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRule:
+    """Which weights may have made a sample.
+
+    versions  every tag that this engine has given to weights, with its version.
+    current   the tag of the weights to generate with.
+    max_lag   versions a token may be behind those; 0 accepts `current` alone.
+    """
+
+    versions: Mapping[str, int]
+    current: str
+    max_lag: int = 0
+
+    def accept(self, tag: str) -> int:
+        """The version of a tag. Raises Dropped."""
+        if tag not in self.versions:
+            raise Dropped("unknown_version", f"weights {tag!r}, which this run did not send")
+        version, newest = self.versions[tag], self.versions[self.current]
+        if tag != self.current and newest - version not in range(1, self.max_lag + 1):
+            raise Dropped("stale_version", f"weights {tag!r}, but {self.current!r} are current")
+        return version
+
+
+def read_reply(reply: Any, rule: VersionRule) -> Rollout:
+    """The rollout in one answer. Raises Dropped.
+
+    Tokens and log-probs come from `output_token_logprobs`, one list, so that they cannot be out of step.
+    """
+    try:
+        meta = reply["meta_info"]
+        finish = meta["finish_reason"]["type"]
+        entries = meta["output_token_logprobs"]
+        tokens = np.array([entry[1] for entry in entries], dtype=np.int32)
+        logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)
+        stretches = _stretches(meta, len(tokens))
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise Dropped("malformed", f"{error!r} in an answer of /generate") from error
+    if finish == "abort":
+        raise Dropped("aborted", str(meta["finish_reason"].get("message", "")))
+    _check_tokens(reply, finish, tokens, logprobs)
+    if len({tag for _, tag in stretches}) > 1 and not rule.max_lag:
+        raise Dropped("mixed_versions", f"weights changed at tokens {[start for start, _ in stretches[1:]]}")
+    spans = tuple((start, rule.accept(tag)) for start, tag in stretches)
+    return Rollout(
+        token_ids=tokens,
+        logprobs=logprobs,
+        loss_mask=np.ones(len(tokens), dtype=bool),
+        finish_reason=finish,
+        weight_version=min(version for _, version in spans),
+        version_spans=spans if len(spans) > 1 else (),
+    )
+
+
+def _check_tokens(reply: Any, finish: Any, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    if finish not in ("stop", "length"):
+        raise Dropped("malformed", f"finish reason {finish!r}")
+    if not len(tokens):
+        raise Dropped("malformed", "no tokens")
+    if not np.isfinite(logprobs).all():
+        raise Dropped("malformed", "a log-prob that is not finite")
+    if "output_ids" in reply and not np.array_equal(tokens, reply["output_ids"]):
+        raise Dropped("malformed", "output_ids differ from output_token_logprobs")
+
+
+def _stretches(meta: Mapping[str, Any], num_tokens: int) -> list[tuple[int, str]]:
+    """(first token, tag) of each stretch of tokens, from the spans where the version reports them."""
+    spans = meta.get("weight_versions") or [{"start": 0, "end": num_tokens, "version": meta["weight_version"]}]
+    starts, ends = [span["start"] for span in spans], [span["end"] for span in spans]
+    if [0, *ends] != [*starts, num_tokens]:
+        raise ValueError(f"weight_versions {spans} do not cover {num_tokens} tokens")
+    return [(span["start"], str(span["version"])) for span in spans]

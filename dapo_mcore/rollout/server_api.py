@@ -1,0 +1,178 @@
+"""One SGLang server's endpoints as typed calls: versions 0.5.15 to 0.5.23, token in, token out.
+
+Change here: when SGLang renames an endpoint or a field. Each call raises RequestFailed or RequestRefused (http.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dapo_mcore.rollout.http import HttpClient, RequestFailed, RequestRefused
+
+if TYPE_CHECKING:
+    import torch
+
+PauseMode = Literal["abort", "retract", "in_place"]
+OLDEST = (0, 5, 15)
+_FIRST_WITH_SESSIONS = (0, 5, 21)
+_FLUSH_TRIES, _FLUSH_PAUSE_S = 40, 0.25
+_NO_TOKEN = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Bearer keys. SGLang's admin calls take the admin key alone where there is one, its other calls the API key alone."""
+
+    api: str | None = None
+    admin: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself.
+
+    version         (0, 5, 21).
+    model_path      as the server sees it.
+    num_ranks       processes that hold weights: tensor times pipeline parallel.
+    weight_version  of /model_info.
+    """
+
+    version: tuple[int, ...]
+    model_path: str
+    num_ranks: int
+    weight_version: str
+
+
+class ServerApi:
+    """`timeout_s` limits every call but generation."""
+
+    def __init__(self, http: HttpClient, url: str, keys: Keys, timeout_s: float):
+        self.url = url.rstrip("/")
+        self._http, self._keys, self._timeout_s = http, keys, timeout_s
+        self._sessions = True
+
+    async def facts(self) -> ServerFacts:
+        """Asks the server who it is; from then on the calls follow its version."""
+        info, model = await asyncio.gather(self._info("server_info"), self._info("model_info"))
+        try:
+            version = parse_version(info["version"])
+            ranks = int(info["tp_size"]) * int(info.get("pp_size", 1))
+            facts = ServerFacts(version, model["model_path"], ranks, model["weight_version"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestFailed(f"{self.url} does not answer like SGLang: {error!r} in its /server_info") from error
+        self._sessions = version >= _FIRST_WITH_SESSIONS
+        return facts
+
+    async def vocab_size(self) -> int | None:
+        """The model's vocabulary size as an error message gives it away; None where a version words it differently."""
+        bias = {"max_new_tokens": 1, "logit_bias": {str(_NO_TOKEN): 0.0}}
+        try:
+            await self.generate({"input_ids": [0], "sampling_params": bias}, self._timeout_s)
+        except RequestRefused as refusal:
+            found = re.search(r"\[0, (\d+)\]", refusal.message)
+            return int(found[1]) + 1 if found else None
+        return None
+
+    async def healthy(self, timeout_s: float) -> bool:
+        """Whether the server generates. It takes up to 20 s to say no, and says no while it is paused."""
+        try:
+            await self._http.call("GET", f"{self.url}/health", timeout_s=timeout_s)
+        except (RequestFailed, RequestRefused):
+            return False
+        return True
+
+    async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
+        """The answer to /generate as it came; replies.py reads it."""
+        return await self._http.call("POST", f"{self.url}/generate", body, self._keys.api, timeout_s)
+
+    async def abort(self, rid: str = "") -> None:
+        """Ends request `rid`, or all requests; they answer HTTP 200 with what they have."""
+        await self._admin("/abort_request", {"rid": rid, "abort_all": not rid})
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Stops generation; new requests wait until `resume`. Returns once nothing runs any more."""
+        await self._admin("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._admin("/continue_generation", {})
+
+    async def flush(self) -> None:
+        """Forgets the KV cache. A server with requests in work refuses with HTTP 400: asked again for ten seconds."""
+        for tries_left in reversed(range(_FLUSH_TRIES)):
+            try:
+                await self._admin("/flush_cache", {})
+                return
+            except RequestRefused as refusal:
+                if refusal.status != 400 or not tries_left:
+                    raise
+            await asyncio.sleep(_FLUSH_PAUSE_S)
+
+    async def weight_version(self) -> str:
+        """Of the weights that the server holds."""
+        try:
+            return str((await self._info("model_info"))["weight_version"])
+        except (KeyError, TypeError) as error:
+            raise RequestFailed(f"{self.url}/model_info names no weight_version: {error!r}") from error
+
+    async def load_from_disk(self, folder: str, weight_version: str) -> None:
+        """Loads a folder of safetensors and flushes. The format is named: a server started with dummy weights would
+        otherwise draw random ones again."""
+        body = {"model_path": folder, "load_format": "safetensors", "weight_version": weight_version}
+        await self._admin("/update_weights_from_disk", {**body, "flush_cache": True})
+
+    async def join_group(self, name: str, host: str, port: int, world_size: int, backend: str) -> None:
+        """The server's ranks join a process group as ranks 1 to world_size - 1; rank 0 sends."""
+        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": world_size}
+        await self._admin("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
+
+    async def leave_group(self, name: str) -> None:
+        await self._admin("/destroy_weights_update_group", {"group_name": name})
+
+    async def begin_update(self) -> None:
+        """Opens a session, where the version has them: none of its partial weights is served before `end_update`."""
+        if self._sessions:
+            await self._admin("/begin_weight_update", {"selector": "all"})
+
+    async def receive(self, tensors: Sequence[tuple[str, torch.Tensor]], group: str, final_version: str | None) -> None:
+        """Receives the broadcast of `tensors`, in order; the last bucket brings the version and flushes."""
+        body = {
+            "names": [name for name, _ in tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            "shapes": [list(tensor.shape) for _, tensor in tensors],
+            "group_name": group,
+            "flush_cache": final_version is not None,
+            "weight_version": final_version,
+        }
+        await self._admin("/update_weights_from_distributed", body)
+
+    async def end_update(self) -> None:
+        if self._sessions:
+            await self._admin("/end_weight_update", {})
+
+    async def _info(self, name: str) -> Any:
+        """`/server_info` or `/model_info`; older versions have them under /get_… only."""
+        try:
+            return await self._get(f"/{name}")
+        except RequestRefused as refusal:
+            if refusal.status != 404:
+                raise
+            return await self._get(f"/get_{name}")
+
+    async def _get(self, path: str) -> Any:
+        return await self._http.call("GET", self.url + path, None, self._keys.api, self._timeout_s)
+
+    async def _admin(self, path: str, body: dict[str, Any]) -> Any:
+        key = self._keys.admin or self._keys.api
+        return await self._http.call("POST", self.url + path, body, key, self._timeout_s)
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """(0, 5, 21) of `0.5.21`, `0.5.21.post1` or `0.5.21rc2`. Raises ValueError."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", text)
+    if not found:
+        raise ValueError(f"{text!r} is not a version")
+    return tuple(int(part) for part in found.groups())

@@ -1,0 +1,248 @@
+"""SGLang servers of a run: their command, environment, keys and model folder, and what a machine must have for them.
+
+Change here: with which options a server is started. As a process it is process.py, on other nodes ray_servers.py; which
+of them serve is fleet.py. The servers' files lie in servers/ of the run's
+folder: keys.json and server-N.yaml (both 0600: the keys are in them, and a command line is public), server-N.log, model/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.process import ServerProcess
+from dapo_mcore.rollout.server_api import OLDEST, Keys, parse_version
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CPU_ARGS = {
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "grammar-backend": "none",
+    "disable-overlap-schedule": True,
+    "max-total-tokens": 65536,
+    "max-running-requests": 256,
+}
+"""What SGLang needs beside `device: cpu` to run without a GPU; its own guess of the cache's size takes most of memory."""
+
+# What a launcher has set for the trainer is not for its servers; PYTHONPATH would let our `kernels/` pose as theirs.
+_NOT_INHERITED = (
+    "PYTHONPATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "TRITON_INTERPRET",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+)
+_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
+
+# run by the server's interpreter, which may be of another environment
+_INSPECT = """
+import importlib.metadata, importlib.util, json, pathlib
+spec = importlib.util.find_spec("sglang")
+models = sorted(p.stem for p in (pathlib.Path(spec.origin).parent / "srt/models").glob("*.py")) if spec else []
+print(json.dumps([importlib.metadata.version("sglang") if spec else None, models]))
+"""
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What a machine needs to make its servers: plain data, which can be sent there.
+
+    model   content of config.json.
+    dtype   `float32` or `bfloat16`, of weights and arithmetic.
+    folder  for configuration, keys, logs.
+    """
+
+    settings: SGLangConfig
+    keys: Keys
+    model: dict[str, Any]
+    dtype: str
+    folder: Path
+
+    @classmethod
+    def new(
+        cls,
+        settings: SGLangConfig,
+        hf_config: PretrainedConfig,
+        dtype: str,
+        stop_token_ids: Sequence[int],
+        folder: Path,
+    ) -> ServerPlan:
+        """A plan with fresh random keys."""
+        keys = Keys(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+        model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
+        return cls(settings, keys, model, dtype, folder.absolute())
+
+    def write_keys(self) -> None:
+        """keys.json, for people who want to ask the servers themselves."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"api_key": self.keys.api, "admin_key": self.keys.admin}
+        write_private(self.folder / "keys.json", json.dumps(content))
+
+    def build(self, number: int, host: str, port: int, first_gpu: int, models: Sequence[str]) -> ServerProcess:
+        """Server `number`, not yet started, with its files written; `models` are the names of SGLang's model modules."""
+        _write_model(self.model, self.folder / "model")
+        arguments = _arguments(self, host, port, first_gpu)
+        file = self.folder / f"server-{number}.yaml"
+        write_private(file, yaml.safe_dump(arguments))
+        command = [_python(self.settings), "-P", "-m", "sglang.launch_server", "--config", str(file)]
+        environment = _environment(self.settings, models, self.model["model_type"])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return ServerProcess(command, environment, self.folder, f"server-{number}", url)
+
+
+def start_servers(plan: ServerPlan) -> list[ServerProcess]:
+    """The servers of a plan as children of this process, starting. They hold random weights until the first update.
+
+    Raises ConfigError: no SGLang, or one out of range, no GPU, too few, port taken.
+    """
+    settings = plan.settings
+    models = inspect_environment(settings)
+    check_devices(settings, settings.num_servers)
+    ports = [choose_port(settings, settings.host, number) for number in range(settings.num_servers)]
+    plan.write_keys()
+    gpus = range(0, settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
+    servers = [plan.build(i, settings.host, port, gpu, models) for i, (port, gpu) in enumerate(zip(ports, gpus))]
+    for server in servers:
+        server.start()
+    return servers
+
+
+def read_keys(path: str | None) -> Keys:
+    """The keys in a JSON file {"api_key": …, "admin_key": …} that nobody else can read; none for no path."""
+    if path is None:
+        return Keys()
+    file = Path(path)
+    try:
+        mode = stat.S_IMODE(file.stat().st_mode)
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        keys = Keys(stored.get("api_key"), stored.get("admin_key"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"rollout.sglang.key_file {path}: {error}; it holds api_key and admin_key as JSON") from error
+    if mode & 0o077:
+        raise ConfigError(f"rollout.sglang.key_file {path} has mode {mode:04o}; others could read it: chmod 600 {path}")
+    return keys
+
+
+def _arguments(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str, Any]:
+    """The server's options. Weights come by the first update, and tokens need no tokenizer."""
+    settings = plan.settings
+    ours = {
+        "model-path": str(plan.folder / "model"),
+        "load-format": "dummy",
+        "skip-tokenizer-init": True,
+        "dtype": plan.dtype,
+        "device": settings.device,
+        "tp-size": settings.tensor_parallel,
+        "host": host,
+        "port": port,
+        "api-key": plan.keys.api,
+        "admin-api-key": plan.keys.admin,
+        "log-level": "warning",
+    }
+    given = {key.replace("_", "-"): value for key, value in settings.server_args.items()}
+    # on a CPU base-gpu-id would name a NUMA node
+    return ours | (CPU_ARGS if settings.device == "cpu" else {"base-gpu-id": first_gpu}) | given
+
+
+def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _NOT_INHERITED and not name.startswith(_NOT_INHERITED_PREFIXES)
+    }
+    kept["HF_HUB_OFFLINE"] = "1"
+    if settings.device == "cpu":
+        kept["SGLANG_USE_CPU_ENGINE"] = "1"
+        kept["OMP_NUM_THREADS"] = "1"  # more is many times slower for a model small enough for a CPU
+        # importing all of them takes most of a small server's start, and CUDA packages
+        kept["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(name for name in models if name != model_type)
+    return kept
+
+
+def inspect_environment(settings: SGLangConfig) -> list[str]:
+    """Names of SGLang's model modules. Raises ConfigError when the interpreter has no SGLang, or too old a one."""
+    python = _python(settings)
+    remedy = "give the interpreter of an environment that has it as rollout.sglang.python"
+    try:
+        done = subprocess.run([python, "-P", "-c", _INSPECT], capture_output=True, text=True, timeout=120, cwd="/")
+        version, models = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{python} cannot be asked for SGLang: {error}; {remedy}") from error
+    if version is None:
+        raise ConfigError(f"{python} has no SGLang; {remedy}")
+    check_version(parse_version(version), python)
+    return models
+
+
+def check_version(version: tuple[int, ...], where: str) -> None:
+    """Nothing; raises ConfigError for a version that is too old."""
+    if version < OLDEST:
+        told, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
+        raise ConfigError(f"{where} has SGLang {told}, but weight updates need at least {oldest}; install a newer one")
+
+
+def check_devices(settings: SGLangConfig, num_servers: int) -> None:
+    """Nothing; raises ConfigError when this machine has too few GPUs for `num_servers` servers."""
+    if settings.device == "cpu":
+        return
+    import torch  # not above: a Ray actor on a CPU starts in half the time without it
+
+    needed, found = num_servers * settings.tensor_parallel, torch.cuda.device_count()
+    if not found:
+        raise ConfigError(
+            "rollout.sglang.device is cuda, but this machine has no CUDA device; set rollout.sglang.device cpu, or name "
+            "servers on other machines in rollout.sglang.urls"
+        )
+    if needed > found:
+        raise ConfigError(
+            f"rollout.sglang.num_servers {num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} "
+            f"GPUs, but this machine has {found}; lower either"
+        )
+
+
+def choose_port(settings: SGLangConfig, host: str, number: int) -> int:
+    """The port of server `number` on this machine: base_port + number, or a free one. Raises ConfigError when taken."""
+    wanted = settings.base_port + number if settings.base_port else 0
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, wanted), family=family) as listener:
+            return listener.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"a server cannot listen on rollout.sglang.host {host} port {wanted}: {error}; choose another "
+            "base_port, or leave it null for a free one"
+        ) from error
+
+
+def _python(settings: SGLangConfig) -> str:
+    return settings.python or sys.executable
+
+
+def _write_model(config: dict[str, Any], folder: Path) -> None:
+    """config.json alone. Without generation_config.json the server has no sampling defaults of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_private(path: Path, text: str) -> None:
+    """A new file that only this user can read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

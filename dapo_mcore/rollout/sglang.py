@@ -1,0 +1,273 @@
+"""The rollout engine on SGLang servers: tokens in, tokens and log-probs out, every sample with its weights' version.
+
+Change here: how a sample is asked for, retried, and refused. Servers are fleet.py and servers.py, weights transfer.py,
+answers replies.py. Everything asynchronous runs in one thread; the methods below may block their caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import random
+import secrets
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.rollout.fleet import Fleet
+from dapo_mcore.rollout.http import HttpClient, RequestFailed, allow_open_files
+from dapo_mcore.rollout.limits import check_prompts
+from dapo_mcore.rollout.loop_thread import LoopThread
+from dapo_mcore.rollout.manifest import WeightManifest, buckets
+from dapo_mcore.rollout.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
+from dapo_mcore.rollout.probe import probe
+from dapo_mcore.rollout.ray_servers import start_ray_servers
+from dapo_mcore.rollout.replies import DROP_REASONS, Dropped, VersionRule, read_reply
+from dapo_mcore.rollout.server_api import Keys, ServerApi
+from dapo_mcore.rollout.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.transfer import BroadcastTransfer, DiskTransfer
+from dapo_mcore.types import Rollout, SamplingParams
+
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
+_ABORT_TIMEOUT_S = 5.0
+_COUNTS = (
+    "retries",
+    *(f"dropped_{reason}" for reason in DROP_REASONS),
+    "servers_suspected",
+    "servers_excluded",
+    "servers_resynced",
+    "server_restarts",
+)
+
+
+class SGLangEngine:
+    """Generates on SGLang servers, which have no weights until `update_weights` brings some.
+
+    hf_config       the trained model; servers started here are built from it, others must serve the same.
+    stop_token_ids  any of them ends a response and is its last token.
+    dtype           of weights and arithmetic on servers started here.
+    folder          for the servers' logs and keys.
+
+    Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
+    `on_progress`, when set, is called with 1 for each finished sample.
+    """
+
+    def __init__(
+        self,
+        settings: SGLangConfig,
+        hf_config: PretrainedConfig,
+        *,
+        stop_token_ids: Sequence[int],
+        dtype: torch.dtype,
+        folder: Path,
+    ):
+        self.on_progress: Callable[[int], None] | None = None
+        self._settings, self._stops = settings, list(stop_token_ids)
+        self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
+        self._manifest = WeightManifest.of_config(hf_config)
+        self._version, self._tag = -1, ""
+        self._tags: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._sync_metrics: dict[str, float] = {}
+        num_servers = len(settings.urls) or settings.num_servers
+        allow_open_files(num_servers * (settings.max_in_flight + 8))
+        self._transfer = self._new_transfer(dtype, folder)
+        self._fleet: Fleet | None = None
+        self._processes: Sequence[OwnedServer] = []
+        self._disconnect: Callable[[], None] = lambda: None
+        self._loop = LoopThread("rollout")
+        atexit.register(self.close)
+        try:
+            keys = read_keys(settings.key_file)
+            if not settings.urls:
+                name = str(dtype).removeprefix("torch.")
+                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
+                self._start(plan)
+                keys = plan.keys
+            self._fleet = self._loop.run(self._open(keys, hf_config))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the last `update_weights`; -1 before the first."""
+        return self._version
+
+    def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
+        """One response for each entry of `prompts` (int32 [T] each), in order, all made by the current weights.
+
+        A sample whose server fails, or whose weights are not the current ones, is dropped whole and asked for again, up
+        to `max_attempts` times. Raises RolloutError then, before the first weights, and for a prompt that cannot be asked.
+        """
+        if self._version < 0:
+            raise RolloutError("the rollout servers have no weights yet; call update_weights before generate")
+        check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
+        return self._loop.run(self._generate(prompts, params))
+
+    def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
+
+        A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
+        a stream that does not fit the model, and when no server is left; the version then stays. Peak memory: two buckets.
+        """
+        weights = iter(weights)
+        # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
+        tag = f"{version}-{secrets.token_hex(4)}"
+        self._tags[tag] = version
+        checked = self._manifest.checked(weights, version)
+        try:
+            sent = self._transfer.send(buckets(checked, self._settings.bucket_mib << 20), tag, self._fleet, self._loop)
+        finally:
+            deque(weights, maxlen=0)  # the senders' collectives must complete
+        self._version, self._tag = version, tag
+        seconds = sum(value for name, value in sent.items() if name.endswith("_s"))
+        self._sync_metrics = {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds}
+
+    def metrics(self) -> dict[str, float]:
+        """`rollout/…` counts and `sync/…` times since the last call, and how many servers serve."""
+        counts = self._loop.run(self._pop_counts())
+        rows = {f"rollout/{name}": float(counts[name]) for name in _COUNTS}
+        sync, self._sync_metrics = self._sync_metrics, {}
+        return {"rollout/servers_serving": float(len(self._fleet.serving)), **rows, **sync}
+
+    def close(self) -> None:
+        """Ends the servers started here and deletes the weights on disk. May be called twice."""
+        atexit.unregister(self.close)
+        if self._fleet is not None:
+            self._loop.run(self._fleet.close())
+            self._loop.run(self._http.close())
+            self._fleet = None
+        stop_servers(self._processes)
+        self._disconnect()
+        self._loop.close()
+        self._transfer.close()
+
+    def _start(self, plan: ServerPlan) -> None:
+        if plan.settings.placement == "ray":
+            self._processes, self._disconnect = start_ray_servers(plan)
+        else:
+            self._processes = start_servers(plan)
+
+    def _new_transfer(self, dtype: torch.dtype, folder: Path) -> DiskTransfer | BroadcastTransfer:
+        settings = self._settings
+        if settings.sync == "distributed":
+            backend = "gloo" if settings.device == "cpu" else "nccl"
+            return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s)
+        num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
+        run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+        return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
+
+    async def _open(self, keys: Keys, hf_config: PretrainedConfig) -> Fleet:
+        s = self._settings
+        self._http = HttpClient(s.connect_timeout_s, s.read_timeout_s)
+        places = [(process.url, process) for process in self._processes] or [(url, None) for url in s.urls]
+        members = [
+            Member(ServerApi(self._http, url, keys, s.sync_timeout_s), process=process) for url, process in places
+        ]
+        try:
+            await asyncio.gather(*(self._admit(member, hf_config) for member in members))
+        except BaseException:
+            await self._http.close()
+            raise
+        patience = Patience(
+            max_in_flight=s.max_in_flight,
+            health_interval_s=s.health_interval_s,
+            health_timeout_s=s.health_timeout_s,
+            start_timeout_s=s.start_timeout_s,
+            step_timeout_s=s.sync_timeout_s,
+            restart_budget=s.restart_budget,
+        )
+        router = None
+        if s.router_url:
+            patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
+            router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
+        return Fleet(members, patience, getattr(self._transfer, "resync", None), router)
+
+    async def _pop_counts(self) -> Counter[str]:
+        """In the loop, where they are counted."""
+        counts = self._counts + self._fleet.counts
+        self._counts.clear()
+        self._fleet.counts.clear()
+        return counts
+
+    async def _admit(self, member: Member, hf_config: PretrainedConfig) -> None:
+        if member.process is not None:
+            try:
+                await wait_until_healthy(member, self._settings.start_timeout_s)
+            except RolloutError as error:
+                raise ConfigError(f"rollout.sglang: {error}") from error
+        member.num_ranks = (await probe(member.api, hf_config)).num_ranks
+
+    async def _generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
+        rule = VersionRule(self._tags, self._tag, self._settings.max_version_lag)
+        seeds = np.random.SeedSequence(params.seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
+        law = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_new_tokens": params.max_new_tokens,
+            "stop_token_ids": self._stops,
+        }
+        samples = [
+            asyncio.create_task(self._sample(prompt.tolist(), {**law, "sampling_seed": int(seed)}, rule))
+            for prompt, seed in zip(prompts, seeds)
+        ]
+        try:
+            return await asyncio.gather(*samples)
+        except BaseException:
+            for sample in samples:
+                sample.cancel()
+            await asyncio.gather(*(m.api.abort() for m in self._fleet.serving), return_exceptions=True)
+            raise
+
+    async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: VersionRule) -> Rollout:
+        """One sample, from whichever server makes it; each try starts from the prompt."""
+        body = {"input_ids": token_ids, "sampling_params": law, "return_logprob": True}
+        failed: Member | None = None
+        problem = ""
+        for attempt in range(self._settings.max_attempts):
+            if attempt:
+                self._counts["retries"] += 1
+                longest = min(_FIRST_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S)
+                await asyncio.sleep(random.uniform(0, longest))  # full jitter: a dead server's requests come back apart
+            member = await self._fleet.acquire(avoid=failed)
+            try:
+                rollout = await self._ask(member, body, rule)
+            except (RequestFailed, Dropped) as error:
+                failed, problem = member, f"{member.api.url}: {error}"
+                continue
+            if self.on_progress:
+                self.on_progress(1)
+            return rollout
+        raise RolloutError(
+            f"a sample failed {self._settings.max_attempts} times (rollout.sglang.max_attempts); at last {problem}"
+        )
+
+    async def _ask(self, member: Member, body: dict[str, Any], rule: VersionRule) -> Rollout:
+        rid = secrets.token_hex(8)
+        request = member.api.generate({**body, "rid": rid}, self._settings.request_timeout_s)
+        try:
+            rollout = read_reply(await self._fleet.call(member, request), rule)
+        except RequestFailed as error:
+            self._fleet.suspect(member, str(error))
+            with suppress(RolloutError, TimeoutError):
+                await asyncio.wait_for(member.api.abort(rid), _ABORT_TIMEOUT_S)
+            raise
+        except Dropped as error:
+            self._counts[f"dropped_{error.reason}"] += 1
+            if error.reason != "aborted":
+                self._fleet.suspect(member, str(error), reload=error.reason != "malformed")
+            raise
+        member.strikes = 0
+        return rollout

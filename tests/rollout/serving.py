@@ -1,0 +1,172 @@
+"""What the tests of the SGLang engine share: a tiny model, the environments that serve it, and plain HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.rollout.member import stop_servers
+from dapo_mcore.rollout.server_api import Keys
+from dapo_mcore.rollout.servers import ServerPlan, start_servers
+from dapo_mcore.rollout.sglang import SGLangEngine
+from dapo_mcore.types import SamplingParams
+from tests.rollout.fake_sglang import fake_python
+
+ENVIRONMENT = "DAPO_MCORE_SGLANG"
+VOCAB, CONTEXT, STOP = 64, 512, 1
+
+
+def real_python() -> Path:
+    """The interpreter of the virtual environment that tools/sglang_cpu/setup.sh made; skips where none is named."""
+    folder = os.environ.get(ENVIRONMENT)
+    if not folder:
+        pytest.skip(f"set {ENVIRONMENT} to the environment that tools/sglang_cpu/setup.sh makes")
+    return Path(folder) / "bin/python"
+
+
+def tiny_config(**changes: Any) -> PretrainedConfig:
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=False)
+    return Qwen2Config(**{**sizes, **more, **changes}, architectures=["Qwen2ForCausalLM"])
+
+
+def tiny_model(seed: int) -> torch.nn.Module:
+    """Weights wide enough that the law is far from uniform, and different for each seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="eager", dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.15)
+    return model.eval().requires_grad_(False)
+
+
+def weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    return iter(list(tiny_model(seed).named_parameters()))
+
+
+def settings(python: Path, **changes: Any) -> SGLangConfig:
+    """Settings of a test: short patience, so that faults are noticed in seconds."""
+    patience = dict(health_interval_s=0.5, health_timeout_s=5.0, start_timeout_s=240.0, sync_timeout_s=30.0)
+    limits = dict(request_timeout_s=60.0, read_timeout_s=2.0, bucket_mib=1, server_args={"max-total-tokens": 40000})
+    return SGLangConfig.model_validate({"python": str(python), "device": "cpu", **patience, **limits, **changes})
+
+
+@contextmanager
+def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
+    python = changes.pop("python", None) or fake_python(folder)
+    made = SGLangEngine(
+        settings(python, **{"sync_dir": str(folder), **changes}),
+        tiny_config(),
+        stop_token_ids=(STOP,),
+        dtype=torch.float32,
+        folder=folder / "servers",
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def params(max_new_tokens: int = 16, temperature: float = 1.0) -> SamplingParams:
+    return SamplingParams(temperature=temperature, top_p=1.0, top_k=-1, max_new_tokens=max_new_tokens, seed=3)
+
+
+def prompts(count: int) -> list[np.ndarray]:
+    """Different prompts: a fake server's response repeats its own."""
+    return [np.array([3 + i // 60, 3 + i % 60, 2], dtype=np.int32) for i in range(count)]
+
+
+class Raw:
+    """One server by plain HTTP: (status, JSON or text) of every call."""
+
+    def __init__(self, url: str, keys: Keys | None = None):
+        self.url, self.keys = url, keys or Keys()
+
+    def get(self, path: str, key: str | None = "api") -> tuple[int, Any]:
+        return self._call("GET", path, None, key)
+
+    def post(self, path: str, body: Any = None, key: str | None = "admin") -> tuple[int, Any]:
+        return self._call("POST", path, body or {}, key)
+
+    def generate(self, ids: list[int], max_new_tokens: int = 8, **more: Any) -> tuple[int, Any]:
+        law = {"max_new_tokens": max_new_tokens, "ignore_eos": True, **more.pop("law", {})}
+        return self.post("/generate", {"input_ids": ids, "sampling_params": law, "return_logprob": True, **more}, "api")
+
+    def version(self) -> str:
+        return self.get("/model_info")[1]["weight_version"]
+
+    @contextmanager
+    def in_flight(self, max_new_tokens: int, **more: Any) -> Iterator[dict[str, Any]]:
+        """A generation under way inside the block; afterwards the dictionary holds its `status` and `answer`."""
+        box: dict[str, Any] = {}
+
+        def ask() -> None:
+            box["status"], box["answer"] = self.generate([5, 6, 7], max_new_tokens, **more)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.3)
+        assert not box, "the generation ended before the test began; ask for more tokens"
+        yield box
+        thread.join(60)
+
+    def _call(self, method: str, path: str, body: Any, key: str | None) -> tuple[int, Any]:
+        request = urllib.request.Request(self.url + path, method=method)
+        request.add_header("Content-Type", "application/json")
+        if key and (value := getattr(self.keys, key)):
+            request.add_header("Authorization", f"Bearer {value}")
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(request, data, timeout=60) as answer:
+                return answer.status, _decoded(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decoded(error.read())
+
+
+@contextmanager
+def bare_server(python: Path, folder: Path) -> Iterator[Raw]:
+    """One server without an engine, up."""
+    plan = ServerPlan.new(settings(python), tiny_config(), "float32", (STOP,), folder)
+    (process,) = start_servers(plan)
+    raw = Raw(process.url, plan.keys)
+    try:
+        wait_for(lambda: process.alive and _up(raw), 240, process.last_words)
+        yield raw
+    finally:
+        stop_servers([process])
+
+
+def wait_for(happened: Any, seconds: float, otherwise: Any = lambda: "") -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"not within {seconds} s: {otherwise()}"
+        time.sleep(0.1)
+
+
+def _up(raw: Raw) -> bool:
+    try:
+        return raw.get("/health")[0] == 200
+    except OSError:
+        return False
+
+
+def _decoded(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode()

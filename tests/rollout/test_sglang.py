@@ -1,0 +1,372 @@
+"""The engine on fake servers: what reaches the trainer when servers fail in every way that they can."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang import SGLangEngine
+from dapo_mcore.types import Rollout
+from tests.rollout.fake_sglang import fake_python
+from tests.rollout.serving import STOP, VOCAB, Raw, engine, params, prompts, tiny_config, wait_for, weights
+
+
+def servers(made: SGLangEngine) -> list[Raw]:
+    return [Raw(member.api.url, member.api._keys) for member in made._fleet.members]
+
+
+def order(server: Raw, kind: str, **fault: Any) -> None:
+    assert server.post("/fake", {"kind": kind, **fault})[0] == 200
+
+
+def told(server: Raw) -> dict[str, Any]:
+    return server.get("/fake")[1]
+
+
+def all_serve(made: SGLangEngine) -> None:
+    wait_for(lambda: len(made._fleet.serving) == len(made._fleet.members), 20, made._fleet._nobody)
+
+
+def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:
+    """Every prompt has its own response, whole, by the given weights alone."""
+    assert len(rollouts) == len(asked)
+    for rollout, prompt in zip(rollouts, asked):
+        assert rollout.token_ids.tolist() == np.resize(prompt, length).tolist()
+        assert rollout.weight_version == version and rollout.version_spans == () and rollout.finish_reason == "length"
+
+
+def test_samples_come_back_in_order_with_tokens_and_logprobs(tmp_path):
+    with engine(tmp_path, num_servers=2) as made:
+        made.update_weights(weights(0), version=4)
+        finished: list[int] = []
+        made.on_progress = finished.append
+        asked = prompts(100)
+        rollouts = made.generate(asked, params(16))
+        assert_whole(rollouts, asked, 16, version=4)
+        np.testing.assert_allclose(rollouts[5].logprobs, -(rollouts[5].token_ids + 1) / VOCAB, rtol=1e-6)
+        assert rollouts[5].token_ids.dtype == np.int32 and rollouts[5].logprobs.dtype == np.float32
+        assert rollouts[5].loss_mask.all()
+        assert sum(finished) == 100
+        shares = [told(server)["counts"]["generated"] for server in servers(made)]
+        assert sum(shares) == 100 and max(shares) - min(shares) <= 4
+        assert made.generate([], params(16)) == []
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_every_server_takes_every_tensor_of_the_stream(tmp_path, sync):
+    with engine(tmp_path, num_servers=2, sync=sync) as made:
+        for version, seed in ((0, 0), (1, 5)):
+            made.update_weights(weights(seed), version)
+            expected = {name: float(tensor.sum()) for name, tensor in weights(seed)}
+            for server in servers(made):
+                now = told(server)
+                assert now["weight_version"].startswith(f"{version}-") and not now["session"]
+                assert now["weights"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        numbers = made.metrics()
+        assert numbers["sync/bytes"] == sum(tensor.nbytes for _, tensor in weights(0))
+        assert numbers["sync/gb_per_s"] > 0 and numbers["rollout/servers_serving"] == 2
+        if sync == "disk":
+            assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
+    if sync == "disk":
+        assert not made._transfer.root.exists()
+
+
+def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
+    with engine(tmp_path, sync="distributed") as made:
+        bucket_a_tensor(made)
+        made.update_weights(weights(2), version=0)
+        (server,) = servers(made)
+        now = told(server)
+        assert now["counts"]["buckets"] == len(list(weights(2)))
+        assert now["weights"] == pytest.approx({n: float(t.sum()) for n, t in weights(2)}, rel=1e-4, abs=1e-4)
+
+
+def bucket_a_tensor(made: SGLangEngine) -> None:
+    made._settings = made._settings.model_copy(update={"bucket_mib": 0})
+
+
+@pytest.mark.parametrize("version", ["0.5.15", "0.5.20"])
+def test_servers_without_sessions_and_spans_are_understood(tmp_path, version):
+    with engine(tmp_path, python=fake_python(tmp_path, version), sync="distributed") as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(3)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+MID_GENERATION: dict[str, Callable[[Raw], None]] = {
+    "closes": lambda server: order(server, "close", count=5),
+    "500s": lambda server: order(server, "status", value=500, count=5),
+    "garbage": lambda server: order(server, "garbage", count=5),
+    "drips": lambda server: order(server, "drip", count=5),
+    "dies": lambda server: order(server, "die", value=0.1),
+}
+
+
+@pytest.mark.parametrize("fault", MID_GENERATION)
+def test_a_server_that_fails_mid_generation_costs_no_sample(tmp_path, fault):
+    with engine(tmp_path, num_servers=2) as made:
+        made.update_weights(weights(0), version=1)
+        first, second = servers(made)
+        MID_GENERATION[fault](first)
+        asked = prompts(60)
+        assert_whole(made.generate(asked, params(400)), asked, 400, version=1)
+        numbers = made.metrics()
+        assert numbers["rollout/retries"] >= 5 and numbers["rollout/servers_suspected"] >= 1
+        all_serve(made)
+        assert told(first)["weight_version"] == told(second)["weight_version"] == made._tag
+        later = made.metrics()
+        restarts = numbers["rollout/server_restarts"] + later["rollout/server_restarts"]
+        resyncs = numbers["rollout/servers_resynced"] + later["rollout/servers_resynced"]
+        assert (restarts, resyncs) == ((1, 1) if fault == "dies" else (0, 0))
+
+
+def test_a_server_that_hangs_is_found_by_its_health_and_its_requests_move(tmp_path):
+    with engine(tmp_path, num_servers=2, health_timeout_s=1.0) as made:
+        made.update_weights(weights(0), version=1)
+        os.kill(told(servers(made)[0])["pid"], signal.SIGSTOP)
+        started = time.monotonic()
+        asked = prompts(20)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        assert time.monotonic() - started < 20  # request_timeout_s is 60
+        assert made.metrics()["rollout/servers_suspected"] >= 1
+
+
+def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        (server,) = servers(made)
+        asked = prompts(8)
+        abort = threading.Timer(0.06, lambda: server.post("/abort_request", {"abort_all": True, "rid": ""}))
+        abort.start()
+        assert_whole(made.generate(asked, params(400)), asked, 400, version=1)
+        abort.join()
+        assert made.metrics()["rollout/dropped_aborted"] > 0
+
+
+def edited_versions(reason: str, old: str, new: str) -> dict[str, Any]:
+    """What an answer of 8 tokens must say to be dropped for `reason`."""
+    spans = [{"version": new, "start": 0, "end": 3}, {"version": old, "start": 3, "end": 8}]
+    return {
+        "stale_version": {"weight_version": old, "weight_versions": None},
+        "unknown_version": {"weight_version": "default", "weight_versions": None},
+        "mixed_versions": {"weight_version": old, "weight_versions": spans},
+    }[reason]
+
+
+@pytest.mark.parametrize("reason", ["stale_version", "unknown_version", "mixed_versions"])
+def test_samples_of_other_weights_never_reach_the_trainer(tmp_path, reason):
+    with engine(tmp_path, num_servers=2) as made:
+        made.update_weights(weights(0), version=1)
+        old = made._tag
+        made.update_weights(weights(1), version=2)
+        order(servers(made)[0], "edit", value=edited_versions(reason, old, made._tag), count=4)
+        asked = prompts(40)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+        numbers = made.metrics()
+        assert 1 <= numbers[f"rollout/dropped_{reason}"] <= 4  # the re-sync may abort one on its way
+        all_serve(made)
+        # it was not believed, and took the weights again
+        assert numbers["rollout/servers_resynced"] + made.metrics()["rollout/servers_resynced"] >= 1
+
+
+def test_older_weights_are_allowed_within_the_lag_and_recorded_by_span(tmp_path):
+    with engine(tmp_path, max_version_lag=1) as made:
+        tags = []
+        for version in (1, 2, 3):
+            made.update_weights(weights(version), version)
+            tags.append(made._tag)
+        (server,) = servers(made)
+        spans = [{"version": tags[1], "start": 0, "end": 3}, {"version": tags[2], "start": 3, "end": 8}]
+        order(server, "edit", value={"weight_version": tags[2], "weight_versions": spans})
+        (rollout,) = made.generate(prompts(1), params(8))
+        assert rollout.weight_version == 2 and rollout.version_spans == ((0, 2), (3, 3))
+        order(server, "edit", value={"weight_version": tags[0], "weight_versions": None})
+        (rollout,) = made.generate(prompts(1), params(8))
+        assert rollout.weight_version == 3 and made.metrics()["rollout/dropped_stale_version"] == 1
+
+
+def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served(tmp_path, monkeypatch):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dapo_mcore.rollout.transfer.save_file", full)
+            left = weights(1)
+            with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
+                made.update_weights(left, version=2)
+        assert list(left) == [] and made.weight_version == 1
+        assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
+        asked = prompts(2)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
+    with engine(tmp_path, num_servers=2) as made:
+        made.update_weights(weights(0), version=1)
+        first, _ = servers(made)
+        order(first, "ignored", where="version")
+        made.update_weights(weights(1), version=2)
+        asked = prompts(10)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+        assert made.metrics()["rollout/servers_excluded"] == 1
+        all_serve(made)
+        assert told(first)["weight_version"] == made._tag
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_serves(tmp_path, sync):
+    with engine(tmp_path, num_servers=2, sync=sync) as made:
+        bucket_a_tensor(made)
+        made.update_weights(weights(0), version=1)
+        first, second = servers(made)
+        order(first, "die", where="/update_weights_from_disk" if sync == "disk" else "bucket 5")
+        made.update_weights(weights(1), version=2)
+        assert made.weight_version == 2
+        asked = prompts(30)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+        if sync == "distributed":  # nothing is kept to catch up with: it waits for the next update
+            wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"], 20)
+            made.update_weights(weights(3), version=3)
+        all_serve(made)
+        assert told(first)["weight_version"] == told(second)["weight_version"] == made._tag
+        assert told(first)["weights"] == pytest.approx(told(second)["weights"])
+        numbers = made.metrics()
+        assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/server_restarts"] == 1
+
+
+def test_the_only_server_may_die_during_a_sync_from_disk(tmp_path):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "die", where="/update_weights_from_disk")
+        made.update_weights(weights(1), version=2)
+        asked = prompts(4)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_without_a_server_left_the_version_stays_and_the_error_names_each(tmp_path):
+    with engine(tmp_path, sync="distributed", restart_budget=0) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "die", where="bucket 1")
+        with pytest.raises(RolloutError, match=r"none of 1 rollout servers can serve .*http://127.0.0.1:\d+"):
+            made.update_weights(weights(1), version=2)
+        assert made.weight_version == 1
+
+
+def test_the_restart_budget_is_a_limit(tmp_path):
+    with engine(tmp_path, restart_budget=1) as made:
+        made.update_weights(weights(0), version=1)
+        for _ in range(2):
+            all_serve(made)
+            os.killpg(made._processes[0].pid, signal.SIGKILL)
+            wait_for(lambda: not made._fleet.serving, 20)
+        with pytest.raises(RolloutError, match=r"all 1 restarts .* are spent"):
+            made.generate(prompts(2), params(8))
+
+
+def test_a_sample_that_always_fails_stops_the_run_with_the_last_problem(tmp_path):
+    with engine(tmp_path, max_attempts=2) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "status", value=500, count=100)
+        with pytest.raises(RolloutError, match=r"failed 2 times .*HTTP 500: ordered"):
+            made.generate(prompts(1), params(8))
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_a_stream_that_does_not_fit_is_drained_and_never_served(tmp_path, sync):
+    with engine(tmp_path, sync=sync) as made:
+        made.update_weights(weights(0), version=1)
+        whole = list(weights(1))
+        cut = [(name, tensor[..., :-1]) if name == "model.norm.weight" else (name, tensor) for name, tensor in whole]
+        for stream, message in (
+            (whole[:-1], f"weight version 2 lacks 1 of {len(whole)} tensors: lm_head.weight"),
+            (cut, "model.norm.weight has shape [63], the model [64]"),
+        ):
+            left = iter(stream)
+            with pytest.raises(RolloutError) as caught:
+                made.update_weights(left, version=2)
+            assert message in str(caught.value)
+            assert list(left) == []
+            assert made.weight_version == 1
+        if sync == "disk":  # no server has seen any of it
+            asked = prompts(2)
+            assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+def test_prompts_that_a_server_must_not_see_are_refused_here(tmp_path):
+    with engine(tmp_path) as made:
+        with pytest.raises(RolloutError, match="no weights yet"):
+            made.generate(prompts(1), params(8))
+        made.update_weights(weights(0), version=0)
+        for prompt, message in ((np.zeros(0), "no tokens"), ([VOCAB], "token 64"), (np.ones(505), "that is 513")):
+            with pytest.raises(RolloutError, match=message):
+                made.generate([np.array(prompt, np.int32)], params(8))
+
+
+def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
+    """One server stands in for the router. Given servers are not ours to stop."""
+    with engine(tmp_path, num_servers=2) as outer:
+        keys = tmp_path / "servers/keys.json"
+        urls = [process.url for process in outer._processes]
+        settings = outer._settings.model_copy(update=dict(urls=urls, router_url=urls[0], key_file=str(keys)))
+        made = SGLangEngine(settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b")
+        try:
+            made.update_weights(weights(0), version=1)
+            asked = prompts(5)
+            assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+            assert [told(server)["counts"].get("generated", 0) for server in servers(made)] == [5, 0]
+            assert {told(server)["weight_version"] for server in servers(made)} == {made._tag}
+        finally:
+            made.close()
+        assert all(process.alive for process in outer._processes)
+
+
+def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
+    """For instance because it does not see sync_dir: an error, not a wait without end."""
+    with engine(tmp_path) as outer:
+        (url,) = [process.url for process in outer._processes]
+        settings = outer._settings.model_copy(update=dict(urls=[url], key_file=str(tmp_path / "servers/keys.json")))
+        made = SGLangEngine(settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b")
+        try:
+            order(servers(made)[0], "status", where="/update_weights_from_disk", value=400, count=100)
+            with pytest.raises(RolloutError, match=r"none of 1 rollout servers .* lost: .*HTTP 400: ordered"):
+                made.update_weights(weights(0), version=1)
+            assert made.weight_version == -1
+        finally:
+            made.close()
+
+
+def test_a_killed_trainer_takes_its_servers_along(tmp_path):
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
+        "from tests.rollout.serving import engine\n"
+        "with engine(Path(sys.argv[1])) as made:\n"
+        "    print(made._processes[0].pid, flush=True); time.sleep(60)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), os.getcwd()], stdout=subprocess.PIPE)
+    pid = int(trainer.stdout.readline())
+    assert alive(pid)
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not alive(pid), 10)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

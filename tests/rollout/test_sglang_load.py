@@ -1,0 +1,31 @@
+"""2,048 requests in flight on two fake servers: nothing lost, nothing doubled, and what a request costs the client."""
+
+from __future__ import annotations
+
+import time
+
+from tests.rollout.fake_sglang import fake_python
+from tests.rollout.serving import engine, params, prompts, weights
+from tests.rollout.test_sglang import assert_whole, servers, told
+
+IN_FLIGHT = 2048
+
+
+def test_thousands_of_requests_in_flight_lose_and_double_no_sample(tmp_path, capsys):
+    python = fake_python(tmp_path, tokens_per_s=4)  # slow enough for all to be in flight before the first is done
+    with engine(tmp_path, python=python, num_servers=2, health_interval_s=60.0, max_in_flight=IN_FLIGHT) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(IN_FLIGHT)
+        assert len({prompt.tobytes() for prompt in asked}) == IN_FLIGHT
+        wall, cpu = time.perf_counter(), time.process_time()
+        rollouts = made.generate(asked, params(400))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        assert_whole(rollouts, asked, 400, version=1)
+        counts = [told(server)["counts"] for server in servers(made)]
+        assert sum(count["generated"] for count in counts) == IN_FLIGHT and made.metrics()["rollout/retries"] == 0
+        most = sum(count["most_running"] for count in counts)
+        assert most == IN_FLIGHT, f"{most} were in flight together"
+    with capsys.disabled():
+        print(
+            f"\n{IN_FLIGHT} requests in flight: client CPU {1e3 * cpu / IN_FLIGHT:.2f} ms a request, wall {wall:.1f} s"
+        )

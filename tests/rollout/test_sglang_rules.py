@@ -1,0 +1,221 @@
+"""The rules of SGLang's server that the engine relies on: the fake server keeps them, and so does the real one.
+
+The real server runs where DAPO_MCORE_SGLANG names its environment. Faults are tested on the fake alone, which is honest
+only as far as this file goes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from dapo_mcore.rollout.transfer import _Link
+from tests.rollout.fake_sglang import fake_python
+from tests.rollout.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
+
+KINDS = ["fake", pytest.param("real", marks=pytest.mark.sglang)]
+LONG = 400  # tokens of a generation that a test interrupts
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request, tmp_path_factory) -> Iterator[Raw]:
+    folder = tmp_path_factory.mktemp(request.param)
+    python = fake_python(folder, tokens_per_s=500) if request.param == "fake" else real_python()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "2")  # how long the real one takes to say that it is not healthy
+        with bare_server(python, folder / "servers") as raw:
+            yield raw
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Folders of weights: whole in two files, and without the norms."""
+    folder = tmp_path_factory.mktemp("weights")
+    whole = {name: tensor.contiguous() for name, tensor in weights(seed=1)}
+    norms = {name for name in whole if "norm" in name}
+    parts = {
+        "whole": [{n: whole[n] for n in whole if n not in norms}, {n: whole[n] for n in norms}],
+        "partial": [{n: whole[n] for n in whole if n not in norms}],
+    }
+    for name, files in parts.items():
+        (folder / name).mkdir()
+        for number, tensors in enumerate(files):
+            save_file(tensors, folder / name / f"{number:05d}.safetensors")
+    return {name: folder / name for name in parts}
+
+
+def load(server: Raw, folder: Path, version: str | None, **more) -> tuple[int, dict]:
+    body = {"model_path": str(folder), "load_format": "safetensors", "weight_version": version, **more}
+    return server.post("/update_weights_from_disk", body)
+
+
+def test_it_says_who_it_is(server: Raw) -> None:
+    info = server.get("/server_info")[1]
+    assert info["version"] == "0.5.21" and info["tp_size"] == info["pp_size"] == 1
+    model = server.get("/model_info")[1]
+    assert Path(model["model_path"]).name == "model" and model["architectures"] == ["Qwen2ForCausalLM"]
+
+
+def test_an_answer_has_tokens_logprobs_and_versions(server: Raw) -> None:
+    status, answer = server.generate([5, 6, 7], max_new_tokens=12, rid="mine")
+    meta = answer["meta_info"]
+    assert status == 200 and meta["id"] == "mine" and meta["prompt_tokens"] == 3
+    assert [entry[1] for entry in meta["output_token_logprobs"]] == answer["output_ids"]
+    assert len(answer["output_ids"]) == 12 and all(entry[0] < 0 for entry in meta["output_token_logprobs"])
+    assert meta["finish_reason"]["type"] == "length"
+    assert meta["weight_versions"] == [{"version": meta["weight_version"], "start": 0, "end": 12}]
+
+
+def test_each_kind_of_call_takes_its_own_key_and_health_takes_none(server: Raw) -> None:
+    assert server.get("/model_info", key=None)[0] == 401
+    assert server.get("/model_info", key="admin")[0] == 401
+    assert server.post("/abort_request", {"rid": "x"}, key="api")[0] == 401
+    assert server.post("/abort_request", {"rid": "x"}, key="admin")[0] == 200
+    assert server.get("/health", key=None)[0] == 200
+
+
+def test_prompts_it_cannot_take_are_refused_with_400(server: Raw) -> None:
+    status, answer = server.generate([5] * (CONTEXT + 1))
+    assert status == 400 and f"longer than the model's context length ({CONTEXT}" in answer["error"]["message"]
+    assert server.generate([])[0] == 400
+
+
+def test_a_bias_for_an_unknown_token_tells_the_vocabulary(server: Raw) -> None:
+    status, answer = server.generate([5], law={"logit_bias": {"2147483647": 0.0}})
+    assert status == 400 and f"[0, {VOCAB - 1}]" in answer["error"]["message"]
+
+
+def test_flushing_is_refused_with_400_while_it_generates(server: Raw) -> None:
+    with server.in_flight(LONG):
+        assert server.post("/flush_cache")[0] == 400
+    assert server.post("/flush_cache")[0] == 200
+
+
+def test_abort_ends_its_request_with_what_it_has(server: Raw) -> None:
+    with server.in_flight(LONG, rid="one") as box:
+        assert server.post("/abort_request", {"rid": "another"})[0] == 200
+        assert server.post("/abort_request", {"rid": "one"})[0] == 200
+    meta = box["answer"]["meta_info"]
+    assert box["status"] == 200 and meta["finish_reason"]["type"] == "abort"
+    assert 0 < len(meta["output_token_logprobs"]) < LONG
+    with server.in_flight(LONG, rid="two") as box:
+        server.post("/abort_request", {"rid": "another"})
+    assert box["answer"]["meta_info"]["finish_reason"]["type"] == "length"
+
+
+def test_pause_by_abort_ends_requests_and_keeps_new_ones_waiting(server: Raw) -> None:
+    with server.in_flight(LONG) as box:
+        assert server.post("/pause_generation", {"mode": "abort"})[0] == 200
+    assert box["status"] == 200 and box["answer"]["meta_info"]["finish_reason"]["type"] == "abort"
+    answers: list = []
+    waiting = threading.Thread(target=lambda: answers.append(server.generate([5], 2)))
+    waiting.start()
+    waiting.join(1)
+    assert not answers
+    assert server.post("/continue_generation")[0] == 200
+    waiting.join(30)
+    assert answers[0][1]["meta_info"]["finish_reason"]["type"] == "length"
+
+
+def test_a_paused_server_looks_unhealthy(server: Raw) -> None:
+    server.post("/pause_generation", {"mode": "abort"})
+    assert server.get("/health")[0] == 503
+    server.post("/continue_generation")
+    assert server.get("/health")[0] == 200
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_an_update_in_flight_shows_as_two_spans(server: Raw, checkpoints, mode: str) -> None:
+    before = server.version()
+    with server.in_flight(LONG) as box:
+        server.post("/pause_generation", {"mode": mode})
+        assert server.post("/flush_cache")[0] == (200 if mode == "retract" else 400)
+        assert load(server, checkpoints["whole"], mode, flush_cache=mode == "retract")[0] == 200
+        server.post("/continue_generation")
+    meta = box["answer"]["meta_info"]
+    (first, second), middle = meta["weight_versions"], meta["weight_versions"][0]["end"]
+    assert first == {"version": before, "start": 0, "end": middle} and 0 < middle < LONG
+    assert second == {"version": mode, "start": middle, "end": LONG}
+    assert meta["weight_version"] == mode
+
+
+def test_weights_from_disk_bring_their_version_when_one_is_given(server: Raw, checkpoints) -> None:
+    status, answer = load(server, checkpoints["whole"], "disk-1")
+    assert status == 200 and answer["success"] and server.version() == "disk-1"
+    assert load(server, checkpoints["whole"], None)[0] == 200 and server.version() == "disk-1"
+
+
+def test_a_folder_without_weights_is_refused_and_changes_nothing(server: Raw, tmp_path) -> None:
+    before = server.version()
+    status, answer = load(server, tmp_path / "none", "never")
+    assert status == 400 and not answer["success"] and server.version() == before
+
+
+def test_a_partial_checkpoint_is_taken_without_a_word(server: Raw, checkpoints) -> None:
+    """Why the engine checks the stream itself."""
+    assert load(server, checkpoints["partial"], "partial")[0] == 200 and server.version() == "partial"
+
+
+def test_a_session_opens_once_and_closes_once(server: Raw) -> None:
+    assert server.post("/end_weight_update")[0] == 400
+    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 200
+    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 400
+    assert server.post("/end_weight_update")[0] == 200
+
+
+def test_a_broadcast_needs_a_session_and_a_group(server: Raw) -> None:
+    body = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "nobody"}
+    status, answer = server.post("/update_weights_from_distributed", body)
+    assert status == 400 and "begin_weight_update" in answer["message"]
+    server.post("/begin_weight_update", {"selector": "all"})
+    status, answer = server.post("/update_weights_from_distributed", body)
+    assert status == 400 and "nobody" in answer["message"]
+    assert server.post("/end_weight_update")[0] == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": "nobody"})[0] == 400
+
+
+def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+    name = f"rules-{secrets.token_hex(4)}"  # torch wants it unique in a process
+    link = _Link(name, "127.0.0.1", 2, "gloo", timedelta(seconds=30))
+    join = {"master_address": "127.0.0.1", "master_port": link.port, "rank_offset": 1, "world_size": 2}
+    join |= {"group_name": name, "backend": "gloo"}
+    assert in_background(lambda: server.post("/init_weights_update_group", join), link.open) == 200
+    before = server.version()
+    server.post("/begin_weight_update", {"selector": "all"})
+    tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
+    for bucket, version in ((tensors[:5], None), (tensors[5:], "broadcast")):
+        body = {
+            "names": [tensor_name for tensor_name, _ in bucket],
+            "dtypes": ["float32"] * len(bucket),
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": name,
+            "flush_cache": version is not None,
+            "weight_version": version,
+        }
+        send = lambda bucket=bucket: link.broadcast(bucket)  # noqa: E731
+        assert in_background(lambda body=body: server.post("/update_weights_from_distributed", body), send) == 200
+        assert server.version() == (version or before)
+    assert server.post("/end_weight_update")[0] == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": name})[0] == 200
+
+
+def in_background(call, meanwhile) -> int:
+    """The status of `call`, which waits for what `meanwhile` does."""
+    box: list[tuple[int, object]] = []
+    thread = threading.Thread(target=lambda: box.append(call()))
+    thread.start()
+    meanwhile()
+    thread.join(60)
+    return box[0][0]
+
+
+def test_the_last_an_unknown_token_kills_it(server: Raw) -> None:
+    """Why the engine checks prompts itself. It must stay the last test of this file."""
+    with pytest.raises(OSError):
+        server.generate([VOCAB])
