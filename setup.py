@@ -34,7 +34,7 @@ setup(
         "aiohttp>=3.10",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'"],
+        "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'", "ray>=2.52"],
         "gpu": ["triton>=3.4"],
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "sglang": ["sglang>=0.5.15,<0.5.24"],
