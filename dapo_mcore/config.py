@@ -97,6 +97,8 @@ class RolloutConfig(Section):
     top_k: int = -1
     max_batch: int = Field(1024, ge=1)
     """Embedded engine: sequences decoded at once."""
+    async_steps: int = Field(0, ge=0, le=1)
+    """1: servers generate the next step's groups while the ranks train on this step's, which are one version older."""
     num_threads: int | None = Field(None, ge=1)
     """Embedded engine: CPU threads while generating; None takes all cores."""
     sglang: SGLangConfig = SGLangConfig()
@@ -114,7 +116,13 @@ class SamplingConfig(Section):
     on_exhausted: Literal["error", "train_on_what_we_have"] = "error"
     carry_surplus: bool = True
     max_staleness: int = Field(1, ge=0)
-    """Weight versions a carried group may be behind the current one."""
+    """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
+    max_in_flight_groups: int | None = Field(None, ge=1)
+    """Engine `sglang`: groups that servers work on at a time; null: gen_batch_prompts, or train_batch_prompts where nothing
+    is filtered. A finished group is replaced at once while more are expected to be needed."""
+    on_full: Literal["wait", "abort"] = "wait"
+    """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus, or `abort` them and
+    ask their prompts again in the next step. `abort` is sooner done, but favours short responses."""
     resample_size: int = Field(1, ge=1)
     """Style `resample`: responses added to a uniform group in one round."""
     max_samples_per_prompt: int = Field(64, ge=1)
@@ -180,6 +188,8 @@ class AlgoConfig(Section):
     advantage_eps: float = Field(1e-6, ge=0)
     entropy_coef: float = 0.0
     old_logprobs: Literal["actor", "rollout"] = "actor"
+    max_mismatch: float | None = Field(None, gt=0)
+    """Largest mean |log-prob of actor - of rollout engine| over a step's loss tokens, in nats, at which a run goes on."""
     kl: KLConfig = KLConfig()
     tis: TISConfig = TISConfig()
 
@@ -294,7 +304,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling):
+        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, _check_servers):
             rule(self)
         return self
 
@@ -366,4 +376,25 @@ def _check_sampling(c: Config) -> None:
         raise ValueError(
             f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
             f"raise it to at least {size}"
+        )
+
+
+def _check_servers(c: Config) -> None:
+    """What only works beside servers, and what a policy that is ahead of its samples needs."""
+    ahead, continuous = c.rollout.async_steps, c.sampling.max_in_flight_groups or c.sampling.on_full == "abort"
+    if c.rollout.engine != "sglang" and (ahead or continuous):
+        key = "rollout.async_steps 1" if ahead else "sampling.max_in_flight_groups or on_full abort"
+        raise ValueError(
+            f"{key} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
+            "trainer's own process; choose sglang or leave the default"
+        )
+    if ahead and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
+        raise ValueError(
+            "rollout.async_steps 1 trains on samples of weights one version older; correct for it with algo.tis.mode "
+            "truncate or mask, or with algo.old_logprobs rollout"
+        )
+    if c.sampling.max_staleness < ahead:
+        raise ValueError(
+            f"sampling.max_staleness {c.sampling.max_staleness} is below rollout.async_steps {ahead}: every group would "
+            f"be dropped as stale; use at least {ahead}, or {ahead + 1} to carry surplus as well"
         )

@@ -47,11 +47,22 @@ METRICS: dict[str, Metric] = {
     "sampling/groups_all_right": Metric("groups", "groups without signal: every answer right"),
     "sampling/groups_all_wrong": Metric("groups", "groups without signal: every answer wrong"),
     "sampling/kept_ratio": Metric("fraction", "groups whose answers vary among groups generated"),
-    "sampling/gen_batches": Metric("batches", "generation rounds of filter-and-refill"),
+    "sampling/gen_batches": Metric("batches", "generation rounds, or groups begun over the size of one"),
     "sampling/generated_tokens": Metric("tokens", "response tokens generated in this step"),
     "sampling/surplus_reused": Metric("groups", "groups trained on that an earlier step had generated"),
     "sampling/surplus_carried": Metric("groups", "good groups beyond the training batch, kept for the next step"),
     "sampling/surplus_dropped": Metric("groups", "carried groups that became too stale, or surplus thrown away"),
+    "sampling/groups_stale": Metric(
+        "groups", "groups dropped because they were older than sampling.max_staleness allows"
+    ),
+    "sampling/groups_aborted": Metric("groups", "groups ended unfinished by sampling.on_full abort; asked again later"),
+    "sampling/in_flight_mean": Metric("groups", "groups that servers worked on, mean over the time of generation"),
+    "sampling/in_flight_max": Metric("groups", "the most of them"),
+    "sampling/surplus_wait_s": Metric("s", "wait for groups in flight after enough were kept"),
+    "sampling/staleness_mean": Metric(
+        "versions", "versions of trained groups behind the policy that trains on them, mean"
+    ),
+    "sampling/staleness_max": Metric("versions", "maximum of the same"),
     "sampling/resample_rate": Metric("fraction", "responses added to uniform groups, among all responses generated"),
     "sampling/samples_generated": Metric("samples", "responses generated in this step"),
     "actor/loss": Metric("", "policy loss as optimised, mean over the step's updates"),
@@ -93,7 +104,7 @@ METRICS: dict[str, Metric] = {
     "updates": Metric("updates", "gradient steps since the start of the run"),
     "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
     "time/step_s": Metric("s", "wall time of the rollout step"),
-    "time/<phase>_s": Metric("s", "wall time of generate, reward, filter, logprob, train, sync, eval or save"),
+    "time/<phase>_s": Metric("s", "wall time of generate, reward, filter, logprob, train, wait, sync, eval or save"),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
     "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),
