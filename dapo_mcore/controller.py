@@ -119,7 +119,10 @@ class Controller:
         return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
 
     def finish_rollout(self) -> None:
-        """Returns once nothing is generated any more, so that weights may move. Raises what ended a rollout beside training."""
+        """Returns once nothing is generated any more, so that weights may move.
+
+        A rollout that failed beside training raises in `rollout`, when this step is trained, recorded and saved.
+        """
         if self.ahead.running:
             self.progress.phase("wait")
         with self.timer.phase("wait") if self.config.rollout.async_steps else nullcontext():

@@ -6,7 +6,7 @@ Change here: how the controller's background thread is started and waited for. W
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Generic, TypeVar
 
@@ -37,9 +37,9 @@ class Ahead(Generic[T]):
         Thread(target=self._run, args=(step, self._future), name="rollout-ahead", daemon=True).start()
 
     def wait(self) -> None:
-        """Returns once the work that was begun, if any, is done. Raises what it raised."""
+        """Returns once the work that was begun, if any, has ended; `take` tells how."""
         if self._step is not None:
-            self._future.result()
+            wait([self._future])
 
     def take(self, step: int) -> T | None:
         """The result for `step` once it is there, None when it was not begun. Raises what the work raised."""
