@@ -118,8 +118,7 @@ class SamplingConfig(Section):
     max_staleness: int = Field(1, ge=0)
     """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
     max_in_flight_groups: int | None = Field(None, ge=1)
-    """Engine `sglang`: groups that servers work on at a time; null: gen_batch_prompts, or train_batch_prompts where nothing
-    is filtered. A finished group is replaced at once while more are expected to be needed."""
+    """Engine `sglang`: groups in work at a time; null: gen_batch_prompts, or train_batch_prompts where nothing is filtered."""
     on_full: Literal["wait", "abort"] = "wait"
     """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus, or `abort` them and
     ask their prompts again in the next step. `abort` is sooner done, but favours short responses."""
@@ -189,7 +188,8 @@ class AlgoConfig(Section):
     entropy_coef: float = 0.0
     old_logprobs: Literal["actor", "rollout"] = "actor"
     max_mismatch: float | None = Field(None, gt=0)
-    """Largest mean |log-prob of actor - of rollout engine| over a step's loss tokens, in nats, at which a run goes on."""
+    """A larger mean |log-prob of actor - of rollout engine| of a step's loss tokens, in nats, ends the run before it trains
+    on them. The actor then scores every step, also with old_logprobs=rollout."""
     kl: KLConfig = KLConfig()
     tis: TISConfig = TISConfig()
 
