@@ -10,53 +10,17 @@ a server is `serving` only while it has confirmed that it holds the current weig
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.http import RequestFailed
-from dapo_mcore.rollout.server_api import ServerApi
-from dapo_mcore.rollout.servers import ServerProcess
+from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
 
-State = Literal["waiting", "serving", "out", "lost"]
 _STRIKES = 3
-
-
-@dataclass(eq=False)
-class Member:
-    """One server. `process` is None for a server that somebody else started.
-
-    strikes   times it was taken out since its last good answer; the third restarts it.
-    calls     generation requests on their way, so that a hung server's can be given up.
-    tag       the weights that it has confirmed.
-    link      what a distributed update keeps for it (transfer.py).
-    """
-
-    api: ServerApi
-    num_ranks: int = 1
-    process: ServerProcess | None = None
-    state: State = "waiting"
-    strikes: int = 0
-    calls: set[asyncio.Task[Any]] = field(default_factory=set)
-    tag: str | None = None
-    link: Any = None
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Limits of the fleet, in seconds and counts; see SGLangConfig."""
-
-    max_in_flight: int
-    health_interval_s: float
-    health_timeout_s: float
-    start_timeout_s: float
-    step_timeout_s: float
-    restart_budget: int
-
 
 Resync = Callable[[Member, str], Awaitable[None]]
 """Gives one server the weights of a tag, from where they are kept."""
@@ -184,11 +148,7 @@ class Fleet:
         with suppress(RolloutError, TimeoutError):  # a paused server looks dead to a health check
             await asyncio.wait_for(member.api.resume(), self._patience.health_timeout_s)
         if member.process is None:
-            while not await member.api.healthy(self._patience.health_timeout_s):
-                self._give_up_calls(member)
-                await asyncio.sleep(self._patience.health_interval_s)
-            await asyncio.sleep(min(member.strikes, 10) - 1)
-            return True
+            return await self._wait_for_given(member)
         good = member.strikes < _STRIKES and member.process.alive
         if good and await member.api.healthy(self._patience.health_timeout_s):
             return True
@@ -203,6 +163,19 @@ class Fleet:
         member.tag, member.strikes = None, 0
         await asyncio.to_thread(member.process.restart)
         await wait_until_healthy(member, self._patience.start_timeout_s)
+        return True
+
+    async def _wait_for_given(self, member: Member) -> bool:
+        """A server of somebody else's gets as long to come back as one of ours to start, and three tries to be of use."""
+        if member.strikes > _STRIKES:
+            return False
+        await asyncio.sleep(member.strikes - 1)
+        end = time.monotonic() + self._patience.start_timeout_s
+        while not await member.api.healthy(self._patience.health_timeout_s):
+            self._give_up_calls(member)
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(self._patience.health_interval_s)
         return True
 
     async def _give_weights(self, member: Member) -> None:
@@ -293,16 +266,3 @@ class Transaction:
                 told = str(outcome) or f"nothing within {self._timeout_s:g} s"
                 self.members.remove(member)
                 self._fleet._take_out(member, f"weight update, {step}: {told}")
-
-
-async def wait_until_healthy(member: Member, timeout_s: float) -> None:
-    """Returns when the server generates. Raises RolloutError when its process ends first, or time is up."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while not await member.api.healthy(timeout_s):
-                if member.process is not None and not member.process.alive:
-                    raise RolloutError(f"{member.api.url} ended while it started: {member.process.last_words()}")
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        words = member.process.last_words() if member.process is not None else "it runs elsewhere"
-        raise RolloutError(f"{member.api.url} was not up within {timeout_s:g} s: {words}") from None

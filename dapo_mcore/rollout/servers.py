@@ -39,7 +39,15 @@ CPU_ARGS = {
 """What SGLang needs beside `device: cpu` to run without a GPU; its own guess of the cache's size takes most of memory."""
 
 # What a launcher has set for the trainer is not for its servers; PYTHONPATH would let our `kernels/` pose as theirs.
-_NOT_INHERITED = ("PYTHONPATH", "TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_NOT_INHERITED = (
+    "PYTHONPATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "TRITON_INTERPRET",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+)
 _NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 _STOP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -173,7 +181,6 @@ def _arguments(settings: SGLangConfig, keys: Keys, folder: Path, dtype: str, num
         "dtype": dtype,
         "device": settings.device,
         "tp-size": settings.tensor_parallel,
-        "base-gpu-id": number * settings.tensor_parallel,
         "host": settings.host,
         "port": port,
         "api-key": keys.api,
@@ -181,7 +188,9 @@ def _arguments(settings: SGLangConfig, keys: Keys, folder: Path, dtype: str, num
         "log-level": "warning",
     }
     given = {key.replace("_", "-"): value for key, value in settings.server_args.items()}
-    return ours | (CPU_ARGS if settings.device == "cpu" else {}) | given
+    # on a CPU base-gpu-id would name a NUMA node
+    device = CPU_ARGS if settings.device == "cpu" else {"base-gpu-id": number * settings.tensor_parallel}
+    return ours | device | given
 
 
 def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:

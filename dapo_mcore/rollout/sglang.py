@@ -25,11 +25,12 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError
-from dapo_mcore.rollout.fleet import Fleet, Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.fleet import Fleet
 from dapo_mcore.rollout.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
+from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
 from dapo_mcore.rollout.probe import probe
 from dapo_mcore.rollout.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.server_api import Keys, ServerApi

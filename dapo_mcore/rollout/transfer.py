@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_mcore.errors import ConfigError, RolloutError
-from dapo_mcore.rollout.fleet import Fleet, Member, Transaction
+from dapo_mcore.rollout.fleet import Fleet, Transaction
 from dapo_mcore.rollout.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import Bucket
+from dapo_mcore.rollout.member import Member
 
 GIB = 2**30
 

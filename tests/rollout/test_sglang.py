@@ -316,6 +316,21 @@ def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
         assert all(process.alive for process in outer._processes)
 
 
+def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
+    """For instance because it does not see sync_dir: an error, not a wait without end."""
+    with engine(tmp_path) as outer:
+        (url,) = [process.url for process in outer._processes]
+        settings = outer._settings.model_copy(update=dict(urls=[url], key_file=str(tmp_path / "servers/keys.json")))
+        made = SGLangEngine(settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b")
+        try:
+            order(servers(made)[0], "status", where="/update_weights_from_disk", value=400, count=100)
+            with pytest.raises(RolloutError, match=r"none of 1 rollout servers .* lost: .*HTTP 400: ordered"):
+                made.update_weights(weights(0), version=1)
+            assert made.weight_version == -1
+        finally:
+            made.close()
+
+
 def test_a_killed_trainer_takes_its_servers_along(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"

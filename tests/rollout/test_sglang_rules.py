@@ -6,6 +6,7 @@ only as far as this file goes.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -180,18 +181,20 @@ def test_a_broadcast_needs_a_session_and_a_group(server: Raw) -> None:
 
 
 def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
-    link = _Link("rules", "127.0.0.1", 2, "gloo", timedelta(seconds=30))
+    name = f"rules-{secrets.token_hex(4)}"  # torch wants it unique in a process
+    link = _Link(name, "127.0.0.1", 2, "gloo", timedelta(seconds=30))
     join = {"master_address": "127.0.0.1", "master_port": link.port, "rank_offset": 1, "world_size": 2}
-    assert in_background(lambda: server.post("/init_weights_update_group", {**join, "group_name": "rules", "backend": "gloo"}), link.open) == 200  # fmt: skip
+    join |= {"group_name": name, "backend": "gloo"}
+    assert in_background(lambda: server.post("/init_weights_update_group", join), link.open) == 200
     before = server.version()
     server.post("/begin_weight_update", {"selector": "all"})
     tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
     for bucket, version in ((tensors[:5], None), (tensors[5:], "broadcast")):
         body = {
-            "names": [name for name, _ in bucket],
+            "names": [tensor_name for tensor_name, _ in bucket],
             "dtypes": ["float32"] * len(bucket),
             "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": "rules",
+            "group_name": name,
             "flush_cache": version is not None,
             "weight_version": version,
         }
@@ -199,7 +202,7 @@ def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: R
         assert in_background(lambda body=body: server.post("/update_weights_from_distributed", body), send) == 200
         assert server.version() == (version or before)
     assert server.post("/end_weight_update")[0] == 200
-    assert server.post("/destroy_weights_update_group", {"group_name": "rules"})[0] == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": name})[0] == 200
 
 
 def in_background(call, meanwhile) -> int:

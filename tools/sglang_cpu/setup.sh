@@ -19,4 +19,10 @@ python=$dir/bin/python
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp "$here/hollow.py" "$site/sglang_cpu_hollow.py"
 echo "import sglang_cpu_hollow" >"$site/sglang_cpu_hollow.pth"  # at every start of this environment's interpreter
-"$python" -P -c 'from sglang.srt.entrypoints import http_server; from sglang.version import __version__ as v; print("SGLang", v)'
+# The check also leaves the bytecode behind, without which each start of a server takes twice as long.
+unset PYTHONDONTWRITEBYTECODE
+"$python" -P -W ignore -c '
+from sglang.srt.entrypoints import http_server
+from sglang.srt.models import qwen2
+from sglang.version import __version__
+print("SGLang", __version__)'

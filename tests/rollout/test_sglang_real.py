@@ -1,0 +1,164 @@
+"""The engine on two real SGLang servers: log-probs, both ways of a weight sync, and kill -9 at the worst moments.
+
+One start for all tests, which run in order. It needs the environment that tools/sglang_cpu/setup.sh makes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.rollout.embedded import EmbeddedEngine
+from dapo_mcore.rollout.member import Member
+from dapo_mcore.rollout.sglang import SGLangEngine
+from dapo_mcore.rollout.transfer import BroadcastTransfer
+from dapo_mcore.types import Rollout, SamplingParams
+from tests.rollout.serving import STOP, engine, params, prompts, real_python, tiny_config, tiny_model, wait_for, weights
+
+pytestmark = pytest.mark.sglang
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Iterator[SGLangEngine]:
+    folder = tmp_path_factory.mktemp("real")
+    patience = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
+    with engine(folder, python=real_python(), num_servers=2, restart_budget=9, **patience) as started:
+        yield started
+
+
+def sync(made: SGLangEngine, seed: int) -> None:
+    made.update_weights(weights(seed), made.weight_version + 1)
+
+
+def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temperature: float = 1.0) -> float:
+    """The largest difference between the servers' log-probs and those of Hugging Face's model in fp64."""
+    model, worst = tiny_model(seed).double(), 0.0
+    for prompt, rollout in zip(asked, rollouts, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
+        worst = max(worst, (torch.from_numpy(rollout.logprobs) - expected).abs().max().item())
+    return worst
+
+
+def assert_follows(made: SGLangEngine, seed: int, count: int = 16) -> None:
+    """Every server answers with these weights, and the old ones would have shown."""
+    asked = prompts(count)
+    rollouts = made.generate(asked, params(24))
+    assert mismatch(rollouts, asked, seed) <= 1e-5
+    assert mismatch(rollouts, asked, seed + 1) > 0.1
+    assert {rollout.weight_version for rollout in rollouts} == {made.weight_version}
+
+
+def both_serve(made: SGLangEngine) -> None:
+    wait_for(lambda: len(made._fleet.serving) == 2, 240, made._fleet._nobody)
+
+
+@contextmanager
+def killing(member: Member, call: str, at: int = 1) -> Iterator[None]:
+    """kill -9 of the member's server just as it is asked for the `at`-th `call`."""
+    real, calls = getattr(member.api, call), []
+
+    async def wrapped(*arguments, **named):
+        calls.append(call)
+        if len(calls) == at:
+            os.killpg(member.process.pid, signal.SIGKILL)
+        return await real(*arguments, **named)
+
+    setattr(member.api, call, wrapped)
+    try:
+        yield
+    finally:
+        delattr(member.api, call)
+    assert len(calls) >= at
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_trained_model_after_temperature(made, temperature):
+    sync(made, seed=0)
+    asked = prompts(24)
+    rollouts = made.generate(asked, params(24, temperature))
+    assert mismatch(rollouts, asked, 0, temperature) <= 1e-5
+    stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
+    assert all(rollout.token_ids[-1] == STOP and STOP not in rollout.token_ids[:-1] for rollout in stopped)
+    full = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
+    assert all(len(rollout.token_ids) == 24 and STOP not in rollout.token_ids for rollout in full)
+    assert stopped and full
+
+
+def test_greedy_answers_are_those_of_the_embedded_engine(made):
+    """Evaluation: the same tokens, and at temperature 0 the log-probs are those of temperature 1."""
+    embedded = EmbeddedEngine(tiny_config(), stop_token_ids=(STOP,), pad_token_id=0, max_batch=32, num_threads=1)
+    embedded.update_weights(weights(0), version=0)
+    greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=24, seed=0)
+    asked = prompts(16)
+    for ours, theirs in zip(made.generate(asked, greedy), embedded.generate(asked, greedy), strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist() and ours.finish_reason == theirs.finish_reason
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+
+
+def test_a_sync_from_disk_is_followed(made):
+    sync(made, seed=2)
+    assert_follows(made, seed=2)
+
+
+def test_aborted_answers_are_asked_for_again(made):
+    started = made._fleet.members[0].api
+    timer = threading.Timer(0.4, lambda: made._loop.run(started.abort()))
+    timer.start()
+    asked = prompts(32)
+    rollouts = made.generate(asked, params(300))
+    timer.join()
+    assert mismatch(rollouts, asked, seed=2) <= 1e-5
+    assert made.metrics()["rollout/dropped_aborted"] > 0
+    assert {rollout.finish_reason for rollout in rollouts} <= {"stop", "length"}
+
+
+def test_kill_9_during_generation_costs_no_sample(made):
+    asked = prompts(48)
+    with killing(made._fleet.members[0], "generate", at=20):
+        rollouts = made.generate(asked, params(64))
+    assert mismatch(rollouts, asked, seed=2) <= 1e-5
+    numbers = made.metrics()
+    assert numbers["rollout/retries"] > 0 and numbers["rollout/servers_suspected"] == 1
+    both_serve(made)
+    assert made.metrics()["rollout/server_restarts"] + numbers["rollout/server_restarts"] == 1
+    assert_follows(made, seed=2)
+
+
+def test_kill_9_during_a_sync_from_disk_leaves_the_survivor_and_resyncs_the_other(made):
+    with killing(made._fleet.members[1], "load_from_disk"):
+        sync(made, seed=4)
+    assert [member.state for member in made._fleet.members] == ["serving", "out"]
+    assert_follows(made, seed=4)
+    both_serve(made)
+    assert_follows(made, seed=4)
+
+
+def test_a_broadcast_is_followed(made):
+    made._transfer.close()
+    made._transfer, made._fleet.resync = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60), None
+    sync(made, seed=6)
+    assert_follows(made, seed=6)
+    made._settings = made._settings.model_copy(update={"bucket_mib": 0})  # a bucket a tensor
+    sync(made, seed=8)
+    assert_follows(made, seed=8)
+    print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
+
+
+def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_next(made):
+    with killing(made._fleet.members[0], "receive", at=5):
+        sync(made, seed=10)
+    assert made._fleet.members[1].state == "serving" and made._fleet.members[0].state != "serving"
+    assert_follows(made, seed=10)
+    wait_for(lambda: made._fleet.members[0].state == "waiting", 240)
+    sync(made, seed=12)
+    both_serve(made)
+    assert_follows(made, seed=12)
