@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.rollout.fake_sglang import fake_python
+from tests.rollout.serving import real_python
 from tests.test_train import ROOT, SMALL, metrics, task  # noqa: F401  the fixture is used by name
 
 # right and wrong take turns, so every group varies, until `WRONG_FROM` responses were scored
@@ -54,12 +55,27 @@ def python(tmp_path_factory) -> Path:
     return fake_python(folder, tokens_per_s=200)
 
 
-def run(task: Path, python: Path, name: str, *overrides: str, processes: int = 1, wrong_from: int = 10**9):  # noqa: F811
+def run(
+    task: Path,  # noqa: F811
+    python: Path,
+    name: str,
+    *overrides: str,
+    processes: int = 1,
+    wrong_from: int = 10**9,
+    server: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`server` is the interpreter that serves, where it is not the fake one beside the reward function."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29623", "-m"]
     reward = f"reward.function={python.parent / 'alternating.py'}:compute_score"
-    arguments = [*SMALL, *ASYNC, reward, f"rollout.sglang.python={python}", f"parallel.tensor_parallel={processes}"]
+    arguments = [
+        *SMALL,
+        *ASYNC,
+        reward,
+        f"rollout.sglang.python={server or python}",
+        f"parallel.tensor_parallel={processes}",
+    ]
     return subprocess.run(
         [*launcher, "dapo_mcore.train", str(ROOT / "examples/quickstart.yaml"), *arguments, f"name={name}", *overrides],
         cwd=task,
@@ -120,3 +136,17 @@ def test_a_mismatch_beyond_the_limit_ends_the_run_before_it_trains(task, python)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(r"mean [\d.]+ nats.* but algo.max_mismatch allows a mean of 0.001", done.stderr), done.stderr
     assert metrics(task, "apart") == []
+
+
+@pytest.mark.sglang
+def test_on_a_real_server_only_the_first_steps_samples_are_the_trained_policys(task, python):  # noqa: F811
+    options = ["num_rollout_steps=3", "optimizer.lr=0.01", "optimizer.warmup_updates=0"]
+    done = run(task, python, "real", *options, server=real_python())
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, steps = metrics(task, "real"), trained(task, "real")
+    assert [max(groups.values()) for groups in steps.values()] == [0, 0, 1]
+    assert rows[0]["mismatch/logprob_diff_max"] < 1e-4
+    # from then on the policy has learned from one step more than the weights that its samples come from
+    assert all(row["mismatch/logprob_diff_mean"] > 1e-3 for row in rows[1:])
+    assert all(row["rollout/retries"] == 0 and row["rollout/servers_serving"] == 1 for row in rows)
+    assert len({uid for groups in steps.values() for uid in groups}) == 12
