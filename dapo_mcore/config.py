@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.config_sglang import SGLangConfig, check_generation
 
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
@@ -169,7 +169,8 @@ class KLConfig(Section):
 class TISConfig(Section):
     """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form."""
 
-    mode: Literal["off", "truncate", "mask"] = "off"
+    mode: Annotated[Literal["off", "truncate", "mask"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
+    """YAML reads an unquoted `off` as false, which is meant as well."""
     cap: float = Field(2.0, gt=0)
 
 
@@ -304,7 +305,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, _check_servers):
+        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, check_generation):
             rule(self)
         return self
 
@@ -376,25 +377,4 @@ def _check_sampling(c: Config) -> None:
         raise ValueError(
             f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
             f"raise it to at least {size}"
-        )
-
-
-def _check_servers(c: Config) -> None:
-    """What only works beside servers, and what a policy that is ahead of its samples needs."""
-    ahead, continuous = c.rollout.async_steps, c.sampling.max_in_flight_groups or c.sampling.on_full == "abort"
-    if c.rollout.engine != "sglang" and (ahead or continuous):
-        key = "rollout.async_steps 1" if ahead else "sampling.max_in_flight_groups or on_full abort"
-        raise ValueError(
-            f"{key} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
-            "trainer's own process; choose sglang or leave the default"
-        )
-    if ahead and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
-        raise ValueError(
-            "rollout.async_steps 1 trains on samples of weights one version older; correct for it with algo.tis.mode "
-            "truncate or mask, or with algo.old_logprobs rollout"
-        )
-    if c.sampling.max_staleness < ahead:
-        raise ValueError(
-            f"sampling.max_staleness {c.sampling.max_staleness} is below rollout.async_steps {ahead}: every group would "
-            f"be dropped as stale; use at least {ahead}, or {ahead + 1} to carry surplus as well"
         )

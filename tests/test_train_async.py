@@ -33,6 +33,7 @@ ASYNC = [
     "rollout.async_steps=1",
     "rollout.sglang.device=cpu",
     "algo.tis.mode=truncate",
+    "reward.workers=1",
     "sampling.style=filter",
     "sampling.train_batch_prompts=4",
     "sampling.gen_batch_prompts=6",
@@ -131,7 +132,7 @@ def test_a_rollout_that_fails_beside_training_ends_every_rank(task, python):  # 
 
 
 def test_a_mismatch_beyond_the_limit_ends_the_run_before_it_trains(task, python):  # noqa: F811
-    options = ["rollout.async_steps=0", "algo.old_logprobs=rollout", "algo.tis.mode='off'", "algo.max_mismatch=0.001"]
+    options = ["rollout.async_steps=0", "algo.old_logprobs=rollout", "algo.tis.mode=off", "algo.max_mismatch=0.001"]
     done = run(task, python, "apart", "num_rollout_steps=1", *options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(r"mean [\d.]+ nats.* but algo.max_mismatch allows a mean of 0.001", done.stderr), done.stderr

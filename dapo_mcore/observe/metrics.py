@@ -105,7 +105,11 @@ METRICS: dict[str, Metric] = {
     "updates": Metric("updates", "gradient steps since the start of the run"),
     "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
     "time/step_s": Metric("s", "wall time of the rollout step"),
-    "time/<phase>_s": Metric("s", "wall time of generate, reward, filter, logprob, train, wait, sync, eval or save"),
+    "time/<phase>_s": Metric(
+        "s",
+        "wall time of generate, reward, filter, logprob, train, wait, sync, eval or save; with rollout.async_steps the first "
+        "two pass beside the step before, which waits for what is left of them",
+    ),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
     "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),
