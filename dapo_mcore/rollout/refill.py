@@ -19,6 +19,10 @@ from dapo_mcore.rollout.respond import Responder
 from dapo_mcore.rollout.step import Step
 from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
+_IMAGINED = 16.0
+"""Groups that stand for what the configuration promises, until the step has seen enough of its own."""
+_CAUTION = 2.0
+"""Standard deviations of bad luck that the groups in flight should outlast."""
 KEEPS: dict[str, Callable[[Group], bool]] = {
     "none": lambda group: True,
     "filter": group_varies,
@@ -87,9 +91,9 @@ class Refill:
         return len(self._kept) >= self._missing
 
     def _begin(self) -> None:
-        """Begins groups until the kept and the expected ones suffice, as far as the limits allow."""
+        """Begins groups until those in flight will very likely suffice, as far as the limits allow."""
         sampling = self._step.config.sampling
-        wanted = math.ceil((self._missing - len(self._kept)) / self._kept_ratio()) - len(self._in_flight)
+        wanted = groups_needed(self._missing - len(self._kept), self._kept_ratio()) - len(self._in_flight)
         room = self._limit - len(self._in_flight)
         budget = sampling.max_gen_batches * self._batch - self._num_begun
         for prompt in self._take(max(0, min(wanted, room, budget))):
@@ -98,13 +102,13 @@ class Refill:
         self._load.now(len(self._in_flight), self._enough)
 
     def _kept_ratio(self) -> float:
-        """Share of groups expected to be kept: that of this step, to which one imagined generation batch that brings a
-        whole training batch is added."""
+        """Share of groups expected to be kept: this step's so far, to which a few imagined groups are added that are kept as
+        the configuration promises, train_batch_prompts of gen_batch_prompts."""
         sampling = self._step.config.sampling
         if sampling.style != "filter":
             return 1.0  # a group that is given up is replaced when it is
-        kept, finished = sampling.train_batch_prompts + len(self._kept), self._batch + len(self._finished)
-        return min(1.0, kept / finished)
+        promised = min(1.0, sampling.train_batch_prompts / sampling.gen_batch_prompts)
+        return (promised * _IMAGINED + len(self._kept)) / (_IMAGINED + len(self._finished))
 
     def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
         future = self._responder.submit([prompt] * count, self._step.next_params())
@@ -149,6 +153,19 @@ class Refill:
         for asked in given_up.values():
             asked.future.cancel()
         return [given_up[number].prompt for number in sorted(given_up)]
+
+
+def groups_needed(missing: int, ratio: float) -> int:
+    """The fewest groups n of which `missing` are kept, each with probability `ratio`, unless luck is bad.
+
+    n · ratio - _CAUTION standard deviations ≥ missing. Groups too few cost another response's time at the end of the step;
+    groups too many are surplus, which the next step trains on. Example: 2 missing at ratio 0.4 need 15.
+    """
+    if missing <= 0:
+        return 0
+    spread = _CAUTION * math.sqrt(1 - ratio)  # n · ratio = x² solves x² - spread · x = missing
+    exact = ((spread + math.sqrt(spread**2 + 4 * missing)) / 2) ** 2 / ratio
+    return math.ceil(exact - 1e-9)  # the root of a whole number, squared, may be a hair above it
 
 
 class _Load:
