@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed import distributed_c10d as c10d
 
@@ -71,14 +73,22 @@ class DiskTransfer:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _write(self, buckets: Iterator[tuple[Bucket, bool]], tag: str) -> float:
-        partial = self.root / f"{tag}.partial"
-        partial.mkdir()
+        unfinished = self.root / f"{tag}.partial"
         num_bytes = 0
-        for number, (bucket, _) in enumerate(buckets):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in bucket}
-            save_file(tensors, partial / f"{number:05d}.safetensors")
-            num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        partial.rename(self.root / tag)
+        try:
+            unfinished.mkdir()
+            for number, (bucket, _) in enumerate(buckets):
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in bucket}
+                save_file(tensors, unfinished / f"{number:05d}.safetensors")
+                num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            unfinished.rename(self.root / tag)
+        except (OSError, SafetensorError) as error:
+            raise RolloutError(
+                f"weights cannot be written to rollout.sglang.sync_dir: {error}; after {num_bytes / GIB:.2f} GiB, "
+                f"{shutil.disk_usage(self.root).free / GIB:.2f} GiB are free there; make room or choose another folder"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
         return float(num_bytes)
 
     async def _load_everywhere(self, transaction: Transaction) -> None:
@@ -90,7 +100,7 @@ class BroadcastTransfer:
     """Weights by a broadcast from this process, in a process group for each server: one that dies holds up no other.
 
     Nothing is kept, so a server that was out gets weights at the next update. The gather of a bucket overlaps with the
-    sending of the one before it.
+    sending of the one before it: two buckets are in memory.
     """
 
     def __init__(self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float):
@@ -130,9 +140,8 @@ class BroadcastTransfer:
                 raise item
             bucket, last = item
             final_version = transaction.tag if last else None
-            await transaction.each(
-                "receive", lambda m, bucket=bucket, version=final_version: _send_bucket(m, bucket, version)
-            )
+            await transaction.each("receive", partial(_send_bucket, bucket, final_version))
+            ready.task_done()
         await transaction.each("end", lambda m: m.api.end_update())
 
     async def _join(self, member: Member) -> None:
@@ -190,7 +199,7 @@ async def _begin(member: Member) -> None:
         await member.api.begin_update()
 
 
-async def _send_bucket(member: Member, bucket: Bucket, final_version: str | None) -> None:
+async def _send_bucket(bucket: Bucket, final_version: str | None, member: Member) -> None:
     received = member.api.receive(bucket, member.link.name, final_version)
     try:
         await asyncio.gather(received, asyncio.to_thread(member.link.broadcast, bucket))
@@ -199,8 +208,13 @@ async def _send_bucket(member: Member, bucket: Bucket, final_version: str | None
 
 
 def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, update: Future, loop: LoopThread) -> None:
-    """Waits for room, unless nobody will take the item any more."""
-    put = loop.submit(ready.put(item))
-    wait([put, update], return_when=FIRST_COMPLETED)
-    if not put.done():
-        put.cancel()
+    """Waits until the bucket before is sent, unless nobody will take this one any more."""
+
+    async def put() -> None:
+        await ready.join()
+        await ready.put(item)
+
+    handed = loop.submit(put())
+    wait([handed, update], return_when=FIRST_COMPLETED)
+    if not handed.done():
+        handed.cancel()
