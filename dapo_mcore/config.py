@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.config_sglang import SGLangConfig, check_generation
 
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
@@ -110,6 +110,8 @@ class RolloutConfig(Section):
     top_k: int = -1
     max_batch: int = Field(1024, ge=1)
     """Embedded engine: sequences decoded at once."""
+    async_steps: int = Field(0, ge=0, le=1)
+    """1: servers generate the next step's groups while the ranks train on this step's, which are one version older."""
     num_threads: int | None = Field(None, ge=1)
     """Embedded engine: CPU threads while generating; None takes all cores."""
     sglang: SGLangConfig = SGLangConfig()
@@ -127,7 +129,12 @@ class SamplingConfig(Section):
     on_exhausted: Literal["error", "train_on_what_we_have"] = "error"
     carry_surplus: bool = True
     max_staleness: int = Field(1, ge=0)
-    """Weight versions a carried group may be behind the current one."""
+    """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
+    max_in_flight_groups: int | None = Field(None, ge=1)
+    """Engine `sglang`: groups in work at a time; null: gen_batch_prompts, or train_batch_prompts where nothing is filtered."""
+    on_full: Literal["wait", "abort"] = "wait"
+    """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus, or `abort` them and
+    ask their prompts again in the next step. `abort` is sooner done, but favours short responses."""
     resample_size: int = Field(1, ge=1)
     """Style `resample`: responses added to a uniform group in one round."""
     max_samples_per_prompt: int = Field(64, ge=1)
@@ -175,7 +182,8 @@ class KLConfig(Section):
 class TISConfig(Section):
     """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form."""
 
-    mode: Literal["off", "truncate", "mask"] = "off"
+    mode: Annotated[Literal["off", "truncate", "mask"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
+    """YAML reads an unquoted `off` as false, which is meant as well."""
     cap: float = Field(2.0, gt=0)
 
 
@@ -193,6 +201,9 @@ class AlgoConfig(Section):
     advantage_eps: float = Field(1e-6, ge=0)
     entropy_coef: float = 0.0
     old_logprobs: Literal["actor", "rollout"] = "actor"
+    max_mismatch: float | None = Field(None, gt=0)
+    """A larger mean |log-prob of actor - of rollout engine| of a step's loss tokens, in nats, ends the run before it trains
+    on them. The actor then scores every step, also with old_logprobs=rollout."""
     kl: KLConfig = KLConfig()
     tis: TISConfig = TISConfig()
 
@@ -315,7 +326,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling):
+        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, check_generation):
             rule(self)
         return self
 

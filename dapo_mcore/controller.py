@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -28,6 +30,7 @@ from dapo_mcore.observe.samples import write_samples
 from dapo_mcore.observe.sinks import MetricSinks
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.rollout.ahead import Ahead
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 from dapo_mcore.rollout.sampler import Collected, Sampler
 from dapo_mcore.types import Group, Prompt, RolloutEngine, SamplingParams, TrainBatch
@@ -36,6 +39,8 @@ from dapo_mcore.weights.checkpoint import TrainState
 GIB = 2**30
 SERVERS = "servers"
 """Folder of a run for its rollout servers' logs and keys."""
+Position = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
+"""State of the loader, state of the sampler, and its arrays."""
 
 
 class Controller:
@@ -49,10 +54,19 @@ class Controller:
         self.eval_sets = {name: self._eval_prompts(name) for name in config.eval.sets}
         self.loader = PromptLoader(self.prompts.prompts, config.seed, config.data.shuffle)
         self.reward = build_reward(config.reward, config.rollout.max_response_tokens)
+        # a rollout beside training has a thread of its own, and so its own clock and line on the screen
+        beside = config.rollout.async_steps > 0
+        self.rollout_progress = progress.beside() if beside else progress
+        self.rollout_timer = PhaseTimer() if beside else timer
         self.engine = self._build_engine(hf_config)
-        self.sampler = Sampler(self.engine, self.loader, self.reward, self.decode, config, progress, timer)
+        self.sampler = Sampler(
+            self.engine, self.loader, self.reward, self.decode, config, self.rollout_progress, self.rollout_timer
+        )
+        self.ahead = Ahead(lambda step: self._collect(step, lag=1))
+        self.before_ahead: Position | None = None
         self.sinks: MetricSinks | None = None
         self.collected: Collected | None = None
+        self.rollout_times: dict[str, float] = {}
         self.last_eval: EvalResult | None = None
         self.num_failures = 0
 
@@ -66,13 +80,16 @@ class Controller:
         self.sinks = MetricSinks(run_dir, self.config.observe, resume_step)
 
     def train_state(self, step: int, num_updates: int) -> TrainState:
-        """Where the run stands after rollout step `step`, for a checkpoint."""
-        sampler, arrays = self.sampler.state()
+        """Where the run stands after rollout step `step`, for a checkpoint.
+
+        Groups collected ahead are not in it: a resumed run asks their prompts again, of newer weights.
+        """
+        loader, sampler, arrays = self.before_ahead or self._position()
         return TrainState(
             step=step,
             num_updates=num_updates,
             weight_version=self.engine.weight_version,
-            loader=self.loader.state(),
+            loader=loader,
             sampler=sampler,
             sampler_arrays=arrays,
             config=dump_config(self.config),
@@ -89,12 +106,31 @@ class Controller:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def rollout(self, step: int) -> TrainBatch:
-        """The samples to train on: prompts → rollout → reward → filter (refill)."""
-        self.collected = self.sampler.collect(step)
+        """The samples to train on: prompts → rollout → reward → filter (refill).
+
+        With rollout.async_steps, those that were collected beside the step before; then the next step's are begun, with
+        the weights that the engine holds until `finish_rollout`.
+        """
+        self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
+        self.before_ahead = None
+        if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
+            self.before_ahead = self._position()
+            self.ahead.begin(step + 1)
         return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
+
+    def finish_rollout(self) -> None:
+        """Returns once nothing is generated any more, so that weights may move.
+
+        A rollout that failed beside training raises in `rollout`, when this step is trained, recorded and saved.
+        """
+        if self.ahead.running:
+            self.progress.phase("wait")
+        with self.timer.phase("wait") if self.config.rollout.async_steps else nullcontext():
+            self.ahead.wait()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report."""
+        assert not self.ahead.running, "a rollout is under way"
         if not self.eval_sets:
             return {}
         with self.timer.phase("eval"):
@@ -105,7 +141,7 @@ class Controller:
                 self.decode,
                 self.config.eval,
                 self.config.rollout.max_response_tokens,
-                self.progress,
+                self.rollout_progress,
             )
         self.progress.eval_done(step, self.last_eval.metrics)
         return self.last_eval.metrics
@@ -130,7 +166,7 @@ class Controller:
         """Writes and shows one rollout step."""
         assert self.collected is not None and self.sinks is not None
         self._tell_failures()
-        times = self.timer.pop()
+        times = self.timer.pop() | self.rollout_times
         row = {
             "updates": float(num_updates),
             **group_metrics(self.collected.generated, self.collected.groups),
@@ -160,6 +196,18 @@ class Controller:
         if self.last_eval is not None:
             rows.update(_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
+
+    def _collect(self, step: int, lag: int) -> tuple[Collected, dict[str, float]]:
+        """The groups of a step, and the times of the phases that took place beside training."""
+        collected = self.sampler.collect(step, lag)
+        if self.rollout_timer is self.timer:
+            return collected, {}
+        times = self.rollout_timer.pop()
+        del times["time/step_s"]
+        return collected, times
+
+    def _position(self) -> Position:
+        return self.loader.state(), *self.sampler.state()
 
     def _tell_failures(self) -> None:
         """Says on the screen when samples could not be scored, and why the first could not."""
@@ -201,7 +249,7 @@ class Controller:
                 device="cuda" if torch.cuda.is_available() else "cpu",
                 **common,
             )
-        engine.on_progress = self.progress.advance
+        engine.on_progress = self.rollout_progress.advance
         return engine
 
 

@@ -15,7 +15,6 @@ import dapo_mcore.environment  # noqa: F401  before torch is imported
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,9 +90,12 @@ class Run:
         self._on_controller(lambda c: c.finish(export))
 
     def _train_step(self, step: int) -> dict[str, float]:
-        """One rollout step: rollout, gradient steps, weight sync."""
+        """One rollout step: rollout, gradient steps, weight sync.
+
+        With rollout.async_steps the next step's rollout goes on beside the gradient steps, and is waited for before the sync.
+        """
         config = self.config
-        batch = self.controller.rollout(step) if self.controller else None
+        batch = self._on_controller(lambda c: c.rollout(step))
         seed = config.seed + step if config.batch.shuffle else None
         with self._phase("logprob"):
             share = scatter_step(
@@ -102,6 +104,7 @@ class Run:
             scored = self.learner.score(share)
         with self._phase("train"):
             updates = self.learner.update(scored.mini_batches)
+        self._on_controller(lambda c: c.finish_rollout())
         with self._phase("sync"):
             self._sync(version=step)
         return update_metrics(updates) | scored.metrics
@@ -128,18 +131,12 @@ class Run:
         return 1
 
     def _start_controller(self, tokenizer: Any) -> Controller | None:
-        """Rank 0's controller, None elsewhere. Its errors reach every rank, so that none is left waiting."""
-        controller, problem = None, None
-        if self.layout.is_controller:
-            try:
-                controller = Controller(self.config, self.hf_config, tokenizer, self.progress, self.timer)
-            except DapoError as error:
-                problem = error
-            except Exception:
-                problem = DapoError(traceback.format_exc())
-        if (problem := self.layout.broadcast_object(problem)) is not None:
-            raise problem
-        return controller
+        """Rank 0's controller, None elsewhere."""
+        if not self.layout.is_controller:
+            return self._or_fail_everywhere(lambda: None)
+        return self._or_fail_everywhere(
+            lambda: Controller(self.config, self.hf_config, tokenizer, self.progress, self.timer)
+        )
 
     def _save(self, step: int) -> None:
         checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
@@ -169,14 +166,34 @@ class Run:
         return folder
 
     def _sync(self, version: int) -> None:
-        sync_weights(self.stream, self.controller and self.controller.engine, version)
+        engine = self.controller and self.controller.engine
+        self._or_fail_everywhere(lambda: sync_weights(self.stream, engine, version))
 
     def _phase(self, name: str) -> Any:
         self.progress.phase(name)
         return self.timer.phase(name)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
-        return action(self.controller) if self.controller else None
+        return self._or_fail_everywhere(lambda: action(self.controller) if self.controller else None)
+
+    def _or_fail_everywhere(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns. When it fails on rank 0 every rank raises, so that none is left waiting for its samples.
+
+        Collective: one gloo broadcast over the control group.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except Exception as error:
+            if not self.layout.is_controller:
+                raise
+            problem = error
+        told = self.layout.broadcast_object(None if problem is None else str(problem) or repr(problem))
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise DapoError(f"rank 0 failed: {told}")
+        return result
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ Letters of shapes everywhere: P prompts, G group size, B samples, T tokens, V vo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -220,6 +221,18 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Ends what the engine has started. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class ContinuousEngine(RolloutEngine, Protocol):
+    """An engine whose capacity is shared by requests that come and go, so that a finished one can be replaced at once."""
+
+    def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
+        """What `generate` does, begun and not waited for. Cancelling the future ends its requests.
+
+        Weights must not move before every future is done.
+        """
         ...
 
 

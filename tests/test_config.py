@@ -102,6 +102,7 @@ def test_every_bad_key_is_named_at_once(file: Path) -> None:
 
 
 LONG = ["data.max_prompt_tokens=100", "rollout.max_response_tokens=205", "parallel.context_parallel=3"]
+AHEAD = ["rollout.engine=sglang", "rollout.async_steps=1", "reward.workers=1"]
 RULES: list[tuple[list[str], str]] = [
     (
         ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=5"],
@@ -130,6 +131,18 @@ RULES: list[tuple[list[str], str]] = [
         ["sampling.style=resample", "sampling.max_samples_per_prompt=8"],
         "sampling.max_samples_per_prompt 8 is below rollout.group_size 16; raise it to at least 16",
     ),
+    (["rollout.async_steps=1"], "rollout.async_steps 1 needs rollout.engine sglang: the embedded engine"),
+    (["sampling.on_full=abort"], "on_full abort needs rollout.engine sglang"),
+    (["sampling.max_in_flight_groups=8"], "sampling.max_in_flight_groups or on_full abort needs rollout.engine sglang"),
+    (
+        [*AHEAD, "algo.tis.mode=mask", "reward.workers=0"],
+        "but reward.workers 0 would run the reward function in a thread",
+    ),
+    (AHEAD, "correct for it with algo.tis.mode truncate or mask, or with algo.old_logprobs rollout"),
+    (
+        [*AHEAD, "algo.tis.mode=truncate", "sampling.max_staleness=0"],
+        "sampling.max_staleness 0 is below rollout.async_steps 1: every group would be dropped as stale; use at least 1",
+    ),
 ]
 
 
@@ -151,10 +164,16 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         ["model.overrides={num_hidden_layers: 2}", "model.init=random"],
         ["rollout.group_size=1", "sampling.style=none"],
         ["sampling.style=resample", "sampling.max_samples_per_prompt=16"],
+        [*AHEAD, "algo.tis.mode=truncate"],
+        [*AHEAD, "algo.old_logprobs=rollout", "sampling.on_full=abort", "sampling.max_in_flight_groups=8"],
     ],
 )
 def test_the_remedy_of_each_rule_works(file: Path, overrides: list[str]) -> None:
     load_config(file, overrides)
+
+
+def test_an_unquoted_off_is_off(file: Path) -> None:
+    assert load_config(file, ["algo.tis.mode=off"]).algo.tis.mode == "off"
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -17,7 +17,7 @@ from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateSums
 from dapo_mcore.actor.scatter import MiniBatchPlan, StepFacts, StepShare
 from dapo_mcore.algo.advantage import group_advantages
-from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
+from dapo_mcore.algo.correction import MismatchStats, check_mismatch, mismatch_metrics, mismatch_stats
 from dapo_mcore.algo.kl import kl_estimate, penalised_rewards
 from dapo_mcore.algo.loss import sample_weights
 from dapo_mcore.batch.microbatch import build_micro_batch
@@ -43,7 +43,10 @@ class Learner:
         self.pad_token = pad_token
 
     def score(self, share: StepShare) -> ScoredStep:
-        """The step's micro-batches with old (and reference) log-probs and advantages, partitioned first, scored second."""
+        """The step's micro-batches with old (and reference) log-probs and advantages, partitioned first, scored second.
+
+        Raises RolloutError, on every rank, when the engine's log-probs are further from the actor's than algo.max_mismatch.
+        """
         mini_batches = self.build(share, self.config.algo.loss_mode)
         sizes = [len(mini) for mini in mini_batches]
         flat = [micro for mini in mini_batches for micro in mini]
@@ -51,6 +54,7 @@ class Learner:
         if self._needs_scoring():
             flat = self.actor.score(flat)
             metrics = mismatch_metrics(self._mismatch(flat))
+            check_mismatch(metrics, self.config.algo.max_mismatch)
         advantages = self._advantages(share.facts, flat)
         flat = [micro.with_(advantages=advantages[micro.sample_ids]) for micro in flat]
         if self.config.algo.old_logprobs == "rollout" and not self._needs_scoring():
@@ -68,7 +72,8 @@ class Learner:
 
     def _needs_scoring(self) -> bool:
         algo = self.config.algo
-        return algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.kl.coef > 0
+        off_engine = algo.old_logprobs == "actor" or algo.tis.mode != "off"
+        return off_engine or algo.kl.coef > 0 or algo.max_mismatch is not None
 
     def _build_mini_batch(self, share: StepShare, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         facts, layout = share.facts, self.layout

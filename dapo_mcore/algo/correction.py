@@ -5,10 +5,13 @@ Change here: importance weights of the mismatch, and what is reported about it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from dapo_mcore.errors import RolloutError
 
 LOG_RATIO_LIMIT = 20.0
 BINS_PER_DECADE = 40
@@ -65,10 +68,11 @@ def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor)
 
 
 def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
-    """Mean, 99th percentile and maximum of |Δ log p|, and the k3 KL(engine ‖ actor), over all tokens; {} for no tokens.
+    """Mean, 99th percentile, maximum and histogram of |Δ log p|, and the k3 KL(engine ‖ actor), over all tokens; {} for none.
 
     The percentile is the upper edge of its histogram bin, so it may overstate by up to 6 % and never understates
-    (below 1e-7 it is 1e-7, above 100 the maximum, and never more than the maximum).
+    (below 1e-7 it is 1e-7, above 100 the maximum, and never more than the maximum). The histogram is shares of tokens by
+    decade, see `histogram_shares`.
     """
     distance_sum, k3_sum, count = total.sums[:3].tolist()
     if count == 0:
@@ -79,7 +83,35 @@ def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
         "mismatch/logprob_diff_p99": min(_percentile(total.sums[3:], 0.99), maximum),
         "mismatch/logprob_diff_max": maximum,
         "mismatch/k3_kl": k3_sum / count,
+        **histogram_shares(total.sums[3:]),
     }
+
+
+def histogram_shares(histogram: torch.Tensor) -> dict[str, float]:
+    """Share of tokens in each decade of |Δ log p|, adding up to 1; `mismatch/from_1e-3` is of those in (1e-3, 1e-2].
+
+    `from_0` ends at the first decade, and the last decade has no end.
+    """
+    decades = range(FIRST_DECADE, LAST_DECADE + 1)
+    inner = histogram[1:-1].reshape(-1, BINS_PER_DECADE).sum(1)
+    counts = torch.cat([histogram[:1], inner, histogram[-1:]])
+    names = ["mismatch/from_0", *(f"mismatch/from_1e{decade}" for decade in decades)]
+    return dict(zip(names, (counts / counts.sum()).tolist(), strict=True))
+
+
+def check_mismatch(metrics: Mapping[str, float], limit: float | None) -> None:
+    """Nothing; raises RolloutError when the mean |Δ log p| exceeds `limit` (algo.max_mismatch) or is no number.
+
+    metrics  of mismatch_metrics; {} when there were no loss tokens.
+    """
+    if limit is None or not metrics or metrics["mismatch/logprob_diff_mean"] <= limit:
+        return
+    raise RolloutError(
+        f"rollout engine and actor disagree: |log-prob difference| over the step's loss tokens has mean "
+        f"{metrics['mismatch/logprob_diff_mean']:.3g} nats, p99 {metrics['mismatch/logprob_diff_p99']:.3g}, maximum "
+        f"{metrics['mismatch/logprob_diff_max']:.3g}, and k3 KL {metrics['mismatch/k3_kl']:.3g}, but algo.max_mismatch "
+        f"allows a mean of {limit:g}; compare dtypes, temperature and weights of the two, or raise the limit"
+    )
 
 
 def _log_ratio(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> torch.Tensor:

@@ -47,11 +47,22 @@ METRICS: dict[str, Metric] = {
     "sampling/groups_all_right": Metric("groups", "groups without signal: every answer right"),
     "sampling/groups_all_wrong": Metric("groups", "groups without signal: every answer wrong"),
     "sampling/kept_ratio": Metric("fraction", "groups whose answers vary among groups generated"),
-    "sampling/gen_batches": Metric("batches", "generation rounds of filter-and-refill"),
+    "sampling/gen_batches": Metric("batches", "generation rounds, or groups begun over the size of one"),
     "sampling/generated_tokens": Metric("tokens", "response tokens generated in this step"),
     "sampling/surplus_reused": Metric("groups", "groups trained on that an earlier step had generated"),
     "sampling/surplus_carried": Metric("groups", "good groups beyond the training batch, kept for the next step"),
     "sampling/surplus_dropped": Metric("groups", "carried groups that became too stale, or surplus thrown away"),
+    "sampling/groups_stale": Metric(
+        "groups", "groups dropped because they were older than sampling.max_staleness allows"
+    ),
+    "sampling/groups_aborted": Metric("groups", "groups ended unfinished by sampling.on_full abort; asked again later"),
+    "sampling/in_flight_mean": Metric("groups", "groups that servers worked on, mean over the time of generation"),
+    "sampling/in_flight_max": Metric("groups", "the most of them"),
+    "sampling/surplus_wait_s": Metric("s", "wait for groups in flight after enough were kept"),
+    "sampling/staleness_mean": Metric(
+        "versions", "versions of trained groups behind the policy that trains on them, mean"
+    ),
+    "sampling/staleness_max": Metric("versions", "maximum of the same"),
     "sampling/resample_rate": Metric("fraction", "responses added to uniform groups, among all responses generated"),
     "sampling/samples_generated": Metric("samples", "responses generated in this step"),
     "actor/loss": Metric("", "policy loss as optimised, mean over the step's updates"),
@@ -68,9 +79,10 @@ METRICS: dict[str, Metric] = {
     "actor/first_update_ratio_deviation": Metric("", "largest |ratio - 1| before the first update; 0 in exact maths"),
     "actor/ref_kl": Metric("nats", "KL to the starting policy, by algo.kl.estimator"),
     "mismatch/logprob_diff_mean": Metric("nats", "|log-prob of actor - of rollout engine|, mean over loss tokens"),
-    "mismatch/logprob_diff_p99": Metric("nats", "99th percentile of the same"),
+    "mismatch/logprob_diff_p99": Metric("nats", "99th percentile of the same, from a histogram: at most 6 % too high"),
     "mismatch/logprob_diff_max": Metric("nats", "maximum of the same"),
     "mismatch/k3_kl": Metric("nats", "k3 estimate of KL(rollout engine ‖ actor) over loss tokens"),
+    "mismatch/from_<size>": Metric("fraction", "loss tokens by the same, in decades: from this size to ten times it"),
     "rollout/servers_serving": Metric("servers", "rollout servers that hold the current weights and take requests"),
     "rollout/retries": Metric("requests", "tries of a sample beyond its first"),
     "rollout/dropped_aborted": Metric("answers", "partial answers of aborted requests, dropped whole and asked again"),
@@ -93,7 +105,11 @@ METRICS: dict[str, Metric] = {
     "updates": Metric("updates", "gradient steps since the start of the run"),
     "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
     "time/step_s": Metric("s", "wall time of the rollout step"),
-    "time/<phase>_s": Metric("s", "wall time of generate, reward, filter, logprob, train, sync, eval or save"),
+    "time/<phase>_s": Metric(
+        "s",
+        "wall time of generate, reward, filter, logprob, train, wait, sync, eval or save; with rollout.async_steps the first "
+        "two pass beside the step before, which waits for what is left of them",
+    ),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
     "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),

@@ -6,7 +6,7 @@ Change here: which metrics a panel shows, and how the page looks (PANELS, STYLE)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from dapo_mcore.observe.sinks import read_metrics
@@ -62,7 +63,8 @@ class Panel:
     """One of the eight plots. When runs are compared, the first curve stands for the panel, and `alone` is its axis.
 
     `val` adds the markers of every `val/<set>/mean@k`; `scale` log suits quantities that span decades;
-    `fraction` fixes the axis (the right-hand one, when there is one) to 0…1.
+    `fraction` fixes the axis (the right-hand one, when there is one) to 0…1; `histogram` shades the shares that the
+    metrics of this pattern hold, one a decade of the axis.
     """
 
     title: str
@@ -73,6 +75,7 @@ class Panel:
     val: bool = False
     scale: Literal["linear", "log"] = "linear"
     fraction: bool = False
+    histogram: str = ""
 
 
 PANELS = (
@@ -103,14 +106,17 @@ PANELS = (
     Panel("Gradient norm", "norm before clipping", (Curve("actor/grad_norm", "gradient norm"),)),
     Panel(
         "Train/rollout mismatch",
-        "nats; ratio deviation",
+        "nats; |ratio - 1| of first update",
         (
-            Curve("mismatch/logprob_diff_mean", "|Δ log-prob| mean"),
-            Curve("mismatch/logprob_diff_p99", "|Δ log-prob| p99"),
-            Curve("actor/first_update_ratio_deviation", "|ratio - 1|, first update"),
+            Curve("mismatch/logprob_diff_mean", "|Δ| mean"),
+            Curve("mismatch/logprob_diff_p99", "|Δ| p99"),
+            Curve("mismatch/logprob_diff_max", "|Δ| max"),
+            Curve("mismatch/k3_kl", "k3 KL"),
+            Curve("actor/first_update_ratio_deviation", "|ratio - 1|"),
         ),
         alone="mean |Δ log-prob| (nats)",
         scale="log",
+        histogram="mismatch/from_<size>",
     ),
 )
 
@@ -180,8 +186,11 @@ def _draw_one_run(axes: Axes, panel: Panel, run: Run) -> bool:
         handles.append(Line2D([], [], color=colour, linestyle="--" if curve.twin else "-", label=curve.label))
     if panel.val:
         handles += _draw_val(axes, run, PALETTE[1:])
+    if panel.histogram:
+        handles += _draw_histogram(axes, run, panel.histogram.partition("<")[0])
     if handles and (len(panel.curves) > 1 or panel.val):
-        axes.legend(handles=handles, loc="best")
+        wide = {"loc": "upper center", "ncols": 3, "columnspacing": 0.8, "handlelength": 1.2}
+        axes.legend(handles=handles, **(wide if len(handles) > 4 else {"loc": "best"}))
     return bool(handles)
 
 
@@ -222,6 +231,30 @@ def _draw_val(axes: Axes, run: Run, colours: Sequence[str]) -> list[Line2D]:
         label = name.removeprefix("val/").replace("/", " ")
         lines += axes.plot(steps, values, linewidth=1.2, markersize=5, markeredgecolor="white", label=label, **style)
     return lines
+
+
+def _draw_histogram(axes: Axes, run: Run, prefix: str) -> list[Patch]:
+    """Shades each step's column by the share of tokens in each decade; returns the legend's entry, if there is anything.
+
+    `<prefix>1e-3` holds the share from 1e-3 to 1e-2; `<prefix>0`, what lies below the first decade, is drawn as one more.
+    """
+    rows = [record for record in run if f"{prefix}0" in record]
+    names = sorted(({name for record in rows for name in record if name.startswith(prefix)}), key=_decade_of(prefix))
+    shares = np.array([[record[name] for record in rows] for name in names])
+    filled = np.flatnonzero(shares.sum(1) > 0) if rows else ()
+    if len(filled) == 0:
+        return []
+    first, last = filled[0], filled[-1] + 1
+    lowest = _decade_of(prefix)(names[1]) - 1
+    sizes = 10.0 ** np.arange(lowest + first, lowest + last + 1)
+    steps = np.array([record["step"] for record in rows])
+    edges = np.concatenate([steps[:1] - 0.5, (steps[1:] + steps[:-1]) / 2, steps[-1:] + 0.5])
+    axes.pcolormesh(edges, sizes, shares[first:last], cmap="Greys", vmin=0, vmax=1.6, zorder=0, rasterized=True)
+    return [Patch(color="#999999", label="tokens")]
+
+
+def _decade_of(prefix: str) -> Callable[[str], float]:
+    return lambda name: math.log10(float(name.removeprefix(prefix)) or 1e-300)
 
 
 def _explain_markers(axes: Axes) -> None:

@@ -6,6 +6,7 @@ Change here: what a step's line and the table of the last steps show, and how du
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as PhaseBar
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +37,11 @@ class NullProgress:
 
     def advance(self, n: int = 1) -> None: ...
 
+    def more(self, n: int) -> None: ...
+
+    def beside(self) -> NullProgress:
+        return self
+
     def step_done(self, step: int, metrics: Metrics) -> None: ...
 
     def eval_done(self, step: int, metrics: Metrics) -> None: ...
@@ -43,6 +49,41 @@ class NullProgress:
     def line(self, text: str) -> None: ...
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None: ...
+
+
+class PhaseLine(NullProgress):
+    """A bar for one phase at a time. Phases of one thread may be advanced by others."""
+
+    def __init__(self, bar: PhaseBar) -> None:
+        self._bar, self._lock = bar, threading.Lock()
+        self._task: TaskID | None = None
+        self._total: int | None = None
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Begins a phase, with a bar over `total` items (samples, micro-batches, …) when their number is known."""
+        self.clear()
+        with self._lock:
+            self._task, self._total = self._bar.add_task(name, total=total), total
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more items of the current phase are done."""
+        with self._lock:
+            if self._task is not None:
+                self._bar.advance(self._task, n)
+
+    def more(self, n: int) -> None:
+        """`n` items have joined the current phase, which was begun with a total."""
+        with self._lock:
+            if self._task is not None and self._total is not None:
+                self._total += n
+                self._bar.update(self._task, total=self._total)
+
+    def clear(self) -> None:
+        """Ends the phase."""
+        with self._lock:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = None
 
 
 class Progress(NullProgress):
@@ -71,6 +112,7 @@ class Progress(NullProgress):
             TimeElapsedColumn(),
             console=self._console,
         )
+        self._line = PhaseLine(self._bar)
         self._live = (
             Live(get_renderable=self._render, console=self._console, refresh_per_second=4, vertical_overflow="crop")
             if self._console.is_terminal
@@ -83,19 +125,23 @@ class Progress(NullProgress):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clear_phase()
+        self._line.clear()
         if self._live:
             self._live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Begins a phase, with a bar over `total` items (samples, micro-batches, …) when their number is known."""
-        self._clear_phase()
-        self._bar.add_task(name, total=total)
+        """Begins a phase, as PhaseLine does."""
+        self._line.phase(name, total)
 
     def advance(self, n: int = 1) -> None:
-        """`n` more items of the current phase are done."""
-        for task in self._bar.tasks:
-            self._bar.advance(task.id, n)
+        self._line.advance(n)
+
+    def more(self, n: int) -> None:
+        self._line.more(n)
+
+    def beside(self) -> NullProgress:
+        """A second line of phases, for work of another thread beside the run's own."""
+        return PhaseLine(self._bar)
 
     def step_done(self, step: int, metrics: Metrics) -> None:
         """Rollout step `step` is over. Its duration is `time/step_s`, or the time since the step before."""
@@ -105,7 +151,7 @@ class Progress(NullProgress):
         self._updates = int(metrics.get("updates", self._updates))
         self._last_val = _val_means(metrics) or self._last_val
         self._history.append((step, {**metrics, **self._last_val}))
-        self._clear_phase()
+        self._line.clear()
         if self._live is None:
             self.line(step_line(step, self._num_steps, metrics, self._eta()))
 
@@ -122,10 +168,6 @@ class Progress(NullProgress):
         """A closing block of `label: value` lines, for instance where checkpoints and plots are."""
         width = max(map(len, rows), default=0)
         self.line("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]))
-
-    def _clear_phase(self) -> None:
-        for task in list(self._bar.task_ids):
-            self._bar.remove_task(task)
 
     def _eta(self) -> float:
         """Seconds left, by the mean duration of recent steps; NaN before the first one."""

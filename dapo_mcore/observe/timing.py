@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-Phase = Literal["generate", "reward", "filter", "logprob", "train", "sync", "eval", "save"]
+Phase = Literal["generate", "reward", "filter", "logprob", "train", "wait", "sync", "eval", "save"]
 PHASES: tuple[str, ...] = get_args(Phase)
 
 
@@ -18,7 +18,7 @@ class PhaseTimer:
     """Seconds spent in each phase since the last `pop`.
 
     Time belongs to the innermost open phase only, so the phases never sum to more than the step; a repeated phase
-    accumulates. Example: 3 s in generate, of which 1 s in a nested reward, is generate 2 s and reward 1 s.
+    accumulates. One thread a timer. Example: 3 s in generate, of which 1 s in a nested reward, is generate 2 s and reward 1 s.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

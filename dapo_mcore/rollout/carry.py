@@ -39,7 +39,7 @@ def unpack_groups(state: dict[str, Any], arrays: dict[str, np.ndarray], prompts:
     spans = zip(arrays["offsets"][:-1].tolist(), arrays["offsets"][1:].tolist())
     return [
         Group(
-            _find(described["uid"], prompts),
+            find_prompt(described["uid"], prompts),
             tuple(_restore(sample, arrays, *next(spans)) for sample in described["samples"]),
         )
         for described in state["groups"]
@@ -78,10 +78,11 @@ def _restore(described: dict[str, Any], arrays: dict[str, np.ndarray], start: in
     return Sample(rollout, described["text"], Score(**described["score"]))
 
 
-def _find(uid: str, prompts: Mapping[str, Prompt]) -> Prompt:
+def find_prompt(uid: str, prompts: Mapping[str, Prompt]) -> Prompt:
+    """The training prompt of that uid. Raises CheckpointError when it is no longer in the data."""
     if uid not in prompts:
         raise CheckpointError(
-            f"the checkpoint carries a group for prompt {uid!r}, which is not among the {len(prompts)} training prompts; "
+            f"the checkpoint holds work on prompt {uid!r}, which is not among the {len(prompts)} training prompts; "
             f"resume with the data files the run was started with"
         )
     return prompts[uid]

@@ -11,6 +11,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
+_CANCEL_S = 10.0
+
 
 class LoopThread:
     """Runs coroutines for other threads until it is closed."""
@@ -34,9 +36,18 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """Stops the loop. May be called twice."""
+        """Cancels what still runs and stops the loop. May be called twice."""
         if self._loop.is_closed():
             return
+        self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=_CANCEL_S)

@@ -5,13 +5,15 @@ Change here: how an engine's rollouts and the reward function's scores become Sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 
 import numpy as np
 
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.types import Group, Prompt, RewardFunction, RolloutEngine, Sample, SamplingParams
+from dapo_mcore.types import Group, Prompt, RewardFunction, Rollout, RolloutEngine, Sample, SamplingParams
 
 Decode = Callable[[np.ndarray], str]
 
@@ -47,6 +49,22 @@ class Responder:
             rollouts = self._engine.generate([prompt.token_ids for prompt in prompts], params)
         assert len(rollouts) == len(prompts), f"engine returned {len(rollouts)} rollouts for {len(prompts)} prompts"
         self._progress.phase("reward")
+        return self.score(prompts, rollouts)
+
+    def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Rollout]]:
+        """Begins one response for each entry of `prompts` on a ContinuousEngine; `score` makes samples of them."""
+        self._progress.more(len(prompts))
+        return self._engine.submit([prompt.token_ids for prompt in prompts], params)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The phase `generate` of responses that are submitted inside the block."""
+        self._progress.phase("generate", total=0)
+        with self._timer.phase("generate"):
+            yield
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
+        """The rollouts of `prompts`, decoded and scored, in order."""
         with self._timer.phase("reward"):
             texts = [self._decode(rollout.token_ids) for rollout in rollouts]
             scores = self._reward(prompts, rollouts, texts)

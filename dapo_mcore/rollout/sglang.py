@@ -13,6 +13,7 @@ import random
 import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -110,10 +111,19 @@ class SGLangEngine:
         A sample whose server fails, or whose weights are not the current ones, is dropped whole and asked for again, up
         to `max_attempts` times. Raises RolloutError then, before the first weights, and for a prompt that cannot be asked.
         """
+        future = self.submit(prompts, params)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
+        """What `generate` does, begun and not waited for; any number may be under way. cancel() ends the requests."""
         if self._version < 0:
             raise RolloutError("the rollout servers have no weights yet; call update_weights before generate")
         check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
-        return self._loop.run(self._generate(prompts, params))
+        return self._loop.submit(self._generate(prompts, params))
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
@@ -228,7 +238,7 @@ class SGLangEngine:
         except BaseException:
             for sample in samples:
                 sample.cancel()
-            await asyncio.gather(*(m.api.abort() for m in self._fleet.serving), return_exceptions=True)
+            await asyncio.gather(*samples, return_exceptions=True)
             raise
 
     async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: VersionRule) -> Rollout:
@@ -261,8 +271,10 @@ class SGLangEngine:
             rollout = read_reply(await self._fleet.call(member, request), rule)
         except RequestFailed as error:
             self._fleet.suspect(member, str(error))
-            with suppress(RolloutError, TimeoutError):
-                await asyncio.wait_for(member.api.abort(rid), _ABORT_TIMEOUT_S)
+            await _abort(member, rid)
+            raise
+        except asyncio.CancelledError:
+            await _abort(member, rid)
             raise
         except Dropped as error:
             self._counts[f"dropped_{error.reason}"] += 1
@@ -271,3 +283,9 @@ class SGLangEngine:
             raise
         member.strikes = 0
         return rollout
+
+
+async def _abort(member: Member, rid: str) -> None:
+    """The server would notice the closed connection by itself, but only seconds later."""
+    with suppress(RolloutError, TimeoutError):
+        await asyncio.wait_for(member.api.abort(rid), _ABORT_TIMEOUT_S)

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from dapo_mcore.algo.correction import importance_weights, mismatch_metrics, mismatch_stats
+from dapo_mcore.algo.correction import check_mismatch, importance_weights, mismatch_metrics, mismatch_stats
 from dapo_mcore.config_file import parse_config
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, RolloutError
 
 RATIOS = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
 
@@ -51,6 +51,29 @@ def test_metrics_by_hand():
     assert metrics["mismatch/k3_kl"] == pytest.approx((math.exp(0.1) - 1 - 0.1) / 2, rel=1e-5)
 
 
+def test_the_histogram_holds_the_share_of_each_decade():
+    distances = [0.0, 5e-8, 2e-6, 0.03, 0.05, 0.09, 0.5, 500.0]
+    engine = torch.zeros(8, dtype=torch.float64)
+    metrics = mismatch_metrics(mismatch_stats(torch.tensor(distances, dtype=torch.float64), engine))
+    shares = {name.removeprefix("mismatch/from_"): value for name, value in metrics.items() if "/from_" in name}
+    assert list(shares) == ["0", *(f"1e{decade}" for decade in range(-7, 3))]
+    filled = {name: value * 8 for name, value in shares.items() if value}
+    assert filled == {"0": 2, "1e-6": 1, "1e-2": 3, "1e-1": 1, "1e2": 1}
+
+
+def test_a_mismatch_beyond_the_limit_is_an_error_that_names_the_numbers():
+    metrics = mismatch_metrics(mismatch_stats(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.1])))
+    for limit in (None, 0.06):
+        check_mismatch(metrics, limit)
+    told = r"mean 0\.05 nats, p99 0\.1, maximum 0\.1, and k3 KL 0\.00259, but algo\.max_mismatch allows a mean of 0\.04"
+    with pytest.raises(RolloutError, match=told):
+        check_mismatch(metrics, 0.04)
+    check_mismatch({}, 0.04)
+    broken = mismatch_metrics(mismatch_stats(torch.tensor([float("nan")]), torch.zeros(1)))
+    with pytest.raises(RolloutError, match="mean nan nats"):
+        check_mismatch(broken, 1e9)
+
+
 def sample_logprobs(num_tokens=20_000):
     generator = torch.Generator().manual_seed(0)
     engine = -torch.rand(num_tokens, generator=generator)
@@ -75,8 +98,10 @@ def test_ranks_add_up_to_the_whole():
 
 def test_extremes_land_in_the_outer_bins():
     same = torch.full((100,), -0.5)
-    assert set(mismatch_metrics(mismatch_stats(same, same)).values()) == {0.0}
+    exact = mismatch_metrics(mismatch_stats(same, same))
+    assert exact.pop("mismatch/from_0") == 1.0 and set(exact.values()) == {0.0}
     far = mismatch_metrics(mismatch_stats(same, same - 1e6))
+    assert far["mismatch/from_1e2"] == 1.0
     assert far["mismatch/logprob_diff_p99"] == far["mismatch/logprob_diff_max"] == pytest.approx(1e6)
 
 

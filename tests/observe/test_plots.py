@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
+from dapo_mcore.algo.correction import mismatch_metrics, mismatch_stats
 from dapo_mcore.errors import DataError
 from dapo_mcore.observe.metrics import describe
 from dapo_mcore.observe.plots import PANELS, _draw_panel, plot_run, plot_runs, smooth
@@ -39,7 +41,8 @@ def axes():
 
 
 def test_every_plotted_metric_is_in_the_table() -> None:
-    assert [key for key in KEYS if describe(key) is None] == []
+    patterns = [panel.histogram.replace("<size>", "1e-3") for panel in PANELS if panel.histogram]
+    assert [key for key in [*KEYS, *patterns] if describe(key) is None] == []
 
 
 @pytest.mark.parametrize(("steps", "keys"), [(1, KEYS), (40, KEYS), (3, ["actor/loss"])])
@@ -95,6 +98,18 @@ def test_exact_agreement_is_shown_on_the_mismatch_panel(axes) -> None:
     axes.clear()
     _draw_panel(axes, panel, {"run": [{"step": 1, metric: 0.0}]})
     assert axes.get_yscale() == "linear"
+
+
+def test_the_histogram_of_the_mismatch_shades_the_decades_that_hold_tokens(axes) -> None:
+    engine = torch.zeros(4, dtype=torch.float64)
+    far = [torch.tensor(sizes, dtype=torch.float64) for sizes in ([2e-3, 5e-3, 0.02, 0.5], [2e-3, 0.02, 0.03, 0.04])]
+    run = [{"step": step, **mismatch_metrics(mismatch_stats(d, engine))} for step, d in zip((2, 4), far)]
+    _draw_panel(axes, next(panel for panel in PANELS if panel.histogram), {"run": run})
+    (mesh,) = axes.collections
+    np.testing.assert_allclose(mesh.get_array().reshape(3, 2), [[0.5, 0.25], [0.25, 0.75], [0.25, 0.0]])
+    corners = mesh.get_coordinates()  # 1e-3 to 1, and half-way between the steps
+    np.testing.assert_allclose(corners[:, 0, 1], [1e-3, 1e-2, 1e-1, 1.0])
+    np.testing.assert_allclose(corners[0, :, 0], [1.5, 3.0, 4.5])
 
 
 def test_smoothing_is_the_mean_of_known_neighbours() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -116,6 +117,34 @@ def test_a_terminal_shows_header_bar_and_a_table_that_fits(width: int) -> None:
     assert [row.split()[0] for row in rows] == [str(step) for step in range(5, 13)]
     assert "…" not in shown
     assert ("train" in headings) == (width >= 80)
+
+
+def test_work_beside_the_run_has_a_line_of_its_own_that_any_thread_may_move() -> None:
+    console = terminal(80)
+    progress = Progress("run", 2, console)
+    beside = progress.beside()
+    progress.phase("train", total=8)
+    beside.phase("generate", total=0)
+    beside.more(4000)
+
+    def advance() -> None:
+        for _ in range(1000):
+            beside.advance()
+
+    threads = [threading.Thread(target=advance) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):  # the run's own phases change meanwhile
+        progress.phase("sync")
+        progress.phase("train", total=8)
+    for thread in threads:
+        thread.join()
+    progress.advance(3)
+    with console.capture() as capture:
+        console.print(progress._render())
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capture.get())
+    assert re.search(r"train .* 3/8 ", shown) and re.search(r"generate .* 4000/4000 ", shown)
+    assert NullProgress().beside().more(1) is None
 
 
 def test_a_terminal_prints_evaluations_above_the_display() -> None:

@@ -231,7 +231,7 @@ class FakeServer:
     async def abort(self, request: web.Request) -> web.Response:
         body = await request.json()
         for work in self.running:
-            work.aborted |= body.get("abort_all", False) or (body["rid"] != "" and work.rid.startswith(body["rid"]))
+            work.aborted |= body.get("abort_all", False) or work.rid == body["rid"]
         return web.Response()
 
     async def pause(self, request: web.Request) -> web.Response:

@@ -63,13 +63,21 @@ def make_prompts(*scripts: str) -> list[Prompt]:
     ]
 
 
-def make_config(style: str, train: int, group_size: int = 2, seed: int = 0, **sampling) -> Config:
+def make_config(
+    style: str, train: int, group_size: int = 2, seed: int = 0, engine: str = "embedded", **sampling
+) -> Config:
     return Config.model_validate(
         {
             "seed": seed,
             "model": {"path": "unused"},
             "data": {"files": ["unused"]},
-            "rollout": {"group_size": group_size, "temperature": 0.9, "top_p": 0.8, "max_response_tokens": 64},
+            "rollout": {
+                "engine": engine,
+                "group_size": group_size,
+                "temperature": 0.9,
+                "top_p": 0.8,
+                "max_response_tokens": 64,
+            },
             "sampling": {"style": style, "train_batch_prompts": train, **sampling},
             "batch": {"mini_batch_prompts": 1},
         }
@@ -111,6 +119,9 @@ def test_none_takes_groups_as_they_come():
         "sampling/resample_rate": 0,
         "sampling/samples_generated": 6,
         "sampling/generated_tokens": 9,
+        "sampling/groups_stale": 0,
+        "sampling/staleness_mean": 0,
+        "sampling/staleness_max": 0,
     }
 
 
@@ -174,7 +185,8 @@ def test_surplus_is_dropped_once_too_stale(max_staleness, versions_later, fresh)
     engine.weight_version += versions_later
     collected = sampler.collect(step=1)
     assert uids(collected.groups) == ([1] if fresh else [2])
-    assert collected.stats["sampling/surplus_dropped"] == (not fresh)
+    assert collected.stats["sampling/surplus_dropped"] == collected.stats["sampling/groups_stale"] == (not fresh)
+    assert collected.stats["sampling/staleness_max"] == (versions_later if fresh else 0)
     assert collected.stats["sampling/surplus_reused"] == fresh
 
 

@@ -1,0 +1,198 @@
+"""Groups from servers that are kept full: each finished group is scored, judged and replaced at once.
+
+Change here: how many groups are in flight, and what happens to them once there are enough. Whether a group is trained on
+never depends on how soon it finishes, except with sampling.on_full abort: that favours short responses.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from dapo_mcore.algo.filtering import classify, group_varies
+from dapo_mcore.rollout.respond import Responder
+from dapo_mcore.rollout.step import Step
+from dapo_mcore.types import Group, Prompt, Rollout, Sample
+
+_IMAGINED = 16.0
+"""Groups that stand for what the configuration promises, until the step has seen enough of its own."""
+_CAUTION = 2.0
+"""Standard deviations of bad luck that the groups in flight should outlast."""
+KEEPS: dict[str, Callable[[Group], bool]] = {
+    "none": lambda group: True,
+    "filter": group_varies,
+    "resample": lambda group: classify(group) == "mixed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refilled:
+    """groups: to train on, in the order they were begun. aborted: prompts begun and given up, to be asked again."""
+
+    groups: list[Group]
+    aborted: list[Prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A group on its way: the responses it has, and the request for more."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    future: Future[list[Rollout]]
+
+
+class Refill:
+    """Brings `missing` groups in one rollout step. `take` gives the next prompts."""
+
+    def __init__(self, step: Step, responder: Responder, take: Callable[[int], list[Prompt]], missing: int):
+        sampling = step.config.sampling
+        self._step, self._responder, self._take, self._missing = step, responder, take, missing
+        self._batch = sampling.gen_batch_prompts if sampling.style == "filter" else sampling.train_batch_prompts
+        self._limit = sampling.max_in_flight_groups or self._batch
+        self._in_flight: dict[int, _Asked] = {}
+        self._finished: dict[int, Group] = {}
+        self._kept: dict[int, Group] = {}
+        self._done: SimpleQueue[int] = SimpleQueue()
+        self._num_begun = 0
+        self._load = _Load()
+
+    def run(self) -> Refilled:
+        """At least `missing` groups, unless max_gen_batches batches bring fewer. Whatever raises here ends all requests."""
+        try:
+            with self._responder.waiting():
+                aborted = self._fill()
+        except BaseException:
+            self._give_up()
+            raise
+        self._step.generated += _in_order(self._finished)
+        self._step.num_rounds = self._num_begun / self._batch
+        self._step.more |= {**self._load.stats(), "sampling/groups_aborted": float(len(aborted))}
+        return Refilled(_in_order(self._kept), aborted)
+
+    def _fill(self) -> list[Prompt]:
+        """Generates until nothing is in flight; the prompts whose responses were aborted."""
+        aborted: list[Prompt] = []
+        self._begin()
+        while self._in_flight:
+            self._receive(self._wait())
+            if self._enough and self._step.config.sampling.on_full == "abort":
+                aborted = self._give_up()
+            self._begin()
+        return aborted
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._kept) >= self._missing
+
+    def _begin(self) -> None:
+        """Begins groups until those in flight will very likely suffice, as far as the limits allow."""
+        sampling = self._step.config.sampling
+        wanted = groups_needed(self._missing - len(self._kept), self._kept_ratio()) - len(self._in_flight)
+        room = self._limit - len(self._in_flight)
+        budget = sampling.max_gen_batches * self._batch - self._num_begun
+        for prompt in self._take(max(0, min(wanted, room, budget))):
+            self._ask(self._num_begun, prompt, (), self._step.config.rollout.group_size)
+            self._num_begun += 1
+        self._load.now(len(self._in_flight), self._enough)
+
+    def _kept_ratio(self) -> float:
+        """Share of groups expected to be kept: this step's so far, to which a few imagined groups are added that are kept as
+        the configuration promises, train_batch_prompts of gen_batch_prompts."""
+        sampling = self._step.config.sampling
+        if sampling.style != "filter":
+            return 1.0  # a group that is given up is replaced when it is
+        promised = min(1.0, sampling.train_batch_prompts / sampling.gen_batch_prompts)
+        return (promised * _IMAGINED + len(self._kept)) / (_IMAGINED + len(self._finished))
+
+    def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
+        future = self._responder.submit([prompt] * count, self._step.next_params())
+        self._in_flight[number] = _Asked(prompt, samples, future)
+        future.add_done_callback(lambda _: self._done.put(number))
+
+    def _wait(self) -> list[int]:
+        """The numbers of all groups that are done by now, in order; at least one."""
+        numbers = [self._done.get()]
+        with suppress(Empty):
+            while True:
+                numbers.append(self._done.get_nowait())
+        return sorted(numbers)
+
+    def _receive(self, numbers: Sequence[int]) -> None:
+        """Scores what has arrived; each group then is finished, or grows (style resample)."""
+        arrived = [self._in_flight.pop(number) for number in numbers]
+        rollouts = [asked.future.result() for asked in arrived]
+        repeated = [asked.prompt for asked, some in zip(arrived, rollouts) for _ in some]
+        samples = iter(self._responder.score(repeated, [rollout for some in rollouts for rollout in some]))
+        for number, asked, some in zip(numbers, arrived, rollouts):
+            group = Group(asked.prompt, asked.samples + tuple(next(samples) for _ in some))
+            growth = self._step.growth(group) if self._step.config.sampling.style == "resample" else 0
+            if growth:
+                self._step.num_extra += growth
+                self._ask(number, group.prompt, group.samples, growth)
+            else:
+                self._finish(number, group)
+
+    def _finish(self, number: int, group: Group) -> None:
+        self._finished[number] = group
+        if not KEEPS[self._step.config.sampling.style](group):
+            return
+        if group.weight_version < self._step.oldest:
+            self._step.num_stale += 1
+        else:
+            self._kept[number] = group
+
+    def _give_up(self) -> list[Prompt]:
+        """Ends all requests; the prompts they were for, in order."""
+        given_up, self._in_flight = self._in_flight, {}
+        for asked in given_up.values():
+            asked.future.cancel()
+        return [given_up[number].prompt for number in sorted(given_up)]
+
+
+def groups_needed(missing: int, ratio: float) -> int:
+    """The fewest groups n of which `missing` are kept, each with probability `ratio`, unless luck is bad.
+
+    n · ratio - _CAUTION standard deviations ≥ missing. Groups too few cost another response's time at the end of the step;
+    groups too many are surplus, which the next step trains on. Example: 2 missing at ratio 0.4 need 15.
+    """
+    if missing <= 0:
+        return 0
+    spread = _CAUTION * math.sqrt(1 - ratio)  # n · ratio = x² solves x² - spread · x = missing
+    exact = ((spread + math.sqrt(spread**2 + 4 * missing)) / 2) ** 2 / ratio
+    return math.ceil(exact - 1e-9)  # the root of a whole number, squared, may be a hair above it
+
+
+class _Load:
+    """How many groups are in flight over time."""
+
+    def __init__(self) -> None:
+        self._start = self._mark = time.monotonic()
+        self._count = self._most = 0
+        self._group_seconds = 0.0
+        self._enough_at: float | None = None
+
+    def now(self, count: int, enough: bool) -> None:
+        """From now on `count` groups are in flight; `enough`: no more are needed."""
+        mark = time.monotonic()
+        self._group_seconds += self._count * (mark - self._mark)
+        self._mark, self._count, self._most = mark, count, max(self._most, count)
+        if enough and self._enough_at is None:
+            self._enough_at = mark
+
+    def stats(self) -> dict[str, float]:
+        seconds = self._mark - self._start
+        return {
+            "sampling/in_flight_max": float(self._most),
+            "sampling/in_flight_mean": self._group_seconds / seconds if seconds else 0.0,
+            "sampling/surplus_wait_s": self._mark - self._enough_at if self._enough_at is not None else 0.0,
+        }
+
+
+def _in_order(groups: dict[int, Group]) -> list[Group]:
+    return [groups[number] for number in sorted(groups)]

@@ -1,0 +1,265 @@
+"""Continuous refill with an engine whose responses finish when the test says so.
+
+The letters of a prompt's text say how its responses turn out, as in test_sampler.py.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from dapo_mcore.data.loader import PromptLoader
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.refill import groups_needed
+from dapo_mcore.rollout.sampler import Collected, Sampler
+from dapo_mcore.types import ContinuousEngine, Prompt, Rollout, SamplingParams
+from tests.rollout.test_sampler import (
+    MIXED,
+    RIGHT,
+    WRONG,
+    ScriptedEngine,
+    decode,
+    letters,
+    make_config,
+    make_prompts,
+    reward,
+    uids,
+)
+
+
+class SlowEngine(ScriptedEngine):
+    """Finishes a group when `finish` is called with its prompt's number; `order` says when that is.
+
+    order  called in a thread after every submission, with the numbers in flight in the order they were submitted; the
+           ones it returns finish.
+    """
+
+    def __init__(self, prompts: list[Prompt], order: Callable[[list[int]], list[int]], version: int = 1):
+        super().__init__(prompts, version)
+        self.in_flight: dict[int, tuple[Future, int]] = {}
+        self.submitted: list[int] = []
+        self.cancelled: list[int] = []
+        self.most = 0
+        self._order, self._lock, self._stop = order, threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, prompts: list[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
+        (number,) = {int(prompt[0]) for prompt in prompts}
+        future: Future[list[Rollout]] = Future()
+        with self._lock:
+            assert number not in self.in_flight, "this engine knows its requests by their prompts"
+            self.calls.append((len(prompts), params))
+            self.submitted.append(number)
+            self.in_flight[number] = future, len(prompts)
+            self.most = max(self.most, len(self.in_flight))
+        return future
+
+    def update_weights(self, weights: object, version: int) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        """Moves only once the sampler waits: after a while without a submission."""
+        seen = -1
+        while not self._stop.wait(0.02):
+            with self._lock:
+                for number, (future, _) in list(self.in_flight.items()):
+                    if future.cancelled():
+                        self.cancelled.append(number)
+                        del self.in_flight[number]
+                if seen != len(self.submitted):
+                    seen = len(self.submitted)
+                    continue
+                ready = self._order(list(self.in_flight)) if self.in_flight else []
+                done = [(*self.in_flight.pop(number), number) for number in ready]
+            for future, count, number in done:
+                if future.set_running_or_notify_cancel():
+                    future.set_result([self._respond(number) for _ in range(count)])
+
+
+def one_by_one_last_first(in_flight: list[int]) -> list[int]:
+    return [max(in_flight)]
+
+
+def one_by_one(in_flight: list[int]) -> list[int]:
+    return [min(in_flight)]
+
+
+@pytest.fixture
+def collect():
+    engines: list[SlowEngine] = []
+
+    def build(scripts: list[str], order: Callable[[list[int]], list[int]], style: str = "filter", **sampling):
+        prompts = make_prompts(*scripts)
+        engine = SlowEngine(prompts, order)
+        engines.append(engine)
+        loader = PromptLoader(prompts, seed=0, shuffle=False)
+        config = make_config(style, engine="sglang", **sampling)
+        return Sampler(engine, loader, reward, decode, config), engine
+
+    yield build
+    for engine in engines:
+        engine.stop()
+
+
+def test_only_engines_with_submit_are_continuous(collect):
+    assert isinstance(collect([MIXED], one_by_one, train=1)[1], ContinuousEngine)
+    assert not isinstance(ScriptedEngine([]), ContinuousEngine)
+
+
+def test_a_finished_group_is_replaced_at_once_and_never_more_are_in_flight_than_allowed(collect):
+    scripts = [WRONG, MIXED, RIGHT, MIXED, WRONG, MIXED, WRONG, MIXED]
+    sampler, engine = collect(scripts, one_by_one, train=3, gen_batch_prompts=6, max_in_flight_groups=2)
+    collected = sampler.collect(step=0)
+    # always 2 in flight, until 1, 3 and 5 are kept; then 6 is waited for
+    assert engine.submitted == [0, 1, 2, 3, 4, 5, 6]
+    assert engine.most == 2
+    assert uids(collected.groups) == [1, 3, 5] and uids(collected.generated) == [0, 1, 2, 3, 4, 5, 6]
+    stats = collected.stats
+    assert stats["sampling/in_flight_max"] == 2 and 1 <= stats["sampling/in_flight_mean"] <= 2
+    assert stats["sampling/gen_batches"] == pytest.approx(7 / 6) and stats["sampling/groups_aborted"] == 0
+    assert stats["sampling/surplus_wait_s"] > 0
+    assert len({params.seed for _, params in engine.calls}) == 7
+
+
+def test_groups_come_in_prompt_order_in_whatever_order_they_finish(collect):
+    scripts = [MIXED] * 20
+    for order in (one_by_one, one_by_one_last_first, lambda in_flight: in_flight):
+        sampler, _ = collect(scripts, order, train=2, gen_batch_prompts=4)
+        collected = sampler.collect(step=0)
+        # the slowest is waited for: whether a group is trained on must not depend on its speed
+        assert uids(collected.groups) == [0, 1] and uids(collected.generated)[:4] == [0, 1, 2, 3]
+        assert collected.stats["sampling/surplus_carried"] == len(collected.generated) - 2
+        assert uids(sampler.collect(step=1).groups) == [2, 3]
+
+
+def test_nothing_more_is_begun_than_is_expected_to_be_needed(collect):
+    sampler, engine = collect([MIXED] * 20, one_by_one, train=4, gen_batch_prompts=4)
+    assert uids(sampler.collect(step=0).groups) == [0, 1, 2, 3]
+    assert engine.submitted == [0, 1, 2, 3]  # gen_batch_prompts = train_batch_prompts promises that all are kept
+
+
+@pytest.mark.parametrize(
+    ("missing", "ratio"), [(1, 1.0), (2, 1.0), (7, 1.0), (1, 0.9), (2, 0.4), (64, 0.4), (512, 1 / 3)]
+)
+def test_the_groups_needed_are_the_fewest_that_outlast_two_standard_deviations(missing: int, ratio: float):
+    def enough(n: int) -> bool:
+        return n * ratio - 2 * (n * ratio * (1 - ratio)) ** 0.5 >= missing - 1e-9
+
+    needed = groups_needed(missing, ratio)
+    assert enough(needed) and not enough(needed - 1)
+
+
+def test_no_group_is_needed_when_none_is_missing():
+    assert groups_needed(0, 0.5) == groups_needed(-3, 0.5) == 0
+
+
+def test_abort_ends_what_is_in_flight_and_asks_it_again_first(collect):
+    sampler, engine = collect(
+        [MIXED] * 12, one_by_one_last_first, train=2, gen_batch_prompts=6, on_full="abort", max_in_flight_groups=6
+    )
+    first = sampler.collect(step=0)
+    assert uids(first.groups) == [5, 6]  # the soonest: biased, as documented; 6 took the place of 5
+    assert first.stats["sampling/groups_aborted"] == 5
+    assert sampler.state()[0]["again"] == [f"train:{number}" for number in range(5)]
+    time.sleep(0.1)
+    assert engine.cancelled == [0, 1, 2, 3, 4] and not engine.in_flight
+    second = sampler.collect(step=1)
+    assert engine.submitted[7:] == [0, 1, 2, 3, 4, 7, 8]
+    assert uids(second.groups) == [7, 8]
+
+
+def test_prompts_to_ask_again_survive_a_restart(collect):
+    options = dict(train=2, gen_batch_prompts=6, on_full="abort")
+    sampler, _ = collect([MIXED] * 12, one_by_one_last_first, **options)
+    sampler.collect(step=0)
+    state, arrays = sampler.state()
+    resumed, engine = collect([MIXED] * 12, one_by_one, **options)
+    prompts = make_prompts(*[MIXED] * 12)
+    resumed.load_state(json.loads(json.dumps(state)), arrays, {prompt.uid: prompt for prompt in prompts})
+    resumed._loader.take(7)  # where the first run's loader stands
+    assert uids(resumed.collect(step=1).groups) == [0, 1]
+    assert engine.submitted == [0, 1, 2, 3, 4, 7, 8]
+
+
+def test_resample_grows_each_group_by_itself(collect):
+    def slow_first(in_flight: list[int]) -> list[int]:
+        return [n for n in in_flight if n != 1] or in_flight
+
+    sampler, engine = collect(
+        ["RRRW", MIXED, "WWWW", MIXED], slow_first, style="resample", train=3, resample_size=1, max_samples_per_prompt=4
+    )
+    collected = sampler.collect(step=0)
+    assert [letters(group) for group in collected.groups] == ["RRRW", "RW", "RW"]
+    assert uids(collected.groups) == [0, 1, 3] and uids(collected.generated) == [0, 1, 2, 3]
+    # 0 and 2 grew twice, and 3 replaced 2, all while 1 was on its way
+    assert sorted(engine.submitted) == [0, 0, 0, 1, 2, 2, 2, 3]
+    assert collected.stats["sampling/resample_rate"] == 4 / 12
+
+
+def test_style_none_takes_what_it_asked_for(collect):
+    sampler, engine = collect([WRONG] * 6, one_by_one_last_first, style="none", train=3, max_in_flight_groups=2)
+    assert uids(sampler.collect(step=0).groups) == [0, 1, 2] and engine.submitted == [0, 1, 2]
+
+
+def test_the_budget_of_groups_is_max_gen_batches_batches(collect):
+    sampler, engine = collect([WRONG] * 30, one_by_one, train=2, gen_batch_prompts=3, max_gen_batches=4)
+    with pytest.raises(RolloutError, match=r"0 of .* after sampling.max_gen_batches 4 .*12 all wrong"):
+        sampler.collect(step=0)
+    assert len(engine.submitted) == 12
+
+
+def test_groups_older_than_allowed_are_dropped_and_counted(collect):
+    sampler, engine = collect([MIXED] * 6, one_by_one, train=1, gen_batch_prompts=1, max_staleness=1)
+    respond = engine._respond
+
+    def by_old_weights(prompt: int) -> Rollout:
+        made = respond(prompt)
+        return made if prompt else Rollout(made.token_ids, made.logprobs, made.loss_mask, "stop", weight_version=0)
+
+    engine._respond = by_old_weights
+    collected = sampler.collect(step=0, lag=1)  # trained on by version 2; the engine holds 1
+    assert uids(collected.groups) == [1] and uids(collected.generated) == [0, 1]
+    assert collected.stats["sampling/groups_stale"] == 1
+    assert collected.stats["sampling/staleness_mean"] == collected.stats["sampling/staleness_max"] == 1
+
+
+def test_surplus_collected_ahead_ages_by_the_lag(collect):
+    def second_step(max_staleness: int) -> Collected:
+        sampler, engine = collect([MIXED] * 8, one_by_one, train=1, gen_batch_prompts=2, max_staleness=max_staleness)
+        sampler.collect(step=1, lag=1)
+        engine.weight_version = 2
+        return sampler.collect(step=2, lag=1)  # group 1 has version 1 and would be trained on by version 3
+
+    assert uids(second_step(1).groups) == [2] and uids(second_step(2).groups) == [1]
+
+
+@pytest.mark.parametrize("culprit", ["engine", "reward"])
+def test_a_failure_ends_every_request(collect, culprit):
+    sampler, engine = collect([MIXED] * 6, one_by_one, train=3, gen_batch_prompts=3)
+
+    def fail(*_: object) -> None:
+        raise RolloutError("broken")
+
+    if culprit == "reward":
+        sampler._responder._reward = fail
+    else:
+        engine._order = lambda in_flight: [engine.in_flight[in_flight[0]][0].set_exception(RolloutError("broken"))][:0]
+    with pytest.raises(RolloutError, match="broken"):
+        sampler.collect(step=0)
+    futures = [future for future, _ in engine.in_flight.values() if not future.cancelled()]
+    assert all(future.done() for future in futures)

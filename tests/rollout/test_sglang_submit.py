@@ -1,0 +1,44 @@
+"""Requests that come and go on fake servers: what continuous refill asks of the engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+
+import pytest
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.types import ContinuousEngine
+from tests.rollout.fake_sglang import fake_python
+from tests.rollout.serving import engine, params, prompts, wait_for, weights
+from tests.rollout.test_sglang import assert_whole, servers, told
+
+
+def test_submitted_groups_are_generated_side_by_side(tmp_path):
+    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=400)) as made:
+        assert isinstance(made, ContinuousEngine)
+        with pytest.raises(RolloutError, match="no weights yet"):
+            made.submit(prompts(1), params(8))
+        made.update_weights(weights(0), version=1)
+        asked = prompts(30)
+        long, short = made.submit(asked[:10], params(400)), made.submit(asked[10:], params(8))
+        assert_whole(short.result(), asked[10:], 8, version=1)
+        assert not long.done(), "400 tokens take a second"
+        assert_whole(long.result(), asked[:10], 400, version=1)
+        assert told(servers(made)[0])["counts"]["most_running"] == 30
+
+
+def test_a_cancelled_group_leaves_its_server_and_the_others_alone(tmp_path):
+    with engine(tmp_path, num_servers=2, python=fake_python(tmp_path, tokens_per_s=200)) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(12)
+        kept, given_up = made.submit(asked[:4], params(400)), made.submit(asked[4:], params(400))
+        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 12, 10)
+        assert given_up.cancel()
+        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 4, 10)
+        with pytest.raises(CancelledError):
+            given_up.result()
+        assert_whole(kept.result(), asked[:4], 400, version=1)
+        numbers = made.metrics()
+        assert numbers["rollout/retries"] == numbers["rollout/servers_suspected"] == 0
+        made.update_weights(weights(1), version=2)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
