@@ -1,6 +1,6 @@
 """The configuration: frozen typed sections, checked once at start. Reading files is config_file.py.
 
-Change here: what a user may set, its default, and the rules that hold between sections.
+Change here: what a user may set, and its default. Rules between sections: config_rules.py.
 Megatron's own options stay upstream: the `megatron` section passes them through (see actor/model.py).
 Nothing downstream fills in a default; a section that reaches a stage is complete.
 """
@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dapo_mcore.config_sglang import SGLangConfig, check_generation
+from dapo_mcore.config_rules import RULES
+from dapo_mcore.config_sglang import SGLangConfig
 
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
@@ -326,76 +327,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, check_generation):
+        for rule in RULES:
             rule(self)
         return self
-
-
-def _check_batch(c: Config) -> None:
-    train, mini = c.sampling.train_batch_prompts, c.batch.mini_batch_prompts
-    if train % mini:
-        divisors = ", ".join(str(d) for d in range(1, train + 1) if train % d == 0)
-        raise ValueError(
-            f"batch.mini_batch_prompts {mini} does not divide sampling.train_batch_prompts {train}; use one of {divisors}"
-        )
-    if c.parallel.sequence_parallel and c.parallel.tensor_parallel == 1:
-        raise ValueError(
-            "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1; set sequence_parallel false"
-        )
-
-
-def _check_tokens(c: Config) -> None:
-    longest = c.longest_sequence
-    budget, context = c.batch.max_tokens, c.parallel.context_parallel
-    if longest > budget * context:
-        raise ValueError(
-            f"the longest sequence is data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
-            f"{c.rollout.max_response_tokens} = {longest} tokens, but a micro-batch holds batch.max_tokens {budget} × "
-            f"context_parallel {context} = {budget * context}; raise batch.max_tokens to {-(-longest // context)} "
-            f"or shorten the prompts or responses"
-        )
-
-
-def _check_overlong(c: Config) -> None:
-    overlong, limit = c.reward.overlong, c.rollout.max_response_tokens
-    longest = overlong.max_length or limit
-    if overlong.penalty and overlong.cache > longest:
-        raise ValueError(
-            f"reward.overlong.cache {overlong.cache} exceeds the maximal length {longest}; "
-            f"it is the width in tokens of the window before that length: use at most {longest}"
-        )
-
-
-def _check_algo(c: Config) -> None:
-    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
-        raise ValueError(
-            "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
-            "the engine's mismatch and would count it twice; use tis.mode mask or off"
-        )
-    if c.algo.tis.mode == "mask" and c.algo.tis.cap < 1:
-        raise ValueError(
-            f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
-            "use a cap of at least 1"
-        )
-    if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
-        raise ValueError(
-            "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
-        )
-    if c.model.overrides and c.model.init != "random":
-        raise ValueError(
-            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
-        )
-
-
-def _check_sampling(c: Config) -> None:
-    s, size = c.sampling, c.rollout.group_size
-    if s.style == "filter" and size < 2:
-        raise ValueError(
-            f"sampling.style filter keeps groups whose answers vary, but rollout.group_size is {size}; "
-            f"use at least 2, or sampling.style none"
-        )
-    if s.style == "resample" and s.max_samples_per_prompt < size:
-        raise ValueError(
-            f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
-            f"raise it to at least {size}"
-        )

@@ -1,17 +1,17 @@
 """The section `rollout.sglang`: which SGLang servers generate, how they are spoken to, and how weights reach them.
 
-Change here: what a user may set about servers, and the rules of the section and of what only servers can do. SGLang's own options stay upstream:
+Change here: what a user may set about servers, and the rules inside the section. SGLang's own options stay upstream:
 `server_args` passes them through.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
-    from dapo_mcore.config import Config
+    pass
 
 EVERYWHERE = ("", "0.0.0.0", "::", "*")
 _OWNED_MODEL_ARGS = {"model-path", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype", "weight-version"}
@@ -115,29 +115,3 @@ class SGLangConfig(BaseModel):
                 f"server_args holds {', '.join(owned)}, which dapo_mcore sets; use the keys of rollout.sglang instead"
             )
         return self
-
-
-def check_generation(c: Config) -> None:
-    """Nothing; raises ValueError where generation is set up as the engine, or a policy ahead of its samples, forbids."""
-    ahead, continuous = c.rollout.async_steps, c.sampling.max_in_flight_groups or c.sampling.on_full == "abort"
-    if c.rollout.engine != "sglang" and (ahead or continuous):
-        key = "rollout.async_steps 1" if ahead else "sampling.max_in_flight_groups or on_full abort"
-        raise ValueError(
-            f"{key} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
-            "trainer's own process; choose sglang or leave the default"
-        )
-    if ahead and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
-        raise ValueError(
-            "rollout.async_steps 1 trains on samples of weights one version older; correct for it with algo.tis.mode "
-            "truncate or mask, or with algo.old_logprobs rollout"
-        )
-    if ahead and not c.reward.workers:
-        raise ValueError(
-            "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 would run the reward function in a "
-            "thread of the trainer and hold it up; use at least 1"
-        )
-    if c.sampling.max_staleness < ahead:
-        raise ValueError(
-            f"sampling.max_staleness {c.sampling.max_staleness} is below rollout.async_steps {ahead}: every group would "
-            f"be dropped as stale; use at least {ahead}, or {ahead + 1} to carry surplus as well"
-        )

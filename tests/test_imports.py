@@ -20,6 +20,7 @@ FLOORS = {
     "dapo_mcore.config": 0,
     "dapo_mcore.config_file": 0,
     "dapo_mcore.config_sglang": 0,
+    "dapo_mcore.config_rules": 0,
     "dapo_mcore.kernels": 0,
     "dapo_mcore.types": 1,
     "dapo_mcore.data": 2,

@@ -1,0 +1,109 @@
+"""The rules that hold between the configuration's sections, checked once at start.
+
+Change here: a rule. Each raises ValueError with the numbers, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dapo_mcore.config import Config
+
+
+def _check_batch(c: Config) -> None:
+    train, mini = c.sampling.train_batch_prompts, c.batch.mini_batch_prompts
+    if train % mini:
+        divisors = ", ".join(str(d) for d in range(1, train + 1) if train % d == 0)
+        raise ValueError(
+            f"batch.mini_batch_prompts {mini} does not divide sampling.train_batch_prompts {train}; use one of {divisors}"
+        )
+    if c.parallel.sequence_parallel and c.parallel.tensor_parallel == 1:
+        raise ValueError(
+            "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1; set sequence_parallel false"
+        )
+
+
+def _check_tokens(c: Config) -> None:
+    longest = c.longest_sequence
+    budget, context = c.batch.max_tokens, c.parallel.context_parallel
+    if longest > budget * context:
+        raise ValueError(
+            f"the longest sequence is data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{c.rollout.max_response_tokens} = {longest} tokens, but a micro-batch holds batch.max_tokens {budget} × "
+            f"context_parallel {context} = {budget * context}; raise batch.max_tokens to {-(-longest // context)} "
+            f"or shorten the prompts or responses"
+        )
+
+
+def _check_overlong(c: Config) -> None:
+    overlong, limit = c.reward.overlong, c.rollout.max_response_tokens
+    longest = overlong.max_length or limit
+    if overlong.penalty and overlong.cache > longest:
+        raise ValueError(
+            f"reward.overlong.cache {overlong.cache} exceeds the maximal length {longest}; "
+            f"it is the width in tokens of the window before that length: use at most {longest}"
+        )
+
+
+def _check_algo(c: Config) -> None:
+    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
+        raise ValueError(
+            "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
+            "the engine's mismatch and would count it twice; use tis.mode mask or off"
+        )
+    if c.algo.tis.mode == "mask" and c.algo.tis.cap < 1:
+        raise ValueError(
+            f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
+            "use a cap of at least 1"
+        )
+    if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
+        raise ValueError(
+            "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
+        )
+    if c.model.overrides and c.model.init != "random":
+        raise ValueError(
+            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
+        )
+
+
+def _check_sampling(c: Config) -> None:
+    s, size = c.sampling, c.rollout.group_size
+    if s.style == "filter" and size < 2:
+        raise ValueError(
+            f"sampling.style filter keeps groups whose answers vary, but rollout.group_size is {size}; "
+            f"use at least 2, or sampling.style none"
+        )
+    if s.style == "resample" and s.max_samples_per_prompt < size:
+        raise ValueError(
+            f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
+            f"raise it to at least {size}"
+        )
+
+
+def _check_generation(c: Config) -> None:
+    ahead, continuous = c.rollout.async_steps, c.sampling.max_in_flight_groups or c.sampling.on_full == "abort"
+    if c.rollout.engine != "sglang" and (ahead or continuous):
+        key = "rollout.async_steps 1" if ahead else "sampling.max_in_flight_groups or on_full abort"
+        raise ValueError(
+            f"{key} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
+            "trainer's own process; choose sglang or leave the default"
+        )
+    if ahead and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
+        raise ValueError(
+            "rollout.async_steps 1 trains on samples of weights one version older; correct for it with algo.tis.mode "
+            "truncate or mask, or with algo.old_logprobs rollout"
+        )
+    if ahead and not c.reward.workers:
+        raise ValueError(
+            "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 would run the reward function in a "
+            "thread of the trainer and hold it up; use at least 1"
+        )
+    if c.sampling.max_staleness < ahead:
+        raise ValueError(
+            f"sampling.max_staleness {c.sampling.max_staleness} is below rollout.async_steps {ahead}: every group would "
+            f"be dropped as stale; use at least {ahead}, or {ahead + 1} to carry surplus as well"
+        )
+
+
+RULES = (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, _check_generation)
