@@ -41,6 +41,7 @@ setup(
         "ray": ["ray>=2.52"],
         "dali": ["nvidia-dali-cuda130>=2.0"],
         "wandb": ["wandb>=0.18"],
+        "mbridge": ["mbridge==0.15.1", "einops>=0.7"],
     },
     entry_points={"console_scripts": ["dapo-mcore=dapo_mcore.cli:main"]},
 )

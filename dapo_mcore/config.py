@@ -46,16 +46,29 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The process mesh. World size = tensor · pipeline · context · data; data is what remains."""
+    """The process mesh. World size = tensor · pipeline · context · data; data is what remains.
+
+    The experts of an MoE model have their own mesh over the same processes: world size = expert_tensor · expert ·
+    pipeline · expert data, where expert data is what remains.
+    """
 
     tensor_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
     context_parallel: int = Field(1, ge=1)
     data_parallel: int | None = Field(None, ge=1)
     """Only a check: when given, the world size must be exactly the product."""
+    expert_parallel: int = Field(1, ge=1)
+    """Ranks over which the experts of a layer are distributed."""
+    expert_tensor_parallel: int | None = Field(None, ge=1)
+    """Ranks that share one expert. None: tensor_parallel while expert_parallel is 1, else 1 (whole experts)."""
     sequence_parallel: bool = False
     timeout_minutes: int = Field(240, ge=1)
     """Collectives wait this long: it must outlast the longest rollout."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """expert_tensor_parallel with its default filled in."""
+        return self.expert_tensor_parallel or (self.tensor_parallel if self.expert_parallel == 1 else 1)
 
 
 class DataConfig(Section):
@@ -197,6 +210,9 @@ class BatchConfig(Section):
     shuffle: bool = True
     head_chunk_tokens: int = Field(1024, ge=1)
     """Rows of the policy head projected to the vocabulary at a time."""
+    head_eager_grad: bool = True
+    """Add the output matrix's gradient to Megatron's fp32 main_grad in the forward pass: saves a copy of that matrix and,
+    in bf16, a rounding. False keeps it until the backward pass."""
 
 
 class OptimizerConfig(Section):
@@ -292,6 +308,11 @@ class Config(Section):
         """Folder that holds everything this run writes."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         for rule in (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling):
@@ -313,7 +334,7 @@ def _check_batch(c: Config) -> None:
 
 
 def _check_tokens(c: Config) -> None:
-    longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
+    longest = c.longest_sequence
     budget, context = c.batch.max_tokens, c.parallel.context_parallel
     if longest > budget * context:
         raise ValueError(

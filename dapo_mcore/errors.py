@@ -23,3 +23,9 @@ class RolloutError(DapoError):
 
 class CheckpointError(DapoError):
     """A checkpoint or model folder is missing, incomplete or does not fit the model."""
+
+
+def listed(values: list[int]) -> str:
+    """The values as a message offers them: `1, 2 or 4`."""
+    *head, last = map(str, values)
+    return f"{', '.join(head)} or {last}" if head else last

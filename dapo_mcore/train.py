@@ -154,7 +154,14 @@ class Run:
         """Writes an HF folder; every rank takes part in gathering the weights."""
         folder = self.config.run_dir / "hf" / name
         if self.layout.is_controller:
-            save_hf_folder(self.stream(), folder, hf_config=self.hf_config, source=self.config.model.path)
+            save_hf_folder(
+                self.stream(),
+                folder,
+                shape=self.actor.shape,
+                dtype=self.actor.policy.config.params_dtype,
+                hf_config=self.hf_config,
+                source=self.config.model.path,
+            )
         else:
             for _ in self.stream():
                 pass

@@ -27,12 +27,15 @@ FLOORS = {
     "dapo_mcore.algo": 2,
     "dapo_mcore.batch": 2,
     "dapo_mcore.observe": 2,
-    "dapo_mcore.weights": 2,  # the package itself and mapping; its other modules are named below
+    "dapo_mcore.weights": 2,  # names, shapes and file formats; the modules that go further are named below
     "dapo_mcore.rollout": 3,
     "dapo_mcore.actor": 3,
     "dapo_mcore.weights.sync": 4,
     "dapo_mcore.weights.checkpoint": 4,
     "dapo_mcore.weights.hf_io": 4,
+    "dapo_mcore.weights.convert": 4,
+    "dapo_mcore.weights.verify": 4,
+    "dapo_mcore.weights.inspect": 4,
     "dapo_mcore.eval": 4,
     "dapo_mcore.controller": 4,
     "dapo_mcore.warm_start": 4,

@@ -21,7 +21,8 @@ from dapo_mcore.actor.step import Outcome, finalize_without_division, run_micro_
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.config import Config
 from dapo_mcore.types import MicroBatch
-from dapo_mcore.weights.mapping import WeightReader, weight_shape
+from dapo_mcore.weights.mapping import WeightReader
+from dapo_mcore.weights.shape import weight_shape
 
 
 class Actor:
@@ -29,29 +30,16 @@ class Actor:
 
     def __init__(self, config: Config, hf_config: Any, layout: Layout, reader: WeightReader):
         self.config = config
+        self.hf_config = hf_config
         self.layout = layout
         self.shape = weight_shape(hf_config, layout.tensor)
         self.policy = build_model(config, hf_config, layout)
         self.policy.load_weights(reader, self.shape, layout)
         self.reference = self._build_reference(hf_config)
-        self.ddp = self._wrap(self.policy)
+        self.ddp = wrap(self.policy, config)
         self.head = Head(config, layout, self.shape.vocab_size)
         self.num_updates = 0
         self.reset_optimizer(config.optimizer)
-
-    def _wrap(self, policy: PolicyModel) -> DistributedDataParallel:
-        config = policy.config
-        config.finalize_model_grads_func = finalize_without_division
-        return DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=self.config.optimizer.distributed,
-                average_in_collective=False,
-            ),
-            policy,
-        )
 
     def _build_reference(self, hf_config: Any) -> PolicyModel | None:
         if self.config.algo.kl.coef == 0:
@@ -115,3 +103,18 @@ class Actor:
             batch = batch.with_(old_logprobs=batch.rollout_logprobs)
         output = self.head.loss(model, hidden, batch, tis)
         return output.loss, token_sums(output, batch)
+
+
+def wrap(policy: PolicyModel, config: Config) -> DistributedDataParallel:
+    """The policy with gradient buffers in fp32, which are summed over ranks once a gradient step and never divided."""
+    policy.config.finalize_model_grads_func = finalize_without_division
+    return DistributedDataParallel(
+        policy.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=config.optimizer.distributed,
+            average_in_collective=False,
+        ),
+        policy,
+    )

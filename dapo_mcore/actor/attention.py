@@ -137,8 +137,8 @@ class CoreAttention(MegatronModule):
         query, key, value = (x.flatten(0, -3) for x in (query, key, value))
         if self.context_group.size() > 1:
             key, value = gather_from_sequence_parallel_region(
-                torch.stack([key, value], dim=1), tensor_parallel_output_grad=True, group=self.context_group
-            ).unbind(1)
+                torch.cat([key, value], dim=-1), tensor_parallel_output_grad=True, group=self.context_group
+            ).split([key.size(-1), value.size(-1)], dim=-1)
         attended = functional.scaled_dot_product_attention(
             query[plan.query_slots].transpose(1, 2),
             key[plan.key_slots].transpose(1, 2),

@@ -114,7 +114,28 @@ def _torch_stand_in() -> _Module:
         Event=_Stream,
         nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing),
     )
-    return _Module(torch, cuda=cuda, **{name: _cpu_factory(getattr(torch, name)) for name in _FACTORIES})
+    distributed = _Module(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
+    factories = {name: _cpu_factory(getattr(torch, name)) for name in _FACTORIES}
+    return _Module(torch, cuda=cuda, distributed=distributed, **factories)
+
+
+def _all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None) -> None:
+    """torch's, also for parts of unequal lengths, as expert-tensor-parallel ranks have them; gloo wants equal ones."""
+    if len({part.shape for part in parts}) == 1:
+        torch.distributed.all_gather(parts, own, group=group)
+        return
+    for part in parts:
+        part.zero_()
+    parts[group.rank()].copy_(own)
+    for part in parts:
+        torch.distributed.all_reduce(part, group=group)
+
+
+def _reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], group: Any = None) -> None:
+    """The sum of the ranks' parts, also of unequal lengths."""
+    whole = torch.cat(parts)
+    torch.distributed.all_reduce(whole, group=group)
+    own.copy_(whole.split([len(part) for part in parts])[group.rank()])
 
 
 def _cpu_factory(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

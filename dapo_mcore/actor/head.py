@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.model import PolicyModel
@@ -18,12 +17,16 @@ from dapo_mcore.types import MicroBatch
 class Head:
     """The policy head of one model: `loss` for training, `logprobs` for scoring, on one path with one chunk size.
 
-    Only rows that carry loss are projected to the vocabulary.
+    Only rows that carry loss are projected to the vocabulary. The head itself sums the gradient to the hidden states
+    over the tensor group, hidden under its matrix products, and, with batch.head_eager_grad, adds the weight's gradient
+    to Megatron's main_grad in the forward pass: every loss must then receive one backward pass with gradient 1.
     """
 
     def __init__(self, config: Config, layout: Layout, vocab_size: int):
         self.algo = config.algo
         self.sequence_parallel = config.parallel.sequence_parallel
+        self.eager_grad = config.batch.head_eager_grad
+        self.reduce_hidden_grad = True
         self.common = dict(
             temperature=config.rollout.temperature,
             vocab_size=vocab_size,
@@ -51,6 +54,7 @@ class Head:
             kl_coef=algo.kl.coef if algo.kl.place == "loss" else 0.0,
             kl_estimator=algo.kl.estimator,
             entropy_coef=algo.entropy_coef,
+            **self._gradients(model),
             **self.common,
         )
 
@@ -62,6 +66,7 @@ class Head:
             batch.targets,
             advantages=torch.ones_like(batch.token_weights),
             token_weights=batch.token_weights,
+            **self._gradients(model),
             **self.common | {"temperature": 1.0},
         )
 
@@ -69,10 +74,13 @@ class Head:
         """float32 [L], log-probs of the targets; no gradient."""
         return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]
 
+    def _gradients(self, model: PolicyModel) -> dict[str, Any]:
+        """Where gradients go; main_grad is a view of DDP's buffer, which belongs to the model and not to the head."""
+        main_grad = model.head_weight().main_grad if self.eager_grad else None
+        return {"reduce_hidden_grad": self.reduce_hidden_grad, "main_grad": main_grad}
+
     def _rows(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """[L, H]. The head returns this rank's share of d(loss)/d(hidden); these mappings sum it over the group."""
+        """[L, H]. Their gradient is complete on every rank, so under sequence parallelism each keeps its own part."""
         if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.flatten(0, 1).index_select(0, batch.rows)

@@ -24,8 +24,10 @@ class Layout:
     """This rank's coordinates and groups. Rank 0 is the controller: first in every direction of the mesh.
 
     tensor, pipeline, context, data          sizes of the mesh's axes; world_size is their product
+    expert_tensor, expert, expert_data       sizes of the experts' own axes; world_size is their product times pipeline
     *_rank                                   this rank's coordinate on each axis
-    tensor_group, pipeline_group             device process groups
+    tensor_group, pipeline_group,            device process groups
+    expert_tensor_group, expert_group
     control_group                            gloo group of all ranks, for tensors in host memory
     replica_groups                           gloo; entry d holds rank 0 and every rank of data-parallel replica d, and is
                                              None where this rank is not in it
@@ -38,12 +40,20 @@ class Layout:
     pipeline: int
     context: int
     data: int
+    expert_tensor: int
+    expert: int
+    expert_data: int
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
     data_rank: int
+    expert_tensor_rank: int
+    expert_rank: int
+    expert_data_rank: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    expert_tensor_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
     pipeline_ranks: tuple[int, ...]
     control_group: dist.ProcessGroup
     replica_groups: tuple[dist.ProcessGroup | None, ...]
@@ -107,10 +117,13 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
 
     device = _join(parallel)
     data = _data_parallel_size(parallel, dist.get_world_size())
+    expert_data = _expert_data_parallel_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
         context_parallel_size=parallel.context_parallel,
+        expert_model_parallel_size=parallel.expert_parallel,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
@@ -126,12 +139,20 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
         pipeline=parallel.pipeline_parallel,
         context=parallel.context_parallel,
         data=data,
+        expert_tensor=parallel.expert_tensor_size,
+        expert=parallel.expert_parallel,
+        expert_data=expert_data,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=data_rank,
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
         pipeline_ranks=tuple(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())),
         control_group=control,
         replica_groups=_replica_groups(data, data_rank, control, timeout),
@@ -177,6 +198,19 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             f"world size {world_size} is not a multiple of {product} = {model}; "
             f"start {model} processes (or a multiple, for data parallelism), for instance "
             f"torchrun --nproc-per-node {model} -m dapo_mcore.train …"
+        )
+    return world_size // model
+
+
+def _expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Copies of each expert. Raises ConfigError where the experts' mesh does not fill the processes."""
+    expert, tensor, pipeline = parallel.expert_parallel, parallel.expert_tensor_size, parallel.pipeline_parallel
+    model = expert * tensor * pipeline
+    if world_size % model:
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of expert_parallel {expert} × expert_tensor_parallel {tensor} × "
+            f"pipeline_parallel {pipeline} = {model}; start {model} processes (or a multiple), or lower "
+            f"expert_parallel or expert_tensor_parallel"
         )
     return world_size // model
 

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -82,21 +84,22 @@ class Optimizer:
         """
         for part in self._parts:
             _allocate_state(part.optimizer)
-        return {
-            "megatron": self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata),
-            "adam_steps": [_adam_step(part.optimizer) for part in self._parts],
-            "num_updates": self.scheduler.num_steps,
-        }
+        whole = self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        mapped = (ShardedBase, LocalNonpersistentObject)
+        tensors, self._own_rest = extract_matching_values(whole, lambda value: isinstance(value, mapped))
+        counts = [step for part in self._parts if (step := _adam_step(part.optimizer)) is not None]
+        return {"tensors": tensors, "adam_step": max(counts, default=0.0), "num_updates": self.scheduler.num_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes a read `sharded_state`: moments, master weights and position. Learning rate, decay and betas stay the
-        configuration's, so that a resumed run may change them."""
+        """Takes a read `sharded_state`: moments, master weights and position. Everything else is this run's own: learning
+        rate, decay and betas may change on resuming, and so may the number of chained optimizers, which upstream makes
+        one for the experts' parameters only where expert_parallel > 1."""
         counted = ("params", "step")
         configured = [{k: v for k, v in group.items() if k not in counted} for group in self.megatron.param_groups]
-        stored = state["megatron"]
-        states = [stored] if len(self._parts) == 1 else [stored[index] for index in range(len(self._parts))]
-        for part, part_state, step in zip(self._parts, states, state["adam_steps"], strict=True):
-            _load_part(part, part_state, step)
+        whole = merge(self._own_rest, state["tensors"])
+        states = [whole] if len(self._parts) == 1 else [whole[index] for index in range(len(self._parts))]
+        for part, part_state in zip(self._parts, states, strict=True):
+            _load_part(part, part_state, state["adam_step"])
         for group, own in zip(self.megatron.param_groups, configured, strict=True):
             group.update(own)
         self.scheduler.num_steps = 0
@@ -124,37 +127,48 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-        if "step" in group:  # Transformer Engine's FusedAdam counts here, torch's AdamW per parameter
-            group["step"] = 0
-    if _adam_step(optimizer) is not None:
-        _set_adam_step(optimizer, 0.0)
+    _set_adam_step(optimizer, 0.0)
+
+
+def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether steps are counted for each parameter (torch's AdamW) or each group (Transformer Engine's FusedAdam)."""
+    return any("step" in state for state in optimizer.state.values())
 
 
 def _adam_step(optimizer: torch.optim.Optimizer) -> float | None:
-    """Steps taken, where they are counted per parameter; None where they are counted per group."""
-    return next((float(state["step"]) for state in optimizer.state.values() if "step" in state), None)
+    """Steps taken; None for an optimizer without parameters."""
+    counted = optimizer.state.values() if _counts_per_parameter(optimizer) else optimizer.param_groups
+    return next((float(entry["step"]) for entry in counted if "step" in entry), None)
 
 
 def _set_adam_step(optimizer: torch.optim.Optimizer, step: float) -> None:
-    """Gives every parameter its own count."""
-    for state in optimizer.state.values():
-        state["step"] = torch.tensor(step)
+    """Gives every parameter its own count, or every group."""
+    if _counts_per_parameter(optimizer):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(step)
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = int(step)
 
 
-def _load_part(part: MegatronOptimizer, state: dict[str, Any], step: float | None) -> None:
+def _load_part(part: MegatronOptimizer, state: dict[str, Any], step: float) -> None:
     """Loads one of the chained optimizers; works around upstream's handling of AdamW's per-parameter `step` (0.16.1).
 
     The plain optimizer does not store a step of 0. The distributed one loads moments only where no `step` is beside
     them, and gives all parameters one shared `step` tensor, which would advance once per parameter in every update.
     """
     optimizer = part.optimizer
+    per_parameter = _counts_per_parameter(optimizer)
     moments = state.pop("param_state", None)
-    if moments is None and step is not None:
+    if moments is None and per_parameter:
         state.get("optimizer", state)["state"]["common_step"] = torch.tensor(step)
     part.load_state_dict(state)
     if moments is not None:
         for values in optimizer.state.values():
             values.pop("step", None)
         part.load_parameter_state_from_fully_reshardable(moments)
-    if step is not None:
+    if per_parameter:
+        for values in optimizer.state.values():
+            values["step"] = torch.tensor(step)
+    else:
         _set_adam_step(optimizer, step)

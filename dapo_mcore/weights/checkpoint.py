@@ -4,6 +4,7 @@ Change here: what a checkpoint holds, where its files lie, how many are kept.
 
     run_dir/checkpoints/step_000012/
         megatron/           policy, optimizer, schedule, reference policy: megatron-core's distributed checkpoint
+        config.json …       the model's configuration and tokenizer: tools/convert.py makes an HF folder of the whole
         state.json          counters, data position, configuration, the model's sizes
         state.safetensors   token data of carried groups
 
@@ -34,9 +35,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.weights.hf_io import write_model_files
+from dapo_mcore.weights.megatron_io import MEGATRON
 
-_MEGATRON, _JSON, _ARRAYS = "megatron", "state.json", "state.safetensors"
-_FILES = (f"{_MEGATRON}/metadata.json", f"{_MEGATRON}/.metadata", f"{_MEGATRON}/common.pt", _JSON, _ARRAYS)
+_JSON, _ARRAYS = "state.json", "state.safetensors"
+_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", _JSON, _ARRAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,9 @@ def save_checkpoint(run_dir: Path, actor: Actor, state: TrainState | None, layou
     step = layout.broadcast_object(state.step if state is not None else None)
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(folder.name + ".partial")
-    layout.controller_first(lambda: _make_empty(partial / _MEGATRON))
+    layout.controller_first(lambda: _make_empty(partial / MEGATRON))
     _collect_results_in_process()
-    dist_checkpointing.save(_sharded_state(actor, loading=False), str(partial / _MEGATRON))
+    dist_checkpointing.save(_sharded_state(actor, loading=False), str(partial / MEGATRON))
     layout.controller_first(lambda: _finish(partial, folder, state, actor, keep))
     return folder
 
@@ -92,9 +95,9 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     _check_fits(path, stored, actor)
     arrays = _read_arrays(path / _ARRAYS) if layout.is_controller else {}
     try:
-        tensors = dist_checkpointing.load(_sharded_state(actor, loading=True), str(path / _MEGATRON))
+        tensors = dist_checkpointing.load(_sharded_state(actor, loading=True), str(path / MEGATRON))
     except (CheckpointingException, CheckpointException, OSError) as error:
-        raise CheckpointError(f"{path / _MEGATRON} cannot be read: {error}; resume from an older checkpoint") from error
+        raise CheckpointError(f"{path / MEGATRON} cannot be read: {error}; resume from an older checkpoint") from error
     actor.policy.load_state_dict(tensors["policy"])
     if actor.reference is not None:
         actor.reference.load_state_dict(tensors["reference"])
@@ -133,7 +136,8 @@ def _finish(partial: Path, folder: Path, state: TrainState | None, actor: Actor,
     stored = {"train": train, "fits": _traits(actor), "reference": actor.reference is not None}
     (partial / _JSON).write_text(json.dumps(stored, indent=2), encoding="utf-8")
     safetensors.numpy.save_file(state.sampler_arrays, partial / _ARRAYS)
-    for path in (partial / _JSON, partial / _ARRAYS, partial / _MEGATRON, partial):
+    write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
+    for path in (partial / _JSON, partial / _ARRAYS, partial / MEGATRON, partial):
         _sync_to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -147,10 +151,8 @@ def _traits(actor: Actor) -> dict[str, Any]:
     """What a checkpoint and the run that loads it must have in common. The mesh is not among it."""
     shape = asdict(actor.shape)
     del shape["padded_vocab_size"]
-    model = actor.policy.config
     return shape | {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
+        "moe_layers": list(actor.shape.moe_layers),  # as JSON gives it back
         "model.dtype": actor.config.model.dtype,
         "optimizer.distributed": actor.config.optimizer.distributed,
     }

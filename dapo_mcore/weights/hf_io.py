@@ -1,88 +1,104 @@
 """Hugging Face model folders: reading tensors slice by slice, and writing a folder that transformers loads.
 
-Writing goes to a temporary folder that is renamed when whole, so a model folder is never half written.
+Change here: which files a folder has, and how tensors are spread over them. Writing goes to a temporary folder that is
+renamed when whole, so a model folder is never half written.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.weights.mapping import Parameter, hf_shapes, parameters
+from dapo_mcore.weights.megatron_io import MegatronReader, is_megatron_folder
+from dapo_mcore.weights.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
+from dapo_mcore.weights.shape import WeightShape, weight_shape
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.model", "tokenizer.model.v3", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+
+Files = dict[str, dict[str, TensorInfo]]
+"""For each file, its tensors."""
 
 
 class SafetensorsReader:
     """Tensors of a folder with model.safetensors, or shards with model.safetensors.index.json. Reads only what is asked.
 
-    Raises CheckpointError for a missing or truncated file and for a tensor that no file holds.
+    Raises CheckpointError for a missing or truncated file, and where index and files disagree.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.file_of = self._index()
-        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, SafetensorsFile] = {}
+        self.index = self._read_index()
+        for path in self.paths:
+            file = SafetensorsFile(path)
+            self._file_of |= dict.fromkeys(file.tensors, file)
+        self._check_index()
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return [self.folder / file for file in sorted(set(self.index.values()))] or [self.folder / SINGLE]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; it does not fit its config.json")
+        return self._file_of[name].tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.info(name).dtype
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
         """The tensor, or its slice [start, stop) along `dim`, in host memory and stored dtype."""
-        if dim is None:
-            return self._slice(name)[:]
-        return self._slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+        self.info(name)
+        return self._file_of[name].read(name, dim, start, stop)
 
-    def _index(self) -> dict[str, str]:
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+    def _read_index(self) -> dict[str, str]:
+        """File name by tensor name; empty for a folder with a single file."""
+        index = self.folder / INDEX
         if index.is_file():
-            return _read_weight_map(index)
-        if single.is_file():
-            return dict.fromkeys(self._handle(single.name, {}).keys(), single.name)
+            if (self.folder / SINGLE).is_file():
+                raise CheckpointError(
+                    f"{self.folder} holds both {SINGLE} and {INDEX}; one is a leftover of another model: remove it"
+                )
+            try:
+                weight_map = json.loads(index.read_bytes())["weight_map"]
+                if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+                    raise ValueError("weight_map must give a file for each tensor")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} is broken: {error!r}; fetch it again") from error
+            return weight_map
+        if (self.folder / SINGLE).is_file():
+            return {}
         raise CheckpointError(
-            f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json; "
-            f"give a folder with weights, or set model.init random"
+            f"{self.folder} holds neither {SINGLE} nor {INDEX}; give a folder with weights, or set model.init random"
         )
 
-    def _slice(self, name: str) -> Any:
-        if name not in self.file_of:
-            raise CheckpointError(f"{self.folder} has no tensor {name}; it does not fit its config.json")
-        handle = self._handle(self.file_of[name], self._open)
-        try:
-            return handle.get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"the index names {name} in {self.file_of[name]}, which lacks it: {error}") from error
-
-    def _handle(self, file: str, cache: dict[str, Any]) -> Any:
-        if file not in cache:
-            path = self.folder / file
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing, but the index names it; fetch the whole folder again")
-            try:
-                cache[file] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is truncated or broken: {error}; fetch it again") from error
-        return cache[file]
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """File name by tensor name."""
-    try:
-        return dict(json.loads(index.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is broken: {error!r}; fetch it again") from error
+    def _check_index(self) -> None:
+        for name, file in self.index.items():
+            if name not in self._file_of or self._file_of[name].path.name != file:
+                raise CheckpointError(f"{self.folder / INDEX} names {name} in {file}, which lacks it; fetch both again")
 
 
 class RandomReader:
@@ -90,10 +106,13 @@ class RandomReader:
 
     def __init__(self, hf_config: Any, seed: int):
         from transformers import AutoModelForCausalLM
+        from transformers.core_model_loading import revert_weight_conversion
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.state = AutoModelForCausalLM.from_config(hf_config).float().state_dict()
+            model = AutoModelForCausalLM.from_config(hf_config).float()
+        # in memory transformers fuses experts; files, and the table, have them one by one
+        self.state = revert_weight_conversion(model, model.state_dict())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.state[name].shape)
@@ -103,58 +122,86 @@ class RandomReader:
         return tensor if dim is None else tensor.narrow(dim, start, stop - start)
 
 
-def open_weights(model: ModelConfig, hf_config: Any, seed: int) -> SafetensorsReader | RandomReader:
-    """The reader of the starting weights that the model section asks for."""
-    return RandomReader(hf_config, seed) if model.init == "random" else SafetensorsReader(model.path)
+def open_weights(model: ModelConfig, hf_config: Any, seed: int) -> SafetensorsReader | MegatronReader | RandomReader:
+    """The reader of the starting weights that the model section asks for: an HF folder, or one that convert.py made."""
+    if model.init == "random":
+        return RandomReader(hf_config, seed)
+    if is_megatron_folder(folder := Path(model.path)):
+        return MegatronReader(folder, weight_shape(hf_config, 1))
+    return SafetensorsReader(folder)
+
+
+def plan_files(groups: Iterable[Mapping[str, TensorInfo]], shard_bytes: int = SHARD_BYTES) -> Files:
+    """Tensors spread over files of at most `shard_bytes`; a group stays together, and may exceed that alone."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    for group in groups:
+        filled, size = (sum(info.nbytes for info in part.values()) for part in (shards[-1], group))
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+        shards[-1].update(group)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def tensor_groups(shape: WeightShape, dtype_of: Callable[[Parameter], torch.dtype]) -> Iterator[dict[str, TensorInfo]]:
+    """The HF tensors of each parameter, in order."""
+    for parameter in parameters(shape):
+        sizes = zip(parameter.hf, hf_shapes(parameter, shape), strict=True)
+        yield {name: TensorInfo(dtype_of(parameter), size) for name, size in sizes}
+
+
+def write_index(folder: Path, files: Files) -> None:
+    """The index beside several files; a single file has none."""
+    if len(files) == 1:
+        return
+    total = sum(info.nbytes for tensors in files.values() for info in tensors.values())
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_model_files(folder: Path, hf_config: Any, dtype: torch.dtype, source: Path) -> None:
+    """All that is no weight: config.json, which names the dtype of the weights, and the tokenizer files of `source`."""
+    config = copy.deepcopy(hf_config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    copy_files(source, folder)
+
+
+def copy_files(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
+    """Copies those of the named files that `source` has."""
+    for name in names:
+        if (file := source / name).is_file():
+            shutil.copyfile(file, folder / name)
 
 
 def save_hf_folder(
     weights: Iterator[tuple[str, torch.Tensor]],
     folder: Path,
     *,
+    shape: WeightShape,
+    dtype: torch.dtype,
     hf_config: Any,
     source: str | Path,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config, tokenizer files and sharded safetensors; rank 0 only. Replaces an existing folder when whole."""
+    """Writes config, tokenizer files and sharded safetensors; rank 0 only. Replaces an existing folder when whole.
+
+    Memory is that of one tensor: each goes to its file as it comes.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hf_config.save_pretrained(partial)
-    for name in TOKENIZER_FILES:
-        if (file := Path(source) / name).is_file():
-            shutil.copyfile(file, partial / name)
-    _write_shards(weights, partial, shard_bytes)
+    write_model_files(partial, hf_config, dtype, Path(source))
+    groups = tensor_groups(shape, lambda parameter: torch.float32 if parameter.rule.float32 else dtype)
+    files = plan_files(groups, shard_bytes)
+    writers = {file: SafetensorsWriter(partial / file, tensors) for file, tensors in files.items()}
+    file_of = {name: file for file, tensors in files.items() for name in tensors}
+    for name, tensor in weights:
+        writers[file_of[name]].write(name, tensor)
+    for writer in writers.values():
+        writer.close()
+    write_index(partial, files)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-
-
-def _write_shards(weights: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    total = 0
-    for number, shard in enumerate(_shards(weights, shard_bytes)):
-        save_file(shard, folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    if len(shards) == 1:
-        os.replace(folder / "shard-0.safetensors", folder / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"shard-{number}.safetensors", folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _shards(weights: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        if shard and size + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.detach().cpu().contiguous().clone()
-        size += tensor.nbytes
-    yield shard

@@ -1,219 +1,258 @@
-"""Hugging Face ↔ Megatron weights as one table: names, how tensors merge, how they shard. No collectives, no files.
+"""Between Hugging Face tensors and Megatron parameters: names, merges and shards. No collectives, no files.
 
-Change here: to support an architecture, or a name that Megatron changed. Loading, export and weight sync read this table.
+Change here: how tensors are merged and cut. Which parameters there are is the table's (families.py).
 
-A Megatron parameter is made of one or more HF tensors (`linear_qkv` of q, k and v). Sharding comes first, merging
-second: every HF tensor is cut along its own dim for a tensor-parallel rank, and the pieces are merged locally. Reading
-slices and gathering shards therefore never needs a whole merged tensor.
+A Megatron parameter is one or more HF tensors merged (`linear_qkv` of q, k and v), then cut over tensor-parallel ranks.
+Both are described at once by *pieces*: the runs of HF rows that a rank's rows consist of, in order. Loading reads the
+pieces, export writes them back; TP may cut through a query group, as Megatron does beyond the number of KV heads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from dapo_mcore.errors import CheckpointError, ConfigError
-
-Merge = Literal["one", "qkv", "gate_up"]
-
-SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+from dapo_mcore.weights.families import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT, Rule
+from dapo_mcore.weights.shape import WeightShape
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One Megatron parameter.
+class Parameter:
+    """One Megatron parameter of the whole model: its rule with the layer and expert filled in."""
 
-    mcore   its names: with the local spec, and where it differs, with Transformer Engine's fused layers
-    hf      the HF tensors it is made of, in merge order
-    dim     the dim along which each HF tensor is cut for tensor parallelism; None replicates
-    merge   `one`: as it is; `qkv`: interleaved by query group; `gate_up`: stacked
-    vocab   rows are padded to the padded vocabulary
-    """
+    rule: Rule
+    layer: int = -1
+    expert: int = -1
 
-    mcore: tuple[str, ...]
-    hf: tuple[str, ...]
-    dim: int | None = None
-    merge: Merge = "one"
-    vocab: bool = False
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Megatron's names: with the local spec, and where it differs, with Transformer Engine's layers."""
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.rule.mcore)
 
-
-_LAYER = "decoder.layers.{layer}."
-_HF_LAYER = "model.layers.{layer}."
-
-EMBEDDING = Rule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), dim=0, vocab=True)
-OUTPUT = Rule(("output_layer.weight",), ("lm_head.weight",), dim=0, vocab=True)
-TIED_OUTPUT = Rule(("output_layer.weight",), ("model.embed_tokens.weight",), dim=0, vocab=True)
-FINAL_NORM = Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",))
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.rule.hf)
 
 
-def _layer_rule(mcore: tuple[str, ...], hf: tuple[str, ...], dim: int | None = None, merge: Merge = "one") -> Rule:
-    return Rule(tuple(_LAYER + name for name in mcore), tuple(_HF_LAYER + name for name in hf), dim, merge)
+class Piece(NamedTuple):
+    """Rows start … stop - 1 of HF tensor number `source` of a parameter."""
+
+    source: int
+    start: int
+    stop: int
 
 
-def _projections(kind: str) -> tuple[str, ...]:
-    return tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv")
+class Place(NamedTuple):
+    """A tensor `key` of a checkpoint, and where in its leading axes: at `offset` of `size`; both () without such axes."""
 
-
-LAYER_RULES = (
-    _layer_rule(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), ("input_layernorm.weight",)),
-    _layer_rule(("self_attention.linear_qkv.weight",), _projections("weight"), 0, "qkv"),
-    _layer_rule(("self_attention.linear_qkv.bias",), _projections("bias"), 0, "qkv"),
-    _layer_rule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",)),
-    _layer_rule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",)),
-    _layer_rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), 1),
-    _layer_rule(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), ("post_attention_layernorm.weight",)),
-    _layer_rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0, "gate_up"),
-    _layer_rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), 1),
-)
-
-
-@dataclass(frozen=True)
-class WeightShape:
-    """The sizes that slicing and merging need; all global (before tensor parallelism)."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    padded_vocab_size: int
-    tied: bool
-    qk_norm: bool
-    qkv_bias: bool
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
 
 
 class WeightReader(Protocol):
-    """Access to HF tensors by name and slice; hf_io reads files, tests pass a dictionary."""
+    """Access to HF tensors by name and slice: hf_io reads files, tests pass a dictionary."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor, or its slice [start, stop) along `dim`."""
         ...
 
 
-def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
-    """Sizes from a transformers config. Raises ConfigError for an architecture that is not in the table."""
-    architecture = (getattr(hf_config, "architectures", None) or [f"{type(hf_config).__name__}"])[0]
-    name = architecture.replace("Config", "ForCausalLM") if architecture.endswith("Config") else architecture
-    if name not in SUPPORTED:
-        raise ConfigError(f"architecture {architecture} is not supported; supported are {', '.join(SUPPORTED)}")
-    if getattr(hf_config, "attention_bias", False):
-        raise ConfigError(
-            f"attention_bias true is not supported: {name}'s o_proj.bias has no Megatron counterpart here"
-        )
-    heads = hf_config.num_attention_heads
-    return WeightShape(
-        num_layers=hf_config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
-        vocab_size=hf_config.vocab_size,
-        padded_vocab_size=padded_vocab_size(hf_config.vocab_size, tensor_parallel),
-        tied=hf_config.tie_word_embeddings,
-        qk_norm=name == "Qwen3ForCausalLM",
-        qkv_bias=name == "Qwen2ForCausalLM",
+def parameters(shape: WeightShape) -> Iterator[Parameter]:
+    """Every parameter of the model once, in the order of execution; with tied embeddings without the output layer."""
+    yield Parameter(EMBEDDING)
+    for layer in range(shape.num_layers):
+        for rule in _layer_rules(shape, layer):
+            for expert in range(shape.num_experts) if rule.of_expert else (-1,):
+                yield Parameter(rule, layer, expert)
+    yield Parameter(FINAL_NORM)
+    if not shape.tied:
+        yield Parameter(OUTPUT)
+
+
+def find_parameter(name: str, shape: WeightShape) -> Parameter:
+    """The parameter of a Megatron name with global layer and expert numbers. Raises CheckpointError for a stranger."""
+    layer = int(match.group(1)) if (match := re.match(r"decoder\.layers\.(\d+)\.", name)) else -1
+    expert = int(match.group(1)) if (match := re.search(r"(?:local_experts\.|\.weight)(\d+)", name)) else -1
+    known = layer < shape.num_layers and expert < shape.num_experts
+    ends = (EMBEDDING, TIED_OUTPUT if shape.tied else OUTPUT, FINAL_NORM)
+    for rule in () if not known else ends if layer < 0 else _layer_rules(shape, layer):
+        if name in (found := Parameter(rule, layer, expert)).names:
+            return found
+    raise CheckpointError(
+        f"{shape.architecture} has no rule for the Megatron parameter {name}; extend weights/families.py"
     )
 
 
-def padded_vocab_size(vocab_size: int, tensor_parallel: int, align: int = 8) -> int:
-    """The vocabulary rounded up so that every tensor-parallel shard is a multiple of `align` (tensor-core tiles)."""
-    unit = tensor_parallel * align
-    return -(-vocab_size // unit) * unit
+def hf_shapes(parameter: Parameter, shape: WeightShape) -> list[tuple[int, ...]]:
+    """The shape of each HF tensor of the parameter, as the config implies it."""
+    return [tuple(shape.size(size) for size in sizes) for sizes in parameter.rule.sizes]
 
 
-def find_rule(mcore_name: str, tied: bool) -> tuple[Rule, int | None]:
-    """The rule of a Megatron parameter name with global layer number, and that number. Raises CheckpointError."""
-    match = re.match(r"decoder\.layers\.(\d+)\.", mcore_name)
-    layer = int(match.group(1)) if match else None
-    candidates = LAYER_RULES if match else (EMBEDDING, TIED_OUTPUT if tied else OUTPUT, FINAL_NORM)
-    for rule in candidates:
-        if mcore_name in (name.format(layer=layer) for name in rule.mcore):
-            return rule, layer
-    raise CheckpointError(f"no mapping rule for Megatron parameter {mcore_name}; extend weights/mapping.py")
+def local_shape(parameter: Parameter, shape: WeightShape, num_ranks: int = 1) -> tuple[int, ...]:
+    """The parameter's shape on each of `num_ranks` tensor-parallel ranks; vocabularies are padded.
+
+    Raises ConfigError where the cut does not come out even.
+    """
+    rule, whole = parameter.rule, _merged_shape(parameter, shape)
+    if rule.cut is None:
+        return whole
+    dim = 1 if rule.cut == "columns" else 0
+    # the halves of gate_up are cut one by one
+    unit = whole[dim] // len(rule.hf) if rule.merge == "gate_up" else whole[dim]
+    if unit % num_ranks:
+        raise ConfigError(
+            f"tensor parallel {num_ranks} does not divide the {unit} {rule.cut} of {parameter.names[0]} "
+            f"({' × '.join(map(str, whole))}); use a divisor of {unit}"
+        )
+    return (*whole[:dim], whole[dim] // num_ranks, *whole[dim + 1 :])
+
+
+def row_ranges(parameter: Parameter, shape: WeightShape, rank: int, num_ranks: int) -> list[tuple[int, int]]:
+    """The rows [start, stop) of the merged parameter that a tensor-parallel rank holds, in order; padding included.
+
+    For a parameter that is cut by rows. One range, or for gate_up one of each half.
+    """
+    size = local_shape(parameter, shape, num_ranks)[0]
+    if parameter.rule.merge != "gate_up":
+        return [(rank * size, (rank + 1) * size)]
+    half = size // 2
+    return [(start, start + half) for start in (rank * half, (num_ranks + rank) * half)]
 
 
 def import_parameter(
-    mcore_name: str, reader: WeightReader, shape: WeightShape, tensor_rank: int, tensor_parallel: int
-) -> torch.Tensor:
-    """This tensor-parallel rank's Megatron parameter, read slice by slice from HF tensors."""
-    rule, layer = find_rule(mcore_name, shape.tied)
-    pieces = [
-        _read_shard(reader, name.format(layer=layer), rule, shape, tensor_rank, tensor_parallel) for name in rule.hf
-    ]
-    return _merge(rule, pieces, shape)
+    parameter: Parameter, reader: WeightReader, shape: WeightShape, rank: int = 0, num_ranks: int = 1
+) -> Tensor:
+    """What tensor-parallel rank `rank` of `num_ranks` holds of the parameter, read slice by slice from HF tensors.
 
-
-def split_parameter(
-    rule: Rule, layer: int | None, local: torch.Tensor, shape: WeightShape
-) -> list[tuple[str, torch.Tensor]]:
-    """The (HF name, local shard) pairs of a local Megatron parameter: the inverse of the merge."""
-    pieces = _split(rule, local, shape)
-    return [(name.format(layer=layer), piece) for name, piece in zip(rule.hf, pieces, strict=True)]
-
-
-def join_shards(rule: Rule, shards: list[torch.Tensor], shape: WeightShape) -> torch.Tensor:
-    """The full HF tensor from the tensor-parallel ranks' shards, vocabulary padding removed."""
-    full = shards[0] if rule.dim is None else torch.cat(shards, dim=rule.dim)
-    return full[: shape.vocab_size] if rule.vocab else full
-
-
-def hf_names(shape: WeightShape) -> Iterator[str]:
-    """Every HF tensor name that a model of this shape exports, in file order."""
-    yield from EMBEDDING.hf
-    for layer in range(shape.num_layers):
-        for rule in LAYER_RULES:
-            if _applies(rule, shape):
-                yield from (name.format(layer=layer) for name in rule.hf)
-    yield from FINAL_NORM.hf
-    if not shape.tied:
-        yield from OUTPUT.hf
-
-
-def _applies(rule: Rule, shape: WeightShape) -> bool:
-    name = rule.mcore[0]
-    return (shape.qk_norm or not name.endswith(("q_layernorm.weight", "k_layernorm.weight"))) and (
-        shape.qkv_bias or not name.endswith("linear_qkv.bias")
+    (Of an expert's parameter: rank and size are those of the expert-tensor-parallel group.) Raises CheckpointError for
+    an HF tensor that has not the shape which the config implies.
+    """
+    check_shapes(parameter, reader, shape)
+    cut, wanted = parameter.rule.cut, local_shape(parameter, shape, num_ranks)
+    if cut is None or (num_ranks == 1 and cut == "columns"):
+        return reader.read(parameter.hf[0])
+    if cut == "columns":
+        return reader.read(parameter.hf[0], 1, rank * wanted[1], (rank + 1) * wanted[1])
+    return _join(
+        [import_rows(parameter, reader, shape, *rows) for rows in row_ranges(parameter, shape, rank, num_ranks)]
     )
 
 
-def _read_shard(
-    reader: WeightReader, name: str, rule: Rule, shape: WeightShape, tensor_rank: int, tensor_parallel: int
-) -> torch.Tensor:
-    if rule.dim is None:
-        return reader.read(name)
-    rows = reader.shape(name)[rule.dim]
-    if rule.vocab and rows != shape.vocab_size:
-        raise CheckpointError(f"{name} has {rows} rows, but config.json says vocab_size {shape.vocab_size}")
-    size = (shape.padded_vocab_size if rule.vocab else rows) // tensor_parallel
-    start = tensor_rank * size
-    stop = min(start + size, rows)
-    piece = reader.read(name, rule.dim, min(start, rows), stop)
-    missing = size - piece.size(rule.dim)
-    return torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])]) if missing else piece
+def import_rows(parameter: Parameter, reader: WeightReader, shape: WeightShape, start: int, stop: int) -> Tensor:
+    """Rows start … stop - 1 of the merged parameter; vocabulary rows that HF has not are zero."""
+    pieces = _between(_whole(parameter, shape), start, stop)
+    parts = [reader.read(parameter.hf[piece.source], 0, piece.start, piece.stop) for piece in pieces]
+    if missing := stop - start - sum(len(part) for part in parts):
+        like = parts[0] if parts else reader.read(parameter.hf[0], 0, 0, 0)
+        parts.append(like.new_zeros(missing, *like.shape[1:]))
+    return _join(parts)
 
 
-def _merge(rule: Rule, pieces: list[torch.Tensor], shape: WeightShape) -> torch.Tensor:
-    if rule.merge == "one":
-        return pieces[0]
-    if rule.merge == "gate_up":
-        return torch.cat(pieces)
-    groups = pieces[1].size(0) // shape.head_dim
-    rest = pieces[0].shape[1:]
-    return torch.cat([piece.view(groups, -1, *rest) for piece in pieces], dim=1).flatten(0, 1)
+def export_parameter(parameter: Parameter, shards: Sequence[Tensor], shape: WeightShape) -> list[tuple[str, Tensor]]:
+    """The (HF name, whole tensor) pairs of a parameter, from what each tensor-parallel rank holds, in rank order.
+
+    Vocabulary padding is left out. A tensor may share memory with a shard.
+    """
+    rule, names = parameter.rule, parameter.hf
+    if rule.cut is None:
+        return [(names[0], shards[0])]
+    if rule.cut == "columns":
+        return [(names[0], _join(shards, dim=1))]
+    parts: list[list[Tensor]] = [[] for _ in names]
+    for rank, shard in enumerate(shards):
+        ranges = row_ranges(parameter, shape, rank, len(shards))
+        pieces = [piece for rows in ranges for piece in _between(_whole(parameter, shape), *rows)]
+        sizes = [piece.stop - piece.start for piece in pieces]
+        for piece, part in zip(pieces, shard[: sum(sizes)].split(sizes) if pieces else (), strict=True):
+            parts[piece.source].append(part)
+    return [(name, _join(own)) for name, own in zip(names, parts, strict=True)]
 
 
-def _split(rule: Rule, local: torch.Tensor, shape: WeightShape) -> list[torch.Tensor]:
-    if rule.merge == "one":
-        return [local]
-    if rule.merge == "gate_up":
-        return list(local.chunk(2))
-    queries = shape.num_heads // shape.num_kv_heads
-    sizes = [queries * shape.head_dim, shape.head_dim, shape.head_dim]
-    groups = local.size(0) // sum(sizes)
-    parts = local.view(groups, sum(sizes), *local.shape[1:]).split(sizes, dim=1)
-    return [part.reshape(-1, *local.shape[1:]) for part in parts]
+def merged_rows(parameter: Parameter, source: int, start: int, stop: int, shape: WeightShape) -> list[tuple[int, int]]:
+    """Where rows start … stop - 1 of HF tensor number `source` lie in the merged parameter: ranges, in order."""
+    found, position = [], 0
+    for piece in _whole(parameter, shape):
+        low, high = max(start, piece.start), min(stop, piece.stop)
+        if piece.source == source and low < high:
+            found.append((position + low - piece.start, position + high - piece.start))
+        position += piece.stop - piece.start
+    return found
+
+
+def checkpoint_place(parameter: Parameter, shape: WeightShape) -> Place:
+    """Where a distributed checkpoint keeps the parameter (before its own dims: layer and expert axes).
+
+    Source: sharded_state_dict of GPTModel, TransformerBlock, SequentialMLP and TEGroupedMLP (megatron-core 0.16.1); layers
+    that are not alike are not stacked.
+    """
+    rule = parameter.rule
+    key, axes = rule.key or rule.mcore[-1], []
+    if rule.of_layer:
+        stacked = shape.layers_are_alike
+        key = key.replace("{layer}.", "").replace(".layers.", f".layers.{'' if stacked else f'{parameter.layer}.'}", 1)
+        axes += [(parameter.layer, shape.num_layers)] if stacked else []
+    if rule.of_expert:
+        axes.append((parameter.expert, shape.num_experts))
+    return Place(key, tuple(at for at, _ in axes), tuple(size for _, size in axes))
+
+
+def _layer_rules(shape: WeightShape, layer: int) -> list[Rule]:
+    family = shape.family
+    rules = family.attention + (family.moe if shape.moe_layers[layer] else family.dense)
+    return [rule for rule in rules if all(shape.size(size) for sizes in rule.sizes for size in sizes)]
+
+
+def _merged_shape(parameter: Parameter, shape: WeightShape) -> tuple[int, ...]:
+    """The parameter's shape before cutting, vocabularies padded."""
+    shapes = hf_shapes(parameter, shape)
+    rows = shape.padded_vocab_size if parameter.rule.is_vocab else sum(own[0] for own in shapes)
+    return (rows, *shapes[0][1:])
+
+
+def _whole(parameter: Parameter, shape: WeightShape) -> list[Piece]:
+    """The pieces of the merged parameter's rows, in order; vocabulary padding, at the end, is in none."""
+    rows = [own[0] for own in hf_shapes(parameter, shape)]
+    if parameter.rule.merge == "qkv":
+        return _query_groups(rows, shape)
+    return [Piece(source, 0, count) for source, count in enumerate(rows)]
+
+
+def _query_groups(rows: list[int], shape: WeightShape) -> list[Piece]:
+    """All rows of linear_qkv: for each key-value head its queries, its key, its value."""
+    groups = shape.num_kv_heads
+    return [
+        Piece(source, group * count // groups, (group + 1) * count // groups)
+        for group in range(groups)
+        for source, count in enumerate(rows)
+    ]
+
+
+def _between(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """The part of a run of pieces that lies in rows start … stop - 1 of their concatenation."""
+    found, position = [], 0
+    for piece in pieces:
+        low, high = max(start - position, 0), min(stop - position, piece.stop - piece.start)
+        if low < high:
+            found.append(Piece(piece.source, piece.start + low, piece.start + high))
+        position += piece.stop - piece.start
+    return found
+
+
+def check_shapes(parameter: Parameter, reader: WeightReader, shape: WeightShape) -> None:
+    """Raises CheckpointError for an HF tensor that has not the shape which the config implies."""
+    for name, expected in zip(parameter.hf, hf_shapes(parameter, shape), strict=True):
+        if (found := tuple(reader.shape(name))) != expected:
+            raise CheckpointError(f"{name} is {list(found)}, but config.json implies {list(expected)}: they disagree")
+
+
+def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

@@ -1,12 +1,13 @@
 """The stream of HF-named weights out of a sharded actor: export writes it to files, rollout engines load it.
 
-Change here: how shards travel to rank 0. One parameter is in flight at a time, so the extra memory on rank 0 is that of the
-largest full tensor.
+Change here: how shards travel to rank 0. One parameter is in flight at a time, so the extra memory on rank 0 is about twice
+that of the largest parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,72 +15,89 @@ import torch.distributed as dist
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.model import PolicyModel
 from dapo_mcore.types import RolloutEngine
-from dapo_mcore.weights.mapping import Rule, WeightShape, find_rule, join_shards, split_parameter
+from dapo_mcore.weights.mapping import Parameter, export_parameter, find_parameter, hf_shapes
+from dapo_mcore.weights.shape import WeightShape
+
+
+class Item(NamedTuple):
+    """A parameter of the stream and the rank that has it whole after the gathering."""
+
+    name: str
+    owner: int
 
 
 class WeightStream:
     """Calling it yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it.
 
-    Collectives: per parameter, an all-gather over the tensor-parallel group and a send from the owning pipeline stage
-    to stage 0. Only the ranks of the first data- and context-parallel coordinate take part.
+    Collectives: per parameter, an all-gather over the (expert-)tensor-parallel group of one replica, and a send from that
+    group's first rank to rank 0. Building it: an all-gather of names over all ranks.
     """
 
     def __init__(self, policy: PolicyModel, shape: WeightShape, layout: Layout):
         self.shape = shape
         self.layout = layout
         names = policy.global_parameter_names()
-        self.local = {names[name]: parameter for name, parameter in policy.named_parameters()}
-        self.stages = self._gather_names()
+        local = {names[name]: weight for name, weight in policy.named_weights()}
+        if shape.tied and not layout.is_first_stage:
+            local.pop("output_layer.weight", None)
+        self.dtype = policy.config.params_dtype
+        self.local = {name: tensor for name, tensor in local.items() if self._in_first_replica(name)}
+        self.plan = self._gather_plan()
 
     def __call__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.layout.data_rank or self.layout.context_rank:
+        for item in self.plan:
+            if item.name in self.local:
+                yield from self._give(item)
+            if self.layout.is_controller and item.owner != 0:
+                yield from self._receive(item)
+
+    def _of_expert(self, name: str) -> bool:
+        return find_parameter(name, self.shape).rule.of_expert
+
+    def _in_first_replica(self, name: str) -> bool:
+        layout = self.layout
+        if self._of_expert(name):
+            return layout.expert_data_rank == 0
+        return layout.data_rank == 0 and layout.context_rank == 0
+
+    def _is_owner(self, name: str) -> bool:
+        return (self.layout.expert_tensor_rank if self._of_expert(name) else self.layout.tensor_rank) == 0
+
+    def _gather_plan(self) -> list[Item]:
+        """What is sent by whom, in the order of ranks: pipeline stages, and within them experts, come in turn."""
+        everyone: list[list[str]] = [[] for _ in range(self.layout.world_size)]
+        mine = [name for name in self.local if self._is_owner(name)]
+        dist.all_gather_object(everyone, mine, group=self.layout.control_group)
+        return [Item(name, rank) for rank, names in enumerate(everyone) for name in names]
+
+    def _give(self, item: Item) -> Iterator[tuple[str, torch.Tensor]]:
+        parameter = find_parameter(item.name, self.shape)
+        shards = self._gather(parameter, self.local[item.name].detach())
+        if item.owner != self.layout.rank:
             return
-        for stage, names in enumerate(self.stages):
-            for name in names:
-                if name == "output_layer.weight" and self.shape.tied:
-                    continue
-                yield from self._collect(name, stage)
+        for name, tensor in export_parameter(parameter, shards, self.shape):
+            if self.layout.is_controller:
+                yield name, tensor
+            else:
+                dist.send(tensor.contiguous(), 0)
 
-    def _gather_names(self) -> list[list[str]]:
-        """Parameter names of each pipeline stage, in order."""
-        stages: list[list[str]] = [[] for _ in range(self.layout.pipeline)]
-        dist.all_gather_object(stages, list(self.local), group=self.layout.pipeline_group)
-        return stages
+    def _gather(self, parameter: Parameter, shard: torch.Tensor) -> list[torch.Tensor]:
+        of_expert, layout = parameter.rule.of_expert, self.layout
+        size = layout.expert_tensor if of_expert else layout.tensor
+        if parameter.rule.cut is None or size == 1:
+            return [shard]
+        group = layout.expert_tensor_group if of_expert else layout.tensor_group
+        shards = [torch.empty_like(shard) for _ in range(size)]
+        dist.all_gather(shards, shard.contiguous(), group=group)
+        return shards
 
-    def _collect(self, name: str, stage: int) -> Iterator[tuple[str, torch.Tensor]]:
-        rule, layer = find_rule(name, self.shape.tied)
-        if self.layout.pipeline_rank == stage:
-            parameter = self.local[name].detach()
-            for hf_name, shard in split_parameter(rule, layer, parameter, self.shape):
-                full = self._join(rule, shard)
-                if stage == 0 and self.layout.tensor_rank == 0:
-                    yield hf_name, full
-                elif self.layout.tensor_rank == 0:
-                    self._send(full)
-        elif self.layout.pipeline_rank == 0 and self.layout.tensor_rank == 0:
-            for hf_name in rule.hf:
-                yield hf_name.format(layer=layer), self._receive(stage)
-
-    def _join(self, rule: Rule, shard: torch.Tensor) -> torch.Tensor:
-        if rule.dim is None or self.layout.tensor == 1:
-            return join_shards(rule, [shard], self.shape)
-        shards = [torch.empty_like(shard) for _ in range(self.layout.tensor)]
-        dist.all_gather(shards, shard.contiguous(), group=self.layout.tensor_group)
-        return join_shards(rule, shards, self.shape)
-
-    def _send(self, tensor: torch.Tensor) -> None:
-        first = self.layout.pipeline_ranks[0]
-        size = torch.tensor([*tensor.shape, *[0] * (2 - tensor.dim())], device=tensor.device)
-        dist.send(size, first, group=self.layout.pipeline_group)
-        dist.send(tensor.contiguous(), first, group=self.layout.pipeline_group)
-
-    def _receive(self, stage: int) -> torch.Tensor:
-        owner, some = self.layout.pipeline_ranks[stage], next(iter(self.local.values()))
-        size = torch.empty(2, dtype=torch.int64, device=some.device)
-        dist.recv(size, owner, group=self.layout.pipeline_group)
-        tensor = torch.empty([n for n in size.tolist() if n], dtype=some.dtype, device=some.device)
-        dist.recv(tensor, owner, group=self.layout.pipeline_group)
-        return tensor
+    def _receive(self, item: Item) -> Iterator[tuple[str, torch.Tensor]]:
+        parameter = find_parameter(item.name, self.shape)
+        dtype = torch.float32 if parameter.rule.float32 else self.dtype
+        for name, size in zip(parameter.hf, hf_shapes(parameter, self.shape), strict=True):
+            tensor = torch.empty(size, dtype=dtype, device=self.layout.device)
+            dist.recv(tensor, item.owner)
+            yield name, tensor
 
 
 def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: int) -> None:

@@ -21,8 +21,17 @@ _MIN: tl.constexpr = tl.constexpr(MIN_MAGNITUDE)
 
 
 def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """reference.quantize_blocks on a GPU: bitwise the same."""
+    """reference.quantize_blocks on a GPU: bitwise the same.
+
+    Raises ValueError for rows so long, or so far apart, that a tile's offsets do not fit into int32.
+    """
     rows, columns = weight.shape
+    longest = max(weight.stride(0), columns)
+    if longest * block >= 2**31:
+        raise ValueError(
+            f"rows of weight are {longest} elements long or apart, but tiles of {block} take fewer than "
+            f"{2**31 // block}; quantise a part of the columns at a time, made contiguous"
+        )
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(triton.cdiv(rows, block), triton.cdiv(columns, block), device=weight.device)
     quantize_blocks_kernel[(scales.numel(),)](
@@ -46,15 +55,17 @@ def quantize_blocks_kernel(
     weight_ptr, row_stride, codes_ptr, scales_ptr, num_rows, num_columns, tiles_across, BLOCK: tl.constexpr
 ):
     tile = tl.program_id(0)
-    # A matrix may hold more than 2^31 elements: offsets of rows are int64.
-    rows = (tile // tiles_across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    columns = (tile % tiles_across) * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    x = tl.load(weight_ptr + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    first_row, first_column = tile // tiles_across * BLOCK, tile % tiles_across * BLOCK
+    # A matrix may hold more than 2^31 elements, so tiles begin at int64 offsets; within one int32 saves registers.
+    weight_ptr += first_row.to(tl.int64) * row_stride + first_column
+    codes_ptr += first_row.to(tl.int64) * num_columns + first_column
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows - first_row) & (columns < num_columns - first_column)
+    x = tl.load(weight_ptr + rows * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.max(_magnitude_bits(x), 1), 0)
     factor, scale, broken = _scales(largest)
     codes = tl.where(broken, 0x7F, _e4m3_codes(x * factor))
-    tl.store(codes_ptr + rows[:, None] * num_columns + columns[None, :], codes.to(tl.uint8), mask=inside)
+    tl.store(codes_ptr + rows * num_columns + columns, codes.to(tl.uint8), mask=inside)
     tl.store(scales_ptr + tile, scale)
 
 

@@ -1,7 +1,8 @@
 """The policy head: from hidden states to log-probs, or straight to the DAPO loss with its gradients.
 
-Change here: what is accepted, what a wrong argument is told, and which implementation runs. The chunks are in
-chunks.py, the eager mode in eager.py, and all that happens to logits, in plain PyTorch or Triton, in policy_loss/.
+Change here: what is accepted, what a wrong argument is told, and which implementation runs. What is computed is
+defined in reference.py; how, chunk by chunk, is in chunks.py, with the eager mode in eager.py. There is no kernel.py:
+the head is the vendor's matrix products around what happens to logits, whose PyTorch and Triton are in policy_loss/.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def linear_policy_loss(
     logits_dtype: torch.dtype | None = None,
     main_grad: Tensor | None = None,
     grad_scale: float = 1.0,
+    reduce_hidden_grad: bool = False,
     implementation: Implementation = "auto",
 ) -> PolicyHeadOutput:
     """The loss Σ_t weight_t · (policy term + kl_coef · KL - entropy_coef · entropy), and what happened to each token.
@@ -68,15 +70,19 @@ def linear_policy_loss(
                    set, as Megatron's DistributedDataParallel expects. Only where this call is followed by exactly one
                    backward pass: refused under no_grad and in the replay of a checkpoint.
     grad_scale     in eager mode, the gradient that the loss will receive; another one fails in backward.
+    reduce_hidden_grad
+                   the gradient to hidden is summed over tp_group in this call, hidden under the products that make the
+                   gradient to weight; else the caller reduces it (or reduce-scatters it).
     implementation "auto" is Triton for fp32 and bf16 on a GPU where it is installed, else plain PyTorch. "triton" on
                    CPU tensors needs TRITON_INTERPRET=1: for tests.
 
     `loss` is differentiable with respect to hidden and weight; every other field is detached, [T] in fp32 (fp64).
     Gradients are made in this call, if grad mode is on and an input requires them, and held in the input's dtype until
     backward, which scales them. Repeatable bit by bit.
-    Tensor parallelism: one all-gather of [4, n] statistics a chunk over `tp_group` (none for T = 0); its ranks must
-    give the same rows. All results are the same on all ranks, except that **the gradient to hidden is this rank's
-    partial sum over its vocabulary rows: the caller reduces it over tp_group** (or reduce-scatters it).
+    Tensor parallelism: one all-gather of [4, n] statistics a chunk over `tp_group`, with reduce_hidden_grad also one
+    all-reduce of [n, H] (none for T = 0); its ranks must give the same rows. All results are the same on all ranks,
+    except that **without reduce_hidden_grad the gradient to hidden is this rank's partial sum over its vocabulary
+    rows**.
     Raises ValueError for shapes, dtypes or devices that do not fit, and for constants out of range; RuntimeError where
     eager mode is refused.
     Source: DAPO (arXiv 2503.14476) eq. 8; details in policy_loss/reference.py.
@@ -88,7 +94,7 @@ def linear_policy_loss(
     like = hidden.new_empty(len(hidden), dtype=compute_dtype(hidden))
     tokens = make_token_inputs(like, objective, advantages, token_weights, old_logprobs, ref_logprobs, tis_weights)
     eager = eager_target(weight, main_grad, grad_scale, compute_dtype(weight))
-    return chunks.linear_policy_loss(hidden, weight, targets, tokens, objective, how, eager)
+    return chunks.linear_policy_loss(hidden, weight, targets, tokens, objective, how, eager, reduce_hidden_grad)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..policy_loss import Objective, PolicyHeadOutput, TokenInputs
@@ -21,6 +22,7 @@ from ..policy_loss.autograd import with_gradients
 from ..policy_loss.reference import compute_dtype
 from ..policy_loss.shard import VocabShard
 from .eager import EagerTarget, with_hidden_gradient
+from .products import add_product, product, wide_operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,7 @@ class Projection:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[n, V_local], before the division by the temperature."""
-        dtype = self.logits_dtype or compute_dtype(hidden)
-        if hidden.dtype == dtype:
-            return torch.mm(hidden, weight.t())
-        if hidden.dtype == torch.bfloat16:
-            return torch.mm(hidden, weight.t(), out_dtype=dtype)
-        return torch.mm(hidden, weight.t()).to(dtype)
+        return product(hidden, weight.t(), self.logits_dtype or compute_dtype(hidden))
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """Row ranges in order; for no tokens one empty range, so that results keep their shapes and dtypes."""
@@ -50,7 +47,7 @@ class Projection:
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, how: Projection) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [T], by the operations of linear_policy_loss in the same order: bitwise the same."""
-    hidden, weight = mixed_operands(hidden.detach(), weight.detach())
+    hidden, weight = wide_operands(hidden.detach(), weight.detach())
 
     def score(rows: slice) -> tuple[Tensor, Tensor]:
         logits = how.logits(hidden[rows], weight)
@@ -68,9 +65,10 @@ def linear_policy_loss(
     objective: Objective,
     how: Projection,
     eager: EagerTarget | None,
+    reduce_hidden_grad: bool,
 ) -> PolicyHeadOutput:
     """The loss, with gradients to hidden and weight made now: the backward pass only scales them."""
-    grads = _Gradients(hidden, weight, eager)
+    grads = _Gradients(hidden, weight, eager, how.shard if reduce_hidden_grad else None)
 
     def differentiate(rows: slice) -> PolicyHeadOutput:
         logits = how.logits(x[rows], w)
@@ -82,34 +80,29 @@ def linear_policy_loss(
         return losses
 
     with torch.no_grad():
-        x, w = mixed_operands(hidden, weight)
+        x, w = wide_operands(hidden, weight)
         losses = PolicyHeadOutput(*map(torch.cat, zip(*map(differentiate, how.chunks(len(hidden))))))
         loss = losses.loss.sum()
     return losses._replace(loss=grads.attach(loss))
 
 
-def mixed_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Operands whose product can be had in the compute dtype: the CPU has no bf16 product with an fp32 result."""
-    if hidden.dtype == torch.bfloat16 and hidden.is_cpu:
-        return hidden.float(), weight.float()
-    return hidden, weight
-
-
 class _Gradients:
     """Gradients to hidden, in its dtype, and weight, in the compute dtype, where they are wanted.
 
-    That to weight is kept until the backward pass, or in eager mode added to where the caller says.
+    That to weight is kept until the backward pass, or in eager mode added to where the caller says. With `shard` that
+    to hidden is summed over its ranks.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, eager: EagerTarget | None) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, eager: EagerTarget | None, shard: VocabShard | None) -> None:
         on = torch.is_grad_enabled()
-        self.inputs, self.eager = (hidden, weight), eager
+        self.inputs, self.eager, self.shard = (hidden, weight), eager, shard
         self.hidden = torch.empty_like(hidden) if on and hidden.requires_grad else None
         self.weight, self.factor = None, 1.0
         if eager is not None:
             self.weight, self.factor = eager.main_grad, eager.scale
         elif on and weight.requires_grad:
             self.weight = torch.zeros_like(weight, dtype=compute_dtype(weight))
+        self.sums: list[dist.Work] = []
 
     def __bool__(self) -> bool:
         return self.hidden is not None or self.weight is not None
@@ -117,12 +110,16 @@ class _Gradients:
     def add(self, grad_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
         if self.hidden is not None:
             self.hidden[rows] = torch.mm(grad_logits, weight)
+            # before the product with hidden, which hides it
+            if self.shard is not None and (started := self.shard.start_sum(self.hidden[rows])):
+                self.sums.append(started)
         if self.weight is not None:
-            mixed = {} if hidden.dtype == self.weight.dtype else {"out_dtype": self.weight.dtype}
-            torch.addmm(self.weight, grad_logits.t(), hidden, alpha=self.factor, out=self.weight, **mixed)
+            add_product(self.weight, grad_logits.t(), hidden, self.factor)
 
     def attach(self, loss: Tensor) -> Tensor:
         """The loss on the graph of hidden and weight."""
+        for started in self.sums:
+            started.wait()
         if self.eager is not None:
             return with_hidden_gradient(loss, *self.inputs, self.hidden, self.eager)
         if not self:

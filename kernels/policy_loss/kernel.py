@@ -1,8 +1,9 @@
 """The DAPO loss in Triton: from log-probs, and from vocabulary-parallel logits with their gradient in the same memory.
 
-Change here: how the GPU computes what reference.py and softmax.py define. One program owns one row of logits: no
-atomics, every sum in a fixed order, the same bits each time. A row is read twice and written once; where the
-vocabulary is split, an all-gather of the rows' statistics lies between the two readings.
+Change here: how kernels are launched, and which program does what; a row's softmax is in row_softmax.py, a token's
+formula in token_terms.py. One program owns one row of logits: no atomics, every sum in a fixed order, the same bits
+each time. A row is read twice and written once; where the vocabulary is split, an all-gather of the rows' statistics
+lies between the two readings.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import Objective, PolicyHeadOutput, TokenInputs, TokenTerms
+from .row_softmax import at_peak, gradient_row, local_target, merged_statistics, row_softmax, row_statistics, zero_row
 from .shard import VocabShard
-from .token_terms import log1p, token_terms
+from .token_terms import token_terms
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -31,8 +33,6 @@ ROW_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 BLOCK_TOKENS = 256
 TOKEN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-# Stands for -inf: exp gives 0 all the same, and 0 · x stays 0 where 0 · -inf would be nan.
-LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -250,33 +250,14 @@ def row_losses_kernel(
         others, distance = at_peak(top, total, weighted, peak, scale)
     else:
         peak, others, distance, target_logit = merged_statistics(statistics + row, num_rows, num_ranks, scale)
-
-    # Logits over temperature, counted from the largest.
-    target_z = (target_logit - peak) * inverse_temperature
-    target_exp = tl.exp(target_z)
-    # 0 · -inf would be nan: a target outside the vocabulary has no share in the mean
-    target_share = tl.where(target_exp == 0, 0.0, target_exp * target_z)
-    total = others + target_exp
-    mean = (distance * inverse_temperature + target_share) / total
-    # When the target is the largest logit, others may be below the rounding of 1.
-    log_total = tl.where(target_z == 0, log1p(others), tl.log(total))
-    logprob = target_z - log_total
-    entropy = log_total - mean
+    logprob, entropy, total, mean, target_exp, target_share = row_softmax(
+        peak, others, distance, target_logit, inverse_temperature
+    )
     tl.store(fields + num_rows + row, logprob)
     tl.store(fields + 2 * num_rows + row, entropy)
 
     if tokens.advantages is not None:
-        weight = tl.load(tokens.token_weights + row)
-        loss, slope, ratio, low, high, dual, kl = token_terms(logprob, tokens, row, None, objective, KL)
-        if objective.entropy_coef is not None:
-            loss -= objective.entropy_coef * entropy
-        tl.store(fields + row, weight * loss)
-        tl.store(fields + 3 * num_rows + row, ratio)
-        tl.store(fields + 4 * num_rows + row, low.to(tl.float32))
-        tl.store(fields + 5 * num_rows + row, high.to(tl.float32))
-        tl.store(fields + 6 * num_rows + row, dual.to(tl.float32))
-        tl.store(fields + 7 * num_rows + row, kl)
-
+        weight, slope = store_loss(fields + row, num_rows, row, logprob, entropy, tokens, objective, KL)
         if grad is not None:
             slope *= weight * inverse_temperature
             bonus = 0.0
@@ -298,97 +279,16 @@ def row_losses_kernel(
 
 
 @triton.jit
-def local_target(targets, row, start, num_real):
-    """The target's column on this rank, -1 if it is not here."""
-    target = tl.load(targets + row) - start
-    return tl.where((target >= 0) & (target < num_real), target, -1)
-
-
-@triton.jit
-def load_logits(logits, columns, num_real):
-    """fp32, with LOWEST for padding and for anything below it; nan stays nan."""
-    x = tl.load(logits + columns, mask=columns < num_real, other=float("-inf")).to(tl.float32)
-    return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def row_statistics(logits, num_real, target, scale, BLOCK: tl.constexpr):
-    """Of one row without its target: max, Σ e, Σ e · (logit - max) with e = 2^(scale · (logit - max)); the target's.
-
-    Each lane keeps its own three sums until the end, so the loop has no barrier; one exponential a column serves both
-    cases, a new maximum (the sums shrink) and none (the summand does). The target is left out so that 1 - p keeps its
-    digits. Of a rank without real columns, max is LOWEST. The target's logit is -inf where it is not here.
-    """
-    target_logit = tl.load(logits + target, mask=target >= 0, other=float("-inf")).to(tl.float32)
-    top = tl.full((BLOCK,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, num_real, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        x = tl.where(columns == target, LOWEST, load_logits(logits, columns, num_real))
-        step = x - top
-        decay = tl.exp2(-tl.abs(step) * scale)
-        rises = step > 0
-        weighted = tl.where(rises, tl.fma(-step, total, weighted) * decay, tl.fma(step, decay, weighted))
-        total = tl.where(rises, tl.fma(total, decay, 1.0), total + decay)
-        top = tl.maximum(top, x)
-    row_top = tl.max(top, 0)
-    total, weighted = at_peak(top, total, weighted, row_top, scale)
-    return row_top, tl.sum(total, 0), tl.sum(weighted, 0), target_logit
-
-
-@triton.jit
-def at_peak(top, total, weighted, peak, scale):
-    """Σ e and Σ e · (logit - max) counted from a larger maximum."""
-    step = top - peak
-    decay = tl.exp2(step * scale)
-    return decay * total, decay * (weighted + step * total)
-
-
-@triton.jit
-def merged_statistics(statistics, num_rows, num_ranks, scale):
-    """Largest logit, Σ e and Σ e · (logit - largest) without the target, and the target's logit, over all ranks."""
-    top = tl.load(statistics)
-    target_logit = tl.load(statistics + 3 * num_rows)
-    for rank in range(1, num_ranks):
-        top = tl.maximum(top, tl.load(statistics + 4 * rank * num_rows))
-        target_logit = tl.maximum(target_logit, tl.load(statistics + (4 * rank + 3) * num_rows))
-    peak = tl.maximum(top, target_logit)
-    others = 0.0
-    distance = 0.0
-    for rank in range(num_ranks):
-        top = tl.load(statistics + 4 * rank * num_rows)
-        total = tl.load(statistics + (4 * rank + 1) * num_rows)
-        weighted = tl.load(statistics + (4 * rank + 2) * num_rows)
-        total, weighted = at_peak(top, total, weighted, peak, scale)
-        others += total
-        distance += weighted
-    return peak, others, distance, target_logit
-
-
-@triton.jit
-def gradient_row(
-    logits, grad, num_columns, num_real, target, at_target, peak, scale, constant, rate,
-    ENTROPY: tl.constexpr, SHARED_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes a row of `grad` from its end: what was read last, in row_statistics, may still be in the L2 cache."""
-    num_blocks = tl.cdiv(num_columns, BLOCK)
-    for step in range(num_blocks):
-        columns = (num_blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        x = load_logits(logits, columns, num_real) - peak
-        if SHARED_ROWS:
-            tl.debug_barrier()  # all warps have read this block before one of them writes over it
-        value = tl.exp2(x * scale)
-        if ENTROPY:
-            value *= tl.fma(x, rate, constant)
-        else:
-            value *= constant
-        value = tl.where(columns == target, at_target, value)
-        tl.store(grad + columns, value.to(grad.dtype.element_ty), mask=columns < num_columns)
-
-
-@triton.jit
-def zero_row(grad, num_columns, BLOCK: tl.constexpr):
-    for first in range(0, num_columns, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        tl.store(grad + columns, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=columns < num_columns)
+def store_loss(fields, num_rows, row, logprob, entropy, tokens, objective, KL: tl.constexpr):
+    """Writes a token's loss and what belongs to it; returns its weight, and d loss / d logprob without that weight."""
+    weight = tl.load(tokens.token_weights + row)
+    loss, slope, ratio, low, high, dual, kl = token_terms(logprob, tokens, row, None, objective, KL)
+    if objective.entropy_coef is not None:
+        loss -= objective.entropy_coef * entropy
+    tl.store(fields, weight * loss)
+    tl.store(fields + 3 * num_rows, ratio)
+    tl.store(fields + 4 * num_rows, low.to(tl.float32))
+    tl.store(fields + 5 * num_rows, high.to(tl.float32))
+    tl.store(fields + 6 * num_rows, dual.to(tl.float32))
+    tl.store(fields + 7 * num_rows, kl)
+    return weight, slope

@@ -1,8 +1,8 @@
 """The DAPO objective of single tokens: its value and its derivative with respect to the log-prob, in closed form.
 
 Change here: the per-token formula. In plain PyTorch it is written once, for the loss from log-probs, from logits and
-from hidden states; its Triton twin is token_terms.py. `score`, `differentiate` and `token_losses` are what every
-implementation offers (dispatch.py).
+from hidden states; its Triton twin is token_terms.py, and policy_head/reference.py defines the same by autograd.
+`score`, `differentiate` and `token_losses` are what every implementation offers (dispatch.py).
 Source: DAPO (arXiv 2503.14476) eq. 8, with separate clip ranges, and dual clip (arXiv 1912.09729) as an option.
 """
 

@@ -1,6 +1,6 @@
 """A vocabulary-parallel softmax with its gradient in plain PyTorch, exact for confident tokens.
 
-Change here: how logits become log-probs, entropies and gradients; kernel.py does the same in Triton.
+Change here: how logits become log-probs, entropies and gradients; row_softmax.py does the same in Triton.
 Letters: n tokens, V_local columns of this rank, R tensor-parallel ranks.
 """
 

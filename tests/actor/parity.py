@@ -31,6 +31,8 @@ class Mesh:
     context: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    expert: int = 1
+    expert_tensor: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -38,7 +40,9 @@ class Mesh:
 
     def __str__(self) -> str:
         name = f"TP{self.tensor}PP{self.pipeline}CP{self.context}DP{self.data}"
-        return name + ("SP" if self.sequence_parallel else "")
+        experts = f"EP{self.expert}" if self.expert > 1 else ""
+        shared = f"ETP{self.expert_tensor}" if self.expert_tensor else ""
+        return name + ("SP" if self.sequence_parallel else "") + experts + shared
 
 
 def make_config(mesh: Mesh, **overrides: Any) -> Config:
@@ -51,6 +55,8 @@ def make_config(mesh: Mesh, **overrides: Any) -> Config:
             "pipeline_parallel": mesh.pipeline,
             "context_parallel": mesh.context,
             "sequence_parallel": mesh.sequence_parallel,
+            "expert_parallel": mesh.expert,
+            "expert_tensor_parallel": mesh.expert_tensor,
             "timeout_minutes": 5,
         },
         "rollout": {"group_size": 4, "max_response_tokens": 24},
@@ -155,9 +161,9 @@ def make_batch(seed: int = 5, num_groups: int = 4, group_size: int = 4) -> Train
     )
 
 
-def off_policy(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> TrainBatch:
+def off_policy(batch: TrainBatch, model: torch.nn.Module | None = None) -> TrainBatch:
     """The batch with old log-probs near the policy's, a few of them far: every clip is active."""
-    model = model64(family, tied)
+    model = model or model64("qwen2", False)
     noise = np.random.default_rng(3)
     old = np.zeros(len(batch.tokens))
     for begin, end in zip(batch.offsets[:-1], batch.offsets[1:]):
@@ -193,7 +199,7 @@ def model64(family: str, tied: bool) -> torch.nn.Module:
 
     model = AutoModelForCausalLM.from_config(hf_config(family, tied)).double()
     model.load_state_dict(start_weights(family, tied))
-    _norms_in_fp64(model)
+    norms_in_fp64(model)
     return model
 
 
@@ -216,7 +222,7 @@ def reference(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> d
     return result
 
 
-def _norms_in_fp64(model: torch.nn.Module) -> None:
+def norms_in_fp64(model: torch.nn.Module) -> None:
     """Hugging Face computes RMSNorm in fp32 whatever the model's dtype; a reference must not."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -272,7 +278,8 @@ def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
     """main_grad of every parameter; with the distributed optimizer its reduced shards are gathered first."""
     import torch.distributed as dist
 
-    for buffer in actor.ddp.buffers if actor.config.optimizer.distributed else []:
+    sharded = actor.ddp.buffers + actor.ddp.expert_parallel_buffers if actor.config.optimizer.distributed else []
+    for buffer in sharded:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dapo_mcore.actor.layout import _data_parallel_size
+from dapo_mcore.actor.layout import _data_parallel_size, _expert_data_parallel_size
 from dapo_mcore.config import ParallelConfig
 from dapo_mcore.errors import ConfigError
 from tests.actor import parity
@@ -29,6 +29,27 @@ def test_world_size_that_contradicts_data_parallel_is_refused():
 
 def test_what_remains_is_data_parallel():
     assert _data_parallel_size(ParallelConfig(tensor_parallel=2, context_parallel=2), 8) == 2
+
+
+def test_experts_fill_the_same_processes_in_their_own_way():
+    parallel = ParallelConfig(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True, expert_parallel=2)
+    assert _expert_data_parallel_size(parallel, 8) == 2  # whole experts: expert_tensor_parallel is 1
+    assert _expert_data_parallel_size(parallel.model_copy(update={"expert_tensor_parallel": 2}), 8) == 1
+
+
+def test_world_size_that_is_no_multiple_of_the_experts_mesh_is_refused():
+    parallel = ParallelConfig(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
+    message = (
+        r"world size 2 is not a multiple of expert_parallel 2 × expert_tensor_parallel 2 × pipeline_parallel 1 = 4"
+    )
+    with pytest.raises(ConfigError, match=message):
+        _expert_data_parallel_size(parallel, 2)
+
+
+def test_coordinates_of_experts():
+    result = parity.spawn(describe_experts, Mesh(tensor=2, data=2, sequence_parallel=True, expert=2))
+    # expert tensor varies fastest, then expert, then expert data: tensor pairs share the experts of a layer
+    assert result == [[0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]]
 
 
 def test_coordinates_and_control_collectives():
@@ -62,3 +83,13 @@ def describe(layout: Any, mesh: Mesh) -> dict[str, Any]:
         "object": layout.broadcast_object({"from": layout.rank}),
         "replica": layout.sum_over_ranks(seen).tolist(),
     }
+
+
+def describe_experts(layout: Any, mesh: Mesh) -> list[list[int]]:
+    """Worker."""
+    coordinates = torch.zeros(4, 3, dtype=torch.int64)
+    mine = [layout.expert_tensor_rank, layout.expert_rank, layout.expert_data_rank]
+    assert layout.expert_group.size() == layout.expert == 2
+    assert layout.expert_tensor_group.size() == layout.expert_tensor == 1
+    coordinates[layout.rank] = torch.tensor(mine)
+    return layout.sum_over_ranks(coordinates).tolist()

@@ -155,6 +155,12 @@ def sum_layouts(ttgir: str) -> list[str]:
     return [aliases[name] for name in re.findall(r"\}\) : \(tensor<\d+xf32, (#\w+)>", ttgir)]
 
 
+def accesses(ptx: str) -> str:
+    """The kernel's global reads (r), writes (w) and barriers (b) in the order of its code."""
+    letters = {"ld.global": "r", "st.global": "w", "bar.sync": "b"}
+    return "".join(letters[found] for found in re.findall(r"ld\.global|st\.global|bar\.sync", ptx))
+
+
 def compile_all() -> Iterator[dict[str, object]]:
     """A record for each different compiled kernel."""
     triton.runtime.driver.set_active(NoDevice())
@@ -179,6 +185,7 @@ def compile_all() -> Iterator[dict[str, object]]:
                         "shared": compiled.metadata.shared,
                         **resources(compiled.asm["ptx"], fuse=compiled.metadata.enable_fp_fusion),
                         "sum_layouts": sum_layouts(compiled.asm["ttgir"]),
+                        "accesses": accesses(compiled.asm["ptx"]),
                     }
 
 

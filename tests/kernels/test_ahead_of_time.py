@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ def test_no_kernel_spills_registers(records, capsys):
         for r in records[:-1]:
             print(f"{r['kernel']:<44} {r['registers']:>9} {r['shared']:>7} {r['warps']:>5}  {r['case']}")
     assert {record["case"]: record["spilled"] for record in records[:-1] if record["spilled"]} == {}
+
+
+def test_a_gradient_in_the_memory_of_wider_logits_is_written_after_every_warp_has_read(records):
+    """The loop that ends the kernel: a block's reads, a barrier, its writes."""
+    shared = [r for r in records[:-1] if "float32: gradient in bfloat16" in r["case"]]
+    assert len(shared) >= 8 and all(re.search(r"wbw*(r+b+w+)+$", r["accesses"]) for r in shared), shared
 
 
 def test_scoring_adds_in_the_order_of_training(records):

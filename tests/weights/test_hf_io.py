@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,26 @@ from transformers import AutoModelForCausalLM
 
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.errors import CheckpointError
-from dapo_mcore.weights.hf_io import RandomReader, SafetensorsReader, open_weights, save_hf_folder
+from dapo_mcore.weights.convert import Cut, hf_to_mcore
+from dapo_mcore.weights.hf_io import (
+    RandomReader,
+    SafetensorsReader,
+    open_weights,
+    plan_files,
+    save_hf_folder,
+    tensor_groups,
+    write_index,
+)
+from dapo_mcore.weights.job import NoReport
+from dapo_mcore.weights.mapping import parameters
+from dapo_mcore.weights.megatron_io import MegatronReader
+from dapo_mcore.weights.safetensors_file import TensorInfo
+from dapo_mcore.weights.shape import weight_shape
 from tests.actor.parity import hf_config
+from tests.weights.zoo import config_of
 
 MATRIX = torch.arange(12, dtype=torch.float32).view(4, 3)
+INDEX = "model.safetensors.index.json"
 
 
 def sharded_folder(folder: Path) -> Path:
@@ -25,7 +41,7 @@ def sharded_folder(folder: Path) -> Path:
     save_file({"a": MATRIX, "b": torch.tensor([1.0, 2.0])}, folder / "one.safetensors")
     save_file({"c": MATRIX.to(torch.bfloat16)}, folder / "two.safetensors")
     weight_map = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
@@ -42,42 +58,53 @@ def test_slices_of_a_single_file(tmp_path: Path) -> None:
 
 def test_an_index_leads_to_the_shards(tmp_path: Path) -> None:
     reader = SafetensorsReader(sharded_folder(tmp_path))
+    assert (sorted(reader.names), [path.name for path in reader.paths]) == (
+        ["a", "b", "c"], ["one.safetensors", "two.safetensors"],
+    )  # fmt: skip
     assert torch.equal(reader.read("a"), MATRIX)
     assert reader.read("c", 1, 0, 1).tolist() == [[0], [3], [6], [9]]
-    assert reader.read("c").dtype == torch.bfloat16
+    assert reader.dtype("c") == reader.read("c").dtype == torch.bfloat16
 
 
 def test_errors_name_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .* set model\.init random"):
         SafetensorsReader(tmp_path)
     reader = SafetensorsReader(sharded_folder(tmp_path))
-    with pytest.raises(CheckpointError, match="has no tensor lm_head"):
-        reader.read("lm_head")
+    for ask in (reader.read, reader.shape, reader.dtype):
+        with pytest.raises(CheckpointError, match="has no tensor lm_head"):
+            ask("lm_head")
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"two\.safetensors is missing"):
-        reader.read("c")
-    assert torch.equal(reader.read("a"), MATRIX)
+        SafetensorsReader(tmp_path)
 
 
 def test_a_shard_that_lacks_what_the_index_says(tmp_path: Path) -> None:
     sharded_folder(tmp_path)
     save_file({"other": MATRIX}, tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"names c in two\.safetensors, which lacks it"):
-        SafetensorsReader(tmp_path).shape("c")
-
-
-@pytest.mark.parametrize("size", [-1, 40, 0])
-def test_truncated_files(tmp_path: Path, size: int) -> None:
-    save_file({"a": MATRIX}, tmp_path / "model.safetensors")
-    data = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[:size])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or broken"):
         SafetensorsReader(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}'])
+def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+    index = json.loads((sharded_folder(tmp_path) / INDEX).read_bytes())
+    index["weight_map"]["a"] = "two.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names a in two\.safetensors, which lacks it"):
+        SafetensorsReader(tmp_path)
+
+
+def test_an_index_beside_a_whole_file(tmp_path: Path) -> None:
+    """transformers would take the whole file, other tools the shards."""
+    save_file({"a": MATRIX}, sharded_folder(tmp_path) / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"holds both model\.safetensors and {INDEX}; .* remove it"):
+        SafetensorsReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 3}}']
+)
 def test_broken_indices(tmp_path: Path, text: str) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(text)
+    (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json is broken"):
         SafetensorsReader(tmp_path)
 
@@ -96,11 +123,54 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert first.read(name).std().item() == pytest.approx(hf_config().initializer_range, rel=0.05)
 
 
-def test_the_configuration_chooses_the_reader(tmp_path: Path) -> None:
-    random = open_weights(ModelConfig(path=str(tmp_path), init="random"), hf_config(), seed=0)
-    assert isinstance(random, RandomReader)
-    reader = open_weights(ModelConfig(path=str(sharded_folder(tmp_path))), hf_config(), seed=0)
-    assert isinstance(reader, SafetensorsReader)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe-mixed", "qwen3-moe"])
+def test_random_experts_have_the_names_of_files(family: str) -> None:
+    """In memory transformers keeps all experts of a layer in one tensor."""
+    reader, shape = RandomReader(config_of(family), seed=1), weight_shape(config_of(family), 1)
+    expected = {name for parameter in parameters(shape) for name in parameter.hf}
+    assert set(reader.state) == expected
+
+
+def test_the_configuration_chooses_the_reader(tmp_path: Path, hf_folder: Callable[..., Path]) -> None:
+    source, config = hf_folder("qwen2"), config_of("qwen2")
+    hf_to_mcore(source, tmp_path / "mcore", Cut(), NoReport())
+    settings: dict[type, dict[str, Any]] = {
+        RandomReader: {"path": str(source), "init": "random"},
+        SafetensorsReader: {"path": str(source)},
+        MegatronReader: {"path": str(tmp_path / "mcore")},
+    }
+    for kind, setting in settings.items():
+        assert type(open_weights(ModelConfig(**setting), config, seed=0)) is kind
+
+
+def info(*shape: int) -> TensorInfo:
+    return TensorInfo(torch.float32, shape)
+
+
+def test_shards_are_as_full_as_they_may_be() -> None:
+    """48 bytes a matrix: two fill a shard of 100; a group stays together; one beyond the limit gets its own file."""
+    groups = [{"a": info(4, 3)}, {"b": info(4, 3)}, {"c": info(4), "d": info(9)}, {"large": info(40)}, {"e": info(1)}]
+    assert [list(tensors) for tensors in plan_files(groups, 100).values()] == [["a", "b"], ["c", "d"], ["large"], ["e"]]
+    assert list(plan_files(groups, 100)) == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
+    assert list(plan_files(groups, 1000)) == ["model.safetensors"]
+
+
+def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
+    write_index(tmp_path, {"model.safetensors": {"a": info(4)}})
+    assert list(tmp_path.iterdir()) == []
+    write_index(tmp_path, {"1.safetensors": {"a": info(4), "b": info(2)}, "2.safetensors": {"c": info(1)}})
+    assert json.loads((tmp_path / INDEX).read_bytes()) == {
+        "metadata": {"total_size": 28},
+        "weight_map": {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"},
+    }
+
+
+def test_groups_are_the_tensors_of_a_parameter() -> None:
+    groups = list(tensor_groups(weight_shape(config_of("qwen3"), 1), lambda _: torch.bfloat16))
+    assert groups[2] == {
+        f"model.layers.0.self_attn.{letter}_proj.weight": TensorInfo(torch.bfloat16, (rows, 32))
+        for letter, rows in (("q", 64), ("k", 32), ("v", 32))
+    }
 
 
 @pytest.fixture
@@ -114,67 +184,70 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+def export(
+    weights: Iterator[tuple[str, torch.Tensor]], folder: Path, source: Path, config: Any, **options: Any
+) -> None:
+    shape = weight_shape(config, 1)
+    save_hf_folder(weights, folder, shape=shape, dtype=torch.float32, hf_config=config, source=source, **options)
+
+
+def unique_weights(config: Any) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return model, [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
 @pytest.mark.parametrize(("tied", "shard_bytes"), [(False, 5_000_000), (True, 60_000)])
 def test_transformers_loads_the_written_folder(tmp_path: Path, source: Path, tied: bool, shard_bytes: int) -> None:
     config = hf_config("qwen2", tied)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model, weights = unique_weights(config)
     folder = tmp_path / "hf" / "step_3"
-    save_hf_folder(iter(unique_weights(model)), folder, hf_config=config, source=source, shard_bytes=shard_bytes)
+    export(iter(weights), folder, source, config, shard_bytes=shard_bytes)
     assert (folder / "tokenizer.json").read_text() == '{"kind": "tokenizer"}'
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2, 3]}
     assert not (folder / "README.md").exists()
+    assert (folder / INDEX).exists() == tied
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     reader = SafetensorsReader(folder)
-    assert all(torch.equal(reader.read(name), tensor) for name, tensor in unique_weights(model))
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in weights)
 
 
-def test_shards_are_as_full_as_they_may_be(tmp_path: Path, source: Path) -> None:
-    """48 bytes a matrix: two fill a shard of 100, a tensor beyond the limit gets its own."""
-    weights = [("a", MATRIX), ("b", MATRIX), ("c", MATRIX), ("large", torch.zeros(40)), ("d", MATRIX)]
-    save_hf_folder(iter(weights), tmp_path / "out", hf_config=hf_config(), source=source, shard_bytes=100)
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [path.name for path in files] == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
-    assert [sorted(load_file(path)) for path in files] == [["a", "b"], ["c"], ["large"], ["d"]]
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * 48 + 160
-    assert index["weight_map"]["large"] == "model-00003-of-00004.safetensors"
-
-
-def unique_weights(model: Any) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
-
-
-def test_a_stream_that_reuses_its_buffer_is_written_correctly(tmp_path: Path, source: Path) -> None:
-    buffer = torch.zeros(2)
+def test_a_stream_that_reuses_its_buffer_and_has_an_order_of_its_own(tmp_path: Path, source: Path) -> None:
+    _, weights = unique_weights(hf_config())
+    buffer = torch.empty(10_000)
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for number in (1.0, 2.0):
-            buffer.fill_(number)
-            yield f"t{number:.0f}", buffer
+        for name, tensor in reversed(weights):
+            view = buffer[: tensor.numel()].view(tensor.shape)
+            yield name, view.copy_(tensor)
 
-    save_hf_folder(stream(), tmp_path / "out", hf_config=hf_config(), source=source)
-    reader = SafetensorsReader(tmp_path / "out")
-    assert [reader.read(name).tolist() for name in ("t1", "t2")] == [[1, 1], [2, 2]]
+    export(stream(), tmp_path / "out", source, hf_config())
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == dict(weights).keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights)
 
 
-def test_a_stream_that_fails_leaves_the_folder_of_before(tmp_path: Path, source: Path) -> None:
+def test_a_stream_that_fails_or_ends_early_leaves_the_folder_of_before(tmp_path: Path, source: Path) -> None:
+    _, weights = unique_weights(hf_config())
+
     def failing() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "a", MATRIX
-        yield "b", MATRIX
+        yield from weights[:5]
         raise RuntimeError("a rank died")
 
     folder = tmp_path / "out"
     with pytest.raises(RuntimeError, match="a rank died"):
-        save_hf_folder(failing(), folder, hf_config=hf_config(), source=source, shard_bytes=50)
+        export(failing(), folder, source, hf_config())
     assert not folder.exists()
-    save_hf_folder(iter([("a", MATRIX)]), folder, hf_config=hf_config(), source=source)
+    export(iter(weights), folder, source, hf_config())
+    before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(RuntimeError, match="a rank died"):
-        save_hf_folder(failing(), folder, hf_config=hf_config(), source=source, shard_bytes=50)
-    assert SafetensorsReader(folder).file_of == {"a": "model.safetensors"}
-    save_hf_folder(iter([("c", MATRIX)]), folder, hf_config=hf_config(), source=source)
-    assert SafetensorsReader(folder).file_of == {"c": "model.safetensors"}
+        export(failing(), folder, source, hf_config())
+    with pytest.raises(CheckpointError, match=r"lacks 1 of its tensors: lm_head\.weight"):
+        export((pair for pair in weights if pair[0] != "lm_head.weight"), folder, source, hf_config())
+    assert (folder / "model.safetensors").read_bytes() == before
+    export(((name, tensor + 1) for name, tensor in weights), folder, source, hf_config(), shard_bytes=100_000)
+    assert not (folder / "model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

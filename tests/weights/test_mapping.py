@@ -1,214 +1,296 @@
-"""The table of names, merges and shards: round trips bit for bit, and against names and layouts worked out by hand."""
+"""Merges and shards: against layouts worked out by hand, and back again bit for bit for every family."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from dapo_mcore.errors import CheckpointError, ConfigError
 from dapo_mcore.weights.mapping import (
-    LAYER_RULES,
-    WeightShape,
-    find_rule,
-    hf_names,
+    Parameter,
+    checkpoint_place,
+    export_parameter,
+    find_parameter,
+    hf_shapes,
     import_parameter,
-    join_shards,
-    padded_vocab_size,
-    split_parameter,
-    weight_shape,
+    import_rows,
+    local_shape,
+    merged_rows,
+    parameters,
+    row_ranges,
 )
-from tests.actor.parity import DictReader, hf_config
-
-FAMILIES = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("llama", False)]
-
-
-def hf_state(config: Any) -> dict[str, torch.Tensor]:
-    """Transformers' own state, every tensor random; without the output head when it is the embedding."""
-    state = AutoModelForCausalLM.from_config(config).state_dict()
-    noise = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(tensor.shape, generator=noise)
-        for name, tensor in state.items()
-        if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
-
-
-def mcore_names(shape: WeightShape, variant: int = 0) -> Iterator[str]:
-    """Megatron's parameter names as its model has them; variant 1 takes Transformer Engine's where they differ."""
-    absent = (() if shape.qk_norm else ("q_layernorm", "k_layernorm")) + (() if shape.qkv_bias else ("qkv.bias",))
-    yield "embedding.word_embeddings.weight"
-    for layer in range(shape.num_layers):
-        for rule in LAYER_RULES:
-            name = rule.mcore[min(variant, len(rule.mcore) - 1)]
-            if not any(part in name for part in absent):
-                yield name.format(layer=layer)
-    yield "decoder.final_layernorm.weight"
-    yield "output_layer.weight"
-
-
-@pytest.mark.parametrize(("family", "tied"), FAMILIES)
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("variant", [0, 1])
-def test_import_split_join_gives_every_tensor_back(family: str, tied: bool, tensor_parallel: int, variant: int) -> None:
-    config = hf_config(family, tied)
-    state, shape = hf_state(config), weight_shape(config, tensor_parallel)
-    found: dict[str, torch.Tensor] = {}
-    for mcore_name in mcore_names(shape, variant):
-        rule, layer = find_rule(mcore_name, shape.tied)
-        ranks = [
-            split_parameter(
-                rule,
-                layer,
-                import_parameter(mcore_name, DictReader(state), shape, rank, tensor_parallel),
-                shape,
-            )
-            for rank in range(tensor_parallel)
-        ]
-        for pieces in zip(*ranks, strict=True):
-            (name,) = {name for name, _ in pieces}
-            found[name] = join_shards(rule, [shard for _, shard in pieces], shape)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_names_are_transformers_own(family: str, tied: bool) -> None:
-    config = hf_config(family, tied)
-    names = list(hf_names(weight_shape(config, 1)))
-    assert len(names) == len(set(names))
-    assert set(names) == set(hf_state(config))
+from dapo_mcore.weights.shape import WeightShape, weight_shape
+from tests.actor.parity import DictReader
+from tests.weights.zoo import CONFIGS, config_of
 
 
 def tiny_shape(**changes: Any) -> WeightShape:
-    sizes: dict[str, Any] = dict(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=1, vocab_size=3)
-    flags = dict(padded_vocab_size=16, tied=False, qk_norm=False, qkv_bias=True)
-    return WeightShape(**{**sizes, **flags, **changes})
+    """Qwen2 with sizes of one row or column a head, so that layouts can be written down."""
+    sizes: dict[str, Any] = dict(num_layers=1, hidden_size=1, ffn_size=4, num_heads=4, num_kv_heads=2, head_dim=1)
+    rest = dict(architecture="Qwen2ForCausalLM", vocab_size=3, padded_vocab_size=16, tied=False, moe_layers=(False,))
+    return WeightShape(**{**sizes, **rest, **changes})
+
+
+def tiny_experts(**changes: Any) -> WeightShape:
+    sizes = dict(num_experts=2, expert_ffn=2, shared_ffn=4, num_layers=2, moe_layers=(True, True))
+    return tiny_shape(**{"architecture": "Qwen2MoeForCausalLM", **sizes, **changes})
 
 
 def column(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None]
 
 
-def test_query_groups_are_interleaved() -> None:
-    """Four query heads of one row share two key and value heads: each group holds its queries, its key, its value."""
-    layer = "model.layers.0.self_attn."
-    state = {
-        f"{layer}q_proj.weight": column(10, 11, 12, 13),
-        f"{layer}k_proj.weight": column(20, 21),
-        f"{layer}v_proj.weight": column(30, 31),
+def shards(name: str, state: dict[str, torch.Tensor], shape: WeightShape, num_ranks: int) -> list[list]:
+    """What each tensor-parallel rank holds of a parameter; matrices of one column as lists of rows."""
+    parameter = find_parameter(name, shape)
+    found = [import_parameter(parameter, DictReader(state), shape, rank, num_ranks) for rank in range(num_ranks)]
+    return [(part[:, 0] if part.dim() == 2 and part.shape[1] == 1 else part).tolist() for part in found]
+
+
+LAYER = "model.layers.0."
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+FC1, FC2 = "decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc2.weight"
+
+
+def attention(num_kv_heads: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{LAYER}self_attn.q_proj.weight": column(10, 11, 12, 13),
+        f"{LAYER}self_attn.k_proj.weight": column(*range(20, 20 + num_kv_heads)),
+        f"{LAYER}self_attn.v_proj.weight": column(*range(30, 30 + num_kv_heads)),
     }
-    name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    whole = import_parameter(name, DictReader(state), tiny_shape(), 0, 1)
-    assert whole[:, 0].tolist() == [10, 11, 20, 30, 12, 13, 21, 31]
-    halves = [import_parameter(name, DictReader(state), tiny_shape(), rank, 2)[:, 0].tolist() for rank in (0, 1)]
-    assert halves == [[10, 11, 20, 30], [12, 13, 21, 31]]
+
+
+def test_query_groups_are_interleaved() -> None:
+    """Four query heads share two key and value heads: each group holds its queries, its key, its value."""
+    assert shards(QKV, attention(2), tiny_shape(), 1) == [[10, 11, 20, 30, 12, 13, 21, 31]]
+    assert shards(QKV, attention(2), tiny_shape(), 2) == [[10, 11, 20, 30], [12, 13, 21, 31]]
+
+
+def test_more_ranks_than_key_value_heads_cut_through_a_group() -> None:
+    """Megatron cuts the merged rows evenly, whatever they are, and gathers them in the forward pass."""
+    one = tiny_shape(num_kv_heads=1)
+    assert shards(QKV, attention(1), one, 1) == [[10, 11, 12, 13, 20, 30]]
+    assert shards(QKV, attention(1), one, 2) == [[10, 11, 12], [13, 20, 30]]
+    assert shards(QKV, attention(2), tiny_shape(), 4) == [[10, 11], [20, 30], [12, 13], [21, 31]]
+
+
+def test_a_rank_may_hold_parts_of_heads() -> None:
+    """Heads of two rows, one key-value head, four ranks: 12 rows in runs of three."""
+    state = {
+        f"{LAYER}self_attn.q_proj.weight": column(*range(10, 18)),
+        f"{LAYER}self_attn.k_proj.weight": column(20, 21),
+        f"{LAYER}self_attn.v_proj.weight": column(30, 31),
+    }
+    shape = tiny_shape(num_kv_heads=1, head_dim=2)
+    assert shards(QKV, state, shape, 4) == [[10, 11, 12], [13, 14, 15], [16, 17, 20], [21, 30, 31]]
 
 
 def test_heads_of_several_rows_and_biases_interleave_by_whole_heads() -> None:
-    layer = "model.layers.0.self_attn."
     state = {
-        f"{layer}q_proj.bias": torch.tensor([10.0, 10.5, 11.0, 11.5]),
-        f"{layer}k_proj.bias": torch.tensor([20.0, 20.5, 21.0, 21.5]),
-        f"{layer}v_proj.bias": torch.tensor([30.0, 30.5, 31.0, 31.5]),
+        f"{LAYER}self_attn.q_proj.bias": torch.tensor([10.0, 10.5, 11.0, 11.5]),
+        f"{LAYER}self_attn.k_proj.bias": torch.tensor([20.0, 20.5, 21.0, 21.5]),
+        f"{LAYER}self_attn.v_proj.bias": torch.tensor([30.0, 30.5, 31.0, 31.5]),
     }
     shape = tiny_shape(num_heads=2, head_dim=2)
-    merged = import_parameter("decoder.layers.0.self_attention.linear_qkv.bias", DictReader(state), shape, 0, 1)
-    assert merged.tolist() == [10, 10.5, 20, 20.5, 30, 30.5, 11, 11.5, 21, 21.5, 31, 31.5]
+    name = "decoder.layers.0.self_attention.linear_qkv.bias"
+    assert shards(name, state, shape, 1) == [[10, 10.5, 20, 20.5, 30, 30.5, 11, 11.5, 21, 21.5, 31, 31.5]]
 
 
 def test_gate_and_up_are_cut_before_they_are_stacked() -> None:
-    state = {
-        "model.layers.0.mlp.gate_proj.weight": column(1, 2, 3, 4),
-        "model.layers.0.mlp.up_proj.weight": column(5, 6, 7, 8),
-    }
-    name = "decoder.layers.0.mlp.linear_fc1.weight"
-    shards = [import_parameter(name, DictReader(state), tiny_shape(), rank, 2)[:, 0].tolist() for rank in (0, 1)]
-    assert shards == [[1, 2, 5, 6], [3, 4, 7, 8]]
+    state = {f"{LAYER}mlp.gate_proj.weight": column(1, 2, 3, 4), f"{LAYER}mlp.up_proj.weight": column(5, 6, 7, 8)}
+    assert shards(FC1, state, tiny_shape(), 1) == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert shards(FC1, state, tiny_shape(), 2) == [[1, 2, 5, 6], [3, 4, 7, 8]]
 
 
 def test_row_parallel_weights_are_cut_along_their_columns() -> None:
-    state = {"model.layers.0.mlp.down_proj.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    shards = [
-        import_parameter("decoder.layers.0.mlp.linear_fc2.weight", DictReader(state), tiny_shape(), rank, 2).tolist()
-        for rank in (0, 1)
-    ]
-    assert shards == [[[1], [3]], [[2], [4]]]
+    state = {f"{LAYER}mlp.down_proj.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    assert shards(FC2, state, tiny_shape(hidden_size=2, ffn_size=2), 2) == [[1, 3], [2, 4]]
+
+
+def test_norms_are_on_every_rank() -> None:
+    state = {f"{LAYER}input_layernorm.weight": torch.tensor([1.0, 2.0])}
+    name = "decoder.layers.0.input_layernorm.weight"
+    assert shards(name, state, tiny_shape(hidden_size=2), 2) == [[1, 2], [1, 2]]
 
 
 def test_vocabulary_is_padded_with_zeros_and_cut_again() -> None:
     """Three words on two ranks of eight rows: the second rank holds nothing but padding."""
     state = {"model.embed_tokens.weight": column(7, 8, 9), "lm_head.weight": column(4, 5, 6)}
+    shape = tiny_shape()
     for name, words in (("embedding.word_embeddings.weight", [7, 8, 9]), ("output_layer.weight", [4, 5, 6])):
-        shards = [import_parameter(name, DictReader(state), tiny_shape(), rank, 2) for rank in (0, 1)]
-        assert shards[0][:, 0].tolist() == [*words, 0, 0, 0, 0, 0]
-        assert shards[1][:, 0].tolist() == [0] * 8
-        assert join_shards(find_rule(name, tied=False)[0], shards, tiny_shape())[:, 0].tolist() == words
+        found = shards(name, state, shape, 2)
+        assert found == [[*words, 0, 0, 0, 0, 0], [0] * 8]
+        ((_, whole),) = export_parameter(find_parameter(name, shape), [column(*part) for part in found], shape)
+        assert whole[:, 0].tolist() == words
 
 
 def test_a_tied_output_layer_is_the_embedding() -> None:
-    state = {"model.embed_tokens.weight": column(7, 8, 9)}
-    tied = tiny_shape(tied=True)
-    assert import_parameter("output_layer.weight", DictReader(state), tied, 0, 2)[:3, 0].tolist() == [7, 8, 9]
+    state, tied = {"model.embed_tokens.weight": column(7, 8, 9)}, tiny_shape(tied=True)
+    assert shards("output_layer.weight", state, tied, 2)[0] == [7, 8, 9, 0, 0, 0, 0, 0]
+    assert [parameter.names for parameter in parameters(tied)][-1] == ("decoder.final_layernorm.weight",)
+
+
+EXPERT = "model.layers.1.mlp.experts.1."
+
+
+def test_an_expert_is_cut_like_an_mlp() -> None:
+    state = {f"{EXPERT}gate_proj.weight": column(1, 2), f"{EXPERT}up_proj.weight": column(3, 4)}
+    name = "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert shards(name, state, tiny_experts(), 1) == [[1, 2, 3, 4]]
+    assert shards(name, state, tiny_experts(), 2) == [[1, 3], [2, 4]]
+    state = {f"{EXPERT}down_proj.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    name = "decoder.layers.1.mlp.experts.linear_fc2.weight1"
+    assert shards(name, state, tiny_experts(hidden_size=2), 2) == [[1, 3], [2, 4]]
+
+
+def test_a_shared_expert_is_cut_and_its_gate_and_the_router_are_not() -> None:
+    layer, shape = "model.layers.0.mlp.", tiny_experts(hidden_size=2)
+    state = {
+        f"{layer}shared_expert.down_proj.weight": torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]),
+        f"{layer}shared_expert_gate.weight": torch.tensor([[1.0, 2.0]]),
+        f"{layer}gate.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    }
+    mlp = "decoder.layers.0.mlp."
+    assert shards(f"{mlp}shared_experts.linear_fc2.weight", state, shape, 2) == [[[1, 2], [5, 6]], [[3, 4], [7, 8]]]
+    assert shards(f"{mlp}shared_experts.gate_weight", state, shape, 2) == [[[1, 2]]] * 2
+    assert shards(f"{mlp}router.weight", state, shape, 2) == [[[1, 2], [3, 4]]] * 2
+
+
+def test_local_shapes_and_row_ranges() -> None:
+    shape = tiny_shape(hidden_size=6)
+    fc1, fc2, embedding = (find_parameter(name, shape) for name in (FC1, FC2, "embedding.word_embeddings.weight"))
+    assert [local_shape(fc1, shape, ranks) for ranks in (1, 2, 4)] == [(8, 6), (4, 6), (2, 6)]
+    assert [local_shape(fc2, shape, ranks) for ranks in (1, 2)] == [(6, 4), (6, 2)]
+    assert local_shape(embedding, shape, 2) == (8, 6)
+    assert row_ranges(fc1, shape, 1, 2) == [(2, 4), (6, 8)]
+    assert row_ranges(find_parameter(QKV, shape), shape, 1, 4) == [(2, 4)]
+
+
+def test_what_cannot_be_cut_evenly_is_named() -> None:
+    """The halves of gate_up are cut alone: three ranks fit neither 4 rows nor the 8 of both."""
+    for name, told in ((FC1, "3 does not divide the 4 rows of .*linear_fc1"), (FC2, "the 4 columns of .*linear_fc2")):
+        with pytest.raises(ConfigError, match=told):
+            local_shape(find_parameter(name, tiny_shape()), tiny_shape(), 3)
+    with pytest.raises(ConfigError, match="8 does not divide the 4 rows"):
+        local_shape(find_parameter(FC1, tiny_shape()), tiny_shape(), 8)
+
+
+def test_rows_of_a_merged_parameter_and_where_they_come_from() -> None:
+    shape, qkv = tiny_shape(), find_parameter(QKV, tiny_shape())
+    assert import_rows(qkv, DictReader(attention(2)), shape, 1, 5)[:, 0].tolist() == [11, 20, 30, 12]
+    assert merged_rows(qkv, 0, 0, 4, shape) == [(0, 2), (4, 6)]
+    assert merged_rows(qkv, 0, 1, 3, shape) == [(1, 2), (4, 5)]
+    assert merged_rows(qkv, 2, 0, 2, shape) == [(3, 4), (7, 8)]
+    assert merged_rows(find_parameter(FC1, shape), 1, 1, 2, shape) == [(5, 6)]
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "tensor_parallel", "padded"), [(16, 2, 16), (17, 2, 32), (1, 1, 8), (61, 4, 64)]
+    ("name", "hf"),
+    [
+        ("decoder.layers.1.input_layernorm.weight", "model.layers.1.input_layernorm.weight"),
+        ("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "model.layers.1.input_layernorm.weight"),
+        ("decoder.layers.1.pre_mlp_layernorm.weight", "model.layers.1.post_attention_layernorm.weight"),
+        ("decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight", "model.layers.1.mlp.experts.3.down_proj.weight"),
+        ("decoder.layers.1.mlp.experts.linear_fc2.weight3", "model.layers.1.mlp.experts.3.down_proj.weight"),
+        ("decoder.layers.1.mlp.router.weight", "model.layers.1.mlp.gate.weight"),
+        ("decoder.layers.1.mlp.shared_experts.gate_weight", "model.layers.1.mlp.shared_expert_gate.weight"),
+        ("decoder.layers.0.mlp.linear_fc2.weight", "model.layers.0.mlp.down_proj.weight"),
+        ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "model.layers.0.post_attention_layernorm.weight"),
+    ],
+)  # fmt: skip
+def test_local_and_transformer_engine_names(name: str, hf: str) -> None:
+    assert find_parameter(name, weight_shape(config_of("qwen2-moe-mixed"), 1)).hf == (hf,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.mlp.router.weight",  # this layer has no experts
+        "decoder.layers.3.input_layernorm.weight",  # three layers
+        "decoder.layers.1.mlp.experts.local_experts.4.linear_fc2.weight",  # four experts
+        "decoder.layers.1.mlp.experts.linear_fc2.weight4",
+        "decoder.layers.1.mlp.linear_fc1.weight",
+        "decoder.layers.1.self_attention.q_layernorm.weight",
+        "decoder.layers.1.linear_qkv.weight",
+        "lm_head",
+    ],
 )
-def test_padded_vocabulary(vocab_size: int, tensor_parallel: int, padded: int) -> None:
-    assert padded_vocab_size(vocab_size, tensor_parallel) == padded
+def test_strangers_are_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no rule for the Megatron parameter {name}; extend"):
+        find_parameter(name, weight_shape(config_of("qwen2-moe-mixed"), 1))
 
 
-def test_a_vocabulary_that_config_and_weights_disagree_on() -> None:
+def test_tensors_of_another_shape_are_named() -> None:
     state = {"model.embed_tokens.weight": column(7, 8, 9, 10)}
-    with pytest.raises(CheckpointError, match=r"has 4 rows, but config\.json says vocab_size 3"):
-        import_parameter("embedding.word_embeddings.weight", DictReader(state), tiny_shape(), 0, 1)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is \[4, 1\], but config.json implies \[3, 1\]"):
+        import_parameter(
+            find_parameter("embedding.word_embeddings.weight", tiny_shape()), DictReader(state), tiny_shape()
+        )
 
 
-def test_shapes_come_from_the_configuration() -> None:
-    shape = weight_shape(hf_config("qwen3"), 2)
-    assert shape == WeightShape(
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        vocab_size=61,
-        padded_vocab_size=64,
-        tied=False,
-        qk_norm=True,
-        qkv_bias=False,
-    )
-    assert weight_shape(hf_config("qwen2", tied=True), 1).qkv_bias
-    assert weight_shape(hf_config("llama"), 1).head_dim == 16
+def hf_state(shape: WeightShape) -> dict[str, torch.Tensor]:
+    """Random tensors of the names and shapes that the table gives."""
+    noise = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(size, generator=noise)
+        for parameter in parameters(shape)
+        for name, size in zip(parameter.hf, hf_shapes(parameter, shape), strict=True)
+    }
 
 
-def test_the_class_names_an_architecture_that_the_file_does_not() -> None:
-    config = hf_config("qwen3")
-    config.architectures = None
-    assert weight_shape(config, 1).qk_norm
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_export_gives_back_what_import_was_given(family: str, num_ranks: int) -> None:
+    shape = weight_shape(config_of(family), num_ranks)
+    state, found = hf_state(shape), {}
+    reader = DictReader(state)
+    for parameter in parameters(shape):
+        parts = [import_parameter(parameter, reader, shape, rank, num_ranks) for rank in range(num_ranks)]
+        assert {tuple(part.shape) for part in parts} == {local_shape(parameter, shape, num_ranks)}
+        found |= dict(export_parameter(parameter, parts, shape))
+    assert found.keys() == state.keys()
+    assert [name for name in state if not torch.equal(found[name], state[name])] == []
 
 
-def test_unsupported_architectures_are_named() -> None:
-    config = SimpleNamespace(architectures=["GPT2LMHeadModel"])
-    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel is not supported; supported are Qwen2ForCausalLM, Qwen3"):
-        weight_shape(config, 1)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_parameter_is_found_by_each_of_its_names(family: str) -> None:
+    shape = weight_shape(config_of(family), 1)
+    every = list(parameters(shape))
+    names = [name for parameter in every for name in parameter.names]
+    assert len(names) == len(set(names))
+    assert all(find_parameter(name, shape) == parameter for parameter in every for name in parameter.names)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_attention_biases_are_refused_where_they_include_the_output_projection(family: str) -> None:
-    config = hf_config(family)
-    config.attention_bias = True
-    with pytest.raises(ConfigError, match="attention_bias"):
-        weight_shape(config, 1)
+def place(family: str, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    shape = weight_shape(config_of(family), 1)
+    return tuple(checkpoint_place(find_parameter(name, shape), shape))
 
 
-@pytest.mark.parametrize(
-    "name", ["decoder.layers.0.mlp.router.weight", "decoder.layers.1.linear_qkv.weight", "lm_head"]
-)
-def test_unknown_parameters_are_named(name: str) -> None:
-    with pytest.raises(CheckpointError, match=name):
-        find_rule(name, tied=False)
+def test_places_in_a_checkpoint() -> None:
+    """Layers and experts are leading axes; layers that are not alike have keys of their own."""
+    expert = "decoder.layers.2.mlp.experts.local_experts.3.linear_fc1.weight"
+    assert place("qwen2", "embedding.word_embeddings.weight") == ("embedding.word_embeddings.weight", (), ())
+    assert place("qwen2", "decoder.layers.2.input_layernorm.weight") == (
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight", (2,), (3,),
+    )  # fmt: skip
+    assert place("qwen2-moe", expert) == ("decoder.layers.mlp.experts.experts.linear_fc1.weight", (2, 3), (3, 4))
+    assert place("qwen2-moe-mixed", expert) == (
+        "decoder.layers.2.mlp.experts.experts.linear_fc1.weight", (3,), (4,),
+    )  # fmt: skip
+    assert place("qwen2-moe-mixed", "decoder.layers.1.mlp.router.weight") == (
+        "decoder.layers.1.mlp.router.weight", (), (),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_places_do_not_collide(family: str) -> None:
+    shape = weight_shape(config_of(family), 1)
+    places = [checkpoint_place(parameter, shape)[:2] for parameter in parameters(shape)]
+    assert len(places) == len(set(places))
+
+
+def test_a_parameter_outside_of_layers_has_no_number() -> None:
+    first = next(parameters(tiny_shape()))
+    assert first == Parameter(first.rule) and first.names == ("embedding.word_embeddings.weight",)

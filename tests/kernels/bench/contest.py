@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.kernels.bench.contenders import Contender, naive
+from tests.kernels.bench.contenders import Contender
 from tests.kernels.bench.measure import peak_bytes, relative_error, time_calls, worst_row_error
-from tests.kernels.bench.problem import Problem
+from tests.kernels.bench.problem import Problem, exact_answer
 from tests.kernels.bench.report import Errors, Row
 
 Outcome = Errors | str
@@ -39,7 +39,7 @@ def check_all(
 def check(contender: Contender, given: Problem, tolerance: float) -> Row:
     """Its errors against fp64, and the failure: an exception, or gradients off by more than `tolerance`."""
     given = given.on_policy() if contender.on_policy else given
-    exact = naive(given.in_fp64())
+    exact = exact_answer(given)
     given.main_grad.zero_()
     try:
         answer = contender(given)

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from dapo_mcore.kernels.policy_head import reference
+from dapo_mcore.kernels.policy_loss import Objective, TokenInputs
 from torch import Tensor
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -64,10 +66,6 @@ class Problem:
     def on_policy(self) -> Problem:
         return replace(self, old_logprobs=None)
 
-    def in_fp64(self) -> Problem:
-        hidden, weight = (x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
-        return replace(self, hidden=hidden, weight=weight)
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -116,6 +114,14 @@ def token_mean_loss(logprobs: Tensor, problem: Problem) -> Tensor:
     old = logprobs.detach() if problem.old_logprobs is None else problem.old_logprobs
     ratio, advantages = (logprobs - old).exp(), problem.advantages
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)).mean()
+
+
+def exact_answer(p: Problem) -> Answer:
+    """The definition's answer in fp64, from the whole [T, V] logits."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (p.hidden, p.weight))
+    tokens = TokenInputs(p.advantages, hidden.new_full((len(hidden),), 1 / len(hidden)), p.old_logprobs)
+    out = reference.linear_policy_loss(hidden, weight, p.targets, tokens, Objective(CLIP_LOW, CLIP_HIGH))
+    return answer_of(out.loss, replace(p, hidden=hidden, weight=weight))
 
 
 def answer_of(loss: Tensor, problem: Problem) -> Answer:

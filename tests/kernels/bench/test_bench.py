@@ -14,7 +14,7 @@ from tests.kernels.bench.contenders import Contender, chunked, naive
 from tests.kernels.bench.contest import check, check_all, measure
 from tests.kernels.bench.measure import Timing, time_calls, worst_row_error
 from tests.kernels.bench.passes import Pass
-from tests.kernels.bench.problem import CPU_CHECK, Shape, make_problem
+from tests.kernels.bench.problem import CPU_CHECK, Shape, exact_answer, make_problem
 from tests.kernels.bench.report import Report, Row, results_file, shape_table
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def broken(p):
 
 
 def test_the_check_has_confident_and_clipped_tokens(given):
-    exact = naive(given.in_fp64())
+    exact = exact_answer(given)
     sizes = exact.grad_hidden.norm(dim=1)
     assert (sizes == 0).sum() == len(sizes) // 8, "every eighth token is beyond a clip bound"
     assert sizes[sizes > 0].min() < 1e-3 * sizes.max()

@@ -79,6 +79,12 @@ def test_zeros_and_both_ends_of_fp32():
     assert same_bits(kernel.quantize_rows(x.to(DEVICE)), reference.quantize_rows(x))
 
 
+def test_rows_too_far_apart_for_offsets_of_32_bits_are_refused():
+    far = torch.empty_strided((2, 4), (2**24, 1), device="meta")
+    with pytest.raises(ValueError, match="16777216 elements long or apart, but tiles of 128 take fewer than 16777216"):
+        kernel.quantize_blocks(far, 128)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_kernel_is_what_runs_and_gives_the_cpu_s_bits():

@@ -1,39 +1,28 @@
-"""Policy head problems, and their solution by fp64 autograd of log_softmax over the whole [T, V].
+"""Policy head problems, and their solution by the definition (policy_head/reference.py) in fp64.
 
-Change here: what the tests of the policy head compare with.
+Change here: what the tests of the policy head are given, and how closely they compare.
 """
 
 from __future__ import annotations
 
 import torch
-from dapo_mcore.kernels.policy_head import linear_policy_loss
+from dapo_mcore.kernels.policy_head import linear_policy_loss, reference
+from dapo_mcore.kernels.policy_loss import Objective, TokenInputs
 
 EVERYTHING = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7}
 # options that say how to compute and leave the result alone
 MEANS = ("chunk_tokens", "logits_dtype", "implementation", "main_grad", "grad_scale")
 
 
-def plain(hidden, weight, targets, *, advantages, token_weights, old_logprobs=None, ref_logprobs=None, tis_weights=None,
-          clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
-          temperature=1.0, vocab_size=None):  # fmt: skip
-    """Loss, log-probs, entropy and both gradients in fp64, written as in the papers, from the [T, V] logits."""
+def exact(hidden, weight, targets, *, temperature=1.0, vocab_size=None, **options):
+    """The definition's output and both gradients, in fp64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    a, w = advantages.double(), token_weights.double()
-    everywhere = ((hidden @ weight.t())[:, :vocab_size] / temperature).log_softmax(-1)
-    logp = everywhere.gather(1, targets[:, None])[:, 0]
-    entropy = -(everywhere.exp() * everywhere).sum(-1)
-    r = (logp - (logp.detach() if old_logprobs is None else old_logprobs.double())).clamp(-20, 20).exp()
-    loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
-    if dual_clip is not None:
-        loss = torch.where(a < 0, torch.minimum(-a * dual_clip, loss), loss)
-    if tis_weights is not None:
-        loss = loss * tis_weights
-    if ref_logprobs is not None:
-        x = logp - ref_logprobs.double()
-        loss = loss + kl_coef * {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}[kl_estimator]
-    total = (w * (loss - entropy_coef * entropy)).sum()
-    total.backward()
-    return total.detach(), logp.detach(), entropy.detach(), hidden.grad, weight.grad
+    tokens = TokenInputs(*(options.pop(name, None) for name in TokenInputs._fields))
+    out = reference.linear_policy_loss(
+        hidden, weight, targets, tokens, Objective(**options), temperature=temperature, vocab_size=vocab_size
+    )
+    out.loss.backward()
+    return out, hidden.grad, weight.grad
 
 
 def problem(tokens, vocab=37, width=24, dtype=torch.float64, vocab_size=None, seed=0, device="cpu"):
@@ -72,33 +61,41 @@ def run(hidden, weight, targets, **options):
     return out, hidden.grad, weight.grad
 
 
+def problem_of(options):
+    """The options that change the result."""
+    return {name: value for name, value in options.items() if name not in MEANS}
+
+
 def relative_error(ours, exact) -> float:
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
 
 
 def check(hidden, weight, targets, tolerance, grad_tolerance=None, **options):
-    """Asserts outputs and gradients of linear_policy_loss: log-probs to 20 · tolerance, gradients to 10 · tolerance."""
+    """Asserts outputs and gradients of linear_policy_loss: log-probs to 20 · tolerance, gradients to 10 · tolerance.
+
+    Ratios, KL and clip flags in fp64 only: a rounded log-prob may cross a clip bound.
+    """
     out, *grads = run(hidden, weight, targets, **options)
-    problem = {name: value for name, value in options.items() if name not in MEANS}
-    loss, logp, entropy, *exact = plain(hidden, weight, targets, **problem)
+    definition, *exact_grads = exact(hidden, weight, targets, **problem_of(options))
     scale = options["token_weights"].double().sum().item() + 1e-300  # losses of single tokens are of order 1
-    assert abs(out.loss.item() - loss.item()) <= 3 * tolerance * scale
-    torch.testing.assert_close(out.logprobs.double(), logp, rtol=0, atol=20 * tolerance)
-    torch.testing.assert_close(out.entropy.double(), entropy, rtol=0, atol=20 * tolerance)
-    for ours, reference in zip(grads, exact):
+    assert abs(out.loss.item() - definition.loss.item()) <= 3 * tolerance * scale
+    torch.testing.assert_close(out.logprobs.double(), definition.logprobs, rtol=0, atol=20 * tolerance)
+    torch.testing.assert_close(out.entropy.double(), definition.entropy, rtol=0, atol=20 * tolerance)
+    if hidden.dtype == torch.float64:
+        torch.testing.assert_close(out[3:], definition[3:], rtol=1e-11, atol=1e-12)
+    for ours, gradient in zip(grads, exact_grads):
         assert ours.dtype == hidden.dtype
-        assert relative_error(ours, reference) <= (grad_tolerance or 10 * tolerance)
+        assert relative_error(ours, gradient) <= (grad_tolerance or 10 * tolerance)
 
 
 def check_confident(doubt, **options):
     """Asserts that log-prob, entropy and gradients of a nearly certain token keep five digits."""
     hidden, weight, targets, inputs = confident(doubt, options.pop("device", "cpu"))
     out, *grads = run(hidden, weight, targets, **inputs, **options)
-    problem = {name: value for name, value in options.items() if name not in MEANS}
-    _, logp, entropy, *exact = plain(hidden, weight, targets, **inputs, **problem)
-    torch.testing.assert_close(-logp.item(), doubt, rtol=1e-3, atol=0)
-    torch.testing.assert_close(out.logprobs.double(), logp, rtol=1e-5, atol=0)
-    torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-5, atol=0)
-    for ours, reference in zip(grads, exact):
-        torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-5 * doubt)
-        assert relative_error(ours, reference) < 1e-5
+    definition, *exact_grads = exact(hidden, weight, targets, **inputs, **problem_of(options))
+    torch.testing.assert_close(-definition.logprobs.item(), doubt, rtol=1e-3, atol=0)
+    torch.testing.assert_close(out.logprobs.double(), definition.logprobs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.entropy.double(), definition.entropy, rtol=1e-5, atol=0)
+    for ours, gradient in zip(grads, exact_grads):
+        torch.testing.assert_close(ours.double(), gradient, rtol=1e-5, atol=1e-5 * doubt)
+        assert relative_error(ours, gradient) < 1e-5

@@ -1,28 +1,30 @@
 """The policy head with its vocabulary split over 1, 2 and 4 ranks (gloo): the same numbers everywhere.
 
-The Triton ranks are compared with the reference on one rank.
+The Triton ranks are compared with plain PyTorch on one rank; where there is a GPU they share it.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dapo_mcore.kernels.policy_head import linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_head import chunks, linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_loss.shard import VocabShard
 
-from tests.kernels.triton_here import IMPLEMENTATIONS
+from tests.kernels.triton_here import DEVICE, IMPLEMENTATIONS
 
 WORLD = 4
-TOKENS, WIDTH = 14, 12
+TOKENS, WIDTH = 10, 12
 # padded rows of the whole matrix, true vocabulary: the second leaves padding only on the last of 4 ranks
 VOCABULARIES = [(32, None), (16, 11)]
 KINDS = [("reference", torch.float64), ("reference", torch.float32)]
 if "triton" in IMPLEMENTATIONS:  # in its interpreter, which the ranks' processes find in their environment
     KINDS.append(("triton", torch.float32))
-OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7, "chunk_tokens": 9}
+OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7, "chunk_tokens": 6}
 
 
 def problem(rows: int, vocab_size: int | None, dtype: torch.dtype, tokens: int = TOKENS):
@@ -43,21 +45,30 @@ def problem(rows: int, vocab_size: int | None, dtype: torch.dtype, tokens: int =
 
 
 def run(rows, vocab_size, implementation, dtype, group=None, tokens=TOKENS):
-    """Output fields, this rank's gradients, and the scoring pass's log-probs."""
+    """Output fields, this rank's gradients, that to hidden summed over the ranks, and the scoring pass's log-probs."""
+    device = DEVICE if implementation == "triton" else "cpu"
     hidden, weight, targets, inputs = problem(rows, vocab_size, dtype, tokens)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    local = weight.chunk(size)[rank].clone().requires_grad_()
-    hidden.requires_grad_()
+    hidden, local = (x.to(device).requires_grad_() for x in (hidden, weight.chunk(size)[rank].clone()))
+    targets, inputs = targets.to(device), {name: value.to(device) for name, value in inputs.items()}
     how = {"vocab_size": vocab_size, "tp_group": group, "implementation": implementation}
-    out = linear_policy_loss(hidden, local, targets, **how, **inputs, **OPTIONS)
-    out.loss.backward()
+
+    def gradients(**modes):
+        out = linear_policy_loss(hidden, local, targets, **modes, **how, **inputs, **OPTIONS)
+        return out, torch.autograd.grad(out.loss, (hidden, local))
+
+    out, (grad_hidden, grad_weight) = gradients()
+    modes = [{}, {}] if implementation == "reference" else []  # the interpreter is slow
+    modes += [{"main_grad": torch.zeros_like(local, dtype=torch.promote_types(dtype, torch.float32))}]
+    reduced = [gradients(reduce_hidden_grad=True, **mode)[1][0].cpu() for mode in modes]
     scoring = {name: OPTIONS[name] for name in ("temperature", "chunk_tokens")}
     scored, _ = linear_logprobs(hidden, local, targets, **how, **scoring)
     return {
-        "fields": [field.detach() for field in out],
-        "hidden": hidden.grad,
-        "weight": local.grad,
-        "scored": scored,
+        "fields": [field.detach().cpu() for field in out],
+        "hidden": grad_hidden.cpu(),
+        "reduced": reduced,
+        "weight": grad_weight.cpu(),
+        "scored": scored.cpu(),
     }
 
 
@@ -73,6 +84,8 @@ def worker(rank: int, folder: str) -> None:
         for case in VOCABULARIES
         for kind in KINDS
     }
+    for size, group in groups.items():
+        results[size, "bf16"] = run(32, None, "reference", torch.bfloat16, group)
     if rank == 0:  # alone: a collective would wait for the others, and fail
         results["empty"] = run(32, None, *KINDS[-1], dist.group.WORLD, tokens=0)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -82,7 +95,9 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("tensor_parallel"))
-    mp.spawn(worker, (folder,), nprocs=WORLD)
+    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
+    method = "forkserver" if DEVICE == "cpu" else "spawn"  # CUDA does not outlive a fork
+    mp.start_processes(worker, (folder,), nprocs=WORLD, start_method=method)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
 
 
@@ -109,7 +124,55 @@ def test_all_ranks_hold_the_same_bits(results, size, kind):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_hidden_gradient_summed_here_is_the_sum_of_the_ranks_own(results, size):
+    """Of two numbers the sum has one rounding, so two ranks give its bits; four may add in another order."""
+    cases = [(size, case, kind) for case in VOCABULARIES for kind in KINDS] + [(size, "bf16")]
+    for case in cases:
+        ranks = [result[case] for result in results[:size]]
+        added = sum(rank["hidden"] for rank in ranks[1:]) + ranks[0]["hidden"]
+        for rank in ranks:
+            for reduced in rank["reduced"]:
+                assert torch.equal(reduced, ranks[0]["reduced"][0]), "every time and on every rank the same bits"
+                if size == 2:
+                    assert torch.equal(reduced, added)
+                tolerance = {"rtol": 2e-2, "atol": 1e-3} if case[-1] == "bf16" else {"rtol": 1e-5, "atol": 1e-6}
+                torch.testing.assert_close(reduced, added, **tolerance)
+        assert not torch.equal(added, ranks[0]["hidden"])
+
+
+def test_on_one_rank_there_is_nothing_to_sum():
+    alone = run(*VOCABULARIES[1], *KINDS[0])
+    assert all(torch.equal(reduced, alone["hidden"]) for reduced in alone["reduced"])
+
+
+def test_the_sum_of_a_chunk_starts_before_its_weight_gradient_and_is_awaited_at_the_end(monkeypatch):
+    seen = []
+
+    class Started:
+        def wait(self):
+            seen.append("awaited")
+
+    def start_sum(shard, partial):
+        seen.append(f"sum of {len(partial)}")
+        return Started()
+
+    def add_product(total, a, b, factor):
+        seen.append(f"product of {len(b)}")
+
+    monkeypatch.setattr(VocabShard, "start_sum", start_sum)
+    monkeypatch.setattr(chunks, "add_product", add_product)
+    hidden, weight, targets, inputs = problem(32, None, torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_()
+    linear_policy_loss(hidden, weight, targets, reduce_hidden_grad=True, **inputs, **OPTIONS)
+    assert seen == ["sum of 6", "product of 6", "sum of 4", "product of 4", "awaited", "awaited"]
+    with torch.no_grad():
+        linear_policy_loss(hidden, weight, targets, reduce_hidden_grad=True, **inputs, **OPTIONS)
+    assert len(seen) == 6
+
+
 def test_no_tokens_need_no_collective_and_give_zero_gradients(results):
     empty = results[0]["empty"]
     assert empty["fields"][0] == 0 and empty["hidden"].shape == (0, WIDTH)
+    assert all(reduced.shape == (0, WIDTH) for reduced in empty["reduced"])
     assert empty["weight"].shape == (8, WIDTH) and empty["weight"].eq(0).all()

@@ -1,0 +1,40 @@
+"""What megatron-core's latent attention (0.16.1) lacks without Transformer Engine.
+
+Change here: the layers in Transformer Engine's place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class WholeLinear(torch.nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole and applies to its own tokens.
+
+    Upstream's latent attention takes Transformer Engine's for its down-projections. Its other choice, a column-parallel
+    layer, loses the other ranks' share of the gradient of the keys' rotary part (0.16.1).
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, bias: bool, **_: Any
+    ):
+        super().__init__()
+        assert not bias
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # sums its gradient over the tensor-parallel group
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """([…, output_size], no bias)."""
+        return torch.nn.functional.linear(hidden, self.weight), None
+
+
+def use_whole_linear() -> None:
+    """Makes upstream's latent attention accept WholeLinear where it knows only Transformer Engine's layer; for processes
+    whose layers are not Transformer Engine's."""
+    multi_latent_attention.TELinear = WholeLinear

@@ -1,0 +1,243 @@
+"""HF folder → Megatron checkpoint → HF folder, tensor by tensor: no process group, no model, about one tensor of memory.
+
+Change here: what an output folder holds and in which files. How a conversion is written, resumed and shown is job.py's.
+
+    hf-to-mcore   OUT/config.json, tokenizer files, megatron/ (a distributed checkpoint that any layout loads)
+    mcore-to-hf   OUT/config.json, tokenizer files, model*.safetensors (+ index), as transformers writes them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dapo_mcore.actor.architecture import read_architecture
+from dapo_mcore.config import ModelConfig
+from dapo_mcore.data.model_folder import load_hf_config
+from dapo_mcore.errors import CheckpointError, ConfigError
+from dapo_mcore.weights.families import EMBEDDING, OUTPUT
+from dapo_mcore.weights.hf_io import (
+    INDEX,
+    SHARD_BYTES,
+    TOKENIZER_FILES,
+    SafetensorsReader,
+    copy_files,
+    plan_files,
+    tensor_groups,
+    write_index,
+)
+from dapo_mcore.weights.job import Job, OutputFile, Report
+from dapo_mcore.weights.mapping import (
+    Parameter,
+    check_shapes,
+    checkpoint_place,
+    import_parameter,
+    import_rows,
+    local_shape,
+    parameters,
+    row_ranges,
+)
+from dapo_mcore.weights.megatron_io import MEGATRON, MegatronReader, is_megatron_folder
+from dapo_mcore.weights.safetensors_file import SafetensorsWriter
+from dapo_mcore.weights.shape import WeightShape, weight_shape
+from dapo_mcore.weights.torch_dist import StoredChunk, without_crc, write_chunk, write_metadata
+
+Reader = SafetensorsReader | MegatronReader
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REBUILT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+"""Ends of names of buffers that old checkpoints carry and every model makes anew."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The layout that a checkpoint's chunks are cut for. It loads in any other, too; in this one no rank reads more
+    than its own bytes."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+
+
+def open_model(folder: Path) -> tuple[Reader, WeightShape]:
+    """The folder's weights as HF tensors, of whichever of the two kinds it is, and the sizes its config.json gives.
+
+    Raises ConfigError or CheckpointError, naming the key or tensor, for a folder that is not whole and consistent.
+    """
+    hf_config = load_hf_config(ModelConfig(path=str(folder)))
+    read_architecture(hf_config, longest_sequence=0)  # what training would refuse is refused now
+    shape = weight_shape(hf_config, 1)
+    if is_megatron_folder(folder):
+        return MegatronReader(folder, shape), shape
+    reader = SafetensorsReader(folder)
+    check_tensors(reader, shape)
+    return reader, shape
+
+
+def num_bytes(reader: Reader, name: str) -> int:
+    return torch.Size(reader.shape(name)).numel() * reader.dtype(name).itemsize
+
+
+def check_tensors(reader: Reader, shape: WeightShape) -> None:
+    """Raises CheckpointError for missing, unexpected, misshapen or mixed tensors."""
+    expected = [name for parameter in parameters(shape) for name in parameter.hf]
+    extra = set(reader.names) - set(expected)
+    extra -= {name for name in extra if name.endswith(REBUILT) or (shape.tied and name == "lm_head.weight")}
+    if extra:
+        raise CheckpointError(
+            f"{reader.folder} holds {len(extra)} tensors that {shape.architecture} has not, such as {min(extra)}; "
+            f"config.json and weights belong to different models"
+        )
+    for parameter in parameters(shape):
+        check_shapes(parameter, reader, shape)
+    _check_tied(reader, shape)
+    for parameter in parameters(shape):
+        _check_dtypes(parameter, reader, reader.dtype(expected[0]))
+
+
+def _check_dtypes(parameter: Parameter, reader: Reader, common: torch.dtype) -> None:
+    allowed = {common, torch.float32} if parameter.rule.float32 else {common}
+    for name in parameter.hf:
+        if reader.dtype(name) not in allowed or common not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{name} is {reader.dtype(name)}, {EMBEDDING.hf[0]} is {common}; all must be one of float32, bfloat16, "
+                f"float16"
+            )
+
+
+def _check_tied(reader: Reader, shape: WeightShape) -> None:
+    """Raises CheckpointError for a stored output head that is not the embedding: transformers would not tie them."""
+    head, embedding = OUTPUT.hf[0], EMBEDDING.hf[0]
+    if shape.tied and head in reader.names and not torch.equal(reader.read(head), reader.read(embedding)):
+        raise CheckpointError(
+            f"{head} differs from {embedding}, but config.json says tie_word_embeddings true; set it false, or remove one"
+        )
+
+
+def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
+    """Writes the Megatron checkpoint of an HF folder. Raises before anything is written where the input is bad."""
+    if is_megatron_folder(source):
+        raise CheckpointError(f"{source} is a Megatron checkpoint already; the other direction is mcore-to-hf")
+    reader, _ = open_model(source)
+    shape = weight_shape(load_hf_config(ModelConfig(path=str(source))), cut.tensor_parallel)
+    _check_cut(shape, cut)
+    files = [
+        OutputFile(f"{MEGATRON}/{name}", size, partial(_write_chunks, name, group, reader, shape, cut))
+        for name, group, size in _checkpoint_files(reader, shape, cut)
+    ]
+    job = Job(out, files, inputs=[*reader.paths, source / "config.json"], options=[*map(str, vars(cut).items())])
+    with without_crc(), job.run(report) as (folder, notes):
+        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
+        chunks = [StoredChunk(*map(_tuple, entry)) for note in notes for entry in note]
+        places = [(parameter, checkpoint_place(parameter, shape)) for parameter in parameters(shape)]
+        dtypes = {place.key: reader.dtype(parameter.hf[0]) for parameter, place in places}
+        sizes = {place.key: (*place.size, *local_shape(parameter, shape)) for parameter, place in places}
+        write_metadata(folder / MEGATRON, chunks, dtypes, sizes)
+
+
+def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the HF folder of a Megatron checkpoint: one that hf_to_mcore made, or a training run's step folder."""
+    if not is_megatron_folder(source):
+        raise CheckpointError(f"{source} holds no Megatron checkpoint: it lacks {MEGATRON}/.metadata")
+    reader, shape = open_model(source)
+    plan = plan_files(tensor_groups(shape, lambda parameter: reader.dtype(parameter.hf[0])), shard_bytes)
+    files = [
+        OutputFile(name, sum(info.nbytes for info in tensors.values()), partial(_write_tensors, tensors, reader))
+        for name, tensors in plan.items()
+    ]
+    stored = [source / MEGATRON / ".metadata", *sorted((source / MEGATRON).glob("*.distcp")), source / "config.json"]
+    job = Job(out, files, inputs=stored, options=[str(shard_bytes)])
+    with job.run(report) as (folder, _):
+        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
+        (folder / INDEX).unlink(missing_ok=True)
+        write_index(folder, plan)
+
+
+def _check_cut(shape: WeightShape, cut: Cut) -> None:
+    """Raises ConfigError where the layout does not fit the model."""
+    if shape.num_heads % cut.tensor_parallel:
+        usable = ", ".join(str(n) for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0)
+        raise ConfigError(
+            f"--tensor-parallel {cut.tensor_parallel} does not divide num_attention_heads {shape.num_heads}; use one of {usable}"
+        )
+    if cut.pipeline_parallel > shape.num_layers:
+        raise ConfigError(f"--pipeline-parallel {cut.pipeline_parallel} exceeds num_hidden_layers {shape.num_layers}")
+    for option, size in (("expert", cut.expert_parallel), ("expert-tensor", cut.expert_tensor_parallel)):
+        if size > 1 and not shape.num_experts:
+            raise ConfigError(
+                f"--{option}-parallel {size} is of no use: {shape.architecture} has no experts; leave it out"
+            )
+    if shape.num_experts % cut.expert_parallel:
+        raise ConfigError(
+            f"--expert-parallel {cut.expert_parallel} does not divide the number of experts, {shape.num_experts}"
+        )
+    for parameter in parameters(shape):
+        local_shape(parameter, shape, _ranks(parameter, cut))
+
+
+def _ranks(parameter: Parameter, cut: Cut) -> int:
+    return cut.expert_tensor_parallel if parameter.rule.of_expert else cut.tensor_parallel
+
+
+def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[tuple[str, list[Parameter], int]]:
+    """(name, parameters, bytes) of every chunk file: a layer's, and for layers with experts an expert rank's, a file."""
+    groups: dict[tuple[int, int], list[Parameter]] = {}
+    for parameter in parameters(shape):
+        last = parameter.layer < 0 and parameter.rule.mcore[0].startswith(("decoder.final", "output"))
+        layer = shape.num_layers if last else parameter.layer
+        expert = parameter.expert * cut.expert_parallel // shape.num_experts if parameter.rule.of_expert else 0
+        groups.setdefault((layer, expert), []).append(parameter)
+    for number, ((layer, expert), group) in enumerate(groups.items()):
+        stage = min(max(layer, 0), shape.num_layers - 1) * cut.pipeline_parallel // shape.num_layers
+        size = sum(num_bytes(reader, name) for parameter in group for name in parameter.hf)
+        yield f"__{stage * cut.expert_parallel + expert}_{number}.distcp", group, size
+
+
+def _write_chunks(
+    name: str, group: list[Parameter], reader: Reader, shape: WeightShape, cut: Cut, path: Path, report: Report
+) -> list[list[Any]]:
+    """Writes one file of the checkpoint; where each chunk lies."""
+    stored = []
+    with open(path, "wb") as file:
+        for parameter in group:
+            place = checkpoint_place(parameter, shape)
+            for offsets, block in _blocks(parameter, reader, shape, _ranks(parameter, cut)):
+                offsets, sizes = (*place.offset, *offsets), (*[1] * len(place.offset), *block.shape)
+                stored.append(list(write_chunk(file, name, place.key, offsets, sizes, block)))
+                report.advance(block.nbytes)
+    return stored
+
+
+def _blocks(
+    parameter: Parameter, reader: Reader, shape: WeightShape, num_ranks: int
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """(offsets within the parameter, tensor) of each rank's part. A tensor that is cut by columns is read once."""
+    rest = (0,) * (len(local_shape(parameter, shape)) - 1)
+    if parameter.rule.cut == "rows":
+        ranges = [rows for rank in range(num_ranks) for rows in row_ranges(parameter, shape, rank, num_ranks)]
+        for start, stop in ranges:
+            yield (start, *rest), import_rows(parameter, reader, shape, start, stop)
+        return
+    whole = import_parameter(parameter, reader, shape)
+    for number, block in enumerate(whole.chunk(num_ranks, dim=1) if parameter.rule.cut else [whole]):
+        yield (0, *(number * block.shape[-1] for _ in rest)), block
+
+
+def _write_tensors(tensors: dict[str, Any], reader: Reader, path: Path, report: Report) -> None:
+    """Writes one safetensors file."""
+    writer = SafetensorsWriter(path, tensors)
+    for name in tensors:
+        tensor = reader.read(name)
+        writer.write(name, tensor)
+        report.advance(tensor.nbytes)
+    writer.close()
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,58 @@
+"""What the policy head computes, in its plainest form: the whole [T, V] logits, the papers' formulas, and autograd.
+
+Change here: the definition. It is no choice for training: written apart from the closed forms of policy_loss/, which it
+checks, it is what tests and benchmark hold every other path to, in fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..policy_loss import Objective, PolicyHeadOutput, TokenInputs
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    tokens: TokenInputs,
+    objective: Objective,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> PolicyHeadOutput:
+    """The output of the package's linear_policy_loss, on one rank, in the dtype of `hidden` [T, H] and `weight` [V, H].
+
+    `loss` is differentiable with respect to hidden and weight by autograd. Memory: several [T, V] tensors.
+    Sources: DAPO (arXiv 2503.14476) eq. 8; dual clip (arXiv 1912.09729); http://joschu.net/blog/kl-approx.html.
+    """
+    everywhere = (hidden @ weight[:vocab_size].t() / temperature).log_softmax(-1)  # [T, V]
+    logprobs = everywhere.gather(1, targets[:, None])[:, 0]
+    entropy = -(everywhere.exp() * everywhere).sum(-1)
+
+    advantages, low, high = tokens.advantages, 1 - objective.clip_low, 1 + objective.clip_high
+    old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    ratio = (logprobs - old).clamp(-20, 20).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+    dual = torch.zeros_like(ratio, dtype=torch.bool)
+    if objective.dual_clip is not None:
+        cap = -advantages * objective.dual_clip
+        dual = (advantages < 0) & (loss > cap)
+        loss = torch.where(dual, cap, loss)
+    if tokens.tis_weights is not None:
+        loss = loss * tokens.tis_weights
+    kl = torch.zeros_like(ratio)
+    if tokens.ref_logprobs is not None:
+        kl = _kl(logprobs - tokens.ref_logprobs, objective.kl_estimator)
+    total = (tokens.token_weights * (loss + objective.kl_coef * kl - objective.entropy_coef * entropy)).sum()
+
+    clipped_low, clipped_high = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
+    fields = (logprobs, entropy, ratio, clipped_low, clipped_high, dual, kl)
+    return PolicyHeadOutput(total, *(field.detach() for field in fields))
+
+
+def _kl(x: Tensor, estimator: str) -> Tensor:
+    """Estimates of KL(policy ‖ reference) of single tokens from x = logp - ref; k3 of x within ±20."""
+    bounded = x.clamp(-20, 20)
+    return {"k1": x, "k2": x**2 / 2, "k3": (-bounded).exp() - 1 + bounded}[estimator]

@@ -1,0 +1,108 @@
+"""The head's eager mode under Megatron's DistributedDataParallel: the gradient of the other mode, added exactly once.
+
+Every layout of test_parity.py runs in both modes, too. Does not prove: a GPU's streams, bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+TOLERANCE = 1e-6  # per tensor, ‖Δ‖₂ / ‖g‖₂
+CASES = {
+    "tied, one stage": (Mesh(), True, {}),
+    "tied, sharded gradients": (Mesh(data=2), True, {}),
+    "tied, two stages": (Mesh(pipeline=2), True, {}),
+    "tied, two stages of two ranks": (Mesh(tensor=2, pipeline=2), True, {}),
+    "sequence parallel": (Mesh(tensor=2, sequence_parallel=True), False, {}),
+    "whole gradients": (Mesh(data=2), False, {"optimizer__distributed": False}),
+    "full recompute": (Mesh(), True, {"model__recompute": "full"}),
+}
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> dict[bool, str]:
+    """A problem file for tied embeddings and one for untied."""
+    folder = tmp_path_factory.mktemp("head")
+    return {
+        tied: str(
+            parity.save_problem(
+                folder / f"{tied}.pt", parity.off_policy(parity.make_batch(), parity.model64("qwen2", tied)), tied=tied
+            )
+        )
+        for tied in (False, True)
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eager_mode_gives_the_gradient_of_the_other(case, problems):
+    mesh, tied, settings = CASES[case]
+    found = parity.spawn(both_modes, mesh, problems[tied], settings, False)
+    assert found["num_micro_batches"] >= 3
+    assert found["told_ddp"] == [False, True]
+    assert max(found["errors"]) <= TOLERANCE and found["difference"] <= TOLERANCE, found
+
+
+def test_gradients_reduced_during_the_backward_pass_are_complete(problems):
+    """DDP starts to sum a bucket when the hook of its last parameter has run, after the head's forward pass."""
+    found = parity.spawn(both_modes, Mesh(data=2), problems[True], {}, True)
+    assert max(found["errors"]) <= TOLERANCE and found["difference"] <= TOLERANCE, found
+
+
+def test_a_shared_embedding_without_its_flag_would_be_noticed(problems):
+    assert parity.spawn(without_the_flag, Mesh(), problems[True]) > 100 * TOLERANCE
+
+
+def both_modes(layout: Any, mesh: Mesh, path: str, settings: dict[str, Any], overlap: bool) -> dict[str, Any]:
+    """Worker: the gradient without eager mode and with it, against fp64 and each other."""
+    batch, expected = parity.load_problem(path)
+    gradients, told_ddp = [], []
+    for eager in (False, True):
+        config = parity.make_config(mesh, batch__head_eager_grad=eager, batch__head_chunk_tokens=16, **settings)
+        actor = build_overlapping(config, layout, expected) if overlap else build(config, layout, expected)
+        (mini_batch,) = parity.shared_step(config, layout, batch, actor)
+        gradients.append(parity.gradient_of(actor, mini_batch))
+        told = layout.is_last_stage and actor.policy.head_weight().grad_added_to_main_grad
+        told_ddp.append(bool(layout.max_over_ranks(torch.tensor(float(told)))))
+    if not layout.is_controller:
+        return {}
+    return {
+        "num_micro_batches": len(mini_batch),
+        "told_ddp": told_ddp,
+        "errors": [parity.worst(gradient, expected["grads"]) for gradient in gradients],
+        "difference": parity.worst(gradients[1], {name: g.double() for name, g in gradients[0].items()}),
+    }
+
+
+def without_the_flag(layout: Any, mesh: Mesh, path: str) -> float:
+    """Worker: eager mode where DDP ignores what autograd gives the shared embedding."""
+    batch, expected = parity.load_problem(path)
+    config = parity.make_config(mesh)
+    actor = build(config, layout, expected)
+    (mini_batch,) = parity.shared_step(config, layout, batch, actor)
+    del actor.policy.head_weight().zero_out_wgrad
+    return parity.worst(parity.gradient_of(actor, mini_batch), expected["grads"])
+
+
+def build(config: Any, layout: Any, expected: dict[str, Any]) -> Any:
+    return parity.build_actor(config, layout, expected["family"], expected["tied"])
+
+
+def build_overlapping(config: Any, layout: Any, expected: dict[str, Any]) -> Any:
+    """An actor whose DDP sums gradients while the last micro-batch's backward pass runs, in many small buckets."""
+    from dapo_mcore.actor import actor as module
+
+    plain = module.DistributedDataParallelConfig
+    module.DistributedDataParallelConfig = lambda **given: plain(
+        **given | {"overlap_grad_reduce": True, "bucket_size": 5_000}
+    )
+    actor = build(config, layout, expected)
+    module.DistributedDataParallelConfig = plain
+    actor.policy.config.no_sync_func = actor.ddp.no_sync
+    assert sum(len(buffer.buckets) for buffer in actor.ddp.buffers) > 3
+    return actor
