@@ -70,8 +70,8 @@ class WeightManifest:
 def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple[Bucket, bool]]:
     """Buckets of at most `limit` bytes (a larger tensor makes one of its own), each with whether it is the last.
 
-    A bucket is given out once the next has begun, so that the last one is known: two are in memory at a time. An error
-    of the stream therefore comes before its last bucket.
+    A bucket is given out once the next has begun, so that the last one is known. An error of the stream therefore comes
+    before its last bucket. Tensors are not copied.
     """
     current: Bucket = []
     ready: Bucket = []
@@ -81,7 +81,7 @@ def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple
             if ready:
                 yield ready, False
             ready, current, size = current, [], 0
-        current.append((name, tensor.detach().clone()))  # the sender may reuse its buffers
+        current.append((name, tensor.detach()))
         size += tensor.nbytes
     if ready:
         yield ready, False

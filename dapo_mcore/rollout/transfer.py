@@ -11,13 +11,12 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_mcore.errors import ConfigError, RolloutError
@@ -26,6 +25,7 @@ from dapo_mcore.rollout.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.member import Member
+from dapo_mcore.weights.safetensors_file import SafetensorsWriter, TensorInfo
 
 GIB = 2**30
 
@@ -73,11 +73,14 @@ class DiskTransfer:
     def _write(self, buckets: Iterator[tuple[Bucket, bool]], tag: str) -> float:
         partial = self.root / f"{tag}.partial"
         partial.mkdir()
-        num_bytes = 0
-        for number, (bucket, _) in enumerate(buckets):
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in bucket}
-            save_file(tensors, partial / f"{number:05d}.safetensors")
-            num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        num_bytes, written = 0, None
+        with ThreadPoolExecutor(1) as writer:  # one bucket is written while the next is gathered
+            for number, (bucket, _) in enumerate(buckets):
+                if written is not None:
+                    written.result()
+                written = writer.submit(_write_file, partial / f"{number:05d}.safetensors", bucket)
+                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            written.result()
         partial.rename(self.root / tag)
         return float(num_bytes)
 
@@ -126,6 +129,7 @@ class BroadcastTransfer:
         last = False
         while not last:
             item = await ready.get()
+            ready.task_done()
             if isinstance(item, Exception):
                 raise item
             bucket, last = item
@@ -199,8 +203,20 @@ async def _send_bucket(member: Member, bucket: Bucket, final_version: str | None
 
 
 def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, update: Future, loop: LoopThread) -> None:
-    """Waits for room, unless nobody will take the item any more."""
-    put = loop.submit(ready.put(item))
-    wait([put, update], return_when=FIRST_COMPLETED)
-    if not put.done():
-        put.cancel()
+    """Waits until the item is taken, so that no third bucket is begun; or until nobody will take it any more."""
+    taken = loop.submit(_offer(item, ready))
+    wait([taken, update], return_when=FIRST_COMPLETED)
+    if not taken.done():
+        taken.cancel()
+
+
+async def _offer(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue) -> None:
+    await ready.put(item)
+    await ready.join()
+
+
+def _write_file(path: Path, bucket: Bucket) -> None:
+    file = SafetensorsWriter(path, {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in bucket})
+    for name, tensor in bucket:
+        file.write(name, tensor)
+    file.close()
