@@ -29,6 +29,10 @@ class SGLangConfig(BaseModel):
     """JSON file of mode 0600 with `api_key` and `admin_key` of the servers at `urls`; null: they ask for none. Servers
     started here get random keys, in servers/keys.json of the run's folder."""
 
+    placement: Literal["local", "ray"] = "local"
+    """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
+    ray_address: str | None = None
+    """placement ray: the cluster's address; null starts one on this machine, without dashboard and with a token."""
     num_servers: int = Field(1, ge=1)
     python: str | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""
@@ -36,7 +40,8 @@ class SGLangConfig(BaseModel):
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of one server."""
     host: str = "127.0.0.1"
-    """Address that servers started here listen on: loopback or the cluster's interface, never all of them."""
+    """Address that servers started here listen on: loopback or the cluster's interface, never all of them; `node` is each
+    Ray node's own address."""
     base_port: int | None = Field(None, ge=1, le=65535)
     """Server i listens on base_port + i; null: free ports."""
     server_args: dict[str, Any] = {}
@@ -96,6 +101,11 @@ class SGLangConfig(BaseModel):
             )
         if len(set(self.urls)) < len(self.urls):
             raise ValueError(f"urls names {len(self.urls)} servers, but only {len(set(self.urls))} different ones")
+        if (self.host == "node") != (self.placement == "ray" and self.ray_address is not None):
+            raise ValueError(
+                f"host {self.host} does not go with placement {self.placement} and ray_address {self.ray_address}: servers "
+                "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
+            )
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:
             raise ValueError(

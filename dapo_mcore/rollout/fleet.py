@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from dapo_mcore.errors import RolloutError
+from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.http import RequestFailed
 from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
 
@@ -137,8 +137,10 @@ class Fleet:
                 await self._give_weights(member)
             else:
                 member.state = "lost"
-        except (RolloutError, TimeoutError) as error:
+        except (RolloutError, ConfigError, TimeoutError) as error:
             self._take_out(member, str(error))
+        except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
+            member.state, member.problem = "lost", repr(error)
         finally:
             async with self._changed:
                 self._changed.notify_all()
@@ -147,9 +149,10 @@ class Fleet:
         """True once the server generates; False when it never will again."""
         with suppress(RolloutError, TimeoutError):  # a paused server looks dead to a health check
             await asyncio.wait_for(member.api.resume(), self._patience.health_timeout_s)
+        await asyncio.sleep(max(member.strikes - 1, 0))
         if member.process is None:
             return await self._wait_for_given(member)
-        good = member.strikes < _STRIKES and member.process.alive
+        good = member.strikes < _STRIKES and await member.is_alive()
         if good and await member.api.healthy(self._patience.health_timeout_s):
             return True
         self._give_up_calls(member)
@@ -162,6 +165,7 @@ class Fleet:
         self.counts["server_restarts"] += 1
         member.tag, member.strikes = None, 0
         await asyncio.to_thread(member.process.restart)
+        member.api.url = member.process.url
         await wait_until_healthy(member, self._patience.start_timeout_s)
         return True
 
@@ -169,7 +173,6 @@ class Fleet:
         """A server of somebody else's gets as long to come back as one of ours to start, and three tries to be of use."""
         if member.strikes > _STRIKES:
             return False
-        await asyncio.sleep(member.strikes - 1)
         end = time.monotonic() + self._patience.start_timeout_s
         while not await member.api.healthy(self._patience.health_timeout_s):
             self._give_up_calls(member)

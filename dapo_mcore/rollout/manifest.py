@@ -70,22 +70,18 @@ class WeightManifest:
 def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple[Bucket, bool]]:
     """Buckets of at most `limit` bytes (a larger tensor makes one of its own), each with whether it is the last.
 
-    A bucket is given out once the next has begun, so that the last one is known. An error of the stream therefore comes
-    before its last bucket. Tensors are not copied.
+    One bucket is in memory at a time, and the tensor that did not fit into it. An error of the stream comes before its
+    last bucket. Tensors are not copied.
     """
-    current: Bucket = []
-    ready: Bucket = []
+    bucket: Bucket = []
     size = 0
     for name, tensor in weights:
-        if current and size + tensor.nbytes > limit:
-            if ready:
-                yield ready, False
-            ready, current, size = current, [], 0
-        current.append((name, tensor.detach()))
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket, False
+            bucket, size = [], 0
+        bucket.append((name, tensor.detach()))
         size += tensor.nbytes
-    if ready:
-        yield ready, False
-    yield current, True
+    yield bucket, True
 
 
 def _tied_names(model: torch.nn.Module) -> dict[str, str]:

@@ -6,14 +6,31 @@ Change here: what is known about a server. What is done with it is fleet.py.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.server_api import ServerApi
-from dapo_mcore.rollout.servers import ServerProcess
 
 State = Literal["waiting", "serving", "out", "lost"]
+
+
+class OwnedServer(Protocol):
+    """A server that the run has started and may start again; its URL may then change. See ServerProcess, RayServer."""
+
+    url: str
+
+    @property
+    def alive(self) -> bool: ...
+
+    def restart(self) -> None: ...
+
+    def ask_to_stop(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def last_words(self) -> str: ...
 
 
 @dataclass(eq=False)
@@ -28,13 +45,20 @@ class Member:
 
     api: ServerApi
     num_ranks: int = 1
-    process: ServerProcess | None = None
+    process: OwnedServer | None = None
     state: State = "waiting"
     strikes: int = 0
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     tag: str | None = None
     link: Any = None
     problem: str = ""
+
+    async def is_alive(self) -> bool:
+        """Whether its process runs, as far as we know; a node may take its time to tell."""
+        return self.process is None or await asyncio.to_thread(lambda: self.process.alive)
+
+    async def last_words(self) -> str:
+        return await asyncio.to_thread(self.process.last_words) if self.process is not None else "it runs elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +73,22 @@ class Patience:
     restart_budget: int
 
 
+def stop_servers(servers: Sequence[OwnedServer]) -> None:
+    """Ends them together."""
+    for server in servers:
+        server.ask_to_stop()
+    for server in servers:
+        server.stop()
+
+
 async def wait_until_healthy(member: Member, timeout_s: float) -> None:
     """Returns when the server generates. Raises RolloutError when its process ends first, or time is up."""
     try:
         async with asyncio.timeout(timeout_s):
             while not await member.api.healthy(timeout_s):
-                if member.process is not None and not member.process.alive:
-                    raise RolloutError(f"{member.api.url} ended while it started: {member.process.last_words()}")
+                if not await member.is_alive():
+                    raise RolloutError(f"{member.api.url} ended while it started: {await member.last_words()}")
                 await asyncio.sleep(0.2)
     except TimeoutError:
-        words = member.process.last_words() if member.process is not None else "it runs elsewhere"
+        words = await member.last_words()
         raise RolloutError(f"{member.api.url} was not up within {timeout_s:g} s: {words}") from None

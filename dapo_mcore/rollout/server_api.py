@@ -9,11 +9,12 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_mcore.rollout.http import HttpClient, RequestFailed, RequestRefused
+
+if TYPE_CHECKING:
+    import torch
 
 PauseMode = Literal["abort", "retract", "in_place"]
 OLDEST = (0, 5, 15)
@@ -111,7 +112,11 @@ class ServerApi:
             await asyncio.sleep(_FLUSH_PAUSE_S)
 
     async def weight_version(self) -> str:
-        return str((await self._info("model_info"))["weight_version"])
+        """Of the weights that the server holds."""
+        try:
+            return str((await self._info("model_info"))["weight_version"])
+        except (KeyError, TypeError) as error:
+            raise RequestFailed(f"{self.url}/model_info names no weight_version: {error!r}") from error
 
     async def load_from_disk(self, folder: str, weight_version: str) -> None:
         """Loads a folder of safetensors and flushes. The format is named: a server started with dummy weights would

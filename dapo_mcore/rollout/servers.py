@@ -1,32 +1,33 @@
-"""SGLang servers as child processes of the controller: their command, keys, start, end and last words.
+"""SGLang servers of a run: their command, environment, keys and model folder, and what a machine must have for them.
 
-Change here: how a server is started. Which of them serve is fleet.py. The servers' files lie in servers/ of the run's
+Change here: with which options a server is started. As a process it is process.py, on other nodes ray_servers.py; which
+of them serve is fleet.py. The servers' files lie in servers/ of the run's
 folder: keys.json and server-N.yaml (both 0600: the keys are in them, and a command line is public), server-N.log, model/.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
-import signal
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.process import ServerProcess
 from dapo_mcore.rollout.server_api import OLDEST, Keys, parse_version
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CPU_ARGS = {
     "attention-backend": "torch_native",
@@ -49,9 +50,6 @@ _NOT_INHERITED = (
     "LOCAL_WORLD_SIZE",
 )
 _NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
-_STOP_TIMEOUT_S = 5.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 # run by the server's interpreter, which may be of another environment
 _INSPECT = """
@@ -62,98 +60,68 @@ print(json.dumps([importlib.metadata.version("sglang") if spec else None, models
 """
 
 
-class ServerProcess:
-    """One server. It dies with this process, however that ends."""
+@dataclass(frozen=True)
+class ServerPlan:
+    """What a machine needs to make its servers: plain data, which can be sent there.
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], folder: Path, name: str, url: str):
-        self.url = url
-        self._command, self._environment, self._folder = list(command), environment, folder
-        self._log = folder / f"{name}.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
-
-    def start(self) -> None:
-        """Starts it; it serves when /health says so. Its output goes to the end of the log."""
-        with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self._folder,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-
-    def ask_to_stop(self) -> None:
-        if self.alive:
-            self._process.terminate()
-
-    def stop(self) -> None:
-        """Ends it and its children: politely first, then at once. May be called twice."""
-        if self._process is None:
-            return
-        self.ask_to_stop()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_TIMEOUT_S)
-        _kill_group(self._process.pid)
-        self._process.wait()
-
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
-    def last_words(self, count: int = 3) -> str:
-        """The log's last lines, for an error message."""
-        try:
-            lines = self._log.read_text(errors="replace").strip().splitlines()[-count:]
-        except OSError:
-            lines = []
-        return f"{' | '.join(lines) or 'it wrote nothing'} (see {self._log})"
-
-
-def start_servers(
-    settings: SGLangConfig, hf_config: PretrainedConfig, dtype: str, stop_token_ids: Sequence[int], folder: Path
-) -> tuple[list[ServerProcess], Keys]:
-    """The servers that `settings` ask for on this machine, starting, and their keys. They hold random weights.
-
-    dtype  `float32` or `bfloat16`. Raises ConfigError: no SGLang, or one out of range, no GPU, too few, port taken.
+    model   content of config.json.
+    dtype   `float32` or `bfloat16`, of weights and arithmetic.
+    folder  for configuration, keys, logs.
     """
-    models = _inspect_environment(settings)
-    _check_devices(settings)
-    ports = [_port(settings, number) for number in range(settings.num_servers)]
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = _new_keys(folder)
-    _write_model(hf_config, stop_token_ids, folder / "model")
-    environment = _environment(settings, models, hf_config.model_type)
-    servers = []
-    for number, port in enumerate(ports):
-        arguments = _arguments(settings, keys, folder, dtype, number, port)
-        file = folder / f"server-{number}.yaml"
-        _write_private(file, yaml.safe_dump(arguments))
-        command = [_python(settings), "-P", "-m", "sglang.launch_server", "--config", str(file)]
-        url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
-        servers.append(ServerProcess(command, environment, folder, f"server-{number}", url))
+
+    settings: SGLangConfig
+    keys: Keys
+    model: dict[str, Any]
+    dtype: str
+    folder: Path
+
+    @classmethod
+    def new(
+        cls,
+        settings: SGLangConfig,
+        hf_config: PretrainedConfig,
+        dtype: str,
+        stop_token_ids: Sequence[int],
+        folder: Path,
+    ) -> ServerPlan:
+        """A plan with fresh random keys."""
+        keys = Keys(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+        model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
+        return cls(settings, keys, model, dtype, folder.absolute())
+
+    def write_keys(self) -> None:
+        """keys.json, for people who want to ask the servers themselves."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"api_key": self.keys.api, "admin_key": self.keys.admin}
+        write_private(self.folder / "keys.json", json.dumps(content))
+
+    def build(self, number: int, host: str, port: int, first_gpu: int, models: Sequence[str]) -> ServerProcess:
+        """Server `number`, not yet started, with its files written; `models` are the names of SGLang's model modules."""
+        _write_model(self.model, self.folder / "model")
+        arguments = _arguments(self, host, port, first_gpu)
+        file = self.folder / f"server-{number}.yaml"
+        write_private(file, yaml.safe_dump(arguments))
+        command = [_python(self.settings), "-P", "-m", "sglang.launch_server", "--config", str(file)]
+        environment = _environment(self.settings, models, self.model["model_type"])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return ServerProcess(command, environment, self.folder, f"server-{number}", url)
+
+
+def start_servers(plan: ServerPlan) -> list[ServerProcess]:
+    """The servers of a plan as children of this process, starting. They hold random weights until the first update.
+
+    Raises ConfigError: no SGLang, or one out of range, no GPU, too few, port taken.
+    """
+    settings = plan.settings
+    models = inspect_environment(settings)
+    check_devices(settings, settings.num_servers)
+    ports = [choose_port(settings, settings.host, number) for number in range(settings.num_servers)]
+    plan.write_keys()
+    gpus = range(0, settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
+    servers = [plan.build(i, settings.host, port, gpu, models) for i, (port, gpu) in enumerate(zip(ports, gpus))]
     for server in servers:
         server.start()
-    return servers, keys
-
-
-def stop_servers(servers: Sequence[ServerProcess]) -> None:
-    """Ends them together."""
-    for server in servers:
-        server.ask_to_stop()
-    for server in servers:
-        server.stop()
+    return servers
 
 
 def read_keys(path: str | None) -> Keys:
@@ -172,25 +140,25 @@ def read_keys(path: str | None) -> Keys:
     return keys
 
 
-def _arguments(settings: SGLangConfig, keys: Keys, folder: Path, dtype: str, number: int, port: int) -> dict[str, Any]:
+def _arguments(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str, Any]:
     """The server's options. Weights come by the first update, and tokens need no tokenizer."""
+    settings = plan.settings
     ours = {
-        "model-path": str(folder / "model"),
+        "model-path": str(plan.folder / "model"),
         "load-format": "dummy",
         "skip-tokenizer-init": True,
-        "dtype": dtype,
+        "dtype": plan.dtype,
         "device": settings.device,
         "tp-size": settings.tensor_parallel,
-        "host": settings.host,
+        "host": host,
         "port": port,
-        "api-key": keys.api,
-        "admin-api-key": keys.admin,
+        "api-key": plan.keys.api,
+        "admin-api-key": plan.keys.admin,
         "log-level": "warning",
     }
     given = {key.replace("_", "-"): value for key, value in settings.server_args.items()}
     # on a CPU base-gpu-id would name a NUMA node
-    device = CPU_ARGS if settings.device == "cpu" else {"base-gpu-id": number * settings.tensor_parallel}
-    return ours | device | given
+    return ours | (CPU_ARGS if settings.device == "cpu" else {"base-gpu-id": first_gpu}) | given
 
 
 def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:
@@ -208,7 +176,7 @@ def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str)
     return kept
 
 
-def _inspect_environment(settings: SGLangConfig) -> list[str]:
+def inspect_environment(settings: SGLangConfig) -> list[str]:
     """Names of SGLang's model modules. Raises ConfigError when the interpreter has no SGLang, or too old a one."""
     python = _python(settings)
     remedy = "give the interpreter of an environment that has it as rollout.sglang.python"
@@ -230,10 +198,13 @@ def check_version(version: tuple[int, ...], where: str) -> None:
         raise ConfigError(f"{where} has SGLang {told}, but weight updates need at least {oldest}; install a newer one")
 
 
-def _check_devices(settings: SGLangConfig) -> None:
+def check_devices(settings: SGLangConfig, num_servers: int) -> None:
+    """Nothing; raises ConfigError when this machine has too few GPUs for `num_servers` servers."""
     if settings.device == "cpu":
         return
-    needed, found = settings.num_servers * settings.tensor_parallel, torch.cuda.device_count()
+    import torch  # not above: a Ray actor on a CPU starts in half the time without it
+
+    needed, found = num_servers * settings.tensor_parallel, torch.cuda.device_count()
     if not found:
         raise ConfigError(
             "rollout.sglang.device is cuda, but this machine has no CUDA device; set rollout.sglang.device cpu, or name "
@@ -241,20 +212,21 @@ def _check_devices(settings: SGLangConfig) -> None:
         )
     if needed > found:
         raise ConfigError(
-            f"rollout.sglang.num_servers {settings.num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} "
+            f"rollout.sglang.num_servers {num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} "
             f"GPUs, but this machine has {found}; lower either"
         )
 
 
-def _port(settings: SGLangConfig, number: int) -> int:
+def choose_port(settings: SGLangConfig, host: str, number: int) -> int:
+    """The port of server `number` on this machine: base_port + number, or a free one. Raises ConfigError when taken."""
     wanted = settings.base_port + number if settings.base_port else 0
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((settings.host, wanted), family=family) as listener:
+        with socket.create_server((host, wanted), family=family) as listener:
             return listener.getsockname()[1]
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"a server cannot listen on rollout.sglang.host {settings.host} port {wanted}: {error}; choose another "
+            f"a server cannot listen on rollout.sglang.host {host} port {wanted}: {error}; choose another "
             "base_port, or leave it null for a free one"
         ) from error
 
@@ -263,29 +235,14 @@ def _python(settings: SGLangConfig) -> str:
     return settings.python or sys.executable
 
 
-def _write_model(hf_config: PretrainedConfig, stop_token_ids: Sequence[int], folder: Path) -> None:
+def _write_model(config: dict[str, Any], folder: Path) -> None:
     """config.json alone. Without generation_config.json the server has no sampling defaults of its own."""
-    config = hf_config.__class__.from_dict({**hf_config.to_dict(), "eos_token_id": list(stop_token_ids)})
-    config.architectures = hf_config.architectures
-    config.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _new_keys(folder: Path) -> Keys:
-    keys = Keys(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
-    _write_private(folder / "keys.json", json.dumps({"api_key": keys.api, "admin_key": keys.admin}))
-    return keys
-
-
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
+    """A new file that only this user can read."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)

@@ -29,11 +29,12 @@ from dapo_mcore.rollout.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
-from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
 from dapo_mcore.rollout.probe import probe
+from dapo_mcore.rollout.ray_servers import start_ray_servers
 from dapo_mcore.rollout.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.server_api import Keys, ServerApi
-from dapo_mcore.rollout.servers import ServerProcess, read_keys, start_servers, stop_servers
+from dapo_mcore.rollout.servers import ServerPlan, read_keys, start_servers
 from dapo_mcore.rollout.transfer import BroadcastTransfer, DiskTransfer
 from dapo_mcore.types import Rollout, SamplingParams
 
@@ -82,14 +83,17 @@ class SGLangEngine:
         allow_open_files(num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
-        self._processes: list[ServerProcess] = []
+        self._processes: Sequence[OwnedServer] = []
+        self._disconnect: Callable[[], None] = lambda: None
         self._loop = LoopThread("rollout")
         atexit.register(self.close)
         try:
             keys = read_keys(settings.key_file)
             if not settings.urls:
                 name = str(dtype).removeprefix("torch.")
-                self._processes, keys = start_servers(settings, hf_config, name, self._stops, folder)
+                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
+                self._start(plan)
+                keys = plan.keys
             self._fleet = self._loop.run(self._open(keys, hf_config))
         except BaseException:
             self.close()
@@ -135,9 +139,7 @@ class SGLangEngine:
 
     def metrics(self) -> dict[str, float]:
         """`rollout/…` counts and `sync/…` times since the last call, and how many servers serve."""
-        counts = self._counts + self._fleet.counts
-        self._counts.clear()
-        self._fleet.counts.clear()
+        counts = self._loop.run(self._pop_counts())
         rows = {f"rollout/{name}": float(counts[name]) for name in _COUNTS}
         sync, self._sync_metrics = self._sync_metrics, {}
         return {"rollout/servers_serving": float(len(self._fleet.serving)), **rows, **sync}
@@ -150,8 +152,15 @@ class SGLangEngine:
             self._loop.run(self._http.close())
             self._fleet = None
         stop_servers(self._processes)
+        self._disconnect()
         self._loop.close()
         self._transfer.close()
+
+    def _start(self, plan: ServerPlan) -> None:
+        if plan.settings.placement == "ray":
+            self._processes, self._disconnect = start_ray_servers(plan)
+        else:
+            self._processes = start_servers(plan)
 
     def _new_transfer(self, dtype: torch.dtype, folder: Path) -> DiskTransfer | BroadcastTransfer:
         settings = self._settings
@@ -187,6 +196,13 @@ class SGLangEngine:
             patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
             router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
         return Fleet(members, patience, getattr(self._transfer, "resync", None), router)
+
+    async def _pop_counts(self) -> Counter[str]:
+        """In the loop, where they are counted."""
+        counts = self._counts + self._fleet.counts
+        self._counts.clear()
+        self._fleet.counts.clear()
+        return counts
 
     async def _admit(self, member: Member, hf_config: PretrainedConfig) -> None:
         if member.process is not None:

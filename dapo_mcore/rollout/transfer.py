@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -71,17 +72,25 @@ class DiskTransfer:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _write(self, buckets: Iterator[tuple[Bucket, bool]], tag: str) -> float:
-        partial = self.root / f"{tag}.partial"
-        partial.mkdir()
+        unfinished = self.root / f"{tag}.partial"
         num_bytes, written = 0, None
-        with ThreadPoolExecutor(1) as writer:  # one bucket is written while the next is gathered
-            for number, (bucket, _) in enumerate(buckets):
-                if written is not None:
-                    written.result()
-                written = writer.submit(_write_file, partial / f"{number:05d}.safetensors", bucket)
-                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
-            written.result()
-        partial.rename(self.root / tag)
+        try:
+            unfinished.mkdir()
+            with ThreadPoolExecutor(1) as writer:  # one bucket is written while the next is gathered
+                for number, (bucket, _) in enumerate(buckets):
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(_write_file, unfinished / f"{number:05d}.safetensors", bucket)
+                    num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+                written.result()
+            unfinished.rename(self.root / tag)
+        except OSError as error:
+            raise RolloutError(
+                f"weights cannot be written to rollout.sglang.sync_dir: {error}; after {num_bytes / GIB:.2f} GiB, "
+                f"{shutil.disk_usage(self.root).free / GIB:.2f} GiB are free there; make room or choose another folder"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
         return float(num_bytes)
 
     async def _load_everywhere(self, transaction: Transaction) -> None:
@@ -93,7 +102,7 @@ class BroadcastTransfer:
     """Weights by a broadcast from this process, in a process group for each server: one that dies holds up no other.
 
     Nothing is kept, so a server that was out gets weights at the next update. The gather of a bucket overlaps with the
-    sending of the one before it.
+    sending of the one before it: two buckets are in memory.
     """
 
     def __init__(self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float):
@@ -129,14 +138,12 @@ class BroadcastTransfer:
         last = False
         while not last:
             item = await ready.get()
-            ready.task_done()
             if isinstance(item, Exception):
                 raise item
             bucket, last = item
             final_version = transaction.tag if last else None
-            await transaction.each(
-                "receive", lambda m, bucket=bucket, version=final_version: _send_bucket(m, bucket, version)
-            )
+            await transaction.each("receive", partial(_send_bucket, bucket, final_version))
+            ready.task_done()
         await transaction.each("end", lambda m: m.api.end_update())
 
     async def _join(self, member: Member) -> None:
@@ -194,7 +201,7 @@ async def _begin(member: Member) -> None:
         await member.api.begin_update()
 
 
-async def _send_bucket(member: Member, bucket: Bucket, final_version: str | None) -> None:
+async def _send_bucket(bucket: Bucket, final_version: str | None, member: Member) -> None:
     received = member.api.receive(bucket, member.link.name, final_version)
     try:
         await asyncio.gather(received, asyncio.to_thread(member.link.broadcast, bucket))
@@ -203,16 +210,16 @@ async def _send_bucket(member: Member, bucket: Bucket, final_version: str | None
 
 
 def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, update: Future, loop: LoopThread) -> None:
-    """Waits until the item is taken, so that no third bucket is begun; or until nobody will take it any more."""
-    taken = loop.submit(_offer(item, ready))
-    wait([taken, update], return_when=FIRST_COMPLETED)
-    if not taken.done():
-        taken.cancel()
+    """Waits until the bucket before is sent, unless nobody will take this one any more."""
 
+    async def put() -> None:
+        await ready.join()
+        await ready.put(item)
 
-async def _offer(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue) -> None:
-    await ready.put(item)
-    await ready.join()
+    handed = loop.submit(put())
+    wait([handed, update], return_when=FIRST_COMPLETED)
+    if not handed.done():
+        handed.cancel()
 
 
 def _write_file(path: Path, bucket: Bucket) -> None:

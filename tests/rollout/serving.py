@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.rollout.member import stop_servers
 from dapo_mcore.rollout.server_api import Keys
-from dapo_mcore.rollout.servers import start_servers, stop_servers
+from dapo_mcore.rollout.servers import ServerPlan, start_servers
 from dapo_mcore.rollout.sglang import SGLangEngine
 from dapo_mcore.types import SamplingParams
 from tests.rollout.fake_sglang import fake_python
@@ -67,8 +68,9 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 
 @contextmanager
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
+    python = changes.pop("python", None) or fake_python(folder)
     made = SGLangEngine(
-        settings(changes.pop("python", None) or fake_python(folder), **changes),
+        settings(python, **{"sync_dir": str(folder), **changes}),
         tiny_config(),
         stop_token_ids=(STOP,),
         dtype=torch.float32,
@@ -139,8 +141,9 @@ class Raw:
 @contextmanager
 def bare_server(python: Path, folder: Path) -> Iterator[Raw]:
     """One server without an engine, up."""
-    (process,), keys = start_servers(settings(python), tiny_config(), "float32", (STOP,), folder)
-    raw = Raw(process.url, keys)
+    plan = ServerPlan.new(settings(python), tiny_config(), "float32", (STOP,), folder)
+    (process,) = start_servers(plan)
+    raw = Raw(process.url, plan.keys)
     try:
         wait_for(lambda: process.alive and _up(raw), 240, process.last_words)
         yield raw

@@ -124,9 +124,9 @@ def test_a_machine_without_a_gpu_needs_device_cpu(tmp_path):
 
 def test_more_gpus_than_there_are_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    servers._check_devices(SGLangConfig(num_servers=2, tensor_parallel=4))
+    servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=2)
     with pytest.raises(ConfigError, match="num_servers 3 × tensor_parallel 4 = 12 GPUs, but this machine has 8"):
-        servers._check_devices(SGLangConfig(num_servers=3, tensor_parallel=4))
+        servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=3)
 
 
 def test_a_server_that_ends_while_it_starts_leaves_its_last_words(tmp_path):
@@ -193,6 +193,8 @@ BAD_SETTINGS = {
     "is not a URL": dict(urls=["127.0.0.1:30000"]),
     "only 1 different": dict(urls=["http://a:1", "http://a:1"]),
     "router_url needs urls": dict(router_url="http://a:1"),
+    "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
+    "host node does not go with placement local": dict(host="node"),
     "server_args holds api_key, tp-size": dict(server_args={"api_key": "x", "tp-size": 2}),
 }
 

@@ -196,6 +196,24 @@ def test_older_weights_are_allowed_within_the_lag_and_recorded_by_span(tmp_path)
         assert rollout.weight_version == 3 and made.metrics()["rollout/dropped_stale_version"] == 1
 
 
+def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served(tmp_path, monkeypatch):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dapo_mcore.rollout.transfer.SafetensorsWriter", full)
+            left = weights(1)
+            with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
+                made.update_weights(left, version=2)
+        assert list(left) == [] and made.weight_version == 1
+        assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
+        asked = prompts(2)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
 def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
     with engine(tmp_path, num_servers=2) as made:
         made.update_weights(weights(0), version=1)
