@@ -74,7 +74,7 @@ class SGLangConfig(BaseModel):
     sync_host: str = "127.0.0.1"
     """sync distributed: the trainer's address, as the servers reach it."""
     bucket_mib: int = Field(512, ge=1)
-    """Weights are sent in buckets of about this size."""
+    """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0."""
     sync_timeout_s: float = Field(600.0, gt=0)
     """Limit of each step of a sync on each server."""
 

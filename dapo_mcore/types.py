@@ -211,7 +211,7 @@ class RolloutEngine(Protocol):
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes every HF-named tensor of the stream, then moves to `version`. A transaction: all or nothing.
 
-        The stream is drained in any case, since other ranks send it by collectives.
+        The stream is drained in any case, since other ranks send what is in it. Its tensors keep their values meanwhile.
         """
         ...
 
@@ -243,6 +243,6 @@ class RewardFunction(Protocol):
 
 
 class WeightSource(Protocol):
-    """Yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it (collectives inside)."""
+    """Yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it (messages inside)."""
 
     def __call__(self) -> Iterator[tuple[str, torch.Tensor]]: ...

@@ -71,7 +71,7 @@ def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple
     """Buckets of at most `limit` bytes (a larger tensor makes one of its own), each with whether it is the last.
 
     One bucket is in memory at a time, and the tensor that did not fit into it. An error of the stream comes before its
-    last bucket.
+    last bucket. Tensors are not copied.
     """
     bucket: Bucket = []
     size = 0
@@ -79,7 +79,7 @@ def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple
         if bucket and size + tensor.nbytes > limit:
             yield bucket, False
             bucket, size = [], 0
-        bucket.append((name, tensor.detach().clone()))  # the sender may reuse its buffers
+        bucket.append((name, tensor.detach()))
         size += tensor.nbytes
     yield bucket, True
 

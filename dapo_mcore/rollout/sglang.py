@@ -129,7 +129,8 @@ class SGLangEngine:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
 
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
-        a stream that does not fit the model, and when no server is left; the version then stays. Peak memory: two buckets.
+        a stream that does not fit the model, and when no server is left; the version then stays.
+        Extra memory: at most twice bucket_mib, or twice the largest tensor.
         """
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
@@ -137,7 +138,9 @@ class SGLangEngine:
         self._tags[tag] = version
         checked = self._manifest.checked(weights, version)
         try:
-            sent = self._transfer.send(buckets(checked, self._settings.bucket_mib << 20), tag, self._fleet, self._loop)
+            # halves: one travels while the next is gathered, and gathering needs room, too
+            halves = buckets(checked, self._settings.bucket_mib << 19)
+            sent = self._transfer.send(halves, tag, self._fleet, self._loop)
         finally:
             deque(weights, maxlen=0)  # the senders' collectives must complete
         self._version, self._tag = version, tag

@@ -11,15 +11,13 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed import distributed_c10d as c10d
 
 from dapo_mcore.errors import ConfigError, RolloutError
@@ -28,6 +26,7 @@ from dapo_mcore.rollout.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.member import Member
+from dapo_mcore.weights.safetensors_file import SafetensorsWriter, TensorInfo
 
 GIB = 2**30
 
@@ -74,15 +73,18 @@ class DiskTransfer:
 
     def _write(self, buckets: Iterator[tuple[Bucket, bool]], tag: str) -> float:
         unfinished = self.root / f"{tag}.partial"
-        num_bytes = 0
+        num_bytes, written = 0, None
         try:
             unfinished.mkdir()
-            for number, (bucket, _) in enumerate(buckets):
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in bucket}
-                save_file(tensors, unfinished / f"{number:05d}.safetensors")
-                num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            with ThreadPoolExecutor(1) as writer:  # one bucket is written while the next is gathered
+                for number, (bucket, _) in enumerate(buckets):
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(_write_file, unfinished / f"{number:05d}.safetensors", bucket)
+                    num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+                written.result()
             unfinished.rename(self.root / tag)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise RolloutError(
                 f"weights cannot be written to rollout.sglang.sync_dir: {error}; after {num_bytes / GIB:.2f} GiB, "
                 f"{shutil.disk_usage(self.root).free / GIB:.2f} GiB are free there; make room or choose another folder"
@@ -218,3 +220,10 @@ def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, upda
     wait([handed, update], return_when=FIRST_COMPLETED)
     if not handed.done():
         handed.cancel()
+
+
+def _write_file(path: Path, bucket: Bucket) -> None:
+    file = SafetensorsWriter(path, {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in bucket})
+    for name, tensor in bucket:
+        file.write(name, tensor)
+    file.close()

@@ -258,8 +258,6 @@ class FakeServer:
     # weights
 
     async def update_from_disk(self, request: web.Request) -> web.Response:
-        from safetensors.numpy import load_file
-
         body = await request.json()
         files = sorted(Path(body["model_path"]).glob("*.safetensors"))
         while self.running and self.unpaused.is_set():
@@ -267,7 +265,7 @@ class FakeServer:
         if not files:
             return self.result(False, "Failed to get weights iterator")
         for file in files:
-            self.weights |= load_file(file)
+            self.weights |= load(file)
         self.loaded(body)
         return self.result(True, "Succeeded to update model weights.")
 
@@ -315,6 +313,17 @@ class FakeServer:
 
     def result(self, success: bool, message: str) -> web.Response:
         return web.json_response({"success": success, "message": message}, status=200 if success else 400)
+
+
+def load(file: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(file)
+    except TypeError:  # numpy has no bfloat16
+        from safetensors.torch import load_file
+
+        return load_file(file)
 
 
 def join_group(body: dict[str, Any]) -> Any:

@@ -204,7 +204,7 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("dapo_mcore.rollout.transfer.save_file", full)
+            patch.setattr("dapo_mcore.rollout.transfer.SafetensorsWriter", full)
             left = weights(1)
             with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
                 made.update_weights(left, version=2)
