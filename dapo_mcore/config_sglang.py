@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-if TYPE_CHECKING:
-    pass
-
 EVERYWHERE = ("", "0.0.0.0", "::", "*")
 _OWNED_MODEL_ARGS = {"model-path", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype", "weight-version"}
 _OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "base-gpu-id", "host", "port"}
