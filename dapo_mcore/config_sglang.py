@@ -32,7 +32,7 @@ class SGLangConfig(BaseModel):
     placement: Literal["local", "ray"] = "local"
     """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
     ray_address: str | None = None
-    """placement ray: the cluster's address; null starts one on this machine, without dashboard and with a token."""
+    """placement ray, here or of rewards: the cluster's address; null starts one on this machine, with a token."""
     num_servers: int = Field(1, ge=1)
     python: str | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""

@@ -48,7 +48,8 @@ class Controller:
         progress.line(self.prompts.describe())
         self.eval_sets = {name: self._eval_prompts(name) for name in config.eval.sets}
         self.loader = PromptLoader(self.prompts.prompts, config.seed, config.data.shuffle)
-        self.reward = build_reward(config.reward, config.rollout.max_response_tokens)
+        ray_address = config.rollout.sglang.ray_address
+        self.reward = build_reward(config.reward, config.rollout.max_response_tokens, ray_address)
         self.engine = self._build_engine(hf_config)
         self.sampler = Sampler(self.engine, self.loader, self.reward, self.decode, config, progress, timer)
         self.sinks: MetricSinks | None = None

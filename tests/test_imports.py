@@ -22,6 +22,7 @@ FLOORS = {
     "dapo_mcore.config_sglang": 0,
     "dapo_mcore.kernels": 0,
     "dapo_mcore.types": 1,
+    "dapo_mcore.ray_cluster": 1,
     "dapo_mcore.data": 2,
     "dapo_mcore.reward": 2,
     "dapo_mcore.algo": 2,

@@ -49,7 +49,7 @@ _NOT_INHERITED = (
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
 )
-_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
+_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "RAY_")
 
 # run by the server's interpreter, which may be of another environment
 _INSPECT = """
