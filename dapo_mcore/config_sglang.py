@@ -70,6 +70,9 @@ class SGLangConfig(BaseModel):
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"
     """sync distributed: the trainer's address, as the servers reach it."""
+    quantize: Literal["none", "fp8"] = "none"
+    """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
+    Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
     bucket_mib: int = Field(512, ge=1)
     """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0."""
     sync_timeout_s: float = Field(600.0, gt=0)

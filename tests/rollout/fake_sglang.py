@@ -320,10 +320,10 @@ def load(file: Path) -> dict[str, Any]:
 
     try:
         return load_file(file)
-    except TypeError:  # numpy has no bfloat16
+    except (TypeError, AttributeError, KeyError):  # numpy has neither bfloat16 nor float8
         from safetensors.torch import load_file
 
-        return load_file(file)
+        return {name: tensor.float() for name, tensor in load_file(file).items()}
 
 
 def join_group(body: dict[str, Any]) -> Any:
@@ -346,9 +346,10 @@ def receive(group: Any, body: dict[str, Any]) -> dict[str, Any]:
         name: torch.empty(shape, dtype=getattr(torch, dtype))
         for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"])
     }
-    for work in [group.broadcast(tensor, 0) for tensor in tensors.values()]:
+    sent = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors.values()]
+    for work in [group.broadcast(tensor, 0) for tensor in sent]:
         work.wait()
-    return tensors
+    return {name: tensor.float() if tensor.itemsize < 4 else tensor for name, tensor in tensors.items()}
 
 
 def main(argv: list[str]) -> None:
