@@ -109,6 +109,8 @@ class SGLangConfig(BaseModel):
                 f"host {self.host} does not go with placement {self.placement} and ray_address {self.ray_address}: servers "
                 "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
             )
+        if self.quantize == "fp8" and self.sync == "distributed" and self.device == "cpu":
+            raise ValueError("quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk")
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:
             raise ValueError(

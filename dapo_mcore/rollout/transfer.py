@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -190,13 +189,8 @@ class _Link:
         )
 
     def broadcast(self, bucket: Bucket) -> None:
-        for work in [self._group.broadcast(_as_bytes(tensor.contiguous()), 0) for _, tensor in bucket]:
+        for work in [self._group.broadcast(tensor.contiguous(), 0) for _, tensor in bucket]:
             work.wait()
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 as the bytes that NCCL sends for it anyway; gloo has no such type."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 async def _begin(member: Member) -> None:

@@ -346,10 +346,9 @@ def receive(group: Any, body: dict[str, Any]) -> dict[str, Any]:
         name: torch.empty(shape, dtype=getattr(torch, dtype))
         for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"])
     }
-    sent = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors.values()]
-    for work in [group.broadcast(tensor, 0) for tensor in sent]:
+    for work in [group.broadcast(tensor, 0) for tensor in tensors.values()]:
         work.wait()
-    return {name: tensor.float() if tensor.itemsize < 4 else tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The FP8 stream: what is quantised under which name, how far it is off, and that it reaches servers by both ways."""
+"""The FP8 stream: what is quantised under which name, how far it is off, and that it reaches servers."""
 
 from __future__ import annotations
 
@@ -67,9 +67,8 @@ def test_exactly_the_linear_layers_of_attention_and_experts_are_quantised(kind, 
     assert left == {"embed_tokens", "lm_head", "gate"}
 
 
-@pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path, sync):
-    given = settings(fake_python(tmp_path), sync=sync, sync_dir=str(tmp_path), quantize="fp8")
+def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path):
+    given = settings(fake_python(tmp_path), sync_dir=str(tmp_path), quantize="fp8")
     made = SGLangEngine(given, tiny_config(), stop_token_ids=(STOP,), dtype=torch.bfloat16, folder=tmp_path / "servers")
     try:
         config = json.loads((tmp_path / "servers/model/config.json").read_text())
@@ -78,12 +77,11 @@ def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path, sync):
         made.update_weights(((name, tensor.bfloat16()) for name, tensor in weights(3)), version=1)
         expected = {n: t.float().sum().item() for n, t in quantized((n, t.bfloat16()) for n, t in weights(3))}
         assert told(servers(made)[0])["weights"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
-        if sync == "disk":
-            (path,) = Path(made._transfer.root / made._tag).iterdir()
-            dtypes = {name: info.dtype for name, info in SafetensorsFile(path).tensors.items()}
-            assert dtypes["model.layers.1.mlp.down_proj.weight"] == torch.float8_e4m3fn
-            assert dtypes["model.layers.1.mlp.down_proj.weight_scale_inv"] == torch.float32
-            assert dtypes["lm_head.weight"] == torch.bfloat16
+        (path,) = Path(made._transfer.root / made._tag).iterdir()
+        dtypes = {name: info.dtype for name, info in SafetensorsFile(path).tensors.items()}
+        assert dtypes["model.layers.1.mlp.down_proj.weight"] == torch.float8_e4m3fn
+        assert dtypes["model.layers.1.mlp.down_proj.weight_scale_inv"] == torch.float32
+        assert dtypes["lm_head.weight"] == torch.bfloat16
     finally:
         made.close()
 

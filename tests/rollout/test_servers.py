@@ -196,6 +196,7 @@ BAD_SETTINGS = {
     "router_url needs urls": dict(router_url="http://a:1"),
     "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
     "host node does not go with placement local": dict(host="node"),
+    "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
     "server_args holds api_key, tp-size": dict(server_args={"api_key": "x", "tp-size": 2}),
 }
 
