@@ -323,7 +323,7 @@ def load(file: Path) -> dict[str, Any]:
     except (TypeError, AttributeError, KeyError):  # numpy has neither bfloat16 nor float8
         from safetensors.torch import load_file
 
-        return {name: tensor.float() for name, tensor in load_file(file).items()}
+        return {name: t.float() if t.itemsize == 1 else t for name, t in load_file(file).items()}
 
 
 def join_group(body: dict[str, Any]) -> Any:
