@@ -165,11 +165,19 @@ class RewardConfig(Section):
     strict_box: bool = False
     workers: int = Field(0, ge=0)
     """0 scores in the controller process; n > 0 uses n processes with a deadline."""
+    placement: Literal["local", "ray"] = "local"
+    """Where they are: on this machine, or on the nodes of the Ray cluster at rollout.sglang.ray_address."""
     timeout_seconds: float = Field(30.0, gt=0)
     on_failure: Literal["mask", "value"] = "mask"
     """A failed score leaves statistics and loss (`mask`), or becomes `failure_value`; it is counted either way."""
     failure_value: float = -1.0
     overlong: OverlongConfig = OverlongConfig()
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> RewardConfig:
+        if self.placement == "ray" and not self.workers:
+            raise ValueError("placement ray needs workers of at least 1: 0 scores in the controller process")
+        return self
 
 
 class KLConfig(Section):

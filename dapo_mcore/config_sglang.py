@@ -32,7 +32,7 @@ class SGLangConfig(BaseModel):
     placement: Literal["local", "ray"] = "local"
     """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
     ray_address: str | None = None
-    """placement ray: the cluster's address; null starts one on this machine, without dashboard and with a token."""
+    """placement ray, here or of rewards: the cluster's address; null starts one on this machine, with a token."""
     num_servers: int = Field(1, ge=1)
     python: str | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""
@@ -70,6 +70,9 @@ class SGLangConfig(BaseModel):
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"
     """sync distributed: the trainer's address, as the servers reach it."""
+    quantize: Literal["none", "fp8"] = "none"
+    """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
+    Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
     bucket_mib: int = Field(512, ge=1)
     """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0."""
     sync_timeout_s: float = Field(600.0, gt=0)
@@ -106,6 +109,8 @@ class SGLangConfig(BaseModel):
                 f"host {self.host} does not go with placement {self.placement} and ray_address {self.ray_address}: servers "
                 "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
             )
+        if self.quantize == "fp8" and self.sync == "distributed" and self.device == "cpu":
+            raise ValueError("quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk")
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:
             raise ValueError(

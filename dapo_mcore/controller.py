@@ -53,7 +53,8 @@ class Controller:
         progress.line(self.prompts.describe())
         self.eval_sets = {name: self._eval_prompts(name) for name in config.eval.sets}
         self.loader = PromptLoader(self.prompts.prompts, config.seed, config.data.shuffle)
-        self.reward = build_reward(config.reward, config.rollout.max_response_tokens)
+        ray_address = config.rollout.sglang.ray_address
+        self.reward = build_reward(config.reward, config.rollout.max_response_tokens, ray_address)
         # a rollout beside training has a thread of its own, and so its own clock and line on the screen
         beside = config.rollout.async_steps > 0
         self.rollout_progress = progress.beside() if beside else progress

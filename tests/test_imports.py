@@ -23,6 +23,7 @@ FLOORS = {
     "dapo_mcore.config_rules": 0,
     "dapo_mcore.kernels": 0,
     "dapo_mcore.types": 1,
+    "dapo_mcore.ray_cluster": 1,
     "dapo_mcore.data": 2,
     "dapo_mcore.reward": 2,
     "dapo_mcore.algo": 2,

@@ -20,9 +20,11 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from dapo_mcore.errors import RewardError
+from dapo_mcore.ray_cluster import without_ray
 from dapo_mcore.reward.attempt import Attempt, Outcome
 
-_START_SECONDS = 180.0  # importing a plug-in may pull in torch or sympy from a cold network disk
+START_SECONDS = 180.0
+"""Of a worker to be ready: importing a plug-in may pull in torch or sympy from a cold network disk."""
 
 
 class RewardPool:
@@ -111,7 +113,7 @@ class RewardPool:
         if not worker.ready:
             raise RewardError(
                 f"a reward process for {self._arguments['function']!r} did not start: {failure} "
-                f"(it has {_START_SECONDS:.0f} s); what it printed is above"
+                f"(it has {START_SECONDS:.0f} s); what it printed is above"
             )
         assert worker.index is not None
         outcomes[worker.index] = Outcome(failure=failure)
@@ -129,7 +131,7 @@ class _Worker:
         self.connection, theirs = Pipe(duplex=True)
         self.index: int | None = None
         self.ready = False
-        self.deadline = time.monotonic() + _START_SECONDS
+        self.deadline = time.monotonic() + START_SECONDS
         with theirs:  # closed here, so that the pipe ends when the process does
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "dapo_mcore.reward.worker", str(theirs.fileno()), json.dumps(arguments)],
@@ -164,6 +166,9 @@ class _Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with our import path and one thread a worker: n workers with all cores each would fight."""
+    """Ours, with our import path and one thread a worker: n workers with all cores each would fight.
+
+    Without the token of a Ray cluster: reward functions read what a model has written.
+    """
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+    return {"OMP_NUM_THREADS": "1", **without_ray(dict(os.environ)), "PYTHONPATH": path}

@@ -12,18 +12,21 @@ from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.overlong import soft_overlong_penalty
 from dapo_mcore.reward.plugins import build_judge
 from dapo_mcore.reward.pool import RewardPool
+from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.types import Prompt, Rollout, Score
 
 
 class Scorer:
     """A types.RewardFunction; close() ends its workers. Made by build_reward."""
 
-    def __init__(self, config: RewardConfig, max_response_tokens: int):
+    def __init__(self, config: RewardConfig, max_response_tokens: int, ray_address: str | None = None):
         self._config = config
         self._max_length = config.overlong.max_length or max_response_tokens
-        self._pool: RewardPool | None = None
+        self._pool: RewardPool | RayRewardPool | None = None
         function = (config.function, config.adapter, config.strict_box)
-        if config.workers:
+        if config.placement == "ray":
+            self._pool = RayRewardPool(config.workers, *function, config.timeout_seconds, ray_address)
+        elif config.workers:
             self._pool = RewardPool(config.workers, *function, config.timeout_seconds)
         else:
             self._judge = build_judge(*function)
@@ -62,9 +65,10 @@ class Scorer:
         )
 
 
-def build_reward(config: RewardConfig, max_response_tokens: int) -> Scorer:
+def build_reward(config: RewardConfig, max_response_tokens: int, ray_address: str | None = None) -> Scorer:
     """The reward function of a run. Raises RewardError when it cannot be loaded.
 
-    With workers = 0 it runs here and has no deadline; with n > 0, in n processes with one of timeout_seconds.
+    With workers = 0 it runs here and has no deadline; with n > 0, in n processes with one of timeout_seconds: on this
+    machine, or with placement ray on the nodes of the cluster at ray_address (None: a cluster of this machine alone).
     """
-    return Scorer(config, max_response_tokens)
+    return Scorer(config, max_response_tokens, ray_address)

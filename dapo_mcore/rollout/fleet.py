@@ -163,7 +163,7 @@ class Fleet:
             return False
         self._restarts_left -= 1
         self.counts["server_restarts"] += 1
-        member.tag, member.strikes = None, 0
+        member.tag, member.link, member.strikes = None, None, 0
         await asyncio.to_thread(member.process.restart)
         member.api.url = member.process.url
         await wait_until_healthy(member, self._patience.start_timeout_s)

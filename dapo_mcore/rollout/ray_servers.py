@@ -1,18 +1,15 @@
 """SGLang servers on the nodes of a Ray cluster: one actor a server, which starts it beside itself and watches it.
 
 Change here: how servers are placed on nodes. The processes are process.py's; the fleet cannot tell the two apart.
-Ray runs whatever reaches its ports, so a cluster without token authentication is refused.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.ray_cluster import connect
 from dapo_mcore.rollout.process import ServerProcess
 from dapo_mcore.rollout.servers import ServerPlan, check_devices, choose_port, inspect_environment
 
@@ -133,7 +130,7 @@ def start_ray_servers(plan: ServerPlan) -> tuple[list[RayServer], Callable[[], N
 
     Raises ConfigError: Ray missing, cluster out of reach or without a token, no room, or as start_servers.
     """
-    disconnect = _connect(plan.settings.ray_address)
+    disconnect = connect(plan.settings.ray_address)
     servers = [RayServer(plan, number, plan.settings.start_timeout_s) for number in range(plan.settings.num_servers)]
     try:
         for server in servers:
@@ -145,32 +142,3 @@ def start_ray_servers(plan: ServerPlan) -> tuple[list[RayServer], Callable[[], N
         raise
     plan.write_keys()
     return servers, disconnect
-
-
-def _connect(address: str | None) -> Callable[[], None]:
-    if address is None:
-        if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
-            raise ConfigError(
-                "Ray was imported without RAY_AUTH_MODE=token, which it reads once; set it before the start"
-            )
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        where: dict[str, Any] = dict(include_dashboard=False, _node_ip_address="127.0.0.1")
-    else:
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            raise ConfigError(
-                f"the Ray cluster at {address} would run code for anyone who reaches it; start it with RAY_AUTH_MODE=token "
-                "and --include-dashboard=false on every node, and set RAY_AUTH_MODE=token and its token here too"
-            )
-        where = dict(address=address)
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("rollout.sglang.placement ray needs Ray: pip install 'dapo_mcore[ray]'") from error
-    if ray.is_initialized():
-        return lambda: None
-    try:
-        ray.init(**where, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"the Ray cluster at rollout.sglang.ray_address {address} cannot be used: {error}") from error
-    return ray.shutdown

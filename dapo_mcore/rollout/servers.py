@@ -24,6 +24,7 @@ import yaml
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.process import ServerProcess
+from dapo_mcore.rollout.quantize import quantization_config
 from dapo_mcore.rollout.server_api import OLDEST, Keys, parse_version
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ _NOT_INHERITED = (
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
 )
-_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
+_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "RAY_")
 
 # run by the server's interpreter, which may be of another environment
 _INSPECT = """
@@ -84,9 +85,15 @@ class ServerPlan:
         stop_token_ids: Sequence[int],
         folder: Path,
     ) -> ServerPlan:
-        """A plan with fresh random keys."""
+        """A plan with fresh random keys. Raises ConfigError for a dtype that does not go with `quantize`."""
         keys = Keys(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
         model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
+        if settings.quantize == "fp8":
+            if dtype == "float32":
+                raise ConfigError(
+                    "rollout.sglang.quantize fp8 multiplies in bf16, but model.dtype is fp32; set model.dtype bf16"
+                )
+            model["quantization_config"] = quantization_config()
         return cls(settings, keys, model, dtype, folder.absolute())
 
     def write_keys(self) -> None:

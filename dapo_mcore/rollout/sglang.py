@@ -32,6 +32,7 @@ from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
 from dapo_mcore.rollout.probe import probe
+from dapo_mcore.rollout.quantize import quantized
 from dapo_mcore.rollout.ray_servers import start_ray_servers
 from dapo_mcore.rollout.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.server_api import Keys, ServerApi
@@ -130,16 +131,18 @@ class SGLangEngine:
 
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
         a stream that does not fit the model, and when no server is left; the version then stays.
-        Extra memory: at most twice bucket_mib, or twice the largest tensor.
+        Extra memory: at most twice bucket_mib, or twice the largest tensor (with `quantize`, what that needs beside).
         """
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
         tag = f"{version}-{secrets.token_hex(4)}"
         self._tags[tag] = version
-        checked = self._manifest.checked(weights, version)
+        stream = self._manifest.checked(weights, version)
+        if self._settings.quantize == "fp8":
+            stream = quantized(stream)
         try:
             # halves: one travels while the next is gathered, and gathering needs room, too
-            halves = buckets(checked, self._settings.bucket_mib << 19)
+            halves = buckets(stream, self._settings.bucket_mib << 19)
             sent = self._transfer.send(halves, tag, self._fleet, self._loop)
         finally:
             deque(weights, maxlen=0)  # the senders' collectives must complete

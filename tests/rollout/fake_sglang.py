@@ -320,10 +320,10 @@ def load(file: Path) -> dict[str, Any]:
 
     try:
         return load_file(file)
-    except TypeError:  # numpy has no bfloat16
+    except (TypeError, AttributeError, KeyError):  # numpy has neither bfloat16 nor float8
         from safetensors.torch import load_file
 
-        return load_file(file)
+        return {name: t.float() if t.itemsize == 1 else t for name, t in load_file(file).items()}
 
 
 def join_group(body: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.ray_servers import _connect
+from dapo_mcore.ray_cluster import connect
 from tests.rollout.fake_sglang import fake_python
 from tests.rollout.serving import engine, params, prompts, weights
 from tests.rollout.test_sglang import all_serve, assert_whole, order, servers, told
@@ -62,4 +62,4 @@ def test_a_cluster_without_a_token_is_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"would run code for anyone who reaches it; start it with RAY_AUTH_MODE=token"
     ):
-        _connect("10.0.0.1:6379")
+        connect("10.0.0.1:6379")

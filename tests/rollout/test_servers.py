@@ -153,13 +153,14 @@ def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
 
 
 def test_servers_inherit_neither_the_launcher_nor_the_source_tree(monkeypatch):
-    for name in ("RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "TRITON_INTERPRET"):
+    hidden = {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "TRITON_INTERPRET", "RAY_AUTH_TOKEN"}
+    for name in hidden:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     environment = servers._environment(SGLangConfig(device="cpu"), ["llama", "qwen2"], "qwen2")
     assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["OMP_NUM_THREADS"] == "1"
     assert environment["SGLANG_DISABLED_MODEL_ARCHS"] == "llama"
-    assert not {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "TRITON_INTERPRET"} & set(environment)
+    assert not hidden & set(environment)
 
 
 def test_a_key_file_that_others_can_read_is_refused(tmp_path):
@@ -195,6 +196,7 @@ BAD_SETTINGS = {
     "router_url needs urls": dict(router_url="http://a:1"),
     "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
     "host node does not go with placement local": dict(host="node"),
+    "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
     "server_args holds api_key, tp-size": dict(server_args={"api_key": "x", "tp-size": 2}),
 }
 

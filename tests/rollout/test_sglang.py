@@ -370,3 +370,15 @@ def alive(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_server_restarted_between_broadcasts_takes_part_in_the_next_one(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed") as made:
+        made.update_weights(weights(0), version=1)
+        first, _ = servers(made)
+        os.kill(told(first)["pid"], signal.SIGKILL)
+        asked = prompts(20)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        wait_for(lambda: made._fleet.members[0].state == "waiting", 20)
+        made.update_weights(weights(1), version=2)
+        assert len(made._fleet.serving) == 2 and made.metrics()["rollout/servers_excluded"] == 0

@@ -63,6 +63,8 @@ def measure(layout: Any, mesh: Mesh, folder: str, layers: int) -> dict[str, Any]
         way = lambda engine=engine: sync_weights(stream, engine, version=1)  # noqa: E731
         found[f"sync {path}"] = _best(way, layout, warm_up=path == "distributed")
         if engine is not None:
+            if path == "disk":
+                found["… of which written"] = engine.metrics()["sync/write_s"], found["sync disk"][1]
             engine.close()
     return {"bytes": sum(sizes), "largest": max(sizes, default=0), "found": found}
 

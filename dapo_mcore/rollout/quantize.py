@@ -1,0 +1,41 @@
+"""The weight stream in FP8, as SGLang reads a block-quantised checkpoint.
+
+Change here: which tensors are quantised, and what the servers' config.json says of it. The arithmetic is
+kernels/fp8_quant's. Source: Fp8Config and Fp8LinearMethod of SGLang 0.5.21, and DeepSeek-V3's checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from dapo_mcore.kernels.fp8_quant import quantize_blocks
+
+BLOCK = 128
+_PROJECTION = re.compile(r".+(?:_proj|_proj_with_mqa|\.experts\.\d+\.w[123])\.weight")
+
+
+def quantization_config() -> dict[str, Any]:
+    """`quantization_config` of a config.json: SGLang then keeps projections in FP8 and everything else as it is.
+
+    Activations are quantised by the server, one scale for each token and 128 channels.
+    """
+    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+
+
+def quantized(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The stream with each projection as float8_e4m3fn [N, K] and `…weight_scale_inv`, fp32 [⌈N/128⌉, ⌈K/128⌉].
+
+    Projections are the linear layers of attention, MLPs and experts. Embeddings, the head, norms, biases, routers and
+    gates pass as they are.
+    """
+    for name, tensor in weights:
+        if not _PROJECTION.fullmatch(name):
+            yield name, tensor
+            continue
+        codes, scales = quantize_blocks(tensor, BLOCK)
+        yield name, codes
+        yield f"{name}_scale_inv", scales

@@ -1,0 +1,121 @@
+"""Reward workers on a local Ray cluster: the pool's rules hold there too, and a lost actor costs no attempt."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from dapo_mcore.config import RewardConfig
+from dapo_mcore.errors import ConfigError, RewardError
+from dapo_mcore.reward import ray_pool
+from dapo_mcore.reward.attempt import Attempt
+from dapo_mcore.reward.pool import RewardPool
+from dapo_mcore.reward.ray_pool import RayRewardPool
+from dapo_mcore.reward.scorer import build_reward
+
+ZOO = Path(__file__).with_name("plugin_zoo.py")
+
+# not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the pool sets it
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
+
+
+def pool(num_workers: int = 2, timeout_seconds: float = 10.0, function: str = "by_text") -> RayRewardPool:
+    return RayRewardPool(num_workers, f"{ZOO}:{function}", "verl", False, timeout_seconds, None)
+
+
+def attempts(*responses: str) -> list[Attempt]:
+    return [Attempt("q", response, "a") for response in responses]
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[RayRewardPool]:
+    made = pool(timeout_seconds=1.0)
+    yield made
+    made.close()
+    made.close()
+
+
+@needs_ray
+def test_outcomes_come_back_in_order_from_every_worker(workers):
+    assert workers.score([]) == []
+    scores = [float(n) for n in range(40)]
+    assert [outcome.score for outcome in workers.score(attempts(*(f"score {n}" for n in scores)))] == scores
+    slow = workers.score(attempts(*["sleep 0.2", "pid"] * 8))
+    assert len({outcome.pred for outcome in slow[1::2]}) == 2
+
+
+@needs_ray
+def test_an_attempt_that_hangs_or_kills_its_process_costs_itself_alone(workers):
+    outcomes = workers.score(attempts("score 1", "spin", "exit 7", "raise no", *["score 2"] * 6))
+    failures = [outcome.failure for outcome in outcomes]
+    assert failures[:2] == [None, "timeout"] and failures[2].startswith("exit: the reward process ended with code 7")
+    assert failures[3] == "exception: ValueError: no" and failures[4:] == [None] * 6
+
+
+@needs_ray
+def test_the_work_of_a_lost_actor_is_done_by_the_others_and_it_is_replaced(workers):
+    import ray
+
+    lost = workers._actors[0]
+    killer = threading.Thread(target=lambda: (time.sleep(0.3), ray.kill(lost)))
+    killer.start()
+    outcomes = workers.score(attempts(*["sleep 0.1"] * 30))
+    killer.join()
+    assert [outcome.score for outcome in outcomes] == [1.0] * 30
+    assert workers._actors[0] is not lost
+    assert [outcome.score for outcome in workers.score(attempts(*["score 3"] * 30))] == [3.0] * 30
+
+
+@needs_ray
+def test_attempts_that_lose_every_node_fail(workers, monkeypatch):
+    monkeypatch.setattr(ray_pool, "_LOSSES", 1)
+    import ray
+
+    ray.kill(workers._actors[0])
+    outcomes = workers.score(attempts(*["score 2"] * 16))
+    assert {outcome.failure for outcome in outcomes} == {None, "exit: lost with 1 nodes"}
+
+
+@needs_ray
+def test_a_function_that_cannot_be_loaded_on_a_node_is_the_error_of_the_run(workers):
+    with pytest.raises(RewardError, match="nowhere"):
+        RayRewardPool(1, f"{ZOO}:nowhere", "verl", False, 10.0, None)
+    assert workers.score(attempts("score 5"))[0].score == 5.0, "who did not connect does not disconnect"
+
+
+@needs_ray
+def test_more_workers_than_the_cluster_has_cpus_are_refused(workers):
+    with pytest.raises(ConfigError, match=r"reward\.workers 5000 need as many CPUs, but the Ray cluster has 1024"):
+        pool(num_workers=5000)
+
+
+@needs_ray
+def test_the_configuration_chooses_the_cluster(workers):
+    config = RewardConfig(function=f"{ZOO}:by_text", workers=1, placement="ray")
+    reward = build_reward(config, max_response_tokens=8)
+    assert isinstance(reward._pool, RayRewardPool)
+    reward.close()
+
+
+def test_a_cluster_without_workers_is_refused():
+    with pytest.raises(ValidationError, match="placement ray needs workers of at least 1"):
+        RewardConfig(placement="ray")
+
+
+def test_reward_processes_do_not_get_the_clusters_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import os\n\ndef tell(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return {'score': 1.0, 'pred': ' '.join(name for name in os.environ if name.startswith('RAY_'))}\n"
+    )
+    local = RewardPool(1, f"{plugin}:tell", "verl", False, 10.0)
+    assert local.score(attempts("a"))[0].pred == "" and os.environ["RAY_AUTH_TOKEN"] == "secret"
+    local.close()
