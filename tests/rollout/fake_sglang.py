@@ -153,7 +153,7 @@ class FakeServer:
         return web.json_response({})
 
     async def tell(self, request: web.Request) -> web.Response:
-        sums = {name: float(tensor.sum()) for name, tensor in self.weights.items()}
+        sums = {name: float((t.float() if hasattr(t, "float") else t).sum()) for name, t in self.weights.items()}
         told = {"weight_version": self.weight_version, "weights": sums, "counts": self.told, "pid": os.getpid()}
         return web.json_response({**told, "running": len(self.running), "session": self.session})
 
@@ -323,7 +323,7 @@ def load(file: Path) -> dict[str, Any]:
     except (TypeError, AttributeError, KeyError):  # numpy has neither bfloat16 nor float8
         from safetensors.torch import load_file
 
-        return {name: t.float() if t.itemsize == 1 else t for name, t in load_file(file).items()}
+        return load_file(file)
 
 
 def join_group(body: dict[str, Any]) -> Any:
