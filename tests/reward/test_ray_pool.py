@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +23,11 @@ from dapo_mcore.reward.scorer import build_reward
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
 # not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the pool sets it
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
+_installed = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
+
+
+def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.ray(_installed(test))
 
 
 def pool(num_workers: int = 2, timeout_seconds: float = 10.0, function: str = "by_text") -> RayRewardPool:
