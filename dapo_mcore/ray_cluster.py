@@ -48,7 +48,8 @@ def _local() -> dict[str, Any]:
         raise ConfigError("Ray was imported without RAY_AUTH_MODE=token, which it reads once; set it before the start")
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    return dict(include_dashboard=False, _node_ip_address="127.0.0.1", num_cpus=_LOCAL_CPUS)
+    # without "local" Ray would join whatever cluster somebody has started on this machine
+    return dict(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", num_cpus=_LOCAL_CPUS)
 
 
 def _given(address: str) -> dict[str, Any]:
