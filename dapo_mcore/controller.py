@@ -238,7 +238,9 @@ class Controller:
             dtype=torch.bfloat16 if config.model.dtype == "bf16" else torch.float32,
         )
         if config.rollout.engine == "sglang":
-            from dapo_mcore.rollout.sglang import SGLangEngine  # its HTTP client is of no use to the embedded engine
+            from dapo_mcore.rollout.sglang.engine import (
+                SGLangEngine,  # its HTTP client is of no use to the embedded engine
+            )
 
             engine: Any = SGLangEngine(config.rollout.sglang, hf_config, folder=config.run_dir / SERVERS, **common)
         else:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import real_python
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import real_python
 from tests.test_train import ROOT, SMALL, metrics, task  # noqa: F401  the fixture is used by name
 
 # right and wrong take turns, so every group varies, until `WRONG_FROM` responses were scored

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.serving import real_python
+from tests.rollout.sglang.serving import real_python
 from tests.test_train import ROOT, SMALL
 
 STEPS = 3

@@ -5,7 +5,7 @@ import torch
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
-from tests.rollout.serving import tiny_config, tiny_model
+from tests.rollout.sglang.serving import tiny_config, tiny_model
 
 
 def test_a_manifest_from_a_config_is_that_of_the_model():

@@ -82,9 +82,9 @@ def _best(way: Callable[[], None], layout: Any, warm_up: bool = True) -> tuple[f
 
 
 def _engine(folder: str, path: str, hf_config: Any) -> Any:
-    from dapo_mcore.rollout.sglang import SGLangEngine
-    from tests.rollout.fake_sglang import fake_python
-    from tests.rollout.serving import settings
+    from dapo_mcore.rollout.sglang.engine import SGLangEngine
+    from tests.rollout.sglang.fake_server import fake_python
+    from tests.rollout.sglang.serving import settings
 
     given = settings(fake_python(Path(folder)), sync=path, bucket_mib=512, sync_timeout_s=300.0)
     return SGLangEngine(

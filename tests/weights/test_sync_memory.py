@@ -11,8 +11,8 @@ from transformers import Qwen2Config
 
 from dapo_mcore.weights.sync import WeightStream, sync_weights
 from tests.actor.parity import Mesh, make_config, spawn
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import settings
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import settings
 from tests.weights.peak_memory import PeakMemory, give_freed_memory_back
 
 BUCKET_MIB = 128
@@ -24,7 +24,7 @@ SIZES = dict(
 
 def peaks_of_syncs(layout: Any, mesh: Mesh, folder: str) -> dict[str, int]:
     from dapo_mcore.actor.model import build_model
-    from dapo_mcore.rollout.sglang import SGLangEngine
+    from dapo_mcore.rollout.sglang.engine import SGLangEngine
     from dapo_mcore.weights.shape import weight_shape
 
     give_freed_memory_back()

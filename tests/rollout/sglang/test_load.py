@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import engine, params, prompts, weights
-from tests.rollout.test_sglang import assert_whole, servers, told
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import engine, params, prompts, weights
+from tests.rollout.sglang.test_engine import assert_whole, servers, told
 
 IN_FLIGHT = 2048
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import Any
 
 from dapo_mcore.errors import ConfigError, RolloutError
-from dapo_mcore.rollout.http import RequestFailed
-from dapo_mcore.rollout.member import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.sglang.http import RequestFailed
+from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
 
 _STRIKES = 3
 

@@ -10,9 +10,9 @@ import pytest
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.ray_cluster import connect
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import engine, params, prompts, weights
-from tests.rollout.test_sglang import all_serve, assert_whole, order, servers, told
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import engine, params, prompts, weights
+from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
 
 # not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the engine sets it
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")

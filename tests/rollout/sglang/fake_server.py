@@ -1,4 +1,4 @@
-"""A server that keeps the rules of SGLang's (test_sglang_rules.py holds it and the real one to them) without a model.
+"""A server that keeps the rules of SGLang's (test_server_rules.py holds it and the real one to them) without a model.
 
 A response repeats its prompt, so a test can tell whose it is. Run as a program it takes the arguments that servers.py
 gives to Python; `fake_python` makes the interpreter that does so. POST /fake orders faults, GET /fake tells what happened.

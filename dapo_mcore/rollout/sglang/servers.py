@@ -23,9 +23,9 @@ import yaml
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.process import ServerProcess
-from dapo_mcore.rollout.quantize import quantization_config
-from dapo_mcore.rollout.server_api import OLDEST, Keys, parse_version
+from dapo_mcore.rollout.sglang.process import ServerProcess
+from dapo_mcore.rollout.sglang.quantize import quantization_config
+from dapo_mcore.rollout.sglang.server_api import OLDEST, Keys, parse_version
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,8 +10,8 @@ from typing import Any
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.ray_cluster import connect
-from dapo_mcore.rollout.process import ServerProcess
-from dapo_mcore.rollout.servers import ServerPlan, check_devices, choose_port, inspect_environment
+from dapo_mcore.rollout.sglang.process import ServerProcess
+from dapo_mcore.rollout.sglang.servers import ServerPlan, check_devices, choose_port, inspect_environment
 
 _ANSWER_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 15.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.server_api import ServerApi
+from dapo_mcore.rollout.sglang.server_api import ServerApi
 
 State = Literal["waiting", "serving", "out", "lost"]
 
@@ -40,7 +40,7 @@ class Member:
     strikes   times it was taken out since its last good answer; the third restarts it.
     calls     generation requests on their way, so that a hung server's can be given up.
     tag       the weights that it has confirmed.
-    link      what a distributed update keeps for it (transfer.py).
+    link      what a distributed update keeps for it (broadcast.py).
     """
 
     api: ServerApi

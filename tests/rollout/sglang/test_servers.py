@@ -18,12 +18,12 @@ from pydantic import ValidationError
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout import servers
-from dapo_mcore.rollout.http import allow_open_files
-from dapo_mcore.rollout.sglang import SGLangEngine
-from dapo_mcore.rollout.transfer import DiskTransfer
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import STOP, Raw, bare_server, engine, settings, tiny_config, wait_for
+from dapo_mcore.rollout.sglang import servers
+from dapo_mcore.rollout.sglang.disk import DiskTransfer
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.http import allow_open_files
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, settings, tiny_config, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
         before = set(os.listdir("/proc"))
         with pytest.raises(ConfigError):
             start(tmp_path, num_servers=2, base_port=taken.getsockname()[1] - 1)
-        wait_for(lambda: not any("fake_sglang" in _command(pid) for pid in set(os.listdir("/proc")) - before), 10)
+        wait_for(lambda: not any("fake_server" in _command(pid) for pid in set(os.listdir("/proc")) - before), 10)
 
 
 def _command(pid: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dapo_mcore.rollout.replies import DROP_REASONS, Dropped, VersionRule, read_reply
+from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 
 RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
 LAGGING = VersionRule(RULE.versions, RULE.current, max_lag=1)

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.quantize import quantized
-from dapo_mcore.rollout.servers import ServerPlan
-from dapo_mcore.rollout.sglang import SGLangEngine
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.quantize import quantized
+from dapo_mcore.rollout.sglang.servers import ServerPlan
 from dapo_mcore.weights.safetensors_file import SafetensorsFile
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import STOP, settings, tiny_config, weights
-from tests.rollout.test_sglang import servers, told
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import STOP, settings, tiny_config, weights
+from tests.rollout.sglang.test_engine import servers, told
 
 SIZES = dict(hidden_size=160, intermediate_size=144, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 

@@ -8,9 +8,9 @@ import pytest
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.types import ContinuousEngine
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import engine, params, prompts, wait_for, weights
-from tests.rollout.test_sglang import assert_whole, servers, told
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import engine, params, prompts, wait_for, weights
+from tests.rollout.sglang.test_engine import assert_whole, servers, told
 
 
 def test_submitted_groups_are_generated_side_by_side(tmp_path):

@@ -16,11 +16,21 @@ import pytest
 import torch
 
 from dapo_mcore.rollout.embedded import EmbeddedEngine
-from dapo_mcore.rollout.member import Member
-from dapo_mcore.rollout.sglang import SGLangEngine
-from dapo_mcore.rollout.transfer import BroadcastTransfer
+from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.member import Member
 from dapo_mcore.types import Rollout, SamplingParams
-from tests.rollout.serving import STOP, engine, params, prompts, real_python, tiny_config, tiny_model, wait_for, weights
+from tests.rollout.sglang.serving import (
+    STOP,
+    engine,
+    params,
+    prompts,
+    real_python,
+    tiny_config,
+    tiny_model,
+    wait_for,
+    weights,
+)
 
 pytestmark = pytest.mark.sglang
 

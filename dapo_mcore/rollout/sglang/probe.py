@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.http import RequestFailed, RequestRefused
-from dapo_mcore.rollout.server_api import ServerApi, ServerFacts
-from dapo_mcore.rollout.servers import check_version
+from dapo_mcore.rollout.sglang.http import RequestFailed, RequestRefused
+from dapo_mcore.rollout.sglang.server_api import ServerApi, ServerFacts
+from dapo_mcore.rollout.sglang.servers import check_version
 
 
 async def probe(api: ServerApi, hf_config: PretrainedConfig) -> ServerFacts:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dapo_mcore.rollout.http import HttpClient, RequestFailed, RequestRefused
+from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, RequestRefused
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang import SGLangEngine
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import STOP, VOCAB, Raw, engine, params, prompts, tiny_config, wait_for, weights
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import STOP, VOCAB, Raw, engine, params, prompts, tiny_config, wait_for, weights
 
 
 def servers(made: SGLangEngine) -> list[Raw]:
@@ -204,7 +204,7 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("dapo_mcore.rollout.transfer.SafetensorsWriter", full)
+            patch.setattr("dapo_mcore.rollout.sglang.disk.SafetensorsWriter", full)
             left = weights(1)
             with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
                 made.update_weights(left, version=2)
@@ -352,7 +352,7 @@ def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
 def test_a_killed_trainer_takes_its_servers_along(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
-        "from tests.rollout.serving import engine\n"
+        "from tests.rollout.sglang.serving import engine\n"
         "with engine(Path(sys.argv[1])) as made:\n"
         "    print(made._processes[0].pid, flush=True); time.sleep(60)\n"
     )

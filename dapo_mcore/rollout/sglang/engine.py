@@ -1,7 +1,7 @@
 """The rollout engine on SGLang servers: tokens in, tokens and log-probs out, every sample with its weights' version.
 
-Change here: how a sample is asked for, retried, and refused. Servers are fleet.py and servers.py, weights transfer.py,
-answers replies.py. Everything asynchronous runs in one thread; the methods below may block their caller.
+Change here: how a sample is asked for, retried, and refused. Servers are fleet.py and servers.py, weights
+transfer.py, answers replies.py. Everything asynchronous runs in one thread; the methods below may block their caller.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError
-from dapo_mcore.rollout.fleet import Fleet
-from dapo_mcore.rollout.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.limits import check_prompts
-from dapo_mcore.rollout.loop_thread import LoopThread
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
-from dapo_mcore.rollout.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
-from dapo_mcore.rollout.probe import probe
-from dapo_mcore.rollout.quantize import quantized
-from dapo_mcore.rollout.ray_servers import start_ray_servers
-from dapo_mcore.rollout.replies import DROP_REASONS, Dropped, VersionRule, read_reply
-from dapo_mcore.rollout.server_api import Keys, ServerApi
-from dapo_mcore.rollout.servers import ServerPlan, read_keys, start_servers
-from dapo_mcore.rollout.transfer import BroadcastTransfer, DiskTransfer
+from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.disk import DiskTransfer
+from dapo_mcore.rollout.sglang.fleet import Fleet
+from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
+from dapo_mcore.rollout.sglang.loop_thread import LoopThread
+from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
+from dapo_mcore.rollout.sglang.probe import probe
+from dapo_mcore.rollout.sglang.quantize import quantized
+from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
+from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
+from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
+from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.types import Rollout, SamplingParams
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
@@ -175,7 +177,7 @@ class SGLangEngine:
         else:
             self._processes = start_servers(plan)
 
-    def _new_transfer(self, dtype: torch.dtype, folder: Path) -> DiskTransfer | BroadcastTransfer:
+    def _new_transfer(self, dtype: torch.dtype, folder: Path) -> Transfer:
         settings = self._settings
         if settings.sync == "distributed":
             backend = "gloo" if settings.device == "cpu" else "nccl"
@@ -208,7 +210,7 @@ class SGLangEngine:
         if s.router_url:
             patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
             router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
-        return Fleet(members, patience, getattr(self._transfer, "resync", None), router)
+        return Fleet(members, patience, self._transfer.resync, router)
 
     async def _pop_counts(self) -> Counter[str]:
         """In the loop, where they are counted."""

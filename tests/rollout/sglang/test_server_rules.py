@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from dapo_mcore.rollout.transfer import _Link
-from tests.rollout.fake_sglang import fake_python
-from tests.rollout.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
+from dapo_mcore.rollout.sglang.broadcast import _Link
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
 
 KINDS = ["fake", pytest.param("real", marks=pytest.mark.sglang)]
 LONG = 400  # tokens of a generation that a test interrupts

@@ -19,12 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from dapo_mcore.config_sglang import SGLangConfig
-from dapo_mcore.rollout.member import stop_servers
-from dapo_mcore.rollout.server_api import Keys
-from dapo_mcore.rollout.servers import ServerPlan, start_servers
-from dapo_mcore.rollout.sglang import SGLangEngine
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.member import stop_servers
+from dapo_mcore.rollout.sglang.server_api import Keys
+from dapo_mcore.rollout.sglang.servers import ServerPlan, start_servers
 from dapo_mcore.types import SamplingParams
-from tests.rollout.fake_sglang import fake_python
+from tests.rollout.sglang.fake_server import fake_python
 
 ENVIRONMENT = "DAPO_MCORE_SGLANG"
 VOCAB, CONTEXT, STOP = 64, 512, 1
@@ -45,13 +45,14 @@ def tiny_config(**changes: Any) -> PretrainedConfig:
 
 
 def tiny_model(seed: int) -> torch.nn.Module:
-    """Weights wide enough that the law is far from uniform, and different for each seed."""
+    """Weights wide enough that the law is far from uniform, and different for each seed; with 0.15 fp32 itself, Hugging
+    Face's too, is off by 1.1e-5 somewhere in a few thousand tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="eager", dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.data.normal_(0, 0.15)
+                parameter.data.normal_(0, 0.1)
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,27 @@
+"""What every way of weights to servers has in common.
+
+Change here: the contract between the engine and disk.py, broadcast.py. manifest.py has checked the tensors before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from dapo_mcore.rollout.manifest import Bucket
+from dapo_mcore.rollout.sglang.fleet import Fleet, Resync
+from dapo_mcore.rollout.sglang.loop_thread import LoopThread
+
+
+class Transfer(Protocol):
+    """`resync` gives a server that comes back the weights of a tag; None where they are not kept."""
+
+    resync: Resync | None
+
+    def send(
+        self, buckets: Iterator[tuple[Bucket, bool]], tag: str, fleet: Fleet, loop: LoopThread
+    ) -> dict[str, float]:
+        """Gives every serving server the stream's weights as `tag`, in one Fleet.update: `sync/…_s` times, `sync/bytes`."""
+        ...
+
+    def close(self) -> None: ...
