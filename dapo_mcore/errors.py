@@ -21,6 +21,10 @@ class RolloutError(DapoError):
     """Generation cannot go on, for instance because no group of answers varies."""
 
 
+class ResourceError(DapoError):
+    """The machine has too little memory for what the configuration asks of it."""
+
+
 class CheckpointError(DapoError):
     """A checkpoint or model folder is missing, incomplete or does not fit the model."""
 

@@ -24,7 +24,7 @@ TICK_S = 0.02
 ADMIN = {
     "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk",
     "/begin_weight_update", "/end_weight_update", "/init_weights_update_group", "/destroy_weights_update_group",
-    "/update_weights_from_distributed",
+    "/update_weights_from_distributed", "/release_memory_occupation", "/resume_memory_occupation",
 }  # fmt: skip
 
 
@@ -70,6 +70,7 @@ class FakeServer:
         self.unpaused.set()
         self.paused_mode = None
         self.session, self.groups, self.buckets = False, {}, 0
+        self.released: set[str] = set()
         self.faults: list[Fault] = []
         self.told: Counter[str] = Counter()
 
@@ -90,6 +91,8 @@ class FakeServer:
             "/init_weights_update_group": self.init_group,
             "/destroy_weights_update_group": self.destroy_group,
             "/update_weights_from_distributed": self.update_from_distributed,
+            "/release_memory_occupation": self.release_memory,
+            "/resume_memory_occupation": self.resume_memory,
         }.items():
             app.router.add_route("*", path, handler)
         if self.has_sessions:
@@ -155,7 +158,8 @@ class FakeServer:
     async def tell(self, request: web.Request) -> web.Response:
         sums = {name: float((t.float() if hasattr(t, "float") else t).sum()) for name, t in self.weights.items()}
         told = {"weight_version": self.weight_version, "weights": sums, "counts": self.told, "pid": os.getpid()}
-        return web.json_response({**told, "running": len(self.running), "session": self.session})
+        now = {"running": len(self.running), "session": self.session, "released": sorted(self.released)}
+        return web.json_response({**told, **now})
 
     # what it is
 
@@ -205,6 +209,8 @@ class FakeServer:
             await asyncio.sleep(TICK_S)
             if work.aborted or not self.unpaused.is_set():
                 continue
+            if self.released:
+                os._exit(1)  # as the real one on a GPU: an illegal address
             before = len(work.tokens)
             after = min(count, before + max(1, int(self.speed * TICK_S)))
             work.tokens += [ids[i % len(ids)] for i in range(before, after)]
@@ -254,6 +260,23 @@ class FakeServer:
 
     def flushed(self) -> bool:
         return not self.running or self.paused_mode == "retract"
+
+    # memory
+
+    async def release_memory(self, request: web.Request) -> web.Response:
+        if self.running and self.paused_mode is None:
+            os._exit(1)  # as the real one: "should be called only when server is idle"
+        self.released |= set((await request.json())["tags"])
+        if "weights" in self.released:
+            self.weights = {}
+        return web.Response()
+
+    async def resume_memory(self, request: web.Request) -> web.Response:
+        tags = set((await request.json())["tags"])
+        if tags - self.released:
+            os._exit(1)  # as the real one: KeyError
+        self.released -= tags
+        return web.Response()
 
     # weights
 
@@ -306,6 +329,8 @@ class FakeServer:
         return self.result(True, "Succeeded to update parameter online.")
 
     def loaded(self, body: dict[str, Any]) -> None:
+        if "weights" in self.released:
+            os._exit(1)  # as the real one on a GPU
         if body.get("flush_cache", True) and not self.flushed():
             os._exit(1)  # as the real one: "Cache flush failed after updating weights"
         if body.get("weight_version") is not None and self.take_fault("version") is None:
