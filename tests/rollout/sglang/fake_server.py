@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,11 +29,13 @@ ADMIN = {
 }  # fmt: skip
 
 
-def fake_python(folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000) -> Path:
-    """An executable that takes Python's arguments and serves like SGLang `version`."""
+def fake_python(folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, start_s: float = 0) -> Path:
+    """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed."""
     script = folder / f"python-{version}-{tokens_per_s}"
     settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s}"
-    script.write_text(f'#!/bin/sh\n{settings} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\n{settings} FAKE_START_S={start_s} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n'
+    )
     script.chmod(0o755)
     return script
 
@@ -383,6 +386,8 @@ def main(argv: list[str]) -> None:
     assert argv[:4] == ["-P", "-m", "sglang.launch_server", "--config"], argv
     logging.basicConfig(level=logging.WARNING)
     arguments = yaml.safe_load(Path(argv[4]).read_text())
+
+    time.sleep(float(os.environ["FAKE_START_S"]))
 
     async def made() -> web.Application:
         return FakeServer(arguments).app()
