@@ -79,3 +79,16 @@ def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch) -> No
     with pytest.raises(ResourceError, match=r"this rank's actor .* 0\.0 GiB of host memory"):
         copy.take([tensor.untyped_storage()])
     assert float(tensor.sum()) == 2**20
+
+
+@pytest.mark.gpu
+def test_device_memory_is_free_while_values_are_on_the_host() -> None:
+    whole = torch.arange(2**24, device="cuda", dtype=torch.float32)
+    shard = whole[2**23 :]
+    copy, before = memory._HostCopy(pinned=True), torch.cuda.memory_allocated()
+    copy.take([whole.untyped_storage()])
+    assert torch.cuda.memory_allocated() == before - 2**26
+    copy.give_back()
+    shard += 1  # a view still, of the same values
+    assert torch.cuda.memory_allocated() == before
+    assert whole[2**23 - 1 :][:2].tolist() == [2**23 - 1, 2**23 + 1]
