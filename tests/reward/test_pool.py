@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_a_hanging_or_dying_worker_costs_its_own_sample_only():
         ]
         assert outcomes[7:] == [Outcome(2.0, True)] * 20
         assert workers.score(attempts("score 3")) == [Outcome(3.0, True)]
+
+
+def test_a_controller_held_up_until_a_late_worker_has_ended_itself_still_tells_a_timeout(monkeypatch):
+    # as on a starved machine: it looks again only when there is something to read
+    monkeypatch.setattr("dapo_mcore.reward.pool.wait", lambda connections, timeout: wait(connections))
+    with pool(num_workers=1, timeout_seconds=0.2) as workers:
+        outcomes = workers.score(attempts("spin", "exit 1", "score 2"))
+    ended = "exit: the reward process ended with code 1"
+    assert [outcome.failure for outcome in outcomes] == ["timeout", ended, None]
 
 
 def test_a_worker_killed_while_idle_costs_nothing():
