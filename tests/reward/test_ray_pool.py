@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.reward.scorer import build_reward
+from tests.reward.test_pool import wait_for
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
@@ -33,13 +34,6 @@ def pool(num_workers: int = 2, timeout_seconds: float = 60.0, function: str = "b
 
 def attempts(*responses: str) -> list[Attempt]:
     return [Attempt("q", response, "a") for response in responses]
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def kill(actor: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from dapo_mcore.errors import ConfigError, RolloutError
 
@@ -66,10 +67,11 @@ class HttpClient:
         drips is given up, and one whose answer is longer than max_bytes. Raises RequestFailed, RequestRefused, and what
         `decode` raises.
         """
-        headers = {"Authorization": f"Bearer {key}"} if key else None
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        data = None if body is None else msgspec.json.encode(body)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
-            async with self._session.request(method, url, json=body, headers=headers, timeout=timeout) as response:
+            async with self._session.request(method, url, data=data, headers=headers, timeout=timeout) as response:
                 async with asyncio.timeout(self._read_timeout_s):
                     raw = await _read(url, response, max_bytes)
         except aiohttp.ConnectionTimeoutError as error:
