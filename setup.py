@@ -32,6 +32,7 @@ setup(
         "psutil>=5.9",
         "jinja2>=3.1",
         "aiohttp>=3.10",
+        "msgspec>=0.19",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'", "ray>=2.52"],

@@ -32,7 +32,8 @@ class SGLangConfig(BaseModel):
     placement: Literal["local", "ray"] = "local"
     """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
     ray_address: str | None = None
-    """placement ray, here or of rewards: the cluster's address; null starts one on this machine, with a token."""
+    """placement ray, here or of rewards: the address of a cluster whose nodes were started with RAY_AUTH_MODE=token and
+    RAY_worker_niceness=0; null starts one on this machine."""
     num_servers: int = Field(1, ge=1)
     python: str | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""

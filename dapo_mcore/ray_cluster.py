@@ -1,7 +1,8 @@
 """The Ray cluster that a run places servers and reward workers on: joined with token authentication, without a dashboard.
 
 Change here: how a cluster is joined. Ray runs whatever reaches its ports, which listen on every interface, so a cluster
-without a token is refused.
+without a token is refused. Ray's default niceness of 15 would starve servers and rewards beside a trainer on the same
+cores, until healthy ones miss their deadlines: a cluster of ours runs them at 0, a given one should be started so.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def _local() -> dict[str, Any]:
         raise ConfigError("Ray was imported without RAY_AUTH_MODE=token, which it reads once; set it before the start")
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # without "local" Ray would join whatever cluster somebody has started on this machine
     return dict(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", num_cpus=_LOCAL_CPUS)
 
@@ -56,6 +58,7 @@ def _given(address: str) -> dict[str, Any]:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         raise ConfigError(
             f"the Ray cluster at {address} would run code for anyone who reaches it; start it with RAY_AUTH_MODE=token "
-            "and --include-dashboard=false on every node, and set RAY_AUTH_MODE=token and its token here too"
+            "and --include-dashboard=false on every node (and RAY_worker_niceness=0, or a trainer beside them starves "
+            "servers and rewards), and set RAY_AUTH_MODE=token and its token here too"
         )
     return dict(address=address)

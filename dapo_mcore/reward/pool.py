@@ -22,6 +22,7 @@ from typing import Any
 from dapo_mcore.errors import RewardError
 from dapo_mcore.ray_cluster import without_ray
 from dapo_mcore.reward.attempt import Attempt, Outcome
+from dapo_mcore.reward.worker import LATE_EXIT_CODE
 
 START_SECONDS = 180.0
 """Of a worker to be ready: importing a plug-in may pull in torch or sympy from a cold network disk."""
@@ -99,7 +100,7 @@ class RewardPool:
         try:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
-            self._fail(worker, f"exit: the reward process ended with code {worker.exit_code()}", outcomes)
+            self._fail(worker, worker.ending(), outcomes)
             return
         if "error" in message:
             raise RewardError(message["error"])
@@ -151,12 +152,14 @@ class _Worker:
         self.index = index
         self.deadline = time.monotonic() + timeout_seconds
 
-    def exit_code(self) -> int | None:
-        """The code of a process whose pipe has ended; None when it lives on without its pipe."""
-        try:
-            return self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return None
+    def ending(self) -> str:
+        """Why the pipe has ended. A late worker ends itself where we are held up for longer than its grace."""
+        code = None  # of a process that lives on without its pipe
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=1.0)
+        if code == LATE_EXIT_CODE and time.monotonic() >= self.deadline:
+            return "timeout"
+        return f"exit: the reward process ended with code {code}"
 
     def kill(self) -> None:
         self.connection.close()

@@ -18,11 +18,11 @@ from dapo_mcore.reward.pool import START_SECONDS, RewardPool
 _LARGEST_CHUNK = 16
 _CHUNKS_A_WORKER = 4
 _LOSSES = 3
-"""Nodes that may be lost over the same attempts before those count as failed."""
+"""Nodes that may be lost over the same attempts before those count as failed; over the start of one worker, the run."""
 
 
 class _Job(NamedTuple):
-    """What a worker does: attempts by their number, whose nodes were lost `losses` times; none while it starts."""
+    """What a worker does: attempts by their number, or none while it starts. `losses` nodes were lost over it."""
 
     worker: int
     indices: tuple[int, ...] = ()
@@ -114,12 +114,21 @@ class RayRewardPool:
             outcomes.update(zip(job.indices, ray.get(done[0])))
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, RewardError) else RewardError(str(error))) from error
-        except ray.exceptions.RayActorError:
-            running[self._start(job.worker)] = _Job(job.worker)
-            if job.losses + 1 < _LOSSES:
-                waiting.append(job._replace(losses=job.losses + 1))
-            else:
-                outcomes.update({index: Outcome(failure=f"exit: lost with {_LOSSES} nodes") for index in job.indices})
+        except ray.exceptions.RayActorError as error:
+            self._replace(job._replace(losses=job.losses + 1), str(error), running, waiting, outcomes)
+
+    def _replace(
+        self, job: _Job, problem: str, running: dict[Any, _Job], waiting: deque[_Job], outcomes: dict[int, Outcome]
+    ) -> None:
+        """A new actor for one that was lost over `job`."""
+        spent = job.losses >= _LOSSES
+        if spent and not job.indices:
+            raise RewardError(f"reward worker {job.worker} was lost {_LOSSES} times while it started: {problem}")
+        running[self._start(job.worker)] = _Job(job.worker, losses=0 if job.indices else job.losses)
+        if spent:
+            outcomes.update({index: Outcome(failure=f"exit: lost with {_LOSSES} nodes") for index in job.indices})
+        elif job.indices:
+            waiting.append(job)
 
 
 class _Host:

@@ -18,6 +18,9 @@ from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import judged
 from dapo_mcore.reward.plugins import build_judge
 
+LATE_EXIT_CODE = 1
+"""Of a worker that ended itself over an attempt past its deadline; faulthandler's."""
+
 _GRACE_SECONDS = 5.0
 
 
@@ -36,7 +39,7 @@ def serve(fd: int, function: str, adapter: str, strict_box: bool, timeout_second
             attempt = connection.recv()
         except EOFError:
             return
-        # The controller kills a late worker; this ends it where the controller itself is gone.
+        # The controller kills a late worker; this ends it where the controller itself is gone, or held up.
         faulthandler.dump_traceback_later(timeout_seconds + _GRACE_SECONDS, exit=True)
         outcome = judged(judge, attempt)
         faulthandler.cancel_dump_traceback_later()

@@ -44,6 +44,13 @@ def by_text(data_source, solution_str, ground_truth, extra_info):
         sys.exit(int(value))
     if word == "score":
         return float(value)
+    if word == "niceness":
+        return {"score": 1.0, "pred": os.nice(0)}
+    if word == "hang-once":  # until the process that asked is gone; `value` is a file that remembers
+        parent, first = os.getppid(), not os.path.exists(value)
+        open(value, "a").close()
+        while first and os.getppid() == parent:
+            time.sleep(0.05)
     if word == "none":
         return None
     if word == "text":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -19,18 +20,15 @@ from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.reward.scorer import build_reward
+from tests.reward.test_pool import wait_for
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
 # not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the pool sets it
-_installed = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
 
 
-def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.ray(_installed(test))
-
-
-def pool(num_workers: int = 2, timeout_seconds: float = 10.0, function: str = "by_text") -> RayRewardPool:
+def pool(num_workers: int = 2, timeout_seconds: float = 60.0, function: str = "by_text") -> RayRewardPool:
     return RayRewardPool(num_workers, f"{ZOO}:{function}", "verl", False, timeout_seconds, None)
 
 
@@ -38,9 +36,21 @@ def attempts(*responses: str) -> list[Attempt]:
     return [Attempt("q", response, "a") for response in responses]
 
 
+def kill(actor: Any) -> None:
+    """Returns when it is dead: Ray only asks for that."""
+    import ray
+
+    ray.kill(actor)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        for _ in range(3000):
+            ray.get(actor.score.remote([]))
+            time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def workers() -> Iterator[RayRewardPool]:
-    made = pool(timeout_seconds=1.0)
+    """The pool that starts the module's cluster, and ends it."""
+    made = pool()
     yield made
     made.close()
     made.close()
@@ -57,20 +67,25 @@ def test_outcomes_come_back_in_order_from_every_worker(workers):
 
 @needs_ray
 def test_an_attempt_that_hangs_or_kills_its_process_costs_itself_alone(workers):
-    outcomes = workers.score(attempts("score 1", "spin", "exit 7", "raise no", *["score 2"] * 6))
+    hasty = pool(timeout_seconds=1.0)
+    outcomes = hasty.score(attempts("score 1", "spin", "exit 7", "raise no", *["score 2"] * 6))
+    hasty.close()
     failures = [outcome.failure for outcome in outcomes]
     assert failures[:2] == [None, "timeout"] and failures[2].startswith("exit: the reward process ended with code 7")
     assert failures[3] == "exception: ValueError: no" and failures[4:] == [None] * 6
 
 
 @needs_ray
-def test_the_work_of_a_lost_actor_is_done_by_the_others_and_it_is_replaced(workers):
-    import ray
+def test_rewards_are_not_starved_by_a_trainer_beside_them(workers):
+    assert workers.score(attempts("niceness"))[0].pred == str(os.nice(0))
 
-    lost = workers._actors[0]
-    killer = threading.Thread(target=lambda: (time.sleep(0.3), ray.kill(lost)))
+
+@needs_ray
+def test_the_work_of_a_lost_actor_is_done_by_the_others_and_it_is_replaced(workers, tmp_path):
+    lost, begun = workers._actors[0], tmp_path / "begun"
+    killer = threading.Thread(target=lambda: (wait_for(begun.exists), kill(lost)))
     killer.start()
-    outcomes = workers.score(attempts(*["sleep 0.1"] * 30))
+    outcomes = workers.score(attempts(f"hang-once {begun}", *["score 1"] * 29))
     killer.join()
     assert [outcome.score for outcome in outcomes] == [1.0] * 30
     assert workers._actors[0] is not lost
@@ -80,11 +95,22 @@ def test_the_work_of_a_lost_actor_is_done_by_the_others_and_it_is_replaced(worke
 @needs_ray
 def test_attempts_that_lose_every_node_fail(workers, monkeypatch):
     monkeypatch.setattr(ray_pool, "_LOSSES", 1)
-    import ray
+    frail = pool()
+    kill(frail._actors[0])
+    outcomes = frail.score(attempts(*["score 2"] * 16))
+    frail.close()
+    assert [outcome.failure for outcome in outcomes] == ["exit: lost with 1 nodes"] * 2 + [None] * 14
 
-    ray.kill(workers._actors[0])
-    outcomes = workers.score(attempts(*["score 2"] * 16))
-    assert {outcome.failure for outcome in outcomes} == {None, "exit: lost with 1 nodes"}
+
+@needs_ray
+def test_a_worker_that_no_node_can_start_is_the_error_of_the_run(workers, monkeypatch):
+    class Doomed(ray_pool._Host):
+        def __init__(self, *_):
+            raise ImportError("no dapo_mcore on this node")
+
+    monkeypatch.setattr(ray_pool, "_Host", Doomed)
+    with pytest.raises(RewardError, match=r"worker 0 was lost 3 times while it started: (?s:.*)no dapo_mcore"):
+        pool(num_workers=1)
 
 
 @needs_ray

@@ -1,6 +1,6 @@
 """JSON over HTTP through one connection pool, for thousands of requests in flight.
 
-Change here: pooling, time-outs, and which answers mean that another try may succeed. What is said is server_api.py.
+Change here: pooling, limits, and which answers mean that another try may succeed. What is said is server_api.py.
 """
 
 from __future__ import annotations
@@ -8,15 +8,26 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from dapo_mcore.errors import ConfigError, RolloutError
 
 # uvicorn closes a connection that was idle for 5 s; one that we close first is never found dead by the next request.
 _KEEP_ALIVE_S = 2.0
 _SPARE_FILES = 256
+_MAX_BYTES = 64 << 20
+
+
+def decode_json(raw: bytes | bytearray) -> Any:
+    """What the JSON holds; the text where it is none."""
+    try:
+        return json.loads(raw) if raw else None
+    except ValueError:
+        return raw.decode(errors="replace")
 
 
 class RequestFailed(RolloutError):
@@ -38,26 +49,42 @@ class HttpClient:
         self._connect_timeout_s, self._read_timeout_s = connect_timeout_s, read_timeout_s
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector)
+        self._turn = asyncio.Lock()
 
     async def call(
-        self, method: str, url: str, body: Any = None, key: str | None = None, timeout_s: float = 60.0
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        key: str | None = None,
+        timeout_s: float = 60.0,
+        decode: Callable[[bytearray], Any] = decode_json,
+        max_bytes: int = _MAX_BYTES,
     ) -> Any:
-        """The answer's JSON, or its text where it is none.
+        """What `decode` makes of the answer.
 
         timeout_s runs from sending to the end of the answer; the answer itself may take read_timeout_s, so a server that
-        drips is given up. Raises RequestFailed and RequestRefused.
+        drips is given up, and one whose answer is longer than max_bytes. Raises RequestFailed, RequestRefused, and what
+        `decode` raises.
         """
-        headers = {"Authorization": f"Bearer {key}"} if key else None
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        data = None if body is None else msgspec.json.encode(body)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
-            async with self._session.request(method, url, json=body, headers=headers, timeout=timeout) as response:
+            async with self._session.request(method, url, data=data, headers=headers, timeout=timeout) as response:
                 async with asyncio.timeout(self._read_timeout_s):
-                    raw = await response.read()
-                return _judged(url, response.status, _decoded(raw))
+                    raw = await _read(url, response, max_bytes)
+        except aiohttp.ConnectionTimeoutError as error:
+            raise RequestFailed(f"{url} took no connection within {self._connect_timeout_s:g} s") from error
         except TimeoutError as error:
             raise RequestFailed(f"{url} gave no whole answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise RequestFailed(f"{url}: {error or type(error).__name__}") from error
+        if response.status >= 400:
+            raise _refusal(url, response.status, decode_json(raw))
+        async with self._turn:  # one in each turn of the loop: others must not wait while thousands are decoded
+            await asyncio.sleep(0)
+            return decode(raw)
 
     async def close(self) -> None:
         await self._session.close()
@@ -77,20 +104,21 @@ def allow_open_files(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _decoded(raw: bytes) -> Any:
-    try:
-        return json.loads(raw) if raw else None
-    except ValueError:
-        return raw.decode(errors="replace")
+async def _read(url: str, response: aiohttp.ClientResponse, max_bytes: int) -> bytearray:
+    raw = bytearray()
+    async for part in response.content.iter_any():
+        raw += part
+        if len(raw) > max_bytes:
+            response.close()
+            raise RequestFailed(f"{url} sent more than the {max_bytes} bytes that its whole answer may have")
+    return raw
 
 
-def _judged(url: str, status: int, answer: Any) -> Any:
-    if status < 400:
-        return answer
+def _refusal(url: str, status: int, answer: Any) -> RolloutError:
     message = _message(answer)
     if status >= 500 or status in (408, 429):
-        raise RequestFailed(f"{url} answered HTTP {status}: {message}")
-    raise RequestRefused(url, status, message)
+        return RequestFailed(f"{url} answered HTTP {status}: {message}")
+    return RequestRefused(url, status, message)
 
 
 def _message(answer: Any) -> str:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from dapo_mcore.types import Rollout
+
+if TYPE_CHECKING:
+    from dapo_mcore.rollout.sglang.answer import Answer
 
 DropReason = Literal["aborted", "stale_version", "mixed_versions", "unknown_version", "malformed"]
 DROP_REASONS: tuple[str, ...] = get_args(DropReason)
@@ -49,7 +52,7 @@ class VersionRule:
         return version
 
 
-def read_reply(reply: Any, rule: VersionRule) -> Rollout:
+def read_reply(reply: Answer, rule: VersionRule) -> Rollout:
     """The rollout in one answer. Raises Dropped.
 
     Tokens and log-probs come from `output_token_logprobs`, one list, so that they cannot be out of step.
@@ -58,8 +61,8 @@ def read_reply(reply: Any, rule: VersionRule) -> Rollout:
         meta = reply["meta_info"]
         finish = meta["finish_reason"]["type"]
         entries = meta["output_token_logprobs"]
-        tokens = np.array([entry[1] for entry in entries], dtype=np.int32)
-        logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)
+        tokens = np.array([entry.token for entry in entries], dtype=np.int32)
+        logprobs = np.array([entry.logprob for entry in entries], dtype=np.float32)
         stretches = _stretches(meta, len(tokens))
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise Dropped("malformed", f"{error!r} in an answer of /generate") from error

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dapo_mcore.rollout.sglang import answer
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, RequestRefused
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class ServerApi:
     async def vocab_size(self) -> int | None:
         """The model's vocabulary size as an error message gives it away; None where a version words it differently."""
         bias = {"max_new_tokens": 1, "logit_bias": {str(_NO_TOKEN): 0.0}}
+        body = {"input_ids": [0], "sampling_params": bias}
         try:
-            await self.generate({"input_ids": [0], "sampling_params": bias}, self._timeout_s)
+            await self._http.call("POST", f"{self.url}/generate", body, self._keys.api, self._timeout_s)
         except RequestRefused as refusal:
             found = re.search(r"\[0, (\d+)\]", refusal.message)
             return int(found[1]) + 1 if found else None
@@ -88,9 +90,11 @@ class ServerApi:
             return False
         return True
 
-    async def generate(self, body: dict[str, Any], timeout_s: float) -> Any:
-        """The answer to /generate as it came; replies.py reads it."""
-        return await self._http.call("POST", f"{self.url}/generate", body, self._keys.api, timeout_s)
+    async def generate(self, body: dict[str, Any], timeout_s: float) -> answer.Answer:
+        """The answer to /generate, for replies.py to read. Raises Dropped when it is malformed."""
+        limit = answer.longest(body["sampling_params"]["max_new_tokens"])
+        url, key = f"{self.url}/generate", self._keys.api
+        return await self._http.call("POST", url, body, key, timeout_s, decode=answer.decode, max_bytes=limit)
 
     async def abort(self, rid: str = "") -> None:
         """Ends request `rid`, or all requests; they answer HTTP 200 with what they have."""

@@ -76,6 +76,7 @@ class FakeServer:
         self.released: set[str] = set()
         self.faults: list[Fault] = []
         self.told: Counter[str] = Counter()
+        self.answer: asyncio.Task[web.Response] | None = None
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.guard], client_max_size=2**30)
@@ -134,6 +135,10 @@ class FakeServer:
             return web.Response(text="<html>")
         if fault.kind == "drip":
             return await self.drip(request)
+        if fault.kind == "endless":
+            return await self.endless(request)
+        if fault.kind == "alike":
+            return await self.alike(request, handler)
         assert fault.kind == "edit", fault
         answer = json.loads((await handler(request)).body)
         answer["meta_info"].update(fault.value)
@@ -145,6 +150,19 @@ class FakeServer:
         while True:
             await response.write(b" ")
             await asyncio.sleep(0.1)
+
+    async def endless(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b" " * 2**20)
+
+    async def alike(self, request: web.Request, handler: Any) -> web.Response:
+        """One answer for all, at once: thousands of long ones cost next to nothing."""
+        if self.answer is None:
+            self.answer = asyncio.create_task(handler(request))
+        answer = await asyncio.shield(self.answer)
+        return web.Response(body=answer.body, content_type="application/json")
 
     def take_fault(self, where: str) -> Fault | None:
         for fault in self.faults:

@@ -70,9 +70,10 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 @contextmanager
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
     python = changes.pop("python", None) or fake_python(folder)
+    config = changes.pop("config", None) or tiny_config()
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
-        tiny_config(),
+        config,
         stop_token_ids=(STOP,),
         dtype=torch.float32,
         folder=folder / "servers",

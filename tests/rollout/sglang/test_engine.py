@@ -109,6 +109,7 @@ MID_GENERATION: dict[str, Callable[[Raw], None]] = {
     "500s": lambda server: order(server, "status", value=500, count=5),
     "garbage": lambda server: order(server, "garbage", count=5),
     "drips": lambda server: order(server, "drip", count=5),
+    "never ends": lambda server: order(server, "endless", count=5),
     "dies": lambda server: order(server, "die", value=0.1),
 }
 

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
+from dapo_mcore.rollout.sglang import answer, replies
+from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule
+from dapo_mcore.types import Rollout
 
 RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
 LAGGING = VersionRule(RULE.versions, RULE.current, max_lag=1)
+
+
+def read_reply(reply: Any, rule: VersionRule) -> Rollout:
+    """As it travels."""
+    return replies.read_reply(answer.decode(json.dumps(reply).encode()), rule)
 
 
 def reply(*spans: tuple[int, int, str], tokens: tuple[int, ...] = (7, 8, 9), **meta: Any) -> dict[str, Any]:

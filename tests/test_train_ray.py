@@ -1,0 +1,59 @@
+"""A whole run on a local Ray cluster: two fake servers and two reward workers, each beside an actor."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.sglang.fake_server import fake_python
+from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
+from tests.test_train_async import run
+
+# which process scored, and whose child it is
+REWARD = """
+import os
+from pathlib import Path
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    parent = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
+    return {"score": float(os.urandom(1)[0] % 2), "pred": f"{parent} {os.getpid()}"}
+"""
+ON_RAY = [
+    "num_rollout_steps=2",
+    "sampling.style=none",
+    "sampling.gen_batch_prompts=4",
+    "sampling.carry_surplus=false",
+    "rollout.sglang.placement=ray",
+    "rollout.sglang.num_servers=2",
+    "reward.placement=ray",
+    "reward.workers=2",
+]
+ACTOR = "ray::_Host"  # or ray::_Host.score, while it does that
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
+def test_servers_and_rewards_of_a_run_are_on_its_cluster(task, tmp_path):  # noqa: F811
+    (tmp_path / "alternating.py").write_text(REWARD)
+    done = run(task, watched(tmp_path), "on-ray", *ON_RAY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics(task, "on-ray")
+    assert [row["updates"] for row in rows] == [1, 2]
+    assert all(row["rollout/servers_serving"] == 2 and row["rollout/retries"] == 0 for row in rows)
+    files = sorted((task / "runs/on-ray/samples").glob("*.jsonl"))
+    scorers = {json.loads(line)["pred"] for file in files for line in file.read_text().splitlines()}
+    assert len(scorers) == 2 and all(scorer.startswith(ACTOR) for scorer in scorers)
+    # each actor asks its node's interpreter what it has, then starts its server with it
+    parents = (tmp_path / "parents").read_text().split()
+    assert len(parents) == 4 and all(parent.startswith(ACTOR) for parent in parents)
+
+
+def watched(folder: Path) -> Path:
+    """A fake server's interpreter that notes whose child it is."""
+    script = folder / "python-watched"
+    note = f"cat /proc/$PPID/comm >> {folder / 'parents'}"
+    script.write_text(f'#!/bin/sh\n{note}\nexec {fake_python(folder, tokens_per_s=2000)} "$@"\n')
+    script.chmod(0o755)
+    return script
