@@ -24,7 +24,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
-from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
@@ -83,6 +83,7 @@ class SGLangEngine:
         self._tags: dict[str, int] = {}
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
+        self._broken_updates = 0
         num_servers = len(settings.urls) or settings.num_servers
         allow_open_files(num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
@@ -132,7 +133,8 @@ class SGLangEngine:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
 
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
-        a stream that does not fit the model, and when no server is left; the version then stays.
+        a stream that does not fit the model, and when no server is left; the version then stays. UpdateBroken says that
+        another try finds servers.
         Extra memory: at most twice bucket_mib, or twice the largest tensor (with `quantize`, what that needs beside).
         """
         weights = iter(weights)
@@ -146,11 +148,15 @@ class SGLangEngine:
             # halves: one travels while the next is gathered, and gathering needs room, too
             halves = buckets(stream, self._settings.bucket_mib << 19)
             sent = self._transfer.send(halves, tag, self._fleet, self._loop)
+        except UpdateBroken:
+            self._broken_updates += 1
+            raise
         finally:
             deque(weights, maxlen=0)  # the senders' collectives must complete
         self._version, self._tag = version, tag
         seconds = sum(value for name, value in sent.items() if name.endswith("_s"))
-        self._sync_metrics = {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds}
+        repeats, self._broken_updates = float(self._broken_updates), 0
+        self._sync_metrics = {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds, "sync/repeats": repeats}
 
     def metrics(self) -> dict[str, float]:
         """`rollout/…` counts and `sync/…` times since the last call, and how many servers serve."""
@@ -181,7 +187,7 @@ class SGLangEngine:
         settings = self._settings
         if settings.sync == "distributed":
             backend = "gloo" if settings.device == "cpu" else "nccl"
-            return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s)
+            return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)

@@ -3,8 +3,8 @@
 Change here: when a server is taken out, and what it must show before it serves again. The rule that everything here keeps:
 a server is `serving` only while it has confirmed that it holds the current weights.
 
-    waiting (no current weights) → update → serving → suspect → out → healthy again, or restarted → re-synced → serving
-                                                                  └ budget spent → lost
+    waiting (no current weights) → update → serving → suspect → out → healthy, or down until restarted → re-synced → serving
+                                                                                └ budget spent → lost
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
 
@@ -97,7 +97,8 @@ class Fleet:
     async def update(self, tag: str, steps: Callable[[Transaction], Awaitable[None]]) -> None:
         """Moves every member that can be reached to the weights `tag` by `steps`; those that fail are taken out.
 
-        On return at least one serves, and all that serve have confirmed `tag`. Raises RolloutError when none does.
+        On return at least one serves, and all that serve have confirmed `tag`. Raises RolloutError when none does:
+        UpdateBroken when another update would find some that are well.
         """
         async with self._weights:
             previous, self._target = self._target, tag
@@ -155,7 +156,7 @@ class Fleet:
         good = member.strikes < _STRIKES and await member.is_alive()
         if good and await member.api.healthy(self._patience.health_timeout_s):
             return True
-        self._give_up_calls(member)
+        await self._find_down(member)
         if not self._restarts_left:
             budget = self._patience.restart_budget
             member.problem += f"; all {budget} restarts (rollout.sglang.restart_budget) are spent"
@@ -175,7 +176,7 @@ class Fleet:
             return False
         end = time.monotonic() + self._patience.start_timeout_s
         while not await member.api.healthy(self._patience.health_timeout_s):
-            self._give_up_calls(member)
+            await self._find_down(member)
             if time.monotonic() > end:
                 return False
             await asyncio.sleep(self._patience.health_interval_s)
@@ -209,10 +210,17 @@ class Fleet:
         """Waits until somebody serves the target, where all failed but may come back with it."""
         async with self._changed:
             self._changed.notify_all()
-            while not self.serving:
-                if self.resync is None or not self._returning():
-                    raise RolloutError(self._nobody())
+            while not self.serving and self._may_settle():
                 await self._changed.wait()
+        if not self.serving:
+            well = sum(member.state == "waiting" for member in self.members)
+            raise UpdateBroken(f"{self._nobody()} ({well} are well)") if well else RolloutError(self._nobody())
+
+    def _may_settle(self) -> bool:
+        """Where weights are not kept, those that are well take the next update without waiting for those that are down."""
+        if any(member.state == "waiting" for member in self.members):
+            return any(member.state == "out" for member in self.members)
+        return self._returning()
 
     async def _watch(self) -> None:
         """Finds servers that hang: they accept requests and never answer."""
@@ -235,7 +243,13 @@ class Fleet:
         return [self._router] if self._router is not None and self.serving else self.serving
 
     def _returning(self) -> bool:
-        return any(member.state == "out" for member in self.members)
+        return any(member.state in ("out", "down") for member in self.members)
+
+    async def _find_down(self, member: Member) -> None:
+        member.state = "down"
+        self._give_up_calls(member)
+        async with self._changed:
+            self._changed.notify_all()
 
     def _give_up_calls(self, member: Member) -> None:
         for task in member.calls:
@@ -260,12 +274,17 @@ class Transaction:
 
     async def each(self, step: str, action: Callable[[Member], Awaitable[None]]) -> None:
         """Does one step on every remaining member at once."""
-        work = (asyncio.wait_for(action(member), self._timeout_s) for member in self.members)
-        outcomes = await asyncio.gather(*work, return_exceptions=True)
-        for member, outcome in zip(list(self.members), outcomes):
+        await self.parts(step, {(member,): action(member) for member in self.members})
+
+    async def parts(self, step: str, works: Mapping[tuple[Member, ...], Awaitable[None]]) -> None:
+        """Does a step's `works` at once, each for several members, which fail together."""
+        limited = (asyncio.wait_for(work, self._timeout_s) for work in works.values())
+        outcomes = await asyncio.gather(*limited, return_exceptions=True)
+        for part, outcome in zip(works, outcomes):
             if isinstance(outcome, BaseException):
                 if not isinstance(outcome, RolloutError | TimeoutError):
                     raise outcome
                 told = str(outcome) or f"nothing within {self._timeout_s:g} s"
-                self.members.remove(member)
-                self._fleet._take_out(member, f"weight update, {step}: {told}")
+                for member in part:
+                    self.members.remove(member)
+                    self._fleet._take_out(member, f"weight update, {step}: {told}")

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.server_api import ServerApi
 
-State = Literal["waiting", "serving", "out", "lost"]
+State = Literal["waiting", "serving", "out", "down", "lost"]
+"""waiting: well, without the current weights. out: being looked at. down: found ill, restarted or waited for."""
 
 
 class OwnedServer(Protocol):
@@ -40,7 +41,7 @@ class Member:
     strikes   times it was taken out since its last good answer; the third restarts it.
     calls     generation requests on their way, so that a hung server's can be given up.
     tag       the weights that it has confirmed.
-    link      what a distributed update keeps for it (broadcast.py).
+    link      the group in which it receives broadcasts (server_group.py).
     """
 
     api: ServerApi

@@ -124,9 +124,9 @@ class ServerApi:
         body = {"model_path": folder, "load_format": "safetensors", "weight_version": weight_version}
         await self._admin("/update_weights_from_disk", {**body, "flush_cache": True})
 
-    async def join_group(self, name: str, host: str, port: int, world_size: int, backend: str) -> None:
-        """The server's ranks join a process group as ranks 1 to world_size - 1; rank 0 sends."""
-        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": world_size}
+    async def join_group(self, name: str, host: str, port: int, offset: int, world_size: int, backend: str) -> None:
+        """The server's ranks join a process group as ranks `offset` and up; rank 0 sends."""
+        body = {"master_address": host, "master_port": port, "rank_offset": offset, "world_size": world_size}
         await self._admin("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
 
     async def leave_group(self, name: str) -> None:

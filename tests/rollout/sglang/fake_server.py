@@ -155,7 +155,8 @@ class FakeServer:
     async def tell(self, request: web.Request) -> web.Response:
         sums = {name: float((t.float() if hasattr(t, "float") else t).sum()) for name, t in self.weights.items()}
         told = {"weight_version": self.weight_version, "weights": sums, "counts": self.told, "pid": os.getpid()}
-        return web.json_response({**told, "running": len(self.running), "session": self.session})
+        now = {"running": len(self.running), "session": self.session, "groups": sorted(self.groups)}
+        return web.json_response({**told, **now})
 
     # what it is
 
@@ -283,12 +284,18 @@ class FakeServer:
 
     async def init_group(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
+        try:
+            self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
+        except RuntimeError as error:
+            return self.result(False, f"Failed to initialize custom process group: {error}.")
         return self.result(True, "Succeeded to initialize custom process group.")
 
     async def destroy_group(self, request: web.Request) -> web.Response:
-        found = self.groups.pop((await request.json())["group_name"], None) is not None
-        return self.result(found, "" if found else "The group to be destroyed does not exist.")
+        group = self.groups.pop((await request.json())["group_name"], None)
+        if group is None:
+            return self.result(False, "The group to be destroyed does not exist.")
+        destroy_group(group)
+        return self.result(True, "Succeeded to destroy custom process group.")
 
     async def update_from_distributed(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -301,7 +308,10 @@ class FakeServer:
         if self.take_fault(f"bucket {self.buckets}") is not None:
             os._exit(9)
         self.told["buckets"] += 1
-        self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
+        try:
+            self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
+        except RuntimeError as error:
+            return self.result(False, f"Failed to receive weights: {error}")
         self.loaded(body)
         return self.result(True, "Succeeded to update parameter online.")
 
@@ -330,13 +340,20 @@ def join_group(body: dict[str, Any]) -> Any:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
-    name, size, timeout = body["group_name"], body["world_size"], timedelta(minutes=1)
+    name, size, timeout = body["group_name"], body["world_size"], timedelta(minutes=30)
     store = dist.TCPStore(body["master_address"], body["master_port"], size, is_master=False)
     prefixed = c10d.PrefixStore(name, store)
     group, _ = c10d._new_process_group_helper(
         size, body["rank_offset"], [], c10d.Backend(body["backend"]), prefixed, group_name=name, timeout=timeout
     )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group
+
+
+def destroy_group(group: Any) -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group(group)
 
 
 def receive(group: Any, body: dict[str, Any]) -> dict[str, Any]:
