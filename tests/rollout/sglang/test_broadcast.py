@@ -54,37 +54,31 @@ def states(made: SGLangEngine) -> list[str]:
     return [member.state for member in made._fleet.members]
 
 
-@pytest.mark.parametrize("per_group, num_groups", [(None, 1), (2, 2), (1, 3)])
-def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts, per_group, num_groups):
-    with engine(tmp_path, num_servers=3, sync="distributed", servers_per_group=per_group) as made:
-        bucket_a_tensor(made)
-        for version in (1, 2):
-            made.update_weights(weights(version), version)
-            for server in servers(made):
-                assert_holds(server, seed=version, tag=made._tag)
-        assert len(broadcasts) == 2 * num_groups * NUM_TENSORS
-        assert len(set(broadcasts)) == num_groups, "an update without faults makes no new groups"
-        assert [len(told(server)["groups"]) for server in servers(made)] == [1, 1, 1]
-        assert made.metrics()["sync/repeats"] == 0
-
-
 def sent_bytes() -> int:
     """Bytes that this process has written, gloo's sockets included."""
     with open("/proc/self/io") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
 
 
-@pytest.mark.parametrize("per_group, passes", [(None, 2), (1, 3)])
-def test_bytes_of_the_trainer_do_not_follow_the_number_of_servers(tmp_path, per_group, passes):
-    """gloo sends to three others in two rounds of a binomial tree; NCCL's ring would leave once."""
+@pytest.mark.parametrize("per_group, num_groups, passes", [(None, 1, 2), (1, 3, 3)])
+def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts, per_group, num_groups, passes):
+    """gloo reaches three others from one rank in two rounds of a binomial tree; from NCCL's ring the bytes leave once."""
     with engine(tmp_path, num_servers=3, sync="distributed", servers_per_group=per_group) as made:
-        made.update_weights(weights(0), version=1)
-        before = sent_bytes()
-        made.update_weights(weights(1), version=2)
-        assert (sent_bytes() - before) / made.metrics()["sync/bytes"] == pytest.approx(passes, rel=0.1)
+        bucket_a_tensor(made)
+        for version in (1, 2):
+            before = sent_bytes()
+            made.update_weights(weights(version), version)
+            sent = sent_bytes() - before
+            for server in servers(made):
+                assert_holds(server, seed=version, tag=made._tag)
+        assert len(broadcasts) == 2 * num_groups * NUM_TENSORS
+        assert len(set(broadcasts)) == num_groups, "an update without faults makes no new groups"
+        assert [len(told(server)["groups"]) for server in servers(made)] == [1, 1, 1]
+        numbers = made.metrics()
+        assert sent / numbers["sync/bytes"] == pytest.approx(passes, rel=0.15) and numbers["sync/repeats"] == 0
 
 
-@pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group", "/begin_weight_update"])
+@pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group"])
 def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_path, fault, broadcasts):
     with engine(tmp_path, num_servers=3, sync="distributed", restart_budget=1) as made:
         bucket_a_tensor(made)
@@ -143,7 +137,7 @@ def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tm
 
 
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
-    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=4.0, health_timeout_s=1.0) as made:
+    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=15.0, health_timeout_s=1.0) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "hang", where="/update_weights_from_distributed")
         assert sync(made, seed=1, version=2) == 1
