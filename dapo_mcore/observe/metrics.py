@@ -99,6 +99,7 @@ METRICS: dict[str, Metric] = {
     "sync/broadcast_s": Metric("s", "broadcasting weights to the servers, gathering included"),
     "sync/bytes": Metric("bytes", "weights sent to each server"),
     "sync/repeats": Metric("times", "syncs begun again because a server's death broke the broadcast for all"),
+    "sync/servers_verified": Metric("servers", "servers whose weights' checksums were compared with another server's"),
     "sync/gb_per_s": Metric("GB/s", "sync/bytes over the time of the whole sync"),
     "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over the time of the whole step"),
     "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens over the time of generation"),

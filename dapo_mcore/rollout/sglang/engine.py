@@ -28,6 +28,7 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
@@ -157,6 +158,8 @@ class SGLangEngine:
         seconds = sum(value for name, value in sent.items() if name.endswith("_s"))
         repeats, self._broken_updates = float(self._broken_updates), 0
         self._sync_metrics = {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds, "sync/repeats": repeats}
+        if self._fleet.checksums is not None:
+            self._sync_metrics["sync/servers_verified"] = float(self._fleet.checksums.num_verified)
 
     def metrics(self) -> dict[str, float]:
         """`rollout/…` counts and `sync/…` times since the last call, and how many servers serve."""
@@ -216,7 +219,8 @@ class SGLangEngine:
         if s.router_url:
             patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
             router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
-        return Fleet(members, patience, self._transfer.resync, router)
+        checksums = Checksums() if s.verify_sync == "servers" else None
+        return Fleet(members, patience, self._transfer.resync, router, checksums)
 
     async def _pop_counts(self) -> Counter[str]:
         """In the loop, where they are counted."""

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
 
@@ -30,14 +31,21 @@ class Fleet:
     """Lives in one event loop.
 
     resync  None where weights are not kept: then a server that was out rejoins at the next update.
+    checksums  compares what servers hold; None asks nobody.
     router  generates in place of the members, which then only take weights. It may ask one that is out: the version
             of the answer tells.
     """
 
     def __init__(
-        self, members: Sequence[Member], patience: Patience, resync: Resync | None = None, router: Member | None = None
+        self,
+        members: Sequence[Member],
+        patience: Patience,
+        resync: Resync | None = None,
+        router: Member | None = None,
+        checksums: Checksums | None = None,
     ):
         self.members, self.resync, self._router = list(members), resync, router
+        self.checksums = checksums
         self.counts: Counter[str] = Counter()
         self._num_updates = 0
         self._patience, self._restarts_left = patience, patience.restart_budget
@@ -108,6 +116,7 @@ class Fleet:
             try:
                 await steps(transaction)
                 await transaction.each("confirm", self._confirm)
+                await self._compare(transaction)
                 await transaction.each("resume", lambda m: m.api.resume())
                 for member in transaction.members:
                     self._serve(member)
@@ -198,6 +207,8 @@ class Fleet:
         await member.api.pause()
         await self.resync(member, tag)
         await self._confirm(member)
+        if self.checksums is not None:
+            await self.checksums.check(member)
         await member.api.resume()
 
     async def _confirm(self, member: Member) -> None:
@@ -205,6 +216,12 @@ class Fleet:
         if told != self._target:
             raise RequestFailed(f"{member.api.url} reports weights {told!r} after it was given {self._target!r}")
         member.tag = self._target
+
+    async def _compare(self, transaction: Transaction) -> None:
+        if self.checksums is not None:
+            await transaction.each("ask for checksums", self.checksums.ask)
+            self.checksums.agree(transaction.members)
+            await transaction.each("compare checksums", self.checksums.judge)
 
     async def _settle(self) -> None:
         """Waits until somebody serves the target, where all failed but may come back with it."""

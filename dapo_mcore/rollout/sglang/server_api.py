@@ -118,6 +118,16 @@ class ServerApi:
         except (KeyError, TypeError) as error:
             raise RequestFailed(f"{self.url}/model_info names no weight_version: {error!r}") from error
 
+    async def checksums(self) -> dict[str, str] | None:
+        """Of every parameter of every rank, by `rank:name`. None of a server that cannot tell: older versions have no such
+        call, and 0.5.21 needs CUDA for it."""
+        try:
+            ranks = (await self._admin("/weights_checker", {"action": "checksum"}))["ranks"]
+            told = [(number, rank["checksums"].items()) for number, rank in enumerate(ranks)]
+        except (RequestRefused, KeyError, TypeError, AttributeError):
+            return None
+        return {f"{number}:{name}": value for number, items in told for name, value in items}
+
     async def load_from_disk(self, folder: str, weight_version: str) -> None:
         """Loads a folder of safetensors and flushes. The format is named: a server started with dummy weights would
         otherwise draw random ones again."""

@@ -7,6 +7,7 @@ gives to Python; `fake_python` makes the interpreter that does so. POST /fake or
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -24,14 +25,14 @@ TICK_S = 0.02
 ADMIN = {
     "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk",
     "/begin_weight_update", "/end_weight_update", "/init_weights_update_group", "/destroy_weights_update_group",
-    "/update_weights_from_distributed",
+    "/update_weights_from_distributed", "/weights_checker",
 }  # fmt: skip
 
 
-def fake_python(folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000) -> Path:
-    """An executable that takes Python's arguments and serves like SGLang `version`."""
-    script = folder / f"python-{version}-{tokens_per_s}"
-    settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s}"
+def fake_python(folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, checksums: bool = False) -> Path:
+    """An executable that takes Python's arguments and serves like SGLang `version`, with CUDA where it tells `checksums`."""
+    script = folder / f"python-{version}-{tokens_per_s}-{checksums}"
+    settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_CHECKSUMS={int(checksums)}"
     script.write_text(f'#!/bin/sh\n{settings} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n')
     script.chmod(0o755)
     return script
@@ -95,6 +96,7 @@ class FakeServer:
         if self.has_sessions:
             app.router.add_post("/begin_weight_update", self.begin)
             app.router.add_post("/end_weight_update", self.end)
+            app.router.add_post("/weights_checker", self.check_weights)
         return app
 
     # keys and faults
@@ -315,9 +317,18 @@ class FakeServer:
         self.loaded(body)
         return self.result(True, "Succeeded to update parameter online.")
 
+    async def check_weights(self, request: web.Request) -> web.Response:
+        if not int(os.environ["FAKE_CHECKSUMS"]):
+            return self.result(False, "Torch not compiled with CUDA enabled")
+        sums = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest()[:16] for name, tensor in self.weights.items()}
+        return web.json_response({"success": True, "message": "Success.", "ranks": [{"checksums": sums}]})
+
     def loaded(self, body: dict[str, Any]) -> None:
         if body.get("flush_cache", True) and not self.flushed():
             os._exit(1)  # as the real one: "Cache flush failed after updating weights"
+        if self.weights and self.take_fault("weights") is not None:
+            last = list(self.weights)[-1]
+            self.weights[last] = self.weights[last] + 1
         if body.get("weight_version") is not None and self.take_fault("version") is None:
             self.weight_version = body["weight_version"]
 
@@ -334,6 +345,12 @@ def load(file: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         return load_file(file)
+
+
+def raw_bytes(tensor: Any) -> bytes:
+    import torch
+
+    return torch.as_tensor(tensor).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def join_group(body: dict[str, Any]) -> Any:
