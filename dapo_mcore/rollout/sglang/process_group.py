@@ -54,6 +54,8 @@ class RootRank:
             master_listen_fd=self._listener.detach(),
             **rest,
         )
+        if self._closed:
+            raise RuntimeError(f"process group {self.name} was given up")
         store = c10d.PrefixStore(self.name, dist.TCPStore(self._host, self.port, is_master=False, **rest))
         backend = c10d.Backend(self.backend)
         with _outlives_its_peers(self.backend):
