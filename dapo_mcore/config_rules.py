@@ -89,6 +89,11 @@ def _check_generation(c: Config) -> None:
             f"{key} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
             "trainer's own process; choose sglang or leave the default"
         )
+    if ahead and c.rollout.sglang.colocated:
+        raise ValueError(
+            "rollout.async_steps 1 generates beside training, but rollout.sglang.colocated gives the GPUs to one of both at "
+            "a time; set async_steps 0, or colocated false with servers on GPUs of their own"
+        )
     if ahead and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
         raise ValueError(
             "rollout.async_steps 1 trains on samples of weights one version older; correct for it with algo.tis.mode "

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 EVERYWHERE = ("", "0.0.0.0", "::", "*")
 _OWNED_MODEL_ARGS = {"model-path", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype", "weight-version"}
 _OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "base-gpu-id", "host", "port"}
-OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | {"api-key", "admin-api-key", "config"}
+OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | {"api-key", "admin-api-key", "config", "enable-memory-saver"}
 
 
 class SGLangConfig(BaseModel):
@@ -39,6 +39,9 @@ class SGLangConfig(BaseModel):
     device: Literal["cuda", "cpu"] = "cuda"
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of one server."""
+    colocated: bool = False
+    """Servers and trainer share GPUs and take turns: servers give up their memory while the actor trains, and the actor
+    waits in host memory while they generate. `server_args: {mem-fraction-static: …}` may then be high."""
     host: str = "127.0.0.1"
     """Address that servers started here listen on: loopback or the cluster's interface, never all of them; `node` is each
     Ray node's own address."""
@@ -117,6 +120,15 @@ class SGLangConfig(BaseModel):
             )
         if self.quantize == "fp8" and self.sync == "distributed" and self.device == "cpu":
             raise ValueError("quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk")
+        if self.colocated and self.urls:
+            raise ValueError(
+                f"colocated needs servers that the run starts, since it must end one that keeps its memory, but urls names "
+                f"{len(self.urls)}; set num_servers instead"
+            )
+        if self.colocated and self.sync == "distributed" and self.device == "cuda":
+            raise ValueError(
+                "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; choose another sync"
+            )
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:
             raise ValueError(

@@ -25,6 +25,10 @@ class UpdateBroken(RolloutError):
     """A weight update has reached no server, but some can take another: all ranks repeat it (weights/sync.py)."""
 
 
+class ResourceError(DapoError):
+    """The machine has too little memory for what the configuration asks of it."""
+
+
 class CheckpointError(DapoError):
     """A checkpoint or model folder is missing, incomplete or does not fit the model."""
 

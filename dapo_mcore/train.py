@@ -30,12 +30,12 @@ from dapo_mcore.config_file import load_config
 from dapo_mcore.controller import Controller, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.errors import DapoError
+from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.warm_start import warm_start
 from dapo_mcore.weights.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
-from dapo_mcore.weights.sync import WeightStream, sync_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +74,9 @@ class Run:
         self.controller = self._start_controller(tokenizer)
         self.actor = Actor(config, self.hf_config, layout, open_weights(config.model, self.hf_config, config.seed))
         self.learner = Learner(self.actor, pad_token(tokenizer))
-        self.stream = WeightStream(self.actor.policy, self.actor.shape, layout)
+        shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
+        engine = self.controller and self.controller.engine
+        self.handover = Handover(self.actor, engine, layout, colocated=shared)
 
     def loop(self) -> None:
         """All rollout steps."""
@@ -86,7 +88,10 @@ class Run:
             # recorded before it is saved: a run killed in between repeats the step instead of losing its row
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
             self._save(step)
-        export = self._export("final") if self.config.checkpoint.export_at_end else None
+        export = None
+        if self.config.checkpoint.export_at_end:
+            self.handover.to_training()
+            export = self._export("final")
         self._on_controller(lambda c: c.finish(export))
 
     def _train_step(self, step: int) -> dict[str, float]:
@@ -97,6 +102,8 @@ class Run:
         config = self.config
         batch = self._on_controller(lambda c: c.rollout(step))
         seed = config.seed + step if config.batch.shuffle else None
+        with self._phase("sync"):
+            self.handover.to_training()
         with self._phase("logprob"):
             share = scatter_step(
                 batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
@@ -106,8 +113,8 @@ class Run:
             updates = self.learner.update(scored.mini_batches)
         self._on_controller(lambda c: c.finish_rollout())
         with self._phase("sync"):
-            self._sync(version=step)
-        return update_metrics(updates) | scored.metrics
+            self.handover.to_rollout(version=step)
+        return update_metrics(updates) | scored.metrics | self.handover.pop_metrics()
 
     def _resume_or_start(self) -> int:
         """The number of the first rollout step to run, with weights, data position and engine in place for it."""
@@ -116,7 +123,7 @@ class Run:
         if path is None:
             return self._start()
         state = load_checkpoint(path, self.actor, self.layout)
-        self._sync(version=state.weight_version)
+        self.handover.to_rollout(version=state.weight_version)
         self._on_controller(lambda c: c.resume(state))
         self.progress.line(f"resumed after rollout step {state.step} from {path}")
         return state.step + 1
@@ -124,8 +131,8 @@ class Run:
     def _start(self) -> int:
         self._on_controller(lambda c: c.open_run(resume_step=None))
         if self.config.warm_start is not None:
-            warm_start(self.config, self.learner, self.stream, self.controller, self.layout)
-        self._sync(version=0)
+            warm_start(self.config, self.learner, self.handover, self.controller, self.layout)
+        self.handover.to_rollout(version=0)
         if self.config.eval.at_start:
             self._on_controller(lambda c: c.record_start())
         return 1
@@ -133,18 +140,22 @@ class Run:
     def _start_controller(self, tokenizer: Any) -> Controller | None:
         """Rank 0's controller, None elsewhere."""
         if not self.layout.is_controller:
-            return self._or_fail_everywhere(lambda: None)
-        return self._or_fail_everywhere(
+            return self.layout.on_controller_or_raise(lambda: None)
+        return self.layout.on_controller_or_raise(
             lambda: Controller(self.config, self.hf_config, tokenizer, self.progress, self.timer)
         )
 
     def _save(self, step: int) -> None:
         checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
-        with self._phase("save"):
-            if checkpoint.every and (last or step % checkpoint.every == 0):
+        saves = checkpoint.every and (last or step % checkpoint.every == 0)
+        exports = checkpoint.export_every and step % checkpoint.export_every == 0
+        if not (saves or exports):
+            return
+        with self._phase("save"), self.handover.borrowed():
+            if saves:
                 state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
                 save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep=checkpoint.keep)
-            if checkpoint.export_every and step % checkpoint.export_every == 0:
+            if exports:
                 self._export(f"step_{step:06d}")
 
     def _export(self, name: str) -> Path:
@@ -152,7 +163,7 @@ class Run:
         folder = self.config.run_dir / "hf" / name
         if self.layout.is_controller:
             save_hf_folder(
-                self.stream(),
+                self.handover.stream(),
                 folder,
                 shape=self.actor.shape,
                 dtype=self.actor.policy.config.params_dtype,
@@ -160,40 +171,17 @@ class Run:
                 source=self.config.model.path,
             )
         else:
-            for _ in self.stream():
+            for _ in self.handover.stream():
                 pass
         self.layout.barrier()
         return folder
-
-    def _sync(self, version: int) -> None:
-        engine = self.controller and self.controller.engine
-        self._or_fail_everywhere(lambda: sync_weights(self.stream, engine, version))
 
     def _phase(self, name: str) -> Any:
         self.progress.phase(name)
         return self.timer.phase(name)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
-        return self._or_fail_everywhere(lambda: action(self.controller) if self.controller else None)
-
-    def _or_fail_everywhere(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns. When it fails on rank 0 every rank raises, so that none is left waiting for its samples.
-
-        Collective: one gloo broadcast over the control group.
-        """
-        result, problem = None, None
-        try:
-            result = action()
-        except Exception as error:
-            if not self.layout.is_controller:
-                raise
-            problem = error
-        told = self.layout.broadcast_object(None if problem is None else str(problem) or repr(problem))
-        if problem is not None:
-            raise problem
-        if told is not None:
-            raise DapoError(f"rank 0 failed: {told}")
-        return result
+        return self.layout.on_controller_or_raise(lambda: action(self.controller) if self.controller else None)
 
 
 if __name__ == "__main__":

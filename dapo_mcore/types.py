@@ -236,6 +236,21 @@ class ContinuousEngine(RolloutEngine, Protocol):
         ...
 
 
+class ColocatedEngine(RolloutEngine, Protocol):
+    """An engine on the actor's devices, with which it takes turns.
+
+    release → (training) → update_weights, which takes memory for weights alone → resume → generate.
+    """
+
+    def release(self) -> None:
+        """Gives up all device memory, weights included. Nothing may be generated until `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Takes the rest of its memory, after `update_weights`, and generates."""
+        ...
+
+
 class RewardFunction(Protocol):
     """Scores samples in order; one failure never takes another sample down."""
 

@@ -21,12 +21,12 @@ from dapo_mcore.data.loader import epoch_order
 from dapo_mcore.data.prompts import load_prompts
 from dapo_mcore.data.rows import read_rows
 from dapo_mcore.errors import DataError
+from dapo_mcore.handover import Handover
 from dapo_mcore.types import TrainBatch
-from dapo_mcore.weights.sync import WeightStream, sync_weights
 
 
 def warm_start(
-    config: Config, learner: Learner, stream: WeightStream, controller: Controller | None, layout: Layout
+    config: Config, learner: Learner, handover: Handover, controller: Controller | None, layout: Layout
 ) -> None:
     """Trains until `stop_at` is reached on the choose set, or `max_updates`; then a fresh optimizer, a new reference.
 
@@ -39,13 +39,14 @@ def warm_start(
     batches = _Demonstrations(config, settings, controller.tokenizer).batches() if controller else None
     check = _PassRate(config, settings, controller) if controller else None
     for update in range(1, settings.max_updates + 1):
+        handover.to_training()
         batch = next(batches) if batches else None
         share = scatter_step(batch, config, layout, mini_batch_prompts=settings.batch_size, seed=None)
         (mini_batch,) = learner.build(share, "token-mean")
         sums = actor.update(mini_batch, supervised=True).sums
         if update % settings.check_every and update != settings.max_updates:
             continue
-        sync_weights(stream, controller and controller.engine, version=0)
+        handover.to_rollout(version=0)
         if layout.broadcast_object(check.reached(update, sums["nll"] / sums["tokens"]) if check else None):
             break
     else:
@@ -53,6 +54,7 @@ def warm_start(
             controller.progress.line(
                 f"warm start ended at max_updates {settings.max_updates}, short of stop_at {settings.stop_at}"
             )
+    handover.to_training()
     actor.reset_optimizer(config.optimizer)
     actor.freeze_reference()
 

@@ -40,6 +40,7 @@ FLOORS = {
     "dapo_mcore.weights.inspect": 4,
     "dapo_mcore.eval": 4,
     "dapo_mcore.controller": 4,
+    "dapo_mcore.handover": 4,
     "dapo_mcore.warm_start": 4,
     "dapo_mcore.plan": 4,
     "dapo_mcore.doctor": 4,

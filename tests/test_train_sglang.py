@@ -43,13 +43,19 @@ def train(task: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.sglang
-@pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_three_steps_with_a_real_server_follow_every_update(task, sync):
+@pytest.mark.parametrize(
+    "name, ways",
+    {
+        "disk": ["rollout.sglang.sync=disk"],
+        "distributed": ["rollout.sglang.sync=distributed"],
+        "colocated": ["rollout.sglang.colocated=true", "checkpoint.every=2"],
+    }.items(),
+)
+def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):
     server = ["rollout.engine=sglang", "rollout.sglang.device=cpu", f"rollout.sglang.python={real_python()}"]
-    name = f"name={sync}"
-    done = train(task, *server, name, f"rollout.sglang.sync={sync}", f"num_rollout_steps={STEPS}", "eval.every=3")
+    done = train(task, *server, *ways, f"name={name}", f"num_rollout_steps={STEPS}", "eval.every=3")
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = task / "runs" / sync
+    folder = task / "runs" / name
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [*range(STEPS + 1)]
     assert rows[0]["val/heldout/mean@2"] >= 0 and rows[STEPS]["val/heldout/mean@2"] >= 0
@@ -65,6 +71,7 @@ def test_three_steps_with_a_real_server_follow_every_update(task, sync):
         json.loads(line)["weight_version"] for file in sorted((folder / "samples").iterdir()) for line in file.open()
     ]
     assert sorted(set(versions)) == [0, 1, 2]
+    assert ("sync/handover_s" in rows[1]) == (name == "colocated")
     assert (folder / "hf/final/model.safetensors").exists() and (folder / "servers/keys.json").exists()
 
 

@@ -10,13 +10,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dapo_mcore.actor import cpu_device
 from dapo_mcore.config import ParallelConfig
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, DapoError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,34 @@ class Layout:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)
+
+    def on_controller_or_raise(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank. When it fails on rank 0 every rank raises, so that none waits for it.
+
+        Every rank calls `action`; where only rank 0 has something to do, the others' returns None at once. Raises
+        DapoError with rank 0's message elsewhere. Collective: one gloo broadcast over the control group.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except Exception as error:
+            if not self.is_controller:
+                raise
+            problem = error
+        told = self.broadcast_object(None if problem is None else str(problem) or repr(problem))
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise DapoError(f"rank 0 failed: {told}")
+        return result
+
+    def free_scratch(self) -> None:
+        """Returns to the device what Megatron and torch keep for reuse. No communication."""
+        from megatron.core import parallel_state
+
+        parallel_state.get_global_memory_buffer().buffer.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def controller_first(self, action: Callable[[], None]) -> None:
         """Runs `action` on rank 0 while the others wait."""

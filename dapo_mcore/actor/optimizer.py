@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,6 +76,14 @@ class Optimizer:
     @property
     def lr(self) -> float:
         return float(self.megatron.param_groups[0]["lr"])
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors of the state: moments and step counts, and the parameters that are stepped (fp32 copies, in bf16)."""
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for values in part.optimizer.state.values():
+                yield from (value for value in values.values() if isinstance(value, torch.Tensor))
 
     def sharded_state(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """What a distributed checkpoint stores, or with `loading` the frame it is read into.

@@ -101,6 +101,11 @@ METRICS: dict[str, Metric] = {
     "sync/repeats": Metric("times", "syncs begun again because a server's death broke the broadcast for all"),
     "sync/servers_verified": Metric("servers", "servers whose weights' checksums were compared with another server's"),
     "sync/gb_per_s": Metric("GB/s", "sync/bytes over the time of the whole sync"),
+    "sync/release_s": Metric("s", "colocated: servers giving up their memory, which sync/handover_s includes"),
+    "sync/resume_s": Metric("s", "colocated: servers taking it back, which sync/handover_s includes"),
+    "sync/handover_s": Metric(
+        "s", "colocated: memory given up and taken by trainer and servers, the sync itself aside"
+    ),
     "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over the time of the whole step"),
     "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens over the time of generation"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),

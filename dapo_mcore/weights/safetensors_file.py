@@ -8,6 +8,7 @@ from its header. The format: eight bytes of header length, a JSON header, the te
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -133,7 +134,8 @@ class SafetensorsWriter:
         assert (tensor.dtype, tuple(tensor.shape)) == info[:2], (name, tensor.dtype, tensor.shape, info)
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         self._file.seek(self._data + info.start)
-        _write(self._file, memoryview(raw.numpy()))
+        # not numpy(), after which torch refuses to resize a storage, and so to offload a parameter (actor/memory.py)
+        _write(self._file, memoryview((ctypes.c_ubyte * raw.numel()).from_address(raw.data_ptr())).cast("B"))
 
     def close(self) -> None:
         """Flushes the file to disk."""

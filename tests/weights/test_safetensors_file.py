@@ -200,3 +200,10 @@ def test_a_tensor_of_another_shape_or_type_is_not_written(tmp_path: Path) -> Non
     for name, tensor in (("a", MATRIX.t()), ("b", MATRIX.half())):
         with pytest.raises(AssertionError, match=name):
             writer.write(name, tensor)
+
+
+def test_a_written_tensor_can_still_be_offloaded(tmp_path: Path) -> None:
+    tensor = torch.ones(4)
+    write(tmp_path / "file", {"a": tensor})
+    tensor.untyped_storage().resize_(0)
+    assert tensor.untyped_storage().nbytes() == 0

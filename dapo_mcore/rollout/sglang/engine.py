@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import random
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -101,6 +102,8 @@ class SGLangEngine:
                 self._start(plan)
                 keys = plan.keys
             self._fleet = self._loop.run(self._open(keys, hf_config))
+            if settings.colocated:
+                self._loop.run(self._fleet.release())
         except BaseException:
             self.close()
             raise
@@ -157,9 +160,24 @@ class SGLangEngine:
         self._version, self._tag = version, tag
         seconds = sum(value for name, value in sent.items() if name.endswith("_s"))
         repeats, self._broken_updates = float(self._broken_updates), 0
-        self._sync_metrics = {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds, "sync/repeats": repeats}
+        self._sync_metrics |= {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds, "sync/repeats": repeats}
         if self._fleet.checksums is not None:
             self._sync_metrics["sync/servers_verified"] = float(self._fleet.checksums.num_verified)
+
+    def release(self) -> None:
+        """Servers give up all device memory, weights included; one that cannot is stopped. See types.ColocatedEngine."""
+        start = time.perf_counter()
+        self._loop.run(self._fleet.release())
+        self._sync_metrics["sync/release_s"] = time.perf_counter() - start
+
+    def resume(self) -> None:
+        """Servers with the weights of the last `update_weights` take the rest of their memory and generate.
+
+        Raises RolloutError when none does.
+        """
+        start = time.perf_counter()
+        self._loop.run(self._fleet.resume())
+        self._sync_metrics["sync/resume_s"] = time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         """`rollout/…` counts and `sync/…` times since the last call, and how many servers serve."""

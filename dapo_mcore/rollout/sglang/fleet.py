@@ -5,6 +5,9 @@ a server is `serving` only while it has confirmed that it holds the current weig
 
     waiting (no current weights) → update → serving → suspect → out → healthy, or down until restarted → re-synced → serving
                                                                                 └ budget spent → lost
+
+Where servers share GPUs with the trainer: serving → release → waiting (asleep) → update → resume → serving. While they are
+asleep no server starts, and one that is out is stopped: the memory is the trainer's.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, WEIGHT_MEMORY
 
 _STRIKES = 3
+_AWAY = ("out", "down")
 
 Resync = Callable[[Member, str], Awaitable[None]]
 """Gives one server the weights of a tag, from where they are kept."""
@@ -51,6 +56,8 @@ class Fleet:
         self._patience, self._restarts_left = patience, patience.restart_budget
         self._changed = asyncio.Condition()
         self._weights = asyncio.Lock()
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._target: str | None = None
         self._tasks = {asyncio.create_task(self._watch())}
 
@@ -106,25 +113,52 @@ class Fleet:
         """Moves every member that can be reached to the weights `tag` by `steps`; those that fail are taken out.
 
         On return at least one serves, and all that serve have confirmed `tag`. Raises RolloutError when none does:
-        UpdateBroken when another update would find some that are well.
+        UpdateBroken when another update would find some that are well. Servers that are asleep take memory for weights
+        alone, and serve from `resume` on.
         """
         async with self._weights:
             previous, self._target = self._target, tag
             self._num_updates += 1
-            taking_part = [m for m in self.members if m.state in ("serving", "waiting")]
-            transaction = Transaction(self, taking_part, tag, self._patience.step_timeout_s)
+            transaction = self._transaction(tag)
             try:
+                await transaction.each("take memory", lambda m: m.take_memory(WEIGHT_MEMORY))
                 await steps(transaction)
                 await transaction.each("confirm", self._confirm)
                 await self._compare(transaction)
-                await transaction.each("resume", lambda m: m.api.resume())
-                for member in transaction.members:
-                    self._serve(member)
+                if self._awake.is_set():
+                    await self._open(transaction)
             except BaseException:
                 self._target = previous
                 for member in transaction.members:
                     self._take_out(member, "the weight update was broken off")
                 raise
+        if self._awake.is_set():
+            await self._settle()
+
+    async def release(self) -> None:
+        """Every server gives up its device memory, or is stopped; none serves before `update` and `resume`."""
+        async with self._weights:
+            self._awake.clear()
+            self._num_updates += 1
+            await asyncio.gather(*(self._stop(member) for member in self.members if member.state in _AWAY))
+            transaction = self._transaction(None)
+            await transaction.each("pause", lambda m: m.api.pause())
+            await transaction.each("release memory", lambda m: m.release_memory())
+            for member in transaction.members:
+                member.state = "waiting"
+
+    async def resume(self) -> None:
+        """The servers with the current weights take the rest of their memory and serve; stopped ones start again.
+
+        Raises RolloutError when none serves.
+        """
+        async with self._weights:
+            transaction = self._transaction(self._target)
+            for member in [m for m in transaction.members if m.tag != self._target]:
+                transaction.members.remove(member)
+            await transaction.each("take memory", lambda m: m.take_memory(ALL_MEMORY))
+            await self._open(transaction)
+            self._awake.set()
         await self._settle()
 
     async def close(self) -> None:
@@ -132,6 +166,23 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _transaction(self, tag: str | None) -> Transaction:
+        """Over every member that can be reached."""
+        members = [m for m in self.members if m.state in ("serving", "waiting")]
+        return Transaction(self, members, tag, self._patience.step_timeout_s)
+
+    async def _open(self, transaction: Transaction) -> None:
+        await transaction.each("resume", lambda m: m.api.resume())
+        for member in transaction.members:
+            self._serve(member)
+
+    async def _stop(self, member: Member) -> None:
+        """Ends a server that is out, so that it holds no memory; starting it again is not counted against it."""
+        async with member.changing:
+            if member.process is not None and await member.is_alive():
+                self._restarts_left += 1
+                await asyncio.to_thread(member.process.stop)
 
     def _take_out(self, member: Member, problem: str) -> None:
         """A member whose weights are in doubt: nothing it says counts until it is re-synced."""
@@ -143,6 +194,9 @@ class Fleet:
     async def _bring_back(self, member: Member) -> None:
         """Waits for health or restarts, re-syncs, and lets the member serve; or gives it up."""
         try:
+            if not self._awake.is_set():
+                await self._stop(member)
+                await self._awake.wait()
             if await self._revive(member):
                 await self._give_weights(member)
             else:
@@ -166,16 +220,23 @@ class Fleet:
         if good and await member.api.healthy(self._patience.health_timeout_s):
             return True
         await self._find_down(member)
+        return await self._restart(member)
+
+    async def _restart(self, member: Member) -> bool:
+        """True once the server generates; False when the budget is spent."""
         if not self._restarts_left:
             budget = self._patience.restart_budget
             member.problem += f"; all {budget} restarts (rollout.sglang.restart_budget) are spent"
             await asyncio.to_thread(member.process.stop)
             return False
-        self._restarts_left -= 1
-        self.counts["server_restarts"] += 1
-        member.tag, member.link, member.strikes = None, None, 0
-        await asyncio.to_thread(member.process.restart)
-        member.api.url = member.process.url
+        async with member.changing:
+            if not self._awake.is_set():
+                raise RolloutError("the trainer has taken the devices")
+            self._restarts_left -= 1
+            self.counts["server_restarts"] += 1
+            member.tag, member.link, member.strikes, member.released = None, None, 0, frozenset()
+            await asyncio.to_thread(member.process.restart)
+            member.api.url = member.process.url
         await wait_until_healthy(member, self._patience.start_timeout_s)
         return True
 
@@ -260,7 +321,7 @@ class Fleet:
         return [self._router] if self._router is not None and self.serving else self.serving
 
     def _returning(self) -> bool:
-        return any(member.state in ("out", "down") for member in self.members)
+        return any(member.state in _AWAY for member in self.members)
 
     async def _find_down(self, member: Member) -> None:
         member.state = "down"
@@ -285,7 +346,7 @@ class Fleet:
 class Transaction:
     """A weight update in progress. A member that fails a step leaves it and is taken out; the others go on."""
 
-    def __init__(self, fleet: Fleet, members: list[Member], tag: str, timeout_s: float):
+    def __init__(self, fleet: Fleet, members: list[Member], tag: str | None, timeout_s: float):
         self.members, self.tag = members, tag
         self._fleet, self._timeout_s = fleet, timeout_s
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.server_api import ServerApi
+from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, ServerApi
 
 State = Literal["waiting", "serving", "out", "down", "lost"]
 """waiting: well, without the current weights. out: being looked at. down: found ill, restarted or waited for."""
@@ -41,6 +41,8 @@ class Member:
     strikes   times it was taken out since its last good answer; the third restarts it.
     calls     generation requests on their way, so that a hung server's can be given up.
     tag       the weights that it has confirmed.
+    released  kinds of device memory that it has given up (server_api.ALL_MEMORY).
+    changing  held while its process is stopped or started.
     link      the group in which it receives broadcasts (server_group.py).
     """
 
@@ -51,8 +53,21 @@ class Member:
     strikes: int = 0
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     tag: str | None = None
+    released: frozenset[str] = frozenset()
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     link: Any = None
     problem: str = ""
+
+    async def release_memory(self) -> None:
+        """All of it; its weights are lost."""
+        self.tag, self.released = None, ALL_MEMORY
+        await self.api.release_memory(ALL_MEMORY)
+
+    async def take_memory(self, tags: frozenset[str]) -> None:
+        """What it has given up of `tags`."""
+        if missing := tags & self.released:
+            await self.api.take_memory(missing)
+            self.released -= missing
 
     async def is_alive(self) -> bool:
         """Whether its process runs, as far as we know; a node may take its time to tell."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 PauseMode = Literal["abort", "retract", "in_place"]
+WEIGHT_MEMORY = frozenset({"weights"})
+ALL_MEMORY = frozenset({"weights", "kv_cache", "cuda_graph"})
+"""Tags of device memory that a server gives up and takes back."""
 OLDEST = (0, 5, 15)
 _FIRST_WITH_SESSIONS = (0, 5, 21)
 _FLUSH_TRIES, _FLUSH_PAUSE_S = 40, 0.25
@@ -110,6 +113,14 @@ class ServerApi:
                 if refusal.status != 400 or not tries_left:
                     raise
             await asyncio.sleep(_FLUSH_PAUSE_S)
+
+    async def release_memory(self, tags: Iterable[str]) -> None:
+        """Frees device memory; the values in it are lost. A server that generates would die: pause it before."""
+        await self._admin("/release_memory_occupation", {"tags": sorted(tags)})
+
+    async def take_memory(self, tags: Iterable[str]) -> None:
+        """Takes back what was released; a server would die of a tag that was not."""
+        await self._admin("/resume_memory_occupation", {"tags": sorted(tags)})
 
     async def weight_version(self) -> str:
         """Of the weights that the server holds."""

@@ -164,8 +164,9 @@ def _arguments(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[s
         "log-level": "warning",
     }
     given = {key.replace("_", "-"): value for key, value in settings.server_args.items()}
-    # on a CPU base-gpu-id would name a NUMA node
-    return ours | (CPU_ARGS if settings.device == "cpu" else {"base-gpu-id": first_gpu}) | given
+    # on a CPU base-gpu-id would name a NUMA node, and there is no memory saver
+    on_gpu = {"base-gpu-id": first_gpu, "enable-memory-saver": settings.colocated}
+    return ours | (CPU_ARGS if settings.device == "cpu" else on_gpu) | given
 
 
 def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,15 +26,20 @@ TICK_S = 0.02
 ADMIN = {
     "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk",
     "/begin_weight_update", "/end_weight_update", "/init_weights_update_group", "/destroy_weights_update_group",
-    "/update_weights_from_distributed", "/weights_checker",
+    "/update_weights_from_distributed", "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker",
 }  # fmt: skip
 
 
-def fake_python(folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, checksums: bool = False) -> Path:
-    """An executable that takes Python's arguments and serves like SGLang `version`, with CUDA where it tells `checksums`."""
+def fake_python(
+    folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, start_s: float = 0, checksums: bool = False
+) -> Path:
+    """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed; with CUDA
+    where it tells `checksums`."""
     script = folder / f"python-{version}-{tokens_per_s}-{checksums}"
     settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_CHECKSUMS={int(checksums)}"
-    script.write_text(f'#!/bin/sh\n{settings} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\n{settings} FAKE_START_S={start_s} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n'
+    )
     script.chmod(0o755)
     return script
 
@@ -71,6 +77,7 @@ class FakeServer:
         self.unpaused.set()
         self.paused_mode = None
         self.session, self.groups, self.buckets = False, {}, 0
+        self.released: set[str] = set()
         self.faults: list[Fault] = []
         self.told: Counter[str] = Counter()
 
@@ -91,6 +98,8 @@ class FakeServer:
             "/init_weights_update_group": self.init_group,
             "/destroy_weights_update_group": self.destroy_group,
             "/update_weights_from_distributed": self.update_from_distributed,
+            "/release_memory_occupation": self.release_memory,
+            "/resume_memory_occupation": self.resume_memory,
         }.items():
             app.router.add_route("*", path, handler)
         if self.has_sessions:
@@ -157,7 +166,8 @@ class FakeServer:
     async def tell(self, request: web.Request) -> web.Response:
         sums = {name: float((t.float() if hasattr(t, "float") else t).sum()) for name, t in self.weights.items()}
         told = {"weight_version": self.weight_version, "weights": sums, "counts": self.told, "pid": os.getpid()}
-        now = {"running": len(self.running), "session": self.session, "groups": sorted(self.groups)}
+        groups = {"groups": sorted(self.groups), "released": sorted(self.released)}
+        now = {"running": len(self.running), "session": self.session, **groups}
         return web.json_response({**told, **now})
 
     # what it is
@@ -208,6 +218,8 @@ class FakeServer:
             await asyncio.sleep(TICK_S)
             if work.aborted or not self.unpaused.is_set():
                 continue
+            if self.released:
+                os._exit(1)  # as the real one on a GPU: an illegal address
             before = len(work.tokens)
             after = min(count, before + max(1, int(self.speed * TICK_S)))
             work.tokens += [ids[i % len(ids)] for i in range(before, after)]
@@ -257,6 +269,23 @@ class FakeServer:
 
     def flushed(self) -> bool:
         return not self.running or self.paused_mode == "retract"
+
+    # memory
+
+    async def release_memory(self, request: web.Request) -> web.Response:
+        if self.running and self.paused_mode is None:
+            os._exit(1)  # as the real one: "should be called only when server is idle"
+        self.released |= set((await request.json())["tags"])
+        if "weights" in self.released:
+            self.weights = {}
+        return web.Response()
+
+    async def resume_memory(self, request: web.Request) -> web.Response:
+        tags = set((await request.json())["tags"])
+        if tags - self.released:
+            os._exit(1)  # as the real one: KeyError
+        self.released -= tags
+        return web.Response()
 
     # weights
 
@@ -324,6 +353,8 @@ class FakeServer:
         return web.json_response({"success": True, "message": "Success.", "ranks": [{"checksums": sums}]})
 
     def loaded(self, body: dict[str, Any]) -> None:
+        if "weights" in self.released:
+            os._exit(1)  # as the real one on a GPU
         if body.get("flush_cache", True) and not self.flushed():
             os._exit(1)  # as the real one: "Cache flush failed after updating weights"
         if self.weights and self.take_fault("weights") is not None:
@@ -392,6 +423,8 @@ def main(argv: list[str]) -> None:
     assert argv[:4] == ["-P", "-m", "sglang.launch_server", "--config"], argv
     logging.basicConfig(level=logging.WARNING)
     arguments = yaml.safe_load(Path(argv[4]).read_text())
+
+    time.sleep(float(os.environ["FAKE_START_S"]))
 
     async def made() -> web.Application:
         return FakeServer(arguments).app()

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ class Raw:
         box: dict[str, Any] = {}
 
         def ask() -> None:
-            box["status"], box["answer"] = self.generate([5, 6, 7], max_new_tokens, **more)
+            with suppress(OSError):  # a server that a test kills
+                box["status"], box["answer"] = self.generate([5, 6, 7], max_new_tokens, **more)
 
         thread = threading.Thread(target=ask)
         thread.start()

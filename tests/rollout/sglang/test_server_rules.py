@@ -229,6 +229,20 @@ def test_joining_a_group_that_is_given_up_is_refused(server: Raw) -> None:
     assert not opening.is_alive()
 
 
+def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, checkpoints) -> None:
+    """The turns of a colocated server: fleet.py."""
+    with server.in_flight(LONG) as box:
+        server.post("/pause_generation", {"mode": "abort"})
+    assert box["answer"]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert server.post("/release_memory_occupation", {"tags": ["cuda_graph", "kv_cache", "weights"]})[0] == 200
+    assert server.post("/resume_memory_occupation", {"tags": ["weights"]})[0] == 200
+    server.post("/pause_generation", {"mode": "abort"})
+    assert load(server, checkpoints["whole"], "woken")[0] == 200 and server.version() == "woken"
+    assert server.post("/resume_memory_occupation", {"tags": ["cuda_graph", "kv_cache"]})[0] == 200
+    assert server.post("/continue_generation")[0] == 200
+    assert server.generate([5, 6], 4)[1]["meta_info"]["weight_version"] == "woken"
+
+
 def joined(server: Raw) -> RootRank:
     """This process's end of a group with the server."""
     root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 2, "gloo", timedelta(seconds=30))
@@ -261,6 +275,18 @@ def in_background(call: Callable[[], tuple[int, Any]], meanwhile: Callable[[], A
     meanwhile()
     thread.join(60)
     return box[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deed", ["releases while it works", "takes what it has"])
+def test_memory_out_of_turn_kills_it(kind: str, deed: str, tmp_path) -> None:
+    """Why the engine pauses before it releases, and remembers what it has released."""
+    python = fake_python(tmp_path, tokens_per_s=500) if kind == "fake" else real_python()
+    with bare_server(python, tmp_path / "servers") as server, pytest.raises(OSError):
+        if deed == "takes what it has":
+            server.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
+        with server.in_flight(LONG):
+            server.post("/release_memory_occupation", {"tags": ["kv_cache"]})
 
 
 def test_the_last_an_unknown_token_kills_it(server: Raw) -> None:

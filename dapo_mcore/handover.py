@@ -1,0 +1,83 @@
+"""The border between training and generation: weights cross it, and where both share GPUs, so does their memory.
+
+Change here: the order in which trainer and servers give up and take memory. What is moved is actor/memory.py and the
+engine's business. With rollout.sglang.colocated:
+
+    servers generate ── release: all ──────────────→ actor takes everything back ── train
+    actor's state to the host ── servers take their weights' memory ── sync
+    actor's weights to the host ── servers take their KV cache ── generate
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.layout import Layout
+from dapo_mcore.actor.memory import ActorMemory
+from dapo_mcore.types import ColocatedEngine, RolloutEngine
+from dapo_mcore.weights.sync import WeightStream, sync_weights
+
+
+class Handover:
+    """Every rank calls its methods. Training comes first. `engine` is rank 0's, None elsewhere.
+
+    Without `colocated`, both sides keep their memory, and only weights cross.
+    """
+
+    def __init__(self, actor: Actor, engine: RolloutEngine | None, layout: Layout, *, colocated: bool):
+        self.stream = WeightStream(actor.policy, actor.shape, layout)
+        self._engine, self._layout = engine, layout
+        self._memory = ActorMemory(actor) if colocated else None
+        self._training, self._version = True, -1
+        self._seconds = 0.0
+
+    def to_training(self) -> None:
+        """The actor may be used from here on, and the engine not. Does nothing when that is so already."""
+        if self._memory is None or self._training:
+            return
+        start = time.perf_counter()
+        self._on_engine(lambda engine: engine.release())
+        self._memory.onload()
+        self._training = True
+        self._seconds += time.perf_counter() - start
+
+    def to_rollout(self, version: int) -> None:
+        """The engine has the actor's weights as `version` and may generate; where GPUs are shared, the actor may not be
+        used any more."""
+        self._version = version
+        if self._memory is None:
+            self._sync(version)
+            return
+        start = time.perf_counter()
+        self._memory.offload_state()
+        self._layout.barrier()  # servers take memory that other ranks have given up
+        offloaded = time.perf_counter()
+        self._sync(version)
+        synced = time.perf_counter()
+        self._memory.offload_weights()
+        self._layout.barrier()
+        self._on_engine(lambda engine: engine.resume())
+        self._training = False
+        self._seconds += offloaded - start + time.perf_counter() - synced
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """The actor may be used inside, to save or export it; then the engine generates with the weights that it had."""
+        self.to_training()
+        yield
+        if self._memory is not None:  # the servers have lost theirs
+            self.to_rollout(self._version)
+
+    def pop_metrics(self) -> dict[str, float]:
+        """`sync/handover_s`, the time that sharing GPUs has cost since the last call; nothing where they are not shared."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {} if self._memory is None else {"sync/handover_s": seconds}
+
+    def _sync(self, version: int) -> None:
+        self._layout.on_controller_or_raise(lambda: sync_weights(self.stream, self._engine, version))
+
+    def _on_engine(self, action: Callable[[ColocatedEngine], None]) -> None:
+        self._layout.on_controller_or_raise(lambda: action(self._engine) if self._engine is not None else None)

@@ -1,0 +1,94 @@
+"""The actor's memory on the host and back: training continues bitwise, on every mesh, with every kind of optimizer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dapo_mcore.actor import memory
+from dapo_mcore.errors import ResourceError
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+KINDS = {
+    "fp32 distributed": {},
+    "fp32": {"optimizer__distributed": False},
+    "bf16 distributed": {"model__dtype": "bf16"},
+    "bf16": {"model__dtype": "bf16", "optimizer__distributed": False},
+    "with a reference": {"algo__kl__coef": 0.1},
+}
+
+
+@pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(tensor=2, sequence_parallel=True), Mesh(pipeline=2)], ids=str)
+def test_training_goes_on_bitwise_and_the_memory_is_free_meanwhile(mesh: Mesh) -> None:
+    for kind, told in parity.spawn(train, mesh).items():
+        assert told["away"] == told["stayed"], kind
+        assert told["bytes"]["all gone"] == 0, kind
+        assert 0 < told["bytes"]["weights"] < 0.7 * told["bytes"]["all"], kind
+        assert told["stream is the same"], kind
+
+
+def train(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    """Worker: per kind, gradient norms and the sum of weights of three steps, with and without the memory away between."""
+    return {kind: compare(layout, mesh, overrides) for kind, overrides in KINDS.items()}
+
+
+def compare(layout: Any, mesh: Mesh, overrides: dict[str, Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {"bytes": {}, "stream is the same": True}
+    for way in ("stayed", "away"):
+        config = parity.make_config(mesh, **overrides)
+        actor = parity.build_actor(config, layout)
+        kept = memory.ActorMemory(actor)
+        told[way] = []
+        for step in range(parity.STEPS):
+            if way == "away" and step:
+                go_away_and_return(actor, kept, told)
+            (mini_batch,) = parity.shared_step(config, layout, parity.make_batch(seed=step), actor)
+            told[way].append(actor.update(mini_batch).grad_norm)
+        told[way].append(checksum(actor.policy))
+    return told
+
+
+def go_away_and_return(actor: Any, kept: memory.ActorMemory, told: dict[str, Any]) -> None:
+    from dapo_mcore.weights.sync import WeightStream
+
+    stream = WeightStream(actor.policy, actor.shape, actor.layout)
+    before = [(name, tensor.clone()) for name, tensor in stream()]
+    told["bytes"]["all"] = kept.nbytes
+    kept.offload_state()
+    told["bytes"]["weights"] = kept.nbytes
+    after = list(stream())
+    told["stream is the same"] &= all(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
+    del after
+    kept.offload_weights()
+    told["bytes"]["all gone"] = kept.nbytes
+    kept.onload()
+
+
+def checksum(policy: Any) -> float:
+    return sum(float(parameter.double().sum()) for parameter in policy.parameters())
+
+
+def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch) -> None:
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    tensor = torch.ones(2**20)
+    copy = memory._HostCopy(pinned=False)
+    with pytest.raises(ResourceError, match=r"this rank's actor .* 0\.0 GiB of host memory"):
+        copy.take([tensor.untyped_storage()])
+    assert float(tensor.sum()) == 2**20
+
+
+@pytest.mark.gpu
+def test_device_memory_is_free_while_values_are_on_the_host() -> None:
+    whole = torch.arange(2**24, device="cuda", dtype=torch.float32)
+    shard = whole[2**23 :]
+    copy, before = memory._HostCopy(pinned=True), torch.cuda.memory_allocated()
+    copy.take([whole.untyped_storage()])
+    assert torch.cuda.memory_allocated() == before - 2**26
+    copy.give_back()
+    shard += 1  # a view still, of the same values
+    assert torch.cuda.memory_allocated() == before
+    assert whole[2**23 - 1 :][:2].tolist() == [2**23 - 1, 2**23 + 1]

@@ -1,0 +1,133 @@
+"""Servers that share GPUs with the trainer: who holds memory when, and what failures do to the turns. On fake servers.
+
+The rules of the real server's memory calls are in test_server_rules.py; a whole run is tests/test_train_colocated.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import engine, params, prompts, wait_for, weights
+from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+
+EVERYTHING = ["cuda_graph", "kv_cache", "weights"]
+
+
+def released(made: SGLangEngine) -> list[list[str]]:
+    return [told(server)["released"] for server in servers(made)]
+
+
+def take_turns(made: SGLangEngine, version: int) -> None:
+    """As handover.py does from the end of training on."""
+    made.update_weights(weights(version), version)
+    made.resume()
+
+
+def assert_generates(made: SGLangEngine, version: int) -> None:
+    asked = prompts(40)
+    assert_whole(made.generate(asked, params(16)), asked, 16, version)
+
+
+def is_alive(made: SGLangEngine, number: int) -> bool:
+    return made._fleet.members[number].process.alive
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_memory_changes_hands_in_order(tmp_path, sync):
+    with engine(tmp_path, num_servers=2, colocated=True, sync=sync) as made:
+        assert released(made) == [EVERYTHING] * 2, "the trainer comes first"
+        for version in (0, 1):
+            made.update_weights(weights(version), version)
+            assert released(made) == [["cuda_graph", "kv_cache"]] * 2
+            with pytest.raises(RolloutError, match="none of 2 rollout servers"):
+                made.generate(prompts(1), params(4))
+            made.resume()
+            assert released(made) == [[]] * 2
+            assert_generates(made, version)
+            made.release()
+            assert released(made) == [EVERYTHING] * 2
+        numbers = made.metrics()
+        assert numbers["sync/release_s"] > 0 and numbers["sync/resume_s"] > 0
+        assert numbers["rollout/servers_suspected"] == numbers["rollout/servers_excluded"] == 0
+
+
+def test_nobody_asks_for_the_health_of_servers_that_are_asleep(tmp_path):
+    """A health check generates, and the real server would die of it."""
+    with engine(tmp_path, colocated=True, health_interval_s=0.1) as made:
+        take_turns(made, 0)
+        made.release()
+        time.sleep(1.0)
+        assert told(servers(made)[0])["counts"].get("generated", 0) == 0
+        take_turns(made, 1)
+        assert_generates(made, 1)
+        assert made.metrics()["rollout/servers_suspected"] == 0
+
+
+def test_a_server_that_dies_asleep_starts_when_the_trainer_is_done(tmp_path):
+    with engine(tmp_path, num_servers=2, colocated=True) as made:
+        take_turns(made, 0)
+        made.release()
+        os.kill(told(servers(made)[0])["pid"], signal.SIGKILL)
+        made.update_weights(weights(1), 1)
+        assert not is_alive(made, 0), "the memory is the trainer's until resume"
+        made.resume()
+        assert_generates(made, 1)
+        all_serve(made)
+        assert {told(server)["weight_version"] for server in servers(made)} == {made._tag}
+        made.release()
+        take_turns(made, 2)
+        assert_generates(made, 2)
+
+
+def test_a_server_that_keeps_its_memory_is_stopped_until_the_trainer_is_done(tmp_path):
+    with engine(tmp_path, num_servers=2, colocated=True) as made:
+        take_turns(made, 0)
+        order(servers(made)[0], "status", where="/release_memory_occupation", value=500)
+        made.release()
+        wait_for(lambda: not is_alive(made, 0), 10)
+        take_turns(made, 1)
+        assert_generates(made, 1)
+        all_serve(made)
+        numbers = made.metrics()
+        assert numbers["rollout/server_restarts"] == numbers["rollout/servers_excluded"] == 1
+
+
+def test_a_server_on_its_way_back_does_not_start_while_the_trainer_works(tmp_path):
+    slow = fake_python(tmp_path, start_s=3)
+    with engine(tmp_path, python=slow, num_servers=2, colocated=True) as made:
+        take_turns(made, 0)
+        order(servers(made)[0], "die")
+        assert_generates(made, 0)
+        wait_for(lambda: made._fleet.counts["server_restarts"] == 1 and is_alive(made, 0), 10)
+        made.release()
+        time.sleep(1.0)
+        assert not is_alive(made, 0) and is_alive(made, 1)
+        take_turns(made, 1)
+        all_serve(made)
+        assert_generates(made, 1)
+
+
+def test_when_all_died_asleep_resume_waits_for_the_first_to_come_back(tmp_path):
+    with engine(tmp_path, colocated=True) as made:
+        take_turns(made, 0)
+        made.release()
+        os.kill(told(servers(made)[0])["pid"], signal.SIGKILL)
+        take_turns(made, 1)
+        assert_generates(made, 1)
+        assert made.metrics()["rollout/servers_resynced"] == 1
+
+
+def test_without_kept_weights_a_sync_that_reaches_nobody_is_an_error(tmp_path):
+    with engine(tmp_path, colocated=True, sync="distributed") as made:
+        take_turns(made, 0)
+        made.release()
+        os.kill(told(servers(made)[0])["pid"], signal.SIGKILL)
+        with pytest.raises(RolloutError, match="none of 1 rollout servers can serve the current weights"):
+            take_turns(made, 1)
