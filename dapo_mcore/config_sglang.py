@@ -74,6 +74,12 @@ class SGLangConfig(BaseModel):
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"
     """sync distributed: the trainer's address, as the servers reach it."""
+    servers_per_group: int | None = Field(None, ge=1)
+    """sync distributed: servers that receive one broadcast together; null: all. Each group costs the trainer a pass of the
+    weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
+    verify_sync: Literal["off", "servers"] = "off"
+    """servers: after each sync the servers are asked for checksums of their weights, and those that differ from most of the
+    others are taken out; a re-synced server must show what was agreed on. SGLang 0.5.21 tells them on GPUs."""
     quantize: Literal["none", "fp8"] = "none"
     """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
     Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""

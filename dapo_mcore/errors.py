@@ -21,6 +21,10 @@ class RolloutError(DapoError):
     """Generation cannot go on, for instance because no group of answers varies."""
 
 
+class UpdateBroken(RolloutError):
+    """A weight update has reached no server, but some can take another: all ranks repeat it (weights/sync.py)."""
+
+
 class ResourceError(DapoError):
     """The machine has too little memory for what the configuration asks of it."""
 

@@ -98,6 +98,8 @@ METRICS: dict[str, Metric] = {
     "sync/load_s": Metric("s", "servers loading them from there"),
     "sync/broadcast_s": Metric("s", "broadcasting weights to the servers, gathering included"),
     "sync/bytes": Metric("bytes", "weights sent to each server"),
+    "sync/repeats": Metric("times", "syncs begun again because a server's death broke the broadcast for all"),
+    "sync/servers_verified": Metric("servers", "servers whose weights' checksums were compared with another server's"),
     "sync/gb_per_s": Metric("GB/s", "sync/bytes over the time of the whole sync"),
     "sync/release_s": Metric("s", "colocated: servers giving up their memory, which sync/handover_s includes"),
     "sync/resume_s": Metric("s", "colocated: servers taking it back, which sync/handover_s includes"),

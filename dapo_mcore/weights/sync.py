@@ -7,6 +7,7 @@ parcel); while the tensors of a parcel are used, the shards of the next one are 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -16,10 +17,13 @@ import torch.distributed as dist
 
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.model import PolicyModel
+from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.types import RolloutEngine
 from dapo_mcore.weights.mapping import Parameter, export_parameter, find_parameter, local_shape
 from dapo_mcore.weights.shape import WeightShape
 
+REPEATS = 2
+"""Of a sync that broke off: a third failure in a row is no accident."""
 PARCEL_BYTES = 32 << 20
 """Of all shards together: large enough that messages cost little beside their bytes, small beside a bucket."""
 
@@ -177,9 +181,28 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: int) -> None:
-    """Gives the engine on rank 0 the actor's current weights as `version`. Every rank must call it."""
-    if engine is not None:
+    """Gives the engine on rank 0 the actor's current weights as `version`. Every rank must call it.
+
+    Repeated up to REPEATS times when the engine says that another try may succeed. Other errors are raised on rank 0.
+    Collective: the stream's messages, and a broadcast over the control group.
+    """
+    problem: Exception | None = None
+    for repeats_left in reversed(range(1 + REPEATS)):
+        problem = _give(stream, engine, version)
+        again = isinstance(problem, UpdateBroken) and repeats_left > 0
+        if not stream.layout.broadcast_object(again):
+            break
+    if problem is not None:
+        raise problem
+
+
+def _give(stream: WeightStream, engine: RolloutEngine | None, version: int) -> Exception | None:
+    """What went wrong at the engine, so that every rank can be told first."""
+    if engine is None:
+        deque(stream(), maxlen=0)
+        return None
+    try:
         engine.update_weights(stream(), version)
-        return
-    for _ in stream():
-        pass
+    except Exception as error:
+        return error
+    return None

@@ -2,6 +2,7 @@
 
     pytest -m bench tests/weights/bench_sync.py -k 2-layers     2.9 GB; needs 16 GB of memory, shared memory included
     pytest -m bench tests/weights/bench_sync.py -k 8-layers     5.9 GB; needs 32 GB
+    pytest -m bench tests/weights/bench_sync.py -k servers      0.5 GB to 1, 2 and 4 servers; needs 6 GB
 
 Two processes over gloo hold the actor; one fake server, a process of its own, receives. All bytes go through the cores of
 one machine, so only ratios to the plain copies of the same run mean anything elsewhere. Memory is what rank 0's peak
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config
 
+from dapo_mcore.rollout.manifest import WeightManifest
 from dapo_mcore.weights.sync import WeightStream, sync_weights
 from tests.actor.parity import Mesh, make_config, spawn
 from tests.weights.peak_memory import PeakMemory
@@ -81,14 +83,18 @@ def _best(way: Callable[[], None], layout: Any, warm_up: bool = True) -> tuple[f
     return min(seconds[warm_up:]), max(peaks)
 
 
-def _engine(folder: str, path: str, hf_config: Any) -> Any:
+def _engine(folder: str, path: str, hf_config: Any, **changes: Any) -> Any:
     from dapo_mcore.rollout.sglang.engine import SGLangEngine
     from tests.rollout.sglang.fake_server import fake_python
     from tests.rollout.sglang.serving import settings
 
-    given = settings(fake_python(Path(folder)), sync=path, bucket_mib=512, sync_timeout_s=300.0)
+    given = settings(fake_python(Path(folder)), sync=path, **{"bucket_mib": 512, "sync_timeout_s": 300.0, **changes})
     return SGLangEngine(
-        given, hf_config, stop_token_ids=(1,), dtype=torch.bfloat16, folder=Path(folder) / f"servers-{path}"
+        given,
+        hf_config,
+        stop_token_ids=(1,),
+        dtype=torch.bfloat16,
+        folder=Path(folder) / f"servers-{path}-{len(changes)}-{changes.get('servers_per_group')}",
     )
 
 
@@ -128,6 +134,40 @@ def test_sync_and_plain_copies(layers: int, tmp_path: Path, show: Callable[[Tabl
     if free < needed:
         pytest.skip(f"needs {needed:.0f} GB of memory, {free:.0f} GB are free")
     show(_table(spawn(measure, Mesh(tensor=2), str(tmp_path), layers), layers))
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 4])
+def test_servers_in_one_group_and_in_their_own(num_servers: int, tmp_path: Path, show: Callable[[Table], None]) -> None:
+    """Bytes are what this process writes, gloo's sockets included. gloo's broadcast is a binomial tree: its root sends
+    once for every doubling of the ranks; NCCL's ring sends once."""
+    hf_config = Qwen2Config(**{**SIZES, "vocab_size": 8_000, "num_hidden_layers": 1})
+    tensors = [(n, torch.zeros(s, dtype=torch.bfloat16)) for n, s in WeightManifest.of_config(hf_config).shapes.items()]
+    table = Table(title=f"{sum(t.nbytes for _, t in tensors) / 1e9:.2f} GB in bf16 by gloo, best of {ROUNDS}")
+    for column in ("servers", "groups", "s", "GB/s to each", "sent GB", "passes"):
+        table.add_column(column, justify="right")
+    for per_group in [None, 1] if num_servers > 1 else [None]:
+        engine = _engine(
+            str(tmp_path),
+            "distributed",
+            hf_config,
+            num_servers=num_servers,
+            servers_per_group=per_group,
+            bucket_mib=128,
+        )
+        found = []
+        for version in range(1 + ROUNDS):
+            before, start = _written(), time.perf_counter()
+            engine.update_weights(iter(tensors), version)
+            found.append((time.perf_counter() - start, _written() - before))
+        engine.close()
+        (seconds, sent), size = min(found[1:]), sum(t.nbytes for _, t in tensors)
+        numbers = (f"{seconds:.2f}", f"{size / seconds / 1e9:.2f}", f"{sent / 1e9:.2f}", f"{sent / size:.2f}")
+        table.add_row(str(num_servers), str(1 if per_group is None else num_servers), *numbers)
+    show(table)
+
+
+def _written() -> int:
+    return psutil.Process().io_counters().write_chars
 
 
 def _table(result: dict[str, Any], layers: int) -> Table:

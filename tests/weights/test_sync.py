@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.weights.sync import WeightStream, sync_weights
 from tests.actor import families
 from tests.actor.parity import Mesh, build_actor, hf_config, make_config, model64, spawn, start_weights
@@ -47,6 +48,45 @@ def one_policy(layout: Any, mesh: Mesh, tied: bool) -> dict[str, Any]:
         "version": engine.weight_version,
         "logprobs": logprob_error(engine, tied),
     }
+
+
+class BreakingEngine:
+    """Fails the given number of times; the weights of every try."""
+
+    def __init__(self, problem: Exception, times: int):
+        self.problem, self.times_left, self.tries = problem, times, []
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        self.tries.append({name: float(tensor.sum()) for name, tensor in weights})
+        self.times_left -= 1
+        if self.times_left >= 0:
+            raise self.problem
+
+
+def broken_syncs(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    """Of engines that fail: (tries, whether each brought the same weights, the error at the end)."""
+    actor = build_actor(make_config(mesh), layout)
+    stream = WeightStream(actor.policy, actor.shape, layout)
+    cases = {
+        "once": BreakingEngine(UpdateBroken("one died"), 1),
+        "for ever": BreakingEngine(UpdateBroken("one died"), 99),
+        "otherwise": BreakingEngine(RolloutError("no fit"), 1),
+    }
+    found = {}
+    for name, engine in cases.items():
+        told = ""
+        try:
+            sync_weights(stream, engine if layout.is_controller else None, version=3)
+        except RolloutError as error:
+            told = str(error)
+        layout.barrier()  # every rank has come out of it
+        found[name] = [len(engine.tries), all(tried == engine.tries[0] for tried in engine.tries), told]
+    return found
+
+
+def test_a_sync_that_breaks_off_is_repeated_on_every_rank_and_only_so_often() -> None:
+    found = spawn(broken_syncs, Mesh(tensor=2))
+    assert found == {"once": [2, True, ""], "for ever": [3, True, "one died"], "otherwise": [1, True, "no fit"]}
 
 
 def logprob_error(engine: Any, tied: bool) -> float:

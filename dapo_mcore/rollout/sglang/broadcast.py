@@ -1,42 +1,48 @@
 """The weight stream to servers by a broadcast that they receive, over NCCL or gloo.
 
-Change here: the process groups, and how gathering and sending overlap. Fleet.update makes it a transaction.
+Change here: which servers receive together, and how gathering and sending overlap. The groups are server_group.py;
+Fleet.update makes it a transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
-from functools import partial
 from typing import Literal
-
-import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
-from dapo_mcore.rollout.sglang.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.server_group import ServerGroup
+
+Part = tuple[Member, ...]
+"""Members that receive together."""
 
 
 class BroadcastTransfer:
-    """Weights by a broadcast from this process, in a process group for each server: one that dies holds up no other.
+    """Weights by broadcasts from this process, one for each group of servers.
 
     Nothing is kept, so a server that was out gets weights at the next update. The gather of a bucket overlaps with the
-    sending of the one before it: two buckets are in memory.
+    sending of the one before it: two buckets are in memory. A group lasts as long as its servers are the same and well.
+
+    servers_per_group   None for all: the most servers for one pass of the weights. A death breaks the broadcast for its
+                        whole group; when that leaves no server, the fleet raises UpdateBroken.
     """
 
     resync = None
 
-    def __init__(self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float):
+    def __init__(
+        self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float, servers_per_group: int | None = None
+    ):
         self._host, self._backend, self._timeout = host, backend, timedelta(seconds=timeout_s)
+        self._servers_per_group = servers_per_group
+        self._groups: list[ServerGroup] = []
+        self._dropped: list[ServerGroup] = []
         self._joining = asyncio.Lock()
 
     def send(
@@ -45,7 +51,7 @@ class BroadcastTransfer:
         """Metrics of the update that gave every serving server the stream's weights."""
         start = time.perf_counter()
         ready: asyncio.Queue[tuple[Bucket, bool] | Exception] = asyncio.Queue(maxsize=1)
-        update = loop.submit(fleet.update(tag, lambda transaction: self._broadcast(transaction, ready)))
+        update = loop.submit(fleet.update(tag, lambda transaction: self._broadcast(fleet, transaction, ready)))
         num_bytes = 0
         try:
             for bucket, last in buckets:
@@ -59,84 +65,59 @@ class BroadcastTransfer:
         return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": float(num_bytes)}
 
     def close(self) -> None:
-        """Nothing: the groups end with the servers or with this process."""
+        for group in self._groups:
+            group.close()
 
-    async def _broadcast(self, transaction: Transaction, ready: asyncio.Queue) -> None:
+    async def _broadcast(self, fleet: Fleet, transaction: Transaction, ready: asyncio.Queue) -> None:
         await transaction.each("pause", lambda m: m.api.pause())
-        await transaction.each("join", self._join)
-        await transaction.each("begin", _begin)
+        await self._regroup(fleet.members, transaction)
+        await transaction.parts("begin", {group.members: group.begin() for group in self._receiving()})
         last = False
-        while not last:
+        while not last and transaction.members:
             item = await ready.get()
             if isinstance(item, Exception):
                 raise item
             bucket, last = item
-            final_version = transaction.tag if last else None
-            await transaction.each("receive", partial(_send_bucket, bucket, final_version))
+            version = transaction.tag if last else None
+            await transaction.parts("receive", {g.members: g.send(bucket, version) for g in self._receiving()})
             ready.task_done()
         await transaction.each("end", lambda m: m.api.end_update())
 
-    async def _join(self, member: Member) -> None:
-        if member.link is not None:
-            return
+    def _receiving(self) -> list[ServerGroup]:
+        return [group for group in self._groups if group.is_whole]
+
+    async def _regroup(self, everybody: list[Member], transaction: Transaction) -> None:
+        """Groups of exactly the members that take part: those that still fit are kept."""
+        parts = self._parts(everybody, transaction.members)
+        kept = [group for group in self._receiving() if group.members in parts]
+        for group in self._groups:
+            if group not in kept:
+                group.close()
+                self._dropped.append(group)
+        self._groups = kept
+        await transaction.each("leave", self._leave)
+        self._dropped = [group for group in self._dropped if group.remain]
+        grouped = {group.members for group in kept}
+        new = [part for part in self._parts(everybody, transaction.members) if part not in grouped]
+        await transaction.parts("join", {part: self._join(part) for part in new})
+
+    def _parts(self, everybody: list[Member], taking_part: list[Member]) -> list[Part]:
+        """By place in the fleet, so that one server's absence changes its own part alone."""
+        size = self._servers_per_group or len(everybody)
+        parts = [everybody[start : start + size] for start in range(0, len(everybody), size)]
+        present = [tuple(member for member in part if member in taking_part) for part in parts]
+        return [part for part in present if part]
+
+    async def _leave(self, member: Member) -> None:
+        for group in self._dropped:
+            if member in group.remain:
+                await group.leave(member)
+
+    async def _join(self, part: Part) -> None:
         async with self._joining:  # torch registers groups in tables without a lock
-            link = _Link(
-                f"weights-{secrets.token_hex(4)}", self._host, member.num_ranks + 1, self._backend, self._timeout
-            )
-            joined = member.api.join_group(link.name, self._host, link.port, link.world_size, self._backend)
-            await asyncio.gather(joined, asyncio.to_thread(link.open))
-        member.link = link
-
-
-class _Link:
-    """This process's end of the group with one server: rank 0; SGLang's `init_custom_process_group` is the other end."""
-
-    def __init__(self, name: str, host: str, world_size: int, backend: str, timeout: timedelta):
-        self.name, self.world_size = name, world_size
-        self._host, self._backend, self._timeout = host, backend, timeout
-        # TCPStore by itself listens on every interface
-        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.port = self._listener.getsockname()[1]
-
-    def open(self) -> None:
-        store = dist.TCPStore(
-            self._host,
-            self.port,
-            self.world_size,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=self._timeout,
-            master_listen_fd=self._listener.detach(),
-        )
-        self._group, _ = c10d._new_process_group_helper(
-            self.world_size,
-            0,
-            [],
-            c10d.Backend(self._backend),
-            c10d.PrefixStore(self.name, store),
-            group_name=self.name,
-            timeout=self._timeout,
-        )
-
-    def broadcast(self, bucket: Bucket) -> None:
-        for work in [self._group.broadcast(tensor.contiguous(), 0) for _, tensor in bucket]:
-            work.wait()
-
-
-async def _begin(member: Member) -> None:
-    try:
-        await member.api.begin_update()
-    except RequestRefused:  # left open by an update that was broken off
-        await member.api.end_update()
-        await member.api.begin_update()
-
-
-async def _send_bucket(bucket: Bucket, final_version: str | None, member: Member) -> None:
-    received = member.api.receive(bucket, member.link.name, final_version)
-    try:
-        await asyncio.gather(received, asyncio.to_thread(member.link.broadcast, bucket))
-    except RuntimeError as error:  # torch's word for a peer that is gone or silent
-        raise RequestFailed(f"the broadcast to {member.api.url} failed: {error}") from error
+            group = ServerGroup(part, self._host, self._backend, self._timeout)
+            self._groups.append(group)
+            await group.join()
 
 
 def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, update: Future, loop: LoopThread) -> None:

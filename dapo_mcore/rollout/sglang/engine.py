@@ -25,10 +25,11 @@ import torch
 from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
-from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
@@ -84,6 +85,7 @@ class SGLangEngine:
         self._tags: dict[str, int] = {}
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
+        self._broken_updates = 0
         num_servers = len(settings.urls) or settings.num_servers
         allow_open_files(num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
@@ -135,7 +137,8 @@ class SGLangEngine:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
 
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
-        a stream that does not fit the model, and when no server is left; the version then stays.
+        a stream that does not fit the model, and when no server is left; the version then stays. UpdateBroken says that
+        another try finds servers.
         Extra memory: at most twice bucket_mib, or twice the largest tensor (with `quantize`, what that needs beside).
         """
         weights = iter(weights)
@@ -149,11 +152,17 @@ class SGLangEngine:
             # halves: one travels while the next is gathered, and gathering needs room, too
             halves = buckets(stream, self._settings.bucket_mib << 19)
             sent = self._transfer.send(halves, tag, self._fleet, self._loop)
+        except UpdateBroken:
+            self._broken_updates += 1
+            raise
         finally:
             deque(weights, maxlen=0)  # the senders' collectives must complete
         self._version, self._tag = version, tag
         seconds = sum(value for name, value in sent.items() if name.endswith("_s"))
-        self._sync_metrics |= {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds}
+        repeats, self._broken_updates = float(self._broken_updates), 0
+        self._sync_metrics |= {**sent, "sync/gb_per_s": sent["sync/bytes"] / 1e9 / seconds, "sync/repeats": repeats}
+        if self._fleet.checksums is not None:
+            self._sync_metrics["sync/servers_verified"] = float(self._fleet.checksums.num_verified)
 
     def release(self) -> None:
         """Servers give up all device memory, weights included; one that cannot is stopped. See types.ColocatedEngine."""
@@ -199,7 +208,7 @@ class SGLangEngine:
         settings = self._settings
         if settings.sync == "distributed":
             backend = "gloo" if settings.device == "cpu" else "nccl"
-            return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s)
+            return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
@@ -228,7 +237,8 @@ class SGLangEngine:
         if s.router_url:
             patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
             router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
-        return Fleet(members, patience, self._transfer.resync, router)
+        checksums = Checksums() if s.verify_sync == "servers" else None
+        return Fleet(members, patience, self._transfer.resync, router, checksums)
 
     async def _pop_counts(self) -> Counter[str]:
         """In the loop, where they are counted."""

@@ -3,8 +3,8 @@
 Change here: when a server is taken out, and what it must show before it serves again. The rule that everything here keeps:
 a server is `serving` only while it has confirmed that it holds the current weights.
 
-    waiting (no current weights) → update → serving → suspect → out → healthy again, or restarted → re-synced → serving
-                                                                  └ budget spent → lost
+    waiting (no current weights) → update → serving → suspect → out → healthy, or down until restarted → re-synced → serving
+                                                                                └ budget spent → lost
 
 Where servers share GPUs with the trainer: serving → release → waiting (asleep) → update → resume → serving. While they are
 asleep no server starts, and one that is out is stopped: the memory is the trainer's.
@@ -15,16 +15,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, WEIGHT_MEMORY
 
 _STRIKES = 3
+_AWAY = ("out", "down")
 
 Resync = Callable[[Member, str], Awaitable[None]]
 """Gives one server the weights of a tag, from where they are kept."""
@@ -34,14 +36,21 @@ class Fleet:
     """Lives in one event loop.
 
     resync  None where weights are not kept: then a server that was out rejoins at the next update.
+    checksums  compares what servers hold; None asks nobody.
     router  generates in place of the members, which then only take weights. It may ask one that is out: the version
             of the answer tells.
     """
 
     def __init__(
-        self, members: Sequence[Member], patience: Patience, resync: Resync | None = None, router: Member | None = None
+        self,
+        members: Sequence[Member],
+        patience: Patience,
+        resync: Resync | None = None,
+        router: Member | None = None,
+        checksums: Checksums | None = None,
     ):
         self.members, self.resync, self._router = list(members), resync, router
+        self.checksums = checksums
         self.counts: Counter[str] = Counter()
         self._num_updates = 0
         self._patience, self._restarts_left = patience, patience.restart_budget
@@ -103,8 +112,9 @@ class Fleet:
     async def update(self, tag: str, steps: Callable[[Transaction], Awaitable[None]]) -> None:
         """Moves every member that can be reached to the weights `tag` by `steps`; those that fail are taken out.
 
-        On return at least one serves, and all that serve have confirmed `tag`. Raises RolloutError when none does. Servers
-        that are asleep take memory for weights alone, and serve from `resume` on.
+        On return at least one serves, and all that serve have confirmed `tag`. Raises RolloutError when none does:
+        UpdateBroken when another update would find some that are well. Servers that are asleep take memory for weights
+        alone, and serve from `resume` on.
         """
         async with self._weights:
             previous, self._target = self._target, tag
@@ -114,6 +124,7 @@ class Fleet:
                 await transaction.each("take memory", lambda m: m.take_memory(WEIGHT_MEMORY))
                 await steps(transaction)
                 await transaction.each("confirm", self._confirm)
+                await self._compare(transaction)
                 if self._awake.is_set():
                     await self._open(transaction)
             except BaseException:
@@ -129,7 +140,7 @@ class Fleet:
         async with self._weights:
             self._awake.clear()
             self._num_updates += 1
-            await asyncio.gather(*(self._stop(member) for member in self.members if member.state == "out"))
+            await asyncio.gather(*(self._stop(member) for member in self.members if member.state in _AWAY))
             transaction = self._transaction(None)
             await transaction.each("pause", lambda m: m.api.pause())
             await transaction.each("release memory", lambda m: m.release_memory())
@@ -208,7 +219,7 @@ class Fleet:
         good = member.strikes < _STRIKES and await member.is_alive()
         if good and await member.api.healthy(self._patience.health_timeout_s):
             return True
-        self._give_up_calls(member)
+        await self._find_down(member)
         return await self._restart(member)
 
     async def _restart(self, member: Member) -> bool:
@@ -235,7 +246,7 @@ class Fleet:
             return False
         end = time.monotonic() + self._patience.start_timeout_s
         while not await member.api.healthy(self._patience.health_timeout_s):
-            self._give_up_calls(member)
+            await self._find_down(member)
             if time.monotonic() > end:
                 return False
             await asyncio.sleep(self._patience.health_interval_s)
@@ -257,6 +268,8 @@ class Fleet:
         await member.api.pause()
         await self.resync(member, tag)
         await self._confirm(member)
+        if self.checksums is not None:
+            await self.checksums.check(member)
         await member.api.resume()
 
     async def _confirm(self, member: Member) -> None:
@@ -265,14 +278,27 @@ class Fleet:
             raise RequestFailed(f"{member.api.url} reports weights {told!r} after it was given {self._target!r}")
         member.tag = self._target
 
+    async def _compare(self, transaction: Transaction) -> None:
+        if self.checksums is not None:
+            await transaction.each("ask for checksums", self.checksums.ask)
+            self.checksums.agree(transaction.members)
+            await transaction.each("compare checksums", self.checksums.judge)
+
     async def _settle(self) -> None:
         """Waits until somebody serves the target, where all failed but may come back with it."""
         async with self._changed:
             self._changed.notify_all()
-            while not self.serving:
-                if self.resync is None or not self._returning():
-                    raise RolloutError(self._nobody())
+            while not self.serving and self._may_settle():
                 await self._changed.wait()
+        if not self.serving:
+            well = sum(member.state == "waiting" for member in self.members)
+            raise UpdateBroken(f"{self._nobody()} ({well} are well)") if well else RolloutError(self._nobody())
+
+    def _may_settle(self) -> bool:
+        """Where weights are not kept, those that are well take the next update without waiting for those that are down."""
+        if any(member.state == "waiting" for member in self.members):
+            return any(member.state == "out" for member in self.members)
+        return self._returning()
 
     async def _watch(self) -> None:
         """Finds servers that hang: they accept requests and never answer."""
@@ -295,7 +321,13 @@ class Fleet:
         return [self._router] if self._router is not None and self.serving else self.serving
 
     def _returning(self) -> bool:
-        return any(member.state == "out" for member in self.members)
+        return any(member.state in _AWAY for member in self.members)
+
+    async def _find_down(self, member: Member) -> None:
+        member.state = "down"
+        self._give_up_calls(member)
+        async with self._changed:
+            self._changed.notify_all()
 
     def _give_up_calls(self, member: Member) -> None:
         for task in member.calls:
@@ -320,12 +352,17 @@ class Transaction:
 
     async def each(self, step: str, action: Callable[[Member], Awaitable[None]]) -> None:
         """Does one step on every remaining member at once."""
-        work = (asyncio.wait_for(action(member), self._timeout_s) for member in self.members)
-        outcomes = await asyncio.gather(*work, return_exceptions=True)
-        for member, outcome in zip(list(self.members), outcomes):
+        await self.parts(step, {(member,): action(member) for member in self.members})
+
+    async def parts(self, step: str, works: Mapping[tuple[Member, ...], Awaitable[None]]) -> None:
+        """Does a step's `works` at once, each for several members, which fail together."""
+        limited = (asyncio.wait_for(work, self._timeout_s) for work in works.values())
+        outcomes = await asyncio.gather(*limited, return_exceptions=True)
+        for part, outcome in zip(works, outcomes):
             if isinstance(outcome, BaseException):
                 if not isinstance(outcome, RolloutError | TimeoutError):
                     raise outcome
                 told = str(outcome) or f"nothing within {self._timeout_s:g} s"
-                self.members.remove(member)
-                self._fleet._take_out(member, f"weight update, {step}: {told}")
+                for member in part:
+                    self.members.remove(member)
+                    self._fleet._take_out(member, f"weight update, {step}: {told}")

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, ServerApi
 
-State = Literal["waiting", "serving", "out", "lost"]
+State = Literal["waiting", "serving", "out", "down", "lost"]
+"""waiting: well, without the current weights. out: being looked at. down: found ill, restarted or waited for."""
 
 
 class OwnedServer(Protocol):
@@ -42,7 +43,7 @@ class Member:
     tag       the weights that it has confirmed.
     released  kinds of device memory that it has given up (server_api.ALL_MEMORY).
     changing  held while its process is stopped or started.
-    link      what a distributed update keeps for it (broadcast.py).
+    link      the group in which it receives broadcasts (server_group.py).
     """
 
     api: ServerApi

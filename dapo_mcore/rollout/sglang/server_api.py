@@ -133,15 +133,25 @@ class ServerApi:
         except (KeyError, TypeError) as error:
             raise RequestFailed(f"{self.url}/model_info names no weight_version: {error!r}") from error
 
+    async def checksums(self) -> dict[str, str] | None:
+        """Of every parameter of every rank, by `rank:name`. None of a server that cannot tell: older versions have no such
+        call, and 0.5.21 needs CUDA for it."""
+        try:
+            ranks = (await self._admin("/weights_checker", {"action": "checksum"}))["ranks"]
+            told = [(number, rank["checksums"].items()) for number, rank in enumerate(ranks)]
+        except (RequestRefused, KeyError, TypeError, AttributeError):
+            return None
+        return {f"{number}:{name}": value for number, items in told for name, value in items}
+
     async def load_from_disk(self, folder: str, weight_version: str) -> None:
         """Loads a folder of safetensors and flushes. The format is named: a server started with dummy weights would
         otherwise draw random ones again."""
         body = {"model_path": folder, "load_format": "safetensors", "weight_version": weight_version}
         await self._admin("/update_weights_from_disk", {**body, "flush_cache": True})
 
-    async def join_group(self, name: str, host: str, port: int, world_size: int, backend: str) -> None:
-        """The server's ranks join a process group as ranks 1 to world_size - 1; rank 0 sends."""
-        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": world_size}
+    async def join_group(self, name: str, host: str, port: int, offset: int, world_size: int, backend: str) -> None:
+        """The server's ranks join a process group as ranks `offset` and up; rank 0 sends."""
+        body = {"master_address": host, "master_port": port, "rank_offset": offset, "world_size": world_size}
         await self._admin("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
 
     async def leave_group(self, name: str) -> None:

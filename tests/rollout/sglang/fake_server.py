@@ -7,6 +7,7 @@ gives to Python; `fake_python` makes the interpreter that does so. POST /fake or
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -25,14 +26,17 @@ TICK_S = 0.02
 ADMIN = {
     "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk",
     "/begin_weight_update", "/end_weight_update", "/init_weights_update_group", "/destroy_weights_update_group",
-    "/update_weights_from_distributed", "/release_memory_occupation", "/resume_memory_occupation",
+    "/update_weights_from_distributed", "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker",
 }  # fmt: skip
 
 
-def fake_python(folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, start_s: float = 0) -> Path:
-    """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed."""
-    script = folder / f"python-{version}-{tokens_per_s}"
-    settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s}"
+def fake_python(
+    folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, start_s: float = 0, checksums: bool = False
+) -> Path:
+    """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed; with CUDA
+    where it tells `checksums`."""
+    script = folder / f"python-{version}-{tokens_per_s}-{checksums}"
+    settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_CHECKSUMS={int(checksums)}"
     script.write_text(
         f'#!/bin/sh\n{settings} FAKE_START_S={start_s} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n'
     )
@@ -102,6 +106,7 @@ class FakeServer:
         if self.has_sessions:
             app.router.add_post("/begin_weight_update", self.begin)
             app.router.add_post("/end_weight_update", self.end)
+            app.router.add_post("/weights_checker", self.check_weights)
         return app
 
     # keys and faults
@@ -179,7 +184,8 @@ class FakeServer:
     async def tell(self, request: web.Request) -> web.Response:
         sums = {name: float((t.float() if hasattr(t, "float") else t).sum()) for name, t in self.weights.items()}
         told = {"weight_version": self.weight_version, "weights": sums, "counts": self.told, "pid": os.getpid()}
-        now = {"running": len(self.running), "session": self.session, "released": sorted(self.released)}
+        groups = {"groups": sorted(self.groups), "released": sorted(self.released)}
+        now = {"running": len(self.running), "session": self.session, **groups}
         return web.json_response({**told, **now})
 
     # what it is
@@ -327,12 +333,18 @@ class FakeServer:
 
     async def init_group(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
+        try:
+            self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
+        except RuntimeError as error:
+            return self.result(False, f"Failed to initialize custom process group: {error}.")
         return self.result(True, "Succeeded to initialize custom process group.")
 
     async def destroy_group(self, request: web.Request) -> web.Response:
-        found = self.groups.pop((await request.json())["group_name"], None) is not None
-        return self.result(found, "" if found else "The group to be destroyed does not exist.")
+        group = self.groups.pop((await request.json())["group_name"], None)
+        if group is None:
+            return self.result(False, "The group to be destroyed does not exist.")
+        destroy_group(group)
+        return self.result(True, "Succeeded to destroy custom process group.")
 
     async def update_from_distributed(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -345,15 +357,27 @@ class FakeServer:
         if self.take_fault(f"bucket {self.buckets}") is not None:
             os._exit(9)
         self.told["buckets"] += 1
-        self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
+        try:
+            self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
+        except RuntimeError as error:
+            return self.result(False, f"Failed to receive weights: {error}")
         self.loaded(body)
         return self.result(True, "Succeeded to update parameter online.")
+
+    async def check_weights(self, request: web.Request) -> web.Response:
+        if not int(os.environ["FAKE_CHECKSUMS"]):
+            return self.result(False, "Torch not compiled with CUDA enabled")
+        sums = {name: hashlib.sha256(raw_bytes(tensor)).hexdigest()[:16] for name, tensor in self.weights.items()}
+        return web.json_response({"success": True, "message": "Success.", "ranks": [{"checksums": sums}]})
 
     def loaded(self, body: dict[str, Any]) -> None:
         if "weights" in self.released:
             os._exit(1)  # as the real one on a GPU
         if body.get("flush_cache", True) and not self.flushed():
             os._exit(1)  # as the real one: "Cache flush failed after updating weights"
+        if self.weights and self.take_fault("weights") is not None:
+            last = list(self.weights)[-1]
+            self.weights[last] = self.weights[last] + 1
         if body.get("weight_version") is not None and self.take_fault("version") is None:
             self.weight_version = body["weight_version"]
 
@@ -372,17 +396,30 @@ def load(file: Path) -> dict[str, Any]:
         return load_file(file)
 
 
+def raw_bytes(tensor: Any) -> bytes:
+    import torch
+
+    return torch.as_tensor(tensor).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def join_group(body: dict[str, Any]) -> Any:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d as c10d
 
-    name, size, timeout = body["group_name"], body["world_size"], timedelta(minutes=1)
+    name, size, timeout = body["group_name"], body["world_size"], timedelta(minutes=30)
     store = dist.TCPStore(body["master_address"], body["master_port"], size, is_master=False)
     prefixed = c10d.PrefixStore(name, store)
     group, _ = c10d._new_process_group_helper(
         size, body["rank_offset"], [], c10d.Backend(body["backend"]), prefixed, group_name=name, timeout=timeout
     )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group
+
+
+def destroy_group(group: Any) -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group(group)
 
 
 def receive(group: Any, body: dict[str, Any]) -> dict[str, Any]:

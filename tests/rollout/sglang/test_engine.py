@@ -230,7 +230,7 @@ def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_pa
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
 def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_serves(tmp_path, sync):
-    with engine(tmp_path, num_servers=2, sync=sync) as made:
+    with engine(tmp_path, num_servers=2, sync=sync, servers_per_group=1) as made:
         bucket_a_tensor(made)
         made.update_weights(weights(0), version=1)
         first, second = servers(made)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
@@ -146,13 +147,13 @@ def test_kill_9_during_generation_costs_no_sample(made):
 def test_kill_9_during_a_sync_from_disk_leaves_the_survivor_and_resyncs_the_other(made):
     with killing(made._fleet.members[1], "load_from_disk"):
         sync(made, seed=4)
-    assert [member.state for member in made._fleet.members] == ["serving", "out"]
+    assert made._fleet.members[0].state == "serving" and made._fleet.members[1].state in ("out", "down")
     assert_follows(made, seed=4)
     both_serve(made)
     assert_follows(made, seed=4)
 
 
-def test_a_broadcast_is_followed(made):
+def test_one_broadcast_to_both_is_followed(made):
     made._transfer.close()
     made._transfer, made._fleet.resync = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60), None
     sync(made, seed=6)
@@ -160,15 +161,30 @@ def test_a_broadcast_is_followed(made):
     made._settings = made._settings.model_copy(update={"bucket_mib": 0})  # a bucket a tensor
     sync(made, seed=8)
     assert_follows(made, seed=8)
+    assert [len(group.members) for group in made._transfer._groups] == [2]
     print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
 
 
 def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_next(made):
-    with killing(made._fleet.members[0], "receive", at=5):
+    before = made.weight_version
+    with killing(made._fleet.members[0], "receive", at=5), pytest.raises(UpdateBroken, match=r"\(1 are well\)"):
         sync(made, seed=10)
+    assert made.weight_version == before and not made._fleet.serving
+    sync(made, seed=10)  # what all ranks do then
     assert made._fleet.members[1].state == "serving" and made._fleet.members[0].state != "serving"
     assert_follows(made, seed=10)
+    assert made.metrics()["sync/repeats"] == 1
     wait_for(lambda: made._fleet.members[0].state == "waiting", 240)
     sync(made, seed=12)
     both_serve(made)
     assert_follows(made, seed=12)
+    assert [len(group.members) for group in made._transfer._groups] == [2]
+
+
+def test_kill_9_in_a_group_of_its_own_costs_no_repeat(made):
+    made._transfer.close()
+    made._transfer = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60, servers_per_group=1)
+    with killing(made._fleet.members[0], "receive", at=5):
+        sync(made, seed=14)
+    assert made._fleet.members[1].state == "serving" and made._fleet.members[0].state != "serving"
+    assert_follows(made, seed=14)

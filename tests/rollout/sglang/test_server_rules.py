@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
-from dapo_mcore.rollout.sglang.broadcast import _Link
+from dapo_mcore.rollout.sglang.process_group import RootRank
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
 
@@ -181,28 +183,50 @@ def test_a_broadcast_needs_a_session_and_a_group(server: Raw) -> None:
 
 
 def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
-    name = f"rules-{secrets.token_hex(4)}"  # torch wants it unique in a process
-    link = _Link(name, "127.0.0.1", 2, "gloo", timedelta(seconds=30))
-    join = {"master_address": "127.0.0.1", "master_port": link.port, "rank_offset": 1, "world_size": 2}
-    join |= {"group_name": name, "backend": "gloo"}
-    assert in_background(lambda: server.post("/init_weights_update_group", join), link.open) == 200
+    root = joined(server)
     before = server.version()
     server.post("/begin_weight_update", {"selector": "all"})
     tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
     for bucket, version in ((tensors[:5], None), (tensors[5:], "broadcast")):
-        body = {
-            "names": [tensor_name for tensor_name, _ in bucket],
-            "dtypes": ["float32"] * len(bucket),
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": name,
-            "flush_cache": version is not None,
-            "weight_version": version,
-        }
-        send = lambda bucket=bucket: link.broadcast(bucket)  # noqa: E731
-        assert in_background(lambda body=body: server.post("/update_weights_from_distributed", body), send) == 200
+        send = lambda bucket=bucket: root.broadcast(bucket)  # noqa: E731
+        assert in_background(lambda b=bucket, v=version: receive(server, root.name, b, v), send)[0] == 200
         assert server.version() == (version or before)
     assert server.post("/end_weight_update")[0] == 200
-    assert server.post("/destroy_weights_update_group", {"group_name": name})[0] == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
+
+
+def test_a_broadcast_that_breaks_off_is_refused_and_keeps_version_and_session(server: Raw) -> None:
+    """Rank 0 gives up: the server hears of it at once, and may leave the group and join another."""
+    root = joined(server)
+    before = server.version()
+    server.post("/begin_weight_update", {"selector": "all"})
+    tensors = list(weights(seed=1))
+    start = time.monotonic()
+    give_up = lambda: (time.sleep(1), root.close())  # noqa: E731
+    status, answer = in_background(lambda: receive(server, root.name, tensors, "never"), give_up)
+    assert status == 400 and "Failed to receive weights" in answer["message"] and time.monotonic() - start < 20
+    assert server.version() == before
+    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 400
+    assert server.post("/end_weight_update")[0] == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
+    again = joined(server)
+    assert server.post("/destroy_weights_update_group", {"group_name": again.name})[0] == 200
+
+
+def test_joining_a_group_that_is_given_up_is_refused(server: Raw) -> None:
+    """Two servers were to join; the other never does."""
+    root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 3, "gloo", timedelta(seconds=30))
+
+    def open_in_vain() -> None:
+        with pytest.raises(RuntimeError):
+            root.open()
+
+    opening = threading.Thread(target=open_in_vain)
+    opening.start()
+    status, _ = in_background(lambda: join(server, root), lambda: (time.sleep(2), root.close()))
+    assert status == 400
+    opening.join(20)
+    assert not opening.is_alive()
 
 
 def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, checkpoints) -> None:
@@ -219,14 +243,38 @@ def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, ch
     assert server.generate([5, 6], 4)[1]["meta_info"]["weight_version"] == "woken"
 
 
-def in_background(call, meanwhile) -> int:
-    """The status of `call`, which waits for what `meanwhile` does."""
-    box: list[tuple[int, object]] = []
+def joined(server: Raw) -> RootRank:
+    """This process's end of a group with the server."""
+    root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 2, "gloo", timedelta(seconds=30))
+    assert in_background(lambda: join(server, root), root.open)[0] == 200
+    return root
+
+
+def join(server: Raw, root: RootRank) -> tuple[int, Any]:
+    place = {"master_address": "127.0.0.1", "master_port": root.port, "rank_offset": 1, "world_size": root.world_size}
+    return server.post("/init_weights_update_group", {**place, "group_name": root.name, "backend": "gloo"})
+
+
+def receive(server: Raw, group: str, tensors: list, version: str | None) -> tuple[int, Any]:
+    body = {
+        "names": [name for name, _ in tensors],
+        "dtypes": ["float32"] * len(tensors),
+        "shapes": [list(tensor.shape) for _, tensor in tensors],
+        "group_name": group,
+        "flush_cache": version is not None,
+        "weight_version": version,
+    }
+    return server.post("/update_weights_from_distributed", body)
+
+
+def in_background(call: Callable[[], tuple[int, Any]], meanwhile: Callable[[], Any]) -> tuple[int, Any]:
+    """What `call` returns, which waits for what `meanwhile` does."""
+    box: list[tuple[int, Any]] = []
     thread = threading.Thread(target=lambda: box.append(call()))
     thread.start()
     meanwhile()
     thread.join(60)
-    return box[0][0]
+    return box[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,156 @@
+"""Broadcasts to groups of fake servers: one pass of the weights for all, and what a death in the middle of it costs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from typing import Any
+
+import pytest
+
+from dapo_mcore.errors import RolloutError, UpdateBroken
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.process_group import RootRank
+from tests.rollout.sglang.serving import Raw, engine, params, prompts, wait_for, weights
+from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
+
+NUM_TENSORS = len(list(weights(0)))
+
+
+@pytest.fixture
+def broadcasts(monkeypatch) -> list[str]:
+    """The name of the group of every broadcast that this process begins."""
+    begun: list[str] = []
+    real = RootRank.broadcast
+
+    def counted(self: RootRank, bucket: Any) -> None:
+        begun.append(self.name)
+        real(self, bucket)
+
+    monkeypatch.setattr(RootRank, "broadcast", counted)
+    return begun
+
+
+def assert_holds(server: Raw, seed: int, tag: str) -> None:
+    now = told(server)
+    assert now["weight_version"] == tag and not now["session"]
+    assert now["weights"] == pytest.approx({n: float(t.sum()) for n, t in weights(seed)}, rel=1e-4, abs=1e-4)
+
+
+def sync(made: SGLangEngine, seed: int, version: int) -> int:
+    """How many times it was broken, as weights/sync.py repeats it."""
+    for broken in range(3):
+        left = weights(seed)
+        try:
+            made.update_weights(left, version)
+            return broken
+        except UpdateBroken:
+            assert made.weight_version < version and deque(left) == deque()
+    raise AssertionError("broken three times")
+
+
+def states(made: SGLangEngine) -> list[str]:
+    return [member.state for member in made._fleet.members]
+
+
+def sent_bytes() -> int:
+    """Bytes that this process has written, gloo's sockets included."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
+
+
+@pytest.mark.parametrize("per_group, num_groups, passes", [(None, 1, 2), (1, 3, 3)])
+def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts, per_group, num_groups, passes):
+    """gloo reaches three others from one rank in two rounds of a binomial tree; from NCCL's ring the bytes leave once."""
+    with engine(tmp_path, num_servers=3, sync="distributed", servers_per_group=per_group) as made:
+        bucket_a_tensor(made)
+        for version in (1, 2):
+            before = sent_bytes()
+            made.update_weights(weights(version), version)
+            sent = sent_bytes() - before
+            for server in servers(made):
+                assert_holds(server, seed=version, tag=made._tag)
+        assert len(broadcasts) == 2 * num_groups * NUM_TENSORS
+        assert len(set(broadcasts)) == num_groups, "an update without faults makes no new groups"
+        assert [len(told(server)["groups"]) for server in servers(made)] == [1, 1, 1]
+        numbers = made.metrics()
+        assert sent / numbers["sync/bytes"] == pytest.approx(passes, rel=0.15) and numbers["sync/repeats"] == 0
+
+
+@pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group"])
+def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_path, fault, broadcasts):
+    with engine(tmp_path, num_servers=3, sync="distributed", restart_budget=1) as made:
+        bucket_a_tensor(made)
+        if "init" not in fault:
+            made.update_weights(weights(0), version=1)
+        order(servers(made)[1], "die", where=fault)
+        assert sync(made, seed=1, version=2) == 1
+        assert states(made)[::2] == ["serving", "serving"] and states(made)[1] != "serving"
+        for server in servers(made)[::2]:
+            assert_holds(server, seed=1, tag=made._tag)
+            assert len(told(server)["groups"]) == 1, "the broken group has left the server"
+        asked = prompts(30)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+        numbers = made.metrics()
+        assert numbers["sync/repeats"] == 1 and numbers["rollout/servers_serving"] == 2
+        wait_for(lambda: states(made)[1] == "waiting", 20)
+        broadcasts.clear()
+        assert sync(made, seed=3, version=3) == 0
+        assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == 1
+        for server in servers(made):
+            assert_holds(server, seed=3, tag=made._tag)
+            assert len(told(server)["groups"]) == 1
+        assert made.metrics()["sync/repeats"] == 0
+
+
+def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tmp_path):
+    with engine(tmp_path, num_servers=4, sync="distributed", servers_per_group=2) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400)
+        assert sync(made, seed=1, version=2) == 0
+        assert states(made)[2:] == ["serving", "serving"]
+        wait_for(lambda: states(made)[:2] == ["waiting", "waiting"], 20)
+        assert sync(made, seed=2, version=3) == 0 and states(made) == ["serving"] * 4
+        for server in servers(made):
+            assert_holds(server, seed=2, tag=made._tag)
+            assert len(told(server)["groups"]) == 1
+
+
+def test_servers_of_their_own_groups_that_all_fail_and_are_well_take_the_repeat(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed", servers_per_group=1) as made:
+        made.update_weights(weights(0), version=1)
+        for server in servers(made):
+            order(server, "status", where="/update_weights_from_distributed", value=500)
+        assert sync(made, seed=1, version=2) == 1
+        assert states(made) == ["serving", "serving"]
+        assert made.metrics()["sync/repeats"] == 1
+
+
+def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tmp_path, broadcasts):
+    with engine(tmp_path, num_servers=3, sync="distributed", health_interval_s=60.0) as made:
+        made.update_weights(weights(0), version=1)
+        os.kill(told(servers(made)[2])["pid"], signal.SIGKILL)
+        assert sync(made, seed=1, version=2) == 0
+        assert states(made)[:2] == ["serving", "serving"] and len(set(broadcasts)) == 2
+        assert [len(told(server)["groups"]) for server in servers(made)[:2]] == [1, 1]
+
+
+def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=15.0, health_timeout_s=1.0) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "hang", where="/update_weights_from_distributed")
+        assert sync(made, seed=1, version=2) == 1
+        assert "serving" in states(made)
+        asked = prompts(10)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_when_nobody_comes_back_the_error_is_final(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed", restart_budget=0) as made:
+        made.update_weights(weights(0), version=1)
+        for server in servers(made):
+            order(server, "die", where="bucket 1")
+        with pytest.raises(RolloutError, match="none of 2 rollout servers can serve") as caught:
+            sync(made, seed=1, version=2)
+        assert not isinstance(caught.value, UpdateBroken) and made.weight_version == 1
