@@ -97,6 +97,7 @@ METRICS: dict[str, Metric] = {
     "sync/write_s": Metric("s", "writing weights to rollout.sglang.sync_dir, gathering included"),
     "sync/load_s": Metric("s", "servers loading them from there"),
     "sync/broadcast_s": Metric("s", "broadcasting weights to the servers, gathering included"),
+    "sync/tensor_s": Metric("s", "servers copying weights from rank 0's memory, gathering included"),
     "sync/bytes": Metric("bytes", "weights sent to each server"),
     "sync/gb_per_s": Metric("GB/s", "sync/bytes over the time of the whole sync"),
     "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over the time of the whole step"),

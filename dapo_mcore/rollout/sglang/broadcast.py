@@ -1,6 +1,6 @@
 """The weight stream to servers by a broadcast that they receive, over NCCL or gloo.
 
-Change here: the process groups, and how gathering and sending overlap. Fleet.update makes it a transaction.
+Change here: the process groups. stream.py overlaps gathering and sending; Fleet.update makes it a transaction.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
 from functools import partial
 from typing import Literal
@@ -18,12 +17,12 @@ from typing import Literal
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
-from dapo_mcore.rollout.sglang.http import RequestFailed, RequestRefused
+from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.stream import Parcels, open_session, send_stream
 
 
 class BroadcastTransfer:
@@ -44,36 +43,18 @@ class BroadcastTransfer:
     ) -> dict[str, float]:
         """Metrics of the update that gave every serving server the stream's weights."""
         start = time.perf_counter()
-        ready: asyncio.Queue[tuple[Bucket, bool] | Exception] = asyncio.Queue(maxsize=1)
-        update = loop.submit(fleet.update(tag, lambda transaction: self._broadcast(transaction, ready)))
-        num_bytes = 0
-        try:
-            for bucket, last in buckets:
-                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                _hand_over((bucket, last), ready, update, loop)
-        except BaseException as error:
-            _hand_over(RolloutError(f"the weight stream broke off: {error!r}"), ready, update, loop)
-            wait([update])
-            raise
-        update.result()
-        return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": float(num_bytes)}
+        num_bytes = send_stream(buckets, tag, fleet, loop, self._broadcast)
+        return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": num_bytes}
 
     def close(self) -> None:
         """Nothing: the groups end with the servers or with this process."""
 
-    async def _broadcast(self, transaction: Transaction, ready: asyncio.Queue) -> None:
+    async def _broadcast(self, transaction: Transaction, parcels: Parcels[Bucket]) -> None:
         await transaction.each("pause", lambda m: m.api.pause())
         await transaction.each("join", self._join)
-        await transaction.each("begin", _begin)
-        last = False
-        while not last:
-            item = await ready.get()
-            if isinstance(item, Exception):
-                raise item
-            bucket, last = item
-            final_version = transaction.tag if last else None
-            await transaction.each("receive", partial(_send_bucket, bucket, final_version))
-            ready.task_done()
+        await transaction.each("begin", open_session)
+        async for bucket, version in parcels:
+            await transaction.each("receive", partial(_send_bucket, bucket, version))
         await transaction.each("end", lambda m: m.api.end_update())
 
     async def _join(self, member: Member) -> None:
@@ -123,30 +104,9 @@ class _Link:
             work.wait()
 
 
-async def _begin(member: Member) -> None:
-    try:
-        await member.api.begin_update()
-    except RequestRefused:  # left open by an update that was broken off
-        await member.api.end_update()
-        await member.api.begin_update()
-
-
 async def _send_bucket(bucket: Bucket, final_version: str | None, member: Member) -> None:
     received = member.api.receive(bucket, member.link.name, final_version)
     try:
         await asyncio.gather(received, asyncio.to_thread(member.link.broadcast, bucket))
     except RuntimeError as error:  # torch's word for a peer that is gone or silent
         raise RequestFailed(f"the broadcast to {member.api.url} failed: {error}") from error
-
-
-def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, update: Future, loop: LoopThread) -> None:
-    """Waits until the bucket before is sent, unless nobody will take this one any more."""
-
-    async def put() -> None:
-        await ready.join()
-        await ready.put(item)
-
-    handed = loop.submit(put())
-    wait([handed, update], return_when=FIRST_COMPLETED)
-    if not handed.done():
-        handed.cancel()
