@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dapo_mcore.rollout.sglang.broadcast import _Link
+from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
 
@@ -203,6 +204,33 @@ def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: R
         assert server.version() == (version or before)
     assert server.post("/end_weight_update")[0] == 200
     assert server.post("/destroy_weights_update_group", {"group_name": name})[0] == 200
+
+
+def open_tensors(server: Raw, handle: str, version: str | None = None) -> tuple[int, dict]:
+    body = {"serialized_named_tensors": [handle], "load_format": "flattened_bucket"}
+    return server.post(
+        "/update_weights_from_tensor", {**body, "flush_cache": version is not None, "weight_version": version}
+    )
+
+
+def test_shared_memory_needs_a_session(server: Raw) -> None:
+    before = server.version()
+    shared = SharedBucket(list(weights(seed=1)))
+    status, answer = open_tensors(server, shared.handle(), "never")
+    assert status == 400 and "begin_weight_update" in answer["message"] and server.version() == before
+    shared.close()
+
+
+def test_shared_memory_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+    before = server.version()
+    server.post("/begin_weight_update", {"selector": "all"})
+    tensors = list(weights(seed=1))
+    for bucket, version in ((tensors[:5], None), (tensors[5:], "tensor")):
+        shared = SharedBucket(bucket)
+        status, answer = open_tensors(server, shared.handle(), version)
+        assert status == 200 and answer["success"] and server.version() == (version or before)
+        shared.close()
+    assert server.post("/end_weight_update")[0] == 200
 
 
 def in_background(call, meanwhile) -> int:
