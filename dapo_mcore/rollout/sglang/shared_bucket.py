@@ -31,27 +31,30 @@ _COUNTER = slice(11, 13)
 
 
 class SharedBucket:
-    """A copy of a bucket's tensors; the bucket is emptied. It lies where the first tensor does.
+    """A copy of a bucket's tensors; the bucket is emptied. It lies on the first tensor's device.
+
+    used  a bucket that nobody reads any more: its memory is taken where it fits, given back where it does not. New shared
+          memory costs several times the copy on a CPU.
 
     A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors in
-    them, built from names that SGLang's unpickler admits. The sender needs torch alone. Of one handle for the whole
-    bucket, other than of one for each tensor, torch makes and opens one IPC event and counter, not hundreds.
+    them, built from names that SGLang's unpickler admits. The sender needs torch alone. With a handle for each tensor
+    instead, torch would make and open hundreds of IPC events and counters.
     """
 
-    def __init__(self, bucket: Bucket):
+    def __init__(self, bucket: Bucket, used: SharedBucket | None = None):
         self._table, end = [], 0
         for name, tensor in bucket:
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + tensor.nbytes
             place = {"start_idx": start, "end_idx": end, "numel": tensor.nbytes}
             self._table.append(SimpleNamespace(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, **place))
-        device = bucket[0][1].device
-        self._memory = _HostMemory(end) if device.type == "cpu" else _CudaMemory(end, device)
+        self._memory = _memory(end, bucket[0][1].device, used)
         for (_, tensor), place in zip(bucket, self._table):
             flat = self._memory.data[place.start_idx : place.end_idx]
             flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         bucket.clear()
-        self._memory.filled()
+        if self._memory.data.is_cuda:
+            torch.cuda.current_stream(self._memory.data.device).synchronize()
 
     def handle(self) -> str:
         """What one process needs to open the bucket once, in base64."""
@@ -61,6 +64,16 @@ class SharedBucket:
     def close(self) -> None:
         """Gives the memory back; a process that has it open keeps it (CPU) or must not read it any more (GPU)."""
         self._memory.close()
+
+
+def _memory(num_bytes: int, device: torch.device, used: SharedBucket | None) -> _HostMemory | _CudaMemory:
+    """That of `used`, or new; an embedding's is not kept for ordinary buckets."""
+    if used is not None:
+        data = used._memory.data
+        if data.device == device and num_bytes <= data.nbytes <= 2 * num_bytes:
+            return used._memory
+        used.close()
+    return _HostMemory(num_bytes) if device.type == "cpu" else _CudaMemory(num_bytes, device)
 
 
 class _Call:
@@ -107,9 +120,6 @@ class _HostMemory:
         finally:
             os.close(file)
 
-    def filled(self) -> None:
-        """Nothing: the copies are done."""
-
     def opening(self) -> _Call:
         self._storage._shared_incref()  # whoever opens it takes one off
         size = self._storage.nbytes()
@@ -123,13 +133,11 @@ class _HostMemory:
 
 
 class _CudaMemory:
-    """Memory of the caching allocator, shared by CUDA IPC. Its handle carries an event that openers wait for."""
+    """Memory of the caching allocator, shared by CUDA IPC."""
 
     def __init__(self, num_bytes: int, device: torch.device):
         self.data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-    def filled(self) -> None:
-        """Shares it, once: torch chains a counter to the memory each time, and an event."""
+        # once: torch chains a counter to the memory each time, and an event
         rebuild, arguments = reductions.reduce_tensor(self.data)
         # torch would keep the memory until each counted opener has let it go, which one that dies never does
         torch.UntypedStorage._release_ipc_counter_cuda(*arguments[_COUNTER])

@@ -66,14 +66,13 @@ class TensorTransfer:
     def _share(self, bucket: Bucket) -> SharedBucket:
         """Called once every server has answered for the bucket before this one, the last of `_shared`.
 
-        That answer frees only the bucket before it. SGLang answers from its first rank, which has waited for its own
+        That answer frees only the bucket before that. SGLang answers from its first rank, which has waited for its own
         copies. From 0.5.21 on, the others pass the barrier before the answer with copies still queued on their GPUs; they
         wait for them as they let go of the memory, before they take the next request, and its answer needs them all. The
         request after the last bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
         """
-        while len(self._shared) > 1:
-            self._shared.popleft().close()
-        self._shared.append(SharedBucket(bucket))
+        used = self._shared.popleft() if len(self._shared) > 1 else None
+        self._shared.append(SharedBucket(bucket, used))
         return self._shared[-1]
 
     async def _hand_over(self, transaction: Transaction, parcels: Parcels[SharedBucket]) -> None:

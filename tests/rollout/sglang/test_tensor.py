@@ -206,18 +206,32 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(iter(whole)), rel=1e-4, abs=1e-4)
 
 
-def test_a_bucket_is_kept_until_the_one_after_it_is_answered_and_no_longer(monkeypatch):
-    """At most two at a time, and never is one given back that the last answer does not vouch for."""
-    transfer, alive, most = TensorTransfer([]), [], 0
-    closed: list[int] = []
-    real = SharedBucket.close
-    monkeypatch.setattr(SharedBucket, "close", lambda self: (closed.append(alive.index(self)), real(self)))
+def test_a_bucket_stays_as_it_is_until_the_one_after_it_is_answered():
+    """Its own answer does not vouch for every rank's copy."""
+    transfer, before = TensorTransfer([]), None
     for number, (bucket, _) in enumerate(buckets(weights(0), 0)):
-        alive.append(transfer._share(bucket))
-        most = max(most, len(shared_files()))
-        assert closed == list(range(number - 1))
+        tensors = list(bucket)
+        shared = transfer._share(bucket)
+        assert len(shared_files()) == min(number + 1, 2)
+        for expected, found in [(tensors, shared)] + ([before] if before else []):
+            for (name, tensor), (opened_name, opened_tensor) in zip(expected, opened(found), strict=True):
+                assert name == opened_name and torch.equal(tensor, opened_tensor)
+        before = tensors, shared
     transfer.close()
-    assert most == 2 and closed == list(range(len(alive))) and shared_files() == []
+    assert shared_files() == []
+
+
+def test_memory_is_used_again_where_it_fits():
+    sizes = {"fits": (900, 1000), "too small": (1001, 1000), "too large": (400, 1000)}
+    for what, (now, then) in sizes.items():
+        used = SharedBucket([("a", torch.zeros(then, dtype=torch.uint8))])
+        (file,) = shared_files()
+        shared = SharedBucket([("b", torch.ones(now, dtype=torch.uint8))], used)
+        assert (shared_files() == [file]) == (what == "fits") and len(shared_files()) == 1
+        ((name, tensor),) = opened(shared)
+        assert name == "b" and tensor.sum() == now
+        shared.close()
+    assert shared_files() == []
 
 
 def test_servers_on_other_machines_are_refused_at_the_start():
