@@ -68,8 +68,9 @@ class SGLangConfig(BaseModel):
     max_version_lag: int = Field(0, ge=0)
     """Weight versions that a token may be behind the engine's. 0 keeps only samples made by the current weights alone."""
 
-    sync: Literal["disk", "distributed"] = "disk"
-    """How weights reach the servers: safetensors in `sync_dir`, or a broadcast from rank 0 (NCCL, gloo on CPUs)."""
+    sync: Literal["disk", "distributed", "tensor"] = "disk"
+    """How weights reach the servers: safetensors in `sync_dir`, a broadcast from rank 0 (NCCL, gloo on CPUs), or memory
+    of rank 0 that servers on its machine open (tensor: CUDA IPC, /dev/shm on CPUs)."""
     sync_dir: str = "/dev/shm"
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"
@@ -120,7 +121,9 @@ class SGLangConfig(BaseModel):
                 "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
             )
         if self.quantize == "fp8" and self.sync == "distributed" and self.device == "cpu":
-            raise ValueError("quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk")
+            raise ValueError(
+                "quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk or tensor"
+            )
         if self.colocated and self.urls:
             raise ValueError(
                 f"colocated needs servers that the run starts, since it must end one that keeps its memory, but urls names "
@@ -128,7 +131,12 @@ class SGLangConfig(BaseModel):
             )
         if self.colocated and self.sync == "distributed" and self.device == "cuda":
             raise ValueError(
-                "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; choose another sync"
+                "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; sync by tensor or disk"
+            )
+        if self.sync == "tensor" and self.placement == "ray" and self.ray_address is not None:
+            raise ValueError(
+                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address {self.ray_address} "
+                f"spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, or sync distributed"
             )
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:

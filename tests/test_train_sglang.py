@@ -48,7 +48,7 @@ def train(task: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     {
         "disk": ["rollout.sglang.sync=disk"],
         "distributed": ["rollout.sglang.sync=distributed"],
-        "colocated": ["rollout.sglang.colocated=true", "checkpoint.every=2"],
+        "colocated": ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2"],
     }.items(),
 )
 def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):

@@ -97,6 +97,7 @@ METRICS: dict[str, Metric] = {
     "sync/write_s": Metric("s", "writing weights to rollout.sglang.sync_dir, gathering included"),
     "sync/load_s": Metric("s", "servers loading them from there"),
     "sync/broadcast_s": Metric("s", "broadcasting weights to the servers, gathering included"),
+    "sync/tensor_s": Metric("s", "servers copying weights from rank 0's memory, gathering included"),
     "sync/bytes": Metric("bytes", "weights sent to each server"),
     "sync/repeats": Metric("times", "syncs begun again because a server's death broke the broadcast for all"),
     "sync/servers_verified": Metric("servers", "servers whose weights' checksums were compared with another server's"),

@@ -60,10 +60,10 @@ def measure(layout: Any, mesh: Mesh, folder: str, layers: int) -> dict[str, Any]
         "gather to rank 0, nothing else": lambda: deque(stream(), maxlen=0),
     }
     found = {what: _best(way, layout) for what, way in ways.items()}
-    for path in ("disk", "distributed"):
+    for path in ("disk", "distributed", "tensor"):
         engine = _engine(folder, path, hf_config) if layout.is_controller else None
         way = lambda engine=engine: sync_weights(stream, engine, version=1)  # noqa: E731
-        found[f"sync {path}"] = _best(way, layout, warm_up=path == "distributed")
+        found[f"sync {path}"] = _best(way, layout, warm_up=path != "disk")
         if engine is not None:
             if path == "disk":
                 found["… of which written"] = engine.metrics()["sync/write_s"], found["sync disk"][1]

@@ -1,7 +1,8 @@
 """SGLang servers: started, spoken to, kept in step with the weights, and replaced when they die.
 
 engine → replies                            samples: asked for, checked, retried
-engine → transfer (disk, broadcast)         weights: one transaction over the fleet
+engine → transfer (disk, broadcast, tensor) weights: one transaction over the fleet
+broadcast, tensor → stream                  one bucket is sent while the next is gathered
 broadcast → server_group → process_group    servers that receive one broadcast together
 fleet → checksums                           whether servers hold the same weights
 fleet → member → server_api → http          who serves, and how it is spoken to

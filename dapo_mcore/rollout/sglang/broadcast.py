@@ -1,6 +1,6 @@
 """The weight stream to servers by a broadcast that they receive, over NCCL or gloo.
 
-Change here: which servers receive together, and how gathering and sending overlap. The groups are server_group.py;
+Change here: which servers receive together. The groups are server_group.py; stream.py overlaps gathering and sending;
 Fleet.update makes it a transaction.
 """
 
@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
-from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
 from dapo_mcore.rollout.sglang.server_group import ServerGroup
+from dapo_mcore.rollout.sglang.stream import Parcels, send_stream
 
 Part = tuple[Member, ...]
 """Members that receive together."""
@@ -50,37 +50,21 @@ class BroadcastTransfer:
     ) -> dict[str, float]:
         """Metrics of the update that gave every serving server the stream's weights."""
         start = time.perf_counter()
-        ready: asyncio.Queue[tuple[Bucket, bool] | Exception] = asyncio.Queue(maxsize=1)
-        update = loop.submit(fleet.update(tag, lambda transaction: self._broadcast(fleet, transaction, ready)))
-        num_bytes = 0
-        try:
-            for bucket, last in buckets:
-                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                _hand_over((bucket, last), ready, update, loop)
-        except BaseException as error:
-            _hand_over(RolloutError(f"the weight stream broke off: {error!r}"), ready, update, loop)
-            wait([update])
-            raise
-        update.result()
-        return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": float(num_bytes)}
+        num_bytes = send_stream(buckets, tag, fleet, loop, partial(self._broadcast, fleet))
+        return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": num_bytes}
 
     def close(self) -> None:
         for group in self._groups:
             group.close()
 
-    async def _broadcast(self, fleet: Fleet, transaction: Transaction, ready: asyncio.Queue) -> None:
+    async def _broadcast(self, fleet: Fleet, transaction: Transaction, parcels: Parcels[Bucket]) -> None:
         await transaction.each("pause", lambda m: m.api.pause())
         await self._regroup(fleet.members, transaction)
         await transaction.parts("begin", {group.members: group.begin() for group in self._receiving()})
-        last = False
-        while not last and transaction.members:
-            item = await ready.get()
-            if isinstance(item, Exception):
-                raise item
-            bucket, last = item
-            version = transaction.tag if last else None
+        async for bucket, version in parcels:
             await transaction.parts("receive", {g.members: g.send(bucket, version) for g in self._receiving()})
-            ready.task_done()
+            if not transaction.members:
+                break
         await transaction.each("end", lambda m: m.api.end_update())
 
     def _receiving(self) -> list[ServerGroup]:
@@ -118,16 +102,3 @@ class BroadcastTransfer:
             group = ServerGroup(part, self._host, self._backend, self._timeout)
             self._groups.append(group)
             await group.join()
-
-
-def _hand_over(item: tuple[Bucket, bool] | Exception, ready: asyncio.Queue, update: Future, loop: LoopThread) -> None:
-    """Waits until the bucket before is sent, unless nobody will take this one any more."""
-
-    async def put() -> None:
-        await ready.join()
-        await ready.put(item)
-
-    handed = loop.submit(put())
-    wait([handed, update], return_when=FIRST_COMPLETED)
-    if not handed.done():
-        handed.cancel()

@@ -41,6 +41,7 @@ from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.types import Rollout, SamplingParams
 
@@ -209,6 +210,8 @@ class SGLangEngine:
         if settings.sync == "distributed":
             backend = "gloo" if settings.device == "cpu" else "nccl"
             return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
+        if settings.sync == "tensor":
+            return TensorTransfer(settings.urls)
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)

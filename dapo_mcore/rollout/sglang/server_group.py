@@ -17,6 +17,7 @@ from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.sglang.member import Member
 from dapo_mcore.rollout.sglang.process_group import RootRank, in_daemon
+from dapo_mcore.rollout.sglang.stream import open_session
 
 _LOOK_S = 1.0
 _CONNECT_S = 1.0
@@ -51,7 +52,7 @@ class ServerGroup:
 
     async def begin(self) -> None:
         """Opens an update at every member; one that was broken off there is closed before."""
-        await self._all(*(_begin(member) for member in self.members))
+        await self._all(*(open_session(member) for member in self.members))
 
     async def send(self, bucket: Bucket, final_version: str | None) -> None:
         """One broadcast of the bucket; the last one brings the version."""
@@ -101,11 +102,3 @@ class ServerGroup:
 
 async def _each_of(tasks: list[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*tasks)
-
-
-async def _begin(member: Member) -> None:
-    try:
-        await member.api.begin_update()
-    except RequestRefused:  # left open by an update that was broken off
-        await member.api.end_update()
-        await member.api.begin_update()

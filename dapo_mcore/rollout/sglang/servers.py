@@ -86,7 +86,8 @@ class ServerPlan:
         folder: Path,
     ) -> ServerPlan:
         """A plan with fresh random keys. Raises ConfigError for a dtype that does not go with `quantize`."""
-        keys = Keys(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+        # SGLang makes arguments of its configuration file, and a value may not begin with a dash there
+        keys = Keys(secrets.token_hex(32), secrets.token_hex(32))
         model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
         if settings.quantize == "fp8":
             if dtype == "float32":

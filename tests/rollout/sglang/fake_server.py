@@ -7,10 +7,13 @@ gives to Python; `fake_python` makes the interpreter that does so. POST /fake or
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import io
 import json
 import logging
 import os
+import pickle
 import sys
 import time
 from collections import Counter
@@ -26,7 +29,8 @@ TICK_S = 0.02
 ADMIN = {
     "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk",
     "/begin_weight_update", "/end_weight_update", "/init_weights_update_group", "/destroy_weights_update_group",
-    "/update_weights_from_distributed", "/release_memory_occupation", "/resume_memory_occupation", "/weights_checker",
+    "/update_weights_from_distributed", "/update_weights_from_tensor", "/release_memory_occupation",
+    "/resume_memory_occupation", "/weights_checker",
 }  # fmt: skip
 
 
@@ -70,6 +74,7 @@ class FakeServer:
         self.architectures, self.model_path = config["architectures"], arguments["model-path"]
         self.version = os.environ["FAKE_VERSION"]
         self.has_sessions = tuple(map(int, self.version.split(".")[:3])) >= (0, 5, 21)
+        self.num_ranks = self.arguments["tp-size"]
         self.speed = int(os.environ["FAKE_TOKENS_PER_S"])
         self.weight_version, self.weights = "default", {}
         self.running: set[Request] = set()
@@ -101,6 +106,7 @@ class FakeServer:
             "/update_weights_from_distributed": self.update_from_distributed,
             "/release_memory_occupation": self.release_memory,
             "/resume_memory_occupation": self.resume_memory,
+            "/update_weights_from_tensor": self.update_from_tensor,
         }.items():
             app.router.add_route("*", path, handler)
         if self.has_sessions:
@@ -200,8 +206,8 @@ class FakeServer:
         return web.json_response({**about, "architectures": self.architectures})
 
     async def server_info(self, request: web.Request) -> web.Response:
-        about = {"version": self.version, "tp_size": 1, "pp_size": 1, "model_path": self.arguments["model-path"]}
-        return web.json_response(about)
+        about = {"version": self.version, "tp_size": self.num_ranks, "pp_size": 1}
+        return web.json_response({**about, "model_path": self.arguments["model-path"]})
 
     # generation
 
@@ -353,16 +359,34 @@ class FakeServer:
             return self.result(False, told)
         if body["group_name"] not in self.groups:
             return self.result(False, f"Failed to receive weights: Group {body['group_name']} not in []")
-        self.buckets += 1
-        if self.take_fault(f"bucket {self.buckets}") is not None:
-            os._exit(9)
-        self.told["buckets"] += 1
+        self.count_bucket()
         try:
             self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
         except RuntimeError as error:
             return self.result(False, f"Failed to receive weights: {error}")
         self.loaded(body)
         return self.result(True, "Succeeded to update parameter online.")
+
+    async def update_from_tensor(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.has_sessions and not self.session:
+            told = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+            return self.result(False, told)
+        self.count_bucket()
+        assert body["load_format"] == "flattened_bucket", body
+        for rank in range(self.num_ranks):
+            try:
+                self.weights |= await asyncio.to_thread(opened, body["serialized_named_tensors"][rank])
+            except Exception:
+                os._exit(1)  # as the real one, whose scheduler ends
+        self.loaded(body)
+        return self.result(True, "Success")
+
+    def count_bucket(self) -> None:
+        self.buckets += 1
+        if self.take_fault(f"bucket {self.buckets}") is not None:
+            os._exit(9)
+        self.told["buckets"] += 1
 
     async def check_weights(self, request: web.Request) -> web.Response:
         if not int(os.environ["FAKE_CHECKSUMS"]):
@@ -432,6 +456,28 @@ def receive(group: Any, body: dict[str, Any]) -> dict[str, Any]:
     for work in [group.broadcast(tensor, 0) for tensor in tensors.values()]:
         work.wait()
     return tensors
+
+
+class Unpickler(pickle.Unpickler):
+    """Admits what SGLang's does, of the things that a bucket may consist of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        rebuilding = {"storage_filename", "typed_storage", "tensor", "cuda_tensor"}
+        admitted = {("torch.multiprocessing.reductions", f"rebuild_{what}") for what in rebuilding}
+        admitted |= {("torch", "Tensor"), ("torch", "Size"), ("types", "SimpleNamespace")}
+        admitted |= {("torch.storage", kind) for kind in ("UntypedStorage", "TypedStorage")}
+        admitted |= {("torch", dtype) for dtype in ("uint8", "float32", "bfloat16", "float8_e4m3fn")}
+        if (module, name) not in admitted:
+            raise RuntimeError(f"Blocked unsafe global ({module}.{name}) during pickle deserialization")
+        return super().find_class(module, name)
+
+
+def opened(handle: str) -> dict[str, Any]:
+    content = Unpickler(io.BytesIO(base64.b64decode(handle, validate=True))).load()
+    flat = content["flattened_tensor"]
+    return {
+        m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape).cpu().clone() for m in content["metadata"]
+    }
 
 
 def main(argv: list[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dapo_mcore.rollout.sglang.process_group import RootRank
+from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
 
@@ -243,6 +244,26 @@ def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, ch
     assert server.generate([5, 6], 4)[1]["meta_info"]["weight_version"] == "woken"
 
 
+def test_shared_memory_needs_a_session(server: Raw) -> None:
+    before = server.version()
+    shared = SharedBucket(list(weights(seed=1)))
+    status, answer = open_tensors(server, shared.handle(), "never")
+    assert status == 400 and "begin_weight_update" in answer["message"] and server.version() == before
+    shared.close()
+
+
+def test_shared_memory_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+    before = server.version()
+    server.post("/begin_weight_update", {"selector": "all"})
+    tensors = list(weights(seed=1))
+    for bucket, version in ((tensors[:5], None), (tensors[5:], "tensor")):
+        shared = SharedBucket(bucket)
+        status, answer = open_tensors(server, shared.handle(), version)
+        assert status == 200 and answer["success"] and server.version() == (version or before)
+        shared.close()
+    assert server.post("/end_weight_update")[0] == 200
+
+
 def joined(server: Raw) -> RootRank:
     """This process's end of a group with the server."""
     root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 2, "gloo", timedelta(seconds=30))
@@ -265,6 +286,13 @@ def receive(server: Raw, group: str, tensors: list, version: str | None) -> tupl
         "weight_version": version,
     }
     return server.post("/update_weights_from_distributed", body)
+
+
+def open_tensors(server: Raw, handle: str, version: str | None = None) -> tuple[int, dict]:
+    body = {"serialized_named_tensors": [handle], "load_format": "flattened_bucket"}
+    return server.post(
+        "/update_weights_from_tensor", {**body, "flush_cache": version is not None, "weight_version": version}
+    )
 
 
 def in_background(call: Callable[[], tuple[int, Any]], meanwhile: Callable[[], Any]) -> tuple[int, Any]:

@@ -1,0 +1,152 @@
+"""A bucket of weights in one piece of memory that other processes of this machine open by a handle: CUDA IPC on a GPU,
+POSIX shared memory on a CPU.
+
+Change here: how memory is shared, and what a handle says. When a bucket may go is tensor.py's.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.manifest import Bucket
+
+_ALIGNMENT = 256  # views of any dtype, and loads of any width
+_SHARED_MEMORY = Path("/dev/shm")
+_MIB = 2**20
+_DEVICE = 6  # of the arguments of rebuild_cuda_tensor, as in SGLang's utils/patch_torch.py
+_COUNTER = slice(11, 13)
+
+
+class SharedBucket:
+    """A copy of a bucket's tensors; the bucket is emptied. It lies on the first tensor's device.
+
+    used  a bucket that nobody reads any more: its memory is taken where it fits, given back where it does not. New shared
+          memory costs several times the copy on a CPU.
+
+    A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors in
+    them, built from names that SGLang's unpickler admits. The sender needs torch alone. With a handle for each tensor
+    instead, torch would make and open hundreds of IPC events and counters.
+    """
+
+    def __init__(self, bucket: Bucket, used: SharedBucket | None = None):
+        self._table, end = [], 0
+        for name, tensor in bucket:
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + tensor.nbytes
+            place = {"start_idx": start, "end_idx": end, "numel": tensor.nbytes}
+            self._table.append(SimpleNamespace(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, **place))
+        self._memory = _memory(end, bucket[0][1].device, used)
+        for (_, tensor), place in zip(bucket, self._table):
+            flat = self._memory.data[place.start_idx : place.end_idx]
+            flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        bucket.clear()
+        if self._memory.data.is_cuda:
+            torch.cuda.current_stream(self._memory.data.device).synchronize()
+
+    def handle(self) -> str:
+        """What one process needs to open the bucket once, in base64."""
+        content = {"flattened_tensor": self._memory.opening(), "metadata": self._table}
+        return base64.b64encode(pickle.dumps(content)).decode()
+
+    def close(self) -> None:
+        """Gives the memory back; a process that has it open keeps it (CPU) or must not read it any more (GPU)."""
+        self._memory.close()
+
+
+def _memory(num_bytes: int, device: torch.device, used: SharedBucket | None) -> _HostMemory | _CudaMemory:
+    """That of `used`, or new; an embedding's is not kept for ordinary buckets."""
+    if used is not None:
+        data = used._memory.data
+        if data.device == device and num_bytes <= data.nbytes <= 2 * num_bytes:
+            return used._memory
+        used.close()
+    return _HostMemory(num_bytes) if device.type == "cpu" else _CudaMemory(num_bytes, device)
+
+
+class _Call:
+    """Pickles as the call of a function, which happens where it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self._call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
+
+
+class _HostMemory:
+    """Named shared memory, opened by the way that torch calls `file_system`, without choosing it for this process.
+
+    Its file goes when this is closed, or let go. Where the process is killed, torch's `torch_shm_manager` deletes it within
+    seconds after the last server that had opened it has ended, too; what kills both leaves the file.
+    """
+
+    def __init__(self, num_bytes: int):
+        self._storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
+        self._manager, self._name, _ = self._storage._share_filename_cpu_()
+        path = _SHARED_MEMORY / os.fsdecode(self._name).lstrip("/")
+        # torch counts users in the file and lets the last one delete it. A server that dies is never counted out, so we
+        # delete it; counted in once more, nobody else does.
+        self._storage._shared_incref()
+        self._delete = weakref.finalize(self, path.unlink)
+        self._reserve(path, num_bytes)
+        self.data = torch.empty(0, dtype=torch.uint8).set_(self._storage)
+
+    def _reserve(self, path: Path, num_bytes: int) -> None:
+        """Otherwise a full /dev/shm would kill this process by SIGBUS as it writes."""
+        file = os.open(path, os.O_RDWR)
+        try:
+            os.posix_fallocate(file, 0, os.fstat(file).st_size)
+        except OSError as error:
+            free = shutil.disk_usage(_SHARED_MEMORY).free
+            self._delete()
+            raise RolloutError(
+                f"rollout.sglang.sync tensor needs {num_bytes / _MIB:.0f} MiB of shared memory for a bucket, but "
+                f"{_SHARED_MEMORY} has {free / _MIB:.0f} MiB free ({error.strerror}); enlarge it (docker run --shm-size), "
+                "lower rollout.sglang.bucket_mib, or sync distributed"
+            ) from error
+        finally:
+            os.close(file)
+
+    def opening(self) -> _Call:
+        self._storage._shared_incref()  # whoever opens it takes one off
+        size = self._storage.nbytes()
+        untyped = _Call(reductions.rebuild_storage_filename, torch.UntypedStorage, self._manager, self._name, size)
+        storage = _Call(reductions.rebuild_typed_storage, untyped, torch.uint8)
+        return _Call(reductions.rebuild_tensor, Tensor, storage, (0, (size,), (1,), False))
+
+    def close(self) -> None:
+        self._delete()
+        del self.data, self._storage
+
+
+class _CudaMemory:
+    """Memory of the caching allocator, shared by CUDA IPC."""
+
+    def __init__(self, num_bytes: int, device: torch.device):
+        self.data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        # once: torch chains a counter to the memory each time, and an event
+        rebuild, arguments = reductions.reduce_tensor(self.data)
+        # torch would keep the memory until each counted opener has let it go, which one that dies never does
+        torch.UntypedStorage._release_ipc_counter_cuda(*arguments[_COUNTER])
+        # the opener may number its GPUs in another way; SGLang finds a device by its UUID
+        uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
+        self._opening = _Call(rebuild, *arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])
+
+    def opening(self) -> _Call:
+        return self._opening
+
+    def close(self) -> None:
+        del self.data

@@ -1,0 +1,110 @@
+"""The weight stream to servers on this machine by memory that they open and copy.
+
+Change here: when shared memory is given back, and what is asked of a server that takes it. How memory is shared is
+shared_bucket.py; Fleet.update makes it a transaction.
+
+What a server gets is a pickle, sent to servers that the user has named or this run has started, over loopback or an
+address of this machine, with the admin key. Nothing that a server sends is unpickled here.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from urllib.parse import urlsplit
+
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.manifest import Bucket
+from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
+from dapo_mcore.rollout.sglang.http import RequestFailed
+from dapo_mcore.rollout.sglang.loop_thread import LoopThread
+from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
+from dapo_mcore.rollout.sglang.stream import Parcels, open_session, send_stream
+
+
+class TensorTransfer:
+    """Weights by handles of this process's memory: no server copies more than the part that it serves.
+
+    urls  of servers that somebody else started; ConfigError where one is not on this machine.
+
+    Nothing is kept, so a server that was out gets weights at the next update. A bucket is copied into shared memory, and
+    gathering the next one overlaps with the servers' reading: three buckets are in memory.
+    """
+
+    resync = None
+
+    def __init__(self, urls: Sequence[str]):
+        self._shared: deque[SharedBucket] = deque()
+        strangers = [url for url in urls if not _is_here(urlsplit(url).hostname)]
+        if strangers:
+            raise ConfigError(
+                f"rollout.sglang.sync tensor hands over memory of this machine, but {len(strangers)} of {len(urls)} servers "
+                f"are not at an address of it: {', '.join(strangers)}; name servers on rank 0's machine in "
+                "rollout.sglang.urls, or sync distributed"
+            )
+
+    def send(
+        self, buckets: Iterator[tuple[Bucket, bool]], tag: str, fleet: Fleet, loop: LoopThread
+    ) -> dict[str, float]:
+        """Metrics of the update that gave every serving server the stream's weights."""
+        start = time.perf_counter()
+        try:
+            num_bytes = send_stream(buckets, tag, fleet, loop, self._hand_over, self._share)
+        finally:
+            self.close()
+        return {"sync/tensor_s": time.perf_counter() - start, "sync/bytes": num_bytes}
+
+    def close(self) -> None:
+        while self._shared:
+            self._shared.popleft().close()
+
+    def _share(self, bucket: Bucket) -> SharedBucket:
+        """Called once every server has answered for the bucket before this one, the last of `_shared`.
+
+        That answer frees only the bucket before that. SGLang answers from its first rank, which has waited for its own
+        copies. From 0.5.21 on, the others pass the barrier before the answer with copies still queued on their GPUs; they
+        wait for them as they let go of the memory, before they take the next request, and its answer needs them all. The
+        request after the last bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
+        """
+        used = self._shared.popleft() if len(self._shared) > 1 else None
+        self._shared.append(SharedBucket(bucket, used))
+        return self._shared[-1]
+
+    async def _hand_over(self, transaction: Transaction, parcels: Parcels[SharedBucket]) -> None:
+        await transaction.each("pause", lambda m: m.api.pause())
+        await transaction.each("begin", open_session)
+        open_ = _open_first
+        async for shared, version in parcels:
+            await transaction.each("open", partial(open_, shared, version))
+            open_ = _open
+        await transaction.each("end", lambda m: m.api.end_update())
+
+
+async def _open(shared: SharedBucket, version: str | None, member: Member) -> None:
+    await member.api.open_tensors([shared.handle() for _ in range(member.num_ranks)], version)
+
+
+async def _open_first(shared: SharedBucket, version: str | None, member: Member) -> None:
+    try:
+        await _open(shared, version, member)
+    except RequestFailed as error:
+        raise RequestFailed(
+            f"{error}; SGLang ends where it cannot open the trainer's memory: rollout.sglang.sync tensor needs servers of "
+            "the same user on the same machine, which see rank 0's GPU (CUDA_VISIBLE_DEVICES), or on CPUs its /dev/shm and "
+            "temporary folder; for others sync distributed"
+        ) from error
+
+
+def _is_here(host: str | None) -> bool:
+    """Whether a socket of this machine can have the address."""
+    with suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host or "", 0, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind) as ours:
+                ours.bind(address)
+                return True
+    return False
