@@ -116,8 +116,9 @@ class SGLangConfig(BaseModel):
             )
         if self.sync == "tensor" and self.placement == "ray" and self.ray_address is not None:
             raise ValueError(
-                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address {self.ray_address} "
-                f"spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, or sync distributed"
+                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address "
+                f"{self.ray_address} spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, "
+                "or sync distributed"
             )
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:
