@@ -43,7 +43,7 @@ def train(task: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.sglang
-@pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
 def test_three_steps_with_a_real_server_follow_every_update(task, sync):
     server = ["rollout.engine=sglang", "rollout.sglang.device=cpu", f"rollout.sglang.python={real_python()}"]
     name = f"name={sync}"
