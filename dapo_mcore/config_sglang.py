@@ -85,7 +85,8 @@ class SGLangConfig(BaseModel):
     """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
     Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
     bucket_mib: int = Field(512, ge=1)
-    """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0."""
+    """A sync needs at most twice this (from 128 up), or twice the largest tensor (sync tensor: three times), of extra
+    memory on rank 0."""
     sync_timeout_s: float = Field(600.0, gt=0)
     """Limit of each step of a sync on each server."""
 
@@ -135,8 +136,9 @@ class SGLangConfig(BaseModel):
             )
         if self.sync == "tensor" and self.placement == "ray" and self.ray_address is not None:
             raise ValueError(
-                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address {self.ray_address} "
-                f"spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, or sync distributed"
+                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address "
+                f"{self.ray_address} spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, "
+                "or sync distributed"
             )
         owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
         if owned:

@@ -175,8 +175,8 @@ class ServerApi:
         await self._admin("/update_weights_from_distributed", body)
 
     async def open_tensors(self, handles: Sequence[str], final_version: str | None) -> None:
-        """Copies weights from the memory that `handles`, one a rank, let it open (shared_bucket.py); the last bucket brings
-        the version and flushes."""
+        """Copies weights from the memory that `handles`, one a rank, let it open (shared_bucket.py); the last bucket
+        brings the version and flushes."""
         last = {"flush_cache": final_version is not None, "weight_version": final_version}
         body = {"serialized_named_tensors": list(handles), "load_format": "flattened_bucket", **last}
         await self._admin("/update_weights_from_tensor", body)

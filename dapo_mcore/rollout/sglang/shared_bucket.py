@@ -26,19 +26,19 @@ from dapo_mcore.rollout.manifest import Bucket
 _ALIGNMENT = 256  # views of any dtype, and loads of any width
 _SHARED_MEMORY = Path("/dev/shm")
 _MIB = 2**20
-_DEVICE = 6  # of the arguments of rebuild_cuda_tensor, as in SGLang's utils/patch_torch.py
-_COUNTER = slice(11, 13)
+# among the arguments of rebuild_cuda_tensor; SGLang's utils/patch_torch.py counts on the first, too
+_DEVICE, _COUNTER = 6, slice(11, 13)
 
 
 class SharedBucket:
     """A copy of a bucket's tensors; the bucket is emptied. It lies on the first tensor's device.
 
-    used  a bucket that nobody reads any more: its memory is taken where it fits, given back where it does not. New shared
-          memory costs several times the copy on a CPU.
+    used  a bucket that nobody reads any more: its memory is taken where it fits, given back where it does not. On a
+          CPU, new shared memory costs several times the copy.
 
-    A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors in
-    them, built from names that SGLang's unpickler admits. The sender needs torch alone. With a handle for each tensor
-    instead, torch would make and open hundreds of IPC events and counters.
+    A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors
+    in them, built from names that SGLang's unpickler admits. The sender needs torch alone. With a handle for each
+    tensor instead, torch would make and open hundreds of IPC events and counters.
     """
 
     def __init__(self, bucket: Bucket, used: SharedBucket | None = None):
@@ -89,8 +89,8 @@ class _Call:
 class _HostMemory:
     """Named shared memory, opened by the way that torch calls `file_system`, without choosing it for this process.
 
-    Its file goes when this is closed, or let go. Where the process is killed, torch's `torch_shm_manager` deletes it within
-    seconds after the last server that had opened it has ended, too; what kills both leaves the file.
+    Its file goes when this is closed, or let go. Where the process is killed, torch's `torch_shm_manager` deletes it
+    within seconds after the last server that had opened it has ended, too; what kills both leaves the file.
     """
 
     def __init__(self, num_bytes: int):
@@ -100,7 +100,7 @@ class _HostMemory:
         # torch counts users in the file and lets the last one delete it. A server that dies is never counted out, so we
         # delete it; counted in once more, nobody else does.
         self._storage._shared_incref()
-        self._delete = weakref.finalize(self, path.unlink)
+        self._delete = weakref.finalize(self, path.unlink, missing_ok=True)
         self._reserve(path, num_bytes)
         self.data = torch.empty(0, dtype=torch.uint8).set_(self._storage)
 
@@ -114,8 +114,8 @@ class _HostMemory:
             self._delete()
             raise RolloutError(
                 f"rollout.sglang.sync tensor needs {num_bytes / _MIB:.0f} MiB of shared memory for a bucket, but "
-                f"{_SHARED_MEMORY} has {free / _MIB:.0f} MiB free ({error.strerror}); enlarge it (docker run --shm-size), "
-                "lower rollout.sglang.bucket_mib, or sync distributed"
+                f"{_SHARED_MEMORY} has {free / _MIB:.0f} MiB free ({error.strerror}); enlarge it "
+                "(docker run --shm-size), lower rollout.sglang.bucket_mib, or sync distributed"
             ) from error
         finally:
             os.close(file)

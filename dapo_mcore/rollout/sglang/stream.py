@@ -1,7 +1,7 @@
 """The weight stream to servers bucket by bucket: one is sent while the next is gathered, and nothing is kept.
 
-Change here: how gathering and sending overlap. How one bucket is sent is broadcast.py and tensor.py; Fleet.update makes it
-a transaction.
+Change here: how gathering and sending overlap. How one bucket is sent is broadcast.py and tensor.py; Fleet.update makes
+it a transaction.
 """
 
 from __future__ import annotations

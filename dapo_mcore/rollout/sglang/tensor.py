@@ -28,12 +28,12 @@ from dapo_mcore.rollout.sglang.stream import Parcels, open_session, send_stream
 
 
 class TensorTransfer:
-    """Weights by handles of this process's memory: no server copies more than the part that it serves.
+    """Weights by handles of memory of this process, from which each server copies the part that it serves.
 
     urls  of servers that somebody else started; ConfigError where one is not on this machine.
 
     Nothing is kept, so a server that was out gets weights at the next update. A bucket is copied into shared memory, and
-    gathering the next one overlaps with the servers' reading: three buckets are in memory.
+    gathering the next one overlaps with the servers' reading: at most two are shared, and one is being gathered.
     """
 
     resync = None
@@ -43,8 +43,8 @@ class TensorTransfer:
         strangers = [url for url in urls if not _is_here(urlsplit(url).hostname)]
         if strangers:
             raise ConfigError(
-                f"rollout.sglang.sync tensor hands over memory of this machine, but {len(strangers)} of {len(urls)} servers "
-                f"are not at an address of it: {', '.join(strangers)}; name servers on rank 0's machine in "
+                f"rollout.sglang.sync tensor hands over memory of this machine, but {len(strangers)} of {len(urls)} "
+                f"servers are not at an address of it: {', '.join(strangers)}; name servers on rank 0's machine in "
                 "rollout.sglang.urls, or sync distributed"
             )
 
@@ -67,9 +67,9 @@ class TensorTransfer:
         """Called once every server has answered for the bucket before this one, the last of `_shared`.
 
         That answer frees only the bucket before that. SGLang answers from its first rank, which has waited for its own
-        copies. From 0.5.21 on, the others pass the barrier before the answer with copies still queued on their GPUs; they
-        wait for them as they let go of the memory, before they take the next request, and its answer needs them all. The
-        request after the last bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
+        copies. From 0.5.21 on, the others may pass the barrier before the answer with copies still queued on their GPUs.
+        They wait for them as they let go of the memory, before they take the next request, whose answer needs them all.
+        The request after the last bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
         """
         used = self._shared.popleft() if len(self._shared) > 1 else None
         self._shared.append(SharedBucket(bucket, used))
@@ -94,9 +94,9 @@ async def _open_first(shared: SharedBucket, version: str | None, member: Member)
         await _open(shared, version, member)
     except RequestFailed as error:
         raise RequestFailed(
-            f"{error}; SGLang ends where it cannot open the trainer's memory: rollout.sglang.sync tensor needs servers of "
-            "the same user on the same machine, which see rank 0's GPU (CUDA_VISIBLE_DEVICES), or on CPUs its /dev/shm and "
-            "temporary folder; for others sync distributed"
+            f"{error}; SGLang ends where it cannot open the trainer's memory: rollout.sglang.sync tensor needs servers "
+            "of the same user on the same machine, which see rank 0's GPU (CUDA_VISIBLE_DEVICES), or on CPUs its "
+            "/dev/shm and temporary folder; for others sync distributed"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """What every way of weights to servers has in common.
 
-Change here: the contract between the engine and disk.py, broadcast.py, tensor.py. manifest.py has checked the tensors before.
+Change here: the contract between the engine and disk.py, broadcast.py, tensor.py. manifest.py has checked the tensors
+before.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError
@@ -251,6 +253,12 @@ def test_servers_spread_over_a_cluster_are_refused_by_the_config():
     SGLangConfig(sync="tensor", placement="ray")
 
 
+def test_the_arguments_of_a_cuda_handle_are_where_they_are_taken_from():
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert names[shared_bucket._DEVICE] == "storage_device"
+    assert names[shared_bucket._COUNTER] == ["ref_counter_handle", "ref_counter_offset"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_of_a_gpu_is_opened_by_another_process():
@@ -260,8 +268,8 @@ def test_memory_of_a_gpu_is_opened_by_another_process():
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch; from torch.multiprocessing import reductions; rebuild = reductions.rebuild_cuda_tensor\n"
         "def by_uuid(*a):\n"
-        "    found = [i for i in range(torch.cuda.device_count()) if str(torch.cuda.get_device_properties(i).uuid) == a[6]]\n"
-        "    return rebuild(*a[:6], found[0], *a[7:])\n"
+        "    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]\n"
+        "    return rebuild(*a[:6], uuids.index(a[6]), *a[7:])\n"
         "reductions.rebuild_cuda_tensor = by_uuid\n"
         "from tests.rollout.sglang.fake_server import opened\n"
         "for handle in sys.stdin.read().split():\n"
