@@ -61,8 +61,6 @@ class SGLangConfig(BaseModel):
     """From sending a generation request to the end of its answer."""
     health_interval_s: float = Field(10.0, gt=0)
     health_timeout_s: float = Field(30.0, gt=0)
-    max_version_lag: int = Field(0, ge=0)
-    """Weight versions that a token may be behind the engine's. 0 keeps only samples made by the current weights alone."""
 
     sync: Literal["disk", "distributed"] = "disk"
     """How weights reach the servers: safetensors in `sync_dir`, or a broadcast from rank 0 (NCCL, gloo on CPUs)."""

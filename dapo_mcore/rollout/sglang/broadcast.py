@@ -62,7 +62,6 @@ class BroadcastTransfer:
         """Nothing: the groups end with the servers or with this process."""
 
     async def _broadcast(self, transaction: Transaction, ready: asyncio.Queue) -> None:
-        await transaction.each("pause", lambda m: m.api.pause())
         await transaction.each("join", self._join)
         await transaction.each("begin", _begin)
         last = False

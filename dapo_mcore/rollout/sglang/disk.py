@@ -84,7 +84,6 @@ class DiskTransfer:
         return float(num_bytes)
 
     async def _load_everywhere(self, transaction: Transaction) -> None:
-        await transaction.each("pause", lambda m: m.api.pause())
         await transaction.each("load", lambda m: self.resync(m, transaction.tag))
 
 

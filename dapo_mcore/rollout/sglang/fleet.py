@@ -19,6 +19,7 @@ from typing import Any
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.sglang.server_api import PauseMode
 
 _STRIKES = 3
 
@@ -29,15 +30,22 @@ Resync = Callable[[Member, str], Awaitable[None]]
 class Fleet:
     """Lives in one event loop.
 
-    resync  None where weights are not kept: then a server that was out rejoins at the next update.
-    router  generates in place of the members, which then only take weights. It may ask one that is out: the version
-            of the answer tells.
+    resync   None where weights are not kept: then a server that was out rejoins at the next update.
+    router   generates in place of the members, which then only take weights. It may ask one that is out: the version
+             of the answer tells.
+    resumes  whether requests in flight go on after an update, under the new weights; else it ends them.
     """
 
     def __init__(
-        self, members: Sequence[Member], patience: Patience, resync: Resync | None = None, router: Member | None = None
+        self,
+        members: Sequence[Member],
+        patience: Patience,
+        resync: Resync | None = None,
+        router: Member | None = None,
+        resumes: bool = False,
     ):
         self.members, self.resync, self._router = list(members), resync, router
+        self._pause_mode: PauseMode = "retract" if resumes else "abort"
         self.counts: Counter[str] = Counter()
         self._num_updates = 0
         self._patience, self._restarts_left = patience, patience.restart_budget
@@ -105,6 +113,7 @@ class Fleet:
             taking_part = [m for m in self.members if m.state in ("serving", "waiting")]
             transaction = Transaction(self, taking_part, tag, self._patience.step_timeout_s)
             try:
+                await transaction.each("pause", lambda m: m.api.pause(self._pause_mode))
                 await steps(transaction)
                 await transaction.each("confirm", self._confirm)
                 await transaction.each("resume", lambda m: m.api.resume())
@@ -124,7 +133,11 @@ class Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _take_out(self, member: Member, problem: str) -> None:
-        """A member whose weights are in doubt: nothing it says counts until it is re-synced."""
+        """A member whose weights are in doubt: nothing it says counts until it is re-synced.
+
+        Its requests are given up before it is resumed: it would go on with them under half an update.
+        """
+        self._give_up_calls(member)
         member.tag, member.link, member.state, member.problem = None, None, "out", problem
         member.strikes += 1
         self.counts["servers_excluded"] += 1

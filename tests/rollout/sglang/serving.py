@@ -69,13 +69,14 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 
 @contextmanager
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
-    python = changes.pop("python", None) or fake_python(folder)
+    python, max_lag = changes.pop("python", None) or fake_python(folder), changes.pop("max_lag", 0)
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
         tiny_config(),
         stop_token_ids=(STOP,),
         dtype=torch.float32,
         folder=folder / "servers",
+        max_lag=max_lag,
     )
     try:
         yield made
