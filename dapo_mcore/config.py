@@ -136,8 +136,8 @@ class SamplingConfig(Section):
     on_full: Literal["wait", "abort", "keep"] = "wait"
     """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus; `abort` them and ask
     their prompts again in the next step, which is sooner done, but favours short responses; or `keep` them in flight
-    across the weight update, to go on under the new weights (partial rollouts). Waited for are then only groups that the
-    next step could not train on for their age (max_staleness), so that no response is lost for being long."""
+    across the weight update, to go on under the new weights (partial rollouts). Waited for are then only groups that later
+    steps could not train on for their age (max_staleness), so that no response is lost for being long."""
     resample_size: int = Field(1, ge=1)
     """Style `resample`: responses added to a uniform group in one round."""
     max_samples_per_prompt: int = Field(64, ge=1)

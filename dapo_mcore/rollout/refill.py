@@ -112,10 +112,14 @@ class Refill:
     def _must_wait(self) -> bool:
         if not self._enough or self._on_full == "wait":
             return bool(self._in_flight)
-        if self._on_full == "abort":
-            return False
-        # one that would be too old for the next step would be lost for being long
-        return any(group.oldest <= self._step.oldest for group in self._in_flight.values())
+        return self._on_full == "keep" and self._too_old_soon()
+
+    def _too_old_soon(self) -> bool:
+        """Whether groups in flight would be lost for being long: so many that the steps to come cannot train on all before
+        they are too old. The group that is n-th by age has as many steps as its weights are newer than the oldest allowed."""
+        batch, ratio = self._step.config.sampling.train_batch_prompts, self._kept_ratio()
+        versions = sorted(group.oldest for group in self._in_flight.values())
+        return any(n * ratio > batch * (version - self._step.oldest) for n, version in enumerate(versions, start=1))
 
     @property
     def _enough(self) -> bool:
