@@ -138,13 +138,18 @@ class Fleet:
         Its requests are given up before it is resumed: it would go on with them under half an update.
         """
         self._give_up_calls(member)
+        on_its_way_back = member.state == "out"
         member.tag, member.link, member.state, member.problem = None, None, "out", problem
         member.strikes += 1
         self.counts["servers_excluded"] += 1
-        self._spawn(self._bring_back(member))
+        if not on_its_way_back:
+            self._spawn(self._bring_back(member))
 
     async def _bring_back(self, member: Member) -> None:
         """Waits for health or restarts, re-syncs, and lets the member serve; or gives it up."""
+        async with self._weights:  # suspected during an update, it must not be resumed before the end
+            if member.state == "serving":
+                return
         try:
             if await self._revive(member):
                 await self._give_weights(member)
@@ -152,6 +157,7 @@ class Fleet:
                 member.state = "lost"
         except (RolloutError, ConfigError, TimeoutError) as error:
             self._take_out(member, str(error))
+            self._spawn(self._bring_back(member))
         except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
             member.state, member.problem = "lost", repr(error)
         finally:
