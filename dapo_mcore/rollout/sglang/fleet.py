@@ -237,6 +237,8 @@ class Fleet:
         """Finds servers that hang: they accept requests and never answer."""
         while True:
             await asyncio.sleep(self._patience.health_interval_s)
+            if self._weights.locked():
+                continue
             members, num_updates = self.serving, self._num_updates
             answers = await asyncio.gather(*(m.api.healthy(self._patience.health_timeout_s) for m in members))
             if self._weights.locked() or self._num_updates > num_updates:

@@ -117,6 +117,19 @@ def test_a_server_that_dies_after_the_update_loses_nothing_but_time(tmp_path, py
         assert all(r.token_ids.tolist() == np.resize(p, LENGTH).tolist() for r, p in zip(rollouts, asked))
 
 
+def test_a_health_check_that_begins_during_an_update_tells_nothing(tmp_path, python):
+    """A paused server says no, and says it when the update may be over."""
+    with engine(tmp_path, python=python, max_lag=4, health_interval_s=0.05) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(4)
+        future = in_flight(made, asked)
+        for version in range(2, 6):
+            made.update_weights(iter(NEW), version)
+            time.sleep(0.25)  # what the fake server takes to say no
+        assert {rollout.weight_version for rollout in future.result()} == {1}
+        assert made.metrics()["rollout/servers_suspected"] == 0
+
+
 def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python):
     """Evaluation, beside requests in flight."""
     with engine(tmp_path, python=python, max_lag=1) as made:
