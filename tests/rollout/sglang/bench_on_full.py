@@ -22,7 +22,7 @@ from tests.rollout.sglang.serving import engine, prompts, weights
 
 pytestmark = pytest.mark.bench
 STEPS, WARM_UP, GROUPS, GROUP_SIZE, LONGEST, TOKENS_PER_S = 24, 4, 8, 4, 480, 400
-MODES = [("wait", 1), ("keep", 1), ("keep", 2), ("keep", 4), ("abort", 1)]
+MODES = [("wait", 1), ("keep", 1), ("keep", 2), ("keep", 4)]
 
 
 def config(on_full: str, max_staleness: int) -> Config:
