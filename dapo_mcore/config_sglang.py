@@ -58,7 +58,7 @@ class SGLangConfig(BaseModel):
     read_timeout_s: float = Field(60.0, gt=0)
     """From the first byte of an answer to its last."""
     request_timeout_s: float = Field(3600.0, gt=0)
-    """From sending a generation request to the end of its answer."""
+    """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between."""
     health_interval_s: float = Field(10.0, gt=0)
     health_timeout_s: float = Field(30.0, gt=0)
 

@@ -110,7 +110,7 @@ class Controller:
         """The samples to train on: prompts → rollout → reward → filter (refill).
 
         With rollout.async_steps, those that were collected beside the step before; then the next step's are begun, with
-        the weights that the engine holds until `finish_rollout`.
+        the weights that the engine holds until `finish_rollout`. With sampling.on_full keep they may go on under newer ones.
         """
         self._wait_for_rollout()
         self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)

@@ -155,7 +155,8 @@ class Refill:
 
     def _watch(self, number: int, group: InFlight) -> None:
         self._in_flight[number] = group
-        group.future.add_done_callback(lambda _: self._done.put(number))
+        done = self._done  # not self: a future may outlive this step
+        group.future.add_done_callback(lambda _: done.put(number))
 
     def _wait(self) -> list[int]:
         """The numbers of all groups that are done by now, in order; at least one."""
