@@ -133,9 +133,11 @@ class SamplingConfig(Section):
     """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
     max_in_flight_groups: int | None = Field(None, ge=1)
     """Engine `sglang`: groups in work at a time; null: gen_batch_prompts, or train_batch_prompts where nothing is filtered."""
-    on_full: Literal["wait", "abort"] = "wait"
-    """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus, or `abort` them and
-    ask their prompts again in the next step. `abort` is sooner done, but favours short responses."""
+    on_full: Literal["wait", "abort", "keep"] = "wait"
+    """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus; `abort` them and ask
+    their prompts again in the next step, which is sooner done, but favours short responses; or `keep` them in flight
+    across the weight update, to go on under the new weights (partial rollouts). Waited for are then only groups that later
+    steps could not train on for their age (max_staleness), so that no response is lost for being long."""
     resample_size: int = Field(1, ge=1)
     """Style `resample`: responses added to a uniform group in one round."""
     max_samples_per_prompt: int = Field(64, ge=1)

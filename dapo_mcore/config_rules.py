@@ -82,11 +82,17 @@ def _check_sampling(c: Config) -> None:
 
 
 def _check_generation(c: Config) -> None:
-    ahead, continuous = c.rollout.async_steps, c.sampling.max_in_flight_groups or c.sampling.on_full == "abort"
-    if c.rollout.engine != "sglang" and (ahead or continuous):
-        key = "rollout.async_steps 1" if ahead else "sampling.max_in_flight_groups or on_full abort"
+    """Modes that need servers, and modes that train on older weights' samples."""
+    ahead, on_full = c.rollout.async_steps, c.sampling.on_full
+    modes = {
+        "rollout.async_steps 1": ahead,
+        f"sampling.on_full {on_full}": on_full != "wait",
+        "sampling.max_in_flight_groups": c.sampling.max_in_flight_groups,
+    }
+    mode = next((name for name, on in modes.items() if on), None)
+    if mode and c.rollout.engine != "sglang":
         raise ValueError(
-            f"{key} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
+            f"{mode} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
             "trainer's own process; choose sglang or leave the default"
         )
     if ahead and c.rollout.sglang.colocated:
@@ -94,10 +100,10 @@ def _check_generation(c: Config) -> None:
             "rollout.async_steps 1 generates beside training, but rollout.sglang.colocated gives the GPUs to one of both at "
             "a time; set async_steps 0, or colocated false with servers on GPUs of their own"
         )
-    if ahead and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
+    if (ahead or on_full == "keep") and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
         raise ValueError(
-            "rollout.async_steps 1 trains on samples of weights one version older; correct for it with algo.tis.mode "
-            "truncate or mask, or with algo.old_logprobs rollout"
+            f"{mode} trains on samples of weights one version older or more; correct for it with algo.tis.mode truncate or "
+            "mask, or with algo.old_logprobs rollout"
         )
     if ahead and not c.reward.workers:
         raise ValueError(
@@ -111,4 +117,34 @@ def _check_generation(c: Config) -> None:
         )
 
 
-RULES = (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, _check_generation)
+def _check_keep(c: Config) -> None:
+    s, ahead = c.sampling, c.rollout.async_steps
+    if s.on_full != "keep":
+        return
+    steps = s.max_staleness - ahead
+    if steps < 1:
+        raise ValueError(
+            f"sampling.on_full keep goes on with groups under newer weights, but max_staleness {s.max_staleness} with "
+            f"rollout.async_steps {ahead} lets none live that long; use at least {ahead + 1}"
+        )
+    key = "gen_batch_prompts" if s.style == "filter" else "train_batch_prompts"
+    most = steps * getattr(s, key)
+    if s.max_in_flight_groups and s.max_in_flight_groups > most:
+        raise ValueError(
+            f"sampling.max_in_flight_groups {s.max_in_flight_groups} with on_full keep: more than {key} {getattr(s, key)} × "
+            f"(max_staleness {s.max_staleness} - async_steps {ahead}) = {most} groups in flight would be too old before they "
+            f"are trained on; use at most {most}, or raise max_staleness"
+        )
+    if c.rollout.sglang.colocated:
+        raise ValueError(
+            "sampling.on_full keep leaves requests at the servers, but with rollout.sglang.colocated these give up their memory "
+            "while the actor trains; set on_full wait, or colocated false with servers on GPUs of their own"
+        )
+    if c.rollout.sglang.router_url:
+        raise ValueError(
+            "sampling.on_full keep must know which server works on a request, for when its update fails, and "
+            "rollout.sglang.router_url hides that; leave router_url out: the run spreads requests over urls by itself"
+        )
+
+
+RULES = (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, _check_generation, _check_keep)

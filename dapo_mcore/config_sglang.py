@@ -62,11 +62,9 @@ class SGLangConfig(BaseModel):
     read_timeout_s: float = Field(60.0, gt=0)
     """From the first byte of an answer to its last."""
     request_timeout_s: float = Field(3600.0, gt=0)
-    """From sending a generation request to the end of its answer."""
+    """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between."""
     health_interval_s: float = Field(10.0, gt=0)
     health_timeout_s: float = Field(30.0, gt=0)
-    max_version_lag: int = Field(0, ge=0)
-    """Weight versions that a token may be behind the engine's. 0 keeps only samples made by the current weights alone."""
 
     sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How weights reach the servers: safetensors in `sync_dir`, a broadcast from rank 0 (NCCL, gloo on CPUs), or memory

@@ -110,8 +110,9 @@ class Controller:
         """The samples to train on: prompts → rollout → reward → filter (refill).
 
         With rollout.async_steps, those that were collected beside the step before; then the next step's are begun, with
-        the weights that the engine holds until `finish_rollout`.
+        the weights that the engine holds until `finish_rollout`. With sampling.on_full keep they may go on under newer ones.
         """
+        self._wait_for_rollout()
         self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
         self.before_ahead = None
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
@@ -120,20 +121,21 @@ class Controller:
         return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
 
     def finish_rollout(self) -> None:
-        """Returns once nothing is generated any more, so that weights may move.
+        """Returns once weights may move: when nothing is generated any more, or at once with sampling.on_full keep.
 
         A rollout that failed beside training raises in `rollout`, when this step is trained, recorded and saved.
         """
-        if self.ahead.running:
-            self.progress.phase("wait")
-        with self.timer.phase("wait") if self.config.rollout.async_steps else nullcontext():
-            self.ahead.wait()
+        if self.config.sampling.on_full != "keep":
+            self._wait_for_rollout()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report."""
-        assert not self.ahead.running, "a rollout is under way"
+        """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report.
+
+        The servers may still work on groups of the next step.
+        """
         if not self.eval_sets:
             return {}
+        self._wait_for_rollout()
         with self.timer.phase("eval"):
             self.last_eval = evaluate(
                 self.engine,
@@ -198,6 +200,12 @@ class Controller:
             rows.update(_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
 
+    def _wait_for_rollout(self) -> None:
+        if self.ahead.running:
+            self.progress.phase("wait")
+        with self.timer.phase("wait") if self.config.rollout.async_steps else nullcontext():
+            self.ahead.wait()
+
     def _collect(self, step: int, lag: int) -> tuple[Collected, dict[str, float]]:
         """The groups of a step, and the times of the phases that took place beside training."""
         collected = self.sampler.collect(step, lag)
@@ -242,7 +250,9 @@ class Controller:
                 SGLangEngine,  # its HTTP client is of no use to the embedded engine
             )
 
-            engine: Any = SGLangEngine(config.rollout.sglang, hf_config, folder=config.run_dir / SERVERS, **common)
+            max_lag = config.sampling.max_staleness if config.sampling.on_full == "keep" else 0
+            folder = config.run_dir / SERVERS
+            engine: Any = SGLangEngine(config.rollout.sglang, hf_config, folder=folder, max_lag=max_lag, **common)
         else:
             engine = EmbeddedEngine(
                 hf_config,

@@ -97,7 +97,8 @@ class Run:
     def _train_step(self, step: int) -> dict[str, float]:
         """One rollout step: rollout, gradient steps, weight sync.
 
-        With rollout.async_steps the next step's rollout goes on beside the gradient steps, and is waited for before the sync.
+        With rollout.async_steps the next step's rollout goes on beside the gradient steps, and is waited for before the sync,
+        unless sampling.on_full keep lets requests live on under the new weights.
         """
         config = self.config
         batch = self._on_controller(lambda c: c.rollout(step))

@@ -231,7 +231,8 @@ class ContinuousEngine(RolloutEngine, Protocol):
     def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
         """What `generate` does, begun and not waited for. Cancelling the future ends its requests.
 
-        Weights must not move before every future is done.
+        Weights must not move before every future is done, unless the engine resumes requests under new weights
+        (sampling.on_full keep).
         """
         ...
 

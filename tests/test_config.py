@@ -103,6 +103,7 @@ def test_every_bad_key_is_named_at_once(file: Path) -> None:
 
 LONG = ["data.max_prompt_tokens=100", "rollout.max_response_tokens=205", "parallel.context_parallel=3"]
 AHEAD = ["rollout.engine=sglang", "rollout.async_steps=1", "reward.workers=1"]
+KEEP = ["rollout.engine=sglang", "sampling.on_full=keep", "algo.old_logprobs=rollout"]
 RULES: list[tuple[list[str], str]] = [
     (
         ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=5"],
@@ -132,8 +133,33 @@ RULES: list[tuple[list[str], str]] = [
         "sampling.max_samples_per_prompt 8 is below rollout.group_size 16; raise it to at least 16",
     ),
     (["rollout.async_steps=1"], "rollout.async_steps 1 needs rollout.engine sglang: the embedded engine"),
-    (["sampling.on_full=abort"], "on_full abort needs rollout.engine sglang"),
-    (["sampling.max_in_flight_groups=8"], "sampling.max_in_flight_groups or on_full abort needs rollout.engine sglang"),
+    (["sampling.on_full=abort"], "sampling.on_full abort needs rollout.engine sglang"),
+    (["sampling.on_full=keep"], "sampling.on_full keep needs rollout.engine sglang"),
+    (["sampling.max_in_flight_groups=8"], "sampling.max_in_flight_groups needs rollout.engine sglang"),
+    (
+        ["rollout.engine=sglang", "sampling.on_full=keep"],
+        "sampling.on_full keep trains on samples of weights one version older or more; correct for it with algo.tis.mode",
+    ),
+    (
+        [*KEEP, "sampling.max_staleness=0"],
+        "max_staleness 0 with rollout.async_steps 0 lets none live that long; use at least 1",
+    ),
+    (
+        [*KEEP, *AHEAD, "sampling.max_staleness=1"],
+        "max_staleness 1 with rollout.async_steps 1 lets none live that long; use at least 2",
+    ),
+    (
+        [*KEEP, "sampling.max_staleness=3", *AHEAD, "sampling.max_in_flight_groups=3073"],
+        "more than gen_batch_prompts 1536 × (max_staleness 3 - async_steps 1) = 3072 groups in flight would be too old",
+    ),
+    (
+        [*KEEP, "sampling.style=none", "sampling.max_in_flight_groups=513"],
+        "more than train_batch_prompts 512 × (max_staleness 1 - async_steps 0) = 512 groups in flight would be too old",
+    ),
+    (
+        [*KEEP, "rollout.sglang={urls: ['http://a:1'], router_url: 'http://a:2'}"],
+        "sampling.on_full keep must know which server works on a request",
+    ),
     (
         [*AHEAD, "algo.tis.mode=mask", "reward.workers=0"],
         "but reward.workers 0 would run the reward function in a thread",
@@ -166,6 +192,9 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         ["sampling.style=resample", "sampling.max_samples_per_prompt=16"],
         [*AHEAD, "algo.tis.mode=truncate"],
         [*AHEAD, "algo.old_logprobs=rollout", "sampling.on_full=abort", "sampling.max_in_flight_groups=8"],
+        [*KEEP, "sampling.max_in_flight_groups=1536"],
+        [*KEEP, *AHEAD, "sampling.max_staleness=2"],
+        ["rollout.engine=sglang", "sampling.on_full=keep", "algo.tis.mode=mask"],
     ],
 )
 def test_the_remedy_of_each_rule_works(file: Path, overrides: list[str]) -> None:

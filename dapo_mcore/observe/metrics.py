@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
         "groups", "groups dropped because they were older than sampling.max_staleness allows"
     ),
     "sampling/groups_aborted": Metric("groups", "groups ended unfinished by sampling.on_full abort; asked again later"),
+    "sampling/groups_pending": Metric(
+        "groups", "groups in flight at the end of the step, which sampling.on_full keep goes on with in the next"
+    ),
     "sampling/in_flight_mean": Metric("groups", "groups that servers worked on, mean over the time of generation"),
     "sampling/in_flight_max": Metric("groups", "the most of them"),
     "sampling/surplus_wait_s": Metric("s", "wait for groups in flight after enough were kept"),
@@ -63,6 +66,8 @@ METRICS: dict[str, Metric] = {
         "versions", "versions of trained groups behind the policy that trains on them, mean"
     ),
     "sampling/staleness_max": Metric("versions", "maximum of the same"),
+    "sampling/token_staleness_mean": Metric("versions", "the same of each token of these groups by itself, mean"),
+    "sampling/samples_resumed": Metric("samples", "trained responses that weights of several versions generated"),
     "sampling/resample_rate": Metric("fraction", "responses added to uniform groups, among all responses generated"),
     "sampling/samples_generated": Metric("samples", "responses generated in this step"),
     "actor/loss": Metric("", "policy loss as optimised, mean over the step's updates"),

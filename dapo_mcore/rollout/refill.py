@@ -1,7 +1,8 @@
 """Groups from servers that are kept full: each finished group is scored, judged and replaced at once.
 
 Change here: how many groups are in flight, and what happens to them once there are enough. Whether a group is trained on
-never depends on how soon it finishes, except with sampling.on_full abort: that favours short responses.
+never depends on how soon it finishes, except with sampling.on_full abort: that favours short responses. With keep, how
+soon it finishes decides only in which step it is trained on.
 """
 
 from __future__ import annotations
@@ -31,31 +32,51 @@ KEEPS: dict[str, Callable[[Group], bool]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Refilled:
-    """groups: to train on, in the order they were begun. aborted: prompts begun and given up, to be asked again."""
+class InFlight:
+    """A group on its way: the responses it has, and the request for `count` more.
 
-    groups: list[Group]
-    aborted: list[Prompt]
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A group on its way: the responses it has, and the request for more."""
+    oldest  no token of the group is of older weights than this version.
+    """
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+    count: int
+    oldest: int
     future: Future[list[Rollout]]
 
 
-class Refill:
-    """Brings `missing` groups in one rollout step. `take` gives the next prompts."""
+@dataclass(frozen=True, slots=True)
+class Refilled:
+    """What a step brought, each list in the order in which its groups were begun.
 
-    def __init__(self, step: Step, responder: Responder, take: Callable[[int], list[Prompt]], missing: int):
+    groups   to train on.
+    aborted  prompts begun and given up, to be asked again.
+    pending  groups still in flight, for the next step to go on with.
+    """
+
+    groups: list[Group]
+    aborted: list[Prompt]
+    pending: list[InFlight]
+
+
+class Refill:
+    """Brings `missing` groups in one rollout step. `take` gives the next prompts; `pending` is in flight already."""
+
+    def __init__(
+        self,
+        step: Step,
+        responder: Responder,
+        take: Callable[[int], list[Prompt]],
+        missing: int,
+        pending: Sequence[InFlight] = (),
+    ):
         sampling = step.config.sampling
         self._step, self._responder, self._take, self._missing = step, responder, take, missing
         self._batch = sampling.gen_batch_prompts if sampling.style == "filter" else sampling.train_batch_prompts
         self._limit = sampling.max_in_flight_groups or self._batch
-        self._in_flight: dict[int, _Asked] = {}
+        self._on_full = sampling.on_full
+        self._adopted = pending
+        self._in_flight: dict[int, InFlight] = {}
         self._finished: dict[int, Group] = {}
         self._kept: dict[int, Group] = {}
         self._done: SimpleQueue[int] = SimpleQueue()
@@ -66,38 +87,54 @@ class Refill:
         """At least `missing` groups, unless max_gen_batches batches bring fewer. Whatever raises here ends all requests."""
         try:
             with self._responder.waiting():
-                aborted = self._fill()
+                for number, group in enumerate(self._adopted):
+                    self._responder.expect(group.count)
+                    self._watch(number, group)
+                self._fill()
         except BaseException:
             self._give_up()
             raise
+        pending = [self._in_flight[number] for number in sorted(self._in_flight)] if self._on_full == "keep" else []
+        aborted = self._give_up() if self._on_full == "abort" else []
         self._step.generated += _in_order(self._finished)
         self._step.num_rounds = self._num_begun / self._batch
-        self._step.more |= {**self._load.stats(), "sampling/groups_aborted": float(len(aborted))}
-        return Refilled(_in_order(self._kept), aborted)
+        counts = {"sampling/groups_aborted": float(len(aborted)), "sampling/groups_pending": float(len(pending))}
+        self._step.more |= self._load.stats() | counts
+        return Refilled(_in_order(self._kept), aborted, pending)
 
-    def _fill(self) -> list[Prompt]:
-        """Generates until nothing is in flight; the prompts whose responses were aborted."""
-        aborted: list[Prompt] = []
+    def _fill(self) -> None:
+        """Generates until nothing in flight must be waited for."""
         self._begin()
-        while self._in_flight:
+        while self._must_wait():
             self._receive(self._wait())
-            if self._enough and self._step.config.sampling.on_full == "abort":
-                aborted = self._give_up()
             self._begin()
-        return aborted
+
+    def _must_wait(self) -> bool:
+        if not self._enough or self._on_full == "wait":
+            return bool(self._in_flight)
+        return self._on_full == "keep" and self._too_old_soon()
+
+    def _too_old_soon(self) -> bool:
+        """Whether groups in flight would be lost for being long: so many that the steps to come cannot train on all before
+        they are too old. The group that is n-th by age has as many steps as its weights are newer than the oldest allowed."""
+        batch, ratio = self._step.config.sampling.train_batch_prompts, self._kept_ratio()
+        versions = sorted(group.oldest for group in self._in_flight.values())
+        return any(n * ratio > batch * (version - self._step.oldest) for n, version in enumerate(versions, start=1))
 
     @property
     def _enough(self) -> bool:
         return len(self._kept) >= self._missing
 
     def _begin(self) -> None:
-        """Begins groups until those in flight will very likely suffice, as far as the limits allow."""
-        sampling = self._step.config.sampling
-        wanted = groups_needed(self._missing - len(self._kept), self._kept_ratio()) - len(self._in_flight)
-        room = self._limit - len(self._in_flight)
-        budget = sampling.max_gen_batches * self._batch - self._num_begun
+        """Begins groups until those in flight will very likely suffice, as far as the limits allow; with on_full keep as
+        many as they allow."""
+        missing, room = self._missing - len(self._kept), self._limit - len(self._in_flight)
+        wanted = groups_needed(missing, self._kept_ratio()) - len(self._in_flight)
+        if self._on_full == "keep" and missing > 0:
+            wanted = room
+        budget = self._step.config.sampling.max_gen_batches * self._batch - self._num_begun
         for prompt in self._take(max(0, min(wanted, room, budget))):
-            self._ask(self._num_begun, prompt, (), self._step.config.rollout.group_size)
+            self._ask(len(self._adopted) + self._num_begun, prompt, (), self._step.config.rollout.group_size)
             self._num_begun += 1
         self._load.now(len(self._in_flight), self._enough)
 
@@ -111,9 +148,15 @@ class Refill:
         return (promised * _IMAGINED + len(self._kept)) / (_IMAGINED + len(self._finished))
 
     def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
+        # read before: an update may be under way
+        oldest = min([self._responder.weight_version, *(sample.rollout.weight_version for sample in samples)])
         future = self._responder.submit([prompt] * count, self._step.next_params())
-        self._in_flight[number] = _Asked(prompt, samples, future)
-        future.add_done_callback(lambda _: self._done.put(number))
+        self._watch(number, InFlight(prompt, samples, count, oldest, future))
+
+    def _watch(self, number: int, group: InFlight) -> None:
+        self._in_flight[number] = group
+        done = self._done  # not self: a future may outlive this step
+        group.future.add_done_callback(lambda _: done.put(number))
 
     def _wait(self) -> list[int]:
         """The numbers of all groups that are done by now, in order; at least one."""

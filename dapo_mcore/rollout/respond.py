@@ -37,6 +37,11 @@ class Responder:
         self._engine, self._reward, self._decode = engine, reward, decode
         self._progress, self._timer = progress or NullProgress(), timer or PhaseTimer()
 
+    @property
+    def weight_version(self) -> int:
+        """The engine's."""
+        return self._engine.weight_version
+
     def groups(self, prompts: Sequence[Prompt], size: int, params: SamplingParams) -> list[Group]:
         """One group of `size` responses for each prompt, in order."""
         samples = self.samples([prompt for prompt in prompts for _ in range(size)], params)
@@ -53,8 +58,12 @@ class Responder:
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Rollout]]:
         """Begins one response for each entry of `prompts` on a ContinuousEngine; `score` makes samples of them."""
-        self._progress.more(len(prompts))
+        self.expect(len(prompts))
         return self._engine.submit([prompt.token_ids for prompt in prompts], params)
+
+    def expect(self, count: int) -> None:
+        """Shows that so many more responses are waited for."""
+        self._progress.more(count)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

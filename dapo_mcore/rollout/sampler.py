@@ -2,8 +2,9 @@
 
 Change here: which groups a step trains on, and what happens to the rest. How they are generated is rounds.py and
 refill.py; what it means to vary, algo/filtering.py.
-Groups are always taken in prompt order, never in the order they finish, which would favour short responses.
-Unlike verl, groups beyond the training batch are carried to the next step while their weights are fresh enough.
+Groups are always taken in prompt order, never in the order they finish, which would favour short responses; with
+sampling.on_full keep, those of the oldest weights come first. Unlike verl, groups beyond the training batch are carried to
+the next step while their weights are fresh enough.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from dapo_mcore.errors import RolloutError
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.rollout.carry import find_prompt, pack_groups, unpack_groups
-from dapo_mcore.rollout.refill import Refill
+from dapo_mcore.rollout.refill import InFlight, Refill
 from dapo_mcore.rollout.respond import Decode, Responder
 from dapo_mcore.rollout.rounds import play_rounds
+from dapo_mcore.rollout.staleness import staleness_stats
 from dapo_mcore.rollout.step import Step
 from dapo_mcore.types import ContinuousEngine, Group, Prompt, RewardFunction, RolloutEngine
 
@@ -31,7 +33,7 @@ from dapo_mcore.types import ContinuousEngine, Group, Prompt, RewardFunction, Ro
 class Collected:
     """What one rollout step brought.
 
-    groups     to train on, in prompt order; groups carried from the step before come first.
+    groups     to train on, in prompt order; groups of older weights, as those carried from the step before, come first.
     generated  every group finished in this step, trained on or not: what reward and length metrics are about.
     stats      the `sampling/…` metrics.
     """
@@ -58,6 +60,7 @@ class Sampler:
         self._loader = loader
         self._responder = Responder(engine, reward, decode, progress, timer)
         self._carried: list[Group] = []
+        self._pending: list[InFlight] = []
         self._again: list[Prompt] = []
 
     def collect(self, step: int, lag: int = 0) -> Collected:
@@ -72,28 +75,28 @@ class Sampler:
         this = Step(self._config, step, oldest=trained - sampling.max_staleness)
         kept = [group for group in self._carried if group.weight_version >= this.oldest]
         this.num_stale = num_stale = len(self._carried) - len(kept)
-        num_reused = min(len(kept), sampling.train_batch_prompts)
+        carried = {id(group) for group in kept}
         kept += self._generate(this, sampling.train_batch_prompts - len(kept))
+        kept.sort(key=lambda group: group.weight_version)  # only with on_full keep are they not in this order already
         groups, surplus = kept[: sampling.train_batch_prompts], kept[sampling.train_batch_prompts :]
         if len(groups) < sampling.train_batch_prompts:
             self._check_exhausted(len(groups), this)
         self._carried = surplus if sampling.carry_surplus else []
-        staleness = [trained - group.weight_version for group in groups]
         stats = this.stats() | {
             "sampling/groups_kept": float(len(groups)),
-            "sampling/surplus_reused": float(num_reused),
+            "sampling/surplus_reused": float(sum(id(group) in carried for group in groups)),
             "sampling/surplus_carried": float(len(self._carried)),
             "sampling/surplus_dropped": float(num_stale + len(surplus) - len(self._carried)),
-            "sampling/staleness_mean": sum(staleness) / len(staleness),
-            "sampling/staleness_max": float(max(staleness)),
         }
+        stats |= staleness_stats(groups, trained)
         return Collected(groups, this.generated, stats)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The carried groups, and the prompts to ask again, as JSON-ready values and arrays; with the loader's state,
-        all a resumed run needs."""
+        all a resumed run needs. It asks the prompts of pending groups again."""
         state, arrays = pack_groups(self._carried)
-        return {**state, "again": [prompt.uid for prompt in self._again]}, arrays
+        again = [group.prompt for group in self._pending] + self._again
+        return {**state, "again": [prompt.uid for prompt in again]}, arrays
 
     def load_state(self, state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> None:
         """Restores `state()` exactly, with the training prompts by uid. Raises CheckpointError for an unknown uid."""
@@ -101,12 +104,13 @@ class Sampler:
         self._again = [find_prompt(uid, prompts) for uid in state["again"]]
 
     def _generate(self, this: Step, missing: int) -> list[Group]:
-        """At least `missing` new groups, as far as the limits allow; without any request when none is missing."""
-        if missing <= 0:
+        """At least `missing` new groups, as far as the limits allow; without a new request when none is missing."""
+        if missing <= 0 and not self._pending:
             return []
         if not isinstance(self._engine, ContinuousEngine):
             return play_rounds(this, self._responder, self._take, missing)
-        refilled = Refill(this, self._responder, self._take, missing).run()
+        refilled = Refill(this, self._responder, self._take, missing, self._pending).run()
+        self._pending = refilled.pending
         self._again = refilled.aborted + self._again
         return refilled.groups
 

@@ -6,10 +6,13 @@ The letters of a prompt's text say how its responses turn out, as in test_sample
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,11 +41,13 @@ class SlowEngine(ScriptedEngine):
 
     order  called in a thread after every submission, with the numbers in flight in the order they were submitted; the
            ones it returns finish.
+    Weights may move meanwhile: the last token of a response is of the version when it finishes, the others of the version
+    when it was submitted.
     """
 
     def __init__(self, prompts: list[Prompt], order: Callable[[list[int]], list[int]], version: int = 1):
         super().__init__(prompts, version)
-        self.in_flight: dict[int, tuple[Future, int]] = {}
+        self.in_flight: dict[int, tuple[Future, int, int]] = {}
         self.submitted: list[int] = []
         self.cancelled: list[int] = []
         self.most = 0
@@ -57,7 +62,7 @@ class SlowEngine(ScriptedEngine):
             assert number not in self.in_flight, "this engine knows its requests by their prompts"
             self.calls.append((len(prompts), params))
             self.submitted.append(number)
-            self.in_flight[number] = future, len(prompts)
+            self.in_flight[number] = future, len(prompts), self.weight_version
             self.most = max(self.most, len(self.in_flight))
         return future
 
@@ -77,7 +82,7 @@ class SlowEngine(ScriptedEngine):
         seen = -1
         while not self._stop.wait(0.02):
             with self._lock:
-                for number, (future, _) in list(self.in_flight.items()):
+                for number, (future, *_) in list(self.in_flight.items()):
                     if future.cancelled():
                         self.cancelled.append(number)
                         del self.in_flight[number]
@@ -86,9 +91,17 @@ class SlowEngine(ScriptedEngine):
                     continue
                 ready = self._order(list(self.in_flight)) if self.in_flight else []
                 done = [(*self.in_flight.pop(number), number) for number in ready]
-            for future, count, number in done:
+            for future, count, version, number in done:
                 if future.set_running_or_notify_cancel():
-                    future.set_result([self._respond(number) for _ in range(count)])
+                    future.set_result([begun_by(version, self._respond(number)) for _ in range(count)])
+
+
+def begun_by(version: int, rollout: Rollout) -> Rollout:
+    if version >= rollout.weight_version:
+        return rollout
+    last = len(rollout.token_ids) - 1
+    spans = ((0, version), (last, rollout.weight_version)) if last else ()
+    return replace(rollout, weight_version=version, version_spans=spans)
 
 
 def one_by_one_last_first(in_flight: list[int]) -> list[int]:
@@ -196,6 +209,96 @@ def test_prompts_to_ask_again_survive_a_restart(collect):
     assert engine.submitted == [0, 1, 2, 3, 4, 7, 8]
 
 
+def keeping(collect, scripts: list[str], order, style: str = "none", **sampling) -> tuple[Sampler, SlowEngine]:
+    return collect(scripts, order, style=style, on_full="keep", **sampling)
+
+
+def pending(sampler: Sampler) -> list[int]:
+    return [int(uid.removeprefix("train:")) for uid in sampler.state()[0]["again"]]
+
+
+def test_kept_groups_stay_in_flight_until_later_steps_could_not_train_on_them(collect):
+    options = dict(train=2, max_in_flight_groups=4, max_staleness=2)
+    sampler, engine = keeping(collect, [MIXED] * 12, one_by_one_last_first, **options)
+    first = sampler.collect(step=1)  # by version 1: 4 in flight until 3 and 4 are finished
+    assert uids(first.groups) == [3, 4] and pending(sampler) == [0, 1, 2]
+    assert first.stats["sampling/groups_pending"] == 3 and first.stats["sampling/surplus_wait_s"] == 0
+    engine.weight_version = 2
+    # 5 and 6 are enough, but step 3 could not train on 0, 1 and 2 at once, and step 4 on none: 2 is waited for
+    second = sampler.collect(step=2)
+    assert engine.submitted == [0, 1, 2, 3, 4, 5, 6]
+    assert uids(second.groups) == [2, 5] and uids(second.generated) == [2, 5, 6] and pending(sampler) == [0, 1]
+    assert second.stats["sampling/groups_pending"] == 2 and second.stats["sampling/surplus_carried"] == 1
+    engine.weight_version = 3
+    third = sampler.collect(step=3)  # 0 and 1 are waited for, and trained on before the newer ones
+    assert engine.submitted[7:] == [7, 8]
+    assert uids(third.groups) == [0, 1] and uids(third.generated) == [0, 1, 7, 8] and pending(sampler) == []
+    assert third.stats["sampling/staleness_max"] == 2 and third.stats["sampling/surplus_reused"] == 0
+    # 2 groups of a response of 1 token by version 1, and one of 2 tokens by versions 1 and 3
+    assert third.stats["sampling/samples_resumed"] == 2
+    assert third.stats["sampling/token_staleness_mean"] == pytest.approx(4 * 2 / 6)
+    fourth = sampler.collect(step=4)
+    assert uids(fourth.groups) == [6, 7] and fourth.stats["sampling/surplus_reused"] == 2
+    assert all(s.stats["sampling/groups_stale"] == 0 for s in (first, second, third, fourth))
+    assert not engine.cancelled
+
+
+@pytest.mark.parametrize("style", ["none", "filter"])
+@pytest.mark.parametrize(("max_staleness", "lag"), [(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)])
+def test_no_group_is_lost_for_being_slow_or_trained_on_twice(collect, style, max_staleness, lag):
+    """With a lag the weights move at any time during a step, as beside training."""
+    scripts = [MIXED if number % 3 else RIGHT for number in range(200)]
+    luck = random.Random(max_staleness)
+
+    def slow_some(in_flight: list[int]) -> list[int]:
+        """Every fifth prompt finishes late, and any other at random."""
+        if lag and luck.random() < 0.3:
+            engine.weight_version = 1 + len(steps) + lag
+        return [luck.choice([number for number in in_flight if number % 5] or in_flight)]
+
+    options = dict(train=3, gen_batch_prompts=5, max_in_flight_groups=3, max_staleness=max_staleness)
+    sampler, engine = keeping(collect, scripts, slow_some, style, **options)
+    steps: list[Collected] = []
+    for version in range(1, 11):
+        engine.weight_version = version
+        steps.append(sampler.collect(version, lag))
+    trained = Counter(uid for step in steps for uid in uids(step.groups))
+    left = {int(group["uid"].removeprefix("train:")) for group in sampler.state()[0]["groups"]} | set(pending(sampler))
+    good = {number for number in engine.submitted if style == "none" or scripts[number] == MIXED}
+    assert set(trained.values()) == {1} and sum(trained.values()) == 30
+    assert set(trained) | left >= good and set(trained) <= good
+    assert all(step.stats["sampling/groups_stale"] == step.stats["sampling/surplus_dropped"] == 0 for step in steps)
+    assert 1 <= max(step.stats["sampling/staleness_max"] for step in steps) <= max_staleness
+    assert any(number % 5 == 0 for number in trained) and engine.most <= 3 and not engine.cancelled
+
+
+def test_prompts_of_pending_groups_survive_a_restart(collect):
+    options = dict(train=2, max_in_flight_groups=4, max_staleness=2)
+    sampler, _ = keeping(collect, [MIXED] * 12, one_by_one_last_first, **options)
+    assert uids(sampler.collect(step=1).groups) == [3, 4]
+    state, arrays = sampler.state()
+    resumed, engine = keeping(collect, [MIXED] * 12, one_by_one, **options)
+    prompts = make_prompts(*[MIXED] * 12)
+    resumed.load_state(json.loads(json.dumps(state)), arrays, {prompt.uid: prompt for prompt in prompts})
+    resumed._loader.take(5)  # where the first run's loader stands
+    assert uids(resumed.collect(step=2).groups) == [0, 1]
+    assert engine.submitted[:3] == [0, 1, 2]
+
+
+def test_a_pending_group_goes_on_growing_and_is_as_old_as_its_first_response(collect):
+    def others_first(in_flight: list[int]) -> list[int]:
+        return [number for number in in_flight if number] or in_flight
+
+    options = dict(train=1, max_in_flight_groups=2, resample_size=2, max_staleness=2)
+    sampler, engine = keeping(collect, ["RRRW", MIXED, MIXED, MIXED], others_first, "resample", **options)
+    assert uids(sampler.collect(step=1).groups) == [1] and pending(sampler) == [0]
+    engine.weight_version = 3
+    step = sampler.collect(step=2)
+    assert uids(step.groups) == [0] and letters(step.groups[0]) == "RRRW"
+    assert [sample.rollout.weight_version for sample in step.groups[0].samples] == [1, 1, 3, 3]
+    assert step.stats["sampling/staleness_max"] == 2 and step.stats["sampling/resample_rate"] > 0
+
+
 def test_resample_grows_each_group_by_itself(collect):
     def slow_first(in_flight: list[int]) -> list[int]:
         return [n for n in in_flight if n != 1] or in_flight
@@ -248,9 +351,12 @@ def test_surplus_collected_ahead_ages_by_the_lag(collect):
     assert uids(second_step(1).groups) == [2] and uids(second_step(2).groups) == [1]
 
 
+@pytest.mark.parametrize("on_full", ["wait", "keep"])
 @pytest.mark.parametrize("culprit", ["engine", "reward"])
-def test_a_failure_ends_every_request(collect, culprit):
-    sampler, engine = collect([MIXED] * 6, one_by_one, train=3, gen_batch_prompts=3)
+def test_a_failure_ends_every_request(collect, culprit, on_full):
+    sampler, engine = collect([MIXED] * 9, one_by_one, train=3, gen_batch_prompts=3, on_full=on_full)
+    sampler.collect(step=0)
+    assert len(pending(sampler)) == (2 if on_full == "keep" else 0)
 
     def fail(*_: object) -> None:
         raise RolloutError("broken")
@@ -260,6 +366,6 @@ def test_a_failure_ends_every_request(collect, culprit):
     else:
         engine._order = lambda in_flight: [engine.in_flight[in_flight[0]][0].set_exception(RolloutError("broken"))][:0]
     with pytest.raises(RolloutError, match="broken"):
-        sampler.collect(step=0)
-    futures = [future for future, _ in engine.in_flight.values() if not future.cancelled()]
+        sampler.collect(step=1)
+    futures = [future for future, *_ in engine.in_flight.values() if not future.cancelled()]
     assert all(future.done() for future in futures)

@@ -80,6 +80,7 @@ def make_config(
             },
             "sampling": {"style": style, "train_batch_prompts": train, **sampling},
             "batch": {"mini_batch_prompts": 1},
+            "algo": {"old_logprobs": "rollout"},
         }
     )
 
@@ -122,6 +123,8 @@ def test_none_takes_groups_as_they_come():
         "sampling/groups_stale": 0,
         "sampling/staleness_mean": 0,
         "sampling/staleness_max": 0,
+        "sampling/token_staleness_mean": 0,
+        "sampling/samples_resumed": 0,
     }
 
 

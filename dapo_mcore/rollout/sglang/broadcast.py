@@ -14,11 +14,12 @@ from functools import partial
 from typing import Literal
 
 from dapo_mcore.rollout.manifest import Bucket
-from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
+from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
 from dapo_mcore.rollout.sglang.server_group import ServerGroup
 from dapo_mcore.rollout.sglang.stream import Parcels, send_stream
+from dapo_mcore.rollout.sglang.transaction import Transaction
 
 Part = tuple[Member, ...]
 """Members that receive together."""
@@ -58,7 +59,6 @@ class BroadcastTransfer:
             group.close()
 
     async def _broadcast(self, fleet: Fleet, transaction: Transaction, parcels: Parcels[Bucket]) -> None:
-        await transaction.each("pause", lambda m: m.api.pause())
         await self._regroup(fleet.members, transaction)
         await transaction.parts("begin", {group.members: group.begin() for group in self._receiving()})
         async for bucket, version in parcels:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.manifest import Bucket
-from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
+from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.transaction import Transaction
 from dapo_mcore.weights.safetensors_file import SafetensorsWriter, TensorInfo
 
 GIB = 2**30
@@ -84,7 +85,6 @@ class DiskTransfer:
         return float(num_bytes)
 
     async def _load_everywhere(self, transaction: Transaction) -> None:
-        await transaction.each("pause", lambda m: m.api.pause())
         await transaction.each("load", lambda m: self.resync(m, transaction.tag))
 
 

@@ -64,6 +64,8 @@ class SGLangEngine:
     stop_token_ids  any of them ends a response and is its last token.
     dtype           of weights and arithmetic on servers started here.
     folder          for the servers' logs and keys.
+    max_lag         0: nothing may be in flight when weights move. Else requests begun by `submit` go on under the new
+                    weights, and no token may be more versions than this behind the newest.
 
     Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
     `on_progress`, when set, is called with 1 for each finished sample.
@@ -77,13 +79,15 @@ class SGLangEngine:
         stop_token_ids: Sequence[int],
         dtype: torch.dtype,
         folder: Path,
+        max_lag: int = 0,
     ):
         self.on_progress: Callable[[int], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
         self._manifest = WeightManifest.of_config(hf_config)
-        self._version, self._tag = -1, ""
+        self._version, self._tag, self._max_lag = -1, "", max_lag
         self._tags: dict[str, int] = {}
+        self._newest = ""  # the tag that servers are moved to; _tag once they have it
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._broken_updates = 0
@@ -120,7 +124,8 @@ class SGLangEngine:
         A sample whose server fails, or whose weights are not the current ones, is dropped whole and asked for again, up
         to `max_attempts` times. Raises RolloutError then, before the first weights, and for a prompt that cannot be asked.
         """
-        future = self.submit(prompts, params)
+        rule = VersionRule(self._tags, self._tag)
+        future = self._begin(prompts, params, lambda: rule)
         try:
             return future.result()
         except BaseException:
@@ -128,11 +133,11 @@ class SGLangEngine:
             raise
 
     def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
-        """What `generate` does, begun and not waited for; any number may be under way. cancel() ends the requests."""
-        if self._version < 0:
-            raise RolloutError("the rollout servers have no weights yet; call update_weights before generate")
-        check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
-        return self._loop.submit(self._generate(prompts, params))
+        """What `generate` does, begun and not waited for; any number may be under way. cancel() ends the requests.
+
+        With `max_lag` they live through weight updates: a sample may then be of several versions, see version_spans.
+        """
+        return self._begin(prompts, params, lambda: VersionRule(self._tags, self._newest, self._max_lag))
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
@@ -146,7 +151,7 @@ class SGLangEngine:
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
         tag = f"{version}-{secrets.token_hex(4)}"
-        self._tags[tag] = version
+        self._tags[tag], self._newest = version, tag
         stream = self._manifest.checked(weights, version)
         if self._settings.quantize == "fp8":
             stream = quantized(stream)
@@ -154,8 +159,9 @@ class SGLangEngine:
             # halves: one travels while the next is gathered, and gathering needs room, too
             halves = buckets(stream, self._settings.bucket_mib << 19)
             sent = self._transfer.send(halves, tag, self._fleet, self._loop)
-        except UpdateBroken:
-            self._broken_updates += 1
+        except BaseException as error:
+            self._newest = self._tag
+            self._broken_updates += isinstance(error, UpdateBroken)
             raise
         finally:
             deque(weights, maxlen=0)  # the senders' collectives must complete
@@ -193,6 +199,7 @@ class SGLangEngine:
         atexit.unregister(self.close)
         if self._fleet is not None:
             self._loop.run(self._fleet.close())
+            self._loop.cancel_all()  # requests in flight are aborted on their servers
             self._loop.run(self._http.close())
             self._fleet = None
         stop_servers(self._processes)
@@ -242,7 +249,7 @@ class SGLangEngine:
             patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
             router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
         checksums = Checksums() if s.verify_sync == "servers" else None
-        return Fleet(members, patience, self._transfer.resync, router, checksums)
+        return Fleet(members, patience, self._transfer.resync, router, checksums, resumes=self._max_lag > 0)
 
     async def _pop_counts(self) -> Counter[str]:
         """In the loop, where they are counted."""
@@ -257,10 +264,21 @@ class SGLangEngine:
                 await wait_until_healthy(member, self._settings.start_timeout_s)
             except RolloutError as error:
                 raise ConfigError(f"rollout.sglang: {error}") from error
-        member.num_ranks = (await probe(member.api, hf_config)).num_ranks
+        facts = await probe(member.api, hf_config, needs_spans=self._max_lag > 0)
+        member.num_ranks = facts.num_ranks
 
-    async def _generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
-        rule = VersionRule(self._tags, self._tag, self._settings.max_version_lag)
+    def _begin(
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
+    ) -> Future[list[Rollout]]:
+        """Requests whose answers must keep the rule of the time when they arrive."""
+        if self._version < 0:
+            raise RolloutError("the rollout servers have no weights yet; call update_weights before generate")
+        check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
+        return self._loop.submit(self._generate(prompts, params, rule))
+
+    async def _generate(
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
+    ) -> list[Rollout]:
         seeds = np.random.SeedSequence(params.seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
         law = {
             "temperature": params.temperature,
@@ -281,7 +299,7 @@ class SGLangEngine:
             await asyncio.gather(*samples, return_exceptions=True)
             raise
 
-    async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: VersionRule) -> Rollout:
+    async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: Callable[[], VersionRule]) -> Rollout:
         """One sample, from whichever server makes it; each try starts from the prompt."""
         body = {"input_ids": token_ids, "sampling_params": law, "return_logprob": True}
         failed: Member | None = None
@@ -304,11 +322,12 @@ class SGLangEngine:
             f"a sample failed {self._settings.max_attempts} times (rollout.sglang.max_attempts); at last {problem}"
         )
 
-    async def _ask(self, member: Member, body: dict[str, Any], rule: VersionRule) -> Rollout:
+    async def _ask(self, member: Member, body: dict[str, Any], rule: Callable[[], VersionRule]) -> Rollout:
         rid = secrets.token_hex(8)
         request = member.api.generate({**body, "rid": rid}, self._settings.request_timeout_s)
         try:
-            rollout = read_reply(await self._fleet.call(member, request), rule)
+            reply = await self._fleet.call(member, request)
+            rollout = read_reply(reply, rule())
         except RequestFailed as error:
             self._fleet.suspect(member, str(error))
             await _abort(member, rid)

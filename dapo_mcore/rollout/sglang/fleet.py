@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,7 @@ from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, WEIGHT_MEMORY
+from dapo_mcore.rollout.sglang.transaction import Transaction
 
 _STRIKES = 3
 _AWAY = ("out", "down")
@@ -35,10 +36,11 @@ Resync = Callable[[Member, str], Awaitable[None]]
 class Fleet:
     """Lives in one event loop.
 
-    resync  None where weights are not kept: then a server that was out rejoins at the next update.
+    resync     None where weights are not kept: then a server that was out rejoins at the next update.
+    router     generates in place of the members, which then only take weights. It may ask one that is out: the version
+               of the answer tells.
     checksums  compares what servers hold; None asks nobody.
-    router  generates in place of the members, which then only take weights. It may ask one that is out: the version
-            of the answer tells.
+    resumes    whether requests in flight go on after an update, under the new weights; else it ends them.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Fleet:
         resync: Resync | None = None,
         router: Member | None = None,
         checksums: Checksums | None = None,
+        resumes: bool = False,
     ):
         self.members, self.resync, self._router = list(members), resync, router
-        self.checksums = checksums
+        self.checksums, self._resumes = checksums, resumes
         self.counts: Counter[str] = Counter()
         self._num_updates = 0
         self._patience, self._restarts_left = patience, patience.restart_budget
@@ -75,7 +78,7 @@ class Fleet:
                 free = [m for m in self._generators() if len(m.calls) < self._patience.max_in_flight]
                 if free:
                     return min(free, key=lambda m: (m is avoid, len(m.calls)))
-                if not self.serving and not self._returning():
+                if not (self.serving or self._returning() or self._may_update()):
                     raise RolloutError(self._nobody())
                 await self._changed.wait()
 
@@ -121,6 +124,7 @@ class Fleet:
             self._num_updates += 1
             transaction = self._transaction(tag)
             try:
+                await transaction.each("pause", lambda m: m.api.pause("retract" if self._resumes else "abort"))
                 await transaction.each("take memory", lambda m: m.take_memory(WEIGHT_MEMORY))
                 await steps(transaction)
                 await transaction.each("confirm", self._confirm)
@@ -140,10 +144,10 @@ class Fleet:
         async with self._weights:
             self._awake.clear()
             self._num_updates += 1
-            await asyncio.gather(*(self._stop(member) for member in self.members if member.state in _AWAY))
             transaction = self._transaction(None)
             await transaction.each("pause", lambda m: m.api.pause())
             await transaction.each("release memory", lambda m: m.release_memory())
+            await asyncio.gather(*(self._stop(member) for member in self.members if member.state in _AWAY))
             for member in transaction.members:
                 member.state = "waiting"
 
@@ -170,7 +174,7 @@ class Fleet:
     def _transaction(self, tag: str | None) -> Transaction:
         """Over every member that can be reached."""
         members = [m for m in self.members if m.state in ("serving", "waiting")]
-        return Transaction(self, members, tag, self._patience.step_timeout_s)
+        return Transaction(members, tag, self._patience.step_timeout_s, self._take_out)
 
     async def _open(self, transaction: Transaction) -> None:
         await transaction.each("resume", lambda m: m.api.resume())
@@ -185,14 +189,23 @@ class Fleet:
                 await asyncio.to_thread(member.process.stop)
 
     def _take_out(self, member: Member, problem: str) -> None:
-        """A member whose weights are in doubt: nothing it says counts until it is re-synced."""
+        """A member whose weights are in doubt: nothing it says counts until it is re-synced.
+
+        Its requests are given up before it is resumed: it would go on with them under half an update.
+        """
+        self._give_up_calls(member)
+        on_its_way_back = member.state in _AWAY
         member.tag, member.link, member.state, member.problem = None, None, "out", problem
         member.strikes += 1
         self.counts["servers_excluded"] += 1
-        self._spawn(self._bring_back(member))
+        if not on_its_way_back:
+            self._spawn(self._bring_back(member))
 
     async def _bring_back(self, member: Member) -> None:
         """Waits for health or restarts, re-syncs, and lets the member serve; or gives it up."""
+        async with self._weights:  # suspected during an update, it must not be resumed before the end
+            if member.state == "serving":
+                return
         try:
             if not self._awake.is_set():
                 await self._stop(member)
@@ -203,6 +216,7 @@ class Fleet:
                 member.state = "lost"
         except (RolloutError, ConfigError, TimeoutError) as error:
             self._take_out(member, str(error))
+            self._spawn(self._bring_back(member))
         except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
             member.state, member.problem = "lost", repr(error)
         finally:
@@ -304,6 +318,8 @@ class Fleet:
         """Finds servers that hang: they accept requests and never answer."""
         while True:
             await asyncio.sleep(self._patience.health_interval_s)
+            if self._weights.locked():
+                continue
             members, num_updates = self.serving, self._num_updates
             answers = await asyncio.gather(*(m.api.healthy(self._patience.health_timeout_s) for m in members))
             if self._weights.locked() or self._num_updates > num_updates:
@@ -323,6 +339,10 @@ class Fleet:
     def _returning(self) -> bool:
         return any(member.state in _AWAY for member in self.members)
 
+    def _may_update(self) -> bool:
+        """Whether a request that outlives updates may wait for one: the repeat of one that broke off."""
+        return self._resumes and any(member.state == "waiting" for member in self.members)
+
     async def _find_down(self, member: Member) -> None:
         member.state = "down"
         self._give_up_calls(member)
@@ -341,28 +361,3 @@ class Fleet:
     def _nobody(self) -> str:
         told = "; ".join(f"{m.api.url} {m.state}: {m.problem or 'no weights yet'}" for m in self.members)
         return f"none of {len(self.members)} rollout servers can serve the current weights: {told}"
-
-
-class Transaction:
-    """A weight update in progress. A member that fails a step leaves it and is taken out; the others go on."""
-
-    def __init__(self, fleet: Fleet, members: list[Member], tag: str | None, timeout_s: float):
-        self.members, self.tag = members, tag
-        self._fleet, self._timeout_s = fleet, timeout_s
-
-    async def each(self, step: str, action: Callable[[Member], Awaitable[None]]) -> None:
-        """Does one step on every remaining member at once."""
-        await self.parts(step, {(member,): action(member) for member in self.members})
-
-    async def parts(self, step: str, works: Mapping[tuple[Member, ...], Awaitable[None]]) -> None:
-        """Does a step's `works` at once, each for several members, which fail together."""
-        limited = (asyncio.wait_for(work, self._timeout_s) for work in works.values())
-        outcomes = await asyncio.gather(*limited, return_exceptions=True)
-        for part, outcome in zip(works, outcomes):
-            if isinstance(outcome, BaseException):
-                if not isinstance(outcome, RolloutError | TimeoutError):
-                    raise outcome
-                told = str(outcome) or f"nothing within {self._timeout_s:g} s"
-                for member in part:
-                    self.members.remove(member)
-                    self._fleet._take_out(member, f"weight update, {step}: {told}")

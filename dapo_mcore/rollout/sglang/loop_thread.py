@@ -35,11 +35,15 @@ class LoopThread:
             future.cancel()
             raise
 
+    def cancel_all(self) -> None:
+        """Cancels what still runs, and waits a while for its end."""
+        self.run(_cancel_others())
+
     def close(self) -> None:
         """Cancels what still runs and stops the loop. May be called twice."""
         if self._loop.is_closed():
             return
-        self.run(_cancel_others())
+        self.cancel_all()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

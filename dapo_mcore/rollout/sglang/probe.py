@@ -12,12 +12,15 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.http import RequestFailed, RequestRefused
-from dapo_mcore.rollout.sglang.server_api import ServerApi, ServerFacts
+from dapo_mcore.rollout.sglang.server_api import FIRST_WITH_SPANS, ServerApi, ServerFacts
 from dapo_mcore.rollout.sglang.servers import check_version
 
 
-async def probe(api: ServerApi, hf_config: PretrainedConfig) -> ServerFacts:
-    """What the server says of itself. Raises ConfigError with the remedy when a run cannot use it."""
+async def probe(api: ServerApi, hf_config: PretrainedConfig, needs_spans: bool = False) -> ServerFacts:
+    """What the server says of itself. Raises ConfigError with the remedy when a run cannot use it.
+
+    needs_spans  the run generates across weight updates, so the server must tell which weights made which token.
+    """
     try:
         facts = await api.facts()
         check_version(facts.version, api.url)
@@ -33,6 +36,12 @@ async def probe(api: ServerApi, hf_config: PretrainedConfig) -> ServerFacts:
             "admin key alone, where there is one)"
         ) from refusal
     _check_model(api.url, facts, vocab_size, hf_config)
+    if needs_spans and facts.version < FIRST_WITH_SPANS:
+        found, first = (".".join(map(str, version)) for version in (facts.version, FIRST_WITH_SPANS))
+        raise ConfigError(
+            f"{api.url} runs SGLang {found}, which does not tell which weights made which token; sampling.on_full keep "
+            f"needs {first} or newer: update SGLang, or set on_full wait"
+        )
     return facts
 
 

@@ -34,7 +34,7 @@ class VersionRule:
     """Which weights may have made a sample.
 
     versions  every tag that this engine has given to weights, with its version.
-    current   the tag of the weights to generate with.
+    current   the tag of the newest of them.
     max_lag   versions a token may be behind those; 0 accepts `current` alone.
     """
 
@@ -60,17 +60,19 @@ def read_reply(reply: Answer, rule: VersionRule) -> Rollout:
     try:
         meta = reply["meta_info"]
         finish = meta["finish_reason"]["type"]
+        if finish == "abort":
+            raise Dropped("aborted", str(meta["finish_reason"].get("message", "")))
         entries = meta["output_token_logprobs"]
         tokens = np.array([entry.token for entry in entries], dtype=np.int32)
         logprobs = np.array([entry.logprob for entry in entries], dtype=np.float32)
         stretches = _stretches(meta, len(tokens))
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise Dropped("malformed", f"{error!r} in an answer of /generate") from error
-    if finish == "abort":
-        raise Dropped("aborted", str(meta["finish_reason"].get("message", "")))
     _check_tokens(reply, finish, tokens, logprobs)
     if len({tag for _, tag in stretches}) > 1 and not rule.max_lag:
         raise Dropped("mixed_versions", f"weights changed at tokens {[start for start, _ in stretches[1:]]}")
+    if rule.max_lag and not meta.get("weight_versions"):
+        raise Dropped("unknown_version", "the answer does not tell which weights made which token")
     spans = tuple((start, rule.accept(tag)) for start, tag in stretches)
     return Rollout(
         token_ids=tokens,

@@ -23,6 +23,8 @@ ALL_MEMORY = frozenset({"weights", "kv_cache", "cuda_graph"})
 """Tags of device memory that a server gives up and takes back."""
 OLDEST = (0, 5, 15)
 _FIRST_WITH_SESSIONS = (0, 5, 21)
+FIRST_WITH_SPANS = (0, 5, 21)
+"""The first version known to tell which weights made which token of an answer."""
 _FLUSH_TRIES, _FLUSH_PAUSE_S = 40, 0.25
 _NO_TOKEN = 2**31 - 1
 
@@ -101,7 +103,13 @@ class ServerApi:
         await self._admin("/abort_request", {"rid": rid, "abort_all": not rid})
 
     async def pause(self, mode: PauseMode = "abort") -> None:
-        """Stops generation; new requests wait until `resume`. Returns once nothing runs any more."""
+        """Stops generation; new requests wait until `resume`.
+
+        abort     ends requests in work: returns once none is left.
+        retract   puts them back in the queue without their KV cache; `resume` computes it anew from all their tokens, by
+                  the weights of then.
+        in_place  leaves them and their KV cache as they are.
+        """
         await self._admin("/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.manifest import Bucket
-from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
+from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import RequestRefused
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.transaction import Transaction
 
 T = TypeVar("T")
 Parcels = AsyncIterator[tuple[T, str | None]]

@@ -19,12 +19,13 @@ from urllib.parse import urlsplit
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.manifest import Bucket
-from dapo_mcore.rollout.sglang.fleet import Fleet, Transaction
+from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
 from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
 from dapo_mcore.rollout.sglang.stream import Parcels, open_session, send_stream
+from dapo_mcore.rollout.sglang.transaction import Transaction
 
 
 class TensorTransfer:
@@ -76,7 +77,6 @@ class TensorTransfer:
         return self._shared[-1]
 
     async def _hand_over(self, transaction: Transaction, parcels: Parcels[SharedBucket]) -> None:
-        await transaction.each("pause", lambda m: m.api.pause())
         await transaction.each("begin", open_session)
         open_ = _open_first
         async for shared, version in parcels:

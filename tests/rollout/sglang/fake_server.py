@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import sys
 import time
 from collections import Counter
@@ -35,15 +36,23 @@ ADMIN = {
 
 
 def fake_python(
-    folder: Path, version: str = "0.5.21", tokens_per_s: int = 4000, start_s: float = 0, checksums: bool = False
+    folder: Path,
+    version: str = "0.5.21",
+    tokens_per_s: int = 4000,
+    start_s: float = 0,
+    checksums: bool = False,
+    tail: float = 0,
 ) -> Path:
     """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed; with CUDA
-    where it tells `checksums`."""
-    script = folder / f"python-{version}-{tokens_per_s}-{checksums}"
-    settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_CHECKSUMS={int(checksums)}"
-    script.write_text(
-        f'#!/bin/sh\n{settings} FAKE_START_S={start_s} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n'
-    )
+    where it tells `checksums`.
+
+    tail  0: responses are as long as they may be. Else lengths are log-normal with this sigma, by the request's seed: half
+          are shorter than an eighth of that.
+    """
+    script = folder / f"python-{version}-{tokens_per_s}-{start_s}-{checksums}-{tail}"
+    settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_START_S={start_s}"
+    settings += f" FAKE_CHECKSUMS={int(checksums)} FAKE_TAIL={tail}"
+    script.write_text(f'#!/bin/sh\n{settings} exec "{sys.executable}" -P "{Path(__file__).absolute()}" "$@"\n')
     script.chmod(0o755)
     return script
 
@@ -76,6 +85,7 @@ class FakeServer:
         self.has_sessions = tuple(map(int, self.version.split(".")[:3])) >= (0, 5, 21)
         self.num_ranks = self.arguments["tp-size"]
         self.speed = int(os.environ["FAKE_TOKENS_PER_S"])
+        self.tail = float(os.environ["FAKE_TAIL"])
         self.weight_version, self.weights = "default", {}
         self.running: set[Request] = set()
         self.unpaused = asyncio.Event()
@@ -224,10 +234,10 @@ class FakeServer:
         self.told["generated"] += 1
         self.told["most_running"] = max(self.told["most_running"], len(self.running))
         try:
-            await self.write(work, ids, law.get("max_new_tokens", 128))
+            await self.write(work, ids, self.length(law))
         finally:
             self.running.discard(work)
-        return web.json_response(self.reply(work, ids))
+        return web.json_response(self.reply(work, ids, law.get("max_new_tokens", 128)))
 
     def refusal(self, ids: list[int], law: dict[str, Any]) -> str | None:
         if not ids:
@@ -236,6 +246,13 @@ class FakeServer:
             return f"The input ({len(ids)} tokens) is longer than the model's context length ({self.context} tokens)."
         outside = [token for token in law.get("logit_bias") or {} if not 0 <= int(token) < self.vocab]
         return f"logit_bias must has keys in [0, {self.vocab - 1}], got {outside[0]}." if outside else None
+
+    def length(self, law: dict[str, Any]) -> int:
+        longest = law.get("max_new_tokens", 128)
+        if not self.tail:
+            return longest
+        drawn = random.Random(law["sampling_seed"]).lognormvariate(0, self.tail)
+        return max(1, min(longest, int(drawn * longest / 8)))
 
     async def write(self, work: Request, ids: list[int], count: int) -> None:
         while len(work.tokens) < count and not work.aborted:
@@ -251,10 +268,12 @@ class FakeServer:
                 work.spans.append({"version": self.weight_version, "start": before, "end": after})
             work.spans[-1]["end"] = after
 
-    def reply(self, work: Request, ids: list[int]) -> dict[str, Any]:
-        reason = (
-            {"type": "abort", "message": "Aborted"} if work.aborted else {"type": "length", "length": len(work.tokens)}
-        )
+    def reply(self, work: Request, ids: list[int], longest: int) -> dict[str, Any]:
+        reason: dict[str, Any] = {"type": "length", "length": longest}
+        if work.aborted:
+            reason = {"type": "abort", "message": "Aborted"}
+        elif len(work.tokens) < longest:
+            reason = {"type": "stop", "matched": work.tokens[-1]}
         meta = {
             "id": work.rid,
             "finish_reason": reason,

@@ -71,12 +71,14 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
     python = changes.pop("python", None) or fake_python(folder)
     config = changes.pop("config", None) or tiny_config()
+    max_lag = changes.pop("max_lag", 0)
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
         config,
         stop_token_ids=(STOP,),
         dtype=torch.float32,
         folder=folder / "servers",
+        max_lag=max_lag,
     )
     try:
         yield made

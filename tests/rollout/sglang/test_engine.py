@@ -181,22 +181,6 @@ def test_samples_of_other_weights_never_reach_the_trainer(tmp_path, reason):
         assert numbers["rollout/servers_resynced"] + made.metrics()["rollout/servers_resynced"] >= 1
 
 
-def test_older_weights_are_allowed_within_the_lag_and_recorded_by_span(tmp_path):
-    with engine(tmp_path, max_version_lag=1) as made:
-        tags = []
-        for version in (1, 2, 3):
-            made.update_weights(weights(version), version)
-            tags.append(made._tag)
-        (server,) = servers(made)
-        spans = [{"version": tags[1], "start": 0, "end": 3}, {"version": tags[2], "start": 3, "end": 8}]
-        order(server, "edit", value={"weight_version": tags[2], "weight_versions": spans})
-        (rollout,) = made.generate(prompts(1), params(8))
-        assert rollout.weight_version == 2 and rollout.version_spans == ((0, 2), (3, 3))
-        order(server, "edit", value={"weight_version": tags[0], "weight_versions": None})
-        (rollout,) = made.generate(prompts(1), params(8))
-        assert rollout.weight_version == 3 and made.metrics()["rollout/dropped_stale_version"] == 1
-
-
 def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served(tmp_path, monkeypatch):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)

@@ -93,4 +93,15 @@ def test_every_reason_is_tried():
 def test_the_lag_has_an_end_and_does_not_reach_another_sync_of_the_same_version():
     for tag in ("1-a", "3-c"):
         with pytest.raises(Dropped, match="stale_version"):
-            read_reply(reply(weight_version=tag), LAGGING)
+            read_reply(reply((0, 3, tag)), LAGGING)
+
+
+def test_older_weights_are_believed_only_where_every_token_tells_its_own():
+    with pytest.raises(Dropped, match="unknown_version: the answer does not tell"):
+        read_reply(reply(weight_version="3-d"), LAGGING)
+
+
+def test_an_answer_that_was_aborted_before_its_first_token_needs_none():
+    aborted = {"meta_info": {"finish_reason": {"type": "abort", "message": "in the queue"}}}
+    with pytest.raises(Dropped, match="aborted: in the queue"):
+        read_reply(aborted, RULE)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from dapo_mcore.rollout.sglang.process_group import RootRank
 from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, weights
+from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, wait_for, weights
 
 KINDS = ["fake", pytest.param("real", marks=pytest.mark.sglang)]
 LONG = 400  # tokens of a generation that a test interrupts
@@ -148,6 +148,53 @@ def test_an_update_in_flight_shows_as_two_spans(server: Raw, checkpoints, mode: 
     assert meta["weight_version"] == mode
 
 
+def test_a_retracted_request_lives_through_any_number_of_updates(server: Raw, checkpoints) -> None:
+    before = server.version()
+    with server.in_flight(LONG) as box:
+        for version in ("second", "third"):
+            server.post("/pause_generation", {"mode": "retract"})
+            assert load(server, checkpoints["whole"], version)[0] == 200
+            server.post("/continue_generation")
+            time.sleep(0.15)
+        assert not box, "the generation ended between the updates; ask for more tokens"
+    spans = box["answer"]["meta_info"]["weight_versions"]
+    assert [span["version"] for span in spans] == [before, "second", "third"]
+    assert [0, *(span["end"] for span in spans)] == [*(span["start"] for span in spans), LONG]
+    assert box["answer"]["meta_info"]["finish_reason"]["type"] == "length"
+    assert len(box["answer"]["output_ids"]) == LONG
+
+
+def test_requests_that_come_while_others_are_retracted_are_of_the_new_weights_alone(server: Raw, checkpoints) -> None:
+    answers: list = []
+    with server.in_flight(LONG):
+        server.post("/pause_generation", {"mode": "retract"})
+        waiting = threading.Thread(target=lambda: answers.append(server.generate([5], 2)))
+        waiting.start()
+        waiting.join(1)
+        assert not answers
+        assert load(server, checkpoints["whole"], "newcomer")[0] == 200
+        server.post("/continue_generation")
+        waiting.join(30)
+    assert [span["version"] for span in answers[0][1]["meta_info"]["weight_versions"]] == ["newcomer"]
+
+
+@pytest.mark.parametrize("call", ["abort one", "abort all", "pause"])
+def test_a_retracted_request_can_be_ended(server: Raw, call: str) -> None:
+    """When the run gives it up, and when a server that took half an update is given whole weights."""
+    path, body = {
+        "abort one": ("/abort_request", {"rid": "parked"}),
+        "abort all": ("/abort_request", {"rid": "", "abort_all": True}),
+        "pause": ("/pause_generation", {"mode": "abort"}),
+    }[call]
+    with server.in_flight(LONG, rid="parked") as box:
+        server.post("/pause_generation", {"mode": "retract"})
+        assert server.post(path, body)[0] == 200
+        wait_for(lambda: box, 10)
+    assert box["status"] == 200 and box["answer"]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert server.post("/continue_generation")[0] == 200
+    assert server.generate([5, 6], 4)[1]["meta_info"]["finish_reason"]["type"] == "length"
+
+
 def test_weights_from_disk_bring_their_version_when_one_is_given(server: Raw, checkpoints) -> None:
     status, answer = load(server, checkpoints["whole"], "disk-1")
     assert status == 200 and answer["success"] and server.version() == "disk-1"
@@ -186,13 +233,22 @@ def test_a_broadcast_needs_a_session_and_a_group(server: Raw) -> None:
 def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
     root = joined(server)
     before = server.version()
-    server.post("/begin_weight_update", {"selector": "all"})
     tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
+    server.post("/begin_weight_update", {"selector": "all"})
     for bucket, version in ((tensors[:5], None), (tensors[5:], "broadcast")):
         send = lambda bucket=bucket: root.broadcast(bucket)  # noqa: E731
         assert in_background(lambda b=bucket, v=version: receive(server, root.name, b, v), send)[0] == 200
         assert server.version() == (version or before)
     assert server.post("/end_weight_update")[0] == 200
+    with server.in_flight(LONG) as box:
+        server.post("/pause_generation", {"mode": "retract"})
+        server.post("/begin_weight_update", {"selector": "all"})
+        send = lambda: root.broadcast(tensors)  # noqa: E731
+        assert in_background(lambda: receive(server, root.name, tensors, "in flight"), send)[0] == 200
+        assert server.post("/end_weight_update")[0] == 200
+        server.post("/continue_generation")
+    spans = box["answer"]["meta_info"]["weight_versions"]
+    assert [span["version"] for span in spans] == ["broadcast", "in flight"] and spans[1]["end"] == LONG
     assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
 
 

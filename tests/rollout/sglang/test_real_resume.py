@@ -1,0 +1,76 @@
+"""Requests that live through weight updates on a real server: each token is of the weights that its span names, given all
+tokens before it. So no KV cache of older weights is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.types import Rollout
+from tests.rollout.sglang.serving import engine, params, prompts, real_python, tiny_model, weights
+
+pytestmark = pytest.mark.sglang
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Iterator[SGLangEngine]:
+    patience = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
+    with engine(tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, **patience) as started:
+        yield started
+
+
+def reference(prompt: np.ndarray, rollout: Rollout, seed: int) -> torch.Tensor:
+    """float64 [T]: log-probs of the response's tokens by Hugging Face's model."""
+    ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
+    logits = tiny_model(seed).double()(ids[None]).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
+    if sync == "distributed":
+        made._transfer.close()
+        made._transfer, made._fleet.resync = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60), None
+    first = made.weight_version + 1
+    made.update_weights(weights(seed=first), first)
+    asked = prompts(64)  # most responses stop early
+    future = made.submit(asked, params(300))
+    for version in (first + 1, first + 2):
+        time.sleep(0.3)
+        made.update_weights(weights(seed=version), version)
+    rollouts = future.result()
+    by_versions = {n: sum(len(r.version_spans) == n for r in rollouts) for n in (0, 2, 3)}
+    print(f"{sync}: responses by number of spans {by_versions}")
+    assert by_versions[3] >= 3, by_versions
+    worst, least_wrong = 0.0, float("inf")
+    for prompt, rollout in zip(asked, rollouts, strict=True):
+        spans = rollout.version_spans or ((0, rollout.weight_version),)
+        assert [version for _, version in spans] == list(range(spans[0][1], spans[-1][1] + 1))
+        assert rollout.weight_version == spans[0][1] and rollout.finish_reason in ("stop", "length")
+        ends = [*(start for start, _ in spans[1:]), len(rollout.token_ids)]
+        told = torch.from_numpy(rollout.logprobs)
+        for (start, version), end in zip(spans, ends):
+            worst = max(worst, (told - reference(prompt, rollout, version))[start:end].abs().max().item())
+        if len(spans) == 3:  # the last stretch is not of the first weights
+            others = (told - reference(prompt, rollout, first))[ends[1] :].abs().max().item()
+            least_wrong = min(least_wrong, others)
+    assert worst <= 1e-5 and least_wrong > 0.01
+    assert all(count == 0 for name, count in made.metrics().items() if "dropped" in name or "retries" in name)
+
+
+def test_the_next_samples_are_of_the_newest_weights_alone(made):
+    pending = made.submit(prompts(8), params(300))
+    version = made.weight_version + 1
+    made.update_weights(weights(seed=version), version)
+    asked = prompts(8)
+    for prompt, rollout in zip(asked, made.generate(asked, params(24))):
+        assert rollout.weight_version == version and rollout.version_spans == ()
+        distance = torch.from_numpy(rollout.logprobs) - reference(prompt, rollout, version)
+        assert distance.abs().max() <= 1e-5
+    assert {rollout.weight_version for rollout in pending.result()} <= {version - 1, version}

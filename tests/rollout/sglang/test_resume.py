@@ -1,0 +1,163 @@
+"""Requests that live through weight updates, on fake servers: what the engine believes, and what it asks for again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.types import Rollout
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import STOP, engine, params, prompts, tiny_config, wait_for, weights
+from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+
+LENGTH = 300  # 1.5 s of a server's time
+
+
+@pytest.fixture
+def python(tmp_path) -> Path:
+    return fake_python(tmp_path, tokens_per_s=200)
+
+
+def in_flight(made: SGLangEngine, asked: list[np.ndarray]):
+    """Requests for responses to `asked`, all with some tokens."""
+    future = made.submit(asked, params(LENGTH))
+    wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == len(asked), 10)
+    time.sleep(0.1)
+    return future
+
+
+NEW = list(weights(1))  # not made while responses go on
+
+
+def assert_two_stretches(rollout: Rollout, prompt: np.ndarray, old: int, new: int) -> None:
+    assert rollout.token_ids.tolist() == np.resize(prompt, LENGTH).tolist() and rollout.finish_reason == "length"
+    (start, first), (middle, second) = rollout.version_spans
+    assert (start, first, second) == (0, old, new) and 0 < middle < LENGTH and rollout.weight_version == old
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_requests_in_flight_go_on_under_the_new_weights(tmp_path, python, sync):
+    with engine(tmp_path, num_servers=2, python=python, sync=sync, max_lag=1) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(12)
+        future = in_flight(made, asked)
+        made.update_weights(iter(NEW), version=2)
+        later = made.submit(asked, params(8))
+        for rollout, prompt in zip(future.result(), asked, strict=True):
+            assert_two_stretches(rollout, prompt, 1, 2)
+        assert_whole(later.result(), asked, 8, version=2)
+        numbers = made.metrics()
+        assert all(count == 0 for name, count in numbers.items() if "dropped" in name or "retries" in name)
+
+
+def test_without_a_lag_an_update_ends_them_and_they_are_asked_again(tmp_path, python):
+    with engine(tmp_path, python=python) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(4)
+        future = in_flight(made, asked)
+        made.update_weights(iter(NEW), version=2)
+        assert_whole(future.result(), asked, LENGTH, version=2)
+        assert made.metrics()["rollout/dropped_aborted"] == 4
+
+
+def test_a_response_with_tokens_of_too_old_weights_is_dropped_whole(tmp_path, python):
+    with engine(tmp_path, python=python, max_lag=1) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(2)
+        future = in_flight(made, asked)
+        for version in (2, 3):
+            made.update_weights(iter(NEW), version)
+            time.sleep(0.1)
+        for rollout, prompt in zip(future.result(), asked, strict=True):
+            assert rollout.weight_version >= 2 and rollout.token_ids.tolist() == np.resize(prompt, LENGTH).tolist()
+        assert made.metrics()["rollout/dropped_stale_version"] >= 1
+
+
+@pytest.mark.parametrize("fault", ["dies", "refuses"])
+def test_requests_of_a_server_that_fails_the_update_start_again_elsewhere(tmp_path, python, fault):
+    with engine(tmp_path, num_servers=2, python=python, max_lag=1) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(12)
+        future = in_flight(made, asked)
+        first, _ = servers(made)
+        kind = {"kind": "die"} if fault == "dies" else {"kind": "status", "value": 400}
+        order(first, **kind, where="/update_weights_from_disk")
+        made.update_weights(iter(NEW), version=2)
+        rollouts = future.result()
+        resumed = [rollout for rollout in rollouts if rollout.version_spans]
+        assert len(resumed) == 6, "those of the other server"
+        for rollout, prompt in zip(rollouts, asked, strict=True):
+            if rollout.version_spans:
+                assert_two_stretches(rollout, prompt, 1, 2)
+            else:
+                assert_whole([rollout], [prompt], LENGTH, version=2)
+        numbers = made.metrics()
+        assert numbers["rollout/retries"] == 6 and numbers["rollout/servers_excluded"] == 1
+        all_serve(made)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_a_server_that_dies_after_the_update_loses_nothing_but_time(tmp_path, python):
+    with engine(tmp_path, num_servers=2, python=python, max_lag=1) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(6)
+        future = in_flight(made, asked)
+        made.update_weights(iter(NEW), version=2)
+        os.killpg(made._processes[0].pid, signal.SIGKILL)
+        rollouts = future.result()
+        assert sorted(len(rollout.version_spans) for rollout in rollouts) == [0, 0, 0, 2, 2, 2]
+        assert all(r.token_ids.tolist() == np.resize(p, LENGTH).tolist() for r, p in zip(rollouts, asked))
+
+
+def test_a_health_check_that_begins_during_an_update_tells_nothing(tmp_path, python):
+    """A paused server says no, and says it when the update may be over."""
+    with engine(tmp_path, python=python, max_lag=4, health_interval_s=0.05) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(4)
+        future = in_flight(made, asked)
+        for version in range(2, 6):
+            made.update_weights(iter(NEW), version)
+            time.sleep(0.25)  # what the fake server takes to say no
+        assert {rollout.weight_version for rollout in future.result()} == {1}
+        assert made.metrics()["rollout/servers_suspected"] == 0
+
+
+def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python):
+    """Evaluation, beside requests in flight."""
+    with engine(tmp_path, python=python, max_lag=1) as made:
+        made.update_weights(weights(0), version=1)
+        old = made._tag
+        pending = in_flight(made, prompts(2))
+        made.update_weights(iter(NEW), version=2)
+        spans = [{"version": old, "start": 0, "end": 3}, {"version": made._tag, "start": 3, "end": 8}]
+        order(servers(made)[0], "edit", value={"weight_version": made._tag, "weight_versions": spans})
+        asked = prompts(5)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+        assert made.metrics()["rollout/dropped_mixed_versions"] == 1
+        assert all(rollout.weight_version in (1, 2) for rollout in pending.result())
+
+
+def test_a_server_that_does_not_tell_its_tokens_versions_is_refused(tmp_path):
+    told = r"runs SGLang 0.5.20, .*sampling.on_full keep needs 0.5.21 or newer: update SGLang"
+    with pytest.raises(ConfigError, match=told), engine(tmp_path, python=fake_python(tmp_path, "0.5.20"), max_lag=1):
+        pass
+
+
+def test_closing_ends_the_requests_on_servers_that_live_on(tmp_path, python):
+    with engine(tmp_path, python=python) as outer:
+        (url,) = [process.url for process in outer._processes]
+        settings = outer._settings.model_copy(update=dict(urls=[url], key_file=str(tmp_path / "servers/keys.json")))
+        more = dict(stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b", max_lag=1)
+        made = SGLangEngine(settings, tiny_config(), **more)
+        made.update_weights(weights(0), version=1)
+        future = in_flight(made, prompts(20))
+        made.close()
+        assert future.cancelled() and told(servers(outer)[0])["running"] == 0

@@ -1,0 +1,85 @@
+"""Runs whose responses go on across weight updates. The servers are fake, with a long tail of lengths: a response repeats
+its prompt, and a reward function of the test says whether it is right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import real_python
+from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
+from tests.test_train_async import REWARD, run, trained
+
+KEEP = [
+    "num_rollout_steps=4",
+    "rollout.async_steps=0",
+    "rollout.max_response_tokens=160",
+    "sampling.on_full=keep",
+    "sampling.max_staleness=2",
+    "sampling.max_in_flight_groups=6",
+    "sampling.max_gen_batches=9",
+    "batch.mini_batch_prompts=4",
+    "eval.sets={heldout: {files: [runs/arithmetic/heldout.jsonl], answer_key: answer, limit: 4}}",
+    "eval.at_start=false",
+]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fake")
+    (folder / "alternating.py").write_text(REWARD)
+    return fake_python(folder, tokens_per_s=50, tail=1.0)
+
+
+def checkpoint(task: Path, name: str, step: int) -> dict:  # noqa: F811
+    return json.loads((task / f"runs/{name}/checkpoints/step_{step:06d}/state.json").read_text())["train"]
+
+
+def assert_no_prompt_is_lost(task: Path, name: str) -> None:  # noqa: F811
+    """Each prompt that was drawn was trained on once, or the last checkpoint knows that it still must be."""
+    steps, last = trained(task, name), checkpoint(task, name, 4)
+    uids = [uid for groups in steps.values() for uid in groups]
+    left = [*last["sampler"]["again"], *(group["uid"] for group in last["sampler"]["groups"])]
+    assert len(uids) == 16 and [len(groups) for groups in steps.values()] == [4] * 4
+    assert len({*uids, *left}) == len(uids) + len(left) == last["loader"]["offset"] and last["loader"]["epoch"] == 0
+
+
+def assert_kept(rows: list[dict]) -> None:
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["sampling/groups_stale"] == row["sampling/surplus_dropped"] == 0 for row in rows)
+    assert all(row["rollout/retries"] == row["rollout/servers_suspected"] == 0 for row in rows)
+    assert 1 <= max(row["sampling/staleness_max"] for row in rows) <= 2
+    assert sum(row["sampling/groups_pending"] > 0 for row in rows) >= 2
+    assert all(row["sampling/token_staleness_mean"] <= row["sampling/staleness_mean"] for row in rows)
+    assert [row["step"] for row in rows if "val/heldout/mean@2" in row] == [2, 4]
+
+
+def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again(task, python):  # noqa: F811
+    done = run(task, python, "keep", *KEEP)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_kept(metrics(task, "keep"))
+    assert_no_prompt_is_lost(task, "keep")
+
+    for step in (3, 4):
+        shutil.rmtree(task / f"runs/keep/checkpoints/step_{step:06d}")
+    again = checkpoint(task, "keep", 2)["sampler"]["again"]
+    resumed = run(task, python, "keep", *KEEP)
+    assert resumed.returncode == 0 and "resumed after rollout step 2" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert len(again) == metrics(task, "keep")[1]["sampling/groups_pending"]
+    assert_no_prompt_is_lost(task, "keep")
+
+
+@pytest.mark.parametrize("server", ["fake", pytest.param("real", marks=pytest.mark.sglang)])
+def test_beside_training_the_weights_move_while_the_next_step_is_generated(task, python, server):  # noqa: F811
+    name, served = f"beside-{server}", real_python() if server == "real" else python
+    done = run(task, python, name, *KEEP, "rollout.async_steps=1", server=served)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics(task, name)
+    assert_kept(rows)
+    assert_no_prompt_is_lost(task, name)
+    if server == "fake":
+        assert sum(row["sampling/samples_resumed"] for row in rows) > 0
