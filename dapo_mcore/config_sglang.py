@@ -40,6 +40,9 @@ class SGLangConfig(BaseModel):
     device: Literal["cuda", "cpu"] = "cuda"
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of one server."""
+    first_gpu: int | None = Field(None, ge=0)
+    """placement local: servers get this GPU of the machine and the next ones. null: those after the trainer's processes on
+    it, or the same ones when colocated."""
     colocated: bool = False
     """Servers and trainer share GPUs and take turns: servers give up their memory while the actor trains, and the actor
     waits in host memory while they generate. `server_args: {mem-fraction-static: …}` may then be high."""

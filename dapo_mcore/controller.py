@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 
 from dapo_mcore.batch.collate import to_train_batch
 from dapo_mcore.config import Config
@@ -31,14 +30,12 @@ from dapo_mcore.observe.sinks import MetricSinks
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.ahead import Ahead
-from dapo_mcore.rollout.embedded import EmbeddedEngine
+from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampler import Collected, Sampler
-from dapo_mcore.types import Group, Prompt, RolloutEngine, SamplingParams, TrainBatch
+from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
 from dapo_mcore.weights.checkpoint import TrainState
 
 GIB = 2**30
-SERVERS = "servers"
-"""Folder of a run for its rollout servers' logs and keys."""
 Position = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
 """State of the loader, state of the sampler, and its arrays."""
 
@@ -46,7 +43,15 @@ Position = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
 class Controller:
     """Built at start, so that bad data, rewards or models fail before anything is trained."""
 
-    def __init__(self, config: Config, hf_config: Any, tokenizer: Any, progress: NullProgress, timer: PhaseTimer):
+    def __init__(
+        self,
+        config: Config,
+        hf_config: Any,
+        tokenizer: Any,
+        progress: NullProgress,
+        timer: PhaseTimer,
+        num_local_ranks: int = 1,
+    ):
         self.config, self.progress, self.timer = config, progress, timer
         self.tokenizer = tokenizer
         self.prompts = load_prompts(config.data, tokenizer, "train")
@@ -59,7 +64,14 @@ class Controller:
         beside = config.rollout.async_steps > 0
         self.rollout_progress = progress.beside() if beside else progress
         self.rollout_timer = PhaseTimer() if beside else timer
-        self.engine = self._build_engine(hf_config)
+        self.engine = build_engine(
+            config,
+            hf_config,
+            stop_token_ids=stop_token_ids(config.model, tokenizer),
+            pad_token_id=pad_token(tokenizer),
+            num_local_ranks=num_local_ranks,
+        )
+        self.engine.on_progress = self.rollout_progress.advance
         self.sampler = Sampler(
             self.engine, self.loader, self.reward, self.decode, config, self.rollout_progress, self.rollout_timer
         )
@@ -238,32 +250,6 @@ class Controller:
         prompts = load_prompts(self.config.eval.sets[name], self.tokenizer, name)
         self.progress.line(prompts.describe())
         return prompts.prompts
-
-    def _build_engine(self, hf_config: Any) -> RolloutEngine:
-        config = self.config
-        common: dict[str, Any] = dict(
-            stop_token_ids=stop_token_ids(config.model, self.tokenizer),
-            dtype=torch.bfloat16 if config.model.dtype == "bf16" else torch.float32,
-        )
-        if config.rollout.engine == "sglang":
-            from dapo_mcore.rollout.sglang.engine import (
-                SGLangEngine,  # its HTTP client is of no use to the embedded engine
-            )
-
-            max_lag = config.sampling.max_staleness if config.sampling.on_full == "keep" else 0
-            folder = config.run_dir / SERVERS
-            engine: Any = SGLangEngine(config.rollout.sglang, hf_config, folder=folder, max_lag=max_lag, **common)
-        else:
-            engine = EmbeddedEngine(
-                hf_config,
-                pad_token_id=pad_token(self.tokenizer),
-                max_batch=config.rollout.max_batch,
-                num_threads=config.rollout.num_threads or psutil.cpu_count(logical=False),
-                device="cuda" if torch.cuda.is_available() else "cpu",
-                **common,
-            )
-        engine.on_progress = self.rollout_progress.advance
-        return engine
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -143,7 +143,9 @@ class Run:
         if not self.layout.is_controller:
             return self.layout.on_controller_or_raise(lambda: None)
         return self.layout.on_controller_or_raise(
-            lambda: Controller(self.config, self.hf_config, tokenizer, self.progress, self.timer)
+            lambda: Controller(
+                self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
+            )
         )
 
     def _save(self, step: int) -> None:

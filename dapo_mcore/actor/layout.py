@@ -137,6 +137,11 @@ class Layout:
         self.barrier()
 
 
+def num_local_ranks() -> int:
+    """Processes of the job on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def start(parallel: ParallelConfig, seed: int) -> Layout:
     """Joins the job and builds every process group.
 

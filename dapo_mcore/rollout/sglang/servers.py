@@ -122,10 +122,11 @@ def start_servers(plan: ServerPlan) -> list[ServerProcess]:
     """
     settings = plan.settings
     models = inspect_environment(settings)
-    check_devices(settings, settings.num_servers)
+    first = settings.first_gpu or 0
+    check_devices(settings, settings.num_servers, first)
     ports = [choose_port(settings, settings.host, number) for number in range(settings.num_servers)]
     plan.write_keys()
-    gpus = range(0, settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
+    gpus = range(first, first + settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
     servers = [plan.build(i, settings.host, port, gpu, models) for i, (port, gpu) in enumerate(zip(ports, gpus))]
     for server in servers:
         server.start()
@@ -207,8 +208,8 @@ def check_version(version: tuple[int, ...], where: str) -> None:
         raise ConfigError(f"{where} has SGLang {told}, but weight updates need at least {oldest}; install a newer one")
 
 
-def check_devices(settings: SGLangConfig, num_servers: int) -> None:
-    """Nothing; raises ConfigError when this machine has too few GPUs for `num_servers` servers."""
+def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) -> None:
+    """Nothing; raises ConfigError when this machine has too few GPUs for `num_servers` servers from `first_gpu` on."""
     if settings.device == "cpu":
         return
     import torch  # not above: a Ray actor on a CPU starts in half the time without it
@@ -219,10 +220,11 @@ def check_devices(settings: SGLangConfig, num_servers: int) -> None:
             "rollout.sglang.device is cuda, but this machine has no CUDA device; set rollout.sglang.device cpu, or name "
             "servers on other machines in rollout.sglang.urls"
         )
-    if needed > found:
+    if first_gpu + needed > found:
         raise ConfigError(
-            f"rollout.sglang.num_servers {num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} "
-            f"GPUs, but this machine has {found}; lower either"
+            f"rollout.sglang.num_servers {num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} GPUs after "
+            f"the first {first_gpu} of this machine, which has {found}; lower either, start fewer trainer processes here, "
+            "or share GPUs (rollout.sglang.colocated true)"
         )
 
 

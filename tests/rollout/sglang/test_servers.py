@@ -125,8 +125,10 @@ def test_a_machine_without_a_gpu_needs_device_cpu(tmp_path):
 def test_more_gpus_than_there_are_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=2)
-    with pytest.raises(ConfigError, match="num_servers 3 × tensor_parallel 4 = 12 GPUs, but this machine has 8"):
+    with pytest.raises(ConfigError, match=r"num_servers 3 × tensor_parallel 4 = 12 GPUs after the first 0 of .* has 8"):
         servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=3)
+    with pytest.raises(ConfigError, match=r"= 4 GPUs after the first 6 of this machine, which has 8; .*colocated true"):
+        servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=1, first_gpu=6)
 
 
 def test_a_server_that_ends_while_it_starts_leaves_its_last_words(tmp_path):

@@ -1,0 +1,63 @@
+"""The rollout engine that a configuration asks for.
+
+Change here: a new engine. What every engine must do is types.RolloutEngine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from dapo_mcore.config import Config
+from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.rollout.embedded import EmbeddedEngine
+
+SERVERS = "servers"
+"""Folder of a run for its rollout servers' logs and keys."""
+
+
+def build_engine(
+    config: Config,
+    hf_config: PretrainedConfig,
+    *,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    num_local_ranks: int,
+) -> Any:
+    """The engine, a types.RolloutEngine with `on_progress`; SGLang servers are up when it returns.
+
+    num_local_ranks  the trainer's processes on this machine, each with a GPU of its own where there are GPUs.
+    Raises ConfigError when servers cannot be started or used.
+    """
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    if config.rollout.engine == "sglang":
+        from dapo_mcore.rollout.sglang.engine import SGLangEngine  # its HTTP client is of no use to the embedded engine
+
+        return SGLangEngine(
+            _placed(config.rollout.sglang, num_local_ranks),
+            hf_config,
+            stop_token_ids=stop_token_ids,
+            dtype=dtype,
+            folder=config.run_dir / SERVERS,
+            max_lag=config.sampling.max_staleness if config.sampling.on_full == "keep" else 0,
+        )
+    return EmbeddedEngine(
+        hf_config,
+        stop_token_ids=stop_token_ids,
+        dtype=dtype,
+        pad_token_id=pad_token_id,
+        max_batch=config.rollout.max_batch,
+        num_threads=config.rollout.num_threads or psutil.cpu_count(logical=False),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _placed(settings: SGLangConfig, num_local_ranks: int) -> SGLangConfig:
+    """The settings with the servers' first GPU decided."""
+    if settings.first_gpu is not None:
+        return settings
+    return settings.model_copy(update={"first_gpu": 0 if settings.colocated else num_local_ranks})
