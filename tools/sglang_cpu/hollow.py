@@ -17,7 +17,7 @@ PACKAGES = frozenset({"sgl_kernel", "triton", "torchvision", "soundfile", "IPyth
 class _AttributesOfTheClass(type):
     """`Hollow.anything`, as constants of a hollow class need it. `Hollow | None` stays Python's own union."""
 
-    def __getattr__(cls, name: str) -> Hollow:
+    def __getattr__(cls, name: str) -> Hollow | str:
         return Hollow()._attribute(name)
 
 
@@ -31,12 +31,14 @@ class Hollow(metaclass=_AttributesOfTheClass):
         as_decorator = len(args) == 1 and callable(args[0]) and not kwargs
         return args[0] if as_decorator else self
 
-    def _attribute(self, name: str) -> Hollow:
+    def _attribute(self, name: str) -> Hollow | str:
+        if name == "backend":  # of triton's current target; some versions of SGLang look it up in torch
+            return "cpu"
         if name.startswith("__"):  # a protocol that Python probes for: the honest answer is no
             raise AttributeError(name)
         return self
 
-    def __getattr__(self, name: str) -> Hollow:
+    def __getattr__(self, name: str) -> Hollow | str:
         return self._attribute(name)
 
     def __getitem__(self, key: object) -> Hollow:
