@@ -13,12 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.memory import ActorMemory
+from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.types import ColocatedEngine, RolloutEngine
 from dapo_mcore.weights.sync import WeightStream, sync_weights
+
+T = TypeVar("T")
 
 
 class Handover:
@@ -52,16 +56,12 @@ class Handover:
             self._sync(version)
             return
         start = time.perf_counter()
-        self._memory.offload_state()
-        self._layout.barrier()  # servers take memory that other ranks have given up
-        offloaded = time.perf_counter()
-        self._sync(version)
-        synced = time.perf_counter()
-        self._memory.offload_weights()
-        self._layout.barrier()
-        self._on_engine(lambda engine: engine.resume())
-        self._training = False
-        self._seconds += offloaded - start + time.perf_counter() - synced
+        self._give_devices(version)
+        if not self._resume():  # the only servers died in training, and what they missed is not kept
+            self.to_training()
+            self._give_devices(version)
+            self._on_engine(lambda engine: engine.resume())
+        self._seconds += time.perf_counter() - start
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -72,12 +72,35 @@ class Handover:
             self.to_rollout(self._version)
 
     def pop_metrics(self) -> dict[str, float]:
-        """`sync/handover_s`, the time that sharing GPUs has cost since the last call; nothing where they are not shared."""
+        """`sync/handover_s`, the time that sharing GPUs has cost since the last call, the syncs themselves aside; nothing
+        where they are not shared."""
         seconds, self._seconds = self._seconds, 0.0
         return {} if self._memory is None else {"sync/handover_s": seconds}
+
+    def _give_devices(self, version: int) -> None:
+        self._memory.offload_state()
+        self._layout.barrier()  # servers take memory that other ranks have given up
+        start = time.perf_counter()
+        self._sync(version)
+        self._seconds -= time.perf_counter() - start
+        self._memory.offload_weights()
+        self._layout.barrier()
+        self._training = False
 
     def _sync(self, version: int) -> None:
         self._layout.on_controller_or_raise(lambda: sync_weights(self.stream, self._engine, version))
 
-    def _on_engine(self, action: Callable[[ColocatedEngine], None]) -> None:
-        self._layout.on_controller_or_raise(lambda: action(self._engine) if self._engine is not None else None)
+    def _resume(self) -> bool:
+        """False, on every rank, when no server generates, but another sync would find some that are well again."""
+
+        def resume(engine: ColocatedEngine) -> bool:
+            try:
+                engine.resume()
+            except UpdateBroken:
+                return False
+            return True
+
+        return self._layout.broadcast_object(self._on_engine(resume))
+
+    def _on_engine(self, action: Callable[[ColocatedEngine], T]) -> T | None:
+        return self._layout.on_controller_or_raise(lambda: action(self._engine) if self._engine is not None else None)

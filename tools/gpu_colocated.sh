@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and SGLang: six DAPO steps with a server on the trainer's own GPU, in bf16 by two ways of sync and with
-# block-FP8 rollouts. Prints what turns and sync took and how far server and actor disagree, and writes that as JSON.
+# On a machine with a GPU and SGLang: six DAPO steps with a server on the trainer's own GPU, in bf16 by two ways of sync and
+# with block-FP8 rollouts. Prints what turns and sync took and how far server and actor disagree, and writes that as JSON.
 #   tools/gpu_colocated.sh [RESULTS [OVERRIDE…]]       RESULTS: folder of the JSON (kernels/results)
 # PYTHON: the trainer's interpreter; SGLANG_PYTHON: the one that has SGLang. The model is random, in Qwen2.5-0.5B's shapes, or
 # what SHAPES (JSON, keys of config.json) says. DEVICE=cpu rehearses it without a GPU, in fp32.
