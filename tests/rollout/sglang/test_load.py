@@ -13,7 +13,8 @@ IN_FLIGHT = 2048
 
 def test_thousands_of_requests_in_flight_lose_and_double_no_sample(tmp_path, capsys):
     python = fake_python(tmp_path, tokens_per_s=4)  # slow enough for all to be in flight before the first is done
-    with engine(tmp_path, python=python, num_servers=2, health_interval_s=60.0, max_in_flight=IN_FLIGHT) as made:
+    patient = dict(health_interval_s=60.0, connect_timeout_s=120.0, read_timeout_s=120.0, request_timeout_s=600.0)
+    with engine(tmp_path, python=python, num_servers=2, max_in_flight=IN_FLIGHT, **patient) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(IN_FLIGHT)
         assert len({prompt.tobytes() for prompt in asked}) == IN_FLIGHT
