@@ -82,6 +82,7 @@ def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_memory_is_free_while_values_are_on_the_host() -> None:
     whole = torch.arange(2**24, device="cuda", dtype=torch.float32)
     shard = whole[2**23 :]

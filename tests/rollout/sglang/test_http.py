@@ -15,7 +15,7 @@ from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed
 ANSWER = b"[" + b"1," * 1000 + b"1]"
 
 
-def talk(say: Callable[[HttpClient, str], Awaitable[None]]) -> None:
+def talk(say: Callable[[HttpClient, str], Awaitable[None]], connect_timeout_s: float = 30.0) -> None:
     """Runs `say` with a client and the URL of a server that has one answer."""
 
     async def answer(request: web.Request) -> web.Response:
@@ -28,7 +28,7 @@ def talk(say: Callable[[HttpClient, str], Awaitable[None]]) -> None:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        client = HttpClient(connect_timeout_s=0.3, read_timeout_s=10.0)
+        client = HttpClient(connect_timeout_s, read_timeout_s=30.0)
         try:
             await say(client, f"http://127.0.0.1:{runner.addresses[0][1]}/")
         finally:
@@ -91,6 +91,6 @@ def test_a_server_that_takes_no_connection_is_told_from_one_that_does_not_answer
             with pytest.raises(RequestFailed, match=r"took no connection within 0\.3 s"):
                 await client.call("GET", url, timeout_s=20.0)
 
-        talk(say)
+        talk(say, connect_timeout_s=0.3)
         for queued in waiting:
             queued.close()
