@@ -14,7 +14,9 @@ import dapo_mcore.environment  # noqa: F401  before torch is imported
 # isort: split
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> None:
     """One run from start or resume to export. Every rank of the job must call it."""
     layout = layouts.start(config.parallel, config.seed)
+    run: Run | None = None
     try:
         with Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as progress:
-            Run(config, layout, progress).loop()
+            run = Run(config, layout, progress)
+            run.loop()
     finally:
+        if run is not None and run.controller is not None:
+            _close(run.controller)
         layouts.stop()
+
+
+def _close(controller: Controller) -> None:
+    """Ends servers and deletes what lies in shared memory, undisturbed: torchrun sends SIGTERM as soon as one rank ends."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main else None
+    try:
+        controller.close()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Run:
@@ -80,8 +97,13 @@ class Run:
 
     def loop(self) -> None:
         """All rollout steps."""
-        last = self.config.num_rollout_steps
-        for step in range(self._resume_or_start(), last + 1):
+        last, first = self.config.num_rollout_steps, self._resume_or_start()
+        if first > last:
+            self.progress.line(
+                f"nothing to train: rollout step {first - 1} is done, and num_rollout_steps is {last}; raise it to go on, or "
+                "set checkpoint.resume never to start anew"
+            )
+        for step in range(first, last + 1):
             metrics = self._train_step(step)
             if step % self.config.eval.every == 0 or step == last:
                 metrics |= self._on_controller(lambda c, step=step: c.evaluate(step)) or {}

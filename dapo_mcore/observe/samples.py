@@ -53,4 +53,5 @@ def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "length": len(rollout.token_ids),
         "finish_reason": rollout.finish_reason,
         "weight_version": rollout.weight_version,
+        **({"version_spans": rollout.version_spans} if rollout.version_spans else {}),
     }

@@ -22,8 +22,8 @@ def check_prompts(prompts: Sequence[np.ndarray], max_new_tokens: int, vocab_size
     total = int(lengths.max()) + max_new_tokens
     if total > context:
         raise RolloutError(
-            f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; with max_new_tokens {max_new_tokens} "
-            f"that is {total}, but the model has max_position_embeddings {context}; shorten either"
+            f"prompt {int(lengths.argmax())} has {lengths.max()} tokens; with max_new_tokens {max_new_tokens} that is {total}, "
+            f"but the model has max_position_embeddings {context}; lower rollout.max_response_tokens, or shorten the prompt"
         )
     largest = max(int(prompt.max()) for prompt in prompts)
     if largest >= vocab_size:

@@ -6,7 +6,6 @@ fused and sharded, by a hash of SGLang's own: servers can be compared with each 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, defaultdict
 
 from dapo_mcore.rollout.sglang.http import RequestFailed
@@ -27,33 +26,25 @@ class Checksums:
         self._told: dict[Member, Sums] = {}
 
     async def ask(self, member: Member) -> None:
-        """Keeps what the member's server tells; one that cannot tell is believed, with a warning once."""
-        sums = await member.api.checksums()
-        if sums is not None:
-            self._told[member] = frozenset(sums.items())
-            return
+        """Keeps what the member's server tells. Raises RequestFailed when it cannot tell."""
         self._told.pop(member, None)
-        warnings.warn(
-            "an SGLang server tells no checksums of its weights, so rollout.sglang.verify_sync cannot compare them; "
-            "the step's mismatch metrics remain",
-            stacklevel=2,
-        )
+        sums = await member.api.checksums()
+        if sums is None:
+            raise RequestFailed(f"{member.api.url} tells no checksums of its weights any more")
+        self._told[member] = frozenset(sums.items())
 
     def agree(self, members: list[Member]) -> None:
         """Settles what is right by what `members` have told: what most say. At a tie, what the first re-synced one says."""
         votes: defaultdict[Layout, Counter[Sums]] = defaultdict(Counter)
         for member in members:
-            if member in self._told:
-                votes[_layout(self._told[member])][self._told[member]] += 1
+            votes[_layout(self._told[member])][self._told[member]] += 1
         self.num_verified = sum(counts.total() for counts in votes.values() if counts.total() > 1)
         winners = {layout: _winner(counts) for layout, counts in votes.items()}
         self._agreed = {layout: sums for layout, sums in winners.items() if sums is not None}
 
     async def judge(self, member: Member) -> None:
         """Raises RequestFailed when the member's server has told anything but what was agreed on."""
-        told = self._told.get(member)
-        if told is None:
-            return
+        told = self._told[member]
         agreed = self._agreed.get(_layout(told))
         if agreed is None:
             raise RequestFailed(f"servers disagree on their weights, and {member.api.url} is in no majority")
@@ -67,8 +58,8 @@ class Checksums:
     async def check(self, member: Member) -> None:
         """`ask` and `judge`, of a server that was given the current weights again."""
         await self.ask(member)
-        if told := self._told.get(member):
-            self._agreed.setdefault(_layout(told), told)
+        told = self._told[member]
+        self._agreed.setdefault(_layout(told), told)
         await self.judge(member)
 
 

@@ -266,6 +266,11 @@ class SGLangEngine:
                 raise ConfigError(f"rollout.sglang: {error}") from error
         facts = await probe(member.api, hf_config, needs_spans=self._max_lag > 0)
         member.num_ranks = facts.num_ranks
+        if self._settings.verify_sync == "servers" and await member.api.checksums() is None:
+            raise ConfigError(
+                f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
+                "SGLang 0.5.21 tells them on GPUs: use it, or set verify_sync off"
+            )
 
     def _begin(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]

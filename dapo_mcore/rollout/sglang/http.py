@@ -39,7 +39,7 @@ class RequestRefused(RolloutError):
 
     def __init__(self, url: str, status: int, message: str):
         super().__init__(f"{url} refused with HTTP {status}: {message}")
-        self.status, self.message = status, message
+        self.url, self.status, self.message = url, status, message
 
 
 class HttpClient:

@@ -30,7 +30,10 @@ async def probe(api: ServerApi, hf_config: PretrainedConfig, needs_spans: bool =
         raise ConfigError(f"no SGLang server answers: {error}; start it, or correct rollout.sglang.urls") from error
     except RequestRefused as refusal:
         if refusal.status not in (401, 403):
-            raise
+            raise ConfigError(
+                f"{api.url} does not answer like an SGLang server: HTTP {refusal.status} from {refusal.url}; correct "
+                "rollout.sglang.urls"
+            ) from refusal
         raise ConfigError(
             f"{refusal}; give the server's api_key and admin_key in rollout.sglang.key_file (SGLang's admin calls take the "
             "admin key alone, where there is one)"

@@ -243,7 +243,9 @@ def choose_port(settings: SGLangConfig, host: str, number: int) -> int:
 
 
 def _python(settings: SGLangConfig) -> str:
-    return settings.python or sys.executable
+    """A relative path counts from here, wherever the server runs; its links stay: they make an environment."""
+    given = settings.python or sys.executable
+    return os.path.abspath(given) if os.sep in given else given
 
 
 def _write_model(config: dict[str, Any], folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.http import HttpClient
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.server_api import ServerApi
@@ -131,10 +132,8 @@ async def _doubt(made) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.5.21", "0.5.15"])
-def test_servers_that_cannot_tell_are_believed_and_it_is_said(tmp_path, version):
+def test_servers_that_cannot_tell_are_refused_at_start(tmp_path, version):
     python = fake_python(tmp_path, version)
-    with engine(tmp_path, python=python, num_servers=2, verify_sync="servers") as made:
-        with pytest.warns(UserWarning, match="verify_sync cannot compare them"):
-            made.update_weights(weights(0), version=1)
-        numbers = made.metrics()
-        assert numbers["sync/servers_verified"] == 0 and numbers["rollout/servers_serving"] == 2
+    refused = pytest.raises(ConfigError, match=r"tells no checksums .*set verify_sync off")
+    with refused, engine(tmp_path, python=python, num_servers=2, verify_sync="servers"):
+        pass
