@@ -80,7 +80,13 @@ def run(
     return subprocess.run(
         [*launcher, "dapo_mcore.train", str(ROOT / "examples/quickstart.yaml"), *arguments, f"name={name}", *overrides],
         cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WRONG_FROM": str(wrong_from)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "WRONG_FROM": str(wrong_from),
+            **({"FAKE_DEAF": "1"} if processes > 1 else {}),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -123,8 +129,12 @@ def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_
 
 def test_a_rollout_that_fails_beside_training_ends_every_rank(task, python):  # noqa: F811
     # 6 groups of 4 at most are scored for step 1; from then on every answer is wrong
-    done = run(task, python, "wrong", "num_rollout_steps=4", processes=2, wrong_from=24)
+    shared = task / "shared"
+    shared.mkdir()
+    options = ["num_rollout_steps=4", f"rollout.sglang.sync_dir={shared}"]
+    done = run(task, python, "wrong", *options, processes=2, wrong_from=24)
     assert done.returncode != 0
+    assert list(shared.iterdir()) == [], "torchrun ends rank 0 while it cleans up"
     told = r"error: \d of sampling.train_batch_prompts 4 groups have answers that vary after sampling.max_gen_batches 2"
     assert len(re.findall(told, done.stderr)) == 1, done.stderr
     assert [row["step"] for row in metrics(task, "wrong")] == [1], "the step beside it is not lost"

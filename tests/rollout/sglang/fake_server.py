@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -508,11 +509,14 @@ def main(argv: list[str]) -> None:
     arguments = yaml.safe_load(Path(argv[4]).read_text())
 
     time.sleep(float(os.environ["FAKE_START_S"]))
+    deaf = "FAKE_DEAF" in os.environ  # must be killed, as the real one takes its time to end
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     async def made() -> web.Application:
         return FakeServer(arguments).app()
 
-    web.run_app(made(), host=arguments["host"], port=arguments["port"], print=None, keepalive_timeout=5, handler_cancellation=True)  # fmt: skip
+    web.run_app(made(), host=arguments["host"], port=arguments["port"], print=None, handle_signals=not deaf, keepalive_timeout=5, handler_cancellation=True)  # fmt: skip
 
 
 if __name__ == "__main__":
