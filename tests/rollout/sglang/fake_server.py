@@ -375,8 +375,7 @@ class FakeServer:
     async def update_from_distributed(self, request: web.Request) -> web.Response:
         body = await request.json()
         if self.has_sessions and not self.session:
-            told = "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
-            return self.result(False, told)
+            return self.outside_session("update_weights_from_distributed")
         if body["group_name"] not in self.groups:
             return self.result(False, f"Failed to receive weights: Group {body['group_name']} not in []")
         self.count_bucket()
@@ -390,8 +389,7 @@ class FakeServer:
     async def update_from_tensor(self, request: web.Request) -> web.Response:
         body = await request.json()
         if self.has_sessions and not self.session:
-            told = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
-            return self.result(False, told)
+            return self.outside_session("update_weights_from_tensor")
         self.count_bucket()
         assert body["load_format"] == "flattened_bucket", body
         for rank in range(self.num_ranks):
@@ -401,6 +399,9 @@ class FakeServer:
                 os._exit(1)  # as the real one, whose scheduler ends
         self.loaded(body)
         return self.result(True, "Success")
+
+    def outside_session(self, call: str) -> web.Response:
+        return self.result(False, f"{call} must run between begin_weight_update() and end_weight_update()")
 
     def count_bucket(self) -> None:
         self.buckets += 1
