@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,25 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
         assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
         asked = prompts(2)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, monkeypatch):
+    """As on NFS while a server has a file of it open."""
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        first = made._tag
+
+        def busy(path: Path, ignore_errors: bool = False) -> None:
+            if path.name == first and not ignore_errors:
+                raise OSError(39, "Directory not empty")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dapo_mcore.rollout.sglang.disk.shutil.rmtree", busy)
+            made.update_weights(weights(1), version=2)
+        second = made._tag
+        assert made.weight_version == 2 and {p.name for p in made._transfer.root.iterdir()} == {first, second}
+        made.update_weights(weights(2), version=3)
+        assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
 
 
 def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
