@@ -144,6 +144,22 @@ def test_a_server_that_hangs_is_found_by_its_health_and_its_requests_move(tmp_pa
         assert made.metrics()["rollout/servers_suspected"] >= 1
 
 
+def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(tmp_path):
+    """However long that takes: here it hangs, too."""
+    with engine(tmp_path, num_servers=3, health_timeout_s=1.0, sync_timeout_s=60.0) as made:
+        made.update_weights(weights(0), version=1)
+        first, second, _ = servers(made)
+        order(first, "edit", value={"weight_version": "default", "weight_versions": None})
+        order(first, "hang", where="/update_weights_from_disk")
+        made.generate(prompts(3), params(8))
+        wait_for(lambda: told(first)["counts"].get("fault hang"), 10)
+        os.kill(told(second)["pid"], signal.SIGSTOP)
+        started = time.monotonic()
+        asked = prompts(20)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        assert time.monotonic() - started < 30  # request_timeout_s and sync_timeout_s are 60
+
+
 def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
