@@ -111,7 +111,7 @@ class Fleet:
         if member.state != "serving" or member is self._router:
             return
         if reload:
-            member.tag = None
+            member.tag, member.link = None, None  # its owner may have started it again
         member.state, member.problem = "out", problem
         member.strikes += 1
         self.counts["servers_suspected"] += 1
@@ -281,7 +281,9 @@ class Fleet:
 
     async def _give_weights(self, member: Member) -> None:
         async with self._weights:
-            if member.tag is not None and member.tag == self._target == await member.api.weight_version():
+            if member.tag is not None and member.tag != await member.api.weight_version():
+                member.tag, member.link = None, None  # started again by its owner
+            if member.tag is not None and member.tag == self._target:
                 self._serve(member)
             elif self.resync is not None and self._target is not None:
                 member.tag = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import deque
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.process_group import RootRank
-from tests.rollout.sglang.serving import Raw, engine, params, prompts, wait_for, weights
+from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
 from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
 
 NUM_TENSORS = len(list(weights(0)))
@@ -134,6 +135,28 @@ def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tm
         assert sync(made, seed=1, version=2) == 0
         assert states(made)[:2] == ["serving", "serving"] and len(set(broadcasts)) == 2
         assert [len(told(server)["groups"]) for server in servers(made)[:2]] == [1, 1]
+
+
+@pytest.mark.parametrize("noticed, interval_s", [("by its health", 0.2), ("by an answer", 60.0)])
+def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_path, noticed, interval_s):
+    more = dict(sync="distributed", python=sys.executable, health_interval_s=interval_s)
+    with engine(tmp_path, num_servers=2) as owner:
+        restarted = owner._processes[0]
+        more |= dict(urls=[process.url for process in owner._processes], key_file=str(tmp_path / "servers/keys.json"))
+        with engine(tmp_path / "other", **more) as made:
+            made.update_weights(weights(0), version=1)
+            restarted.restart()
+            if noticed == "by an answer":
+                wait_for(lambda: is_up(Raw(restarted.url)), 20)
+                made._loop.run(_doubt(made))
+            wait_for(lambda: states(made) == ["waiting", "serving"], 20)
+            assert sync(made, seed=1, version=2) == 0, "it does not break the group that it is no longer in"
+            assert states(made) == ["serving", "serving"]
+            assert_holds(servers(made)[0], seed=1, tag=made._tag)
+
+
+async def _doubt(made: SGLangEngine) -> None:
+    made._fleet.suspect(made._fleet.members[0], "an answer by unknown weights", reload=True)
 
 
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
