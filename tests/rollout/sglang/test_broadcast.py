@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dapo_mcore.errors import RolloutError, UpdateBroken
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.rollout.sglang.broadcast import check_sync_host
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.process_group import RootRank
 from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
@@ -167,6 +168,18 @@ def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp
         assert "serving" in states(made)
         asked = prompts(10)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_servers_on_other_machines_need_the_trainers_address(tmp_path):
+    here, far = ["http://127.0.0.1:30000", "http://localhost:30001"], "http://192.0.2.7:30000"
+    told = rf"sync_host localhost, .* 1 of 3 servers are on others: {far}; set sync_host to the trainer's address"
+    check_sync_host("localhost", here)
+    check_sync_host("10.0.0.3", [far])
+    with pytest.raises(ConfigError, match=told):
+        check_sync_host("localhost", [*here, far])
+    given = dict(python=sys.executable, sync="distributed", urls=[far], connect_timeout_s=120.0)
+    with pytest.raises(ConfigError, match=r"sync_host 127\.0\.0\.1"), engine(tmp_path, **given):
+        pass
 
 
 def test_when_nobody_comes_back_the_error_is_final(tmp_path):
