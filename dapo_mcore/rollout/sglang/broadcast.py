@@ -23,6 +23,8 @@ from dapo_mcore.rollout.sglang.server_group import ServerGroup
 from dapo_mcore.rollout.sglang.stream import Parcels, send_stream
 from dapo_mcore.rollout.sglang.transaction import Transaction
 
+_CLOSE_S = 5.0
+
 Part = tuple[Member, ...]
 """Members that receive together."""
 
@@ -68,8 +70,11 @@ class BroadcastTransfer:
         return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": num_bytes}
 
     def close(self) -> None:
-        for group in self._groups:
-            group.close()
+        """Waits a while for the groups to end: a process that exits in the middle of that is aborted by C++."""
+        groups, self._groups = self._groups, []
+        end = time.monotonic() + _CLOSE_S
+        for thread in [group.close() for group in groups]:
+            thread.join(max(end - time.monotonic(), 0.0))
 
     async def _broadcast(self, fleet: Fleet, transaction: Transaction, parcels: Parcels[Bucket]) -> None:
         await self._regroup(fleet.members, transaction)

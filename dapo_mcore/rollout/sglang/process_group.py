@@ -88,9 +88,11 @@ class RootRank:
             group.abort()  # NCCL's kernels; gloo closes its connections with the last reference
             dist.destroy_process_group(group)
 
-    def close_soon(self) -> None:
-        """The same in a thread: aborting NCCL may take its time."""
-        threading.Thread(target=self.close, name=f"close {self.name}", daemon=True).start()
+    def close_soon(self) -> threading.Thread:
+        """The same in the thread that is returned: aborting NCCL may take its time."""
+        thread = threading.Thread(target=self.close, name=f"close {self.name}", daemon=True)
+        thread.start()
+        return thread
 
 
 @contextmanager

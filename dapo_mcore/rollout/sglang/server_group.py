@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 from collections.abc import Awaitable
 from contextlib import suppress
 from datetime import timedelta
@@ -66,9 +67,9 @@ class ServerGroup:
             await member.api.leave_group(self._root.name)
         self.remain.discard(member)
 
-    def close(self) -> None:
-        """Ends our side, and so every wait of the others. NCCL may take its time, which nobody waits for."""
-        self._root.close_soon()
+    def close(self) -> threading.Thread:
+        """Ends our side, and so every wait of the others, in a thread: NCCL may take its time."""
+        return self._root.close_soon()
 
     async def _all(self, *works: Awaitable[Any], patience_s: float = 0.0) -> None:
         """Awaits all; RequestFailed when one fails or a member's process has ended. The group is then given up, since

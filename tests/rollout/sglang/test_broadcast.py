@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections import deque
 from typing import Any
 
@@ -180,6 +181,24 @@ def test_servers_on_other_machines_need_the_trainers_address(tmp_path):
     given = dict(python=sys.executable, sync="distributed", urls=[far], connect_timeout_s=120.0)
     with pytest.raises(ConfigError, match=r"sync_host 127\.0\.0\.1"), engine(tmp_path, **given):
         pass
+
+
+def test_closing_waits_until_the_groups_have_ended(tmp_path, monkeypatch):
+    """A process that exits before ends by SIGABRT."""
+    ended: list[str] = []
+    real = RootRank.close
+
+    def slow(self: RootRank) -> None:
+        time.sleep(0.5)
+        real(self)
+        ended.append(self.name)
+
+    monkeypatch.setattr(RootRank, "close", slow)
+    with engine(tmp_path, num_servers=2, sync="distributed", servers_per_group=1) as made:
+        made.update_weights(weights(0), version=1)
+        made.close()
+        assert len(ended) == 2
+    assert len(ended) == 2, "closing twice does nothing"
 
 
 def test_when_nobody_comes_back_the_error_is_final(tmp_path):
