@@ -91,8 +91,7 @@ class SGLangEngine:
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._broken_updates = 0
-        num_servers = len(settings.urls) or settings.num_servers
-        allow_open_files(num_servers * (settings.max_in_flight + 8))
+        allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
         self._processes: Sequence[OwnedServer] = []
