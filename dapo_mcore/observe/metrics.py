@@ -88,6 +88,14 @@ METRICS: dict[str, Metric] = {
     "mismatch/logprob_diff_max": Metric("nats", "maximum of the same"),
     "mismatch/k3_kl": Metric("nats", "k3 estimate of KL(rollout engine ‖ actor) over loss tokens"),
     "mismatch/from_<size>": Metric("fraction", "loss tokens by the same, in decades: from this size to ten times it"),
+    "tis/weight_mean_before": Metric(
+        "", "importance weight exp(actor's log-prob - engine's), mean over loss tokens, before algo.tis cuts it"
+    ),
+    "tis/weight_mean_after": Metric("", "the weight that multiplies a token's loss, mean over loss tokens"),
+    "tis/truncated_ratio": Metric("fraction", "loss tokens whose weight algo.tis cut to the cap, or masked"),
+    "tis/effective_sample_size": Metric(
+        "fraction", "(Σw)² / (N·Σw²) of these weights over N loss tokens: 1 where all weigh the same"
+    ),
     "rollout/servers_serving": Metric("servers", "rollout servers that hold the current weights and take requests"),
     "rollout/retries": Metric("requests", "tries of a sample beyond its first"),
     "rollout/dropped_aborted": Metric("answers", "partial answers of aborted requests, dropped whole and asked again"),
