@@ -85,19 +85,24 @@ class Run:
 
     def __init__(self, config: Config, layout: Layout, progress: NullProgress):
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
-        self.hf_config = load_hf_config(config.model)
-        tokenizer = load_tokenizer(config.model)
-        check_tokenizer_fits(tokenizer, self.hf_config)
-        self.controller = self._start_controller(tokenizer)
-        self.actor = Actor(config, self.hf_config, layout, open_weights(config.model, self.hf_config, config.seed))
-        self.learner = Learner(self.actor, pad_token(tokenizer))
-        shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
-        engine = self.controller and self.controller.engine
-        self.handover = Handover(self.actor, engine, layout, colocated=shared)
+        with self._phase("start"):
+            self.hf_config = load_hf_config(config.model)
+            tokenizer = load_tokenizer(config.model)
+            check_tokenizer_fits(tokenizer, self.hf_config)
+            self.controller = self._start_controller(tokenizer)
+            weights = open_weights(config.model, self.hf_config, config.seed)
+            self.actor = Actor(config, self.hf_config, layout, weights)
+            self.learner = Learner(self.actor, pad_token(tokenizer))
+            shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
+            engine = self.controller and self.controller.engine
+            self.handover = Handover(self.actor, engine, layout, colocated=shared)
 
     def loop(self) -> None:
         """All rollout steps."""
-        last, first = self.config.num_rollout_steps, self._resume_or_start()
+        with self._phase("start"):
+            last, first = self.config.num_rollout_steps, self._resume_or_start()
+        if first == 1 and self.config.eval.at_start:
+            self._on_controller(lambda c: c.record_start())
         if first > last:
             self.progress.line(
                 f"nothing to train: rollout step {first - 1} is done, and num_rollout_steps is {last}; raise it to go on, or "
@@ -156,8 +161,6 @@ class Run:
         if self.config.warm_start is not None:
             warm_start(self.config, self.learner, self.handover, self.controller, self.layout)
         self.handover.to_rollout(version=0)
-        if self.config.eval.at_start:
-            self._on_controller(lambda c: c.record_start())
         return 1
 
     def _start_controller(self, tokenizer: Any) -> Controller | None:

@@ -92,6 +92,7 @@ def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:
         ("val/aime24/response_length", "val/<set>/response_length"),
         ("time/generate_s", "time/<phase>_s"),
         ("time/step_s", "time/step_s"),
+        ("time/eval_s", "time/eval_s"),
     ],
 )
 def test_names_with_placeholders_find_their_entry(name: str, entry: str) -> None:
