@@ -70,6 +70,7 @@ class Controller:
             stop_token_ids=stop_token_ids(config.model, tokenizer),
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
+            progress=progress,
         )
         self.engine.on_progress = self.rollout_progress.advance
         self.sampler = Sampler(

@@ -39,6 +39,8 @@ class NullProgress:
 
     def more(self, n: int) -> None: ...
 
+    def clear(self) -> None: ...
+
     def beside(self) -> NullProgress:
         return self
 
@@ -125,7 +127,7 @@ class Progress(NullProgress):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._line.clear()
+        self.clear()
         if self._live:
             self._live.stop()
 
@@ -138,6 +140,9 @@ class Progress(NullProgress):
 
     def more(self, n: int) -> None:
         self._line.more(n)
+
+    def clear(self) -> None:
+        self._line.clear()
 
     def beside(self) -> NullProgress:
         """A second line of phases, for work of another thread beside the run's own."""
@@ -152,7 +157,7 @@ class Progress(NullProgress):
         self._updates = int(metrics.get("updates", self._updates))
         self._last_val = _val_means(metrics) or self._last_val
         self._history.append((step, {**metrics, **self._last_val}))
-        self._line.clear()
+        self.clear()
         if self._live is None:
             self.line(step_line(step, self._num_steps, metrics, self._eta()))
 

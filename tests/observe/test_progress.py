@@ -179,6 +179,7 @@ def test_null_progress_has_the_same_methods_and_prints_nothing(capsys: pytest.Ca
     with NullProgress() as progress:
         progress.phase("generate", 3)
         progress.advance()
+        progress.clear()
         progress.step_done(1, METRICS)
         progress.eval_done(1, VAL)
         progress.line("x")

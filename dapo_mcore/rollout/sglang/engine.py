@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
@@ -41,6 +42,7 @@ from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.sglang.startup import shown_startup
 from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.types import Rollout, SamplingParams
@@ -66,6 +68,7 @@ class SGLangEngine:
     folder          for the servers' logs and keys.
     max_lag         0: nothing may be in flight when weights move. Else requests begun by `submit` go on under the new
                     weights, and no token may be more versions than this behind the newest.
+    progress        shows the servers' start.
 
     Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
     `on_progress`, when set, is called with 1 for each finished sample.
@@ -80,6 +83,7 @@ class SGLangEngine:
         dtype: torch.dtype,
         folder: Path,
         max_lag: int = 0,
+        progress: NullProgress | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
@@ -100,12 +104,13 @@ class SGLangEngine:
         atexit.register(self.close)
         try:
             keys = read_keys(settings.key_file)
-            if not settings.urls:
-                name = str(dtype).removeprefix("torch.")
-                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
-                self._start(plan)
-                keys = plan.keys
-            self._fleet = self._loop.run(self._open(keys, hf_config))
+            with shown_startup(progress or NullProgress(), settings, folder) as is_up:
+                if not settings.urls:
+                    name = str(dtype).removeprefix("torch.")
+                    plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
+                    self._start(plan)
+                    keys = plan.keys
+                self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
             if settings.colocated:
                 self._loop.run(self._fleet.release())
         except BaseException:
@@ -223,7 +228,7 @@ class SGLangEngine:
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 
-    async def _open(self, keys: Keys, hf_config: PretrainedConfig) -> Fleet:
+    async def _open(self, keys: Keys, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> Fleet:
         s = self._settings
         self._http = HttpClient(s.connect_timeout_s, s.read_timeout_s)
         places = [(process.url, process) for process in self._processes] or [(url, None) for url in s.urls]
@@ -231,7 +236,7 @@ class SGLangEngine:
             Member(ServerApi(self._http, url, keys, s.sync_timeout_s), process=process) for url, process in places
         ]
         try:
-            await asyncio.gather(*(self._admit(member, hf_config) for member in members))
+            await asyncio.gather(*(self._admit(member, hf_config, is_up) for member in members))
         except BaseException:
             await self._http.close()
             raise
@@ -257,7 +262,7 @@ class SGLangEngine:
         self._fleet.counts.clear()
         return counts
 
-    async def _admit(self, member: Member, hf_config: PretrainedConfig) -> None:
+    async def _admit(self, member: Member, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> None:
         if member.process is not None:
             try:
                 await wait_until_healthy(member, self._settings.start_timeout_s)
@@ -270,6 +275,7 @@ class SGLangEngine:
                 f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
                 "SGLang 0.5.21 tells them on GPUs: use it, or set verify_sync off"
             )
+        is_up()
 
     def _begin(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
