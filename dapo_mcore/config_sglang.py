@@ -121,8 +121,8 @@ class SGLangConfig(BaseModel):
     def _check(self) -> SGLangConfig:
         if self.urls and self.num_servers != len(self.urls):
             raise ValueError(
-                f"num_servers is {self.num_servers}, but urls names {len(self.urls)} servers that run already, and none is "
-                "started beside them; leave num_servers out, or urls to start servers"
+                f"num_servers is {self.num_servers}, but urls names {len(self.urls)} servers that run already, and none "
+                "is started beside them; leave num_servers out, or urls to start servers"
             )
         if self.router_url and not self.urls:
             raise ValueError(

@@ -163,7 +163,7 @@ class Controller:
         return self.last_eval.metrics
 
     def record_start(self) -> None:
-        """Evaluates the policy before the first rollout step, as step 0 of the metrics, which has the time of the start."""
+        """Evaluates the policy before the first rollout step, as step 0 of the metrics, with the time of the start."""
         metrics = self.evaluate(step=0)
         if metrics:
             assert self.sinks is not None

@@ -42,7 +42,7 @@ def importance_sums(
     old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["truncate", "mask"], cap: float
 ) -> torch.Tensor:
     """float64 [5] over one rank's loss tokens: their number, Σ exp(old - rollout), Σ w, Σ w² and the number of tokens
-    that the cap has cut or masked, w being what `importance_weights` gives. Ranks combine them by an all-reduce with SUM.
+    that were cut or masked, w being what `importance_weights` gives. Ranks combine them by an all-reduce with SUM.
 
     Example: ratios 1 and 4, truncated at 2, give [2, 5, 3, 5, 1].
     """

@@ -131,8 +131,8 @@ METRICS: dict[str, Metric] = {
     ),
     "time/<phase>_s": Metric(
         "s",
-        "wall time of generate, reward, filter, logprob, train, wait or sync; with rollout.async_steps the first two pass "
-        "beside the step before, which waits for what is left of them",
+        "wall time of generate, reward, filter, logprob, train, wait or sync; with rollout.async_steps the first two "
+        "pass beside the step before, which waits for what is left of them",
     ),
     "time/start_s": Metric(
         "s",

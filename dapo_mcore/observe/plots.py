@@ -61,7 +61,7 @@ class Curve:
 class Panel:
     """One of the eight plots. When runs are compared, the first curve stands for the panel, and `alone` is its axis.
 
-    `note` is said under the title, for what a newcomer cannot guess. `val` adds the markers of every `val/<set>/mean@k`.
+    `note` is said under the title, for what nobody can guess. `val` adds the markers of every `val/<set>/mean@k`.
     `floor` makes the axis logarithmic, for quantities that span decades: what is smaller, zero too, is drawn there.
     `fraction` fixes the axis (the right-hand one, when there is one) to 0…1; `histogram` shades the shares that the
     metrics of this pattern hold, one a decade of the axis.
@@ -283,7 +283,7 @@ def _twin(axes: Axes, panel: Panel, colour: str) -> Axes:
 
 
 def _set_log_scale(axes: Axes, floor: float) -> None:
-    """Logarithmic, with a tick at every few powers of ten; the one at the floor says that smaller values are drawn there."""
+    """Logarithmic, with a tick every few powers of ten; the one at the floor says that smaller values lie there."""
 
     def write(value: float, _: int) -> str:
         power = f"10^{{{round(math.log10(value))}}}"

@@ -176,7 +176,7 @@ class Progress(NullProgress):
         self.line("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]))
 
     def _eta(self) -> float:
-        """Seconds left, by the mean duration of recent steps, evaluation and saving included; NaN before the first one."""
+        """Seconds left, by the mean duration of recent steps with evaluation and saving; NaN before the first one."""
         if not self._durations:
             return math.nan
         return (self._num_steps - self._step) * sum(self._durations) / len(self._durations)

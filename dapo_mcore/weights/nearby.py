@@ -39,8 +39,8 @@ def check_model_folder(folder: Path, kind: Kind = "any") -> None:
 
 
 def nearby_models(folder: Path, kind: Kind = "any") -> list[Path]:
-    """Model folders of a kind that may have been meant, sorted: in a run's folder its checkpoints and exports, in a checkpoint's
-    `megatron` the folder around it; for a path that does not exist those beside it with a similar name."""
+    """Model folders of a kind that may have been meant, sorted: in a run's folder its checkpoints and exports, in a
+    checkpoint's `megatron` the folder around it; for a path that does not exist those beside it with a similar name."""
     if folder.is_dir():
         found = [folder.parent, *folder.glob("*"), *folder.glob("*/*")]
     else:

@@ -20,8 +20,8 @@ def shown_startup(
 ) -> Iterator[Callable[[], None]]:
     """Gives what to call, from any thread, for each server that is up.
 
-    On a terminal a bar counts the servers that are up and the seconds; a line says when they begin, and one when all are
-    up. Servers at `urls` are not started, and have the bar alone.
+    On a terminal a bar counts the servers that are up and the seconds; a line says when they begin, and one when all
+    are up. Servers at `urls` are not started, and have the bar alone.
     """
     count, start = settings.num_servers, clock()
     servers = "1 SGLang server" if count == 1 else f"{count} SGLang servers"
