@@ -218,6 +218,14 @@ def test_servers_that_are_given_are_counted():
     assert given == SGLangConfig(urls=urls, num_servers=2) == SGLangConfig.model_validate(given.model_dump())
 
 
+def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():
+    with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
+        for _ in range(2):
+            with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+                stranger.bind(port.getsockname())
+            socket.create_server(port.getsockname()).close()
+
+
 def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
     """The second server is told a port that is taken once the first one is up."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
