@@ -25,7 +25,8 @@ from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.process import ServerProcess
 from dapo_mcore.rollout.sglang.quantize import quantization_config
-from dapo_mcore.rollout.sglang.server_api import OLDEST, Keys, parse_version
+from dapo_mcore.rollout.sglang.server_api import Keys
+from dapo_mcore.rollout.sglang.versions import check_version, parse_version
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -204,13 +205,6 @@ def inspect_environment(settings: SGLangConfig) -> list[str]:
         raise ConfigError(f"{python} has no SGLang; {remedy}")
     check_version(parse_version(version), python)
     return models
-
-
-def check_version(version: tuple[int, ...], where: str) -> None:
-    """Nothing; raises ConfigError for a version that is too old."""
-    if version < OLDEST:
-        told, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
-        raise ConfigError(f"{where} has SGLang {told}, but weight updates need at least {oldest}; install a newer one")
 
 
 def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) -> None:

@@ -145,8 +145,8 @@ def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python)
         assert all(rollout.weight_version in (1, 2) for rollout in pending.result())
 
 
-def test_a_server_that_does_not_tell_its_tokens_versions_is_refused(tmp_path):
-    told = r"runs SGLang 0.5.20, .*sampling.on_full keep needs 0.5.21 or newer: update SGLang"
+def test_a_server_whose_requests_do_not_live_through_an_update_is_refused(tmp_path):
+    told = r"has SGLang 0.5.20, .*sampling.on_full keep needs 0.5.21 or newer: update SGLang"
     with pytest.raises(ConfigError, match=told), engine(tmp_path, python=fake_python(tmp_path, "0.5.20"), max_lag=1):
         pass
 
