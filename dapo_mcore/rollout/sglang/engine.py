@@ -103,7 +103,7 @@ class SGLangEngine:
             keys = read_keys(settings.key_file)
             if not settings.urls:
                 name = str(dtype).removeprefix("torch.")
-                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
+                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
                 self._start(plan)
                 keys = plan.keys
             self._fleet = self._loop.run(self._open(keys, hf_config))

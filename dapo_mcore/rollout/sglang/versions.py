@@ -1,7 +1,7 @@
 """What a version of SGLang can do: the one place where the code knows, and from which the tests take what to expect.
 
-Change here: when a newer SGLang can do something that the engine relies on. Each rule is read off SGLang's releases and
-held to running servers by tests/rollout/sglang/test_server_rules.py.
+Change here: when a newer SGLang can do something that the engine relies on. tests/rollout/sglang/test_server_rules.py and
+test_transfer_rules.py hold servers of any version to what stands here.
 """
 
 from __future__ import annotations

@@ -31,6 +31,9 @@ from tests.rollout.sglang.fake_server import fake_python
 
 ENVIRONMENT = "DAPO_MCORE_SGLANG"
 VOCAB, CONTEXT, STOP = 64, 512, 1
+LONG = 400  # tokens of a generation that a test interrupts
+# the fake as each version that differs in a rule of versions.py, and the real server
+KINDS = ["0.5.17", "0.5.20", "0.5.21", pytest.param("real", marks=pytest.mark.sglang)]
 
 
 def real_python() -> Path:
@@ -45,6 +48,11 @@ def real_version() -> Version:
     """Of SGLang in that environment."""
     ask = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
     return parse_version(subprocess.check_output([real_python(), "-P", "-c", ask], text=True))
+
+
+def interpreter(kind: str, folder: Path) -> Path:
+    """That serves: the real one, or the fake as a version."""
+    return real_python() if kind == "real" else fake_python(folder, kind, tokens_per_s=500)
 
 
 def tiny_config(**changes: Any) -> PretrainedConfig:
