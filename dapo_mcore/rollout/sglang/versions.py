@@ -19,11 +19,10 @@ FIRST_WITH_STOP_AT_LIMIT: Version = (0, 5, 18)
 FIRST_WITH_SPANS: Version = (0, 5, 19)
 """An answer tells which weights made which of its tokens."""
 FIRST_WITH_SESSIONS: Version = (0, 5, 21)
-"""Weights come, but from disk, between begin_weight_update and end_weight_update alone; before, neither is there."""
+"""Weights that are sent come between begin_weight_update and end_weight_update alone; before, neither call is there."""
 FIRST_WITH_RESUMPTION: Version = (0, 5, 21)
 """The KV cache can be flushed while requests wait retracted, so that they go on under new weights. Before, asking for it
 is refused, and a weight update that flushes ends the server."""
-
 FIRST_WITH_CHECKSUMS_ON_CPUS: Version = (0, 5, 23)
 """A server tells checksums of its weights also where there is no CUDA device (checksums.py)."""
 
