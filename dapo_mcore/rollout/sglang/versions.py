@@ -19,7 +19,8 @@ FIRST_WITH_STOP_AT_LIMIT: Version = (0, 5, 18)
 FIRST_WITH_SPANS: Version = (0, 5, 19)
 """An answer tells which weights made which of its tokens."""
 FIRST_WITH_SESSIONS: Version = (0, 5, 21)
-"""Weights that are sent come between begin_weight_update and end_weight_update alone; before, neither call is there."""
+"""Weights that are sent come between begin_weight_update and end_weight_update alone; before, neither call is there, and
+a broadcast to a group that it has not joined ends the server."""
 FIRST_WITH_RESUMPTION: Version = (0, 5, 21)
 """The KV cache can be flushed while requests wait retracted, so that they go on under new weights. Before, asking for it
 is refused, and a weight update that flushes ends the server."""

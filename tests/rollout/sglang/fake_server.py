@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from aiohttp import web
+from aiohttp.web_urldispatcher import SystemRoute
 
 from dapo_mcore.rollout.sglang.versions import FIRST_WITH_CHECKSUMS_ON_CPUS, FIRST_WITH_SESSIONS, parse_version
 from tests.rollout.sglang.fake_scheduler import TICK_S, Scheduler
@@ -122,7 +123,8 @@ class FakeServer:
         path = request.path
         if path == "/fake" or path.startswith("/health"):
             return await (self.misbehave(request, path, handler) if path == "/health" else handler(request))
-        key = self.arguments.get("admin-api-key") if path in ADMIN else None
+        known = path in ADMIN and not isinstance(request.match_info.route, SystemRoute)
+        key = self.arguments.get("admin-api-key") if known else None
         key = key or self.arguments.get("api-key")
         if key and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
@@ -279,6 +281,8 @@ class FakeServer:
         if self.has_sessions and not self.session:
             return self.outside_session("update_weights_from_distributed")
         if body["group_name"] not in self.groups:
+            if not self.has_sessions:
+                os._exit(1)  # as the real one: an assertion
             return self.result(False, f"Failed to receive weights: Group {body['group_name']} not in []")
         self.count_bucket()
         try:
