@@ -15,8 +15,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
-from dapo_mcore.rollout.sglang.probe import probe
+from dapo_mcore.rollout.sglang.probe import probe, probe_router
 from dapo_mcore.rollout.sglang.quantize import quantized
 from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
@@ -46,7 +44,6 @@ from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.types import Rollout, SamplingParams
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
-_ABORT_TIMEOUT_S = 5.0
 _COUNTS = (
     "retries",
     *(f"dropped_{reason}" for reason in DROP_REASONS),
@@ -145,8 +142,8 @@ class SGLangEngine:
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
         a stream that does not fit the model, and when no server is left; the version then stays. UpdateBroken says that
         another try finds servers.
-        Extra memory: at most twice bucket_mib, or twice the largest tensor, three times with sync tensor (with `quantize`,
-        what that needs beside).
+        Extra memory: at most twice bucket_mib, or twice the largest tensor; three times with sync tensor to servers of
+        several ranks (with `quantize`, what that needs beside).
         """
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
@@ -231,23 +228,22 @@ class SGLangEngine:
         members = [
             Member(ServerApi(self._http, url, keys, s.sync_timeout_s), process=process) for url, process in places
         ]
+        router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s)) if s.router_url else None
         try:
             await asyncio.gather(*(self._admit(member, hf_config) for member in members))
+            if router is not None:
+                await probe_router(router.api, s.urls)
         except BaseException:
             await self._http.close()
             raise
         patience = Patience(
-            max_in_flight=s.max_in_flight,
+            max_in_flight=s.max_in_flight * (len(members) if router else 1),
             health_interval_s=s.health_interval_s,
             health_timeout_s=s.health_timeout_s,
             start_timeout_s=s.start_timeout_s,
             step_timeout_s=s.sync_timeout_s,
             restart_budget=s.restart_budget,
         )
-        router = None
-        if s.router_url:
-            patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
-            router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
         checksums = Checksums() if s.verify_sync == "servers" else None
         return Fleet(members, patience, self._transfer.resync, router, checksums, resumes=self._max_lag > 0)
 
@@ -335,10 +331,10 @@ class SGLangEngine:
             rollout = read_reply(reply, rule(), self._stops)
         except RequestFailed as error:
             self._fleet.suspect(member, str(error))
-            await _abort(member, rid)
+            await self._fleet.abort(member, rid)
             raise
         except asyncio.CancelledError:
-            await _abort(member, rid)
+            await self._fleet.abort(member, rid)
             raise
         except Dropped as error:
             self._counts[f"dropped_{error.reason}"] += 1
@@ -347,9 +343,3 @@ class SGLangEngine:
             raise
         member.strikes = 0
         return rollout
-
-
-async def _abort(member: Member, rid: str) -> None:
-    """The server would notice the closed connection by itself, but only seconds later."""
-    with suppress(RolloutError, TimeoutError):
-        await asyncio.wait_for(member.api.abort(rid), _ABORT_TIMEOUT_S)

@@ -113,6 +113,7 @@ class Scheduler:
 
     async def abort(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.told["aborts"] += 1
         for work in self.running:
             work.aborted |= body.get("abort_all", False) or work.rid == body["rid"]
         return web.Response()
