@@ -82,7 +82,7 @@ class SGLangConfig(BaseModel):
     weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
     verify_sync: Literal["off", "servers"] = "off"
     """servers: after each sync the servers are asked for checksums of their weights, and those that differ from most of the
-    others are taken out; a re-synced server must show what was agreed on. SGLang 0.5.21 tells them on GPUs."""
+    others are taken out; a re-synced server must show what was agreed on. Needs GPUs, or SGLang 0.5.23."""
     quantize: Literal["none", "fp8"] = "none"
     """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
     Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""

@@ -7,4 +7,5 @@ broadcast → server_group → process_group    servers that receive one broadca
 fleet → checksums                           whether servers hold the same weights
 fleet → member → server_api → http          who serves, and how it is spoken to
 servers → process, ray_servers              servers of the run's own
+servers, probe, server_api → versions       what each version of SGLang can do
 """

@@ -104,7 +104,7 @@ class SGLangEngine:
             with shown_startup(progress or NullProgress(), settings, folder) as is_up:
                 if not settings.urls:
                     name = str(dtype).removeprefix("torch.")
-                    plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
+                    plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
                     self._start(plan)
                     keys = plan.keys
                 self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
@@ -264,12 +264,12 @@ class SGLangEngine:
                 await wait_until_healthy(member, self._settings.start_timeout_s)
             except RolloutError as error:
                 raise ConfigError(f"rollout.sglang: {error}") from error
-        facts = await probe(member.api, hf_config, needs_spans=self._max_lag > 0)
+        facts = await probe(member.api, hf_config, resumes=self._max_lag > 0)
         member.num_ranks = facts.num_ranks
         if self._settings.verify_sync == "servers" and await member.api.checksums() is None:
             raise ConfigError(
                 f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
-                "SGLang 0.5.21 tells them on GPUs: use it, or set verify_sync off"
+                "SGLang tells them on GPUs, and from 0.5.23 on without: set verify_sync off"
             )
         is_up()
 
@@ -333,7 +333,7 @@ class SGLangEngine:
         request = member.api.generate({**body, "rid": rid}, self._settings.request_timeout_s)
         try:
             reply = await self._fleet.call(member, request)
-            rollout = read_reply(reply, rule())
+            rollout = read_reply(reply, rule(), self._stops)
         except RequestFailed as error:
             self._fleet.suspect(member, str(error))
             await self._fleet.abort(member, rid)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang import servers
+from dapo_mcore.rollout.sglang import servers, versions
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.http import allow_open_files
@@ -87,9 +87,9 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_given_server_that_is_too_old_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(servers, "OLDEST", (0, 0, 1))
+    monkeypatch.setattr(versions, "OLDEST", (0, 0, 1))
     with bare_server(fake_python(tmp_path, "0.5.9"), tmp_path / "servers") as old:
-        monkeypatch.setattr(servers, "OLDEST", (0, 5, 15))
+        monkeypatch.setattr(versions, "OLDEST", (0, 5, 15))
         with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.9, but weight updates need at least 0\.5\.15"):
             attach(tmp_path, old.url, key_file=key_file(tmp_path, old.keys.api, old.keys.admin))
 
