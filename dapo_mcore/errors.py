@@ -5,6 +5,10 @@ class DapoError(Exception):
     """Base of every error that dapo_mcore raises on purpose."""
 
 
+class RankZeroFailed(DapoError):
+    """What the other ranks raise with rank 0's message when something that they wait for has failed there."""
+
+
 class ConfigError(DapoError):
     """The configuration contradicts itself, the model or the machine: the user edits a value."""
 

@@ -13,13 +13,20 @@ import dapo_mcore.environment  # noqa: F401  before torch is imported
 
 # isort: split
 import argparse
+import atexit
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # ends ranks without a traceback, already while they import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# isort: split
 
 from dapo_mcore.actor import layout as layouts
 from dapo_mcore.actor.actor import Actor
@@ -31,7 +38,8 @@ from dapo_mcore.config import Config
 from dapo_mcore.config_file import load_config
 from dapo_mcore.controller import Controller, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.errors import DapoError
+from dapo_mcore.ending import Ending, Interrupted, leave_at_once, record_failure
+from dapo_mcore.errors import DapoError, RankZeroFailed
 from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
@@ -41,54 +49,74 @@ from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains by a configuration file; the process's exit status: 0 done, 2 an error the user can mend."""
+    """Trains by a configuration file; the process's exit status: 0 done, 2 an error the user can mend, 128 + a signal."""
     parser = argparse.ArgumentParser(prog="python -m dapo_mcore.train", description="Train a policy with DAPO.")
     parser.add_argument("config", help="YAML file, see examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
     options = parser.parse_args(argv)
+    stopped: list[int] = []
+    atexit.register(leave_at_once, stopped)
     try:
         train(load_config(options.config, options.overrides))
+    except Interrupted as stop:
+        stopped.append(stop.status)
+        return stop.status
     except DapoError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(error)
         return 2
+    except Exception as error:
+        record_failure(f"{type(error).__name__}: {error}")
+        raise
     return 0
 
 
+def _tell(error: DapoError) -> None:
+    """On rank 0, and elsewhere where rank 0 may not know of it and torchrun does not say it."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if not record_failure(str(error)) and rank != "0" and not isinstance(error, RankZeroFailed):
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
 def train(config: Config) -> None:
-    """One run from start or resume to export. Every rank of the job must call it."""
+    """One run from start or resume to export. Every rank of the job must call it.
+
+    Raises Interrupted on rank 0 after SIGINT, SIGTERM or SIGHUP; the other ranks have nothing to clean up, and leave these
+    signals alone.
+    """
     layout = layouts.start(config.parallel, config.seed)
-    run: Run | None = None
+    ending = Ending(partial(_how_to_go_on, config)) if layout.is_controller else None
     try:
-        with Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as progress:
-            run = Run(config, layout, progress)
-            run.loop()
+        with (
+            ending or nullcontext(),
+            Progress(config.name, config.num_rollout_steps) if ending else NullProgress() as progress,
+        ):
+            Run(config, layout, progress, ending).loop()
     finally:
-        if run is not None and run.controller is not None:
-            _close(run.controller)
-        layouts.stop()
+        if ending is None or ending.signum is None:  # else the others are gone, and leaving the job may wait for them
+            layouts.stop()
 
 
-def _close(controller: Controller) -> None:
-    """Ends servers and deletes what lies in shared memory, undisturbed: torchrun sends SIGTERM as soon as one rank ends."""
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main else None
-    try:
-        controller.close()
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+def _how_to_go_on(config: Config) -> str:
+    path = latest_checkpoint(config.run_dir)
+    if path is None:
+        every = config.checkpoint.every
+        return f"there is no checkpoint yet (checkpoint.every {every or 'null'}); the next start begins anew"
+    how = "the same command" if config.checkpoint.resume == "auto" else "checkpoint.resume=auto"
+    return f"the last checkpoint is {path}; {how} goes on from there"
 
 
 class Run:
     """Everything one rank holds during a run; `loop` is the run."""
 
-    def __init__(self, config: Config, layout: Layout, progress: NullProgress):
+    def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | None):
+        """`ending` is told of the controller as soon as there is one: building the rest may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.hf_config = load_hf_config(config.model)
         tokenizer = load_tokenizer(config.model)
         check_tokenizer_fits(tokenizer, self.hf_config)
-        self.controller = self._start_controller(tokenizer)
+        self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, ending))
         self.actor = Actor(config, self.hf_config, layout, open_weights(config.model, self.hf_config, config.seed))
         self.learner = Learner(self.actor, pad_token(tokenizer))
         shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
@@ -160,15 +188,15 @@ class Run:
             self._on_controller(lambda c: c.record_start())
         return 1
 
-    def _start_controller(self, tokenizer: Any) -> Controller | None:
+    def _open_controller(self, tokenizer: Any, ending: Ending | None) -> Controller | None:
         """Rank 0's controller, None elsewhere."""
-        if not self.layout.is_controller:
-            return self.layout.on_controller_or_raise(lambda: None)
-        return self.layout.on_controller_or_raise(
-            lambda: Controller(
-                self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
-            )
+        if ending is None:
+            return None
+        controller = Controller(
+            self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
         )
+        ending.clean = controller.close
+        return controller
 
     def _save(self, step: int) -> None:
         checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
