@@ -154,6 +154,11 @@ def leave_at_once(status: list[int]) -> None:
         os._exit(status[0])
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether gloo raised it because another rank is gone; torch gives it no type of its own."""
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and " by peer" in str(error)
+
+
 def record_failure(message: str) -> bool:
     """Whether torchrun has started this process: it then ends its report with the message of the first rank that failed."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

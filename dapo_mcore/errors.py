@@ -5,8 +5,8 @@ class DapoError(Exception):
     """Base of every error that dapo_mcore raises on purpose."""
 
 
-class RankZeroFailed(DapoError):
-    """What the other ranks raise with rank 0's message when something that they wait for has failed there."""
+class OtherRankFailed(DapoError):
+    """Not here but on a rank that this one waits for."""
 
 
 class ConfigError(DapoError):

@@ -36,10 +36,10 @@ from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.config import Config
 from dapo_mcore.config_file import load_config
-from dapo_mcore.controller import Controller, pad_token
+from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.ending import Ending, Interrupted, leave_at_once, record_failure
-from dapo_mcore.errors import DapoError, RankZeroFailed
+from dapo_mcore.ending import Ending, Interrupted, is_lost_rank, leave_at_once, record_failure
+from dapo_mcore.errors import DapoError, OtherRankFailed
 from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         return 2
     except Exception as error:
+        if is_lost_rank(error):
+            _tell(OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}"))
+            return 2
         record_failure(f"{type(error).__name__}: {error}")
         raise
     return 0
@@ -75,7 +78,7 @@ def _tell(error: DapoError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if not record_failure(str(error)) and rank != "0" and not isinstance(error, RankZeroFailed):
+    if not record_failure(str(error)) and rank != "0" and not isinstance(error, OtherRankFailed):
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
@@ -92,7 +95,15 @@ def train(config: Config) -> None:
             ending or nullcontext(),
             Progress(config.name, config.num_rollout_steps) if ending else NullProgress() as progress,
         ):
-            Run(config, layout, progress, ending).loop()
+            done = layout.broadcast_object(finished_step(config) if ending else None)
+            if done is None:
+                Run(config, layout, progress, ending).loop()
+            else:
+                progress.line(
+                    f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
+                    f"num_rollout_steps is {config.num_rollout_steps}; raise it to go on, or set checkpoint.resume never "
+                    "to start anew"
+                )
     finally:
         if ending is None or ending.signum is None:  # else the others are gone, and leaving the job may wait for them
             layouts.stop()
@@ -126,11 +137,6 @@ class Run:
     def loop(self) -> None:
         """All rollout steps."""
         last, first = self.config.num_rollout_steps, self._resume_or_start()
-        if first > last:
-            self.progress.line(
-                f"nothing to train: rollout step {first - 1} is done, and num_rollout_steps is {last}; raise it to go on, or "
-                "set checkpoint.resume never to start anew"
-            )
         for step in range(first, last + 1):
             metrics = self._train_step(step)
             if step % self.config.eval.every == 0 or step == last:
@@ -141,7 +147,7 @@ class Run:
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
-            export = self._export("final")
+            export = self._export(final_export(self.config), max(first - 1, last))
         self._on_controller(lambda c: c.finish(export))
 
     def _train_step(self, step: int) -> dict[str, float]:
@@ -209,11 +215,10 @@ class Run:
                 state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
                 save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep=checkpoint.keep)
             if exports:
-                self._export(f"step_{step:06d}")
+                self._export(self.config.run_dir / "hf" / f"step_{step:06d}", step)
 
-    def _export(self, name: str) -> Path:
+    def _export(self, folder: Path, step: int) -> Path:
         """Writes an HF folder; every rank takes part in gathering the weights."""
-        folder = self.config.run_dir / "hf" / name
         if self.layout.is_controller:
             save_hf_folder(
                 self.handover.stream(),
@@ -222,6 +227,7 @@ class Run:
                 dtype=self.actor.policy.config.params_dtype,
                 hf_config=self.hf_config,
                 source=self.config.model.path,
+                step=step,
             )
         else:
             for _ in self.handover.stream():
