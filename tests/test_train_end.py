@@ -1,4 +1,4 @@
-"""Whole runs that end before their time, or have nothing to do. Servers are fake, and do not end when they are asked to."""
+"""Whole runs that end before their time, or have nothing to do. Servers are fake."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def fails(*arguments):
 train.Actor = fails
 sys.exit(train.main())
 """
+# runs with some overrides each, in one process: importing takes longer. The folder is copied after each
+SEVERAL = """
+import os, shutil, sys
+from dapo_mcore.train import main
+for number, case in enumerate(os.environ["CASES"].split(",")):
+    assert main([*sys.argv[1:], *case.split()]) == 0
+    shutil.copytree("runs/done", f"done.{number}")
+    print("ENDED", flush=True)
+"""
 SERVED = [
     "rollout.engine=sglang",
     "rollout.sglang.device=cpu",
@@ -53,13 +62,18 @@ def shared(tmp_path) -> Path:
 
 
 def start(
-    folder: Path, task: Path, *overrides: str, program: tuple[str, ...] = (), processes: int = 1, **more: str
-) -> subprocess.Popen[str]:  # noqa: F811
+    folder: Path,
+    task: Path,  # noqa: F811
+    *overrides: str,
+    program: tuple[str, ...] = (),
+    processes: int = 1,
+    **more: str,
+) -> subprocess.Popen[str]:
     """A run with a fake server, whose interpreter lies in `folder` alone."""
-    launcher = [sys.executable, *(program or ("-m", "dapo_mcore.train"))]
+    launcher = [sys.executable]
     if processes > 1:
-        torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631"]
-        launcher = [sys.executable, "-m", *torchrun, *(program or ("-m", "dapo_mcore.train"))]
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631"]
+    launcher += program or ("-m", "dapo_mcore.train")
     python = fake_python(folder, tokens_per_s=2000)
     arguments = [*SMALL, *SERVED, f"rollout.sglang.python={python}", f"parallel.tensor_parallel={processes}"]
     return subprocess.Popen(
@@ -71,7 +85,7 @@ def start(
             *overrides,
         ],
         cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAKE_DEAF": "1", **more},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,7 +112,7 @@ def servers(run_dir: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("more", [{}, {"SLOW": "1"}], ids=["rank 0 waits for it", "rank 0 builds"])
+@pytest.mark.parametrize("more", [{"FAKE_DEAF": "1"}, {"SLOW": "1"}], ids=["rank 0 waits for it", "rank 0 builds"])
 def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_last(task, tmp_path, shared, more):  # noqa: F811
     (tmp_path / "program.py").write_text(RANK_1_FAILS)
     begun = start(tmp_path, task, "name=broken", program=(str(tmp_path / "program.py"),), processes=2, **more)
@@ -140,25 +154,21 @@ def test_sigterm_ends_a_single_process_with_its_status(task, tmp_path, shared): 
 
 
 def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_configuration(task, tmp_path, shared):  # noqa: F811
-    def run(*overrides: str) -> str:
-        begun = start(tmp_path, task, "name=done", "checkpoint.export_at_end=true", *overrides)
-        output = ended(begun)
-        assert begun.returncode == 0, output
-        return output
-
-    folder = task / "runs/done"
-    run("num_rollout_steps=1")
-    before = contents(folder)
+    (tmp_path / "program.py").write_text(SEVERAL)
+    cases = ["num_rollout_steps=1", "num_rollout_steps=1 optimizer.lr=0.5", "num_rollout_steps=2 optimizer.lr=0.5"]
+    options = ["name=done", "rollout.engine=embedded", "checkpoint.export_at_end=true"]
+    begun = start(tmp_path, task, *options, program=(str(tmp_path / "program.py"),), CASES=",".join(cases))
+    output = ended(begun)
+    assert begun.returncode == 0, output
+    once, again, further = (task / f"done.{number}" for number in range(3))
+    before, first, second = contents(once), *output.split("ENDED\n")[1:3]
     assert {Path("config.yaml"), Path("hf/final/model.safetensors")} <= before.keys()
-    output = run("num_rollout_steps=1", "optimizer.lr=0.5")
-    assert "nothing to do, and nothing changed: rollout step 1 of runs/done is done" in output
-    assert contents(folder) == before
-
-    output = run("num_rollout_steps=2", "optimizer.lr=0.5")
+    assert "nothing to do, and nothing changed: rollout step 1 of runs/done is done" in first
+    assert contents(again) == before
     kept = "config.step_000001.yaml"
-    assert f"the configuration has changed: runs/done/{kept} held until rollout step 1" in output
-    assert (folder / kept).read_bytes() == before[Path("config.yaml")][1]
-    assert "lr: 0.5\n" in (folder / "config.yaml").read_text()
+    assert f"the configuration has changed: runs/done/{kept} held until rollout step 1" in second
+    assert contents(further)[Path(kept)] == before[Path("config.yaml")]
+    assert "lr: 0.5\n" in (further / "config.yaml").read_text()
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
