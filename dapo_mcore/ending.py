@@ -21,6 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE_S = 10.0
 """torchrun kills whatever is left 30 s after it has passed a signal on."""
 _LOOK_S = 0.1
+_LATER_S = 2
 
 
 class Interrupted(KeyboardInterrupt):
@@ -159,11 +160,16 @@ def is_lost_rank(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error) and " by peer" in str(error)
 
 
-def record_failure(message: str) -> bool:
-    """Whether torchrun has started this process: it then ends its report with the message of the first rank that failed."""
+def record_failure(message: str, follows: bool = False) -> bool:
+    """Whether torchrun has started this process: it then ends its report with the message of the first rank that failed.
+
+    follows  another rank's failure is the cause of this one.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        # torchrun takes the earliest for the cause, counting in whole seconds; a cause may be recorded a little late
+        timestamp = int(time.time()) + (_LATER_S if follows else 0)
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(timestamp)}}}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
     return path is not None

@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # ends ranks without a traceback, already while they import
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends ranks without a traceback, already while they import
 
 # isort: split
 
@@ -78,7 +78,8 @@ def _tell(error: DapoError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if not record_failure(str(error)) and rank != "0" and not isinstance(error, OtherRankFailed):
+    follows = isinstance(error, OtherRankFailed)
+    if not record_failure(str(error), follows) and rank != "0" and not follows:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 

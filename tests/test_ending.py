@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dapo_mcore.ending import Ending, is_lost_rank, record_failure
 
@@ -148,14 +147,17 @@ def test_outside_the_main_thread_it_only_cleans_up():
     assert done == ["clean"]
 
 
-def test_torchrun_reads_the_recorded_message(tmp_path, monkeypatch):
+def test_torchrun_takes_the_recorded_message_of_the_rank_that_is_the_cause(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     assert not record_failure("nobody asks")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert record_failure("no data file at nowhere.jsonl")
-    failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file=str(tmp_path / "error.json"))
-    assert failure.message == json.loads((tmp_path / "error.json").read_text())["message"]
-    assert failure.message["message"] == "no data file at nowhere.jsonl" and "py_callstack" not in str(failure.message)
+    failures = {}
+    for rank, message in {0: "another rank has ended", 5: "no data file at nowhere.jsonl"}.items():
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path := str(tmp_path / f"{rank}.json"))
+        assert record_failure(message, follows=rank == 0)
+        failures[rank] = ProcessFailure(local_rank=rank, pid=7 + rank, exitcode=2, error_file=path)
+    error = ChildFailedError("train", failures)
+    assert error.get_first_failure()[0] == 5
+    assert str(error).rstrip("=\n").endswith("traceback : no data file at nowhere.jsonl")
 
 
 def test_the_loss_of_another_rank_is_told_from_other_errors():
