@@ -71,6 +71,7 @@ class Controller:
             stop_token_ids=stop_token_ids(config.model, tokenizer),
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
+            progress=progress,
         )
         self.engine.on_progress = self.rollout_progress.advance
         self.sampler = Sampler(
@@ -169,12 +170,13 @@ class Controller:
         return self.last_eval.metrics
 
     def record_start(self) -> None:
-        """Evaluates the policy before the first rollout step, as step 0 of the metrics."""
+        """Evaluates the policy before the first rollout step, as step 0 of the metrics, with the time of the start."""
         metrics = self.evaluate(step=0)
         if metrics:
             assert self.sinks is not None
-            self.sinks.write(0, metrics)
-        self.timer.pop()
+            times = self.timer.pop()
+            del times["time/step_s"]
+            self.sinks.write(0, metrics | times)
 
     def pass_rate(self, prompts: Sequence[Prompt], seed: int) -> float:
         """Share of right answers, one sample a prompt, under the training sampling law."""

@@ -125,19 +125,24 @@ class Run:
     def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | None):
         """`ending` is told of the controller as soon as there is one: building the rest may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
-        self.hf_config = load_hf_config(config.model)
-        tokenizer = load_tokenizer(config.model)
-        check_tokenizer_fits(tokenizer, self.hf_config)
-        self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, ending))
-        self.actor = Actor(config, self.hf_config, layout, open_weights(config.model, self.hf_config, config.seed))
-        self.learner = Learner(self.actor, pad_token(tokenizer))
-        shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
-        engine = self.controller and self.controller.engine
-        self.handover = Handover(self.actor, engine, layout, colocated=shared)
+        with self._phase("start"):
+            self.hf_config = load_hf_config(config.model)
+            tokenizer = load_tokenizer(config.model)
+            check_tokenizer_fits(tokenizer, self.hf_config)
+            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, ending))
+            weights = open_weights(config.model, self.hf_config, config.seed)
+            self.actor = Actor(config, self.hf_config, layout, weights)
+            self.learner = Learner(self.actor, pad_token(tokenizer))
+            shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
+            engine = self.controller and self.controller.engine
+            self.handover = Handover(self.actor, engine, layout, colocated=shared)
 
     def loop(self) -> None:
         """All rollout steps."""
-        last, first = self.config.num_rollout_steps, self._resume_or_start()
+        with self._phase("start"):
+            last, first = self.config.num_rollout_steps, self._resume_or_start()
+        if first == 1 and self.config.eval.at_start:
+            self._on_controller(lambda c: c.record_start())
         for step in range(first, last + 1):
             metrics = self._train_step(step)
             if step % self.config.eval.every == 0 or step == last:
@@ -191,8 +196,6 @@ class Run:
         if self.config.warm_start is not None:
             warm_start(self.config, self.learner, self.handover, self.controller, self.layout)
         self.handover.to_rollout(version=0)
-        if self.config.eval.at_start:
-            self._on_controller(lambda c: c.record_start())
         return 1
 
     def _open_controller(self, tokenizer: Any, ending: Ending | None) -> Controller | None:

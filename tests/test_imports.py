@@ -35,6 +35,7 @@ FLOORS = {
     "dapo_mcore.weights.sync": 4,
     "dapo_mcore.weights.checkpoint": 4,
     "dapo_mcore.weights.hf_io": 4,
+    "dapo_mcore.weights.nearby": 4,
     "dapo_mcore.weights.convert": 4,
     "dapo_mcore.weights.verify": 4,
     "dapo_mcore.weights.inspect": 4,

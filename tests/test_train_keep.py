@@ -53,15 +53,20 @@ def assert_kept(rows: list[dict]) -> None:
     assert all(row["sampling/groups_stale"] == row["sampling/surplus_dropped"] == 0 for row in rows)
     assert all(row["rollout/retries"] == row["rollout/servers_suspected"] == 0 for row in rows)
     assert 1 <= max(row["sampling/staleness_max"] for row in rows) <= 2
-    assert sum(row["sampling/groups_pending"] > 0 for row in rows) >= 2
+    assert all(row["sampling/groups_pending"] >= 0 for row in rows)
     assert all(row["sampling/token_staleness_mean"] <= row["sampling/staleness_mean"] for row in rows)
     assert [row["step"] for row in rows if "val/heldout/mean@2" in row] == [2, 4]
+
+
+def assert_some_are_pending(rows: list[dict]) -> None:
+    assert sum(row["sampling/groups_pending"] > 0 for row in rows) >= 2
 
 
 def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again(task, python):  # noqa: F811
     done = run(task, python, "keep", *KEEP)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_kept(metrics(task, "keep"))
+    assert_some_are_pending(metrics(task, "keep"))
     assert_no_prompt_is_lost(task, "keep")
 
     for step in (3, 4):
@@ -81,5 +86,6 @@ def test_beside_training_the_weights_move_while_the_next_step_is_generated(task,
     rows = metrics(task, name)
     assert_kept(rows)
     assert_no_prompt_is_lost(task, name)
-    if server == "fake":
+    if server == "fake":  # a real one may finish all it has at once
+        assert_some_are_pending(rows)
         assert sum(row["sampling/samples_resumed"] for row in rows) > 0

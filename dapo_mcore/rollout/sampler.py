@@ -104,9 +104,8 @@ class Sampler:
         self._again = [find_prompt(uid, prompts) for uid in state["again"]]
 
     def _generate(self, this: Step, missing: int) -> list[Group]:
-        """At least `missing` new groups, as far as the limits allow; without a new request when none is missing."""
-        if missing <= 0 and not self._pending:
-            return []
+        """At least `missing` new groups, as far as the limits allow; without a new request when none is missing. Which
+        metrics a step has depends on the engine alone."""
         if not isinstance(self._engine, ContinuousEngine):
             return play_rounds(this, self._responder, self._take, missing)
         refilled = Refill(this, self._responder, self._take, missing, self._pending).run()

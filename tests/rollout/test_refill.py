@@ -239,8 +239,12 @@ def test_kept_groups_stay_in_flight_until_later_steps_could_not_train_on_them(co
     assert third.stats["sampling/token_staleness_mean"] == pytest.approx(4 * 2 / 6)
     fourth = sampler.collect(step=4)
     assert uids(fourth.groups) == [6, 7] and fourth.stats["sampling/surplus_reused"] == 2
-    assert all(s.stats["sampling/groups_stale"] == 0 for s in (first, second, third, fourth))
+    steps = (first, second, third, fourth)
+    assert all(s.stats["sampling/groups_stale"] == 0 for s in steps)
     assert not engine.cancelled
+    # the fourth step generated nothing, and has every metric nevertheless: curves have no gaps
+    assert all(s.stats.keys() == first.stats.keys() for s in steps)
+    assert fourth.stats["sampling/groups_pending"] == fourth.stats["sampling/in_flight_max"] == 0
 
 
 @pytest.mark.parametrize("style", ["none", "filter"])

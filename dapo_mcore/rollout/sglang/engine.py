@@ -15,8 +15,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
@@ -35,18 +34,18 @@ from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
-from dapo_mcore.rollout.sglang.probe import probe
+from dapo_mcore.rollout.sglang.probe import probe, probe_router
 from dapo_mcore.rollout.sglang.quantize import quantized
 from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.sglang.startup import shown_startup
 from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.types import Rollout, SamplingParams
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
-_ABORT_TIMEOUT_S = 5.0
 _COUNTS = (
     "retries",
     *(f"dropped_{reason}" for reason in DROP_REASONS),
@@ -66,6 +65,7 @@ class SGLangEngine:
     folder          for the servers' logs and keys.
     max_lag         0: nothing may be in flight when weights move. Else requests begun by `submit` go on under the new
                     weights, and no token may be more versions than this behind the newest.
+    progress        shows the servers' start.
 
     Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
     `on_progress`, when set, is called with 1 for each finished sample.
@@ -80,6 +80,7 @@ class SGLangEngine:
         dtype: torch.dtype,
         folder: Path,
         max_lag: int = 0,
+        progress: NullProgress | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
@@ -91,8 +92,7 @@ class SGLangEngine:
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._broken_updates = 0
-        num_servers = len(settings.urls) or settings.num_servers
-        allow_open_files(num_servers * (settings.max_in_flight + 8))
+        allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
         self._processes: Sequence[OwnedServer] = []
@@ -101,12 +101,13 @@ class SGLangEngine:
         atexit.register(self.close)
         try:
             keys = read_keys(settings.key_file)
-            if not settings.urls:
-                name = str(dtype).removeprefix("torch.")
-                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
-                self._start(plan)
-                keys = plan.keys
-            self._fleet = self._loop.run(self._open(keys, hf_config))
+            with shown_startup(progress or NullProgress(), settings, folder) as is_up:
+                if not settings.urls:
+                    name = str(dtype).removeprefix("torch.")
+                    plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
+                    self._start(plan)
+                    keys = plan.keys
+                self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
             if settings.colocated:
                 self._loop.run(self._fleet.release())
         except BaseException:
@@ -145,8 +146,8 @@ class SGLangEngine:
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
         a stream that does not fit the model, and when no server is left; the version then stays. UpdateBroken says that
         another try finds servers.
-        Extra memory: at most twice bucket_mib, or twice the largest tensor, three times with sync tensor (with `quantize`,
-        what that needs beside).
+        Extra memory: at most twice bucket_mib, or twice the largest tensor; three times with sync tensor to servers of
+        several ranks (with `quantize`, what that needs beside).
         """
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
@@ -224,30 +225,29 @@ class SGLangEngine:
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 
-    async def _open(self, keys: Keys, hf_config: PretrainedConfig) -> Fleet:
+    async def _open(self, keys: Keys, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> Fleet:
         s = self._settings
         self._http = HttpClient(s.connect_timeout_s, s.read_timeout_s)
         places = [(process.url, process) for process in self._processes] or [(url, None) for url in s.urls]
         members = [
             Member(ServerApi(self._http, url, keys, s.sync_timeout_s), process=process) for url, process in places
         ]
+        router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s)) if s.router_url else None
         try:
-            await asyncio.gather(*(self._admit(member, hf_config) for member in members))
+            await asyncio.gather(*(self._admit(member, hf_config, is_up) for member in members))
+            if router is not None:
+                await probe_router(router.api, s.urls)
         except BaseException:
             await self._http.close()
             raise
         patience = Patience(
-            max_in_flight=s.max_in_flight,
+            max_in_flight=s.max_in_flight * (len(members) if router else 1),
             health_interval_s=s.health_interval_s,
             health_timeout_s=s.health_timeout_s,
             start_timeout_s=s.start_timeout_s,
             step_timeout_s=s.sync_timeout_s,
             restart_budget=s.restart_budget,
         )
-        router = None
-        if s.router_url:
-            patience = replace(patience, max_in_flight=s.max_in_flight * len(members))
-            router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s))
         checksums = Checksums() if s.verify_sync == "servers" else None
         return Fleet(members, patience, self._transfer.resync, router, checksums, resumes=self._max_lag > 0)
 
@@ -258,7 +258,7 @@ class SGLangEngine:
         self._fleet.counts.clear()
         return counts
 
-    async def _admit(self, member: Member, hf_config: PretrainedConfig) -> None:
+    async def _admit(self, member: Member, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> None:
         if member.process is not None:
             try:
                 await wait_until_healthy(member, self._settings.start_timeout_s)
@@ -271,6 +271,7 @@ class SGLangEngine:
                 f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
                 "SGLang 0.5.21 tells them on GPUs: use it, or set verify_sync off"
             )
+        is_up()
 
     def _begin(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
@@ -335,10 +336,10 @@ class SGLangEngine:
             rollout = read_reply(reply, rule())
         except RequestFailed as error:
             self._fleet.suspect(member, str(error))
-            await _abort(member, rid)
+            await self._fleet.abort(member, rid)
             raise
         except asyncio.CancelledError:
-            await _abort(member, rid)
+            await self._fleet.abort(member, rid)
             raise
         except Dropped as error:
             self._counts[f"dropped_{error.reason}"] += 1
@@ -347,9 +348,3 @@ class SGLangEngine:
             raise
         member.strikes = 0
         return rollout
-
-
-async def _abort(member: Member, rid: str) -> None:
-    """The server would notice the closed connection by itself, but only seconds later."""
-    with suppress(RolloutError, TimeoutError):
-        await asyncio.wait_for(member.api.abort(rid), _ABORT_TIMEOUT_S)

@@ -98,6 +98,11 @@ class Fleet:
             async with self._changed:
                 self._changed.notify()
 
+    async def abort(self, member: Member, rid: str) -> None:
+        """Ends a request of `member`; of the router's, wherever it is. The server would notice the closed connection by
+        itself, but only seconds later."""
+        await asyncio.gather(*(m.abort(rid) for m in (self.members if member is self._router else [member])))
+
     def suspect(self, member: Member, problem: str, reload: bool = False) -> None:
         """Takes a serving member out and starts its way back, with new weights where `reload` says that its are wrong.
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, ServerApi
+
+_ABORT_TIMEOUT_S = 5.0
 
 State = Literal["waiting", "serving", "out", "down", "lost"]
 """waiting: well, without the current weights. out: being looked at. down: found ill, restarted or waited for."""
@@ -57,6 +60,11 @@ class Member:
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     link: Any = None
     problem: str = ""
+
+    async def abort(self, rid: str) -> None:
+        """Ends a request, where the server still hears."""
+        with suppress(RolloutError, TimeoutError):
+            await asyncio.wait_for(self.api.abort(rid), _ABORT_TIMEOUT_S)
 
     async def release_memory(self) -> None:
         """All of it; its weights are lost."""

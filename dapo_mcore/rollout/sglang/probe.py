@@ -6,6 +6,7 @@ Change here: a condition on servers that is checked at start, with the sentence 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -46,6 +47,27 @@ async def probe(api: ServerApi, hf_config: PretrainedConfig, needs_spans: bool =
             f"needs {first} or newer: update SGLang, or set on_full wait"
         )
     return facts
+
+
+async def probe_router(api: ServerApi, urls: Sequence[str]) -> None:
+    """Nothing; raises ConfigError unless a router answers that sends requests to the servers `urls` and no others.
+
+    A server that only the router knows never gets weights, so whatever it generates would be dropped, for ever.
+    """
+    try:
+        workers = await api.workers()
+    except RequestFailed as error:
+        raise ConfigError(f"no router answers: {error}; start it, or correct rollout.sglang.router_url") from error
+    if workers is None:
+        return
+    listed = {url.rstrip("/") for url in urls}
+    unlisted, unknown = sorted(set(workers) - listed), sorted(listed - set(workers))
+    if unlisted or unknown:
+        raise ConfigError(
+            f"the router {api.url} sends requests to {len(unlisted)} servers that rollout.sglang.urls does not list "
+            f"({', '.join(unlisted) or 'none'}), and not to {len(unknown)} that it does ({', '.join(unknown) or 'none'}); "
+            "list the same servers on both, by the same URLs"
+        )
 
 
 def _check_model(url: str, facts: ServerFacts, vocab_size: int | None, hf_config: PretrainedConfig) -> None:

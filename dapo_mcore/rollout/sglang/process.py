@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,10 +20,21 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class ServerProcess:
-    """One server. It dies with this process, however that ends."""
+    """One server. It dies with this process, however that ends.
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], folder: Path, name: str, url: str):
-        self.url = url
+    port  reserved for it, across restarts (see reserve_port).
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        folder: Path,
+        name: str,
+        url: str,
+        port: socket.socket,
+    ):
+        self.url, self._port = url, port
         self._command, self._environment, self._folder = list(command), environment, folder
         self._log = folder / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.ray_cluster import connect
 from dapo_mcore.rollout.sglang.process import ServerProcess
-from dapo_mcore.rollout.sglang.servers import ServerPlan, check_devices, choose_port, inspect_environment
+from dapo_mcore.rollout.sglang.servers import ServerPlan, check_devices, inspect_environment, reserve_port
 
 _ANSWER_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 15.0
@@ -106,7 +106,7 @@ class _Host:
         models = inspect_environment(settings)
         check_devices(settings, num_servers=1)  # Ray shows an actor its own GPUs alone, from number 0
         self._plan.folder.mkdir(parents=True, exist_ok=True)
-        port = choose_port(settings, host, self._number)
+        port = reserve_port(settings, host, self._number)
         self._server = self._plan.build(self._number, host, port, first_gpu=0, models=models)
         self._server.start()
         return self._server.url

@@ -92,6 +92,14 @@ class ServerApi:
             return False
         return True
 
+    async def workers(self) -> list[str] | None:
+        """The URLs that a router sends requests to; None of one that does not tell."""
+        try:
+            told = (await self._get("/workers"))["workers"]
+            return [re.sub(r"@\d+$", "", worker["url"]).rstrip("/") for worker in told]  # @n: a data-parallel rank
+        except (RequestRefused, KeyError, TypeError):
+            return None
+
     async def generate(self, body: dict[str, Any], timeout_s: float) -> answer.Answer:
         """The answer to /generate, for replies.py to read. Raises Dropped when it is malformed."""
         limit = answer.longest(body["sampling_params"]["max_new_tokens"])

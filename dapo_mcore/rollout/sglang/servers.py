@@ -103,16 +103,21 @@ class ServerPlan:
         content = {"api_key": self.keys.api, "admin_key": self.keys.admin}
         write_private(self.folder / "keys.json", json.dumps(content))
 
-    def build(self, number: int, host: str, port: int, first_gpu: int, models: Sequence[str]) -> ServerProcess:
-        """Server `number`, not yet started, with its files written; `models` are the names of SGLang's model modules."""
+    def build(
+        self, number: int, host: str, port: socket.socket, first_gpu: int, models: Sequence[str]
+    ) -> ServerProcess:
+        """Server `number` on a reserved port, not yet started, with its files written.
+
+        models  the names of SGLang's model modules.
+        """
         _write_model(self.model, self.folder / "model")
-        arguments = _arguments(self, host, port, first_gpu)
+        arguments = _arguments(self, host, port.getsockname()[1], first_gpu)
         file = self.folder / f"server-{number}.yaml"
         write_private(file, yaml.safe_dump(arguments))
         command = [_python(self.settings), "-P", "-m", "sglang.launch_server", "--config", str(file)]
         environment = _environment(self.settings, models, self.model["model_type"])
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        return ServerProcess(command, environment, self.folder, f"server-{number}", url)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{arguments['port']}"
+        return ServerProcess(command, environment, self.folder, f"server-{number}", url, port)
 
 
 def start_servers(plan: ServerPlan) -> list[ServerProcess]:
@@ -124,7 +129,7 @@ def start_servers(plan: ServerPlan) -> list[ServerProcess]:
     models = inspect_environment(settings)
     first = settings.first_gpu or 0
     check_devices(settings, settings.num_servers, first)
-    ports = [choose_port(settings, settings.host, number) for number in range(settings.num_servers)]
+    ports = [reserve_port(settings, settings.host, number) for number in range(settings.num_servers)]
     plan.write_keys()
     gpus = range(first, first + settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
     servers = [plan.build(i, settings.host, port, gpu, models) for i, (port, gpu) in enumerate(zip(ports, gpus))]
@@ -228,14 +233,21 @@ def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) 
         )
 
 
-def choose_port(settings: SGLangConfig, host: str, number: int) -> int:
-    """The port of server `number` on this machine: base_port + number, or a free one. Raises ConfigError when taken."""
+def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socket:
+    """The port of server `number` on this machine, base_port + number or a free one, bound and kept until it is closed.
+
+    A server takes half a minute to listen, and in that time the kernel gives a port that is merely free to any connection
+    of any process. Bound with SO_REUSEADDR it does not, and the server, which binds so too, can listen on it.
+    Raises ConfigError when somebody listens there.
+    """
     wanted = settings.base_port + number if settings.base_port else 0
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    port = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        with socket.create_server((host, wanted), family=family) as listener:
-            return listener.getsockname()[1]
+        port.bind((host, wanted))
+        return port
     except (OSError, OverflowError) as error:
+        port.close()
         raise ConfigError(
             f"a server cannot listen on rollout.sglang.host {host} port {wanted}: {error}; choose another "
             "base_port, or leave it null for a free one"

@@ -34,7 +34,8 @@ class TensorTransfer:
     urls  of servers that somebody else started; ConfigError where one is not on this machine.
 
     Nothing is kept, so a server that was out gets weights at the next update. A bucket is copied into shared memory, and
-    gathering the next one overlaps with the servers' reading: at most two are shared, and one is being gathered.
+    gathering the next one overlaps with the servers' reading. So one is shared and one being gathered; where a server has
+    several ranks, a second one is shared.
     """
 
     resync = None
@@ -54,8 +55,10 @@ class TensorTransfer:
     ) -> dict[str, float]:
         """Metrics of the update that gave every serving server the stream's weights."""
         start = time.perf_counter()
+        many_ranks = any(member.num_ranks > 1 for member in fleet.members)
         try:
-            num_bytes = send_stream(buckets, tag, fleet, loop, self._hand_over, self._share)
+            share = partial(self._share, num_read=1 if many_ranks else 0)
+            num_bytes = send_stream(buckets, tag, fleet, loop, self._hand_over, share)
         finally:
             self.close()
         return {"sync/tensor_s": time.perf_counter() - start, "sync/bytes": num_bytes}
@@ -64,15 +67,16 @@ class TensorTransfer:
         while self._shared:
             self._shared.popleft().close()
 
-    def _share(self, bucket: Bucket) -> SharedBucket:
+    def _share(self, bucket: Bucket, num_read: int) -> SharedBucket:
         """Called once every server has answered for the bucket before this one, the last of `_shared`.
 
-        That answer frees only the bucket before that. SGLang answers from its first rank, which has waited for its own
-        copies. From 0.5.21 on, the others may pass the barrier before the answer with copies still queued on their GPUs.
-        They wait for them as they let go of the memory, before they take the next request, whose answer needs them all.
-        The request after the last bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
+        num_read  how many of those answered for may still be read: 1 where a server has several ranks. SGLang answers
+                  from its first rank, which has waited for its own copies. From 0.5.21 on, the others may pass the
+                  barrier before the answer with copies still queued on their GPUs. They wait for them as they let go of
+                  the memory, before they take the next request, whose answer needs them all. The request after the last
+                  bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
         """
-        used = self._shared.popleft() if len(self._shared) > 1 else None
+        used = self._shared.popleft() if len(self._shared) > num_read else None
         self._shared.append(SharedBucket(bucket, used))
         return self._shared[-1]
 

@@ -289,6 +289,7 @@ class FakeServer:
 
     async def abort(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.told["aborts"] += 1
         for work in self.running:
             work.aborted |= body.get("abort_all", False) or work.rid == body["rid"]
         return web.Response()

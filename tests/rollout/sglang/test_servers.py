@@ -196,6 +196,8 @@ BAD_SETTINGS = {
     "is not a URL": dict(urls=["127.0.0.1:30000"]),
     "only 1 different": dict(urls=["http://a:1", "http://a:1"]),
     "router_url needs urls": dict(router_url="http://a:1"),
+    "num_servers is 3, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=3),
+    "num_servers is 1, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=1),
     "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
     "host node does not go with placement local": dict(host="node"),
     "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
@@ -207,6 +209,21 @@ BAD_SETTINGS = {
 def test_settings_that_contradict_themselves_are_refused(message):
     with pytest.raises(ValidationError, match=message):
         SGLangConfig.model_validate(BAD_SETTINGS[message])
+
+
+def test_servers_that_are_given_are_counted():
+    urls = ["http://a:1", "http://a:2"]
+    given = SGLangConfig(urls=urls)
+    assert given.num_servers == 2 and SGLangConfig().num_servers == 1
+    assert given == SGLangConfig(urls=urls, num_servers=2) == SGLangConfig.model_validate(given.model_dump())
+
+
+def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():
+    with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
+        for _ in range(2):
+            with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+                stranger.bind(port.getsockname())
+            socket.create_server(port.getsockname()).close()
 
 
 def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):

@@ -208,14 +208,15 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(iter(whole)), rel=1e-4, abs=1e-4)
 
 
-def test_a_bucket_stays_as_it_is_until_the_one_after_it_is_answered():
-    """Its own answer does not vouch for every rank's copy."""
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
+    """The answer for it vouches for one rank's copy, the answer for the one after it for every rank's."""
     transfer, before = TensorTransfer([]), None
     for number, (bucket, _) in enumerate(buckets(weights(0), 0)):
         tensors = list(bucket)
-        shared = transfer._share(bucket)
-        assert len(shared_files()) == min(number + 1, 2)
-        for expected, found in [(tensors, shared)] + ([before] if before else []):
+        shared = transfer._share(bucket, num_read)
+        assert len(shared_files()) == min(number, num_read) + 1
+        for expected, found in [(tensors, shared)] + ([before] if before and num_read else []):
             for (name, tensor), (opened_name, opened_tensor) in zip(expected, opened(found), strict=True):
                 assert name == opened_name and torch.equal(tensor, opened_tensor)
         before = tensors, shared
