@@ -45,6 +45,7 @@ FLOORS = {
     "dapo_mcore.warm_start": 4,
     "dapo_mcore.plan": 4,
     "dapo_mcore.doctor": 4,
+    "dapo_mcore.ending": 0,
     "dapo_mcore.environment": 0,
     "dapo_mcore.train": 5,
     "dapo_mcore.cli": 5,

@@ -197,7 +197,6 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Ends the servers started here and deletes the weights on disk. May be called twice."""
-        atexit.unregister(self.close)
         if self._fleet is not None:
             self._loop.run(self._fleet.close())
             self._loop.cancel_all()  # requests in flight are aborted on their servers
@@ -207,6 +206,7 @@ class SGLangEngine:
         self._disconnect()
         self._loop.close()
         self._transfer.close()
+        atexit.unregister(self.close)  # not before: this may have been broken off
 
     def _start(self, plan: ServerPlan) -> None:
         if plan.settings.placement == "ray":
