@@ -1,12 +1,11 @@
 """How a run ends before its time: cleaned up exactly once, undisturbed, and quietly where a signal ended it.
 
-Change here: which signals end a run, how long the main thread may take to notice one, and what torchrun is told of an
-error.
+Change here: which signals end a run, and how long the main thread may take to notice one. What the process then says and
+returns is exit_status.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -21,7 +20,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE_S = 10.0
 """torchrun kills whatever is left 30 s after it has passed a signal on."""
 _LOOK_S = 0.1
-_LATER_S = 2
 
 
 class Interrupted(KeyboardInterrupt):
@@ -142,34 +140,3 @@ def _forget(handled: Sequence[int]) -> None:
     signal.set_wakeup_fd(-1)
     for number in handled:
         signal.signal(number, signal.SIG_DFL)
-
-
-def leave_at_once(status: list[int]) -> None:
-    """For atexit, before anything else is registered: ends the process with the status, where there is one by then.
-
-    As Python ends torch would wait for ranks that are gone.
-    """
-    if status:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status[0])
-
-
-def is_lost_rank(error: Exception) -> bool:
-    """Whether gloo raised it because another rank is gone; torch gives it no type of its own."""
-    return isinstance(error, RuntimeError) and "gloo" in str(error) and " by peer" in str(error)
-
-
-def record_failure(message: str, follows: bool = False) -> bool:
-    """Whether torchrun has started this process: it then ends its report with the message of the first rank that failed.
-
-    follows  another rank's failure is the cause of this one.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is not None:
-        # torchrun takes the earliest for the cause, counting in whole seconds; a cause may be recorded a little late
-        timestamp = int(time.time()) + (_LATER_S if follows else 0)
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(timestamp)}}}
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-    return path is not None

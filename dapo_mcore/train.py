@@ -13,20 +13,12 @@ import dapo_mcore.environment  # noqa: F401  before torch is imported
 
 # isort: split
 import argparse
-import atexit
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends ranks without a traceback, already while they import
-
-# isort: split
 
 from dapo_mcore.actor import layout as layouts
 from dapo_mcore.actor.actor import Actor
@@ -38,8 +30,8 @@ from dapo_mcore.config import Config
 from dapo_mcore.config_file import load_config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.ending import Ending, Interrupted, is_lost_rank, leave_at_once, record_failure
-from dapo_mcore.errors import DapoError, OtherRankFailed
+from dapo_mcore.ending import Ending
+from dapo_mcore.exit_status import exit_status
 from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
@@ -54,33 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file, see examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
     options = parser.parse_args(argv)
-    stopped: list[int] = []
-    atexit.register(leave_at_once, stopped)
-    try:
-        train(load_config(options.config, options.overrides))
-    except Interrupted as stop:
-        stopped.append(stop.status)
-        return stop.status
-    except DapoError as error:
-        _tell(error)
-        return 2
-    except Exception as error:
-        if is_lost_rank(error):
-            _tell(OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}"))
-            return 2
-        record_failure(f"{type(error).__name__}: {error}")
-        raise
-    return 0
-
-
-def _tell(error: DapoError) -> None:
-    """On rank 0, and elsewhere where rank 0 may not know of it and torchrun does not say it."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    follows = isinstance(error, OtherRankFailed)
-    if not record_failure(str(error), follows) and rank != "0" and not follows:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return exit_status(lambda: train(load_config(options.config, options.overrides)))
 
 
 def train(config: Config) -> None:

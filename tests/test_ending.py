@@ -1,4 +1,4 @@
-"""How a process ends by a signal or an error: in processes of their own, which a signal may end."""
+"""How a block ends by a signal: in processes of their own, which a signal may end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dapo_mcore.ending import Ending, is_lost_rank, record_failure
+from dapo_mcore.ending import Ending
 
 START = """
 import atexit, ctypes, os, signal, sys, threading, time
 from dapo_mcore import ending
-from dapo_mcore.ending import Ending, Interrupted, leave_at_once
-
-stopped = []
-atexit.register(leave_at_once, stopped)
+from dapo_mcore.ending import Ending
+from dapo_mcore.exit_status import exit_status
 
 def me(signum):
     os.kill(os.getpid(), signum)
@@ -31,11 +28,11 @@ def clean():
 end = Ending(lambda: "go on")
 end.clean = clean
 def run(body):
-    try:
+    def work():
         with end:
             body()
-    except Interrupted as stop:
-        stopped.append(stop.status)
+    status = exit_status(work)
+    if status:
         atexit.register(print, "at exit")
         sys.exit(1)
 """
@@ -145,24 +142,3 @@ def test_outside_the_main_thread_it_only_cleans_up():
     thread.start()
     thread.join()
     assert done == ["clean"]
-
-
-def test_torchrun_takes_the_recorded_message_of_the_rank_that_is_the_cause(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    assert not record_failure("nobody asks")
-    failures = {}
-    for rank, message in {0: "another rank has ended", 5: "no data file at nowhere.jsonl"}.items():
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path := str(tmp_path / f"{rank}.json"))
-        assert record_failure(message, follows=rank == 0)
-        failures[rank] = ProcessFailure(local_rank=rank, pid=7 + rank, exitcode=2, error_file=path)
-    error = ChildFailedError("train", failures)
-    assert error.get_first_failure()[0] == 5
-    assert str(error).rstrip("=\n").endswith("traceback : no data file at nowhere.jsonl")
-
-
-def test_the_loss_of_another_rank_is_told_from_other_errors():
-    assert is_lost_rank(
-        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
-    )
-    assert not is_lost_rank(RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:9] Timed out waiting 1800000ms"))
-    assert not is_lost_rank(ValueError("Connection closed by peer"))
