@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Literal
 
+from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.manifest import Bucket
+from dapo_mcore.rollout.sglang.address import elsewhere, is_loopback
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
@@ -23,6 +25,17 @@ from dapo_mcore.rollout.sglang.transaction import Transaction
 
 Part = tuple[Member, ...]
 """Members that receive together."""
+
+
+def check_sync_host(host: str, urls: Sequence[str]) -> None:
+    """Nothing; raises ConfigError when servers at `urls` would look for the trainer on their own machines: they would
+    try for sync_timeout_s."""
+    if is_loopback(host) and (strangers := elsewhere(urls)):
+        raise ConfigError(
+            f"rollout.sglang.sync distributed gives servers the address sync_host {host}, by which only this machine "
+            f"reaches the trainer, but {len(strangers)} of {len(urls)} servers are on others: {', '.join(strangers)}; set "
+            "sync_host to the trainer's address in the cluster"
+        )
 
 
 class BroadcastTransfer:

@@ -52,8 +52,8 @@ class DiskTransfer:
         written = time.perf_counter()
         loop.run(fleet.update(tag, self._load_everywhere))
         for folder in self.root.iterdir():
-            if folder.name != tag:
-                shutil.rmtree(folder)
+            if folder.name != tag:  # NFS keeps a file that a server has open: then the next update deletes it
+                shutil.rmtree(folder, ignore_errors=True)
         return {"sync/write_s": written - start, "sync/load_s": time.perf_counter() - written, "sync/bytes": num_bytes}
 
     async def resync(self, member: Member, tag: str) -> None:

@@ -27,7 +27,7 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
-from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer, check_sync_host
 from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
 from dapo_mcore.rollout.sglang.fleet import Fleet
@@ -234,6 +234,8 @@ class SGLangEngine:
         ]
         router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s)) if s.router_url else None
         try:
+            if s.sync == "distributed":
+                check_sync_host(s.sync_host, [url for url, _ in places])
             await asyncio.gather(*(self._admit(member, hf_config, is_up) for member in members))
             if router is not None:
                 await probe_router(router.api, s.urls)

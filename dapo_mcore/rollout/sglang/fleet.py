@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
@@ -55,7 +55,7 @@ class Fleet:
         self.members, self.resync, self._router = list(members), resync, router
         self.checksums, self._resumes = checksums, resumes
         self.counts: Counter[str] = Counter()
-        self._num_updates = 0
+        self._paused, self._num_pauses = False, 0
         self._patience, self._restarts_left = patience, patience.restart_budget
         self._changed = asyncio.Condition()
         self._weights = asyncio.Lock()
@@ -111,7 +111,7 @@ class Fleet:
         if member.state != "serving" or member is self._router:
             return
         if reload:
-            member.tag = None
+            member.tag, member.link = None, None  # its owner may have started it again
         member.state, member.problem = "out", problem
         member.strikes += 1
         self.counts["servers_suspected"] += 1
@@ -124,9 +124,8 @@ class Fleet:
         UpdateBroken when another update would find some that are well. Servers that are asleep take memory for weights
         alone, and serve from `resume` on.
         """
-        async with self._weights:
+        async with self._pause():
             previous, self._target = self._target, tag
-            self._num_updates += 1
             transaction = self._transaction(tag)
             try:
                 await transaction.each("pause", lambda m: m.api.pause("retract" if self._resumes else "abort"))
@@ -146,9 +145,8 @@ class Fleet:
 
     async def release(self) -> None:
         """Every server gives up its device memory, or is stopped; none serves before `update` and `resume`."""
-        async with self._weights:
+        async with self._pause():
             self._awake.clear()
-            self._num_updates += 1
             transaction = self._transaction(None)
             await transaction.each("pause", lambda m: m.api.pause())
             await transaction.each("release memory", lambda m: m.release_memory())
@@ -175,6 +173,16 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @asynccontextmanager
+    async def _pause(self) -> AsyncIterator[None]:
+        """Servers may be paused inside, and then look as if they hung."""
+        async with self._weights:
+            self._paused, self._num_pauses = True, self._num_pauses + 1
+            try:
+                yield
+            finally:
+                self._paused = False
 
     def _transaction(self, tag: str | None) -> Transaction:
         """Over every member that can be reached."""
@@ -273,7 +281,9 @@ class Fleet:
 
     async def _give_weights(self, member: Member) -> None:
         async with self._weights:
-            if member.tag is not None and member.tag == self._target == await member.api.weight_version():
+            if member.tag is not None and member.tag != await member.api.weight_version():
+                member.tag, member.link = None, None  # started again by its owner
+            if member.tag is not None and member.tag == self._target:
                 self._serve(member)
             elif self.resync is not None and self._target is not None:
                 member.tag = None
@@ -323,12 +333,12 @@ class Fleet:
         """Finds servers that hang: they accept requests and never answer."""
         while True:
             await asyncio.sleep(self._patience.health_interval_s)
-            if self._weights.locked():
+            if self._paused:
                 continue
-            members, num_updates = self.serving, self._num_updates
+            members, num_pauses = self.serving, self._num_pauses
             answers = await asyncio.gather(*(m.api.healthy(self._patience.health_timeout_s) for m in members))
-            if self._weights.locked() or self._num_updates > num_updates:
-                continue  # it may have been paused, and then a healthy server looks hung
+            if self._num_pauses > num_pauses:
+                continue
             for member, healthy in zip(members, answers):
                 if not healthy:
                     self.suspect(member, f"no sign of health within {self._patience.health_timeout_s:g} s")

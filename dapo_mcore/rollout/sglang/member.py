@@ -6,12 +6,14 @@ Change here: what is known about a server. What is done with it is fleet.py.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang.process import STOP_S
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, ServerApi
 
 _ABORT_TIMEOUT_S = 5.0
@@ -32,7 +34,7 @@ class OwnedServer(Protocol):
 
     def ask_to_stop(self) -> None: ...
 
-    def stop(self) -> None: ...
+    def stop(self, patience_s: float = STOP_S) -> None: ...
 
     def last_words(self) -> str: ...
 
@@ -98,11 +100,12 @@ class Patience:
 
 
 def stop_servers(servers: Sequence[OwnedServer]) -> None:
-    """Ends them together."""
+    """Ends them together, in the time that one may take: torchrun kills a trainer that needs 30 s to end."""
     for server in servers:
         server.ask_to_stop()
+    end = time.monotonic() + STOP_S
     for server in servers:
-        server.stop()
+        server.stop(max(end - time.monotonic(), 0.0))
 
 
 async def wait_until_healthy(member: Member, timeout_s: float) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_STOP_TIMEOUT_S = 5.0
+STOP_S = 5.0
+"""From the request to end to the end by force."""
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -65,13 +66,13 @@ class ServerProcess:
         if self.alive:
             self._process.terminate()
 
-    def stop(self) -> None:
-        """Ends it and its children: politely first, then at once. May be called twice."""
+    def stop(self, patience_s: float = STOP_S) -> None:
+        """Ends it and its children: politely first, `patience_s` later at once. May be called twice."""
         if self._process is None:
             return
         self.ask_to_stop()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_TIMEOUT_S)
+            self._process.wait(patience_s)
         _kill_group(self._process.pid)
         self._process.wait()
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.ray_cluster import connect
-from dapo_mcore.rollout.sglang.process import ServerProcess
+from dapo_mcore.rollout.sglang.process import STOP_S, ServerProcess
 from dapo_mcore.rollout.sglang.servers import ServerPlan, check_devices, inspect_environment, reserve_port
 
 _ANSWER_TIMEOUT_S = 30.0
-_STOP_TIMEOUT_S = 15.0
+_STOP_ANSWER_S = 10.0
+"""What the answer to `stop` may take longer than stopping does."""
 
 
 class RayServer:
@@ -66,12 +67,15 @@ class RayServer:
         self.wait_until_started()
 
     def ask_to_stop(self) -> None:
-        """Nothing: `stop` does not take long enough to prepare it."""
-
-    def stop(self) -> None:
         import ray
 
-        self._ask("stop", otherwise=None, timeout_s=_STOP_TIMEOUT_S)
+        if self._actor is not None and ray.is_initialized():
+            self._actor.stop.remote()
+
+    def stop(self, patience_s: float = STOP_S) -> None:
+        import ray
+
+        self._ask("stop", otherwise=None, timeout_s=patience_s + _STOP_ANSWER_S)
         if self._actor is not None and ray.is_initialized():
             ray.kill(self._actor)
         self._actor = None

@@ -9,16 +9,14 @@ address of this machine, with the admin key. Nothing that a server sends is unpi
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import partial
-from urllib.parse import urlsplit
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.manifest import Bucket
+from dapo_mcore.rollout.sglang.address import elsewhere
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
@@ -42,8 +40,7 @@ class TensorTransfer:
 
     def __init__(self, urls: Sequence[str]):
         self._shared: deque[SharedBucket] = deque()
-        strangers = [url for url in urls if not _is_here(urlsplit(url).hostname)]
-        if strangers:
+        if strangers := elsewhere(urls):
             raise ConfigError(
                 f"rollout.sglang.sync tensor hands over memory of this machine, but {len(strangers)} of {len(urls)} "
                 f"servers are not at an address of it: {', '.join(strangers)}; name servers on rank 0's machine in "
@@ -102,13 +99,3 @@ async def _open_first(shared: SharedBucket, version: str | None, member: Member)
             "of the same user on the same machine, which see rank 0's GPU (CUDA_VISIBLE_DEVICES), or on CPUs its "
             "/dev/shm and temporary folder; for others sync distributed"
         ) from error
-
-
-def _is_here(host: str | None) -> bool:
-    """Whether a socket of this machine can have the address."""
-    with suppress(OSError):
-        for family, kind, _, _, address in socket.getaddrinfo(host or "", 0, type=socket.SOCK_STREAM):
-            with suppress(OSError), socket.socket(family, kind) as ours:
-                ours.bind(address)
-                return True
-    return False

@@ -171,7 +171,7 @@ def bare_server(python: Path, folder: Path) -> Iterator[Raw]:
     (process,) = start_servers(plan)
     raw = Raw(process.url, plan.keys)
     try:
-        wait_for(lambda: process.alive and _up(raw), 240, process.last_words)
+        wait_for(lambda: process.alive and is_up(raw), 240, process.last_words)
         yield raw
     finally:
         stop_servers([process])
@@ -184,7 +184,7 @@ def wait_for(happened: Any, seconds: float, otherwise: Any = lambda: "") -> None
         time.sleep(0.1)
 
 
-def _up(raw: Raw) -> bool:
+def is_up(raw: Raw) -> bool:
     try:
         return raw.get("/health")[0] == 200
     except OSError:

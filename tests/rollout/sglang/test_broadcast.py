@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import deque
 from typing import Any
 
 import pytest
 
-from dapo_mcore.errors import RolloutError, UpdateBroken
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.rollout.sglang.broadcast import check_sync_host
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.process_group import RootRank
-from tests.rollout.sglang.serving import Raw, engine, params, prompts, wait_for, weights
+from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
 from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
 
 NUM_TENSORS = len(list(weights(0)))
@@ -136,6 +138,28 @@ def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tm
         assert [len(told(server)["groups"]) for server in servers(made)[:2]] == [1, 1]
 
 
+@pytest.mark.parametrize("noticed, interval_s", [("by its health", 0.2), ("by an answer", 60.0)])
+def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_path, noticed, interval_s):
+    more = dict(sync="distributed", python=sys.executable, health_interval_s=interval_s)
+    with engine(tmp_path, num_servers=2) as owner:
+        restarted = owner._processes[0]
+        more |= dict(urls=[process.url for process in owner._processes], key_file=str(tmp_path / "servers/keys.json"))
+        with engine(tmp_path / "other", **more) as made:
+            made.update_weights(weights(0), version=1)
+            restarted.restart()
+            if noticed == "by an answer":
+                wait_for(lambda: is_up(Raw(restarted.url)), 20)
+                made._loop.run(_doubt(made))
+            wait_for(lambda: states(made) == ["waiting", "serving"], 20)
+            assert sync(made, seed=1, version=2) == 0, "it does not break the group that it is no longer in"
+            assert states(made) == ["serving", "serving"]
+            assert_holds(servers(made)[0], seed=1, tag=made._tag)
+
+
+async def _doubt(made: SGLangEngine) -> None:
+    made._fleet.suspect(made._fleet.members[0], "an answer by unknown weights", reload=True)
+
+
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
     with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=15.0, health_timeout_s=1.0) as made:
         made.update_weights(weights(0), version=1)
@@ -144,6 +168,18 @@ def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp
         assert "serving" in states(made)
         asked = prompts(10)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_servers_on_other_machines_need_the_trainers_address(tmp_path):
+    here, far = ["http://127.0.0.1:30000", "http://localhost:30001"], "http://192.0.2.7:30000"
+    told = rf"sync_host localhost, .* 1 of 3 servers are on others: {far}; set sync_host to the trainer's address"
+    check_sync_host("localhost", here)
+    check_sync_host("10.0.0.3", [far])
+    with pytest.raises(ConfigError, match=told):
+        check_sync_host("localhost", [*here, far])
+    given = dict(python=sys.executable, sync="distributed", urls=[far], connect_timeout_s=120.0)
+    with pytest.raises(ConfigError, match=r"sync_host 127\.0\.0\.1"), engine(tmp_path, **given):
+        pass
 
 
 def test_when_nobody_comes_back_the_error_is_final(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,22 @@ def test_a_server_that_hangs_is_found_by_its_health_and_its_requests_move(tmp_pa
         assert made.metrics()["rollout/servers_suspected"] >= 1
 
 
+def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(tmp_path):
+    """However long that takes: here it hangs, too."""
+    with engine(tmp_path, num_servers=3, health_timeout_s=1.0, sync_timeout_s=60.0) as made:
+        made.update_weights(weights(0), version=1)
+        first, second, _ = servers(made)
+        order(first, "edit", value={"weight_version": "default", "weight_versions": None})
+        order(first, "hang", where="/update_weights_from_disk")
+        made.generate(prompts(3), params(8))
+        wait_for(lambda: told(first)["counts"].get("fault hang"), 10)
+        os.kill(told(second)["pid"], signal.SIGSTOP)
+        started = time.monotonic()
+        asked = prompts(20)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        assert time.monotonic() - started < 30  # request_timeout_s and sync_timeout_s are 60
+
+
 def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
@@ -197,6 +214,25 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
         assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
         asked = prompts(2)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, monkeypatch):
+    """As on NFS while a server has a file of it open."""
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        first = made._tag
+
+        def busy(path: Path, ignore_errors: bool = False) -> None:
+            if path.name == first and not ignore_errors:
+                raise OSError(39, "Directory not empty")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dapo_mcore.rollout.sglang.disk.shutil.rmtree", busy)
+            made.update_weights(weights(1), version=2)
+        second = made._tag
+        assert made.weight_version == 2 and {p.name for p in made._transfer.root.iterdir()} == {first, second}
+        made.update_weights(weights(2), version=3)
+        assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
 
 
 def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):

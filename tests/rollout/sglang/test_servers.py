@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dapo_mcore.rollout.sglang import servers, versions
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.http import allow_open_files
+from dapo_mcore.rollout.sglang.process import STOP_S
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, settings, tiny_config, wait_for
 
@@ -224,6 +226,16 @@ def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_t
             with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
                 stranger.bind(port.getsockname())
             socket.create_server(port.getsockname()).close()
+
+
+def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_DEAF", "1")
+    with engine(tmp_path, num_servers=4) as made:
+        pids = [process.pid for process in made._processes]
+        start = time.monotonic()
+        made.close()
+        assert time.monotonic() - start < 3 * STOP_S
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
