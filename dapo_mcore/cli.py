@@ -7,6 +7,7 @@ Heavy imports stay inside the functions, so that every subcommand starts quickly
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one message on standard error when the user must change something."""
+    """The exit code: 0, 2 after one message on standard error when the user must change something, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="dapo-mcore", description="Tools around a dapo_mcore training run.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DapoError as error:
         print(f"dapo-mcore {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

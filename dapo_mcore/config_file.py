@@ -6,7 +6,10 @@ Change here: how files and overrides are read and how mistakes are explained. Wh
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,27 @@ def parse_config(tree: dict[str, Any]) -> Config:
 def dump_config(config: Config) -> str:
     """The configuration as YAML with every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def record_config(config: Config, run_dir: Path, step: int = 0) -> Path | None:
+    """Writes config.yaml of a run that goes on after rollout step `step`; where the one before went, if it differs.
+
+    That is config.step_000004.yaml for one that held until step 4 (config.step_000004.1.yaml where there is one, …).
+    """
+    path, text = run_dir / "config.yaml", dump_config(config)
+    kept = None
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        kept = next(name for name in _names(run_dir / f"config.step_{step:06d}") if not name.exists())
+        path.rename(kept)
+    unfinished = run_dir / "config.yaml.tmp"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return kept
+
+
+def _names(stem: Path) -> Iterator[Path]:
+    yield stem.with_name(f"{stem.name}.yaml")
+    yield from (stem.with_name(f"{stem.name}.{number}.yaml") for number in count(1))
 
 
 class _Loader(yaml.SafeLoader):

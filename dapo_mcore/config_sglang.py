@@ -22,7 +22,7 @@ class SGLangConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     urls: list[str] = []
-    """Servers that run already, as `http://host:port`. Empty: start num_servers on this machine."""
+    """Servers that run already, as `http://host:port`. Empty: start num_servers."""
     router_url: str | None = None
     """SGLang's router in front of `urls`: generation goes through it, weights go to the servers themselves."""
     key_file: str | None = None
@@ -35,6 +35,7 @@ class SGLangConfig(BaseModel):
     """placement ray, here or of rewards: the address of a cluster whose nodes were started with RAY_AUTH_MODE=token and
     RAY_worker_niceness=0; null starts one on this machine."""
     num_servers: int = Field(1, ge=1)
+    """How many to start; with `urls`, as many as these."""
     python: str | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -81,7 +82,7 @@ class SGLangConfig(BaseModel):
     weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
     verify_sync: Literal["off", "servers"] = "off"
     """servers: after each sync the servers are asked for checksums of their weights, and those that differ from most of the
-    others are taken out; a re-synced server must show what was agreed on. SGLang 0.5.21 tells them on GPUs."""
+    others are taken out; a re-synced server must show what was agreed on. Needs GPUs, or SGLang 0.5.23."""
     quantize: Literal["none", "fp8"] = "none"
     """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
     Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
@@ -90,6 +91,13 @@ class SGLangConfig(BaseModel):
     with sync tensor where tensor_parallel > 1."""
     sync_timeout_s: float = Field(600.0, gt=0)
     """Limit of each step of a sync on each server."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_urls(cls, values: Any) -> Any:
+        """`num_servers` from `urls` where it is not set."""
+        urls = values.get("urls") if isinstance(values, dict) else None
+        return {"num_servers": len(urls), **values} if urls and isinstance(urls, list) else values
 
     @field_validator("host", "sync_host")
     @classmethod
@@ -111,6 +119,11 @@ class SGLangConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> SGLangConfig:
+        if self.urls and self.num_servers != len(self.urls):
+            raise ValueError(
+                f"num_servers is {self.num_servers}, but urls names {len(self.urls)} servers that run already, and none "
+                "is started beside them; leave num_servers out, or urls to start servers"
+            )
         if self.router_url and not self.urls:
             raise ValueError(
                 "router_url needs urls: the router cannot update weights, so list the servers behind it as well"

@@ -17,7 +17,7 @@ import psutil
 
 from dapo_mcore.batch.collate import to_train_batch
 from dapo_mcore.config import Config
-from dapo_mcore.config_file import dump_config
+from dapo_mcore.config_file import dump_config, record_config
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.model_folder import stop_token_ids
 from dapo_mcore.data.prompts import load_prompts
@@ -33,7 +33,8 @@ from dapo_mcore.rollout.ahead import Ahead
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampler import Collected, Sampler
 from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
-from dapo_mcore.weights.checkpoint import TrainState
+from dapo_mcore.weights.checkpoint import TrainState, latest_checkpoint, step_of
+from dapo_mcore.weights.hf_io import check_replaceable, exported_step
 
 GIB = 2**30
 Position = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
@@ -70,6 +71,7 @@ class Controller:
             stop_token_ids=stop_token_ids(config.model, tokenizer),
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
+            progress=progress,
         )
         self.engine.on_progress = self.rollout_progress.advance
         self.sampler = Sampler(
@@ -89,8 +91,9 @@ class Controller:
         if resume_step is None and (aside := _move_aside(run_dir)) is not None:
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         self.sinks = MetricSinks(run_dir, self.config.observe, resume_step)
+        if (before := record_config(self.config, run_dir, resume_step or 0)) is not None:
+            self.progress.line(f"the configuration has changed: {before} held until rollout step {resume_step}")
 
     def train_state(self, step: int, num_updates: int) -> TrainState:
         """Where the run stands after rollout step `step`, for a checkpoint.
@@ -109,7 +112,12 @@ class Controller:
         )
 
     def resume(self, state: TrainState) -> None:
-        """Continues the run that `state` was taken from; later metrics of that run are dropped."""
+        """Continues the run that `state` was taken from; later metrics of that run are dropped.
+
+        Raises CheckpointError, before anything is changed, where the export at the end would find its place taken.
+        """
+        if self.config.checkpoint.export_at_end:
+            check_replaceable(final_export(self.config))
         self.loader.load_state(state.loader)
         self.sampler.load_state(state.sampler, state.sampler_arrays, {p.uid: p for p in self.prompts.prompts})
         self.open_run(resume_step=state.step)
@@ -162,12 +170,13 @@ class Controller:
         return self.last_eval.metrics
 
     def record_start(self) -> None:
-        """Evaluates the policy before the first rollout step, as step 0 of the metrics."""
+        """Evaluates the policy before the first rollout step, as step 0 of the metrics, with the time of the start."""
         metrics = self.evaluate(step=0)
         if metrics:
             assert self.sinks is not None
-            self.sinks.write(0, metrics)
-        self.timer.pop()
+            times = self.timer.pop()
+            del times["time/step_s"]
+            self.sinks.write(0, metrics | times)
 
     def pass_rate(self, prompts: Sequence[Prompt], seed: int) -> float:
         """Share of right answers, one sample a prompt, under the training sampling law."""
@@ -250,6 +259,21 @@ class Controller:
         prompts = load_prompts(self.config.eval.sets[name], self.tokenizer, name)
         self.progress.line(prompts.describe())
         return prompts.prompts
+
+
+def final_export(config: Config) -> Path:
+    """The folder of the model that a run ends with."""
+    return config.run_dir / "hf" / "final"
+
+
+def finished_step(config: Config) -> int | None:
+    """The last rollout step of a run that a resume would find nothing to do for; None of any other."""
+    path = latest_checkpoint(config.run_dir) if config.checkpoint.resume == "auto" else None
+    if path is None or step_of(path) < config.num_rollout_steps:
+        return None
+    if config.checkpoint.export_at_end and exported_step(final_export(config)) != step_of(path):
+        return None
+    return step_of(path)
 
 
 def pad_token(tokenizer: Any) -> int:

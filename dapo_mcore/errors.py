@@ -5,6 +5,10 @@ class DapoError(Exception):
     """Base of every error that dapo_mcore raises on purpose."""
 
 
+class OtherRankFailed(DapoError):
+    """Not here but on a rank that this one waits for."""
+
+
 class ConfigError(DapoError):
     """The configuration contradicts itself, the model or the machine: the user edits a value."""
 

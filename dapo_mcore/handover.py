@@ -31,22 +31,27 @@ class Handover:
     Without `colocated`, both sides keep their memory, and only weights cross.
     """
 
-    def __init__(self, actor: Actor, engine: RolloutEngine | None, layout: Layout, *, colocated: bool):
+    def __init__(
+        self,
+        actor: Actor,
+        engine: RolloutEngine | None,
+        layout: Layout,
+        *,
+        colocated: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self.stream = WeightStream(actor.policy, actor.shape, layout)
         self._engine, self._layout = engine, layout
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
-        self._seconds = 0.0
+        self._clock, self._seconds = clock, 0.0
 
     def to_training(self) -> None:
         """The actor may be used from here on, and the engine not. Does nothing when that is so already."""
         if self._memory is None or self._training:
             return
-        start = time.perf_counter()
-        self._on_engine(lambda engine: engine.release())
-        self._memory.onload()
-        self._training = True
-        self._seconds += time.perf_counter() - start
+        with self._timed():
+            self._take_devices()
 
     def to_rollout(self, version: int) -> None:
         """The engine has the actor's weights as `version` and may generate; where GPUs are shared, the actor may not be
@@ -55,13 +60,12 @@ class Handover:
         if self._memory is None:
             self._sync(version)
             return
-        start = time.perf_counter()
-        self._give_devices(version)
-        if not self._resume():  # the only servers died in training, and what they missed is not kept
-            self.to_training()
+        with self._timed():
             self._give_devices(version)
-            self._on_engine(lambda engine: engine.resume())
-        self._seconds += time.perf_counter() - start
+            if not self._resume():  # the only servers died in training, and what they missed is not kept
+                self._take_devices()
+                self._give_devices(version)
+                self._on_engine(lambda engine: engine.resume())
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -77,12 +81,23 @@ class Handover:
         seconds, self._seconds = self._seconds, 0.0
         return {} if self._memory is None else {"sync/handover_s": seconds}
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = self._clock()
+        yield
+        self._seconds += self._clock() - start
+
+    def _take_devices(self) -> None:
+        self._on_engine(lambda engine: engine.release())
+        self._memory.onload()
+        self._training = True
+
     def _give_devices(self, version: int) -> None:
         self._memory.offload_state()
         self._layout.barrier()  # servers take memory that other ranks have given up
-        start = time.perf_counter()
+        start = self._clock()
         self._sync(version)
-        self._seconds -= time.perf_counter() - start
+        self._seconds -= self._clock() - start
         self._memory.offload_weights()
         self._layout.barrier()
         self._training = False

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dapo_mcore.errors import ConfigError
@@ -38,10 +41,22 @@ def connect(address: str | None) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     try:
-        ray.init(**where, log_to_driver=False, configure_logging=False)
+        with _sigterm_kept():
+            ray.init(**where, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise ConfigError(f"the Ray cluster at rollout.sglang.ray_address {address} cannot be used: {error}") from error
     return ray.shutdown
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray would exit on SIGTERM with status 15, past whoever handles it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _local() -> dict[str, Any]:

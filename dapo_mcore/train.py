@@ -13,11 +13,10 @@ import dapo_mcore.environment  # noqa: F401  before torch is imported
 
 # isort: split
 import argparse
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.config import Config
 from dapo_mcore.config_file import load_config
-from dapo_mcore.controller import Controller, pad_token
+from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.errors import DapoError
+from dapo_mcore.ending import Ending
+from dapo_mcore.exit_status import exit_status
 from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
@@ -41,68 +41,74 @@ from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains by a configuration file; the process's exit status: 0 done, 2 an error the user can mend."""
+    """Trains by a configuration file; the process's exit status: 0 done, 2 an error the user can mend, 128 + a signal."""
     parser = argparse.ArgumentParser(prog="python -m dapo_mcore.train", description="Train a policy with DAPO.")
     parser.add_argument("config", help="YAML file, see examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
     options = parser.parse_args(argv)
-    try:
-        train(load_config(options.config, options.overrides))
-    except DapoError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return exit_status(lambda: train(load_config(options.config, options.overrides)))
 
 
 def train(config: Config) -> None:
-    """One run from start or resume to export. Every rank of the job must call it."""
+    """One run from start or resume to export. Every rank of the job must call it.
+
+    Raises Interrupted on rank 0 after SIGINT, SIGTERM or SIGHUP; the other ranks have nothing to clean up, and leave these
+    signals alone.
+    """
     layout = layouts.start(config.parallel, config.seed)
-    run: Run | None = None
+    ending = Ending(partial(_how_to_go_on, config)) if layout.is_controller else None
     try:
-        with Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as progress:
-            run = Run(config, layout, progress)
-            run.loop()
+        with (
+            ending or nullcontext(),
+            Progress(config.name, config.num_rollout_steps) if ending else NullProgress() as progress,
+        ):
+            done = layout.broadcast_object(finished_step(config) if ending else None)
+            if done is None:
+                Run(config, layout, progress, ending).loop()
+            else:
+                progress.line(
+                    f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
+                    f"num_rollout_steps is {config.num_rollout_steps}; raise it to go on, or set checkpoint.resume never "
+                    "to start anew"
+                )
     finally:
-        if run is not None and run.controller is not None:
-            _close(run.controller)
-        layouts.stop()
+        if ending is None or ending.signum is None:  # else the others are gone, and leaving the job may wait for them
+            layouts.stop()
 
 
-def _close(controller: Controller) -> None:
-    """Ends servers and deletes what lies in shared memory, undisturbed: torchrun sends SIGTERM as soon as one rank ends."""
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main else None
-    try:
-        controller.close()
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+def _how_to_go_on(config: Config) -> str:
+    path = latest_checkpoint(config.run_dir)
+    if path is None:
+        every = config.checkpoint.every
+        return f"there is no checkpoint yet (checkpoint.every {every or 'null'}); the next start begins anew"
+    how = "the same command" if config.checkpoint.resume == "auto" else "checkpoint.resume=auto"
+    return f"the last checkpoint is {path}; {how} goes on from there"
 
 
 class Run:
     """Everything one rank holds during a run; `loop` is the run."""
 
-    def __init__(self, config: Config, layout: Layout, progress: NullProgress):
+    def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | None):
+        """`ending` is told of the controller as soon as there is one: building the rest may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
-        self.hf_config = load_hf_config(config.model)
-        tokenizer = load_tokenizer(config.model)
-        check_tokenizer_fits(tokenizer, self.hf_config)
-        self.controller = self._start_controller(tokenizer)
-        self.actor = Actor(config, self.hf_config, layout, open_weights(config.model, self.hf_config, config.seed))
-        self.learner = Learner(self.actor, pad_token(tokenizer))
-        shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
-        engine = self.controller and self.controller.engine
-        self.handover = Handover(self.actor, engine, layout, colocated=shared)
+        with self._phase("start"):
+            self.hf_config = load_hf_config(config.model)
+            tokenizer = load_tokenizer(config.model)
+            check_tokenizer_fits(tokenizer, self.hf_config)
+            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, ending))
+            weights = open_weights(config.model, self.hf_config, config.seed)
+            self.actor = Actor(config, self.hf_config, layout, weights)
+            self.learner = Learner(self.actor, pad_token(tokenizer))
+            shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
+            engine = self.controller and self.controller.engine
+            self.handover = Handover(self.actor, engine, layout, colocated=shared)
 
     def loop(self) -> None:
         """All rollout steps."""
-        last, first = self.config.num_rollout_steps, self._resume_or_start()
-        if first > last:
-            self.progress.line(
-                f"nothing to train: rollout step {first - 1} is done, and num_rollout_steps is {last}; raise it to go on, or "
-                "set checkpoint.resume never to start anew"
-            )
+        with self._phase("start"):
+            last, first = self.config.num_rollout_steps, self._resume_or_start()
+        if first == 1 and self.config.eval.at_start:
+            self._on_controller(lambda c: c.record_start())
         for step in range(first, last + 1):
             metrics = self._train_step(step)
             if step % self.config.eval.every == 0 or step == last:
@@ -113,7 +119,7 @@ class Run:
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
-            export = self._export("final")
+            export = self._export(final_export(self.config), max(first - 1, last))
         self._on_controller(lambda c: c.finish(export))
 
     def _train_step(self, step: int) -> dict[str, float]:
@@ -156,19 +162,17 @@ class Run:
         if self.config.warm_start is not None:
             warm_start(self.config, self.learner, self.handover, self.controller, self.layout)
         self.handover.to_rollout(version=0)
-        if self.config.eval.at_start:
-            self._on_controller(lambda c: c.record_start())
         return 1
 
-    def _start_controller(self, tokenizer: Any) -> Controller | None:
+    def _open_controller(self, tokenizer: Any, ending: Ending | None) -> Controller | None:
         """Rank 0's controller, None elsewhere."""
-        if not self.layout.is_controller:
-            return self.layout.on_controller_or_raise(lambda: None)
-        return self.layout.on_controller_or_raise(
-            lambda: Controller(
-                self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
-            )
+        if ending is None:
+            return None
+        controller = Controller(
+            self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
         )
+        ending.clean = controller.close
+        return controller
 
     def _save(self, step: int) -> None:
         checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
@@ -181,11 +185,10 @@ class Run:
                 state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
                 save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep=checkpoint.keep)
             if exports:
-                self._export(f"step_{step:06d}")
+                self._export(self.config.run_dir / "hf" / f"step_{step:06d}", step)
 
-    def _export(self, name: str) -> Path:
+    def _export(self, folder: Path, step: int) -> Path:
         """Writes an HF folder; every rank takes part in gathering the weights."""
-        folder = self.config.run_dir / "hf" / name
         if self.layout.is_controller:
             save_hf_folder(
                 self.handover.stream(),
@@ -194,6 +197,7 @@ class Run:
                 dtype=self.actor.policy.config.params_dtype,
                 hf_config=self.hf_config,
                 source=self.config.model.path,
+                step=step,
             )
         else:
             for _ in self.handover.stream():

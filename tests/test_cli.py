@@ -91,3 +91,11 @@ def test_starting_imports_neither_torch_nor_matplotlib() -> None:
     code = "import sys, dapo_mcore.cli; print({'torch', 'matplotlib', 'megatron'} & set(sys.modules))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dapo_mcore.cli.load_config", interrupted)
+    assert main(["config", str(config)]) == 130

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config import Config
-from dapo_mcore.config_file import dump_config, load_config, parse_config
+from dapo_mcore.config_file import dump_config, load_config, parse_config, record_config
 from dapo_mcore.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"files": ["train.jsonl"]}}
@@ -218,3 +218,17 @@ def test_the_dump_reads_back_to_the_same_configuration(file: Path, tmp_path: Pat
     (tmp_path / "dump.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "dump.yaml") == config
     assert isinstance(config, Config)
+
+
+def test_a_changed_configuration_leaves_the_one_of_before_readable(file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    kept = []
+    for rate, step in ((1e-6, 0), (1e-6, 2), (2e-6, 4), (3e-6, 4), (4e-6, 6)):
+        kept.append(record_config(load_config(file, [f"optimizer.lr={rate}"]), run, step))
+    assert [path and path.name for path in kept] == [
+        None, None, "config.step_000004.yaml", "config.step_000004.1.yaml", "config.step_000006.yaml",
+    ]  # fmt: skip
+    rates = [load_config(path).optimizer.lr for path in [*kept[2:], run / "config.yaml"]]
+    assert rates == [1e-6, 2e-6, 3e-6, 4e-6]
+    assert len(list(run.iterdir())) == 4

@@ -80,6 +80,7 @@ def test_a_run_over_two_processes_writes_all_that_it_promises(task):
     assert rows[2]["updates"] == 4
     assert rows[1]["actor/first_update_ratio_deviation"] == 0.0
     assert rows[1]["mismatch/logprob_diff_max"] < 1e-4
+    check_times(rows)
     assert len(list((folder / "samples").glob("*.jsonl"))) == 2
     assert (folder / "plot.png").stat().st_size > 10_000
     model = AutoModelForCausalLM.from_pretrained(folder / "hf/final")
@@ -97,6 +98,21 @@ def test_a_run_over_two_processes_writes_all_that_it_promises(task):
         "heldout 0",
     ):
         assert expected in output
+
+
+def check_times(rows: list[dict]) -> None:
+    """A start and an evaluation, then a step without and one with an evaluation."""
+    start, *steps = rows
+    assert start["time/start_s"] > 0 and start["time/eval_s"] > 0 and "time/step_s" not in start
+    assert ["time/eval_s" in row for row in steps] == [False, True]
+    for row in steps:
+        assert "time/start_s" not in row
+        phases = [
+            row.get(f"time/{name}_s", 0.0) for name in ("generate", "reward", "filter", "logprob", "train", "sync")
+        ]
+        assert 0 < sum(phases) <= row["time/step_s"]
+        tokens = row["perf/tokens_per_s"] * row["time/step_s"]
+        assert tokens == pytest.approx(round(tokens)) and tokens > 0
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):

@@ -103,8 +103,11 @@ def trained(task: Path, name: str) -> dict[int, dict[str, int]]:  # noqa: F811
 def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_no_prompt(task, python):  # noqa: F811
     done = run(task, python, "ahead", "num_rollout_steps=4")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "starting 1 SGLang server (logs in runs/ahead/servers)\n1 of 1 SGLang server up after " in done.stdout
     rows, steps = metrics(task, "ahead"), trained(task, "ahead")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert ["time/start_s" in row for row in rows] == [True, False, False, False]
+    assert all(name in row for row in rows for name in ("tis/weight_mean_after", "tis/effective_sample_size"))
     assert [row["updates"] for row in rows] == [1, 2, 3, 4]
     # steps 1 and 2 generate with version 0, step k with version k - 2; a group carried over is a version older
     newest = [max(groups.values()) for groups in steps.values()]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dapo_mcore.actor import cpu_device
 from dapo_mcore.config import ParallelConfig
-from dapo_mcore.errors import ConfigError, DapoError
+from dapo_mcore.errors import ConfigError, OtherRankFailed
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class Layout:
         """What `action` returns on this rank. When it fails on rank 0 every rank raises, so that none waits for it.
 
         Every rank calls `action`; where only rank 0 has something to do, the others' returns None at once. Raises
-        DapoError with rank 0's message elsewhere. Collective: one gloo broadcast over the control group.
+        OtherRankFailed with rank 0's message elsewhere. Collective: one gloo broadcast over the control group.
         """
         result, problem = None, None
         try:
@@ -119,7 +119,7 @@ class Layout:
         if problem is not None:
             raise problem
         if told is not None:
-            raise DapoError(f"rank 0 failed: {told}")
+            raise OtherRankFailed(f"rank 0 failed: {told}")
         return result
 
     def free_scratch(self) -> None:

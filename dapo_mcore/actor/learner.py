@@ -17,7 +17,14 @@ from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateSums
 from dapo_mcore.actor.scatter import MiniBatchPlan, StepFacts, StepShare
 from dapo_mcore.algo.advantage import group_advantages
-from dapo_mcore.algo.correction import MismatchStats, check_mismatch, mismatch_metrics, mismatch_stats
+from dapo_mcore.algo.correction import (
+    MismatchStats,
+    check_mismatch,
+    importance_metrics,
+    importance_sums,
+    mismatch_metrics,
+    mismatch_stats,
+)
 from dapo_mcore.algo.kl import kl_estimate, penalised_rewards
 from dapo_mcore.algo.loss import sample_weights
 from dapo_mcore.batch.microbatch import build_micro_batch
@@ -55,6 +62,8 @@ class Learner:
             flat = self.actor.score(flat)
             metrics = mismatch_metrics(self._mismatch(flat))
             check_mismatch(metrics, self.config.algo.max_mismatch)
+        if self.config.algo.tis.mode != "off":
+            metrics |= importance_metrics(self._importance(flat))
         advantages = self._advantages(share.facts, flat)
         flat = [micro.with_(advantages=advantages[micro.sample_ids]) for micro in flat]
         if self.config.algo.old_logprobs == "rollout" and not self._needs_scoring():
@@ -136,3 +145,12 @@ class Learner:
                 old = micro.old_logprobs.cpu()
                 total = total + mismatch_stats(old, micro.rollout_logprobs.to(old.dtype))
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
+
+    def _importance(self, scored: Sequence[MicroBatch]) -> torch.Tensor:
+        """The importance_sums of all loss tokens of the step. Collective: one gloo all-reduce."""
+        tis, nothing = self.config.algo.tis, torch.zeros(0)
+        total = importance_sums(nothing, nothing, tis.mode, tis.cap)
+        if self.layout.reports_loss:
+            for micro in scored:
+                total += importance_sums(micro.old_logprobs, micro.rollout_logprobs, tis.mode, tis.cap).cpu()
+        return self.layout.sum_over_ranks(total)

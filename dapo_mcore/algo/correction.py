@@ -38,6 +38,39 @@ def importance_weights(
     return (log_ratio.abs() <= torch.tensor(cap, dtype=log_ratio.dtype).log().to(log_ratio.device)).to(log_ratio.dtype)
 
 
+def importance_sums(
+    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["truncate", "mask"], cap: float
+) -> torch.Tensor:
+    """float64 [5] over one rank's loss tokens: their number, Σ exp(old - rollout), Σ w, Σ w² and the number of tokens
+    that were cut or masked, w being what `importance_weights` gives. Ranks combine them by an all-reduce with SUM.
+
+    Example: ratios 1 and 4, truncated at 2, give [2, 5, 3, 5, 1].
+    """
+    ratios = _log_ratio(old_logprobs, rollout_logprobs).exp()
+    weights = importance_weights(old_logprobs, rollout_logprobs, mode, cap)
+    cut = weights < ratios if mode == "truncate" else weights == 0
+    ratios, weights = ratios.double(), weights.double()
+    count = weights.new_tensor(weights.numel())
+    return torch.stack([count, ratios.sum(), weights.sum(), weights.square().sum(), cut.sum().double()])
+
+
+def importance_metrics(sums: torch.Tensor) -> dict[str, float]:
+    """What the correction does to the N loss tokens that `importance_sums` were added up over; {} for none.
+
+    The effective sample size is (Σ w)² / (N Σ w²): 1 where all tokens weigh the same, 1/N where one has all the weight.
+    Source: Kish, Survey Sampling (1965).
+    """
+    count, ratios, weights, squares, cut = sums.tolist()
+    if count == 0:
+        return {}
+    return {
+        "tis/weight_mean_before": ratios / count,
+        "tis/weight_mean_after": weights / count,
+        "tis/truncated_ratio": cut / count,
+        "tis/effective_sample_size": weights**2 / (count * squares) if squares else 0.0,
+    }
+
+
 @dataclass(frozen=True)
 class MismatchStats:
     """Partial statistics of |Δ log p| over one rank's loss tokens; ranks combine them with two all-reduces.

@@ -88,6 +88,14 @@ METRICS: dict[str, Metric] = {
     "mismatch/logprob_diff_max": Metric("nats", "maximum of the same"),
     "mismatch/k3_kl": Metric("nats", "k3 estimate of KL(rollout engine ‖ actor) over loss tokens"),
     "mismatch/from_<size>": Metric("fraction", "loss tokens by the same, in decades: from this size to ten times it"),
+    "tis/weight_mean_before": Metric(
+        "", "importance weight exp(actor's log-prob - engine's), mean over loss tokens, before algo.tis cuts it"
+    ),
+    "tis/weight_mean_after": Metric("", "the weight that multiplies a token's loss, mean over loss tokens"),
+    "tis/truncated_ratio": Metric("fraction", "loss tokens whose weight algo.tis cut to the cap, or masked"),
+    "tis/effective_sample_size": Metric(
+        "fraction", "(Σw)² / (N·Σw²) of these weights over N loss tokens: 1 where all weigh the same"
+    ),
     "rollout/servers_serving": Metric("servers", "rollout servers that hold the current weights and take requests"),
     "rollout/retries": Metric("requests", "tries of a sample beyond its first"),
     "rollout/dropped_aborted": Metric("answers", "partial answers of aborted requests, dropped whole and asked again"),
@@ -112,17 +120,26 @@ METRICS: dict[str, Metric] = {
     "sync/handover_s": Metric(
         "s", "colocated: memory given up and taken by trainer and servers, the sync itself aside"
     ),
-    "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over the time of the whole step"),
-    "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens over the time of generation"),
+    "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over time/step_s"),
+    "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens generated, over time/generate_s"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
     "updates": Metric("updates", "gradient steps since the start of the run"),
     "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
-    "time/step_s": Metric("s", "wall time of the rollout step"),
+    "time/step_s": Metric(
+        "s",
+        "wall time of the rollout step: generation, training, sync and between them; not start, evaluation and saving",
+    ),
     "time/<phase>_s": Metric(
         "s",
-        "wall time of generate, reward, filter, logprob, train, wait, sync, eval or save; with rollout.async_steps the first "
-        "two pass beside the step before, which waits for what is left of them",
+        "wall time of generate, reward, filter, logprob, train, wait or sync; with rollout.async_steps the first two "
+        "pass beside the step before, which waits for what is left of them",
     ),
+    "time/start_s": Metric(
+        "s",
+        "before the first step, in the run's first row: servers, weights, warm start, the first sync or the checkpoint",
+    ),
+    "time/eval_s": Metric("s", "evaluation after the step"),
+    "time/save_s": Metric("s", "writing the checkpoint or export of the step before"),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
     "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dapo_mcore.observe.sinks import read_metrics
 
@@ -62,7 +61,8 @@ class Curve:
 class Panel:
     """One of the eight plots. When runs are compared, the first curve stands for the panel, and `alone` is its axis.
 
-    `val` adds the markers of every `val/<set>/mean@k`; `scale` log suits quantities that span decades;
+    `note` is said under the title, for what nobody can guess. `val` adds the markers of every `val/<set>/mean@k`.
+    `floor` makes the axis logarithmic, for quantities that span decades: what is smaller, zero too, is drawn there.
     `fraction` fixes the axis (the right-hand one, when there is one) to 0…1; `histogram` shades the shares that the
     metrics of this pattern hold, one a decade of the axis.
     """
@@ -72,8 +72,9 @@ class Panel:
     curves: tuple[Curve, ...]
     alone: str = ""
     twin_unit: str = ""
+    note: str = ""
     val: bool = False
-    scale: Literal["linear", "log"] = "linear"
+    floor: float = 0.0
     fraction: bool = False
     histogram: str = ""
 
@@ -105,17 +106,19 @@ PANELS = (
     Panel("Accuracy", "fraction correct", (Curve("reward/acc", "train"),), val=True, fraction=True),
     Panel("Gradient norm", "norm before clipping", (Curve("actor/grad_norm", "gradient norm"),)),
     Panel(
-        "Train/rollout mismatch",
-        "nats; |ratio - 1| of first update",
+        "Trainer/rollout mismatch",
+        "|Δ log-prob|, nats per token",
         (
-            Curve("mismatch/logprob_diff_mean", "|Δ| mean"),
-            Curve("mismatch/logprob_diff_p99", "|Δ| p99"),
-            Curve("mismatch/logprob_diff_max", "|Δ| max"),
+            Curve("mismatch/logprob_diff_mean", "mean"),
+            Curve("mismatch/logprob_diff_p99", "p99"),
+            Curve("mismatch/logprob_diff_max", "max"),
             Curve("mismatch/k3_kl", "k3 KL"),
-            Curve("actor/first_update_ratio_deviation", "|ratio - 1|"),
         ),
-        alone="mean |Δ log-prob| (nats)",
-        scale="log",
+        alone="mean |Δ log-prob|, nats",
+        note="|log-prob by trainer - by rollout engine|:\n"
+        "0 is perfect; rounding: mean < 1e-5 in fp32,\n"
+        "~ 1e-2 in bf16; older samples add to it",
+        floor=1e-8,
         histogram="mismatch/from_<size>",
     ),
 )
@@ -158,7 +161,10 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
-    axes.set_title(panel.title)
+    axes.set_title(panel.title, pad=6 + 10.5 * len(panel.note.splitlines()))
+    if panel.note:
+        note = axes.text(0, 1.02, panel.note, transform=axes.transAxes, fontsize=8, color="#666666", linespacing=1.15)
+        note.set_in_layout(False)  # it may reach over the panel's right edge
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("rollout step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -169,8 +175,8 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
         return
     last = max((record["step"] for run in runs.values() for record in run), default=0)
     axes.set_xlim(-0.02 * last, 1.02 * last + (last < 2))
-    if panel.scale == "log":
-        _set_log_scale(axes)
+    if panel.floor:
+        _set_log_scale(axes, panel.floor)
     if panel.fraction and not panel.twin_unit:
         axes.set_ylim(-0.03, 1.03)
 
@@ -182,7 +188,7 @@ def _draw_one_run(axes: Axes, panel: Panel, run: Run) -> bool:
         if _series(run, curve.metric) is None:
             continue
         target = _twin(axes, panel, colour) if curve.twin else axes
-        _draw_curve(target, run, curve.metric, colour, dashed=curve.twin)
+        _draw_curve(target, run, curve.metric, colour, dashed=curve.twin, floor=panel.floor)
         handles.append(Line2D([], [], color=colour, linestyle="--" if curve.twin else "-", label=curve.label))
     if panel.val:
         handles += _draw_val(axes, run, PALETTE[1:])
@@ -190,14 +196,14 @@ def _draw_one_run(axes: Axes, panel: Panel, run: Run) -> bool:
         handles += _draw_histogram(axes, run, panel.histogram.partition("<")[0])
     if handles and (len(panel.curves) > 1 or panel.val):
         wide = {"loc": "upper center", "ncols": 3, "columnspacing": 0.8, "handlelength": 1.2}
-        axes.legend(handles=handles, **(wide if len(handles) > 4 else {"loc": "best"}))
+        axes.legend(handles=handles, **(wide if len(handles) > 3 else {"loc": "best"}))
     return bool(handles)
 
 
 def _draw_comparison(axes: Axes, panel: Panel, runs: dict[str, Run]) -> bool:
     drawn = False
     for colour, run in zip(_colours(len(runs)), runs.values()):
-        drawn |= _draw_curve(axes, run, panel.curves[0].metric, colour)
+        drawn |= _draw_curve(axes, run, panel.curves[0].metric, colour, floor=panel.floor)
         if panel.val:
             drawn |= bool(_draw_val(axes, run, (colour,)))
     axes.set_ylabel(panel.alone or panel.unit)
@@ -206,11 +212,11 @@ def _draw_comparison(axes: Axes, panel: Panel, runs: dict[str, Run]) -> bool:
     return drawn
 
 
-def _draw_curve(axes: Axes, run: Run, metric: str, colour: str, dashed: bool = False) -> bool:
+def _draw_curve(axes: Axes, run: Run, metric: str, colour: str, dashed: bool = False, floor: float = 0.0) -> bool:
     series = _series(run, metric)
     if series is None:
         return False
-    steps, values = series
+    steps, values = series[0], np.maximum(series[1], floor) if floor else series[1]
     line = "--" if dashed else "-"
     marker = "." if len(steps) < SMOOTH_FROM // 2 else None
     if len(steps) < SMOOTH_FROM:
@@ -250,7 +256,7 @@ def _draw_histogram(axes: Axes, run: Run, prefix: str) -> list[Patch]:
     steps = np.array([record["step"] for record in rows])
     edges = np.concatenate([steps[:1] - 0.5, (steps[1:] + steps[:-1]) / 2, steps[-1:] + 0.5])
     axes.pcolormesh(edges, sizes, shares[first:last], cmap="Greys", vmin=0, vmax=1.6, zorder=0, rasterized=True)
-    return [Patch(color="#999999", label="tokens")]
+    return [Patch(color="#999999", label="token share")]
 
 
 def _decade_of(prefix: str) -> Callable[[str], float]:
@@ -276,19 +282,20 @@ def _twin(axes: Axes, panel: Panel, colour: str) -> Axes:
     return twin
 
 
-def _set_log_scale(axes: Axes) -> None:
-    """Logarithmic, with a linear stretch below the smallest positive value when there are zeros (exact agreement)."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()])
-    positive = values[values > 0]
-    if len(positive) == 0:
-        return
-    if np.any(values == 0):
-        axes.set_yscale("symlog", linthresh=positive.min())
-        axes.set_ylim(bottom=0)
-    else:
-        axes.set_yscale("log")
+def _set_log_scale(axes: Axes, floor: float) -> None:
+    """Logarithmic, with a tick every few powers of ten; the one at the floor says that smaller values lie there."""
+
+    def write(value: float, _: int) -> str:
+        power = f"10^{{{round(math.log10(value))}}}"
+        return rf"$\leq {power}$" if value <= floor else f"${power}$"
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(write))
     low, high = axes.get_ylim()
-    axes.set_ylim(top=high * (high / max(low, positive.min())) ** 0.4)  # room for the legend
+    low = max(low, floor / 1.6)
+    axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
 
 
 def _series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:

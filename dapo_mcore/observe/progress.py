@@ -39,6 +39,8 @@ class NullProgress:
 
     def more(self, n: int) -> None: ...
 
+    def clear(self) -> None: ...
+
     def beside(self) -> NullProgress:
         return self
 
@@ -125,7 +127,7 @@ class Progress(NullProgress):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._line.clear()
+        self.clear()
         if self._live:
             self._live.stop()
 
@@ -139,19 +141,23 @@ class Progress(NullProgress):
     def more(self, n: int) -> None:
         self._line.more(n)
 
+    def clear(self) -> None:
+        self._line.clear()
+
     def beside(self) -> NullProgress:
         """A second line of phases, for work of another thread beside the run's own."""
         return PhaseLine(self._bar)
 
     def step_done(self, step: int, metrics: Metrics) -> None:
-        """Rollout step `step` is over. Its duration is `time/step_s`, or the time since the step before."""
+        """Rollout step `step` is over. It took its `time/step_s`, or the time since the step before."""
         now = self._clock()
-        self._durations.append(metrics.get("time/step_s", now - self._step_start))
+        between = sum(metrics.get(f"time/{phase}_s", 0.0) for phase in ("eval", "save"))
+        self._durations.append(metrics["time/step_s"] + between if "time/step_s" in metrics else now - self._step_start)
         self._step, self._step_start = step, now
         self._updates = int(metrics.get("updates", self._updates))
         self._last_val = _val_means(metrics) or self._last_val
         self._history.append((step, {**metrics, **self._last_val}))
-        self._line.clear()
+        self.clear()
         if self._live is None:
             self.line(step_line(step, self._num_steps, metrics, self._eta()))
 
@@ -170,7 +176,7 @@ class Progress(NullProgress):
         self.line("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]))
 
     def _eta(self) -> float:
-        """Seconds left, by the mean duration of recent steps; NaN before the first one."""
+        """Seconds left, by the mean duration of recent steps with evaluation and saving; NaN before the first one."""
         if not self._durations:
             return math.nan
         return (self._num_steps - self._step) * sum(self._durations) / len(self._durations)

@@ -1,6 +1,6 @@
-"""Wall time of the phases of a rollout step.
+"""Wall time of the phases of a rollout step, and of what passes between steps.
 
-Change here: which phases exist, and how nested phases share their time.
+Change here: which phases exist, which are part of a step, and how nested phases share their time.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-Phase = Literal["generate", "reward", "filter", "logprob", "train", "wait", "sync", "eval", "save"]
-PHASES: tuple[str, ...] = get_args(Phase)
+StepPhase = Literal["generate", "reward", "filter", "logprob", "train", "wait", "sync"]
+OtherPhase = Literal["start", "eval", "save"]
+"""Between steps: their time is not the step's."""
+Phase = StepPhase | OtherPhase
+OTHER_PHASES: tuple[str, ...] = get_args(OtherPhase)
+PHASES: tuple[str, ...] = (*get_args(StepPhase), *OTHER_PHASES)
 
 
 class PhaseTimer:
@@ -40,10 +44,14 @@ class PhaseTimer:
             self._open.pop()
 
     def pop(self) -> dict[str, float]:
-        """`time/<phase>_s` of every phase entered and `time/step_s`, all since the last pop; then starts anew."""
+        """`time/<phase>_s` of every phase entered and `time/step_s`, all since the last pop; then starts anew.
+
+        The step's time is all of it, also what no phase was charged with, but for phases between steps.
+        """
         self._charge()
         times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
-        times["time/step_s"] = self._mark - self._step_start
+        between = sum(self._seconds.get(name, 0.0) for name in OTHER_PHASES)
+        times["time/step_s"] = self._mark - self._step_start - between
         self._seconds, self._step_start = {}, self._mark
         return times
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config import Config
 from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 
 SERVERS = "servers"
@@ -27,10 +28,12 @@ def build_engine(
     stop_token_ids: Sequence[int],
     pad_token_id: int,
     num_local_ranks: int,
+    progress: NullProgress,
 ) -> Any:
     """The engine, a types.RolloutEngine with `on_progress`; SGLang servers are up when it returns.
 
     num_local_ranks  the trainer's processes on this machine, each with a GPU of its own where there are GPUs.
+    progress         shows the servers' start.
     Raises ConfigError when servers cannot be started or used.
     """
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
@@ -44,6 +47,7 @@ def build_engine(
             dtype=dtype,
             folder=config.run_dir / SERVERS,
             max_lag=config.sampling.max_staleness if config.sampling.on_full == "keep" else 0,
+            progress=progress,
         )
     return EmbeddedEngine(
         hf_config,

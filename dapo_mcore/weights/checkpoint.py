@@ -84,6 +84,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(_checkpoints(run_dir)), None)
 
 
+def step_of(path: Path) -> int:
+    """Rollout steps done in a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     """Puts the checkpoint's tensors into `actor`; where the run stood, on every rank (the sampler's arrays on rank 0).
 
@@ -188,7 +193,7 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest step first. A `.partial` folder is one that was never finished."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def _make_empty(folder: Path) -> None:

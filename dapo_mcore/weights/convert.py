@@ -44,6 +44,7 @@ from dapo_mcore.weights.mapping import (
     row_ranges,
 )
 from dapo_mcore.weights.megatron_io import MEGATRON, MegatronReader, is_megatron_folder
+from dapo_mcore.weights.nearby import check_model_folder
 from dapo_mcore.weights.safetensors_file import SafetensorsWriter
 from dapo_mcore.weights.shape import WeightShape, weight_shape
 from dapo_mcore.weights.torch_dist import StoredChunk, without_crc, write_chunk, write_metadata
@@ -71,6 +72,7 @@ def open_model(folder: Path) -> tuple[Reader, WeightShape]:
 
     Raises ConfigError or CheckpointError, naming the key or tensor, for a folder that is not whole and consistent.
     """
+    check_model_folder(folder)
     hf_config = load_hf_config(ModelConfig(path=str(folder)))
     read_architecture(hf_config, longest_sequence=0)  # what training would refuse is refused now
     shape = weight_shape(hf_config, 1)
@@ -125,6 +127,7 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
     """Writes the Megatron checkpoint of an HF folder. Raises before anything is written where the input is bad."""
     if is_megatron_folder(source):
         raise CheckpointError(f"{source} is a Megatron checkpoint already; the other direction is mcore-to-hf")
+    check_model_folder(source, "Hugging Face")
     reader, _ = open_model(source)
     shape = weight_shape(load_hf_config(ModelConfig(path=str(source))), cut.tensor_parallel)
     _check_cut(shape, cut)
@@ -144,8 +147,7 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
 
 def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the HF folder of a Megatron checkpoint: one that hf_to_mcore made, or a training run's step folder."""
-    if not is_megatron_folder(source):
-        raise CheckpointError(f"{source} holds no Megatron checkpoint: it lacks {MEGATRON}/.metadata")
+    check_model_folder(source, "Megatron")
     reader, shape = open_model(source)
     plan = plan_files(tensor_groups(shape, lambda parameter: reader.dtype(parameter.hf[0])), shard_bytes)
     files = [

@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.model.v3", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EXPORT = ".dapo_mcore.json"
+"""In each folder of save_hf_folder from its first moment on: the rollout step of its weights, and that it is ours."""
 SHARD_BYTES = 5_000_000_000
 
 Files = dict[str, dict[str, TensorInfo]]
@@ -184,15 +186,20 @@ def save_hf_folder(
     dtype: torch.dtype,
     hf_config: Any,
     source: str | Path,
+    step: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config, tokenizer files and sharded safetensors; rank 0 only. Replaces an existing folder when whole.
+    """Writes config, tokenizer files and sharded safetensors; rank 0 only. Replaces an earlier export when whole.
 
-    Memory is that of one tensor: each goes to its file as it comes.
+    step  rollout steps done, for `exported_step`.
+
+    Memory is that of one tensor: each goes to its file as it comes. Raises CheckpointError as check_replaceable does.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    check_replaceable(folder)
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    (partial / EXPORT).write_text(json.dumps({"step": step}), encoding="utf-8")
     write_model_files(partial, hf_config, dtype, Path(source))
     groups = tensor_groups(shape, lambda parameter: torch.float32 if parameter.rule.float32 else dtype)
     files = plan_files(groups, shard_bytes)
@@ -205,3 +212,28 @@ def save_hf_folder(
     write_index(partial, files)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Nothing; raises CheckpointError where an export to `folder` would delete what no export has written."""
+    for path in (folder, _partial(folder)):
+        if os.path.lexists(path) and not (path / EXPORT).is_file() and not _is_empty(path):
+            raise CheckpointError(
+                f"{path} is where the model is exported to, but no export has made it ({EXPORT} is missing); move it away"
+            )
+
+
+def exported_step(folder: Path) -> int | None:
+    """Rollout steps done when save_hf_folder wrote the folder; None where it cannot be told."""
+    try:
+        return json.loads((folder / EXPORT).read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())

@@ -70,6 +70,9 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, tmp_path
         gradient = torch.cat([found[name]["gradient"][key].flatten() for key in expected[name]["gradient"]]).double()
         assert (gradient - reference).norm() <= TOLERANCE * reference.norm(), name
         assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4, abs=1e-5), name
+    tis = [name for name in MODES if any(metric.startswith("tis/") for metric in found[name]["metrics"])]
+    assert tis == ["truncated importance sampling", "masked importance sampling"]
+    assert all(0 < found[name]["metrics"]["tis/truncated_ratio"] < 1 for name in tis)
     plain = expected["selective recompute"]["gradient"]
     assert not torch.equal(plain["lm_head.weight"], expected["entropy bonus"]["gradient"]["lm_head.weight"])
     for name in ("old log-probs from the actor", "truncated importance sampling", "kl in the reward"):

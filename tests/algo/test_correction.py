@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from dapo_mcore.algo.correction import check_mismatch, importance_weights, mismatch_metrics, mismatch_stats
+from dapo_mcore.algo.correction import (
+    check_mismatch,
+    importance_metrics,
+    importance_sums,
+    importance_weights,
+    mismatch_metrics,
+    mismatch_stats,
+)
 from dapo_mcore.config_file import parse_config
 from dapo_mcore.errors import ConfigError, RolloutError
 
@@ -34,6 +41,47 @@ def test_weights_are_detached_and_the_exponent_is_clamped():
     result = importance_weights(old, torch.zeros(2), "truncate", 1e30)
     assert not result.requires_grad
     torch.testing.assert_close(result, torch.tensor([20.0, -20.0]).exp())
+
+
+def test_what_truncation_does_by_hand():
+    """Ratios 0.25 0.5 1 1.5 2 3: the last is cut to 2, and the weight 2 is left as it is."""
+    metrics = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), "truncate", 2.0))
+    assert metrics == pytest.approx(
+        {
+            "tis/weight_mean_before": 8.25 / 6,
+            "tis/weight_mean_after": 7.25 / 6,
+            "tis/truncated_ratio": 1 / 6,
+            "tis/effective_sample_size": 7.25**2 / (6 * (0.0625 + 0.25 + 1 + 2.25 + 4 + 4)),
+        },
+        rel=1e-6,
+    )
+
+
+def test_what_masking_does_by_hand():
+    metrics = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), "mask", 2.0))
+    assert list(metrics.values()) == pytest.approx([8.25 / 6, 4 / 6, 2 / 6, 4 / 6], rel=1e-6)
+    nothing_left = importance_metrics(importance_sums(torch.ones(3), torch.zeros(3), "mask", 2.0))
+    assert nothing_left["tis/truncated_ratio"] == 1 and nothing_left["tis/effective_sample_size"] == 0
+
+
+def test_equal_weights_are_a_whole_sample_and_one_that_has_all_is_one_token():
+    def size(old, cap=1e9):
+        return importance_metrics(importance_sums(old, torch.zeros(len(old)), "truncate", cap))[
+            "tis/effective_sample_size"
+        ]
+
+    assert size(torch.full((8,), 0.7)) == pytest.approx(1)
+    assert size(torch.tensor([15.0, -15.0, -15.0, -15.0])) == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_importance_sums_of_micro_batches_and_ranks_add_up(mode):
+    actor, engine = sample_logprobs()
+    whole = importance_metrics(importance_sums(actor, engine, mode, 1.02))
+    cuts = [0, 0, 7, 9000, 20_000]  # one rank holds nothing
+    parts = [importance_sums(actor[a:b], engine[a:b], mode, 1.02) for a, b in itertools.pairwise(cuts)]
+    assert importance_metrics(sum(parts[1:], parts[0])) == pytest.approx(whole, rel=1e-12)
+    assert 0 < whole["tis/truncated_ratio"] < 1
 
 
 def test_a_mask_that_keeps_nothing_is_refused_in_the_configuration():
@@ -106,4 +154,5 @@ def test_extremes_land_in_the_outer_bins():
 
 
 def test_no_tokens_give_no_metrics():
+    assert importance_metrics(importance_sums(torch.zeros(0), torch.zeros(0), "mask", 2.0)) == {}
     assert mismatch_metrics(mismatch_stats(torch.zeros(0), torch.zeros(0))) == {}

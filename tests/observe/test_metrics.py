@@ -72,7 +72,9 @@ def test_every_metric_made_here_is_in_the_table() -> None:
 
 
 def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:
-    metric = re.compile(r"(reward|response_length|sampling|actor|mismatch|perf|memory|time|val)/[a-z0-9_@]+")
+    metric = re.compile(
+        r"(reward|response_length|sampling|actor|mismatch|tis|rollout|sync|perf|memory|time|val)/[a-z0-9_@]+"
+    )
     named = set()
     for path in (Path(__file__).parents[2] / "dapo_mcore").rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -90,6 +92,7 @@ def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:
         ("val/aime24/response_length", "val/<set>/response_length"),
         ("time/generate_s", "time/<phase>_s"),
         ("time/step_s", "time/step_s"),
+        ("time/eval_s", "time/eval_s"),
     ],
 )
 def test_names_with_placeholders_find_their_entry(name: str, entry: str) -> None:

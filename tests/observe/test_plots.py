@@ -90,14 +90,26 @@ def test_accuracy_shows_every_validation_set_at_the_steps_it_was_measured(axes) 
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train", "a mean@8", "b mean@4"]
 
 
-def test_exact_agreement_is_shown_on_the_mismatch_panel(axes) -> None:
-    panel = next(panel for panel in PANELS if panel.scale == "log")
+def test_exact_agreement_is_shown_at_the_floor_of_the_mismatch_panel(axes) -> None:
+    panel = next(panel for panel in PANELS if panel.floor)
     metric = panel.curves[0].metric
-    _draw_panel(axes, panel, {"run": [{"step": 1, metric: 0.0}, {"step": 2, metric: 1e-6}]})
-    assert axes.get_yscale() == "symlog"
-    axes.clear()
-    _draw_panel(axes, panel, {"run": [{"step": 1, metric: 0.0}]})
-    assert axes.get_yscale() == "linear"
+    for values in ([0.0, 1e-12, 1e-6], [0.0]):
+        axes.clear()
+        _draw_panel(axes, panel, {"run": [{"step": step, metric: value} for step, value in enumerate(values)]})
+        (line,) = axes.lines
+        np.testing.assert_allclose(line.get_ydata(), np.maximum(values, 1e-8))
+        ticks = dict(zip(axes.get_yticks(), (label.get_text() for label in axes.get_yticklabels())))
+        assert axes.get_yscale() == "log" and ticks[1e-8] == r"$\leq 10^{-8}$"
+        low, high = axes.get_ylim()
+        assert low < 1e-8 and len([tick for tick in ticks if low <= tick <= high]) <= 8
+
+
+def test_the_mismatch_panel_says_what_it_shows_and_what_is_good(axes) -> None:
+    panel = next(panel for panel in PANELS if panel.floor)
+    _draw_panel(axes, panel, {"run": [{"step": 1, panel.curves[0].metric: 0.01}]})
+    (note,) = (text.get_text() for text in axes.texts)
+    assert "trainer" in note and "rollout engine" in note and "0 is perfect" in note and "bf16" in note
+    assert "nats" in axes.get_ylabel()
 
 
 def test_the_histogram_of_the_mismatch_shades_the_decades_that_hold_tokens(axes) -> None:

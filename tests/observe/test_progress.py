@@ -98,6 +98,13 @@ def test_the_eta_uses_the_clock_when_the_step_time_is_unknown() -> None:
     assert printed(console).splitlines() == ["step 1/10 | ETA 36s", "step 2/10 | ETA 24s"]
 
 
+def test_the_eta_counts_evaluation_and_saving_but_not_the_start() -> None:
+    console = pipe()
+    with Progress("run", 3, console) as progress:
+        progress.step_done(1, {"time/step_s": 4.0, "time/eval_s": 10.0, "time/save_s": 6.0, "time/start_s": 500.0})
+    assert printed(console) == "step 1/3 | eval 10.0s | ETA 40s\n"
+
+
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_a_terminal_shows_header_bar_and_a_table_that_fits(width: int) -> None:
     console = terminal(width)
@@ -172,6 +179,7 @@ def test_null_progress_has_the_same_methods_and_prints_nothing(capsys: pytest.Ca
     with NullProgress() as progress:
         progress.phase("generate", 3)
         progress.advance()
+        progress.clear()
         progress.step_done(1, METRICS)
         progress.eval_done(1, VAL)
         progress.line("x")

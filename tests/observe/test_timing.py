@@ -41,13 +41,25 @@ def test_nested_time_belongs_to_the_inner_phase() -> None:
 def test_pop_starts_anew_even_inside_a_phase() -> None:
     clock = Clock()
     timer = PhaseTimer(clock)
-    with timer.phase("save"):
+    with timer.phase("sync"):
         clock.now += 1.0
-        assert timer.pop() == {"time/save_s": 1.0, "time/step_s": 1.0}
+        assert timer.pop() == {"time/sync_s": 1.0, "time/step_s": 1.0}
         clock.now += 2.0
     clock.now += 1.0
-    assert timer.pop() == {"time/save_s": 2.0, "time/step_s": 3.0}
+    assert timer.pop() == {"time/sync_s": 2.0, "time/step_s": 3.0}
     assert timer.pop() == {"time/step_s": 0.0}
+
+
+def test_start_evaluation_and_saving_are_not_part_of_a_step() -> None:
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    for name, seconds in (("start", 30.0), ("generate", 2.0), ("train", 3.0), ("eval", 10.0), ("save", 4.0)):
+        with timer.phase(name):  # type: ignore[arg-type]
+            clock.now += seconds
+        clock.now += 0.5
+    times = timer.pop()
+    assert times["time/step_s"] == 2.0 + 3.0 + 5 * 0.5
+    assert (times["time/start_s"], times["time/eval_s"], times["time/save_s"]) == (30.0, 10.0, 4.0)
 
 
 def test_a_phase_that_raises_is_charged_and_closed() -> None:

@@ -158,13 +158,13 @@ def test_wrong_input_ends_with_status_2(
 ) -> None:
     out = tmp_path / "out"
     cases = {
-        ("hf-to-mcore", tmp_path / "absent", out): r"^hf-to-mcore: model\.path '.*absent' is not a folder",
+        ("hf-to-mcore", tmp_path / "absent", out): r"^hf-to-mcore: .*absent is not a folder; give a Hugging Face",
         ("hf-to-mcore", folder, out, "--tensor-parallel", 3): "--tensor-parallel 3 does not divide num_attention_heads 4",
         ("hf-to-mcore", folder, folder): r"hf exists; give another folder",
         ("hf-to-mcore", megatron_folder, out): "is a Megatron checkpoint already",
         ("mcore-to-hf", folder, out): "^mcore-to-hf: .* holds no Megatron checkpoint",
-        ("verify", folder, tmp_path): r"^verify: no config\.json in",
-        ("inspect", tmp_path): r"^inspect: no config\.json in",
+        ("verify", folder, tmp_path): r"^verify: .* holds no model: no config\.json in it",
+        ("inspect", tmp_path): r"^inspect: .* holds no model: no config\.json in it",
         ("hf-to-mcore", folder, out, "--tensor-parallel", 0): "0 must be at least 1",
         ("hf-to-mcore", folder, out, "--tensor-parallel", "two"): "invalid .* value: 'two'",
         ("mcore-to-hf", megatron_folder, out, "--shard-size", "-1"): "-1 must be a size above 0",

@@ -128,9 +128,9 @@ def broken_files(folder: Path, how: str) -> str:
         return rf"{INDEX} is broken"
     if how == "no config":
         (folder / "config.json").unlink()
-        return r"no config\.json in"
+        return r"holds no model: no config\.json in it; give a Hugging Face model folder"
     (folder / INDEX).unlink()
-    return "holds neither model.safetensors nor"
+    return "has no weights: it holds neither model.safetensors nor"
 
 
 @pytest.mark.parametrize(

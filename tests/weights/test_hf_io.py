@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from dapo_mcore.weights.convert import Cut, hf_to_mcore
 from dapo_mcore.weights.hf_io import (
     RandomReader,
     SafetensorsReader,
+    exported_step,
     open_weights,
     plan_files,
     save_hf_folder,
@@ -187,8 +189,8 @@ def source(tmp_path: Path) -> Path:
 def export(
     weights: Iterator[tuple[str, torch.Tensor]], folder: Path, source: Path, config: Any, **options: Any
 ) -> None:
-    shape = weight_shape(config, 1)
-    save_hf_folder(weights, folder, shape=shape, dtype=torch.float32, hf_config=config, source=source, **options)
+    common = dict(shape=weight_shape(config, 1), dtype=torch.float32, hf_config=config, source=source)
+    save_hf_folder(weights, folder, **common, **{"step": 3, **options})
 
 
 def unique_weights(config: Any) -> tuple[Any, list[tuple[str, torch.Tensor]]]:
@@ -251,3 +253,28 @@ def test_a_stream_that_fails_or_ends_early_leaves_the_folder_of_before(tmp_path:
     export(((name, tensor + 1) for name, tensor in weights), folder, source, hf_config(), shard_bytes=100_000)
     assert not (folder / "model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize("place", ["out", "out.partial"])
+def test_only_what_an_export_has_written_is_deleted_for_one(tmp_path: Path, source: Path, place: str) -> None:
+    _, weights = unique_weights(hf_config())
+    theirs = tmp_path / place
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{theirs} is where .* no export has made it .*; move it away"):
+        export(iter(weights), tmp_path / "out", source, hf_config())
+    assert (theirs / "notes.txt").read_text() == "mine" and exported_step(tmp_path / "out") is None
+
+    theirs.rename(tmp_path / "moved")
+    (tmp_path / place).mkdir()  # empty: nobody's
+    with pytest.raises(RuntimeError, match="killed"):
+        export(itertools.chain(weights[:2], killed()), tmp_path / "out", source, hf_config())
+    assert (tmp_path / "out.partial").is_dir()
+    for step in (4, 5):
+        export(iter(weights), tmp_path / "out", source, hf_config(), step=step)
+        assert exported_step(tmp_path / "out") == step and not (tmp_path / "out.partial").exists()
+
+
+def killed() -> Iterator[tuple[str, torch.Tensor]]:
+    raise RuntimeError("killed")
+    yield

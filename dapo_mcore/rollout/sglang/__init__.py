@@ -7,5 +7,9 @@ broadcast → server_group → process_group    servers that receive one broadca
 fleet → checksums                           whether servers hold the same weights
 fleet → member → server_api → http          who serves, and how it is spoken to
 servers → process, ray_servers              servers of the run's own
+<<<<<<< HEAD
+servers, probe, server_api → versions       what each version of SGLang can do
+=======
 broadcast, tensor → address                 which servers are on this machine
+>>>>>>> review
 """

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer, check_sync_host
@@ -39,6 +40,7 @@ from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.sglang.startup import shown_startup
 from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.types import Rollout, SamplingParams
@@ -63,6 +65,7 @@ class SGLangEngine:
     folder          for the servers' logs and keys.
     max_lag         0: nothing may be in flight when weights move. Else requests begun by `submit` go on under the new
                     weights, and no token may be more versions than this behind the newest.
+    progress        shows the servers' start.
 
     Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
     `on_progress`, when set, is called with 1 for each finished sample.
@@ -77,6 +80,7 @@ class SGLangEngine:
         dtype: torch.dtype,
         folder: Path,
         max_lag: int = 0,
+        progress: NullProgress | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
@@ -88,8 +92,7 @@ class SGLangEngine:
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._broken_updates = 0
-        num_servers = len(settings.urls) or settings.num_servers
-        allow_open_files(num_servers * (settings.max_in_flight + 8))
+        allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
         self._processes: Sequence[OwnedServer] = []
@@ -98,12 +101,13 @@ class SGLangEngine:
         atexit.register(self.close)
         try:
             keys = read_keys(settings.key_file)
-            if not settings.urls:
-                name = str(dtype).removeprefix("torch.")
-                plan = ServerPlan.new(settings, hf_config, name, self._stops, folder)
-                self._start(plan)
-                keys = plan.keys
-            self._fleet = self._loop.run(self._open(keys, hf_config))
+            with shown_startup(progress or NullProgress(), settings, folder) as is_up:
+                if not settings.urls:
+                    name = str(dtype).removeprefix("torch.")
+                    plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
+                    self._start(plan)
+                    keys = plan.keys
+                self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
             if settings.colocated:
                 self._loop.run(self._fleet.release())
         except BaseException:
@@ -193,7 +197,6 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Ends the servers started here and deletes the weights on disk. May be called twice."""
-        atexit.unregister(self.close)
         if self._fleet is not None:
             self._loop.run(self._fleet.close())
             self._loop.cancel_all()  # requests in flight are aborted on their servers
@@ -203,6 +206,7 @@ class SGLangEngine:
         self._disconnect()
         self._loop.close()
         self._transfer.close()
+        atexit.unregister(self.close)  # not before: this may have been broken off
 
     def _start(self, plan: ServerPlan) -> None:
         if plan.settings.placement == "ray":
@@ -221,7 +225,7 @@ class SGLangEngine:
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 
-    async def _open(self, keys: Keys, hf_config: PretrainedConfig) -> Fleet:
+    async def _open(self, keys: Keys, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> Fleet:
         s = self._settings
         self._http = HttpClient(s.connect_timeout_s, s.read_timeout_s)
         places = [(process.url, process) for process in self._processes] or [(url, None) for url in s.urls]
@@ -232,7 +236,7 @@ class SGLangEngine:
         try:
             if s.sync == "distributed":
                 check_sync_host(s.sync_host, [url for url, _ in places])
-            await asyncio.gather(*(self._admit(member, hf_config) for member in members))
+            await asyncio.gather(*(self._admit(member, hf_config, is_up) for member in members))
             if router is not None:
                 await probe_router(router.api, s.urls)
         except BaseException:
@@ -256,19 +260,20 @@ class SGLangEngine:
         self._fleet.counts.clear()
         return counts
 
-    async def _admit(self, member: Member, hf_config: PretrainedConfig) -> None:
+    async def _admit(self, member: Member, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> None:
         if member.process is not None:
             try:
                 await wait_until_healthy(member, self._settings.start_timeout_s)
             except RolloutError as error:
                 raise ConfigError(f"rollout.sglang: {error}") from error
-        facts = await probe(member.api, hf_config, needs_spans=self._max_lag > 0)
+        facts = await probe(member.api, hf_config, resumes=self._max_lag > 0)
         member.num_ranks = facts.num_ranks
         if self._settings.verify_sync == "servers" and await member.api.checksums() is None:
             raise ConfigError(
                 f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
-                "SGLang 0.5.21 tells them on GPUs: use it, or set verify_sync off"
+                "SGLang tells them on GPUs, and from 0.5.23 on without: set verify_sync off"
             )
+        is_up()
 
     def _begin(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
@@ -330,7 +335,7 @@ class SGLangEngine:
         request = member.api.generate({**body, "rid": rid}, self._settings.request_timeout_s)
         try:
             reply = await self._fleet.call(member, request)
-            rollout = read_reply(reply, rule())
+            rollout = read_reply(reply, rule(), self._stops)
         except RequestFailed as error:
             self._fleet.suspect(member, str(error))
             await self._fleet.abort(member, rid)

@@ -13,18 +13,18 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.http import RequestFailed, RequestRefused
-from dapo_mcore.rollout.sglang.server_api import FIRST_WITH_SPANS, ServerApi, ServerFacts
-from dapo_mcore.rollout.sglang.servers import check_version
+from dapo_mcore.rollout.sglang.server_api import ServerApi, ServerFacts
+from dapo_mcore.rollout.sglang.versions import check_version
 
 
-async def probe(api: ServerApi, hf_config: PretrainedConfig, needs_spans: bool = False) -> ServerFacts:
+async def probe(api: ServerApi, hf_config: PretrainedConfig, resumes: bool = False) -> ServerFacts:
     """What the server says of itself. Raises ConfigError with the remedy when a run cannot use it.
 
-    needs_spans  the run generates across weight updates, so the server must tell which weights made which token.
+    resumes  requests in flight go on after a weight update, under the new weights.
     """
     try:
         facts = await api.facts()
-        check_version(facts.version, api.url)
+        check_version(facts.version, api.url, resumes)
         await api.flush()
         vocab_size = await api.vocab_size()
     except RequestFailed as error:
@@ -40,12 +40,6 @@ async def probe(api: ServerApi, hf_config: PretrainedConfig, needs_spans: bool =
             "admin key alone, where there is one)"
         ) from refusal
     _check_model(api.url, facts, vocab_size, hf_config)
-    if needs_spans and facts.version < FIRST_WITH_SPANS:
-        found, first = (".".join(map(str, version)) for version in (facts.version, FIRST_WITH_SPANS))
-        raise ConfigError(
-            f"{api.url} runs SGLang {found}, which does not tell which weights made which token; sampling.on_full keep "
-            f"needs {first} or newer: update SGLang, or set on_full wait"
-        )
     return facts
 
 

@@ -107,7 +107,7 @@ class _Host:
 
         settings = self._plan.settings
         host = ray.util.get_node_ip_address() if settings.host == "node" else settings.host
-        models = inspect_environment(settings)
+        models = inspect_environment(self._plan)
         check_devices(settings, num_servers=1)  # Ray shows an actor its own GPUs alone, from number 0
         self._plan.folder.mkdir(parents=True, exist_ok=True)
         port = reserve_port(settings, host, self._number)

@@ -6,7 +6,7 @@ and its prompt asked again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -52,10 +52,11 @@ class VersionRule:
         return version
 
 
-def read_reply(reply: Answer, rule: VersionRule) -> Rollout:
+def read_reply(reply: Answer, rule: VersionRule, stop_token_ids: Collection[int]) -> Rollout:
     """The rollout in one answer. Raises Dropped.
 
-    Tokens and log-probs come from `output_token_logprobs`, one list, so that they cannot be out of step.
+    Tokens and log-probs come from `output_token_logprobs`, one list, so that they cannot be out of step. A response that
+    ends with a stop token has ended by itself: SGLang up to 0.5.17 calls it cut where that is the last token allowed.
     """
     try:
         meta = reply["meta_info"]
@@ -78,7 +79,7 @@ def read_reply(reply: Answer, rule: VersionRule) -> Rollout:
         token_ids=tokens,
         logprobs=logprobs,
         loss_mask=np.ones(len(tokens), dtype=bool),
-        finish_reason=finish,
+        finish_reason="stop" if tokens[-1] in stop_token_ids else finish,
         weight_version=min(version for _, version in spans),
         version_spans=spans if len(spans) > 1 else (),
     )

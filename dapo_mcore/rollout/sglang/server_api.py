@@ -1,6 +1,7 @@
 """One SGLang server's endpoints as typed calls: versions 0.5.15 to 0.5.23, token in, token out.
 
-Change here: when SGLang renames an endpoint or a field. Each call raises RequestFailed or RequestRefused (http.py).
+Change here: when SGLang renames an endpoint or a field; what a version can do stands in versions.py. Each call raises
+RequestFailed or RequestRefused (http.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_mcore.rollout.sglang import answer
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, RequestRefused
+from dapo_mcore.rollout.sglang.versions import FIRST_WITH_SESSIONS, Version, parse_version
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +23,6 @@ PauseMode = Literal["abort", "retract", "in_place"]
 WEIGHT_MEMORY = frozenset({"weights"})
 ALL_MEMORY = frozenset({"weights", "kv_cache", "cuda_graph"})
 """Tags of device memory that a server gives up and takes back."""
-OLDEST = (0, 5, 15)
-_FIRST_WITH_SESSIONS = (0, 5, 21)
-FIRST_WITH_SPANS = (0, 5, 21)
-"""The first version known to tell which weights made which token of an answer."""
 _FLUSH_TRIES, _FLUSH_PAUSE_S = 40, 0.25
 _NO_TOKEN = 2**31 - 1
 
@@ -47,7 +45,7 @@ class ServerFacts:
     weight_version  of /model_info.
     """
 
-    version: tuple[int, ...]
+    version: Version
     model_path: str
     num_ranks: int
     weight_version: str
@@ -70,7 +68,7 @@ class ServerApi:
             facts = ServerFacts(version, model["model_path"], ranks, model["weight_version"])
         except (KeyError, TypeError, ValueError) as error:
             raise RequestFailed(f"{self.url} does not answer like SGLang: {error!r} in its /server_info") from error
-        self._sessions = version >= _FIRST_WITH_SESSIONS
+        self._sessions = version >= FIRST_WITH_SESSIONS
         return facts
 
     async def vocab_size(self) -> int | None:
@@ -150,8 +148,7 @@ class ServerApi:
             raise RequestFailed(f"{self.url}/model_info names no weight_version: {error!r}") from error
 
     async def checksums(self) -> dict[str, str] | None:
-        """Of every parameter of every rank, by `rank:name`. None of a server that cannot tell: older versions have no such
-        call, and 0.5.21 needs CUDA for it."""
+        """Of every parameter of every rank, by `rank:name`. None of a server that cannot tell, as one on a CPU before 0.5.23."""
         try:
             ranks = (await self._admin("/weights_checker", {"action": "checksum"}))["ranks"]
             told = [(number, rank["checksums"].items()) for number, rank in enumerate(ranks)]
@@ -216,11 +213,3 @@ class ServerApi:
     async def _admin(self, path: str, body: dict[str, Any]) -> Any:
         key = self._keys.admin or self._keys.api
         return await self._http.call("POST", self.url + path, body, key, self._timeout_s)
-
-
-def parse_version(text: str) -> tuple[int, ...]:
-    """(0, 5, 21) of `0.5.21`, `0.5.21.post1` or `0.5.21rc2`. Raises ValueError."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", text)
-    if not found:
-        raise ValueError(f"{text!r} is not a version")
-    return tuple(int(part) for part in found.groups())

@@ -25,7 +25,8 @@ from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.process import ServerProcess
 from dapo_mcore.rollout.sglang.quantize import quantization_config
-from dapo_mcore.rollout.sglang.server_api import OLDEST, Keys, parse_version
+from dapo_mcore.rollout.sglang.server_api import Keys
+from dapo_mcore.rollout.sglang.versions import check_version, parse_version
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,9 +66,10 @@ print(json.dumps([importlib.metadata.version("sglang") if spec else None, models
 class ServerPlan:
     """What a machine needs to make its servers: plain data, which can be sent there.
 
-    model   content of config.json.
-    dtype   `float32` or `bfloat16`, of weights and arithmetic.
-    folder  for configuration, keys, logs.
+    model    content of config.json.
+    dtype    `float32` or `bfloat16`, of weights and arithmetic.
+    folder   for configuration, keys, logs.
+    resumes  requests in flight go on after a weight update, under the new weights.
     """
 
     settings: SGLangConfig
@@ -75,6 +77,7 @@ class ServerPlan:
     model: dict[str, Any]
     dtype: str
     folder: Path
+    resumes: bool = False
 
     @classmethod
     def new(
@@ -84,6 +87,7 @@ class ServerPlan:
         dtype: str,
         stop_token_ids: Sequence[int],
         folder: Path,
+        resumes: bool = False,
     ) -> ServerPlan:
         """A plan with fresh random keys. Raises ConfigError for a dtype that does not go with `quantize`."""
         # SGLang makes arguments of its configuration file, and a value may not begin with a dash there
@@ -95,7 +99,7 @@ class ServerPlan:
                     "rollout.sglang.quantize fp8 multiplies in bf16, but model.dtype is fp32; set model.dtype bf16"
                 )
             model["quantization_config"] = quantization_config()
-        return cls(settings, keys, model, dtype, folder.absolute())
+        return cls(settings, keys, model, dtype, folder.absolute(), resumes)
 
     def write_keys(self) -> None:
         """keys.json, for people who want to ask the servers themselves."""
@@ -126,7 +130,7 @@ def start_servers(plan: ServerPlan) -> list[ServerProcess]:
     Raises ConfigError: no SGLang, or one out of range, no GPU, too few, port taken.
     """
     settings = plan.settings
-    models = inspect_environment(settings)
+    models = inspect_environment(plan)
     first = settings.first_gpu or 0
     check_devices(settings, settings.num_servers, first)
     ports = [reserve_port(settings, settings.host, number) for number in range(settings.num_servers)]
@@ -191,9 +195,9 @@ def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str)
     return kept
 
 
-def inspect_environment(settings: SGLangConfig) -> list[str]:
+def inspect_environment(plan: ServerPlan) -> list[str]:
     """Names of SGLang's model modules. Raises ConfigError when the interpreter has no SGLang, or too old a one."""
-    python = _python(settings)
+    python = _python(plan.settings)
     remedy = "give the interpreter of an environment that has it as rollout.sglang.python"
     try:
         done = subprocess.run([python, "-P", "-c", _INSPECT], capture_output=True, text=True, timeout=120, cwd="/")
@@ -202,15 +206,8 @@ def inspect_environment(settings: SGLangConfig) -> list[str]:
         raise ConfigError(f"{python} cannot be asked for SGLang: {error}; {remedy}") from error
     if version is None:
         raise ConfigError(f"{python} has no SGLang; {remedy}")
-    check_version(parse_version(version), python)
+    check_version(parse_version(version), python, plan.resumes)
     return models
-
-
-def check_version(version: tuple[int, ...], where: str) -> None:
-    """Nothing; raises ConfigError for a version that is too old."""
-    if version < OLDEST:
-        told, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
-        raise ConfigError(f"{where} has SGLang {told}, but weight updates need at least {oldest}; install a newer one")
 
 
 def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,15 @@ from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.member import stop_servers
 from dapo_mcore.rollout.sglang.server_api import Keys
 from dapo_mcore.rollout.sglang.servers import ServerPlan, start_servers
+from dapo_mcore.rollout.sglang.versions import Version, parse_version
 from dapo_mcore.types import SamplingParams
 from tests.rollout.sglang.fake_server import fake_python
 
 ENVIRONMENT = "DAPO_MCORE_SGLANG"
 VOCAB, CONTEXT, STOP = 64, 512, 1
+LONG = 400  # tokens of a generation that a test interrupts
+# the fake as each version that differs in a rule of versions.py, and the real server
+KINDS = ["0.5.17", "0.5.20", "0.5.21", pytest.param("real", marks=pytest.mark.sglang)]
 
 
 def real_python() -> Path:
@@ -36,6 +42,17 @@ def real_python() -> Path:
     if not folder:
         pytest.skip(f"set {ENVIRONMENT} to the environment that tools/sglang_cpu/setup.sh makes")
     return Path(folder) / "bin/python"
+
+
+def real_version() -> Version:
+    """Of SGLang in that environment."""
+    ask = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
+    return parse_version(subprocess.check_output([real_python(), "-P", "-c", ask], text=True))
+
+
+def interpreter(kind: str, folder: Path) -> Path:
+    """That serves: the real one, or the fake as a version."""
+    return real_python() if kind == "real" else fake_python(folder, kind, tokens_per_s=500)
 
 
 def tiny_config(**changes: Any) -> PretrainedConfig:
@@ -110,6 +127,10 @@ class Raw:
     def generate(self, ids: list[int], max_new_tokens: int = 8, **more: Any) -> tuple[int, Any]:
         law = {"max_new_tokens": max_new_tokens, "ignore_eos": True, **more.pop("law", {})}
         return self.post("/generate", {"input_ids": ids, "sampling_params": law, "return_logprob": True, **more}, "api")
+
+    @cached_property
+    def sglang(self) -> Version:
+        return parse_version(self.get("/server_info")[1]["version"])
 
     def version(self) -> str:
         return self.get("/model_info")[1]["weight_version"]

@@ -1,7 +1,7 @@
 """Servers that confirm a sync and hold other bytes: found, taken out, and not believed before they agree.
 
-A real server without CUDA refuses to tell checksums; with the one call that needs CUDA stubbed it tells them, of CPU
-tensors, so the answer's form and what it depends on are held on both.
+Before 0.5.23 a real server without CUDA refuses to tell checksums; with the one call that needs CUDA stubbed it tells them,
+of CPU tensors, so the answer's form and what it depends on are held on both.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.http import HttpClient
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.server_api import ServerApi
+from dapo_mcore.rollout.sglang.versions import FIRST_WITH_CHECKSUMS_ON_CPUS
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import Raw, bare_server, engine, params, prompts, real_python, wait_for, weights
 from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
 
 NUM_TENSORS = len(list(weights(0)))
-KINDS = ["fake", pytest.param("real", marks=pytest.mark.sglang)]
+KINDS = ["0.5.21", "0.5.23", pytest.param("real", marks=pytest.mark.sglang)]
 
 
 def with_cuda_stubbed(python: Path, folder: Path) -> Path:
@@ -38,8 +39,8 @@ def with_cuda_stubbed(python: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=KINDS)
 def server(request, tmp_path_factory) -> Iterator[Raw]:
     folder = tmp_path_factory.mktemp(request.param)
-    fake = request.param == "fake"
-    python = fake_python(folder, checksums=True) if fake else with_cuda_stubbed(real_python(), folder)
+    real = request.param == "real"
+    python = with_cuda_stubbed(real_python(), folder) if real else fake_python(folder, request.param, checksums=True)
     with bare_server(python, folder / "servers") as raw:
         yield raw
 
@@ -78,12 +79,15 @@ def test_checksums_follow_the_weights_of_every_parameter(server: Raw, tmp_path) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_without_cuda_cannot_tell(kind: str, tmp_path) -> None:
-    python = fake_python(tmp_path) if kind == "fake" else real_python()
+def test_a_server_without_cuda_tells_from_0_5_23_on(kind: str, tmp_path) -> None:
+    python = real_python() if kind == "real" else fake_python(tmp_path, kind)
     with bare_server(python, tmp_path / "servers") as raw:
         status, answer = raw.post("/weights_checker", {"action": "checksum"})
-        assert status == 400 and "CUDA" in answer["message"]
-        assert checksums(raw) is None
+        if raw.sglang >= FIRST_WITH_CHECKSUMS_ON_CPUS:
+            assert status == 200 and checksums(raw) is not None
+        else:
+            assert status == 400 and "CUDA" in answer["message"]
+            assert checksums(raw) is None
 
 
 def verified(folder: Path, **changes):

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'd
 
 
 def test_actors_serve_survive_kill_9_and_end_with_the_engine(tmp_path):
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with engine(tmp_path, placement="ray", num_servers=2) as made:
+        assert signal.getsignal(signal.SIGTERM) == on_sigterm
         assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
         made.update_weights(weights(0), version=1)
         first, second = servers(made)

@@ -10,19 +10,33 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.versions import FIRST_WITH_RESUMPTION
 from dapo_mcore.types import Rollout
-from tests.rollout.sglang.serving import engine, params, prompts, real_python, tiny_model, weights
+from tests.rollout.sglang.serving import engine, params, prompts, real_python, real_version, tiny_model, weights
 
+PATIENCE = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
 pytestmark = pytest.mark.sglang
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Iterator[SGLangEngine]:
-    patience = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
-    with engine(tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, **patience) as started:
+    if real_version() < FIRST_WITH_RESUMPTION:
+        pytest.skip("this version is refused, as the first test shows")
+    with engine(tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, **PATIENCE) as started:
         yield started
+
+
+def test_a_version_on_which_no_request_lives_through_an_update_is_refused(tmp_path):
+    if real_version() >= FIRST_WITH_RESUMPTION:
+        pytest.skip("this version has it, as the other tests show")
+    refused = pytest.raises(
+        ConfigError, match=r"on_full keep needs 0\.5\.21 or newer: update SGLang, or set on_full wait"
+    )
+    with refused, engine(tmp_path, python=real_python(), max_lag=2, **PATIENCE):
+        pass
 
 
 def reference(prompt: np.ndarray, rollout: Rollout, seed: int) -> torch.Tensor:

@@ -11,12 +11,13 @@ from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule
 from dapo_mcore.types import Rollout
 
 RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
+STOP = 1
 LAGGING = VersionRule(RULE.versions, RULE.current, max_lag=1)
 
 
 def read_reply(reply: Any, rule: VersionRule) -> Rollout:
     """As it travels."""
-    return replies.read_reply(answer.decode(json.dumps(reply).encode()), rule)
+    return replies.read_reply(answer.decode(json.dumps(reply).encode()), rule, [STOP, 2])
 
 
 def reply(*spans: tuple[int, int, str], tokens: tuple[int, ...] = (7, 8, 9), **meta: Any) -> dict[str, Any]:
@@ -40,6 +41,13 @@ def test_tokens_and_logprobs_come_from_one_list():
     assert rollout.logprobs.tolist() == [-0.5, -1.0, -1.5] and rollout.logprobs.dtype == np.float32
     assert rollout.loss_mask.tolist() == [True] * 3
     assert (rollout.finish_reason, rollout.weight_version, rollout.version_spans) == ("stop", 3, ())
+
+
+def test_a_response_with_a_stop_token_at_the_length_limit_has_ended_by_itself():
+    """SGLang up to 0.5.17 tells `length`, and the reward would take it for cut."""
+    for end, reason in ((STOP, "stop"), (9, "length")):
+        rollout = read_reply(reply(tokens=(7, 8, end), finish_reason={"type": "length", "length": 3}), RULE)
+        assert rollout.finish_reason == reason and rollout.token_ids.tolist() == [7, 8, end]
 
 
 def test_one_span_is_one_version():

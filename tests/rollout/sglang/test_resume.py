@@ -15,7 +15,7 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, engine, params, prompts, tiny_config, wait_for, weights
+from tests.rollout.sglang.serving import STOP, bare_server, engine, params, prompts, tiny_config, wait_for, weights
 from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
 
 LENGTH = 300  # 1.5 s of a server's time
@@ -145,10 +145,17 @@ def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python)
         assert all(rollout.weight_version in (1, 2) for rollout in pending.result())
 
 
-def test_a_server_that_does_not_tell_its_tokens_versions_is_refused(tmp_path):
-    told = r"runs SGLang 0.5.20, .*sampling.on_full keep needs 0.5.21 or newer: update SGLang"
-    with pytest.raises(ConfigError, match=told), engine(tmp_path, python=fake_python(tmp_path, "0.5.20"), max_lag=1):
+def test_a_server_whose_requests_do_not_live_through_an_update_is_refused(tmp_path):
+    """One of the run's own before it starts."""
+    told = r"has SGLang 0.5.20, .*sampling.on_full keep needs 0.5.21 or newer: update SGLang"
+    old = fake_python(tmp_path, "0.5.20")
+    with pytest.raises(ConfigError, match=told), engine(tmp_path, python=old, max_lag=1):
         pass
+    assert not (tmp_path / "servers").exists()
+    with bare_server(old, tmp_path / "given") as server:
+        given = dict(urls=[server.url], key_file=str(tmp_path / "given/keys.json"))
+        with pytest.raises(ConfigError, match=told), engine(tmp_path, python=old, max_lag=1, **given):
+            pass
 
 
 def test_closing_ends_the_requests_on_servers_that_live_on(tmp_path, python):

@@ -1,40 +1,26 @@
 """The rules of SGLang's server that the engine relies on: the fake server keeps them, and so does the real one.
 
-The real server runs where DAPO_MCORE_SGLANG names its environment. Faults are tested on the fake alone, which is honest
-only as far as this file goes.
+The real server runs where DAPO_MCORE_SGLANG names its environment, of whatever version: versions.py says what it must do
+then, and the fake is each of those that differ. Faults are tested on the fake alone, which is honest only as far as this
+file and test_transfer_rules.py go.
 """
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
-from dapo_mcore.rollout.sglang.process_group import RootRank
-from dapo_mcore.rollout.sglang.server_api import OLDEST, parse_version
-from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
-from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import CONTEXT, VOCAB, Raw, bare_server, real_python, wait_for, weights
-
-KINDS = ["fake", pytest.param("real", marks=pytest.mark.sglang)]
-LONG = 400  # tokens of a generation that a test interrupts
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def server(request, tmp_path_factory) -> Iterator[Raw]:
-    folder = tmp_path_factory.mktemp(request.param)
-    python = fake_python(folder, tokens_per_s=500) if request.param == "fake" else real_python()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "2")  # how long the real one takes to say that it is not healthy
-        with bare_server(python, folder / "servers") as raw:
-            yield raw
+from dapo_mcore.rollout.sglang.versions import (
+    FIRST_WITH_RESUMPTION,
+    FIRST_WITH_SPANS,
+    FIRST_WITH_STOP_AT_LIMIT,
+    OLDEST,
+)
+from tests.rollout.sglang.serving import CONTEXT, KINDS, LONG, VOCAB, Raw, bare_server, interpreter, wait_for, weights
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +47,32 @@ def load(server: Raw, folder: Path, version: str | None, **more) -> tuple[int, d
 
 def test_it_says_who_it_is(server: Raw) -> None:
     info = server.get("/server_info")[1]
-    assert parse_version(info["version"]) >= OLDEST and info["tp_size"] == info["pp_size"] == 1
+    assert server.sglang >= OLDEST and info["tp_size"] == info["pp_size"] == 1
     model = server.get("/model_info")[1]
     assert Path(model["model_path"]).name == "model" and model["architectures"] == ["Qwen2ForCausalLM"]
 
 
-def test_an_answer_has_tokens_logprobs_and_versions(server: Raw) -> None:
+def test_an_answer_has_tokens_and_logprobs(server: Raw) -> None:
     status, answer = server.generate([5, 6, 7], max_new_tokens=12, rid="mine")
     meta = answer["meta_info"]
     assert status == 200 and meta["id"] == "mine" and meta["prompt_tokens"] == 3
     assert [entry[1] for entry in meta["output_token_logprobs"]] == answer["output_ids"]
     assert len(answer["output_ids"]) == 12 and all(entry[0] < 0 for entry in meta["output_token_logprobs"])
     assert meta["finish_reason"]["type"] == "length"
-    assert meta["weight_versions"] == [{"version": meta["weight_version"], "start": 0, "end": 12}]
+
+
+def test_an_answer_tells_its_weights_and_from_0_5_19_on_which_of_them_made_which_token(server: Raw) -> None:
+    meta = server.generate([5, 6, 7], max_new_tokens=12)[1]["meta_info"]
+    assert meta["weight_version"] == server.version()
+    spans = [{"version": meta["weight_version"], "start": 0, "end": 12}]
+    assert meta.get("weight_versions") == (spans if server.sglang >= FIRST_WITH_SPANS else None)
+
+
+def test_a_stop_token_at_the_length_limit_counts_as_stop_from_0_5_18_on(server: Raw) -> None:
+    law = {"logit_bias": {"9": 100.0}, "stop_token_ids": [9], "ignore_eos": False}
+    _, answer = server.generate([9], max_new_tokens=1, law=law)
+    told = "stop" if server.sglang >= FIRST_WITH_STOP_AT_LIMIT else "length"
+    assert answer["output_ids"] == [9] and answer["meta_info"]["finish_reason"]["type"] == told
 
 
 def test_each_kind_of_call_takes_its_own_key_and_health_takes_none(server: Raw) -> None:
@@ -135,7 +134,8 @@ def test_a_paused_server_looks_unhealthy(server: Raw) -> None:
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-def test_an_update_in_flight_shows_as_two_spans(server: Raw, checkpoints, mode: str) -> None:
+def test_an_update_in_flight_shows_as_two_spans(resuming: Raw, checkpoints, mode: str) -> None:
+    server = resuming
     before = server.version()
     with server.in_flight(LONG) as box:
         server.post("/pause_generation", {"mode": mode})
@@ -149,7 +149,8 @@ def test_an_update_in_flight_shows_as_two_spans(server: Raw, checkpoints, mode: 
     assert meta["weight_version"] == mode
 
 
-def test_a_retracted_request_lives_through_any_number_of_updates(server: Raw, checkpoints) -> None:
+def test_a_retracted_request_lives_through_any_number_of_updates(resuming: Raw, checkpoints) -> None:
+    server = resuming
     before = server.version()
     with server.in_flight(LONG) as box:
         for version in ("second", "third"):
@@ -165,7 +166,8 @@ def test_a_retracted_request_lives_through_any_number_of_updates(server: Raw, ch
     assert len(box["answer"]["output_ids"]) == LONG
 
 
-def test_requests_that_come_while_others_are_retracted_are_of_the_new_weights_alone(server: Raw, checkpoints) -> None:
+def test_requests_that_come_while_others_are_retracted_are_of_the_new_weights_alone(resuming: Raw, checkpoints) -> None:
+    server = resuming
     answers: list = []
     with server.in_flight(LONG):
         server.post("/pause_generation", {"mode": "retract"})
@@ -213,80 +215,6 @@ def test_a_partial_checkpoint_is_taken_without_a_word(server: Raw, checkpoints) 
     assert load(server, checkpoints["partial"], "partial")[0] == 200 and server.version() == "partial"
 
 
-def test_a_session_opens_once_and_closes_once(server: Raw) -> None:
-    assert server.post("/end_weight_update")[0] == 400
-    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 200
-    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 400
-    assert server.post("/end_weight_update")[0] == 200
-
-
-def test_a_broadcast_needs_a_session_and_a_group(server: Raw) -> None:
-    body = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "nobody"}
-    status, answer = server.post("/update_weights_from_distributed", body)
-    assert status == 400 and "begin_weight_update" in answer["message"]
-    server.post("/begin_weight_update", {"selector": "all"})
-    status, answer = server.post("/update_weights_from_distributed", body)
-    assert status == 400 and "nobody" in answer["message"]
-    assert server.post("/end_weight_update")[0] == 200
-    assert server.post("/destroy_weights_update_group", {"group_name": "nobody"})[0] == 400
-
-
-def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
-    root = joined(server)
-    before = server.version()
-    tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
-    server.post("/begin_weight_update", {"selector": "all"})
-    for bucket, version in ((tensors[:5], None), (tensors[5:], "broadcast")):
-        send = lambda bucket=bucket: root.broadcast(bucket)  # noqa: E731
-        assert in_background(lambda b=bucket, v=version: receive(server, root.name, b, v), send)[0] == 200
-        assert server.version() == (version or before)
-    assert server.post("/end_weight_update")[0] == 200
-    with server.in_flight(LONG) as box:
-        server.post("/pause_generation", {"mode": "retract"})
-        server.post("/begin_weight_update", {"selector": "all"})
-        send = lambda: root.broadcast(tensors)  # noqa: E731
-        assert in_background(lambda: receive(server, root.name, tensors, "in flight"), send)[0] == 200
-        assert server.post("/end_weight_update")[0] == 200
-        server.post("/continue_generation")
-    spans = box["answer"]["meta_info"]["weight_versions"]
-    assert [span["version"] for span in spans] == ["broadcast", "in flight"] and spans[1]["end"] == LONG
-    assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
-
-
-def test_a_broadcast_that_breaks_off_is_refused_and_keeps_version_and_session(server: Raw) -> None:
-    """Rank 0 gives up: the server hears of it at once, and may leave the group and join another."""
-    root = joined(server)
-    before = server.version()
-    server.post("/begin_weight_update", {"selector": "all"})
-    tensors = list(weights(seed=1))
-    start = time.monotonic()
-    give_up = lambda: (time.sleep(1), root.close())  # noqa: E731
-    status, answer = in_background(lambda: receive(server, root.name, tensors, "never"), give_up)
-    assert status == 400 and "Failed to receive weights" in answer["message"] and time.monotonic() - start < 20
-    assert server.version() == before
-    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 400
-    assert server.post("/end_weight_update")[0] == 200
-    assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
-    again = joined(server)
-    assert server.post("/destroy_weights_update_group", {"group_name": again.name})[0] == 200
-
-
-def test_joining_a_group_that_is_given_up_is_refused(server: Raw) -> None:
-    """Two servers were to join; the other never does."""
-    root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 3, "gloo", timedelta(seconds=30))
-
-    def open_in_vain() -> None:
-        with pytest.raises(RuntimeError):
-            root.open()
-
-    opening = threading.Thread(target=open_in_vain)
-    opening.start()
-    status, _ = in_background(lambda: join(server, root), lambda: (time.sleep(2), root.close()))
-    assert status == 400
-    opening.join(20)
-    assert not opening.is_alive()
-
-
 def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, checkpoints) -> None:
     """The turns of a colocated server: fleet.py."""
     with server.in_flight(LONG) as box:
@@ -301,77 +229,25 @@ def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, ch
     assert server.generate([5, 6], 4)[1]["meta_info"]["weight_version"] == "woken"
 
 
-def test_shared_memory_needs_a_session(server: Raw) -> None:
-    before = server.version()
-    shared = SharedBucket(list(weights(seed=1)))
-    status, answer = open_tensors(server, shared.handle(), "never")
-    assert status == 400 and "begin_weight_update" in answer["message"] and server.version() == before
-    shared.close()
-
-
-def test_shared_memory_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
-    before = server.version()
-    server.post("/begin_weight_update", {"selector": "all"})
-    tensors = list(weights(seed=1))
-    for bucket, version in ((tensors[:5], None), (tensors[5:], "tensor")):
-        shared = SharedBucket(bucket)
-        status, answer = open_tensors(server, shared.handle(), version)
-        assert status == 200 and answer["success"] and server.version() == (version or before)
-        shared.close()
-    assert server.post("/end_weight_update")[0] == 200
-
-
-def joined(server: Raw) -> RootRank:
-    """This process's end of a group with the server."""
-    root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 2, "gloo", timedelta(seconds=30))
-    assert in_background(lambda: join(server, root), root.open)[0] == 200
-    return root
-
-
-def join(server: Raw, root: RootRank) -> tuple[int, Any]:
-    place = {"master_address": "127.0.0.1", "master_port": root.port, "rank_offset": 1, "world_size": root.world_size}
-    return server.post("/init_weights_update_group", {**place, "group_name": root.name, "backend": "gloo"})
-
-
-def receive(server: Raw, group: str, tensors: list, version: str | None) -> tuple[int, Any]:
-    body = {
-        "names": [name for name, _ in tensors],
-        "dtypes": ["float32"] * len(tensors),
-        "shapes": [list(tensor.shape) for _, tensor in tensors],
-        "group_name": group,
-        "flush_cache": version is not None,
-        "weight_version": version,
-    }
-    return server.post("/update_weights_from_distributed", body)
-
-
-def open_tensors(server: Raw, handle: str, version: str | None = None) -> tuple[int, dict]:
-    body = {"serialized_named_tensors": [handle], "load_format": "flattened_bucket"}
-    return server.post(
-        "/update_weights_from_tensor", {**body, "flush_cache": version is not None, "weight_version": version}
-    )
-
-
-def in_background(call: Callable[[], tuple[int, Any]], meanwhile: Callable[[], Any]) -> tuple[int, Any]:
-    """What `call` returns, which waits for what `meanwhile` does."""
-    box: list[tuple[int, Any]] = []
-    thread = threading.Thread(target=lambda: box.append(call()))
-    thread.start()
-    meanwhile()
-    thread.join(60)
-    return box[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[2:])
 @pytest.mark.parametrize("deed", ["releases while it works", "takes what it has"])
 def test_memory_out_of_turn_kills_it(kind: str, deed: str, tmp_path) -> None:
     """Why the engine pauses before it releases, and remembers what it has released."""
-    python = fake_python(tmp_path, tokens_per_s=500) if kind == "fake" else real_python()
-    with bare_server(python, tmp_path / "servers") as server, pytest.raises(OSError):
+    with bare_server(interpreter(kind, tmp_path), tmp_path / "servers") as server, pytest.raises(OSError):
         if deed == "takes what it has":
             server.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
         with server.in_flight(LONG):
             server.post("/release_memory_occupation", {"tags": ["kv_cache"]})
+
+
+def test_the_cache_can_be_flushed_while_requests_wait_retracted_from_0_5_21_on(server: Raw, checkpoints) -> None:
+    """Why no request lives through an update before: a flush is refused, and an update that flushes kills the server."""
+    resumes = server.sglang >= FIRST_WITH_RESUMPTION
+    with server.in_flight(LONG) as box:
+        server.post("/pause_generation", {"mode": "retract"})
+        assert server.post("/flush_cache")[0] == (200 if resumes else 400)
+        server.post("/continue_generation")
+    assert box["answer"]["meta_info"]["finish_reason"]["type"] == "length"
 
 
 def test_the_last_an_unknown_token_kills_it(server: Raw) -> None:

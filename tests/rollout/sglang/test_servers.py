@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang import servers
+from dapo_mcore.rollout.sglang import servers, versions
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.http import allow_open_files
@@ -89,9 +89,9 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_given_server_that_is_too_old_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(servers, "OLDEST", (0, 0, 1))
+    monkeypatch.setattr(versions, "OLDEST", (0, 0, 1))
     with bare_server(fake_python(tmp_path, "0.5.9"), tmp_path / "servers") as old:
-        monkeypatch.setattr(servers, "OLDEST", (0, 5, 15))
+        monkeypatch.setattr(versions, "OLDEST", (0, 5, 15))
         with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.9, but weight updates need at least 0\.5\.15"):
             attach(tmp_path, old.url, key_file=key_file(tmp_path, old.keys.api, old.keys.admin))
 
@@ -198,6 +198,8 @@ BAD_SETTINGS = {
     "is not a URL": dict(urls=["127.0.0.1:30000"]),
     "only 1 different": dict(urls=["http://a:1", "http://a:1"]),
     "router_url needs urls": dict(router_url="http://a:1"),
+    "num_servers is 3, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=3),
+    "num_servers is 1, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=1),
     "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
     "host node does not go with placement local": dict(host="node"),
     "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
@@ -209,6 +211,13 @@ BAD_SETTINGS = {
 def test_settings_that_contradict_themselves_are_refused(message):
     with pytest.raises(ValidationError, match=message):
         SGLangConfig.model_validate(BAD_SETTINGS[message])
+
+
+def test_servers_that_are_given_are_counted():
+    urls = ["http://a:1", "http://a:2"]
+    given = SGLangConfig(urls=urls)
+    assert given.num_servers == 2 and SGLangConfig().num_servers == 1
+    assert given == SGLangConfig(urls=urls, num_servers=2) == SGLangConfig.model_validate(given.model_dump())
 
 
 def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():

@@ -23,7 +23,8 @@ from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.quantize import quantized
 from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
 from dapo_mcore.rollout.sglang.tensor import TensorTransfer
-from tests.rollout.sglang.fake_server import Unpickler, fake_python
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.fake_weights import Unpickler
 from tests.rollout.sglang.serving import (
     STOP,
     engine,
@@ -272,7 +273,7 @@ def test_memory_of_a_gpu_is_opened_by_another_process():
         "    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]\n"
         "    return rebuild(*a[:6], uuids.index(a[6]), *a[7:])\n"
         "reductions.rebuild_cuda_tensor = by_uuid\n"
-        "from tests.rollout.sglang.fake_server import opened\n"
+        "from tests.rollout.sglang.fake_weights import opened\n"
         "for handle in sys.stdin.read().split():\n"
         "    print({name: tensor.float().sum().item() for name, tensor in opened(handle).items()})\n"
     )

@@ -1,0 +1,28 @@
+"""The servers whose rules are tested: the fake as each version that differs, and the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from dapo_mcore.rollout.sglang.versions import FIRST_WITH_RESUMPTION
+from tests.rollout.sglang.serving import KINDS, Raw, bare_server, interpreter
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request, tmp_path_factory) -> Iterator[Raw]:
+    folder = tmp_path_factory.mktemp(request.param)
+    python = interpreter(request.param, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "2")  # how long the real one takes to say that it is not healthy
+        with bare_server(python, folder / "servers") as raw:
+            yield raw
+
+
+@pytest.fixture
+def resuming(server: Raw) -> Raw:
+    """A server on which requests live through updates; why older ones are refused, test_server_rules.py shows at its end."""
+    if server.sglang < FIRST_WITH_RESUMPTION:
+        pytest.skip("no request lives through an update before SGLang 0.5.21, and a run that needs it is refused")
+    return server

@@ -1,0 +1,141 @@
+"""The fake server's scheduler: requests, pauses and the KV cache, as a version of SGLang has them, without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from dapo_mcore.rollout.sglang.versions import (
+    FIRST_WITH_RESUMPTION,
+    FIRST_WITH_SPANS,
+    FIRST_WITH_STOP_AT_LIMIT,
+    Version,
+)
+
+TICK_S = 0.02
+
+
+@dataclass(eq=False)
+class Request:
+    rid: str
+    tokens: list[int] = field(default_factory=list)
+    spans: list[dict[str, Any]] = field(default_factory=list)
+    aborted: bool = False
+
+
+class Scheduler:
+    """`speed` in tokens/s of each request; `tail` as of fake_python; `told` counts what happens."""
+
+    def __init__(self, version: Version, vocab: int, context: int, speed: int, tail: float, told: Counter[str]):
+        self.version, self.vocab, self.context = version, vocab, context
+        self.speed, self.tail, self.told = speed, tail, told
+        self.weight_version = "default"
+        self.running: set[Request] = set()
+        self.unpaused = asyncio.Event()
+        self.unpaused.set()
+        self.paused_mode: str | None = None
+        self.released: set[str] = set()
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        ids, law = body["input_ids"], body.get("sampling_params", {})
+        if error := self.refusal(ids, law):
+            return web.json_response({"error": {"message": error}}, status=400)
+        if max(ids) >= self.vocab:
+            os._exit(1)  # as the real one: "index out of range in self"
+        await self.unpaused.wait()
+        work = Request(body.get("rid") or os.urandom(8).hex())
+        self.running.add(work)
+        self.told["generated"] += 1
+        self.told["most_running"] = max(self.told["most_running"], len(self.running))
+        try:
+            await self.write(work, ids, self.length(law))
+        finally:
+            self.running.discard(work)
+        return web.json_response(self.reply(work, ids, law))
+
+    def refusal(self, ids: list[int], law: dict[str, Any]) -> str | None:
+        if not ids:
+            return "input_ids cannot be empty."
+        if len(ids) > self.context:
+            return f"The input ({len(ids)} tokens) is longer than the model's context length ({self.context} tokens)."
+        outside = [token for token in law.get("logit_bias") or {} if not 0 <= int(token) < self.vocab]
+        return f"logit_bias must has keys in [0, {self.vocab - 1}], got {outside[0]}." if outside else None
+
+    def length(self, law: dict[str, Any]) -> int:
+        longest = law.get("max_new_tokens", 128)
+        if not self.tail:
+            return longest
+        drawn = random.Random(law["sampling_seed"]).lognormvariate(0, self.tail)
+        return max(1, min(longest, int(drawn * longest / 8)))
+
+    async def write(self, work: Request, ids: list[int], count: int) -> None:
+        while len(work.tokens) < count and not work.aborted:
+            await asyncio.sleep(TICK_S)
+            if work.aborted or not self.unpaused.is_set():
+                continue
+            if self.released:
+                os._exit(1)  # as the real one on a GPU: an illegal address
+            before = len(work.tokens)
+            after = min(count, before + max(1, int(self.speed * TICK_S)))
+            work.tokens += [ids[i % len(ids)] for i in range(before, after)]
+            if not work.spans or work.spans[-1]["version"] != self.weight_version:
+                work.spans.append({"version": self.weight_version, "start": before, "end": after})
+            work.spans[-1]["end"] = after
+
+    def reply(self, work: Request, ids: list[int], law: dict[str, Any]) -> dict[str, Any]:
+        meta = {
+            "id": work.rid,
+            "finish_reason": self.finish_reason(work, law),
+            "prompt_tokens": len(ids),
+            "completion_tokens": len(work.tokens),
+            "output_token_logprobs": [[-(token + 1) / self.vocab, token, None] for token in work.tokens],
+            "weight_version": work.spans[-1]["version"] if work.spans else self.weight_version,
+        }
+        if self.version >= FIRST_WITH_SPANS:
+            meta["weight_versions"] = work.spans
+        return {"output_ids": work.tokens, "meta_info": meta}
+
+    def finish_reason(self, work: Request, law: dict[str, Any]) -> dict[str, Any]:
+        if work.aborted:
+            return {"type": "abort", "message": "Aborted"}
+        longest, last = law.get("max_new_tokens", 128), work.tokens[-1]
+        stopped = last in law.get("stop_token_ids", ()) and self.version >= FIRST_WITH_STOP_AT_LIMIT
+        if len(work.tokens) < longest or stopped:
+            return {"type": "stop", "matched": last}
+        return {"type": "length", "length": longest}
+
+    async def abort(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.told["aborts"] += 1
+        for work in self.running:
+            work.aborted |= body.get("abort_all", False) or work.rid == body["rid"]
+        return web.Response()
+
+    async def pause(self, request: web.Request) -> web.Response:
+        self.paused_mode = (await request.json())["mode"]
+        self.unpaused.clear()
+        while self.paused_mode == "abort" and self.running:
+            for work in self.running:
+                work.aborted = True
+            await asyncio.sleep(TICK_S)
+        return web.json_response({"status": "ok"})
+
+    async def resume(self, request: web.Request) -> web.Response:
+        self.unpaused.set()
+        self.paused_mode = None
+        return web.json_response({"status": "ok"})
+
+    async def flush(self, request: web.Request) -> web.Response:
+        done = self.flushed()
+        return web.Response(text="Cache flushed.\n" if done else "Flush cache failed.\n", status=200 if done else 400)
+
+    def flushed(self) -> bool:
+        resumes = self.paused_mode == "retract" and self.version >= FIRST_WITH_RESUMPTION
+        return resumes or not self.running

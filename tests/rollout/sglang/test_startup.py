@@ -1,0 +1,89 @@
+"""What a user sees while servers start: whole lines in a pipe, a count and the seconds on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.observe.progress import Progress
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.startup import shown_startup
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import STOP, settings, tiny_config
+
+
+class Screen:
+    """A run's progress on a console that can be read, and a clock that the test moves."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self.console = Console(file=io.StringIO(), width=100, force_terminal=is_terminal, highlight=False)
+        self.now = 0.0
+        self.progress = Progress("run", 2, self.console)
+
+    def display(self) -> str:
+        with self.console.capture() as capture:
+            self.console.print(self.progress._render())
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capture.get())
+
+    def lines(self) -> list[str]:
+        return self.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end() -> None:
+    screen = Screen(is_terminal=False)
+    with shown_startup(
+        screen.progress, SGLangConfig(num_servers=2), Path("runs/a/servers"), lambda: screen.now
+    ) as is_up:
+        assert screen.lines() == ["starting 2 SGLang servers (logs in runs/a/servers)"]
+        is_up()
+        screen.now = 38.4
+        is_up()
+    assert screen.lines()[1:] == ["2 of 2 SGLang servers up after 38s"]
+
+
+def test_a_terminal_counts_the_servers_that_are_up_and_the_seconds() -> None:
+    screen = Screen(is_terminal=True)
+    with shown_startup(screen.progress, SGLangConfig(num_servers=2), Path("servers")) as is_up:
+        is_up()
+        assert re.search(r"servers .* 1/2 0:00:0\d", screen.display())
+    assert "servers" not in screen.display()
+
+
+def test_given_servers_are_not_said_to_be_started() -> None:
+    screen = Screen(is_terminal=False)
+    with shown_startup(screen.progress, SGLangConfig(urls=["http://a:1"]), Path("servers")) as is_up:
+        is_up()
+    assert screen.lines() == []
+
+
+def start(folder: Path, screen: Screen, python: Path) -> None:
+    SGLangEngine(
+        settings(python, num_servers=2, sync_dir=str(folder)),
+        tiny_config(),
+        stop_token_ids=(STOP,),
+        dtype=torch.float32,
+        folder=folder / "servers",
+        progress=screen.progress,
+    ).close()
+
+
+def test_an_engine_shows_its_servers_start(tmp_path: Path) -> None:
+    screen = Screen(is_terminal=False)
+    start(tmp_path, screen, fake_python(tmp_path))
+    begun, up = screen.lines()
+    assert begun == f"starting 2 SGLang servers (logs in {tmp_path / 'servers'})"
+    assert re.fullmatch(r"2 of 2 SGLang servers up after \d+s", up)
+
+
+def test_servers_that_cannot_start_are_not_said_to_be_up(tmp_path: Path) -> None:
+    screen = Screen(is_terminal=False)
+    with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.14"):
+        start(tmp_path, screen, fake_python(tmp_path, "0.5.14"))
+    assert len(screen.lines()) == 1

@@ -1,0 +1,144 @@
+"""How a block ends by a signal: in processes of their own, which a signal may end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.ending import Ending
+
+START = """
+import atexit, ctypes, os, signal, sys, threading, time
+from dapo_mcore import ending
+from dapo_mcore.ending import Ending
+from dapo_mcore.exit_status import exit_status
+
+def me(signum):
+    os.kill(os.getpid(), signum)
+
+def clean():
+    me(signal.SIGTERM)
+    time.sleep(0.2)
+    print("clean")
+
+end = Ending(lambda: "go on")
+end.clean = clean
+def run(body):
+    def work():
+        with end:
+            body()
+    status = exit_status(work)
+    if status:
+        atexit.register(print, "at exit")
+        sys.exit(1)
+"""
+QUIET = (["clean", "at exit"], ["stopped by SIGINT: go on"])
+
+
+def ended(script: str) -> tuple[int, list[str], list[str]]:
+    """Status, standard output and standard error of a process that runs it."""
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", START + script], cwd=root, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    "body",
+    {
+        "in Python": "me(signal.SIGINT); time.sleep(60)",
+        "leads to another error": """
+            try:
+                me(signal.SIGINT); time.sleep(60)
+            finally:
+                raise RuntimeError("gloo: Connection closed by peer")
+        """,
+        "in a finalizer": """
+            class Finalized:
+                def __del__(self):
+                    me(signal.SIGINT); time.sleep(0.01)
+            Finalized()
+            for _ in range(600):
+                time.sleep(0.1)
+        """,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_the_first_signal_ends_the_block_quietly_and_the_next_ones_change_nothing(body):
+    script = f"def body():\n            {body[1].strip()}\nrun(body)"
+    assert ended(script) == (128 + 2, *QUIET)
+
+
+def test_a_main_thread_that_does_not_notice_is_ended_for():
+    """It is in a library, which the signal does not wake."""
+    script = """
+ending.NOTICE_S = 0.5
+def body():
+    threading.Timer(0.2, me, [signal.SIGTERM]).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    ctypes.CDLL(None).sleep(60)
+run(body)
+"""
+    assert ended(script) == (128 + 15, ["clean"], ["stopped by SIGTERM: go on"])
+
+
+def test_an_error_is_told_though_a_signal_follows_it():
+    """torchrun sends one as soon as another rank has ended."""
+    status, out, err = ended("def body(): raise ValueError('the cause')\nrun(body)")
+    assert (status, out, err[-1]) == (1, ["clean"], "ValueError: the cause")
+
+
+def test_without_a_signal_all_is_as_before():
+    script = """
+before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook
+end.clean = lambda: print("clean", flush=True)
+run(lambda: None)
+assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook)
+assert signal.set_wakeup_fd(-1) == -1
+me(signal.SIGTERM)
+time.sleep(60)
+"""
+    assert ended(script) == (-15, ["clean"], [])
+
+
+def test_the_signals_of_a_forked_child_are_its_own():
+    script = """
+ending.NOTICE_S = 0.2
+end.clean = lambda: print("clean")
+def body():
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        time.sleep(0.1)
+        os.kill(child, signum)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signum
+    time.sleep(0.5)
+run(body)
+"""
+    assert ended(script) == (0, ["clean"], [])
+
+
+def test_an_ignored_signal_stays_ignored():
+    script = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+end.clean = lambda: print("clean")
+run(lambda: me(signal.SIGHUP))
+"""
+    assert ended(script) == (0, ["clean"], [])
+
+
+def test_outside_the_main_thread_it_only_cleans_up():
+    done = []
+
+    def work() -> None:
+        with Ending(str) as end:
+            end.clean = lambda: done.append("clean")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == ["clean"]

@@ -1,0 +1,180 @@
+"""Whole runs that end before their time, or have nothing to do. Servers are fake."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import wait_for
+from tests.test_train import ROOT, SMALL, task  # noqa: F401  the fixture is used by name
+
+# rank 1 cannot build its part of the model, while rank 0 is at the same work or waits for it in a collective
+RANK_1_FAILS = """
+import os, sys, time
+from dapo_mcore import train
+from dapo_mcore.errors import CheckpointError
+
+build = train.Actor
+
+def fails(*arguments):
+    if os.environ["RANK"] == "1":
+        raise CheckpointError("model-00002-of-00002.safetensors is truncated; fetch it again")
+    if "SLOW" in os.environ:
+        time.sleep(60)
+    return build(*arguments)
+
+train.Actor = fails
+sys.exit(train.main())
+"""
+# runs with some overrides each, in one process: importing takes longer. The folder is copied after each
+SEVERAL = """
+import os, shutil, sys
+from dapo_mcore.train import main
+for number, case in enumerate(os.environ["CASES"].split(",")):
+    assert main([*sys.argv[1:], *case.split()]) == 0
+    shutil.copytree("runs/done", f"done.{number}")
+    print("ENDED", flush=True)
+"""
+SERVED = [
+    "rollout.engine=sglang",
+    "rollout.sglang.device=cpu",
+    "warm_start=null",
+    "eval.sets={}",
+    "checkpoint.every=1",
+    "checkpoint.export_at_end=false",
+    "observe.tensorboard=false",
+    "observe.plot_at_end=false",
+]
+
+
+@pytest.fixture
+def shared(tmp_path) -> Path:
+    """In place of /dev/shm."""
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
+
+
+def start(
+    folder: Path,
+    task: Path,  # noqa: F811
+    *overrides: str,
+    program: tuple[str, ...] = (),
+    processes: int = 1,
+    **more: str,
+) -> subprocess.Popen[str]:
+    """A run with a fake server, whose interpreter lies in `folder` alone."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631"]
+    launcher += program or ("-m", "dapo_mcore.train")
+    python = fake_python(folder, tokens_per_s=2000)
+    arguments = [*SMALL, *SERVED, f"rollout.sglang.python={python}", f"parallel.tensor_parallel={processes}"]
+    return subprocess.Popen(
+        [
+            *launcher,
+            str(ROOT / "examples/quickstart.yaml"),
+            *arguments,
+            f"rollout.sglang.sync_dir={folder / 'shared'}",
+            *overrides,
+        ],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    try:
+        return process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+
+
+def servers(run_dir: Path) -> list[str]:
+    """Command lines of this run's servers."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+        if f"{run_dir}/servers/" in command:
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("more", [{"FAKE_DEAF": "1"}, {"SLOW": "1"}], ids=["rank 0 waits for it", "rank 0 builds"])
+def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_last(task, tmp_path, shared, more):  # noqa: F811
+    (tmp_path / "program.py").write_text(RANK_1_FAILS)
+    begun = start(tmp_path, task, "name=broken", program=(str(tmp_path / "program.py"),), processes=2, **more)
+    output = ended(begun)
+    assert begun.returncode == 1 and (task / "runs/broken/servers/server-0.log").exists(), output
+    assert servers(task / "runs/broken") == [] and list(shared.iterdir()) == []
+    assert output.rstrip("=\n").endswith("model-00002-of-00002.safetensors is truncated; fetch it again"), output
+    assert re.search(r"Root Cause.*rank +: 1 ", output, re.DOTALL) and "[rank" not in output, output
+
+
+def test_ctrl_c_under_torchrun_ends_with_one_line_of_ours_and_the_run_goes_on_from_there(task, tmp_path, shared):  # noqa: F811
+    options = ["name=stopped", "num_rollout_steps=1000"]
+    begun = start(tmp_path, task, *options, processes=2)
+    wait_for(lambda: checkpoints(task, "stopped"), 60, lambda: begun.poll())
+    assert len(servers(task / "runs/stopped")) == 1 and list(shared.iterdir()) != []
+    begun.send_signal(signal.SIGINT)  # torchrun's, as its ranks are not of the terminal's foreground
+    output = ended(begun)
+    assert servers(task / "runs/stopped") == [] and list(shared.iterdir()) == []
+    (line,) = re.findall("^stopped by .*$", output, re.MULTILINE)
+    last = checkpoints(task, "stopped")[-1]
+    told = f"stopped by SIGINT: the last checkpoint is runs/stopped/checkpoints/{last}; the same command goes on from there"
+    assert line == told and "[rank" not in output and output.count("Traceback") == 1, output  # torchrun's own
+
+
+def checkpoints(task: Path, name: str) -> list[str]:  # noqa: F811
+    folder = task / "runs" / name / "checkpoints"
+    return sorted(path.name for path in folder.glob("step_??????"))
+
+
+def test_sigterm_ends_a_single_process_with_its_status(task, tmp_path, shared):  # noqa: F811
+    begun = start(tmp_path, task, "name=single", "num_rollout_steps=1000", "checkpoint.every=null")
+    wait_for(lambda: (task / "runs/single/samples").exists(), 60, lambda: begun.poll())
+    begun.send_signal(signal.SIGTERM)
+    output = ended(begun)
+    assert begun.returncode == 128 + signal.SIGTERM
+    told = "stopped by SIGTERM: there is no checkpoint yet (checkpoint.every null); the next start begins anew"
+    assert output.splitlines()[-1] == told and "Traceback" not in output, output
+    assert servers(task / "runs/single") == [] and list(shared.iterdir()) == []
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_configuration(task, tmp_path, shared):  # noqa: F811
+    (tmp_path / "program.py").write_text(SEVERAL)
+    cases = ["num_rollout_steps=1", "num_rollout_steps=1 optimizer.lr=0.5", "num_rollout_steps=2 optimizer.lr=0.5"]
+    options = ["name=done", "rollout.engine=embedded", "checkpoint.export_at_end=true"]
+    begun = start(tmp_path, task, *options, program=(str(tmp_path / "program.py"),), CASES=",".join(cases))
+    output = ended(begun)
+    assert begun.returncode == 0, output
+    once, again, further = (task / f"done.{number}" for number in range(3))
+    before, first, second = contents(once), *output.split("ENDED\n")[1:3]
+    assert {Path("config.yaml"), Path("hf/final/model.safetensors")} <= before.keys()
+    assert "nothing to do, and nothing changed: rollout step 1 of runs/done is done" in first
+    assert contents(again) == before
+    kept = "config.step_000001.yaml"
+    assert f"the configuration has changed: runs/done/{kept} held until rollout step 1" in second
+    assert contents(further)[Path(kept)] == before[Path("config.yaml")]
+    assert "lr: 0.5\n" in (further / "config.yaml").read_text()
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Time of change and content of every file."""
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
