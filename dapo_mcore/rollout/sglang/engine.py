@@ -37,7 +37,7 @@ from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, stop
 from dapo_mcore.rollout.sglang.probe import probe, probe_router
 from dapo_mcore.rollout.sglang.quantize import quantized
 from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
-from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, read_reply
+from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
 from dapo_mcore.rollout.sglang.startup import shown_startup
@@ -349,4 +349,5 @@ class SGLangEngine:
                 self._fleet.suspect(member, str(error), reload=error.reason != "malformed")
             raise
         member.strikes = 0
+        check_length(rollout, len(body["input_ids"]), body["sampling_params"]["max_new_tokens"], self._context)
         return rollout

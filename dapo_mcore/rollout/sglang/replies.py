@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from dapo_mcore.errors import RolloutError
 from dapo_mcore.types import Rollout
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 DropReason = Literal["aborted", "stale_version", "mixed_versions", "unknown_version", "malformed"]
 DROP_REASONS: tuple[str, ...] = get_args(DropReason)
+
+_UNUSED_POSITIONS = 2
 
 
 class Dropped(Exception):
@@ -83,6 +86,19 @@ def read_reply(reply: Answer, rule: VersionRule, stop_token_ids: Collection[int]
         weight_version=min(version for _, version in spans),
         version_spans=spans if len(spans) > 1 else (),
     )
+
+
+def check_length(rollout: Rollout, num_prompt: int, max_new_tokens: int, context: int) -> None:
+    """Nothing; raises RolloutError for a response that the server has cut before `max_new_tokens`: it does so, without a
+    word, where its cache or its context holds no more. The last two positions of a context stay empty."""
+    asked, got = min(max_new_tokens, context - num_prompt - _UNUSED_POSITIONS), len(rollout.token_ids)
+    if rollout.truncated and got < asked:
+        raise RolloutError(
+            f"a server cut a response at {got} of rollout.max_response_tokens {max_new_tokens} tokens, after a prompt of "
+            f"{num_prompt}: its KV cache or its context holds no more; give it more memory (rollout.sglang.server_args "
+            "mem-fraction-static, max-total-tokens or context-length) or more GPUs (tensor_parallel), or lower "
+            "rollout.max_response_tokens"
+        )
 
 
 def _check_tokens(reply: Any, finish: Any, tokens: np.ndarray, logprobs: np.ndarray) -> None:

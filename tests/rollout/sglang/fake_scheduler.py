@@ -30,10 +30,13 @@ class Request:
 
 
 class Scheduler:
-    """`speed` in tokens/s of each request; `tail` as of fake_python; `told` counts what happens."""
+    """`cache` in tokens; `speed` in tokens/s of each request; `tail` as of fake_python; `told` counts what happens."""
 
-    def __init__(self, version: Version, vocab: int, context: int, speed: int, tail: float, told: Counter[str]):
+    def __init__(
+        self, version: Version, vocab: int, context: int, cache: int, speed: int, tail: float, told: Counter[str]
+    ):
         self.version, self.vocab, self.context = version, vocab, context
+        self.capacity = min(context, cache)
         self.speed, self.tail, self.told = speed, tail, told
         self.weight_version = "default"
         self.running: set[Request] = set()
@@ -44,7 +47,8 @@ class Scheduler:
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
-        ids, law = body["input_ids"], body.get("sampling_params", {})
+        ids, law = body["input_ids"], {"max_new_tokens": 128, **body.get("sampling_params", {})}
+        law["max_new_tokens"] = min(law["max_new_tokens"], self.capacity - len(ids) - 2)
         if error := self.refusal(ids, law):
             return web.json_response({"error": {"message": error}}, status=400)
         if max(ids) >= self.vocab:
@@ -69,7 +73,7 @@ class Scheduler:
         return f"logit_bias must has keys in [0, {self.vocab - 1}], got {outside[0]}." if outside else None
 
     def length(self, law: dict[str, Any]) -> int:
-        longest = law.get("max_new_tokens", 128)
+        longest = law["max_new_tokens"]
         if not self.tail:
             return longest
         drawn = random.Random(law["sampling_seed"]).lognormvariate(0, self.tail)
@@ -105,7 +109,7 @@ class Scheduler:
     def finish_reason(self, work: Request, law: dict[str, Any]) -> dict[str, Any]:
         if work.aborted:
             return {"type": "abort", "message": "Aborted"}
-        longest, last = law.get("max_new_tokens", 128), work.tokens[-1]
+        longest, last = law["max_new_tokens"], work.tokens[-1]
         stopped = last in law.get("stop_token_ids", ()) and self.version >= FIRST_WITH_STOP_AT_LIMIT
         if len(work.tokens) < longest or stopped:
             return {"type": "stop", "matched": last}

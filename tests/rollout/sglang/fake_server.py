@@ -80,7 +80,7 @@ class FakeServer:
         self.tells_checksums = version >= FIRST_WITH_CHECKSUMS_ON_CPUS or os.environ["FAKE_CHECKSUMS"] == "1"
         self.num_ranks = self.arguments["tp-size"]
         self.told: Counter[str] = Counter()
-        limits = config["vocab_size"], config["max_position_embeddings"]
+        limits = config["vocab_size"], config["max_position_embeddings"], arguments["max-total-tokens"]
         speed, tail = int(os.environ["FAKE_TOKENS_PER_S"]), float(os.environ["FAKE_TAIL"])
         self.scheduler = Scheduler(version, *limits, speed, tail, self.told)
         self.weights: dict[str, Any] = {}

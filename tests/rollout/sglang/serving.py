@@ -165,9 +165,9 @@ class Raw:
 
 
 @contextmanager
-def bare_server(python: Path, folder: Path) -> Iterator[Raw]:
+def bare_server(python: Path, folder: Path, **changes: Any) -> Iterator[Raw]:
     """One server without an engine, up."""
-    plan = ServerPlan.new(settings(python), tiny_config(), "float32", (STOP,), folder)
+    plan = ServerPlan.new(settings(python, **changes), tiny_config(), "float32", (STOP,), folder)
     (process,) = start_servers(plan)
     raw = Raw(process.url, plan.keys)
     try:

@@ -20,7 +20,18 @@ from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, VOCAB, Raw, engine, params, prompts, tiny_config, wait_for, weights
+from tests.rollout.sglang.serving import (
+    CONTEXT,
+    STOP,
+    VOCAB,
+    Raw,
+    engine,
+    params,
+    prompts,
+    tiny_config,
+    wait_for,
+    weights,
+)
 
 
 def servers(made: SGLangEngine) -> list[Raw]:
@@ -170,6 +181,26 @@ def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
         assert_whole(made.generate(asked, params(400)), asked, 400, version=1)
         abort.join()
         assert made.metrics()["rollout/dropped_aborted"] > 0
+
+
+def test_responses_that_a_server_cuts_short_stop_the_run_with_the_remedy(tmp_path):
+    with engine(tmp_path, server_args={"max-total-tokens": 100}) as made:
+        made.update_weights(weights(0), version=1)
+        asked = prompts(4)
+        assert_whole(made.generate(asked, params(95)), asked, 95, version=1)
+        with pytest.raises(
+            RolloutError,
+            match=r"cut a response at 95 of rollout\.max_response_tokens 96 tokens, after a prompt of 3: .*max-total-tokens",
+        ):
+            made.generate(asked, params(96))
+
+
+def test_a_response_may_fill_the_context_but_for_its_last_two_positions(tmp_path):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        (asked,) = prompts(1)
+        (rollout,) = made.generate([asked], params(CONTEXT - len(asked)))
+        assert len(rollout.token_ids) == CONTEXT - len(asked) - 2 and rollout.truncated
 
 
 def edited_versions(reason: str, old: str, new: str) -> dict[str, Any]:

@@ -89,6 +89,20 @@ def test_prompts_it_cannot_take_are_refused_with_400(server: Raw) -> None:
     assert server.generate([])[0] == 400
 
 
+def test_the_last_two_positions_of_the_context_stay_empty(server: Raw) -> None:
+    status, answer = server.generate([5, 6, 7], max_new_tokens=CONTEXT - 3)
+    assert status == 200 and answer["meta_info"]["finish_reason"]["type"] == "length"
+    assert len(answer["output_ids"]) == CONTEXT - 3 - 2
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_a_cache_that_holds_no_more_cuts_a_response_without_a_word(kind: str, tmp_path) -> None:
+    with bare_server(interpreter(kind, tmp_path), tmp_path / "servers", server_args={"max-total-tokens": 100}) as small:
+        status, answer = small.generate([5, 6, 7], max_new_tokens=200)
+    assert status == 200 and answer["meta_info"]["finish_reason"]["type"] == "length"
+    assert len(answer["output_ids"]) == 100 - 3 - 2
+
+
 def test_a_bias_for_an_unknown_token_tells_the_vocabulary(server: Raw) -> None:
     status, answer = server.generate([5], law={"logit_bias": {"2147483647": 0.0}})
     assert status == 400 and f"[0, {VOCAB - 1}]" in answer["error"]["message"]
