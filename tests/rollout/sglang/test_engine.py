@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -172,15 +171,15 @@ def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(
 
 
 def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
-    with engine(tmp_path) as made:
+    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=200)) as made:
         made.update_weights(weights(0), version=1)
         (server,) = servers(made)
         asked = prompts(8)
-        abort = threading.Timer(0.06, lambda: server.post("/abort_request", {"abort_all": True, "rid": ""}))
-        abort.start()
-        assert_whole(made.generate(asked, params(400)), asked, 400, version=1)
-        abort.join()
-        assert made.metrics()["rollout/dropped_aborted"] > 0
+        future = made.submit(asked, params(400))
+        wait_for(lambda: told(server)["running"] == 8, 10)
+        server.post("/abort_request", {"abort_all": True, "rid": ""})
+        assert_whole(future.result(), asked, 400, version=1)
+        assert made.metrics()["rollout/dropped_aborted"] == 8
 
 
 def test_responses_that_a_server_cuts_short_stop_the_run_with_the_remedy(tmp_path):

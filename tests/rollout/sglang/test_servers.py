@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,12 +240,27 @@ def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch
 
 
 def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
-    """The second server is told a port that is taken once the first one is up."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        before = set(os.listdir("/proc"))
-        with pytest.raises(ConfigError):
-            start(tmp_path, num_servers=2, base_port=taken.getsockname()[1] - 1)
-        wait_for(lambda: not any("fake_server" in _command(pid) for pid in set(os.listdir("/proc")) - before), 10)
+    """The second server ends while the first one is up."""
+    script, was_up = fake_python(tmp_path), tmp_path / "up"
+    fails = f"""case "$*" in *server-1.yaml) while [ ! -e "{was_up}" ]; do sleep 0.1; done; exit 1;; esac\n"""
+    script.write_text(script.read_text().replace("FAKE_VERSION", f"{fails}FAKE_VERSION", 1))
+    first = tmp_path / "servers/server-0.yaml"
+
+    def tell_when_up() -> None:
+        wait_for(lambda: first.exists() and _running(first), 60)
+        was_up.touch()
+
+    watcher = threading.Thread(target=tell_when_up)
+    watcher.start()
+    with pytest.raises(ConfigError, match="ended while it started"):
+        start(tmp_path, python=script, num_servers=2)
+    watcher.join()
+    assert was_up.exists() and not _running(first)
+
+
+def _running(file: Path) -> bool:
+    """Whether a process has `file` on its command line."""
+    return any(str(file) in _command(pid) for pid in os.listdir("/proc") if pid.isdigit())
 
 
 def _command(pid: str) -> str:
