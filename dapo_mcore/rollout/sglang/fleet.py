@@ -135,6 +135,9 @@ class Fleet:
                 await self._compare(transaction)
                 if self._awake.is_set():
                     await self._open(transaction)
+                if self._router is not None:  # its answers do not tell which of them work
+                    for member in transaction.members:
+                        member.strikes = 0
             except BaseException:
                 self._target = previous
                 for member in transaction.members:

@@ -43,7 +43,7 @@ class OwnedServer(Protocol):
 class Member:
     """One server. `process` is None for a server that somebody else started.
 
-    strikes   times it was taken out since its last good answer; the third restarts it.
+    strikes   times it was taken out since its last good answer (behind a router: update); the third restarts it.
     calls     generation requests on their way, so that a hung server's can be given up.
     tag       the weights that it has confirmed.
     released  kinds of device memory that it has given up (server_api.ALL_MEMORY).

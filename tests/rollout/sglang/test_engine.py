@@ -385,6 +385,20 @@ def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
         assert all(process.alive for process in outer._processes)
 
 
+def test_a_server_behind_a_router_may_fail_often_when_it_works_between(tmp_path):
+    """No answer tells that it does: those are the router's."""
+    with engine(tmp_path, num_servers=2) as outer:
+        urls = [process.url for process in outer._processes]
+        given = dict(urls=urls, router_url=urls[0], key_file=str(tmp_path / "servers/keys.json"))
+        with engine(tmp_path / "other", python=sys.executable, **given) as made:
+            for version in range(6):
+                order(servers(made)[1], "status", where="/update_weights_from_disk", value=500)
+                made.update_weights(weights(0), version=2 * version)
+                all_serve(made)
+                made.update_weights(weights(0), version=2 * version + 1)
+                assert made._fleet.members[1].state == "serving"
+
+
 def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
     """For instance because it does not see sync_dir: an error, not a wait without end."""
     with engine(tmp_path) as outer:
