@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.layout import num_local_ranks
 from dapo_mcore.errors import ResourceError
 
 GIB = 2**30
@@ -29,7 +30,8 @@ class ActorMemory:
     def __init__(self, actor: Actor):
         self._actor = actor
         pinned = actor.layout.device.type == "cuda"
-        self._state, self._weights = _HostCopy(pinned), _HostCopy(pinned)
+        num_ranks = num_local_ranks()
+        self._state, self._weights = _HostCopy(pinned, num_ranks), _HostCopy(pinned, num_ranks)
         self._gradients: list[tuple[UntypedStorage, int]] = []
 
     @property
@@ -80,10 +82,13 @@ class ActorMemory:
 
 
 class _HostCopy:
-    """Values of storages while these have no memory. Host buffers are pinned once and used again."""
+    """Values of storages while these have no memory. Host buffers are pinned once and used again.
 
-    def __init__(self, pinned: bool):
-        self._pinned = pinned
+    num_ranks  of the trainer on this machine, which do the same at the same time.
+    """
+
+    def __init__(self, pinned: bool, num_ranks: int = 1):
+        self._pinned, self._num_ranks = pinned, num_ranks
         self._buffers: list[Tensor] = []
         self._taken: list[UntypedStorage] = []
 
@@ -111,12 +116,13 @@ class _HostCopy:
         if [buffer.nbytes for buffer in self._buffers] == sizes:
             return
         self._buffers = []
-        available = psutil.virtual_memory().available
-        if sum(sizes) > available:
+        ours, memory = sum(sizes), psutil.virtual_memory()
+        # what is available changes while the others take theirs; without this, all would find room and be killed
+        if ours > memory.available or self._num_ranks * ours > memory.total:
             raise ResourceError(
-                f"rollout.sglang.colocated keeps {sum(sizes) / GIB:.1f} GiB of this rank's actor on the host during "
-                f"generation, but {available / GIB:.1f} GiB of host memory are available; use more nodes, or servers "
-                "on GPUs of their own (colocated false)"
+                f"rollout.sglang.colocated keeps {ours / GIB:.1f} GiB of this rank's actor on the host during generation, "
+                f"and {self._num_ranks} ranks of this machine do, but {memory.available / GIB:.1f} GiB of host memory are "
+                f"available, of {memory.total / GIB:.1f}; use more nodes, or servers on GPUs of their own (colocated false)"
             )
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
 

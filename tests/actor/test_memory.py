@@ -72,13 +72,16 @@ def checksum(policy: Any) -> float:
     return sum(float(parameter.double().sum()) for parameter in policy.parameters())
 
 
-def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch) -> None:
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    tensor = torch.ones(2**20)
-    copy = memory._HostCopy(pinned=False)
-    with pytest.raises(ResourceError, match=r"this rank's actor .* 0\.0 GiB of host memory"):
+@pytest.mark.parametrize("available, num_ranks", [(3, 1), (8, 3)], ids=["alone", "with the other ranks"])
+def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch, available, num_ranks) -> None:
+    host = SimpleNamespace(available=available * 2**20, total=8 * 2**20)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
+    tensor = torch.ones(2**20)  # 4 MiB
+    copy = memory._HostCopy(pinned=False, num_ranks=num_ranks)
+    with pytest.raises(ResourceError, match=rf"this rank's actor .* {num_ranks} ranks of .* 0\.0 GiB of host memory"):
         copy.take([tensor.untyped_storage()])
     assert float(tensor.sum()) == 2**20
+    memory._HostCopy(pinned=False, num_ranks=2).take([tensor[:1].clone().untyped_storage()])
 
 
 @pytest.mark.gpu
