@@ -80,7 +80,11 @@ class Fleet:
                     return min(free, key=lambda m: (m is avoid, len(m.calls)))
                 if not (self.serving or self._returning() or self._may_update()):
                     raise RolloutError(self._nobody())
-                await self._changed.wait()
+                try:
+                    await self._changed.wait()
+                except asyncio.CancelledError:
+                    self._changed.notify()  # perhaps told of a place already, which Condition forgets before Python 3.13
+                    raise
 
     async def call(self, member: Member, request: Coroutine[Any, Any, Any]) -> Any:
         """Awaits a generation request of `member`; RequestFailed when the server is taken out for good meanwhile."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import CancelledError
 
 import pytest
 
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang.fleet import Fleet
+from dapo_mcore.rollout.sglang.member import Member, Patience
+from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.types import ContinuousEngine
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import engine, params, prompts, wait_for, weights
@@ -42,3 +46,26 @@ def test_a_cancelled_group_leaves_its_server_and_the_others_alone(tmp_path):
         assert numbers["rollout/retries"] == numbers["rollout/servers_suspected"] == 0
         made.update_weights(weights(1), version=2)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
+    """Python's Condition forgets it before 3.13: with all others waiting, too, nothing would ever go on."""
+
+    async def ends_within(seconds: float) -> None:
+        member = Member(ServerApi(None, "http://127.0.0.1:1", Keys(), 1.0), state="serving")
+        limits = dict(max_in_flight=1, health_interval_s=60.0, health_timeout_s=1.0)
+        fleet = Fleet([member], Patience(**limits, start_timeout_s=1.0, step_timeout_s=1.0, restart_budget=0))
+        answered = asyncio.Event()
+        running = asyncio.create_task(fleet.call(await fleet.acquire(), answered.wait()))
+        await asyncio.sleep(0)
+        told, next_one = asyncio.create_task(fleet.acquire()), asyncio.create_task(fleet.acquire())
+        await asyncio.sleep(0)
+        answered.set()
+        while not fleet._changed._waiters[0].done():
+            await asyncio.sleep(0)
+        told.cancel()
+        assert await asyncio.wait_for(next_one, seconds) is member
+        await running
+        await fleet.close()
+
+    asyncio.run(ends_within(5.0))
