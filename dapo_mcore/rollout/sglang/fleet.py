@@ -235,7 +235,8 @@ class Fleet:
             else:
                 member.state = "lost"
         except (RolloutError, ConfigError, TimeoutError) as error:
-            self._take_out(member, str(error))
+            late = f"it had not taken its weights again within {self._patience.step_timeout_s:g} s"
+            self._take_out(member, str(error) or late)
             self._spawn(self._bring_back(member))
         except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
             member.state, member.problem = "lost", repr(error)

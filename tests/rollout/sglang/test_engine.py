@@ -414,6 +414,17 @@ def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
             made.close()
 
 
+def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
+    with engine(tmp_path, sync_timeout_s=3.0) as made:
+        made.update_weights(weights(0), version=1)
+        (server,) = servers(made)
+        order(server, "hang", where="/update_weights_from_disk", count=100)
+        order(server, "edit", value={"weight_version": "default", "weight_versions": None})
+        future = made.submit(prompts(1), params(8))
+        wait_for(lambda: "within 3 s" in made._fleet.members[0].problem, 20, lambda: made._fleet.members[0].problem)
+        future.cancel()
+
+
 def test_a_killed_trainer_takes_its_servers_along(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
