@@ -1,5 +1,6 @@
 """SGLang servers: started, spoken to, kept in step with the weights, and replaced when they die.
 
+engine → startup                            servers' start, as it is shown
 engine → replies                            samples: asked for, checked, retried
 engine → transfer (disk, broadcast, tensor) weights: one transaction over the fleet
 broadcast, tensor → stream                  one bucket is sent while the next is gathered
@@ -7,9 +8,6 @@ broadcast → server_group → process_group    servers that receive one broadca
 fleet → checksums                           whether servers hold the same weights
 fleet → member → server_api → http          who serves, and how it is spoken to
 servers → process, ray_servers              servers of the run's own
-<<<<<<< HEAD
 servers, probe, server_api → versions       what each version of SGLang can do
-=======
 broadcast, tensor → address                 which servers are on this machine
->>>>>>> review
 """
