@@ -128,6 +128,11 @@ class SGLangConfig(BaseModel):
             raise ValueError(
                 "router_url needs urls: the router cannot update weights, so list the servers behind it as well"
             )
+        if self.router_url and self.verify_sync != "off":
+            raise ValueError(
+                "verify_sync servers does not go with router_url: a server found to hold other weights is taken out, but the "
+                "router would go on asking it"
+            )
         if len(set(self.urls)) < len(self.urls):
             raise ValueError(f"urls names {len(self.urls)} servers, but only {len(set(self.urls))} different ones")
         if (self.host == "node") != (self.placement == "ray" and self.ray_address is not None):

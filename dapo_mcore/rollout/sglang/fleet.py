@@ -112,6 +112,8 @@ class Fleet:
 
         The router is never out: there is nothing else to ask.
         """
+        if member is self._router:
+            member.problem = problem
         if member.state != "serving" or member is self._router:
             return
         if reload:
@@ -344,6 +346,7 @@ class Fleet:
             if self._paused:
                 continue
             members, num_pauses = self.serving, self._num_pauses
+            members += [self._router] if self._router is not None else []
             answers = await asyncio.gather(*(m.api.healthy(self._patience.health_timeout_s) for m in members))
             if self._num_pauses > num_pauses:
                 continue

@@ -150,7 +150,7 @@ def test_a_server_that_hangs_is_found_by_its_health_and_its_requests_move(tmp_pa
         started = time.monotonic()
         asked = prompts(20)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        assert time.monotonic() - started < 20  # request_timeout_s is 60
+        assert time.monotonic() - started < 50  # request_timeout_s is 60
         assert made.metrics()["rollout/servers_suspected"] >= 1
 
 
@@ -167,7 +167,7 @@ def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(
         started = time.monotonic()
         asked = prompts(20)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        assert time.monotonic() - started < 30  # request_timeout_s and sync_timeout_s are 60
+        assert time.monotonic() - started < 50  # request_timeout_s and sync_timeout_s are 60
 
 
 def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):

@@ -4,6 +4,7 @@ and before a real server."""
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,24 +37,26 @@ from tests.rollout.sglang.test_engine import assert_whole, order, servers, told
 
 
 @contextmanager
-def routed(folder: Path, python: Path | None = None, num_servers: int = 2) -> Iterator[SGLangEngine]:
-    """An engine that generates through the real router; its servers were started by somebody else."""
-    with engine(folder, python=python, num_servers=num_servers) as outer:
+def routed(
+    folder: Path, python: Path | None = None, num_servers: int = 2
+) -> Iterator[tuple[SGLangEngine, subprocess.Popen]]:
+    """An engine that generates through the real router, and the router; somebody else started the servers."""
+    with engine(folder, python=python, num_servers=num_servers, health_timeout_s=2.0) as outer:
         urls = [process.url for process in outer._processes]
-        with real_router(folder, urls, outer._fleet.members[0].api._keys) as url:
+        with real_router(folder, urls, outer._fleet.members[0].api._keys) as (url, router):
             keys = str(folder / "servers/keys.json")
             settings = outer._settings.model_copy(update=dict(urls=urls, router_url=url, key_file=keys))
             made = SGLangEngine(
                 settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=folder / "b"
             )
             try:
-                yield made
+                yield made, router
             finally:
                 made.close()
 
 
 @contextmanager
-def real_router(folder: Path, urls: list[str], keys: Keys) -> Iterator[str]:
+def real_router(folder: Path, urls: list[str], keys: Keys) -> Iterator[tuple[str, subprocess.Popen]]:
     python = real_python()
     with reserve_port(SGLangConfig(), "127.0.0.1", 0) as port, reserve_port(SGLangConfig(), "127.0.0.1", 0) as metrics:
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
@@ -66,7 +69,7 @@ def real_router(folder: Path, urls: list[str], keys: Keys) -> Iterator[str]:
             process = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             wait_for(lambda: knows(Raw(url, keys), len(urls)), 60, log.read_text)
-            yield url
+            yield url, process
         finally:
             process.kill()
             process.wait()
@@ -82,7 +85,7 @@ def knows(router: Raw, num_workers: int) -> bool:
 
 @pytest.mark.sglang
 def test_the_router_spreads_samples_and_every_server_follows_the_weights(tmp_path):
-    with routed(tmp_path) as made:
+    with routed(tmp_path) as (made, _):
         for version in (1, 2):
             made.update_weights(weights(version), version=version)
             asked = prompts(6)
@@ -93,7 +96,7 @@ def test_the_router_spreads_samples_and_every_server_follows_the_weights(tmp_pat
 
 @pytest.mark.sglang
 def test_requests_that_are_given_up_end_on_the_servers_behind_the_router(tmp_path):
-    with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as made:
+    with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as (made, _):
         made.update_weights(weights(0), version=1)
         future = made.submit(prompts(4), params(400))
         wait_for(lambda: [told(server)["running"] for server in servers(made)] == [2, 2], 20)
@@ -103,8 +106,21 @@ def test_requests_that_are_given_up_end_on_the_servers_behind_the_router(tmp_pat
 
 
 @pytest.mark.sglang
+def test_a_router_that_hangs_is_noticed_and_asked_again(tmp_path):
+    with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as (made, router):
+        made.update_weights(weights(0), version=1)
+        asked = prompts(4)
+        future = made.submit(asked, params(40))
+        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 4, 20)
+        router.send_signal(signal.SIGSTOP)
+        wait_for(lambda: made._counts["retries"], 30)  # request_timeout_s is 60
+        router.send_signal(signal.SIGCONT)
+        assert_whole(future.result(), asked, 40, version=1)
+
+
+@pytest.mark.sglang
 def test_what_a_failing_server_behind_the_router_owes_is_made_by_the_other(tmp_path):
-    with routed(tmp_path) as made:
+    with routed(tmp_path) as (made, _):
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "status", value=500, count=3)
         asked = prompts(8)
@@ -113,7 +129,7 @@ def test_what_a_failing_server_behind_the_router_owes_is_made_by_the_other(tmp_p
 
 @pytest.mark.sglang
 def test_a_real_server_behind_the_router_generates_by_the_weights_it_was_given(tmp_path):
-    with routed(tmp_path, real_python(), num_servers=1) as made:
+    with routed(tmp_path, real_python(), num_servers=1) as (made, _):
         for version in (1, 2):
             made.update_weights(weights(version), version=version)
             rollouts = made.generate(prompts(4), params(8))

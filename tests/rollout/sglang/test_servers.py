@@ -199,6 +199,9 @@ BAD_SETTINGS = {
     "is not a URL": dict(urls=["127.0.0.1:30000"]),
     "only 1 different": dict(urls=["http://a:1", "http://a:1"]),
     "router_url needs urls": dict(router_url="http://a:1"),
+    "verify_sync servers does not go with router_url": dict(
+        urls=["http://a:1"], router_url="http://b:1", verify_sync="servers"
+    ),
     "num_servers is 3, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=3),
     "num_servers is 1, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=1),
     "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
