@@ -6,15 +6,24 @@ long over a long answer, all of it in the thread that also watches the servers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import msgspec
 
-from dapo_mcore.rollout.sglang.replies import Dropped
+DropReason = Literal["aborted", "stale_version", "mixed_versions", "unknown_version", "malformed"]
+DROP_REASONS: tuple[str, ...] = get_args(DropReason)
 
 _BYTES_A_TOKEN = 256
 """Five times what a token takes: its log-prob in up to 25 characters, its id twice, and perhaps its text."""
 _BYTES_BESIDE = 1 << 20
+
+
+class Dropped(Exception):
+    """An answer that must not be used, with the reason it is counted under."""
+
+    def __init__(self, reason: DropReason, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -27,6 +27,7 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
+from dapo_mcore.rollout.sglang.answer import DROP_REASONS, Dropped
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer, check_sync_host
 from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
@@ -37,7 +38,7 @@ from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, stop
 from dapo_mcore.rollout.sglang.probe import probe, probe_router
 from dapo_mcore.rollout.sglang.quantize import quantized
 from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
-from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule, check_length, read_reply
+from dapo_mcore.rollout.sglang.replies import VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
 from dapo_mcore.rollout.sglang.startup import shown_startup

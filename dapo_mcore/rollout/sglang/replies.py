@@ -8,28 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang.answer import Answer, Dropped
 from dapo_mcore.types import Rollout
 
-if TYPE_CHECKING:
-    from dapo_mcore.rollout.sglang.answer import Answer
-
-DropReason = Literal["aborted", "stale_version", "mixed_versions", "unknown_version", "malformed"]
-DROP_REASONS: tuple[str, ...] = get_args(DropReason)
-
 _UNUSED_POSITIONS = 2
-
-
-class Dropped(Exception):
-    """An answer that must not be used, with the reason it is counted under."""
-
-    def __init__(self, reason: DropReason, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from dapo_mcore.rollout.sglang.answer import decode, longest
-from dapo_mcore.rollout.sglang.replies import Dropped
+from dapo_mcore.rollout.sglang.answer import Dropped, decode, longest
 
 
 def answer(*entries: list[Any], **more: Any) -> bytes:

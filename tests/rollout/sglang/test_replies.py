@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dapo_mcore.rollout.sglang import answer, replies
-from dapo_mcore.rollout.sglang.replies import DROP_REASONS, Dropped, VersionRule
+from dapo_mcore.rollout.sglang.answer import DROP_REASONS, Dropped
+from dapo_mcore.rollout.sglang.replies import VersionRule
 from dapo_mcore.types import Rollout
 
 RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
