@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Literal
 
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, UpdateBroken
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.address import elsewhere, is_loopback
 from dapo_mcore.rollout.sglang.fleet import Fleet
@@ -24,6 +24,8 @@ from dapo_mcore.rollout.sglang.stream import Parcels, send_stream
 from dapo_mcore.rollout.sglang.transaction import Transaction
 
 _CLOSE_S = 5.0
+_TOGETHER = 2
+"""Tries of an update before each server is on its own, as the last try of weights/sync.py then is."""
 
 Part = tuple[Member, ...]
 """Members that receive together."""
@@ -46,8 +48,9 @@ class BroadcastTransfer:
     Nothing is kept, so a server that was out gets weights at the next update. The gather of a bucket overlaps with the
     sending of the one before it: two buckets are in memory. A group lasts as long as its servers are the same and well.
 
-    servers_per_group   None for all: the most servers for one pass of the weights. A death breaks the broadcast for its
-                        whole group; when that leaves no server, the fleet raises UpdateBroken.
+    servers_per_group   None for all: the most servers for one pass of the weights. A server that dies or refuses breaks the
+                        broadcast for its whole group; when that leaves no server, the fleet raises UpdateBroken. Broken
+                        twice in a row, the update is tried with each server in a group of its own.
     """
 
     resync = None
@@ -56,7 +59,7 @@ class BroadcastTransfer:
         self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float, servers_per_group: int | None = None
     ):
         self._host, self._backend, self._timeout = host, backend, timedelta(seconds=timeout_s)
-        self._servers_per_group = servers_per_group
+        self._servers_per_group, self._num_broken = servers_per_group, 0
         self._groups: list[ServerGroup] = []
         self._dropped: list[ServerGroup] = []
         self._joining = asyncio.Lock()
@@ -66,7 +69,12 @@ class BroadcastTransfer:
     ) -> dict[str, float]:
         """Metrics of the update that gave every serving server the stream's weights."""
         start = time.perf_counter()
-        num_bytes = send_stream(buckets, tag, fleet, loop, partial(self._broadcast, fleet))
+        try:
+            num_bytes = send_stream(buckets, tag, fleet, loop, partial(self._broadcast, fleet))
+        except UpdateBroken:
+            self._num_broken += 1
+            raise
+        self._num_broken = 0
         return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": num_bytes}
 
     def close(self) -> None:
@@ -105,7 +113,7 @@ class BroadcastTransfer:
 
     def _parts(self, everybody: list[Member], taking_part: list[Member]) -> list[Part]:
         """By place in the fleet, so that one server's absence changes its own part alone."""
-        size = self._servers_per_group or len(everybody)
+        size = 1 if self._num_broken >= _TOGETHER else self._servers_per_group or len(everybody)
         parts = [everybody[start : start + size] for start in range(0, len(everybody), size)]
         present = [tuple(member for member in part if member in taking_part) for part in parts]
         return [part for part in present if part]

@@ -130,6 +130,22 @@ def test_servers_of_their_own_groups_that_all_fail_and_are_well_take_the_repeat(
         assert made.metrics()["sync/repeats"] == 1
 
 
+def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the_weights(tmp_path):
+    """The last repeat is made to each server alone; the one that refused three times is started again."""
+    with engine(tmp_path, num_servers=3, sync="distributed") as made:
+        order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400, count=100)
+        assert sync(made, seed=1, version=1) == 2
+        assert states(made)[1:] == ["serving"] * 2 and states(made)[0] != "serving"
+        for server in servers(made)[1:]:
+            assert_holds(server, seed=1, tag=made._tag)
+        asked = prompts(10)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        wait_for(lambda: states(made)[0] == "waiting", 20)
+        assert sync(made, seed=3, version=2) == 0
+        assert states(made) == ["serving"] * 3
+        assert [len(told(server)["groups"]) for server in servers(made)] == [1] * 3
+
+
 def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tmp_path, broadcasts):
     with engine(tmp_path, num_servers=3, sync="distributed", health_interval_s=60.0) as made:
         made.update_weights(weights(0), version=1)
