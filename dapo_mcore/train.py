@@ -58,15 +58,13 @@ def train(config: Config) -> None:
     layout = layouts.start(config.parallel, config.seed)
     ending = Ending(partial(_how_to_go_on, config)) if layout.is_controller else None
     try:
-        with (
-            ending or nullcontext(),
-            Progress(config.name, config.num_rollout_steps) if ending else NullProgress() as progress,
-        ):
+        with ending or nullcontext():
             done = layout.broadcast_object(finished_step(config) if ending else None)
             if done is None:
-                Run(config, layout, progress, ending).loop()
-            else:
-                progress.line(
+                with Progress(config.name, config.num_rollout_steps) if ending else NullProgress() as progress:
+                    Run(config, layout, progress, ending).loop()
+            elif ending:
+                print(
                     f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
                     f"num_rollout_steps is {config.num_rollout_steps}; raise it to go on, or set checkpoint.resume never "
                     "to start anew"

@@ -79,7 +79,7 @@ class Fleet:
                 if free:
                     return min(free, key=lambda m: (m is avoid, len(m.calls)))
                 if not (self.serving or self._returning() or self._may_update()):
-                    raise RolloutError(self._nobody())
+                    raise RolloutError(self._nobody() + self._if_well())
                 try:
                     await self._changed.wait()
                 except asyncio.CancelledError:
@@ -383,6 +383,13 @@ class Fleet:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _if_well(self) -> str:
+        well = sum(member.state == "waiting" for member in self.members)
+        return bool(well) * (
+            f"; {well} are well again, without the weights, which this way of sync does not keep: with rollout.sglang.sync "
+            "disk they would have them, and with more servers the others would have gone on"
+        )
 
     def _nobody(self) -> str:
         told = "; ".join(f"{m.api.url} {m.state}: {m.problem or 'no weights yet'}" for m in self.members)

@@ -217,6 +217,17 @@ def test_closing_waits_until_the_groups_have_ended(tmp_path, monkeypatch):
     assert len(ended) == 2, "closing twice does nothing"
 
 
+def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights_and_the_error_says_so(tmp_path):
+    with engine(tmp_path, sync="distributed") as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "die", where="/generate")
+        with pytest.raises(RolloutError, match=r"; 1 are well again, without the weights.* sync disk they"):
+            made.generate(prompts(3), params(16))
+        made.update_weights(weights(1), version=2)
+        asked = prompts(3)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+
+
 def test_when_nobody_comes_back_the_error_is_final(tmp_path):
     with engine(tmp_path, num_servers=2, sync="distributed", restart_budget=0) as made:
         made.update_weights(weights(0), version=1)
