@@ -221,7 +221,7 @@ def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights
     with engine(tmp_path, sync="distributed") as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="/generate")
-        with pytest.raises(RolloutError, match=r"; 1 are well again, without the weights.* sync disk they"):
+        with pytest.raises(RolloutError, match=r"; 1 are well again, without the weights.*sync disk they"):
             made.generate(prompts(3), params(16))
         made.update_weights(weights(1), version=2)
         asked = prompts(3)
