@@ -60,7 +60,7 @@ def _no_traceback_of_ctrl_c() -> Iterator[None]:
 
 def _leave_at_once(status: list[int]) -> None:
     """Ends the process with the status, where there is one by then: as Python ends torch would wait for ranks that are
-    gone. Registered first, it runs after everything else that is done at exit."""
+    gone. Registered before the run, it comes after all that the run has registered."""
     if status:
         sys.stdout.flush()
         sys.stderr.flush()
