@@ -7,8 +7,8 @@ soon it finishes decides only in which step it is trained on.
 
 from __future__ import annotations
 
-import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from dapo_mcore.algo.filtering import classify, group_varies
+from dapo_mcore.rollout.forecast import groups_brought, groups_needed
 from dapo_mcore.rollout.respond import Responder
 from dapo_mcore.rollout.step import Step
 from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
 _IMAGINED = 16.0
 """Groups that stand for what the configuration promises, until the step has seen enough of its own."""
-_CAUTION = 2.0
-"""Standard deviations of bad luck that the groups in flight should outlast."""
 KEEPS: dict[str, Callable[[Group], bool]] = {
     "none": lambda group: True,
     "filter": group_varies,
@@ -60,18 +59,20 @@ class Refilled:
 
 
 class Refill:
-    """Brings `missing` groups in one rollout step. `take` gives the next prompts; `pending` is in flight already."""
+    """Fills the batch of one rollout step, in which `carried` groups are already. `take` gives the next prompts; `pending`
+    is in flight already."""
 
     def __init__(
         self,
         step: Step,
         responder: Responder,
         take: Callable[[int], list[Prompt]],
-        missing: int,
+        carried: Sequence[Group] = (),
         pending: Sequence[InFlight] = (),
     ):
         sampling = step.config.sampling
-        self._step, self._responder, self._take, self._missing = step, responder, take, missing
+        self._step, self._responder, self._take, self._carried = step, responder, take, carried
+        self._missing = sampling.train_batch_prompts - len(carried)
         self._batch = sampling.gen_batch_prompts if sampling.style == "filter" else sampling.train_batch_prompts
         self._limit = sampling.max_in_flight_groups or self._batch
         self._on_full = sampling.on_full
@@ -112,14 +113,21 @@ class Refill:
     def _must_wait(self) -> bool:
         if not self._enough or self._on_full == "wait":
             return bool(self._in_flight)
-        return self._on_full == "keep" and self._too_old_soon()
+        return self._on_full == "keep" and any(
+            map(self._too_old_soon, {group.oldest for group in self._in_flight.values()})
+        )
 
-    def _too_old_soon(self) -> bool:
-        """Whether groups in flight would be lost for being long: so many that the steps to come cannot train on all before
-        they are too old. The group that is n-th by age has as many steps as its weights are newer than the oldest allowed."""
-        batch, ratio = self._step.config.sampling.train_batch_prompts, self._kept_ratio()
-        versions = sorted(group.oldest for group in self._in_flight.values())
-        return any(n * ratio > batch * (version - self._step.oldest) for n, version in enumerate(versions, start=1))
+    def _too_old_soon(self, version: int) -> bool:
+        """Whether the steps after this one may be too few for all groups of weights as old as `version`. They are as many as
+        `version` is newer than the oldest allowed."""
+        batch = self._step.config.sampling.train_batch_prompts
+        kept = sum(other <= version for other in self._versions()[batch:])
+        in_flight = sum(group.oldest <= version for group in self._in_flight.values())
+        return kept + groups_brought(in_flight, self._kept_ratio()) > batch * (version - self._step.oldest)
+
+    def _versions(self) -> list[int]:
+        """Of the weights of the groups to train on, in the order in which they are taken."""
+        return sorted(group.weight_version for group in (*self._carried, *self._kept.values()))
 
     @property
     def _enough(self) -> bool:
@@ -131,12 +139,19 @@ class Refill:
         missing, room = self._missing - len(self._kept), self._limit - len(self._in_flight)
         wanted = groups_needed(missing, self._kept_ratio()) - len(self._in_flight)
         if self._on_full == "keep" and missing > 0:
-            wanted = room
+            wanted = self._room_to_keep(room)
         budget = self._step.config.sampling.max_gen_batches * self._batch - self._num_begun
         for prompt in self._take(max(0, min(wanted, room, budget))):
             self._ask(len(self._adopted) + self._num_begun, prompt, (), self._step.config.rollout.group_size)
             self._num_begun += 1
         self._load.now(len(self._in_flight), self._enough)
+
+    def _room_to_keep(self, room: int) -> int:
+        """How many of `room` more groups can all be trained on, in this step or a later one, before they are too old."""
+        steps = self._responder.weight_version - self._step.oldest + 1
+        space = steps * self._step.config.sampling.train_batch_prompts - len(self._versions())
+        ratio, in_flight = self._kept_ratio(), len(self._in_flight)
+        return bisect_right(range(room), space, key=lambda more: groups_brought(in_flight + more + 1, ratio))
 
     def _kept_ratio(self) -> float:
         """Share of groups expected to be kept: this step's so far, to which a few imagined groups are added that are kept as
@@ -196,19 +211,6 @@ class Refill:
         for asked in given_up.values():
             asked.future.cancel()
         return [given_up[number].prompt for number in sorted(given_up)]
-
-
-def groups_needed(missing: int, ratio: float) -> int:
-    """The fewest groups n of which `missing` are kept, each with probability `ratio`, unless luck is bad.
-
-    n · ratio - _CAUTION standard deviations ≥ missing. Groups too few cost another response's time at the end of the step;
-    groups too many are surplus, which the next step trains on. Example: 2 missing at ratio 0.4 need 15.
-    """
-    if missing <= 0:
-        return 0
-    spread = _CAUTION * math.sqrt(1 - ratio)  # n · ratio = x² solves x² - spread · x = missing
-    exact = ((spread + math.sqrt(spread**2 + 4 * missing)) / 2) ** 2 / ratio
-    return math.ceil(exact - 1e-9)  # the root of a whole number, squared, may be a hair above it
 
 
 class _Load:

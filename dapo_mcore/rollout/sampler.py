@@ -76,7 +76,7 @@ class Sampler:
         kept = [group for group in self._carried if group.weight_version >= this.oldest]
         this.num_stale = num_stale = len(self._carried) - len(kept)
         carried = {id(group) for group in kept}
-        kept += self._generate(this, sampling.train_batch_prompts - len(kept))
+        kept += self._generate(this, kept)
         kept.sort(key=lambda group: group.weight_version)  # only with on_full keep are they not in this order already
         groups, surplus = kept[: sampling.train_batch_prompts], kept[sampling.train_batch_prompts :]
         if len(groups) < sampling.train_batch_prompts:
@@ -103,12 +103,13 @@ class Sampler:
         self._carried = unpack_groups(state, arrays, prompts)
         self._again = [find_prompt(uid, prompts) for uid in state["again"]]
 
-    def _generate(self, this: Step, missing: int) -> list[Group]:
-        """At least `missing` new groups, as far as the limits allow; without a new request when none is missing. Which
-        metrics a step has depends on the engine alone."""
+    def _generate(self, this: Step, carried: list[Group]) -> list[Group]:
+        """New groups that fill the batch beside `carried`, as far as the limits allow; without a new request when it is full.
+        Which metrics a step has depends on the engine alone."""
         if not isinstance(self._engine, ContinuousEngine):
+            missing = self._config.sampling.train_batch_prompts - len(carried)
             return play_rounds(this, self._responder, self._take, missing)
-        refilled = Refill(this, self._responder, self._take, missing, self._pending).run()
+        refilled = Refill(this, self._responder, self._take, carried, self._pending).run()
         self._pending = refilled.pending
         self._again = refilled.aborted + self._again
         return refilled.groups
