@@ -7,7 +7,7 @@ part in no collective; train.py connects the two sides.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,11 @@ class Controller:
     def finish_rollout(self) -> None:
         """Returns once weights may move: when nothing is generated any more, or at once with sampling.on_full keep.
 
-        A rollout that failed beside training raises in `rollout`, when this step is trained, recorded and saved.
+        A rollout that failed beside training raises in `rollout`, when this step is trained, recorded and saved. One whose
+        servers have lost the weights goes on with the next.
         """
         if self.config.sampling.on_full != "keep":
-            self._wait_for_rollout()
+            self._wait_for_rollout(lambda: self.engine.starving)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report.
@@ -221,11 +222,12 @@ class Controller:
             rows.update(_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
 
-    def _wait_for_rollout(self) -> None:
+    def _wait_for_rollout(self, tend: Callable[[], bool | None] | None = None) -> None:
+        """Returns when nothing is generated ahead; or when `tend`, the engine's by default, says True."""
         if self.ahead.running:
             self.progress.phase("wait")
         with self.timer.phase("wait") if self.config.rollout.async_steps else nullcontext():
-            self.ahead.wait()
+            self.ahead.wait(tend or (lambda: self.engine.tend()))
 
     def _collect(self, step: int, lag: int) -> tuple[Collected, dict[str, float]]:
         """The groups of a step, and the times of the phases that took place beside training."""

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from threading import Thread, current_thread
 from typing import TypeVar
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.memory import ActorMemory
 from dapo_mcore.errors import UpdateBroken
-from dapo_mcore.types import ColocatedEngine, RolloutEngine
+from dapo_mcore.types import ColocatedEngine, ContinuousEngine, RolloutEngine
 from dapo_mcore.weights.sync import WeightStream, sync_weights
 
 T = TypeVar("T")
@@ -45,6 +47,10 @@ class Handover:
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
         self._clock, self._seconds = clock, 0.0
+        self._attending: Thread | None = None
+        self._num_repeats = 0
+        if isinstance(engine, ContinuousEngine):
+            engine.on_starving = self._feed
 
     def to_training(self) -> None:
         """The actor may be used from here on, and the engine not. Does nothing when that is so already."""
@@ -75,11 +81,51 @@ class Handover:
         if self._memory is not None:  # the servers have lost theirs
             self.to_rollout(self._version)
 
+    def attend(self, action: Callable[[], T]) -> T:
+        """What `action` returns, which generates on rank 0 and does nothing elsewhere. Raises on every rank what rank 0 raises.
+
+        When no server has the weights any more (the only one died, say, and is back), every rank gives them again. Requests
+        wait for that, so nothing that was generated is lost.
+        """
+        if self._layout.is_controller:
+            return self._attended(action)
+        while self._layout.broadcast_object(None):
+            self._give_again()
+        return self._layout.on_controller_or_raise(action)
+
     def pop_metrics(self) -> dict[str, float]:
-        """`sync/handover_s`, the time that sharing GPUs has cost since the last call, the syncs themselves aside; nothing
-        where they are not shared."""
+        """`sync/weights_lost`, how often no server had the weights any more since the last call; where GPUs are shared also
+        `sync/handover_s`, the time that this has cost, the syncs themselves aside."""
+        counts, self._num_repeats = {"sync/weights_lost": float(self._num_repeats)}, 0
         seconds, self._seconds = self._seconds, 0.0
-        return {} if self._memory is None else {"sync/handover_s": seconds}
+        return counts if self._memory is None else {**counts, "sync/handover_s": seconds}
+
+    def _attended(self, action: Callable[[], T]) -> T:
+        outcome: Future[T] = Future()
+        self._attending = current_thread()
+        try:
+            outcome.set_result(action())
+        except Exception as error:
+            if self._attending is None:  # the others have heard, and wait no more
+                raise
+            outcome.set_exception(error)
+        self._attending = None
+        self._layout.broadcast_object(False)
+        return self._layout.on_controller_or_raise(outcome.result)
+
+    def _feed(self) -> None:
+        """On rank 0. Only while the other ranks attend: a rollout beside training waits until they do."""
+        if self._attending is not current_thread():
+            return
+        self._attending = None
+        self._layout.broadcast_object(True)
+        self._give_again()
+        self._attending = current_thread()
+
+    def _give_again(self) -> None:
+        self._num_repeats += 1
+        self.to_training()
+        self.to_rollout(self._version)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -106,11 +106,11 @@ class Run:
         with self._phase("start"):
             last, first = self.config.num_rollout_steps, self._resume_or_start()
         if first == 1 and self.config.eval.at_start:
-            self._on_controller(lambda c: c.record_start())
+            self._attended(lambda c: c.record_start())
         for step in range(first, last + 1):
             metrics = self._train_step(step)
             if step % self.config.eval.every == 0 or step == last:
-                metrics |= self._on_controller(lambda c, step=step: c.evaluate(step)) or {}
+                metrics |= self._attended(lambda c, step=step: c.evaluate(step)) or {}
             # recorded before it is saved: a run killed in between repeats the step instead of losing its row
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
             self._save(step)
@@ -127,7 +127,7 @@ class Run:
         unless sampling.on_full keep lets requests live on under the new weights.
         """
         config = self.config
-        batch = self._on_controller(lambda c: c.rollout(step))
+        batch = self._attended(lambda c: c.rollout(step))
         seed = config.seed + step if config.batch.shuffle else None
         with self._phase("sync"):
             self.handover.to_training()
@@ -206,6 +206,10 @@ class Run:
     def _phase(self, name: str) -> Any:
         self.progress.phase(name)
         return self.timer.phase(name)
+
+    def _attended(self, action: Callable[[Controller], Any]) -> Any:
+        """`_on_controller` of what generates: meanwhile every rank is there to sync weights again."""
+        return self.handover.attend(lambda: action(self.controller) if self.controller else None)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
         return self.layout.on_controller_or_raise(lambda: action(self.controller) if self.controller else None)

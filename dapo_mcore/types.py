@@ -6,7 +6,7 @@ Letters of shapes everywhere: P prompts, G group size, B samples, T tokens, V vo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -226,7 +226,13 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class ContinuousEngine(RolloutEngine, Protocol):
-    """An engine whose capacity is shared by requests that come and go, so that a finished one can be replaced at once."""
+    """An engine whose capacity is shared by requests that come and go, so that a finished one can be replaced at once.
+
+    Its servers may lose the weights: they are `starving` when none has them, but some only lack them. Then `on_starving`,
+    where it is set, is called from `tend` and must update the weights again; requests wait for that.
+    """
+
+    on_starving: Callable[[], None] | None
 
     def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
         """What `generate` does, begun and not waited for. Cancelling the future ends its requests.
@@ -234,6 +240,13 @@ class ContinuousEngine(RolloutEngine, Protocol):
         Weights must not move before every future is done, unless the engine resumes requests under new weights
         (sampling.on_full keep).
         """
+        ...
+
+    @property
+    def starving(self) -> bool: ...
+
+    def tend(self) -> None:
+        """Whoever waits for responses calls it now and then, in any thread."""
         ...
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def warm_start(
         if update % settings.check_every and update != settings.max_updates:
             continue
         handover.to_rollout(version=0)
-        if layout.broadcast_object(check.reached(update, sums["nll"] / sums["tokens"]) if check else None):
+        judge = partial(check.reached, update, sums["nll"] / sums["tokens"]) if check else lambda: None
+        if layout.broadcast_object(handover.attend(judge)):
             break
     else:
         if controller and settings.stop_at is not None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
-from dapo_mcore.errors import UpdateBroken
+import pytest
+import torch
+
+from dapo_mcore.errors import DapoError, RolloutError, UpdateBroken
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -23,6 +28,18 @@ def test_servers_that_were_lost_in_training_get_the_weights_once_they_are_back()
     first, second = told["sums"]
     assert first == second
     assert told["handover_s"] == 3.0 + 1.0 + 3.0  # resumed in vain, released, resumed; the syncs are not in it
+
+
+def test_servers_that_starve_get_the_weights_from_all_ranks_while_they_are_attended() -> None:
+    told = parity.spawn(attend, Mesh(tensor=2))
+    # fed once by the attending thread; another thread's tend waits for it, and so does one that nobody attends
+    assert told == {"calls": ["update 3", "update 3"], "answer": "answer", "elsewhere": [None], "weights_lost": 1.0}
+
+
+def test_what_fails_while_it_is_attended_fails_on_every_rank() -> None:
+    told = parity.spawn(attend_failures, Mesh(tensor=2))
+    assert told["here"] == ["no answers", "nobody takes them"]
+    assert told["there"] == [["rank 0 failed: no answers", "rank 0 failed: nobody takes them"]]
 
 
 class Engine:
@@ -51,13 +68,92 @@ class Engine:
             raise UpdateBroken("nobody serves")
 
 
-def handover(layout: Any, mesh: Mesh, engine: Engine) -> Any:
+class StarvingEngine(Engine):
+    """What it asks of one on servers, which here have lost the weights until the next update; or refuse it."""
+
+    def __init__(self, refuses: bool = False):
+        super().__init__()
+        self.on_starving: Callable[[], None] | None = None
+        self.starving, self._refuses = False, refuses
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        super().update_weights(weights, version)
+        if self.starving and self._refuses:
+            raise RolloutError("nobody takes them")
+        self.starving = False
+
+    def tend(self) -> None:
+        if self.starving:
+            self.on_starving()
+
+    def generate(self, *_: Any) -> Any: ...
+
+    submit = metrics = close = generate
+    weight_version = 0
+
+
+def handover(layout: Any, mesh: Mesh, engine: Engine, colocated: bool = True) -> Any:
     from dapo_mcore.handover import Handover
 
     config = parity.make_config(mesh)
     actor = parity.build_actor(config, layout)
     theirs = engine if layout.is_controller else None
-    return config, actor, Handover(actor, theirs, layout, colocated=True, clock=lambda: engine.now)
+    return config, actor, Handover(actor, theirs, layout, colocated=colocated, clock=lambda: engine.now)
+
+
+def gathered(layout: Any, value: Any) -> list[Any]:
+    """Of every rank but the first."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=layout.control_group)
+    return values[1:]
+
+
+def attend(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    engine = StarvingEngine()
+    _, _, turns = handover(layout, mesh, engine, colocated=False)
+    turns.to_rollout(version=3)
+
+    def generate() -> str | None:
+        if not layout.is_controller:
+            return None
+        engine.starving = True
+        beside = Thread(target=engine.tend)
+        beside.start()
+        beside.join(10)
+        assert engine.starving and len(engine.calls) == 1
+        engine.tend()
+        assert not engine.starving
+        return "answer"
+
+    answer = turns.attend(generate)
+    engine.starving = True
+    if layout.is_controller:
+        engine.tend()
+    elsewhere = gathered(layout, answer)
+    lost = turns.pop_metrics()["sync/weights_lost"]
+    return {"calls": engine.calls, "answer": answer, "elsewhere": elsewhere, "weights_lost": lost}
+
+
+def attend_failures(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    engine = StarvingEngine(refuses=True)
+    _, _, turns = handover(layout, mesh, engine, colocated=False)
+    turns.to_rollout(version=0)
+
+    def fail() -> None:
+        if layout.is_controller:
+            raise RolloutError("no answers")
+
+    def starve() -> None:
+        if layout.is_controller:
+            engine.starving = True
+            engine.tend()
+
+    told = []
+    for action in (fail, starve):
+        with pytest.raises(DapoError) as caught:
+            turns.attend(action)
+        told.append(str(caught.value))
+    return {"here": told, "there": gathered(layout, told)}
 
 
 def train(layout: Any, mesh: Mesh) -> dict[str, Any]:

@@ -113,6 +113,9 @@ METRICS: dict[str, Metric] = {
     "sync/tensor_s": Metric("s", "servers copying weights from rank 0's memory, gathering included"),
     "sync/bytes": Metric("bytes", "weights sent to each server"),
     "sync/repeats": Metric("times", "syncs begun again because a server's death broke the broadcast for all"),
+    "sync/weights_lost": Metric(
+        "times", "syncs in the middle of generation, because the only servers had died and were back without weights"
+    ),
     "sync/servers_verified": Metric("servers", "servers whose weights' checksums were compared with another server's"),
     "sync/gb_per_s": Metric("GB/s", "sync/bytes over the time of the whole sync"),
     "sync/release_s": Metric("s", "colocated: servers giving up their memory, which sync/handover_s includes"),

@@ -6,9 +6,11 @@ Change here: how the controller's background thread is started and waited for. W
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from threading import Thread
 from typing import Generic, TypeVar
+
+from dapo_mcore.rollout.tending import wait_tending
 
 T = TypeVar("T")
 
@@ -36,10 +38,10 @@ class Ahead(Generic[T]):
         self._step, self._future = step, Future()
         Thread(target=self._run, args=(step, self._future), name="rollout-ahead", daemon=True).start()
 
-    def wait(self) -> None:
-        """Returns once the work that was begun, if any, has ended; `take` tells how."""
+    def wait(self, tend: Callable[[], bool | None]) -> None:
+        """Returns once the work that was begun, if any, has ended, or `tend` says True; `take` tells how it ended."""
         if self._step is not None:
-            wait([self._future])
+            wait_tending(self._future, tend)
 
     def take(self, step: int) -> T | None:
         """The result for `step` once it is there, None when it was not begun. Raises what the work raised."""

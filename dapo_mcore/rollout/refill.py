@@ -19,6 +19,7 @@ from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.rollout.forecast import groups_brought, groups_needed
 from dapo_mcore.rollout.respond import Responder
 from dapo_mcore.rollout.step import Step
+from dapo_mcore.rollout.tending import get_tending
 from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
 _IMAGINED = 16.0
@@ -175,7 +176,7 @@ class Refill:
 
     def _wait(self) -> list[int]:
         """The numbers of all groups that are done by now, in order; at least one."""
-        numbers = [self._done.get()]
+        numbers = [get_tending(self._done, self._responder.tend)]
         with suppress(Empty):
             while True:
                 numbers.append(self._done.get_nowait())

@@ -26,7 +26,7 @@ def test_the_result_is_handed_over_once_and_only_for_its_step():
     with pytest.raises(AssertionError, match="step 2 was begun, but 3 is asked for"):
         ahead.take(3)
     go.set()
-    ahead.wait()
+    ahead.wait(lambda: None)
     assert not ahead.running
     assert ahead.take(2) == (2, "rollout-ahead")
     assert ahead.take(3) is None
@@ -38,7 +38,7 @@ def test_a_failure_waits_for_whoever_takes_the_result():
 
     ahead = Ahead(fail)
     ahead.begin(5)
-    ahead.wait()
+    ahead.wait(lambda: None)
     with pytest.raises(RolloutError, match="step 5 is broken"):
         ahead.take(5)
     assert ahead.take(6) is None

@@ -65,6 +65,10 @@ class SlowEngine(ScriptedEngine):
             self.most = max(self.most, len(self.in_flight))
         return future
 
+    on_starving, starving = None, False
+
+    def tend(self) -> None: ...
+
     def update_weights(self, weights: object, version: int) -> None: ...
 
     def metrics(self) -> dict[str, float]:

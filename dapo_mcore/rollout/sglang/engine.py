@@ -44,6 +44,7 @@ from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_serve
 from dapo_mcore.rollout.sglang.startup import shown_startup
 from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.transfer import Transfer
+from dapo_mcore.rollout.tending import wait_tending
 from dapo_mcore.types import Rollout, SamplingParams
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
@@ -84,6 +85,7 @@ class SGLangEngine:
         progress: NullProgress | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
+        self.on_starving: Callable[[], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
         self._manifest = WeightManifest.of_config(hf_config)
@@ -93,6 +95,7 @@ class SGLangEngine:
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._broken_updates = 0
+        self._tell = (progress or NullProgress()).line
         allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
@@ -124,11 +127,12 @@ class SGLangEngine:
         """One response for each entry of `prompts` (int32 [T] each), in order, all made by the current weights.
 
         A sample whose server fails, or whose weights are not the current ones, is dropped whole and asked for again, up
-        to `max_attempts` times. Raises RolloutError then, before the first weights, and for a prompt that cannot be asked.
+        to `max_attempts` times. Raises RolloutError then, before the first weights, and for a prompt that cannot be asked;
+        and when no server has the weights any more, unless `on_starving` brings them again.
         """
-        rule = VersionRule(self._tags, self._tag)
-        future = self._begin(prompts, params, lambda: rule)
+        future = self._begin(prompts, params, lambda: VersionRule(self._tags, self._tag))
         try:
+            wait_tending(future, self.tend)
             return future.result()
         except BaseException:
             future.cancel()
@@ -140,6 +144,16 @@ class SGLangEngine:
         With `max_lag` they live through weight updates: a sample may then be of several versions, see version_spans.
         """
         return self._begin(prompts, params, lambda: VersionRule(self._tags, self._newest, self._max_lag))
+
+    @property
+    def starving(self) -> bool:
+        """Whether no server has the weights any more, though some are well: another `update_weights` finds them."""
+        return self._fleet.starving
+
+    def tend(self) -> None:
+        """Calls `on_starving` while servers starve. Who waits for `submit` calls it now and then."""
+        if self.on_starving is not None and self.starving:
+            self.on_starving()
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
@@ -252,7 +266,16 @@ class SGLangEngine:
             restart_budget=s.restart_budget,
         )
         checksums = Checksums() if s.verify_sync == "servers" else None
-        return Fleet(members, patience, self._transfer.resync, router, checksums, resumes=self._max_lag > 0)
+        return Fleet(
+            members,
+            patience,
+            self._transfer.resync,
+            router,
+            checksums,
+            resumes=self._max_lag > 0,
+            may_starve=lambda: self.on_starving is not None,
+            tell=self._tell,
+        )
 
     async def _pop_counts(self) -> Counter[str]:
         """In the loop, where they are counted."""

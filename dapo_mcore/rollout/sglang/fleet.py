@@ -23,11 +23,11 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.sglang.roster import AWAY, Roster
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, WEIGHT_MEMORY
 from dapo_mcore.rollout.sglang.transaction import Transaction
 
 _STRIKES = 3
-_AWAY = ("out", "down")
 
 Resync = Callable[[Member, str], Awaitable[None]]
 """Gives one server the weights of a tag, from where they are kept."""
@@ -41,6 +41,8 @@ class Fleet:
                of the answer tells.
     checksums  compares what servers hold; None asks nobody.
     resumes    whether requests in flight go on after an update, under the new weights; else it ends them.
+    may_starve whether somebody updates again when `starving`, so that requests may wait for it.
+    tell       shows a line about a server that is out, or back.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class Fleet:
         router: Member | None = None,
         checksums: Checksums | None = None,
         resumes: bool = False,
+        may_starve: Callable[[], bool] = lambda: False,
+        tell: Callable[[str], None] = lambda line: None,
     ):
-        self.members, self.resync, self._router = list(members), resync, router
+        self._roster, self.resync, self._router = Roster(members, tell), resync, router
         self.checksums, self._resumes = checksums, resumes
+        self._may_starve = may_starve
         self.counts: Counter[str] = Counter()
         self._paused, self._num_pauses = False, 0
         self._patience, self._restarts_left = patience, patience.restart_budget
@@ -65,21 +70,31 @@ class Fleet:
         self._tasks = {asyncio.create_task(self._watch())}
 
     @property
+    def members(self) -> list[Member]:
+        return self._roster.members
+
+    @property
     def serving(self) -> list[Member]:
-        return [member for member in self.members if member.state == "serving"]
+        return self._roster.of("serving")
+
+    @property
+    def starving(self) -> bool:
+        """Whether none serves, while some are well and only lack the weights: another update finds them."""
+        lost = self._awake.is_set() and self._target is not None and not self.serving
+        return lost and bool(self._roster.of("waiting")) and not self._roster.of("out")
 
     async def acquire(self, avoid: Member | None = None) -> Member:
         """The serving member with the fewest requests, once one has room; `avoid` only where it is the only one.
 
-        Raises RolloutError when none serves and none is on its way back.
+        Raises RolloutError when none serves, none is on its way back, and no update is to come that finds one.
         """
         async with self._changed:
             while True:
                 free = [m for m in self._generators() if len(m.calls) < self._patience.max_in_flight]
                 if free:
                     return min(free, key=lambda m: (m is avoid, len(m.calls)))
-                if not (self.serving or self._returning() or self._may_update()):
-                    raise RolloutError(self._nobody() + self._if_well())
+                if not (self.serving or self._roster.of(*AWAY) or self._may_update()):
+                    raise RolloutError(self._roster.describe())
                 try:
                     await self._changed.wait()
                 except asyncio.CancelledError:
@@ -118,8 +133,7 @@ class Fleet:
             return
         if reload:
             member.tag, member.link = None, None  # its owner may have started it again
-        member.state, member.problem = "out", problem
-        member.strikes += 1
+        self._roster.leave(member, problem)
         self.counts["servers_suspected"] += 1
         self._spawn(self._bring_back(member))
 
@@ -159,7 +173,7 @@ class Fleet:
             transaction = self._transaction(None)
             await transaction.each("pause", lambda m: m.api.pause())
             await transaction.each("release memory", lambda m: m.release_memory())
-            await asyncio.gather(*(self._stop(member) for member in self.members if member.state in _AWAY))
+            await asyncio.gather(*(self._stop(member) for member in self._roster.of(*AWAY)))
             for member in transaction.members:
                 member.state = "waiting"
 
@@ -195,7 +209,7 @@ class Fleet:
 
     def _transaction(self, tag: str | None) -> Transaction:
         """Over every member that can be reached."""
-        members = [m for m in self.members if m.state in ("serving", "waiting")]
+        members = self._roster.of("serving", "waiting")
         return Transaction(members, tag, self._patience.step_timeout_s, self._take_out)
 
     async def _open(self, transaction: Transaction) -> None:
@@ -216,9 +230,9 @@ class Fleet:
         Its requests are given up before it is resumed: it would go on with them under half an update.
         """
         self._give_up_calls(member)
-        on_its_way_back = member.state in _AWAY
-        member.tag, member.link, member.state, member.problem = None, None, "out", problem
-        member.strikes += 1
+        on_its_way_back = member.state in AWAY
+        member.tag, member.link = None, None
+        self._roster.leave(member, problem)
         self.counts["servers_excluded"] += 1
         if not on_its_way_back:
             self._spawn(self._bring_back(member))
@@ -235,13 +249,14 @@ class Fleet:
             if await self._revive(member):
                 await self._give_weights(member)
             else:
-                member.state = "lost"
+                self._roster.lose(member)
         except (RolloutError, ConfigError, TimeoutError) as error:
             late = f"it had not taken its weights again within {self._patience.step_timeout_s:g} s"
             self._take_out(member, str(error) or late)
             self._spawn(self._bring_back(member))
         except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
-            member.state, member.problem = "lost", repr(error)
+            member.problem = repr(error)
+            self._roster.lose(member)
         finally:
             async with self._changed:
                 self._changed.notify_all()
@@ -301,7 +316,7 @@ class Fleet:
                 self._serve(member)
                 self.counts["servers_resynced"] += 1
             else:
-                member.state = "waiting"
+                self._roster.wait(member)
 
     async def _reload(self, member: Member, tag: str) -> None:
         await member.api.pause()
@@ -330,14 +345,12 @@ class Fleet:
             while not self.serving and self._may_settle():
                 await self._changed.wait()
         if not self.serving:
-            well = sum(member.state == "waiting" for member in self.members)
-            raise UpdateBroken(f"{self._nobody()} ({well} are well)") if well else RolloutError(self._nobody())
+            problem = UpdateBroken if self._roster.of("waiting") else RolloutError
+            raise problem(self._roster.describe())
 
     def _may_settle(self) -> bool:
         """Where weights are not kept, those that are well take the next update without waiting for those that are down."""
-        if any(member.state == "waiting" for member in self.members):
-            return any(member.state == "out" for member in self.members)
-        return self._returning()
+        return bool(self._roster.of("out") if self._roster.of("waiting") else self._roster.of(*AWAY))
 
     async def _watch(self) -> None:
         """Finds servers that hang: they accept requests and never answer."""
@@ -357,17 +370,14 @@ class Fleet:
 
     def _serve(self, member: Member) -> None:
         assert member.tag == self._target, f"{member.api.url} holds {member.tag}, not {self._target}"
-        member.state = "serving"
+        self._roster.serve(member)
 
     def _generators(self) -> list[Member]:
         return [self._router] if self._router is not None and self.serving else self.serving
 
-    def _returning(self) -> bool:
-        return any(member.state in _AWAY for member in self.members)
-
     def _may_update(self) -> bool:
-        """Whether a request that outlives updates may wait for one: the repeat of one that broke off."""
-        return self._resumes and any(member.state == "waiting" for member in self.members)
+        """Whether a request may wait for an update: of servers that starve, or the repeat of one that broke off."""
+        return (self._may_starve() or self._resumes) and bool(self._roster.of("waiting"))
 
     async def _find_down(self, member: Member) -> None:
         member.state = "down"
@@ -383,14 +393,3 @@ class Fleet:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _if_well(self) -> str:
-        well = sum(member.state == "waiting" for member in self.members)
-        return bool(well) * (
-            f"; {well} are well again, without the weights, which this way of sync does not keep: with rollout.sglang.sync "
-            "disk they would have them, and with more servers the others would have gone on"
-        )
-
-    def _nobody(self) -> str:
-        told = "; ".join(f"{m.api.url} {m.state}: {m.problem or 'no weights yet'}" for m in self.members)
-        return f"none of {len(self.members)} rollout servers can serve the current weights: {told}"

@@ -61,12 +61,23 @@ def fake_python(
 
 @dataclass
 class Fault:
-    """What goes wrong in the next `count` uses of `where`: a path, `bucket 5` (counted from 1 in an update), `version`."""
+    """What goes wrong in the next `count` uses of `where`, once `after` went well: a path, `bucket 5` (counted from 1 in an
+    update), `version`."""
 
     kind: str
     where: str = "/generate"
     count: int = 1
     value: Any = None
+    after: int = 0
+
+
+def faults_of_the_first_server(file: str | None) -> list[Fault]:
+    """Those that a JSON file orders; whoever reads it first takes it away."""
+    if file is None or not Path(file).exists():
+        return []
+    faults = [Fault(**fault) for fault in json.loads(Path(file).read_text())]
+    Path(file).unlink()
+    return faults
 
 
 class FakeServer:
@@ -85,7 +96,7 @@ class FakeServer:
         self.scheduler = Scheduler(version, *limits, speed, tail, self.told)
         self.weights: dict[str, Any] = {}
         self.session, self.groups, self.buckets = False, {}, 0
-        self.faults: list[Fault] = []
+        self.faults = faults_of_the_first_server(os.environ.get("FAKE_FAULTS"))
         self.answer: asyncio.Task[web.Response] | None = None
 
     def app(self) -> web.Application:
@@ -179,7 +190,9 @@ class FakeServer:
 
     def take_fault(self, where: str) -> Fault | None:
         for fault in self.faults:
-            if fault.where == where and fault.count > 0:
+            if fault.where == where and fault.after > 0:
+                fault.after -= 1
+            elif fault.where == where and fault.count > 0:
                 fault.count -= 1
                 self.told[f"fault {fault.kind}"] += 1
                 return fault

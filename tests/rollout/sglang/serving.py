@@ -88,7 +88,7 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
     python = changes.pop("python", None) or fake_python(folder)
     config = changes.pop("config", None) or tiny_config()
-    max_lag = changes.pop("max_lag", 0)
+    max_lag, progress = changes.pop("max_lag", 0), changes.pop("progress", None)
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
         config,
@@ -96,6 +96,7 @@ def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
         dtype=torch.float32,
         folder=folder / "servers",
         max_lag=max_lag,
+        progress=progress,
     )
     try:
         yield made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.observe.progress import Progress
 from dapo_mcore.rollout.sglang.broadcast import check_sync_host
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.process_group import RootRank
@@ -221,11 +223,45 @@ def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights
     with engine(tmp_path, sync="distributed") as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="/generate")
-        with pytest.raises(RolloutError, match=r"; 1 are well again, without the weights.*sync disk they"):
+        with pytest.raises(RolloutError, match="; 1 of them only lack the weights, which another update brings"):
             made.generate(prompts(3), params(16))
+        assert made.starving
         made.update_weights(weights(1), version=2)
         asked = prompts(3)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+
+
+def test_requests_wait_for_the_weights_where_somebody_brings_them_to_servers_that_starve(tmp_path, capsys):
+    with engine(tmp_path, sync="distributed", progress=Progress("run", 1)) as made:
+        made.update_weights(weights(0), version=1)
+        fed: list[bool] = []
+
+        def feed() -> None:
+            fed.append(made.starving)
+            made.update_weights(weights(0), version=1)
+
+        made.on_starving = feed
+        order(servers(made)[0], "die", where="/generate", after=2)
+        asked = prompts(3)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        assert fed == [True] and not made.starving
+        numbers = made.metrics()
+        assert numbers["rollout/server_restarts"] == 1 and 1 <= numbers["rollout/retries"] <= 3
+        assert numbers["rollout/dropped_stale_version"] == numbers["rollout/dropped_unknown_version"] == 0
+        told = capsys.readouterr().out
+        url = re.escape(made._fleet.members[0].api.url)
+        assert re.search(r"rollout server \S+ is out: .*\n", told)
+        assert re.search(rf"rollout server {url} is well again, and waits for the next weight sync\n", told)
+        assert re.search(rf"rollout server {url} serves again after \d+ s\n", told)
+
+
+def test_a_server_that_never_comes_back_ends_requests_that_wait_for_weights(tmp_path):
+    with engine(tmp_path, sync="distributed", restart_budget=0) as made:
+        made.update_weights(weights(0), version=1)
+        made.on_starving = lambda: pytest.fail("there is nobody to feed")
+        order(servers(made)[0], "die", where="/generate")
+        with pytest.raises(RolloutError, match=r"none of 1 rollout servers can serve .* lost"):
+            made.generate(prompts(3), params(16))
 
 
 def test_when_nobody_comes_back_the_error_is_final(tmp_path):

@@ -46,7 +46,7 @@ def told(server: Raw) -> dict[str, Any]:
 
 
 def all_serve(made: SGLangEngine) -> None:
-    wait_for(lambda: len(made._fleet.serving) == len(made._fleet.members), 20, made._fleet._nobody)
+    wait_for(lambda: len(made._fleet.serving) == len(made._fleet.members), 20, made._fleet._roster.describe)
 
 
 def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:

@@ -1,0 +1,48 @@
+"""Whole runs whose only server dies while it generates. It comes back without weights, and the run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.sglang.fake_server import fake_python
+from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
+from tests.test_train_async import REWARD, run, trained
+
+WAYS = {
+    "distributed": ["rollout.async_steps=0", "rollout.sglang.sync=distributed"],
+    "colocated": ["rollout.async_steps=0", "rollout.sglang.colocated=true", "rollout.sglang.sync=tensor"],
+    "ahead": ["rollout.async_steps=1", "rollout.sglang.sync=distributed"],
+}
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fake")
+    (folder / "alternating.py").write_text(REWARD)
+    return fake_python(folder, tokens_per_s=200)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_step_waits_for_all_ranks_to_sync_again_and_loses_nothing(task, python, monkeypatch, name):  # noqa: F811
+    faults = task / "faults.json"  # in the second step: a step asks for 4 groups of 4 at least, once at start
+    faults.write_text(json.dumps([{"kind": "die", "where": "/generate", "after": 30}]))
+    monkeypatch.setenv("FAKE_FAULTS", str(faults))
+    options = [*WAYS[name], "num_rollout_steps=3", "sampling.style=none", "batch.mini_batch_prompts=4"]
+    done = run(task, python, name, *options, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not faults.exists()
+    told = [line for line in done.stdout.splitlines() if line.startswith("rollout server ")]
+    assert [" is out: " in told[0], "well again" in told[1], "serves again" in told[2]] == [True] * 3 and len(told) == 3
+    rows, steps = metrics(task, name), trained(task, name)
+    assert sum(row["sync/weights_lost"] for row in rows) <= 1
+    assert sum(row["rollout/server_restarts"] for row in rows) == 1
+    assert sum(row["rollout/retries"] for row in rows) > 0
+    assert [row["step"] for row in rows] == [1, 2, 3] and [len(groups) for groups in steps.values()] == [4, 4, 4]
+    assert len({uid for groups in steps.values() for uid in groups}) == 12, "every prompt once"
+    assert all(row["rollout/dropped_unknown_version"] == row["sampling/groups_stale"] == 0 for row in rows)
+    if name != "ahead":  # there the next sync may come first
+        assert sum(row["sync/weights_lost"] for row in rows) == 1
+        assert [max(groups.values()) for groups in steps.values()] == [0, 1, 2]
