@@ -101,6 +101,11 @@ def test_every_bad_key_is_named_at_once(file: Path) -> None:
     assert "unknown key 'algo.zzz'" in text
 
 
+def test_a_rule_inside_a_section_ends_with_its_remedy_and_not_with_the_section(file: Path) -> None:
+    with pytest.raises(ConfigError, match="leave num_servers out, or urls to start servers$"):
+        load_config(file, ["rollout.sglang={urls: ['http://a:1'], num_servers: 3}"])
+
+
 LONG = ["data.max_prompt_tokens=100", "rollout.max_response_tokens=205", "parallel.context_parallel=3"]
 AHEAD = ["rollout.engine=sglang", "rollout.async_steps=1", "reward.workers=1"]
 KEEP = ["rollout.engine=sglang", "sampling.on_full=keep", "algo.old_logprobs=rollout"]
