@@ -102,7 +102,7 @@ def test_every_bad_key_is_named_at_once(file: Path) -> None:
 
 
 def test_a_rule_inside_a_section_ends_with_its_remedy_and_not_with_the_section(file: Path) -> None:
-    with pytest.raises(ConfigError, match="leave num_servers out, or urls to start servers$"):
+    with pytest.raises(ConfigError, match=r"leave num_servers out, or urls to start servers$"):
         load_config(file, ["rollout.sglang={urls: ['http://a:1'], num_servers: 3}"])
 
 

@@ -170,10 +170,11 @@ class Fleet:
         """Every server gives up its device memory, or is stopped; none serves before `update` and `resume`."""
         async with self._pause():
             self._awake.clear()
+            returning = self._roster.of(*AWAY)
             transaction = self._transaction(None)
             await transaction.each("pause", lambda m: m.api.pause())
             await transaction.each("release memory", lambda m: m.release_memory())
-            await asyncio.gather(*(self._stop(member) for member in self._roster.of(*AWAY)))
+            await asyncio.gather(*(self._stop(m, forgiven=m in returning) for m in self._roster.of(*AWAY)))
             for member in transaction.members:
                 member.state = "waiting"
 
@@ -217,11 +218,11 @@ class Fleet:
         for member in transaction.members:
             self._serve(member)
 
-    async def _stop(self, member: Member) -> None:
-        """Ends a server that is out, so that it holds no memory; starting it again is not counted against it."""
+    async def _stop(self, member: Member, forgiven: bool = True) -> None:
+        """Ends a server that is out, so that it holds no memory; starting it again is not counted where it is forgiven."""
         async with member.changing:
             if member.process is not None and await member.is_alive():
-                self._restarts_left += 1
+                self._restarts_left += forgiven
                 await asyncio.to_thread(member.process.stop)
 
     def _take_out(self, member: Member, problem: str) -> None:

@@ -1,6 +1,6 @@
 """Servers that share GPUs with the trainer: who holds memory when, and what failures do to the turns. On fake servers.
 
-The rules of the real server's memory calls are in test_server_rules.py; a whole run is tests/test_train_colocated.py.
+The rules of the real server's memory calls are in test_server_rules.py; whole runs are tests/test_train_sglang.py and test_train_starving.py.
 """
 
 from __future__ import annotations
@@ -97,6 +97,19 @@ def test_a_server_that_keeps_its_memory_is_stopped_until_the_trainer_is_done(tmp
         all_serve(made)
         numbers = made.metrics()
         assert numbers["rollout/server_restarts"] == numbers["rollout/servers_excluded"] == 1
+
+
+def test_one_that_keeps_it_again_and_again_spends_the_restart_budget(tmp_path):
+    with engine(tmp_path, num_servers=2, colocated=True, restart_budget=1) as made:
+        for version in range(2):
+            take_turns(made, version)
+            all_serve(made)
+            order(servers(made)[0], "status", where="/release_memory_occupation", value=500)
+            made.release()
+        take_turns(made, 2)
+        wait_for(lambda: [member.state for member in made._fleet.members] == ["lost", "serving"], 10)
+        assert_generates(made, 2)
+        assert made.metrics()["rollout/server_restarts"] == 1
 
 
 def test_a_server_on_its_way_back_does_not_start_while_the_trainer_works(tmp_path):
