@@ -1,7 +1,8 @@
 """The border between training and generation: weights cross it, and where both share GPUs, so does their memory.
 
-Change here: the order in which trainer and servers give up and take memory. What is moved is actor/memory.py and the
-engine's business. With rollout.sglang.colocated:
+Change here: when weights are given, again where servers have lost them while they generated, and the order in which
+trainer and servers give up and take memory. What is moved is actor/memory.py and the engine's business. With
+rollout.sglang.colocated:
 
     servers generate ── release: all ──────────────→ actor takes everything back ── train
     actor's state to the host ── servers take their weights' memory ── sync

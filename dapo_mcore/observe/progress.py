@@ -171,7 +171,11 @@ class Progress(NullProgress):
         self._console.print(Text(text), soft_wrap=True)
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
-        """A closing block of `label: value` lines, for instance where checkpoints and plots are."""
+        """A closing block of `label: value` lines, for instance where checkpoints and plots are; below the live display, which
+        it ends."""
+        self.clear()
+        if self._live:
+            self._live.stop()
         width = max(map(len, rows), default=0)
         self.line("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]))
 

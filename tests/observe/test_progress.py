@@ -163,6 +163,15 @@ def test_a_terminal_prints_evaluations_above_the_display() -> None:
     assert "step 1/2 |" not in printed(console)
 
 
+def test_the_summary_stands_below_the_last_table() -> None:
+    console = terminal(120)
+    with Progress("run", 1, console) as progress:
+        progress.step_done(1, METRICS)
+        progress.summary("run is done", {"plot": "a.png"})
+    text = printed(console)
+    assert text.rindex("rollout step 1/1") < text.rindex("run is done") < text.rindex("a.png")
+
+
 def test_the_display_stops_when_the_run_fails() -> None:
     console = terminal(120)
     with pytest.raises(KeyError), Progress("run", 2, console) as progress:

@@ -5,6 +5,7 @@ engine → replies                            samples: asked for, checked, retri
 engine → transfer (disk, broadcast, tensor) weights: one transaction over the fleet
 broadcast, tensor → stream                  one bucket is sent while the next is gathered
 broadcast → server_group → process_group    servers that receive one broadcast together
+fleet → roster                              who serves, and what the screen tells of it
 fleet → checksums                           whether servers hold the same weights
 fleet → member → server_api → http          who serves, and how it is spoken to
 servers → process, ray_servers              servers of the run's own
