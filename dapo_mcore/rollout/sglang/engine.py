@@ -94,6 +94,8 @@ class SGLangEngine:
         self._sync_metrics: dict[str, float] = {}
         self._broken_updates = 0
         allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
+        # halves: one travels while the next is gathered, and gathering needs room, too
+        self._bucket_bytes = settings.bucket_mib << 19
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
         self._processes: Sequence[OwnedServer] = []
@@ -141,6 +143,10 @@ class SGLangEngine:
         """
         return self._begin(prompts, params, lambda: VersionRule(self._tags, self._newest, self._max_lag))
 
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a tensor of the next `update_weights`: with sync tensor, large ones are gathered into shared memory."""
+        return self._transfer.empty(shape, dtype=dtype, device=device)
+
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
 
@@ -158,9 +164,7 @@ class SGLangEngine:
         if self._settings.quantize == "fp8":
             stream = quantized(stream)
         try:
-            # halves: one travels while the next is gathered, and gathering needs room, too
-            halves = buckets(stream, self._settings.bucket_mib << 19)
-            sent = self._transfer.send(halves, tag, self._fleet, self._loop)
+            sent = self._transfer.send(buckets(stream, self._bucket_bytes), tag, self._fleet, self._loop)
         except BaseException as error:
             self._newest = self._tag
             self._broken_updates += isinstance(error, UpdateBroken)
@@ -221,7 +225,7 @@ class SGLangEngine:
             backend = "gloo" if settings.device == "cpu" else "nccl"
             return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
         if settings.sync == "tensor":
-            return TensorTransfer(settings.urls)
+            return TensorTransfer(settings.urls, self._bucket_bytes)
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
