@@ -84,8 +84,8 @@ class WeightStream:
         for parcel, following in pairwise((*self.plan, ())):
             shards, works = coming
             coming = self._receive(following, empty)
-            for work in works:
-                work.wait()
+            while works:  # a work that is kept keeps its message
+                works.pop(0).wait()
             yield from self._exported(parcel, shards)
 
     def _is_needed(self, name: str) -> bool:
