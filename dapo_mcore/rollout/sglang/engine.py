@@ -153,8 +153,9 @@ class SGLangEngine:
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
         a stream that does not fit the model, and when no server is left; the version then stays. UpdateBroken says that
         another try finds servers.
-        Extra memory: at most twice bucket_mib, or twice the largest tensor; three times with sync tensor to servers of
-        several ranks (with `quantize`, what that needs beside).
+        Extra memory: at most twice bucket_mib, or twice the largest tensor, where a layer's matrices are small beside
+        these (with `quantize`, what that needs beside). With sync tensor, for a stream that takes large tensors from
+        `empty`; others are copied.
         """
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.

@@ -51,6 +51,13 @@ def sums(stream: Iterator[tuple[str, torch.Tensor]]) -> dict[str, float]:
     return {name: tensor.float().sum().item() for name, tensor in stream}
 
 
+def gathered(made: SGLangEngine, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, each in memory that servers open as it is."""
+    made._bucket_bytes = made._transfer._bucket_bytes = 0
+    for name, tensor in weights(seed):
+        yield name, made.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+
+
 def opened(shared: SharedBucket) -> Bucket:
     """The tensors as a server reads them."""
     content = Unpickler(io.BytesIO(base64.b64decode(shared.handle()))).load()
@@ -139,6 +146,9 @@ def test_every_rank_takes_every_tensor_in_many_buckets_and_nothing_is_left(tmp_p
         numbers = made.metrics()
         assert numbers["sync/bytes"] == sum(tensor.nbytes for _, tensor in weights(0))
         assert numbers["sync/tensor_s"] > 0 and numbers["sync/gb_per_s"] > 0
+        assert shared_files() == []
+        made.update_weights(gathered(made, 3), version=1)
+        assert all(told(s)["weights"] == pytest.approx(sums(weights(3)), rel=1e-4, abs=1e-4) for s in servers(made))
         assert shared_files() == []
         asked = prompts(3)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
@@ -344,6 +354,8 @@ def test_the_real_server_follows_every_sync(real):
     bucket_a_tensor(real)
     sync(real, seed=8)
     assert_follows(real, seed=8)
+    real.update_weights(gathered(real, 10), real.weight_version + 1)
+    assert_follows(real, seed=10)
     assert shared_files() == []
     print({name: value for name, value in real.metrics().items() if name.startswith("sync/")})
 
