@@ -87,8 +87,8 @@ class SGLangConfig(BaseModel):
     """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
     Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
     bucket_mib: int = Field(512, ge=1)
-    """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0; three times
-    with sync tensor where tensor_parallel > 1."""
+    """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0, where a layer's
+    matrices are small beside these."""
     sync_timeout_s: float = Field(600.0, gt=0)
     """Limit of each step of a sync on each server."""
 

@@ -250,6 +250,19 @@ class ContinuousEngine(RolloutEngine, Protocol):
         ...
 
 
+Empty = Callable[..., torch.Tensor]
+"""Makes a tensor as torch.empty does: called with a shape, `dtype` and `device`."""
+
+
+@runtime_checkable
+class ReceivingEngine(RolloutEngine, Protocol):
+    """An engine that says where a tensor is best gathered: it may send a large one on from there without a copy."""
+
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for one tensor of the next `update_weights`, as torch.empty. A tensor may also lie elsewhere."""
+        ...
+
+
 class ColocatedEngine(RolloutEngine, Protocol):
     """An engine on the actor's devices, with which it takes turns.
 
@@ -272,6 +285,9 @@ class RewardFunction(Protocol):
 
 
 class WeightSource(Protocol):
-    """Yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it (messages inside)."""
+    """Yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it (messages inside).
 
-    def __call__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    empty  makes the memory of large tensors; see ReceivingEngine.
+    """
+
+    def __call__(self, empty: Empty = torch.empty) -> Iterator[tuple[str, torch.Tensor]]: ...

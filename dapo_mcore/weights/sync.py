@@ -18,7 +18,7 @@ import torch.distributed as dist
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.model import PolicyModel
 from dapo_mcore.errors import UpdateBroken
-from dapo_mcore.types import RolloutEngine
+from dapo_mcore.types import Empty, ReceivingEngine, RolloutEngine
 from dapo_mcore.weights.mapping import Parameter, export_parameter, find_parameter, local_shape
 from dapo_mcore.weights.shape import WeightShape
 
@@ -61,6 +61,7 @@ class WeightStream:
 
     A tensor is a parameter of the actor or has memory of its own: it keeps its value until the actor's weights change.
     Extra memory on rank 0, beside the tensors that are kept: two parcels (of PARCEL_BYTES or the largest parameter).
+    `empty` makes the memory of large vocabulary matrices that come from other ranks.
     Communication: one message per parcel from each of its holders to rank 0. Building it: an all-gather of names.
     """
 
@@ -75,16 +76,16 @@ class WeightStream:
         self.local = {name: tensor for name, tensor in local.items() if self._is_needed(name)}
         self.plan = [parcel for run in self._runs() for parcel in _parcels(run, parcel_bytes)]
 
-    def __call__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __call__(self, empty: Empty = torch.empty) -> Iterator[tuple[str, torch.Tensor]]:
         if not self.layout.is_controller:
             self._send()
             return
-        coming = self._receive(self.plan[0])
+        coming = self._receive(self.plan[0], empty)
         for parcel, following in pairwise((*self.plan, ())):
             shards, works = coming
-            coming = self._receive(following)
-            for work in works:
-                work.wait()
+            coming = self._receive(following, empty)
+            while works:  # a work that is kept keeps its message
+                works.pop(0).wait()
             yield from self._exported(parcel, shards)
 
     def _is_needed(self, name: str) -> bool:
@@ -124,13 +125,13 @@ class WeightStream:
         for work, _ in sent:
             work.wait()
 
-    def _receive(self, parcel: Parcel) -> tuple[list[list[torch.Tensor]], list[dist.Work]]:
+    def _receive(self, parcel: Parcel, empty: Empty) -> tuple[list[list[torch.Tensor]], list[dist.Work]]:
         """Each parameter's shards, as they will be when the returned works are done."""
         if not parcel:
             return [], []
         holders, size = parcel[0].holders, sum(content.shard_size for content in parcel)
-        if len(parcel) == 1 and parcel[0].is_stacked and len(holders) > 1:
-            return self._receive_stacked(parcel[0])
+        if len(parcel) == 1 and parcel[0].is_stacked and holders != (self.layout.rank,):
+            return self._receive_stacked(parcel[0], empty)
         shards, works = [[] for _ in parcel], []
         for holder in holders:
             if holder == self.layout.rank:
@@ -143,10 +144,10 @@ class WeightStream:
                 own.append(part.view(content.shard_shape))
         return shards, works
 
-    def _receive_stacked(self, content: Content) -> tuple[list[list[torch.Tensor]], list[dist.Work]]:
+    def _receive_stacked(self, content: Content, empty: Empty) -> tuple[list[list[torch.Tensor]], list[dist.Work]]:
         """Of a large vocabulary matrix: the shards land where they belong in the whole, which is the only shard then."""
         rows, *others = content.shard_shape
-        whole = torch.empty(rows * len(content.holders), *others, dtype=content.dtype, device=self.layout.device)
+        whole = empty((rows * len(content.holders), *others), dtype=content.dtype, device=self.layout.device)
         works = []
         for holder, part in zip(content.holders, whole.split(rows), strict=True):
             if holder == self.layout.rank:
@@ -202,7 +203,7 @@ def _give(stream: WeightStream, engine: RolloutEngine | None, version: int) -> E
         deque(stream(), maxlen=0)
         return None
     try:
-        engine.update_weights(stream(), version)
+        engine.update_weights(stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream(), version)
     except Exception as error:
         return error
     return None

@@ -12,6 +12,7 @@ one machine, so only ratios to the plain copies of the same run mean anything el
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -60,10 +61,10 @@ def measure(layout: Any, mesh: Mesh, folder: str, layers: int) -> dict[str, Any]
         "gather to rank 0, nothing else": lambda: deque(stream(), maxlen=0),
     }
     found = {what: _best(way, layout) for what, way in ways.items()}
-    for path in ("disk", "distributed", "tensor"):
-        engine = _engine(folder, path, hf_config) if layout.is_controller else None
+    for path, num_ranks in (("disk", 1), ("distributed", 1), ("tensor", 1), ("tensor", 2)):
+        engine = _engine(folder, path, hf_config, tensor_parallel=num_ranks) if layout.is_controller else None
         way = lambda engine=engine: sync_weights(stream, engine, version=1)  # noqa: E731
-        found[f"sync {path}"] = _best(way, layout, warm_up=path != "disk")
+        found[f"sync {path}" + " to 2 ranks" * (num_ranks > 1)] = _best(way, layout, warm_up=path != "disk")
         if engine is not None:
             if path == "disk":
                 found["… of which written"] = engine.metrics()["sync/write_s"], found["sync disk"][1]
@@ -94,7 +95,7 @@ def _engine(folder: str, path: str, hf_config: Any, **changes: Any) -> Any:
         hf_config,
         stop_token_ids=(1,),
         dtype=torch.bfloat16,
-        folder=Path(folder) / f"servers-{path}-{len(changes)}-{changes.get('servers_per_group')}",
+        folder=Path(tempfile.mkdtemp(prefix=f"servers-{path}-", dir=folder)),
     )
 
 

@@ -13,6 +13,8 @@ from datetime import timedelta
 from functools import partial
 from typing import Literal
 
+import torch
+
 from dapo_mcore.errors import ConfigError, UpdateBroken
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.address import elsewhere, is_loopback
@@ -54,6 +56,7 @@ class BroadcastTransfer:
     """
 
     resync = None
+    empty = staticmethod(torch.empty)
 
     def __init__(
         self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float, servers_per_group: int | None = None

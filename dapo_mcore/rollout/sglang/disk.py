@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.fleet import Fleet
@@ -28,6 +30,8 @@ class DiskTransfer:
     root/TAG.partial is written bucket by bucket, renamed when whole, loaded by every server, and deleted once the next
     version is served. Two versions of the model must fit; ConfigError where they do not.
     """
+
+    empty = staticmethod(torch.empty)
 
     def __init__(self, root: Path, num_bytes: int):
         self.root = root

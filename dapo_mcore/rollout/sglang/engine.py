@@ -97,6 +97,8 @@ class SGLangEngine:
         self._broken_updates = 0
         self._tell = (progress or NullProgress()).line
         allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
+        # halves: one travels while the next is gathered, and gathering needs room, too
+        self._bucket_bytes = settings.bucket_mib << 19
         self._transfer = self._new_transfer(dtype, folder)
         self._fleet: Fleet | None = None
         self._processes: Sequence[OwnedServer] = []
@@ -155,14 +157,19 @@ class SGLangEngine:
         if self.on_starving is not None and self.starving:
             self.on_starving()
 
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a tensor of the next `update_weights`: with sync tensor, large ones are gathered into shared memory."""
+        return self._transfer.empty(shape, dtype=dtype, device=device)
+
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Takes every HF-named tensor of the stream, then moves to `version`, once every server that serves has it.
 
         A server that fails is taken out and must take the same weights before it serves again. Raises RolloutError for
         a stream that does not fit the model, and when no server is left; the version then stays. UpdateBroken says that
         another try finds servers.
-        Extra memory: at most twice bucket_mib, or twice the largest tensor; three times with sync tensor to servers of
-        several ranks (with `quantize`, what that needs beside).
+        Extra memory: at most twice bucket_mib, or twice the largest tensor, where a layer's matrices are small beside
+        these (with `quantize`, what that needs beside). With sync tensor, for a stream that takes large tensors from
+        `empty`; others are copied.
         """
         weights = iter(weights)
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
@@ -172,9 +179,7 @@ class SGLangEngine:
         if self._settings.quantize == "fp8":
             stream = quantized(stream)
         try:
-            # halves: one travels while the next is gathered, and gathering needs room, too
-            halves = buckets(stream, self._settings.bucket_mib << 19)
-            sent = self._transfer.send(halves, tag, self._fleet, self._loop)
+            sent = self._transfer.send(buckets(stream, self._bucket_bytes), tag, self._fleet, self._loop)
         except BaseException as error:
             self._newest = self._tag
             self._broken_updates += isinstance(error, UpdateBroken)
@@ -235,7 +240,7 @@ class SGLangEngine:
             backend = "gloo" if settings.device == "cpu" else "nccl"
             return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
         if settings.sync == "tensor":
-            return TensorTransfer(settings.urls)
+            return TensorTransfer(settings.urls, self._bucket_bytes)
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
         run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
         return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)

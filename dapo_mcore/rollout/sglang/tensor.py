@@ -9,19 +9,25 @@ address of this machine, with the admin key. Nothing that a server sends is unpi
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from weakref import WeakSet
 
-from dapo_mcore.errors import ConfigError
+import torch
+from torch import Tensor
+
+from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.address import elsewhere
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member
-from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
+from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket, shareable_bytes
 from dapo_mcore.rollout.sglang.stream import Parcels, open_session, send_stream
 from dapo_mcore.rollout.sglang.transaction import Transaction
 
@@ -29,23 +35,36 @@ from dapo_mcore.rollout.sglang.transaction import Transaction
 class TensorTransfer:
     """Weights by handles of memory of this process, from which each server copies the part that it serves.
 
-    urls  of servers that somebody else started; ConfigError where one is not on this machine.
+    urls          of servers that somebody else started; ConfigError where one is not on this machine.
+    bucket_bytes  the most in a bucket; a larger tensor is alone in one.
 
     Nothing is kept, so a server that was out gets weights at the next update. A bucket is copied into shared memory, and
     gathering the next one overlaps with the servers' reading. So one is shared and one being gathered; where a server has
-    several ranks, a second one is shared.
+    several ranks, a second one is shared. A tensor larger than a bucket is gathered where it is shared, see `empty`.
     """
 
     resync = None
 
-    def __init__(self, urls: Sequence[str]):
+    def __init__(self, urls: Sequence[str], bucket_bytes: int):
         self._shared: deque[SharedBucket] = deque()
+        self._own: WeakSet[torch.UntypedStorage] = WeakSet()
+        self._bucket_bytes = bucket_bytes
         if strangers := elsewhere(urls):
             raise ConfigError(
                 f"rollout.sglang.sync tensor hands over memory of this machine, but {len(strangers)} of {len(urls)} "
                 f"servers are not at an address of it: {', '.join(strangers)}; name servers on rank 0's machine in "
                 "rollout.sglang.urls, or sync distributed"
             )
+
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As torch.empty; in memory that servers can open, where the tensor will be alone in its bucket."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > self._bucket_bytes:
+            with suppress(RolloutError):  # a gather cannot stop here; `_share` says it, if there is no room then either
+                data = shareable_bytes(num_bytes, device)
+                self._own.add(data.untyped_storage())
+                return data.view(dtype).view(*shape)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def send(
         self, buckets: Iterator[tuple[Bucket, bool]], tag: str, fleet: Fleet, loop: LoopThread
@@ -74,7 +93,7 @@ class TensorTransfer:
                   bucket is the end of the session. Up to 0.5.20 they let go before the barrier.
         """
         used = self._shared.popleft() if len(self._shared) > num_read else None
-        self._shared.append(SharedBucket(bucket, used))
+        self._shared.append(SharedBucket(bucket, used, self._own))
         return self._shared[-1]
 
     async def _hand_over(self, transaction: Transaction, parcels: Parcels[SharedBucket]) -> None:

@@ -6,8 +6,11 @@ before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from dapo_mcore.rollout.manifest import Bucket
 from dapo_mcore.rollout.sglang.fleet import Fleet, Resync
@@ -18,6 +21,10 @@ class Transfer(Protocol):
     """`resync` gives a server that comes back the weights of a tag; None where they are not kept."""
 
     resync: Resync | None
+
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a tensor of the next stream, as types.ReceivingEngine.empty."""
+        ...
 
     def send(
         self, buckets: Iterator[tuple[Bucket, bool]], tag: str, fleet: Fleet, loop: LoopThread

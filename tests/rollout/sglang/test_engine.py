@@ -104,7 +104,7 @@ def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
 
 
 def bucket_a_tensor(made: SGLangEngine) -> None:
-    made._settings = made._settings.model_copy(update={"bucket_mib": 0})
+    made._bucket_bytes = 0
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.20"])

@@ -158,7 +158,7 @@ def test_one_broadcast_to_both_is_followed(made):
     made._transfer, made._fleet.resync = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60), None
     sync(made, seed=6)
     assert_follows(made, seed=6)
-    made._settings = made._settings.model_copy(update={"bucket_mib": 0})  # a bucket a tensor
+    made._bucket_bytes = 0  # a bucket a tensor
     sync(made, seed=8)
     assert_follows(made, seed=8)
     assert [len(group.members) for group in made._transfer._groups] == [2]

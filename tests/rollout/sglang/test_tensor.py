@@ -51,6 +51,13 @@ def sums(stream: Iterator[tuple[str, torch.Tensor]]) -> dict[str, float]:
     return {name: tensor.float().sum().item() for name, tensor in stream}
 
 
+def gathered(made: SGLangEngine, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, each in memory that servers open as it is."""
+    made._bucket_bytes = made._transfer._bucket_bytes = 0
+    for name, tensor in weights(seed):
+        yield name, made.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+
+
 def opened(shared: SharedBucket) -> Bucket:
     """The tensors as a server reads them."""
     content = Unpickler(io.BytesIO(base64.b64decode(shared.handle()))).load()
@@ -95,11 +102,15 @@ def test_a_bucket_that_is_only_dropped_leaves_no_file():
     assert shared_files() == []
 
 
-def test_a_full_dev_shm_is_an_error_with_the_room_and_not_a_bus_error(monkeypatch):
+@pytest.fixture
+def full_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shared_bucket.os, "posix_fallocate", full)
+
+
+def test_a_full_dev_shm_is_an_error_with_the_room_and_not_a_bus_error(full_dev_shm):
     with pytest.raises(
         RolloutError, match=r"needs 64 MiB of shared memory .*/dev/shm has \d+ MiB free \(No space left"
     ):
@@ -135,6 +146,9 @@ def test_every_rank_takes_every_tensor_in_many_buckets_and_nothing_is_left(tmp_p
         numbers = made.metrics()
         assert numbers["sync/bytes"] == sum(tensor.nbytes for _, tensor in weights(0))
         assert numbers["sync/tensor_s"] > 0 and numbers["sync/gb_per_s"] > 0
+        assert shared_files() == []
+        made.update_weights(gathered(made, 3), version=1)
+        assert all(told(s)["weights"] == pytest.approx(sums(weights(3)), rel=1e-4, abs=1e-4) for s in servers(made))
         assert shared_files() == []
         asked = prompts(3)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
@@ -212,7 +226,7 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
 @pytest.mark.parametrize("num_read", [0, 1])
 def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
     """The answer for it vouches for one rank's copy, the answer for the one after it for every rank's."""
-    transfer, before = TensorTransfer([]), None
+    transfer, before = TensorTransfer([], 0), None
     for number, (bucket, _) in enumerate(buckets(weights(0), 0)):
         tensors = list(bucket)
         shared = transfer._share(bucket, num_read)
@@ -238,14 +252,53 @@ def test_memory_is_used_again_where_it_fits():
     assert shared_files() == []
 
 
+def tensors_to_gather(transfer: TensorTransfer) -> dict[str, torch.Tensor]:
+    """One larger than a bucket, with rows that are not in it, and one that is not."""
+    sizes = {"large": (33, 8), "small": (32, 8)}
+    made = {name: transfer.empty(s, dtype=torch.float32, device=torch.device("cpu")) for name, s in sizes.items()}
+    return {name: tensor.fill_(2.0)[:-1] for name, tensor in made.items()}
+
+
+def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
+    transfer = TensorTransfer([], bucket_bytes=32 * 8 * 4)
+    tensors = tensors_to_gather(transfer)
+    (file,) = shared_files()
+    for name, is_in_place in {"large": True, "small": False}.items():
+        shared = transfer._share([(name, tensors[name])], num_read=0)
+        assert (shared._memory.data.data_ptr() == tensors[name].data_ptr()) == is_in_place
+        assert (shared_files() == [file]) == is_in_place and len(shared_files()) == 1
+        ((found, tensor),) = opened(shared)
+        assert found == name and tensor.shape == tensors.pop(name).shape and tensor.eq(2.0).all()
+        transfer.close()
+    assert shared_files() == []
+
+
+def test_memory_of_a_tensor_that_is_never_sent_goes_with_it():
+    transfer = TensorTransfer([], bucket_bytes=32 * 8 * 4)
+    tensors = tensors_to_gather(transfer)
+    assert len(shared_files()) == len(transfer._own) == 1
+    del tensors["large"]
+    assert shared_files() == [] and len(transfer._own) == 0
+
+
+def test_a_gather_goes_on_in_other_memory_where_dev_shm_is_full(full_dev_shm):
+    """It could not be drained if it stopped; sharing the tensor tells."""
+    transfer = TensorTransfer([], bucket_bytes=32 * 8 * 4)
+    tensors = tensors_to_gather(transfer)
+    assert shared_files() == [] and tensors["large"].eq(2.0).all()
+    with pytest.raises(RolloutError, match="shared memory for a bucket"):
+        transfer._share([("large", tensors["large"])], num_read=0)
+    assert shared_files() == []
+
+
 def test_servers_on_other_machines_are_refused_at_the_start():
     urls = ["http://127.0.0.1:30000", "http://localhost:30001", "http://[::1]:30002"]
-    TensorTransfer(urls)
+    TensorTransfer(urls, 0)
     far = "http://192.0.2.7:30000"
     with pytest.raises(
         ConfigError, match=rf"1 of 4 servers are not at an address of it: {far}; .* or sync distributed"
     ):
-        TensorTransfer([*urls, far])
+        TensorTransfer([*urls, far], 0)
 
 
 def test_servers_spread_over_a_cluster_are_refused_by_the_config():
@@ -301,6 +354,8 @@ def test_the_real_server_follows_every_sync(real):
     bucket_a_tensor(real)
     sync(real, seed=8)
     assert_follows(real, seed=8)
+    real.update_weights(gathered(real, 10), real.weight_version + 1)
+    assert_follows(real, seed=10)
     assert shared_files() == []
     print({name: value for name, value in real.metrics().items() if name.startswith("sync/")})
 
