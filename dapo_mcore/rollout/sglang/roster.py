@@ -31,7 +31,7 @@ class Roster:
         member.strikes += 1
         if member not in self._out_since:
             self._out_since[member] = time.monotonic()
-            self._tell(f"rollout server {member.api.url} is out: {problem}")
+            self._tell(f"rollout server {member.api.url} is out: {problem.removeprefix(member.api.url)}")
 
     def wait(self, member: Member) -> None:
         """Is well again, without the current weights."""
