@@ -1,5 +1,6 @@
 """SGLang servers: started, spoken to, kept in step with the weights, and replaced when they die.
 
+engine → assembly → probe                   the parts at start, each server checked
 engine → startup                            servers' start, as it is shown
 engine → replies                            samples: asked for, checked, retried
 engine → transfer (disk, broadcast, tensor) weights: one transaction over the fleet

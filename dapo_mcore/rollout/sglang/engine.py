@@ -1,14 +1,13 @@
 """The rollout engine on SGLang servers: tokens in, tokens and log-probs out, every sample with its weights' version.
 
-Change here: how a sample is asked for, retried, and refused. Servers are fleet.py and servers.py, weights
-transfer.py, answers replies.py. Everything asynchronous runs in one thread; the methods below may block their caller.
+Change here: how a sample is asked for, retried, and refused. How servers are found and checked at start is assembly.py;
+they are fleet.py and servers.py, weights transfer.py, answers replies.py. Everything asynchronous runs in one thread; the methods below may block their caller.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import hashlib
 import random
 import secrets
 import time
@@ -23,27 +22,21 @@ import torch
 from transformers import PretrainedConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
-from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.answer import DROP_REASONS, Dropped
-from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer, check_sync_host
-from dapo_mcore.rollout.sglang.checksums import Checksums
-from dapo_mcore.rollout.sglang.disk import DiskTransfer
+from dapo_mcore.rollout.sglang.assembly import new_transfer, open_fleet, start
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
-from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, stop_servers, wait_until_healthy
-from dapo_mcore.rollout.sglang.probe import probe, probe_router
+from dapo_mcore.rollout.sglang.member import Member, OwnedServer, stop_servers
 from dapo_mcore.rollout.sglang.quantize import quantized
-from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.replies import VersionRule, check_length, read_reply
-from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
-from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys, start_servers
+from dapo_mcore.rollout.sglang.server_api import Keys
+from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.startup import shown_startup
-from dapo_mcore.rollout.sglang.tensor import TensorTransfer
-from dapo_mcore.rollout.sglang.transfer import Transfer
 from dapo_mcore.rollout.tending import wait_tending
 from dapo_mcore.types import Rollout, SamplingParams
 
@@ -99,7 +92,8 @@ class SGLangEngine:
         allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
         # halves: one travels while the next is gathered, and gathering needs room, too
         self._bucket_bytes = settings.bucket_mib << 19
-        self._transfer = self._new_transfer(dtype, folder)
+        num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
+        self._transfer = new_transfer(settings, num_bytes, self._bucket_bytes, folder)
         self._fleet: Fleet | None = None
         self._processes: Sequence[OwnedServer] = []
         self._disconnect: Callable[[], None] = lambda: None
@@ -111,7 +105,7 @@ class SGLangEngine:
                 if not settings.urls:
                     name = str(dtype).removeprefix("torch.")
                     plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
-                    self._start(plan)
+                    self._processes, self._disconnect = start(plan)
                     keys = plan.keys
                 self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
             if settings.colocated:
@@ -228,59 +222,24 @@ class SGLangEngine:
         self._transfer.close()
         atexit.unregister(self.close)  # not before: this may have been broken off
 
-    def _start(self, plan: ServerPlan) -> None:
-        if plan.settings.placement == "ray":
-            self._processes, self._disconnect = start_ray_servers(plan)
-        else:
-            self._processes = start_servers(plan)
-
-    def _new_transfer(self, dtype: torch.dtype, folder: Path) -> Transfer:
-        settings = self._settings
-        if settings.sync == "distributed":
-            backend = "gloo" if settings.device == "cpu" else "nccl"
-            return BroadcastTransfer(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
-        if settings.sync == "tensor":
-            return TensorTransfer(settings.urls, self._bucket_bytes)
-        num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
-        run = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
-        return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
-
     async def _open(self, keys: Keys, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> Fleet:
-        s = self._settings
-        self._http = HttpClient(s.connect_timeout_s, s.read_timeout_s)
-        places = [(process.url, process) for process in self._processes] or [(url, None) for url in s.urls]
-        members = [
-            Member(ServerApi(self._http, url, keys, s.sync_timeout_s), process=process) for url, process in places
-        ]
-        router = Member(ServerApi(self._http, s.router_url, keys, s.sync_timeout_s)) if s.router_url else None
+        self._http = HttpClient(self._settings.connect_timeout_s, self._settings.read_timeout_s)
         try:
-            if s.sync == "distributed":
-                check_sync_host(s.sync_host, [url for url, _ in places])
-            await asyncio.gather(*(self._admit(member, hf_config, is_up) for member in members))
-            if router is not None:
-                await probe_router(router.api, s.urls)
+            return await open_fleet(
+                self._settings,
+                self._http,
+                keys,
+                self._processes,
+                hf_config,
+                is_up,
+                resync=self._transfer.resync,
+                resumes=self._max_lag > 0,
+                may_starve=lambda: self.on_starving is not None,
+                tell=self._tell,
+            )
         except BaseException:
             await self._http.close()
             raise
-        patience = Patience(
-            max_in_flight=s.max_in_flight * (len(members) if router else 1),
-            health_interval_s=s.health_interval_s,
-            health_timeout_s=s.health_timeout_s,
-            start_timeout_s=s.start_timeout_s,
-            step_timeout_s=s.sync_timeout_s,
-            restart_budget=s.restart_budget,
-        )
-        checksums = Checksums() if s.verify_sync == "servers" else None
-        return Fleet(
-            members,
-            patience,
-            self._transfer.resync,
-            router,
-            checksums,
-            resumes=self._max_lag > 0,
-            may_starve=lambda: self.on_starving is not None,
-            tell=self._tell,
-        )
 
     async def _pop_counts(self) -> Counter[str]:
         """In the loop, where they are counted."""
@@ -288,21 +247,6 @@ class SGLangEngine:
         self._counts.clear()
         self._fleet.counts.clear()
         return counts
-
-    async def _admit(self, member: Member, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> None:
-        if member.process is not None:
-            try:
-                await wait_until_healthy(member, self._settings.start_timeout_s)
-            except RolloutError as error:
-                raise ConfigError(f"rollout.sglang: {error}") from error
-        facts = await probe(member.api, hf_config, resumes=self._max_lag > 0)
-        member.num_ranks = facts.num_ranks
-        if self._settings.verify_sync == "servers" and await member.api.checksums() is None:
-            raise ConfigError(
-                f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
-                "SGLang tells them on GPUs, and from 0.5.23 on without: set verify_sync off"
-            )
-        is_up()
 
     def _begin(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
