@@ -8,7 +8,6 @@ file and test_transfer_rules.py go.
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -171,7 +170,7 @@ def test_a_retracted_request_lives_through_any_number_of_updates(resuming: Raw, 
             server.post("/pause_generation", {"mode": "retract"})
             assert load(server, checkpoints["whole"], version)[0] == 200
             server.post("/continue_generation")
-            time.sleep(0.15)
+            server.tokens_later()
         assert not box, "the generation ended between the updates; ask for more tokens"
     spans = box["answer"]["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == [before, "second", "third"]
@@ -206,7 +205,7 @@ def test_a_retracted_request_can_be_ended(server: Raw, call: str) -> None:
     with server.in_flight(LONG, rid="parked") as box:
         server.post("/pause_generation", {"mode": "retract"})
         assert server.post(path, body)[0] == 200
-        wait_for(lambda: box, 10)
+        wait_for(lambda: box)
     assert box["status"] == 200 and box["answer"]["meta_info"]["finish_reason"]["type"] == "abort"
     assert server.post("/continue_generation")[0] == 200
     assert server.generate([5, 6], 4)[1]["meta_info"]["finish_reason"]["type"] == "length"
