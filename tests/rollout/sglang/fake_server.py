@@ -63,6 +63,15 @@ def fake_python(
     return script
 
 
+def gated(python: Path, gate: Path) -> Path:
+    """An executable that does what `python` does, but starts no server while the file `gate` is there."""
+    script = python.with_name(f"{python.name}-gated")
+    wait = f'case "$*" in *launch_server*) while [ -e "{gate}" ]; do sleep 0.05; done;; esac'
+    script.write_text(f'#!/bin/sh\n{wait}\nexec "{python}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
 @dataclass
 class Fault:
     """What goes wrong in the next `count` uses of `where`: a path, `bucket 5` (counted from 1 in an update), `version`."""

@@ -102,7 +102,7 @@ def test_the_one_of_three_that_holds_other_weights_is_taken_out_until_it_agrees(
         order(wrong, "flip", where="weights", count=2)  # the re-sync is wrong, too
         made.update_weights(weights(1), version=2)
         assert [member.state for member in made._fleet.members][::2] == ["serving", "serving"]
-        wait_for(lambda: f"differs in 1 of {NUM_TENSORS} weights" in made._fleet.members[1].problem, 10)
+        wait_for(lambda: f"differs in 1 of {NUM_TENSORS} weights" in made._fleet.members[1].problem)
         asked = prompts(30)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         all_serve(made)

@@ -170,7 +170,7 @@ def test_a_server_that_dies_at_a_bucket_is_left_out_and_the_others_go_on(tmp_pat
         assert shared_files() == []
         asked = prompts(10)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
-        wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"], 20)
+        wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"])
         made.update_weights(weights(3), version=3)
         assert len(made._fleet.serving) == 2 and shared_files() == []
         assert told(first)["weights"] == pytest.approx(told(second)["weights"])
@@ -204,7 +204,7 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
         with pytest.raises(RolloutError, match="lacks 1 of"):
             made.update_weights(iter(whole[:-1]), version=2)
         assert made.weight_version == 1 and shared_files() == []
-        wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting"], 20)
+        wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting"])
         made.update_weights(iter(whole), version=2)
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(iter(whole)), rel=1e-4, abs=1e-4)
 
