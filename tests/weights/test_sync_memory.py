@@ -37,7 +37,9 @@ def peaks_of_syncs(layout: Any, mesh: Mesh, folder: str) -> dict[str, int]:
     for path in ("disk", "distributed"):
         engine = None
         if layout.is_controller:
-            given = settings(fake_python(Path(folder)), sync=path, bucket_mib=BUCKET_MIB, sync_timeout_s=120.0)
+            given = settings(
+                fake_python(Path(folder)), sync=path, sync_dir=folder, bucket_mib=BUCKET_MIB, sync_timeout_s=120.0
+            )
             engine = SGLangEngine(
                 given, hf_config, stop_token_ids=(1,), dtype=torch.float32, folder=Path(folder) / f"servers-{path}"
             )
