@@ -30,14 +30,12 @@ from tests.rollout.sglang.serving import (
     engine,
     params,
     prompts,
-    real_python,
     settings,
     tiny_config,
     wait_for,
     weights,
 )
 from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
-from tests.rollout.sglang.test_real_server import assert_follows, sync
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -285,26 +283,3 @@ def test_memory_of_a_gpu_is_opened_by_another_process():
     before = torch.cuda.memory_allocated()
     shared.close()
     assert torch.cuda.memory_allocated() < before
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory) -> Iterator[SGLangEngine]:
-    patience = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0, restart_budget=0)
-    with engine(tmp_path_factory.mktemp("real"), python=real_python(), sync="tensor", **patience) as started:
-        yield started
-
-
-@pytest.mark.sglang
-def test_the_real_server_follows_every_sync(real):
-    sync(real, seed=6)
-    assert_follows(real, seed=6)
-    bucket_a_tensor(real)
-    sync(real, seed=8)
-    assert_follows(real, seed=8)
-    assert shared_files() == []
-    print({name: value for name, value in real.metrics().items() if name.startswith("sync/")})
-
-
-@pytest.mark.sglang
-def test_the_last_the_real_server_ends_where_it_cannot_open_the_memory(real, monkeypatch):
-    assert_an_error_where_memory_cannot_be_opened(real, monkeypatch)
