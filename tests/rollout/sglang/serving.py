@@ -32,7 +32,7 @@ from tests.rollout.sglang.fake_server import fake_python
 ENVIRONMENT = "DAPO_MCORE_SGLANG"
 VOCAB, CONTEXT, STOP = 64, 512, 1
 LONG = 400  # tokens of a generation that a test interrupts
-SLOW, FAST = 50, 4000  # tokens/s of a fake server while a test interrupts it, and else
+SLOW, FAST = 20, 4000  # tokens/s of a fake server while a test interrupts it, and else
 # the fake as each version that differs in a rule of versions.py, and the real server
 KINDS = ["0.5.17", "0.5.20", "0.5.21", pytest.param("real", marks=pytest.mark.sglang)]
 
