@@ -169,6 +169,11 @@ class Raw:
         """Returns when every request that was under way has another token: this one comes behind them, and has two."""
         assert self.generate([5], 2)[0] == 200
 
+    def at_rest(self) -> None:
+        """Returns when the server knows that it has nothing to do: the last answer is sent a moment before, and an update in
+        that moment kills the real one."""
+        wait_for(lambda: self.post("/flush_cache")[0] == 200)
+
     def _call(
         self, method: str, path: str, body: Any, key: str | None, sent: Callable[[], None] = lambda: None
     ) -> tuple[int, Any]:

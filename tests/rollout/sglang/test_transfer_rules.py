@@ -45,6 +45,7 @@ def test_a_group_that_it_is_not_in_cannot_be_left(server: Raw) -> None:
 
 
 def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+    server.at_rest()
     root = joined(server)
     before = server.version()
     tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
@@ -110,6 +111,7 @@ def is_here(root: RootRank) -> bool:
 
 
 def test_shared_memory_needs_a_session_where_there_are_sessions(server: Raw) -> None:
+    server.at_rest()
     before = server.version()
     shared = SharedBucket(list(weights(seed=1)))
     status, answer = open_tensors(server, shared.handle(), "alone")
