@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from dapo_mcore.rollout.sglang.versions import (
 )
 
 TICK_S = 0.02
+REST_S = 0.1
+"""From a request's end until the scheduler knows it; the real one's moment is shorter, and may be as long on a busy machine."""
 
 
 @dataclass(eq=False)
@@ -53,6 +56,7 @@ class Scheduler:
         self.unpaused.set()
         self.paused_mode: str | None = None
         self.released: set[str] = set()
+        self.busy_until = 0.0
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -71,6 +75,7 @@ class Scheduler:
             await self.write(work, ids, *self.length(law))
         finally:
             self.running.discard(work)
+            self.busy_until = time.monotonic() + REST_S
         return web.json_response(self.reply(work, ids, law))
 
     def refusal(self, ids: list[int], law: dict[str, Any]) -> str | None:
@@ -157,4 +162,4 @@ class Scheduler:
 
     def flushed(self) -> bool:
         resumes = self.paused_mode == "retract" and self.version >= FIRST_WITH_RESUMPTION
-        return resumes or not self.running
+        return resumes or (not self.running and time.monotonic() > self.busy_until)

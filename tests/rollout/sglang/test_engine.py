@@ -113,6 +113,15 @@ def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
         assert now["weights"] == pytest.approx({n: float(t.sum()) for n, t in weights(2)}, rel=1e-4, abs=1e-4)
 
 
+def test_an_update_that_follows_the_last_answer_at_once_kills_no_server(tmp_path):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        asked, new = prompts(4), list(weights(1))
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+        made.update_weights(iter(new), version=2)
+        assert made.metrics()["rollout/servers_excluded"] == 0
+
+
 def bucket_a_tensor(made: SGLangEngine) -> None:
     made._settings = made._settings.model_copy(update={"bucket_mib": 0})
 
