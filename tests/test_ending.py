@@ -76,10 +76,16 @@ def test_a_main_thread_that_does_not_notice_is_ended_for():
     """It is in a library, which the signal does not wake."""
     script = """
 ending.NOTICE_S = 0.5
+blocked, sleep = threading.Event(), ctypes.CDLL(None).sleep
+def strike():
+    blocked.wait()
+    time.sleep(0.5)
+    me(signal.SIGTERM)
 def body():
-    threading.Timer(0.2, me, [signal.SIGTERM]).start()
+    threading.Thread(target=strike).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    ctypes.CDLL(None).sleep(60)
+    blocked.set()
+    sleep(60)
 run(body)
 """
     assert ended(script) == (128 + 15, ["clean"], ["stopped by SIGTERM: go on"])
@@ -110,10 +116,12 @@ ending.NOTICE_S = 0.2
 end.clean = lambda: print("clean")
 def body():
     for signum in (signal.SIGTERM, signal.SIGINT):
+        ready, tell = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(tell, b"!")
             time.sleep(60)
-        time.sleep(0.1)
+        os.read(ready, 1)
         os.kill(child, signum)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signum
     time.sleep(0.5)

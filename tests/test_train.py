@@ -41,10 +41,16 @@ def task(tmp_path_factory) -> Path:
     return folder
 
 
+def torchrun(processes: int) -> list[str]:
+    """On a port that the kernel gives it and nobody can take before."""
+    alone = ["--standalone", "--local-addr", "127.0.0.1"]
+    return [sys.executable, "-m", "torch.distributed.run", *alone, "--nproc-per-node", str(processes)]
+
+
 def run(task: Path, name: str, *overrides: str, processes: int = 1) -> str:
     launcher = [sys.executable, "-m"]
     if processes > 1:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29617", "-m"]
+        launcher = [*torchrun(processes), "-m"]
     else:
         overrides = ("parallel.tensor_parallel=1", *overrides)
     config = str(ROOT / "examples/quickstart.yaml")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import real_python
-from tests.test_train import ROOT, SMALL, metrics, task  # noqa: F401  the fixture is used by name
+from tests.test_train import ROOT, SMALL, metrics, task, torchrun  # noqa: F401  the fixture is used by name
 
 # right and wrong take turns, so every group varies, until `WRONG_FROM` responses were scored
 REWARD = """
@@ -68,7 +68,7 @@ def run(
     """`server` is the interpreter that serves, where it is not the fake one beside the reward function."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29623", "-m"]
+        launcher = [*torchrun(processes), "-m"]
     reward = f"reward.function={python.parent / 'alternating.py'}:compute_score"
     arguments = [
         *SMALL,

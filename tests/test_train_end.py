@@ -13,7 +13,7 @@ import pytest
 
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import wait_for
-from tests.test_train import ROOT, SMALL, task  # noqa: F401  the fixture is used by name
+from tests.test_train import ROOT, SMALL, task, torchrun  # noqa: F401  the fixture is used by name
 
 # rank 1 cannot build its part of the model, while rank 0 is at the same work or waits for it in a collective
 RANK_1_FAILS = """
@@ -72,7 +72,7 @@ def start(
     """A run with a fake server, whose interpreter lies in `folder` alone."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631"]
+        launcher = torchrun(processes)
     launcher += program or ("-m", "dapo_mcore.train")
     python = fake_python(folder, tokens_per_s=2000)
     arguments = [*SMALL, *SERVED, f"rollout.sglang.python={python}", f"parallel.tensor_parallel={processes}"]
@@ -94,7 +94,7 @@ def start(
 
 def ended(process: subprocess.Popen[str]) -> str:
     try:
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=600)[0]
     finally:
         process.kill()
 
@@ -126,7 +126,7 @@ def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_l
 def test_ctrl_c_under_torchrun_ends_with_one_line_of_ours_and_the_run_goes_on_from_there(task, tmp_path, shared):  # noqa: F811
     options = ["name=stopped", "num_rollout_steps=1000"]
     begun = start(tmp_path, task, *options, processes=2)
-    wait_for(lambda: checkpoints(task, "stopped"), 60, lambda: begun.poll())
+    wait_for(lambda: checkpoints(task, "stopped") or begun.poll() is not None, 300)
     assert len(servers(task / "runs/stopped")) == 1 and list(shared.iterdir()) != []
     begun.send_signal(signal.SIGINT)  # torchrun's, as its ranks are not of the terminal's foreground
     output = ended(begun)
@@ -144,7 +144,7 @@ def checkpoints(task: Path, name: str) -> list[str]:  # noqa: F811
 
 def test_sigterm_ends_a_single_process_with_its_status(task, tmp_path, shared):  # noqa: F811
     begun = start(tmp_path, task, "name=single", "num_rollout_steps=1000", "checkpoint.every=null")
-    wait_for(lambda: (task / "runs/single/samples").exists(), 60, lambda: begun.poll())
+    wait_for(lambda: (task / "runs/single/samples").exists() or begun.poll() is not None, 300)
     begun.send_signal(signal.SIGTERM)
     output = ended(begun)
     assert begun.returncode == 128 + signal.SIGTERM

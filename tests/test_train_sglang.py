@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.rollout.sglang.servers import reserve_port
 from tests.rollout.sglang.serving import real_python
-from tests.test_train import ROOT, SMALL
+from tests.test_train import ROOT, SMALL, task, torchrun  # noqa: F401  the fixture is used by name
 
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    """The quickstart's data and model, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("task")
-    made = [sys.executable, str(ROOT / "examples/arithmetic.py"), "--out", "runs/arithmetic"]
-    subprocess.run(made, cwd=folder, check=True, capture_output=True)
-    return folder
-
-
-def train(task: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+def train(task: Path, *overrides: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
     config = str(ROOT / "examples/quickstart.yaml")
     return subprocess.run(
-        [*launcher, "-m", "dapo_mcore.train", config, *SMALL, *overrides],
+        [*torchrun(2), "-m", "dapo_mcore.train", config, *SMALL, *overrides],
         cwd=task,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -51,7 +38,7 @@ def train(task: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         "colocated": ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2"],
     }.items(),
 )
-def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):
+def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):  # noqa: F811
     server = ["rollout.engine=sglang", "rollout.sglang.device=cpu", f"rollout.sglang.python={real_python()}"]
     done = train(task, *server, *ways, f"name={name}", f"num_rollout_steps={STEPS}", "eval.every=3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,9 +62,11 @@ def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):
     assert (folder / "hf/final/model.safetensors").exists() and (folder / "servers/keys.json").exists()
 
 
-def test_a_run_without_a_server_it_can_use_ends_on_every_rank_with_the_remedy(task):
-    done = train(task, "rollout.engine=sglang", "rollout.sglang.urls=[http://127.0.0.1:9]", "name=none")
+def test_a_run_without_a_server_it_can_use_ends_on_every_rank_with_the_remedy(task):  # noqa: F811
+    with reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        done = train(task, "rollout.engine=sglang", f"rollout.sglang.urls=[{url}]", "name=none")
     assert done.returncode != 0
-    assert "error: no SGLang server answers: http://127.0.0.1:9" in done.stderr
+    assert f"error: no SGLang server answers: {url}" in done.stderr
     assert "start it, or correct rollout.sglang.urls" in done.stderr
     assert not (task / "runs/none").exists()

@@ -184,8 +184,8 @@ def test_a_sample_of_exactly_the_budget_always_fits():
 
 def test_a_large_step_is_planned_in_seconds():
     lengths = np.clip(np.random.default_rng(0).lognormal(8, 1, 8192), 100, 20000).astype(np.int64)
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = plan_micro_batches(lengths, data_parallel=128, context_parallel=1, max_tokens=22528, align=8)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     totals = [sum(lengths[i] for m in rank for i in m) for rank in plan]
     assert max(totals) / np.mean(totals) < 1.05

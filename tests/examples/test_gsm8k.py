@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.test_train import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,14 +65,13 @@ def test_two_steps_on_gsm8k_with_qwens_vocabulary(real_data, tmp_path):
         "num_rollout_steps=2",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619",
-         "-m", "dapo_mcore.train", str(ROOT / "examples/gsm8k.yaml"), *overrides],
+        [*torchrun(2), "-m", "dapo_mcore.train", str(ROOT / "examples/gsm8k.yaml"), *overrides],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "runs/gsm8k/metrics.jsonl").read_text().splitlines()]
     assert [row["updates"] for row in rows] == [2, 4]

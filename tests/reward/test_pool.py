@@ -62,10 +62,10 @@ def test_outcomes_come_back_in_order_and_workers_live_on():
 
 def test_a_hanging_or_dying_worker_costs_its_own_sample_only():
     work = ["score 1", "spin", "exit 7", "sleep 60", "raise no", "leave 2", "score nan", *["score 2"] * 20]
-    with pool(timeout_seconds=1.0) as workers:
+    with pool(timeout_seconds=3.0) as workers:
         start_s = time.monotonic()
         outcomes = workers.score(attempts(*work))
-        assert time.monotonic() - start_s < 20
+        assert time.monotonic() - start_s < 50  # one of them sleeps for 60
         assert [outcome.failure for outcome in outcomes[:7]] == [
             None,
             "timeout",
@@ -134,7 +134,7 @@ def test_workers_end_when_the_controller_is_killed():
 import time
 from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.pool import RewardPool
-pool = RewardPool(2, "{ZOO}:by_text", "verl", False, 0.1)
+pool = RewardPool(2, "{ZOO}:by_text", "verl", False, 60.0)
 print(*(outcome.pred for outcome in pool.score([Attempt("q", "pid", "a")] * 4)), flush=True)
 time.sleep(60)
 """

@@ -67,7 +67,7 @@ def test_outcomes_come_back_in_order_from_every_worker(workers):
 
 @needs_ray
 def test_an_attempt_that_hangs_or_kills_its_process_costs_itself_alone(workers):
-    hasty = pool(timeout_seconds=1.0)
+    hasty = pool(timeout_seconds=3.0)
     outcomes = hasty.score(attempts("score 1", "spin", "exit 7", "raise no", *["score 2"] * 6))
     hasty.close()
     failures = [outcome.failure for outcome in outcomes]

@@ -75,7 +75,7 @@ def test_or_failures_get_the_configured_value():
 
 
 def test_a_pool_keeps_its_deadline():
-    bad, good = score("spin", "score 1", function=f"{ZOO}:by_text", workers=2, timeout_seconds=0.5)
+    bad, good = score("spin", "score 1", function=f"{ZOO}:by_text", workers=2, timeout_seconds=2.0)
     assert (bad.failure, bad.masked, good.reward) == ("timeout", True, 1.0)
 
 

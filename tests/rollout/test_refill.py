@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import random
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout import refill
+from dapo_mcore.rollout.refill import Refill
 from dapo_mcore.rollout.sampler import Collected, Sampler
 from dapo_mcore.types import ContinuousEngine, Prompt, Rollout, SamplingParams
 from tests.rollout.test_sampler import (
@@ -36,10 +37,9 @@ from tests.rollout.test_sampler import (
 
 
 class SlowEngine(ScriptedEngine):
-    """Finishes a group when `finish` is called with its prompt's number; `order` says when that is.
+    """Finishes groups when the sampler waits for one; `order` says which.
 
-    order  called in a thread after every submission, with the numbers in flight in the order they were submitted; the
-           ones it returns finish.
+    order  called with the numbers of the prompts in flight in the order they were submitted; the ones it returns finish.
     Weights may move meanwhile: the last token of a response is of the version when it finishes, the others of the version
     when it was submitted.
     """
@@ -48,21 +48,19 @@ class SlowEngine(ScriptedEngine):
         super().__init__(prompts, version)
         self.in_flight: dict[int, tuple[Future, int, int]] = {}
         self.submitted: list[int] = []
-        self.cancelled: list[int] = []
         self.most = 0
-        self._order, self._lock, self._stop = order, threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._order = order
 
     def submit(self, prompts: list[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
         (number,) = {int(prompt[0]) for prompt in prompts}
         future: Future[list[Rollout]] = Future()
-        with self._lock:
-            assert number not in self.in_flight, "this engine knows its requests by their prompts"
-            self.calls.append((len(prompts), params))
-            self.submitted.append(number)
-            self.in_flight[number] = future, len(prompts), self.weight_version
-            self.most = max(self.most, len(self.in_flight))
+        waiting = self.in_flight.get(number)
+        assert waiting is None or waiting[0].cancelled(), "this engine knows its requests by their prompts"
+        self.calls.append((len(prompts), params))
+        self.submitted.append(number)
+        self.in_flight.pop(number, None)
+        self.in_flight[number] = future, len(prompts), self.weight_version
+        self.most = max(self.most, len(self.running))
         return future
 
     on_starving, starving = None, False
@@ -76,27 +74,33 @@ class SlowEngine(ScriptedEngine):
 
     def close(self) -> None: ...
 
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(10)
+    @property
+    def running(self) -> list[int]:
+        return [number for number, (future, *_) in self.in_flight.items() if not future.cancelled()]
 
-    def _run(self) -> None:
-        """Moves only once the sampler waits: after a while without a submission."""
-        seen = -1
-        while not self._stop.wait(0.02):
-            with self._lock:
-                for number, (future, *_) in list(self.in_flight.items()):
-                    if future.cancelled():
-                        self.cancelled.append(number)
-                        del self.in_flight[number]
-                if seen != len(self.submitted):
-                    seen = len(self.submitted)
-                    continue
-                ready = self._order(list(self.in_flight)) if self.in_flight else []
-                done = [(*self.in_flight.pop(number), number) for number in ready]
-            for future, count, version, number in done:
-                if future.set_running_or_notify_cancel():
-                    future.set_result([begun_by(version, self._respond(number)) for _ in range(count)])
+    @property
+    def cancelled(self) -> list[int]:
+        return [number for number, (future, *_) in self.in_flight.items() if future.cancelled()]
+
+    def move(self) -> None:
+        for number in self._order(self.running):
+            future, count, version = self.in_flight.pop(number)
+            future.set_result([begun_by(version, self._respond(number)) for _ in range(count)])
+
+
+@pytest.fixture(autouse=True)
+def moves_while_the_sampler_waits(monkeypatch) -> None:
+    """In its own thread and by a clock of its own, on which each move takes a second and nothing else takes time."""
+    wait, clock = Refill._wait, Mock(monotonic=Mock(return_value=0.0))
+
+    def moved(self: Refill) -> list[int]:
+        while self._done.empty():
+            clock.monotonic.return_value += 1.0
+            self._responder._engine.move()
+        return wait(self)
+
+    monkeypatch.setattr(Refill, "_wait", moved)
+    monkeypatch.setattr(refill, "time", clock)
 
 
 def begun_by(version: int, rollout: Rollout) -> Rollout:
@@ -117,19 +121,14 @@ def one_by_one(in_flight: list[int]) -> list[int]:
 
 @pytest.fixture
 def collect():
-    engines: list[SlowEngine] = []
-
     def build(scripts: list[str], order: Callable[[list[int]], list[int]], style: str = "filter", **sampling):
         prompts = make_prompts(*scripts)
         engine = SlowEngine(prompts, order)
-        engines.append(engine)
         loader = PromptLoader(prompts, seed=0, shuffle=False)
         config = make_config(style, engine="sglang", **sampling)
         return Sampler(engine, loader, reward, decode, config), engine
 
-    yield build
-    for engine in engines:
-        engine.stop()
+    return build
 
 
 def test_only_engines_with_submit_are_continuous(collect):
@@ -146,9 +145,10 @@ def test_a_finished_group_is_replaced_at_once_and_never_more_are_in_flight_than_
     assert engine.most == 2
     assert uids(collected.groups) == [1, 3, 5] and uids(collected.generated) == [0, 1, 2, 3, 4, 5, 6]
     stats = collected.stats
-    assert stats["sampling/in_flight_max"] == 2 and 1 <= stats["sampling/in_flight_mean"] <= 2
+    # in 7 moves, 1 of them for group 6 alone
+    assert stats["sampling/in_flight_max"] == 2 and stats["sampling/in_flight_mean"] == (6 * 2 + 1 * 1) / 7
     assert stats["sampling/gen_batches"] == pytest.approx(7 / 6) and stats["sampling/groups_aborted"] == 0
-    assert stats["sampling/surplus_wait_s"] > 0
+    assert stats["sampling/surplus_wait_s"] == 1.0
     assert len({params.seed for _, params in engine.calls}) == 7
 
 
@@ -177,8 +177,7 @@ def test_abort_ends_what_is_in_flight_and_asks_it_again_first(collect):
     assert uids(first.groups) == [5, 6]  # the soonest: biased, as documented; 6 took the place of 5
     assert first.stats["sampling/groups_aborted"] == 5
     assert sampler.state()[0]["again"] == [f"train:{number}" for number in range(5)]
-    time.sleep(0.1)
-    assert engine.cancelled == [0, 1, 2, 3, 4] and not engine.in_flight
+    assert engine.cancelled == [0, 1, 2, 3, 4] and not engine.running
     second = sampler.collect(step=1)
     assert engine.submitted[7:] == [0, 1, 2, 3, 4, 7, 8]
     assert uids(second.groups) == [7, 8]

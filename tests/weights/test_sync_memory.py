@@ -49,7 +49,9 @@ def peaks_of_syncs(layout: Any, mesh: Mesh, folder: str, sizes: dict[str, int]) 
     for way, how in WAYS.items():
         engine = None
         if layout.is_controller:
-            given = settings(fake_python(Path(folder)), **how, bucket_mib=BUCKET_MIB, sync_timeout_s=120.0)
+            given = settings(
+                fake_python(Path(folder)), **how, sync_dir=folder, bucket_mib=BUCKET_MIB, sync_timeout_s=120.0
+            )
             engine = SGLangEngine(
                 given, hf_config, stop_token_ids=(1,), dtype=torch.float32, folder=Path(folder) / f"servers-{way}"
             )

@@ -23,7 +23,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 WEIGHT_MEMORY = frozenset({"weights"})
 ALL_MEMORY = frozenset({"weights", "kv_cache", "cuda_graph"})
 """Tags of device memory that a server gives up and takes back."""
-_FLUSH_TRIES, _FLUSH_PAUSE_S = 40, 0.25
+_FLUSH_TRIES, _FLUSH_PAUSE_S = 200, 0.05
 _NO_TOKEN = 2**31 - 1
 
 
@@ -111,12 +111,15 @@ class ServerApi:
     async def pause(self, mode: PauseMode = "abort") -> None:
         """Stops generation; new requests wait until `resume`.
 
-        abort     ends requests in work: returns once none is left.
+        abort     ends requests in work: returns once none is left, and the server knows it. It tells the last answer a
+                  moment before, and would die of an update or a release in that moment.
         retract   puts them back in the queue without their KV cache; `resume` computes it anew from all their tokens, by
                   the weights of then.
         in_place  leaves them and their KV cache as they are.
         """
         await self._admin("/pause_generation", {"mode": mode})
+        if mode == "abort":
+            await self.flush()
 
     async def resume(self) -> None:
         await self._admin("/continue_generation", {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from dapo_mcore.rollout.sglang.versions import (
 )
 
 TICK_S = 0.02
+REST_S = 0.1
+"""From a request's end until the scheduler knows it; the real one's moment is shorter, and may be as long on a busy machine."""
 
 
 @dataclass(eq=False)
@@ -30,20 +33,30 @@ class Request:
 
 
 class Scheduler:
-    """`cache` in tokens; `speed` in tokens/s of each request; `tail` as of fake_python; `told` counts what happens."""
+    """`cache` in tokens; `speed` in tokens/s of each request; `tail` and `linger` as of fake_python; `told` counts what
+    happens."""
 
     def __init__(
-        self, version: Version, vocab: int, context: int, cache: int, speed: int, tail: float, told: Counter[str]
+        self,
+        version: Version,
+        vocab: int,
+        context: int,
+        cache: int,
+        speed: float,
+        tail: float,
+        linger: int,
+        told: Counter[str],
     ):
         self.version, self.vocab, self.context = version, vocab, context
         self.capacity = min(context, cache)
-        self.speed, self.tail, self.told = speed, tail, told
+        self.speed, self.tail, self.linger, self.told = speed, tail, linger, told
         self.weight_version = "default"
         self.running: set[Request] = set()
         self.unpaused = asyncio.Event()
         self.unpaused.set()
         self.paused_mode: str | None = None
         self.released: set[str] = set()
+        self.busy_until = 0.0
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -59,9 +72,10 @@ class Scheduler:
         self.told["generated"] += 1
         self.told["most_running"] = max(self.told["most_running"], len(self.running))
         try:
-            await self.write(work, ids, self.length(law))
+            await self.write(work, ids, *self.length(law))
         finally:
             self.running.discard(work)
+            self.busy_until = time.monotonic() + REST_S
         return web.json_response(self.reply(work, ids, law))
 
     def refusal(self, ids: list[int], law: dict[str, Any]) -> str | None:
@@ -72,22 +86,28 @@ class Scheduler:
         outside = [token for token in law.get("logit_bias") or {} if not 0 <= int(token) < self.vocab]
         return f"logit_bias must has keys in [0, {self.vocab - 1}], got {outside[0]}." if outside else None
 
-    def length(self, law: dict[str, Any]) -> int:
+    def length(self, law: dict[str, Any]) -> tuple[int, bool]:
+        """Of a response, and whether its last token is written only by other weights than its first."""
         longest = law["max_new_tokens"]
+        lingers = bool(self.linger) and law["temperature"] == 1 and law["sampling_seed"] % self.linger == 0
         if not self.tail:
-            return longest
+            return longest, lingers
         drawn = random.Random(law["sampling_seed"]).lognormvariate(0, self.tail)
-        return max(1, min(longest, int(drawn * longest / 8)))
+        return max(1 + lingers, min(longest, int(drawn * longest / 8))), lingers
 
-    async def write(self, work: Request, ids: list[int], count: int) -> None:
+    async def write(self, work: Request, ids: list[int], count: int, lingers: bool) -> None:
+        first_version = self.weight_version
         while len(work.tokens) < count and not work.aborted:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(max(TICK_S, 1 / self.speed))
             if work.aborted or not self.unpaused.is_set():
                 continue
             if self.released:
                 os._exit(1)  # as the real one on a GPU: an illegal address
             before = len(work.tokens)
-            after = min(count, before + max(1, int(self.speed * TICK_S)))
+            now = count - (lingers and self.weight_version == first_version)
+            after = min(now, before + max(1, int(self.speed * TICK_S)))
+            if before == after:
+                continue
             work.tokens += [ids[i % len(ids)] for i in range(before, after)]
             if not work.spans or work.spans[-1]["version"] != self.weight_version:
                 work.spans.append({"version": self.weight_version, "start": before, "end": after})
@@ -142,4 +162,4 @@ class Scheduler:
 
     def flushed(self) -> bool:
         resumes = self.paused_mode == "retract" and self.version >= FIRST_WITH_RESUMPTION
-        return resumes or not self.running
+        return resumes or (not self.running and time.monotonic() > self.busy_until)

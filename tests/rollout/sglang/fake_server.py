@@ -1,7 +1,8 @@
 """A server that keeps the rules of SGLang's (test_server_rules.py holds it and the real one to them) without a model.
 
 A response repeats its prompt, so a test can tell whose it is. Run as a program it takes the arguments that servers.py
-gives to Python; `fake_python` makes the interpreter that does so. POST /fake orders faults, GET /fake tells what happened.
+gives to Python; `fake_python` makes the interpreter that does so. POST /fake orders faults or a speed, so that what a test
+interrupts lasts as long as the test needs; GET /fake tells what happened.
 """
 
 from __future__ import annotations
@@ -43,18 +44,30 @@ def fake_python(
     start_s: float = 0,
     checksums: bool = False,
     tail: float = 0,
+    linger: int = 0,
 ) -> Path:
     """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed; with CUDA
     where it tells `checksums`.
 
     tail  0: responses are as long as they may be. Else lengths are log-normal with this sigma, by the request's seed: half
           are shorter than an eighth of that.
+    linger  0, or: one of so many responses, by its request's seed, ends only after a weight update, at whatever speed. Not
+            those of another temperature than 1: a test's evaluation.
     """
-    script = folder / f"python-{version}-{tokens_per_s}-{start_s}-{checksums}-{tail}"
+    script = folder / f"python-{version}-{tokens_per_s}-{start_s}-{checksums}-{tail}-{linger}"
     settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_START_S={start_s}"
-    settings += f" FAKE_CHECKSUMS={int(checksums)} FAKE_TAIL={tail}"
+    settings += f" FAKE_CHECKSUMS={int(checksums)} FAKE_TAIL={tail} FAKE_LINGER={linger}"
     run = f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -P -m tests.rollout.sglang.fake_server'
     script.write_text(f'#!/bin/sh\n{settings} {run} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def gated(python: Path, gate: Path) -> Path:
+    """An executable that does what `python` does, but starts no server while the file `gate` is there."""
+    script = python.with_name(f"{python.name}-gated")
+    wait = f'case "$*" in *launch_server*) while [ -e "{gate}" ]; do sleep 0.05; done;; esac'
+    script.write_text(f'#!/bin/sh\n{wait}\nexec "{python}" "$@"\n')
     script.chmod(0o755)
     return script
 
@@ -92,8 +105,8 @@ class FakeServer:
         self.num_ranks = self.arguments["tp-size"]
         self.told: Counter[str] = Counter()
         limits = config["vocab_size"], config["max_position_embeddings"], arguments["max-total-tokens"]
-        speed, tail = int(os.environ["FAKE_TOKENS_PER_S"]), float(os.environ["FAKE_TAIL"])
-        self.scheduler = Scheduler(version, *limits, speed, tail, self.told)
+        speed, tail = float(os.environ["FAKE_TOKENS_PER_S"]), float(os.environ["FAKE_TAIL"])
+        self.scheduler = Scheduler(version, *limits, speed, tail, int(os.environ["FAKE_LINGER"]), self.told)
         self.weights: dict[str, Any] = {}
         self.session, self.groups, self.buckets = False, {}, 0
         self.faults = faults_of_the_first_server(os.environ.get("FAKE_FAULTS"))
@@ -199,7 +212,11 @@ class FakeServer:
         return None
 
     async def order(self, request: web.Request) -> web.Response:
-        self.faults.append(Fault(**await request.json()))
+        ordered = await request.json()
+        if "tokens_per_s" in ordered:
+            self.scheduler.speed = ordered["tokens_per_s"]
+        else:
+            self.faults.append(Fault(**ordered))
         return web.json_response({})
 
     async def tell(self, request: web.Request) -> web.Response:

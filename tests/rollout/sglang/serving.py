@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from tests.rollout.sglang.fake_server import fake_python
 ENVIRONMENT = "DAPO_MCORE_SGLANG"
 VOCAB, CONTEXT, STOP = 64, 512, 1
 LONG = 400  # tokens of a generation that a test interrupts
+SLOW, FAST = 20, 4000  # tokens/s of a fake server while a test interrupts it, and else
 # the fake as each version that differs in a rule of versions.py, and the real server
 KINDS = ["0.5.17", "0.5.20", "0.5.21", pytest.param("real", marks=pytest.mark.sglang)]
 
@@ -52,7 +53,7 @@ def real_version() -> Version:
 
 def interpreter(kind: str, folder: Path) -> Path:
     """That serves: the real one, or the fake as a version."""
-    return real_python() if kind == "real" else fake_python(folder, kind, tokens_per_s=500)
+    return real_python() if kind == "real" else fake_python(folder, kind)
 
 
 def tiny_config(**changes: Any) -> PretrainedConfig:
@@ -125,9 +126,16 @@ class Raw:
     def post(self, path: str, body: Any = None, key: str | None = "admin") -> tuple[int, Any]:
         return self._call("POST", path, body or {}, key)
 
-    def generate(self, ids: list[int], max_new_tokens: int = 8, **more: Any) -> tuple[int, Any]:
+    def generate(
+        self, ids: list[int], max_new_tokens: int = 8, sent: Callable[[], None] = lambda: None, **more: Any
+    ) -> tuple[int, Any]:
         law = {"max_new_tokens": max_new_tokens, "ignore_eos": True, **more.pop("law", {})}
-        return self.post("/generate", {"input_ids": ids, "sampling_params": law, "return_logprob": True, **more}, "api")
+        body = {"input_ids": ids, "sampling_params": law, "return_logprob": True, **more}
+        return self._call("POST", "/generate", body, "api", sent)
+
+    def pace(self, tokens_per_s: float) -> None:
+        """Of a fake server from now on; a real one knows no such call."""
+        self.post("/fake", {"tokens_per_s": tokens_per_s})
 
     @cached_property
     def sglang(self) -> Version:
@@ -138,31 +146,49 @@ class Raw:
 
     @contextmanager
     def in_flight(self, max_new_tokens: int, **more: Any) -> Iterator[dict[str, Any]]:
-        """A generation under way inside the block; afterwards the dictionary holds its `status` and `answer`."""
+        """A generation under way inside the block, with a first token; afterwards the dictionary holds its `status` and
+        `answer`. A fake server takes its time over it until the block ends."""
         box: dict[str, Any] = {}
+        sent = threading.Event()
 
         def ask() -> None:
             with suppress(OSError):  # a server that a test kills
-                box["status"], box["answer"] = self.generate([5, 6, 7], max_new_tokens, **more)
+                box["status"], box["answer"] = self.generate([5, 6, 7], max_new_tokens, sent.set, **more)
 
+        self.pace(SLOW)
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(0.3)
+        assert sent.wait(60)
+        self.tokens_later()
         assert not box, "the generation ended before the test began; ask for more tokens"
         yield box
+        with suppress(OSError):
+            self.pace(FAST)
         thread.join(60)
 
-    def _call(self, method: str, path: str, body: Any, key: str | None) -> tuple[int, Any]:
-        request = urllib.request.Request(self.url + path, method=method)
-        request.add_header("Content-Type", "application/json")
+    def tokens_later(self) -> None:
+        """Returns when every request that was under way has another token: this one comes behind them, and has two."""
+        assert self.generate([5], 2)[0] == 200
+
+    def at_rest(self) -> None:
+        """Returns when the server knows that it has nothing to do: the last answer is sent a moment before, and an update in
+        that moment kills the real one."""
+        wait_for(lambda: self.post("/flush_cache")[0] == 200)
+
+    def _call(
+        self, method: str, path: str, body: Any, key: str | None, sent: Callable[[], None] = lambda: None
+    ) -> tuple[int, Any]:
+        headers = {"Content-Type": "application/json"}
         if key and (value := getattr(self.keys, key)):
-            request.add_header("Authorization", f"Bearer {value}")
-        data = None if body is None else json.dumps(body).encode()
+            headers["Authorization"] = f"Bearer {value}"
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
         try:
-            with urllib.request.urlopen(request, data, timeout=60) as answer:
-                return answer.status, _decoded(answer.read())
-        except urllib.error.HTTPError as error:
-            return error.code, _decoded(error.read())
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            sent()
+            answer = connection.getresponse()
+            return answer.status, _decoded(answer.read())
+        finally:
+            connection.close()
 
 
 @contextmanager
@@ -178,11 +204,12 @@ def bare_server(python: Path, folder: Path, **changes: Any) -> Iterator[Raw]:
         stop_servers([process])
 
 
-def wait_for(happened: Any, seconds: float, otherwise: Any = lambda: "") -> None:
+def wait_for(happened: Any, seconds: float = 60.0, otherwise: Any = lambda: "") -> None:
+    """`seconds` are for a machine that is busy with other things: a time limit that is tested is written at its test."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"not within {seconds} s: {otherwise()}"
-        time.sleep(0.1)
+        time.sleep(0.03)
 
 
 def is_up(raw: Raw) -> bool:

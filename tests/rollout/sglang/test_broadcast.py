@@ -17,6 +17,7 @@ from dapo_mcore.observe.progress import Progress
 from dapo_mcore.rollout.sglang.broadcast import check_sync_host
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.process_group import RootRank
+from tests.rollout.sglang.fake_server import fake_python, gated
 from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
 from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
 
@@ -85,10 +86,12 @@ def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts
 
 @pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group"])
 def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_path, fault, broadcasts):
-    with engine(tmp_path, num_servers=3, sync="distributed", restart_budget=1) as made:
+    python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
+    with engine(tmp_path, python=python, num_servers=3, sync="distributed", restart_budget=1) as made:
         bucket_a_tensor(made)
         if "init" not in fault:
             made.update_weights(weights(0), version=1)
+        gate.touch()
         order(servers(made)[1], "die", where=fault)
         assert sync(made, seed=1, version=2) == 1
         assert states(made)[::2] == ["serving", "serving"] and states(made)[1] != "serving"
@@ -99,7 +102,8 @@ def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_pat
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         numbers = made.metrics()
         assert numbers["sync/repeats"] == 1 and numbers["rollout/servers_serving"] == 2
-        wait_for(lambda: states(made)[1] == "waiting", 20)
+        gate.unlink()
+        wait_for(lambda: states(made)[1] == "waiting")
         broadcasts.clear()
         assert sync(made, seed=3, version=3) == 0
         assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == 1
@@ -115,7 +119,7 @@ def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tm
         order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400)
         assert sync(made, seed=1, version=2) == 0
         assert states(made)[2:] == ["serving", "serving"]
-        wait_for(lambda: states(made)[:2] == ["waiting", "waiting"], 20)
+        wait_for(lambda: states(made)[:2] == ["waiting", "waiting"])
         assert sync(made, seed=2, version=3) == 0 and states(made) == ["serving"] * 4
         for server in servers(made):
             assert_holds(server, seed=2, tag=made._tag)
@@ -134,7 +138,9 @@ def test_servers_of_their_own_groups_that_all_fail_and_are_well_take_the_repeat(
 
 def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the_weights(tmp_path):
     """The last repeat is made to each server alone; the one that refused three times is started again."""
-    with engine(tmp_path, num_servers=3, sync="distributed") as made:
+    python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
+    with engine(tmp_path, python=python, num_servers=3, sync="distributed") as made:
+        gate.touch()
         order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400, count=100)
         assert sync(made, seed=1, version=1) == 2
         assert states(made)[1:] == ["serving"] * 2 and states(made)[0] != "serving"
@@ -142,7 +148,8 @@ def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the
             assert_holds(server, seed=1, tag=made._tag)
         asked = prompts(10)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        wait_for(lambda: states(made)[0] == "waiting", 20)
+        gate.unlink()
+        wait_for(lambda: states(made)[0] == "waiting")
         assert sync(made, seed=3, version=2) == 0
         assert states(made) == ["serving"] * 3
         assert [len(told(server)["groups"]) for server in servers(made)] == [1] * 3
@@ -167,9 +174,9 @@ def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_pat
             made.update_weights(weights(0), version=1)
             restarted.restart()
             if noticed == "by an answer":
-                wait_for(lambda: is_up(Raw(restarted.url)), 20)
+                wait_for(lambda: is_up(Raw(restarted.url)))
                 made._loop.run(_doubt(made))
-            wait_for(lambda: states(made) == ["waiting", "serving"], 20)
+            wait_for(lambda: states(made) == ["waiting", "serving"])
             assert sync(made, seed=1, version=2) == 0, "it does not break the group that it is no longer in"
             assert states(made) == ["serving", "serving"]
             assert_holds(servers(made)[0], seed=1, tag=made._tag)
@@ -180,7 +187,7 @@ async def _doubt(made: SGLangEngine) -> None:
 
 
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
-    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=15.0, health_timeout_s=1.0) as made:
+    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=6.0, health_timeout_s=1.0) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "hang", where="/update_weights_from_distributed")
         assert sync(made, seed=1, version=2) == 1

@@ -13,7 +13,7 @@ import pytest
 
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.fake_server import fake_python, gated
 from tests.rollout.sglang.serving import engine, params, prompts, wait_for, weights
 from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
 
@@ -91,7 +91,7 @@ def test_a_server_that_keeps_its_memory_is_stopped_until_the_trainer_is_done(tmp
         take_turns(made, 0)
         order(servers(made)[0], "status", where="/release_memory_occupation", value=500)
         made.release()
-        wait_for(lambda: not is_alive(made, 0), 10)
+        wait_for(lambda: not is_alive(made, 0))
         take_turns(made, 1)
         assert_generates(made, 1)
         all_serve(made)
@@ -113,13 +113,15 @@ def test_one_that_keeps_it_again_and_again_spends_the_restart_budget(tmp_path):
 
 
 def test_a_server_on_its_way_back_does_not_start_while_the_trainer_works(tmp_path):
-    slow = fake_python(tmp_path, start_s=3)
-    with engine(tmp_path, python=slow, num_servers=2, colocated=True) as made:
+    gate = tmp_path / "closed"
+    with engine(tmp_path, python=gated(fake_python(tmp_path), gate), num_servers=2, colocated=True) as made:
         take_turns(made, 0)
+        gate.touch()
         order(servers(made)[0], "die")
         assert_generates(made, 0)
-        wait_for(lambda: made._fleet.counts["server_restarts"] == 1 and is_alive(made, 0), 10)
+        wait_for(lambda: made._fleet.counts["server_restarts"] == 1 and is_alive(made, 0))
         made.release()
+        gate.unlink()
         time.sleep(1.0)
         assert not is_alive(made, 0) and is_alive(made, 1)
         take_turns(made, 1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from dapo_mcore.types import Rollout
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     CONTEXT,
+    FAST,
+    SLOW,
     STOP,
     VOCAB,
     Raw,
@@ -41,12 +44,19 @@ def order(server: Raw, kind: str, **fault: Any) -> None:
     assert server.post("/fake", {"kind": kind, **fault})[0] == 200
 
 
+def pace(made: SGLangEngine, tokens_per_s: float) -> None:
+    """Of every server that is there."""
+    for server in servers(made):
+        with suppress(OSError):
+            server.pace(tokens_per_s)
+
+
 def told(server: Raw) -> dict[str, Any]:
     return server.get("/fake")[1]
 
 
 def all_serve(made: SGLangEngine) -> None:
-    wait_for(lambda: len(made._fleet.serving) == len(made._fleet.members), 20, made._fleet._roster.describe)
+    wait_for(lambda: len(made._fleet.serving) == len(made._fleet.members), otherwise=made._fleet._roster.describe)
 
 
 def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:
@@ -101,6 +111,15 @@ def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
         now = told(server)
         assert now["counts"]["buckets"] == len(list(weights(2)))
         assert now["weights"] == pytest.approx({n: float(t.sum()) for n, t in weights(2)}, rel=1e-4, abs=1e-4)
+
+
+def test_an_update_that_follows_the_last_answer_at_once_kills_no_server(tmp_path):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        asked, new = prompts(4), list(weights(1))
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+        made.update_weights(iter(new), version=2)
+        assert made.metrics()["rollout/servers_excluded"] == 0
 
 
 def bucket_a_tensor(made: SGLangEngine) -> None:
@@ -162,7 +181,7 @@ def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(
         order(first, "edit", value={"weight_version": "default", "weight_versions": None})
         order(first, "hang", where="/update_weights_from_disk")
         made.generate(prompts(3), params(8))
-        wait_for(lambda: told(first)["counts"].get("fault hang"), 10)
+        wait_for(lambda: told(first)["counts"].get("fault hang"))
         os.kill(told(second)["pid"], signal.SIGSTOP)
         started = time.monotonic()
         asked = prompts(20)
@@ -171,13 +190,14 @@ def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(
 
 
 def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
-    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=200)) as made:
+    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
         made.update_weights(weights(0), version=1)
         (server,) = servers(made)
         asked = prompts(8)
         future = made.submit(asked, params(400))
-        wait_for(lambda: told(server)["running"] == 8, 10)
+        wait_for(lambda: told(server)["running"] == 8)
         server.post("/abort_request", {"abort_all": True, "rid": ""})
+        server.pace(FAST)
         assert_whole(future.result(), asked, 400, version=1)
         assert made.metrics()["rollout/dropped_aborted"] == 8
 
@@ -290,7 +310,7 @@ def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_ser
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         if sync == "distributed":  # nothing is kept to catch up with: it waits for the next update
-            wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"], 20)
+            wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"])
             made.update_weights(weights(3), version=3)
         all_serve(made)
         assert told(first)["weight_version"] == told(second)["weight_version"] == made._tag
@@ -323,7 +343,7 @@ def test_the_restart_budget_is_a_limit(tmp_path):
         for _ in range(2):
             all_serve(made)
             os.killpg(made._processes[0].pid, signal.SIGKILL)
-            wait_for(lambda: not made._fleet.serving, 20)
+            wait_for(lambda: not made._fleet.serving)
         with pytest.raises(RolloutError, match=r"all 1 restarts .* are spent"):
             made.generate(prompts(2), params(8))
 
@@ -421,7 +441,8 @@ def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
         order(server, "hang", where="/update_weights_from_disk", count=100)
         order(server, "edit", value={"weight_version": "default", "weight_versions": None})
         future = made.submit(prompts(1), params(8))
-        wait_for(lambda: "within 3 s" in made._fleet.members[0].problem, 20, lambda: made._fleet.members[0].problem)
+        member = made._fleet.members[0]
+        wait_for(lambda: "within 3 s" in member.problem, otherwise=lambda: member.problem)
         future.cancel()
 
 
@@ -437,7 +458,7 @@ def test_a_killed_trainer_takes_its_servers_along(tmp_path):
     assert alive(pid)
     trainer.kill()
     trainer.wait()
-    wait_for(lambda: not alive(pid), 10)
+    wait_for(lambda: not alive(pid))
 
 
 def alive(pid: int) -> bool:
@@ -455,6 +476,6 @@ def test_a_server_restarted_between_broadcasts_takes_part_in_the_next_one(tmp_pa
         os.kill(told(first)["pid"], signal.SIGKILL)
         asked = prompts(20)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        wait_for(lambda: made._fleet.members[0].state == "waiting", 20)
+        wait_for(lambda: made._fleet.members[0].state == "waiting")
         made.update_weights(weights(1), version=2)
         assert len(made._fleet.serving) == 2 and made.metrics()["rollout/servers_excluded"] == 0

@@ -1,9 +1,8 @@
 """Requests that live through weight updates on a real server: each token is of the weights that its span names, given all
-tokens before it. So no KV cache of older weights is left."""
+tokens before it. So no KV cache of older weights is left. The same server then takes weights by memory alone."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +12,17 @@ import torch
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.versions import FIRST_WITH_RESUMPTION
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.serving import engine, params, prompts, real_python, real_version, tiny_model, weights
+from tests.rollout.sglang.test_engine import bucket_a_tensor
+from tests.rollout.sglang.test_real_server import assert_follows
+from tests.rollout.sglang.test_tensor import (
+    assert_an_error_where_memory_cannot_be_opened,
+    gathered,
+    shared_files,
+)
 
 PATIENCE = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
 pytestmark = pytest.mark.sglang
@@ -46,17 +53,23 @@ def reference(prompt: np.ndarray, rollout: Rollout, seed: int) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
 
 
-@pytest.mark.parametrize("sync", ["disk", "distributed"])
+OTHER_WAYS = {
+    "distributed": lambda: BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60),
+    "tensor": lambda: TensorTransfer([], bucket_bytes=1 << 19),
+}
+
+
+@pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
 def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
-    if sync == "distributed":
+    if sync in OTHER_WAYS:
         made._transfer.close()
-        made._transfer, made._fleet.resync = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60), None
+        made._transfer, made._fleet.resync = OTHER_WAYS[sync](), None
     first = made.weight_version + 1
     made.update_weights(weights(seed=first), first)
     asked = prompts(64)  # most responses stop early
     future = made.submit(asked, params(300))
     for version in (first + 1, first + 2):
-        time.sleep(0.3)
+        made.generate(prompts(1), params(16))  # behind the others, which have tokens, too, when this is done
         made.update_weights(weights(seed=version), version)
     rollouts = future.result()
     by_versions = {n: sum(len(r.version_spans) == n for r in rollouts) for n in (0, 2, 3)}
@@ -88,3 +101,19 @@ def test_the_next_samples_are_of_the_newest_weights_alone(made):
         distance = torch.from_numpy(rollout.logprobs) - reference(prompt, rollout, version)
         assert distance.abs().max() <= 1e-5
     assert {rollout.weight_version for rollout in pending.result()} <= {version - 1, version}
+
+
+def test_by_memory_it_takes_a_bucket_a_tensor_and_nothing_is_left(made):
+    version = made.weight_version + 1
+    bucket_a_tensor(made)
+    made.update_weights(weights(seed=version), version)
+    assert_follows(made, seed=version)
+    made.update_weights(gathered(made, seed=version + 2), version + 1)
+    assert_follows(made, seed=version + 2)
+    assert shared_files() == []
+    print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
+
+
+def test_the_last_it_ends_where_it_cannot_open_the_memory(made, monkeypatch):
+    made._fleet._restarts_left = 0
+    assert_an_error_where_memory_cannot_be_opened(made, monkeypatch)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -121,12 +120,11 @@ def test_a_sync_from_disk_is_followed(made):
 
 
 def test_aborted_answers_are_asked_for_again(made):
-    started = made._fleet.members[0].api
-    timer = threading.Timer(0.4, lambda: made._loop.run(started.abort()))
-    timer.start()
     asked = prompts(32)
-    rollouts = made.generate(asked, params(300))
-    timer.join()
+    future = made.submit(asked, params(300))
+    while not (made._counts["dropped_aborted"] or future.done()):  # one that comes before the requests ends none
+        made._loop.run(made._fleet.members[0].api.abort())
+    rollouts = future.result()
     assert mismatch(rollouts, asked, seed=2) <= 1e-5
     assert made.metrics()["rollout/dropped_aborted"] > 0
     assert {rollout.finish_reason for rollout in rollouts} <= {"stop", "length"}

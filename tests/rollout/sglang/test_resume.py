@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +16,42 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, bare_server, engine, params, prompts, tiny_config, wait_for, weights
-from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+from tests.rollout.sglang.serving import (
+    FAST,
+    SLOW,
+    STOP,
+    bare_server,
+    engine,
+    params,
+    prompts,
+    tiny_config,
+    wait_for,
+    weights,
+)
+from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, pace, servers, told
 
-LENGTH = 300  # 1.5 s of a server's time
+LENGTH = 300
 
 
 @pytest.fixture
 def python(tmp_path) -> Path:
-    return fake_python(tmp_path, tokens_per_s=200)
+    """Slow, until `finished` makes it fast."""
+    return fake_python(tmp_path, tokens_per_s=SLOW)
 
 
-def in_flight(made: SGLangEngine, asked: list[np.ndarray]):
+def in_flight(made: SGLangEngine, asked: list[np.ndarray]) -> Future[list[Rollout]]:
     """Requests for responses to `asked`, all with some tokens."""
     future = made.submit(asked, params(LENGTH))
-    wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == len(asked), 10)
-    time.sleep(0.1)
+    wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == len(asked))
+    for server in servers(made):
+        server.tokens_later()
     return future
+
+
+def finished(made: SGLangEngine, future: Future[list[Rollout]]) -> list[Rollout]:
+    assert not future.done(), "nothing was in flight"
+    pace(made, FAST)
+    return future.result()
 
 
 NEW = list(weights(1))  # not made while responses go on
@@ -51,7 +71,7 @@ def test_requests_in_flight_go_on_under_the_new_weights(tmp_path, python, sync):
         future = in_flight(made, asked)
         made.update_weights(iter(NEW), version=2)
         later = made.submit(asked, params(8))
-        for rollout, prompt in zip(future.result(), asked, strict=True):
+        for rollout, prompt in zip(finished(made, future), asked, strict=True):
             assert_two_stretches(rollout, prompt, 1, 2)
         assert_whole(later.result(), asked, 8, version=2)
         numbers = made.metrics()
@@ -64,7 +84,7 @@ def test_without_a_lag_an_update_ends_them_and_they_are_asked_again(tmp_path, py
         asked = prompts(4)
         future = in_flight(made, asked)
         made.update_weights(iter(NEW), version=2)
-        assert_whole(future.result(), asked, LENGTH, version=2)
+        assert_whole(finished(made, future), asked, LENGTH, version=2)
         assert made.metrics()["rollout/dropped_aborted"] == 4
 
 
@@ -75,8 +95,8 @@ def test_a_response_with_tokens_of_too_old_weights_is_dropped_whole(tmp_path, py
         future = in_flight(made, asked)
         for version in (2, 3):
             made.update_weights(iter(NEW), version)
-            time.sleep(0.1)
-        for rollout, prompt in zip(future.result(), asked, strict=True):
+            servers(made)[0].tokens_later()
+        for rollout, prompt in zip(finished(made, future), asked, strict=True):
             assert rollout.weight_version >= 2 and rollout.token_ids.tolist() == np.resize(prompt, LENGTH).tolist()
         assert made.metrics()["rollout/dropped_stale_version"] >= 1
 
@@ -91,7 +111,7 @@ def test_requests_of_a_server_that_fails_the_update_start_again_elsewhere(tmp_pa
         kind = {"kind": "die"} if fault == "dies" else {"kind": "status", "value": 400}
         order(first, **kind, where="/update_weights_from_disk")
         made.update_weights(iter(NEW), version=2)
-        rollouts = future.result()
+        rollouts = finished(made, future)
         resumed = [rollout for rollout in rollouts if rollout.version_spans]
         assert len(resumed) == 6, "those of the other server"
         for rollout, prompt in zip(rollouts, asked, strict=True):
@@ -112,7 +132,7 @@ def test_a_server_that_dies_after_the_update_loses_nothing_but_time(tmp_path, py
         future = in_flight(made, asked)
         made.update_weights(iter(NEW), version=2)
         os.killpg(made._processes[0].pid, signal.SIGKILL)
-        rollouts = future.result()
+        rollouts = finished(made, future)
         assert sorted(len(rollout.version_spans) for rollout in rollouts) == [0, 0, 0, 2, 2, 2]
         assert all(r.token_ids.tolist() == np.resize(p, LENGTH).tolist() for r, p in zip(rollouts, asked))
 
@@ -126,7 +146,7 @@ def test_a_health_check_that_begins_during_an_update_tells_nothing(tmp_path, pyt
         for version in range(2, 6):
             made.update_weights(iter(NEW), version)
             time.sleep(0.25)  # what the fake server takes to say no
-        assert {rollout.weight_version for rollout in future.result()} == {1}
+        assert {rollout.weight_version for rollout in finished(made, future)} == {1}
         assert made.metrics()["rollout/servers_suspected"] == 0
 
 
@@ -142,7 +162,7 @@ def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python)
         asked = prompts(5)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         assert made.metrics()["rollout/dropped_mixed_versions"] == 1
-        assert all(rollout.weight_version in (1, 2) for rollout in pending.result())
+        assert all(rollout.weight_version in (1, 2) for rollout in finished(made, pending))
 
 
 def test_a_server_whose_requests_do_not_live_through_an_update_is_refused(tmp_path):
@@ -167,4 +187,7 @@ def test_closing_ends_the_requests_on_servers_that_live_on(tmp_path, python):
         made.update_weights(weights(0), version=1)
         future = in_flight(made, prompts(20))
         made.close()
-        assert future.cancelled() and told(servers(outer)[0])["running"] == 0
+        assert future.cancelled()
+        (server,) = servers(outer)
+        assert told(server)["counts"]["aborts"] == 20
+        wait_for(lambda: told(server)["running"] == 0)

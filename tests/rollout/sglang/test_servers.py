@@ -80,13 +80,11 @@ def test_another_model_on_the_server_is_refused(running, tmp_path, changes, mess
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(
-        ConfigError, match=f"no SGLang server answers: {url}.*; start it, or correct rollout.sglang.urls"
-    ):
-        attach(tmp_path, url)
+    with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        told = f"no SGLang server answers: {url}.*; start it, or correct rollout.sglang.urls"
+        with pytest.raises(ConfigError, match=told):
+            attach(tmp_path, url)
 
 
 def test_a_given_server_that_is_too_old_is_refused(tmp_path, monkeypatch):

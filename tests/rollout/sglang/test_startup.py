@@ -52,7 +52,7 @@ def test_a_terminal_counts_the_servers_that_are_up_and_the_seconds() -> None:
     screen = Screen(is_terminal=True)
     with shown_startup(screen.progress, SGLangConfig(num_servers=2), Path("servers")) as is_up:
         is_up()
-        assert re.search(r"servers .* 1/2 0:00:0\d", screen.display())
+        assert re.search(r"servers .* 1/2 0:0\d:\d\d", screen.display())
     assert "servers" not in screen.display()
 
 

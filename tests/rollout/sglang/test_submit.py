@@ -13,32 +13,36 @@ from dapo_mcore.rollout.sglang.member import Member, Patience
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.types import ContinuousEngine
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import engine, params, prompts, wait_for, weights
-from tests.rollout.sglang.test_engine import assert_whole, servers, told
+from tests.rollout.sglang.serving import FAST, SLOW, engine, params, prompts, wait_for, weights
+from tests.rollout.sglang.test_engine import assert_whole, pace, servers, told
 
 
 def test_submitted_groups_are_generated_side_by_side(tmp_path):
-    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=400)) as made:
+    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
         assert isinstance(made, ContinuousEngine)
         with pytest.raises(RolloutError, match="no weights yet"):
             made.submit(prompts(1), params(8))
         made.update_weights(weights(0), version=1)
         asked = prompts(30)
-        long, short = made.submit(asked[:10], params(400)), made.submit(asked[10:], params(8))
+        (server,) = servers(made)
+        long = made.submit(asked[:10], params(400))
+        wait_for(lambda: told(server)["running"] == 10)
+        short = made.submit(asked[10:], params(8))
         assert_whole(short.result(), asked[10:], 8, version=1)
-        assert not long.done(), "400 tokens take a second"
+        assert not long.done() and told(server)["counts"]["most_running"] > 10
+        server.pace(FAST)
         assert_whole(long.result(), asked[:10], 400, version=1)
-        assert told(servers(made)[0])["counts"]["most_running"] == 30
 
 
 def test_a_cancelled_group_leaves_its_server_and_the_others_alone(tmp_path):
-    with engine(tmp_path, num_servers=2, python=fake_python(tmp_path, tokens_per_s=200)) as made:
+    with engine(tmp_path, num_servers=2, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(12)
         kept, given_up = made.submit(asked[:4], params(400)), made.submit(asked[4:], params(400))
-        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 12, 10)
+        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 12)
         assert given_up.cancel()
-        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 4, 10)
+        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 4)
+        pace(made, FAST)
         with pytest.raises(CancelledError):
             given_up.result()
         assert_whole(kept.result(), asked[:4], 400, version=1)

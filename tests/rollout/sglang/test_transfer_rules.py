@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import pytest
 
 from dapo_mcore.rollout.sglang.process_group import RootRank
 from dapo_mcore.rollout.sglang.shared_bucket import SharedBucket
 from dapo_mcore.rollout.sglang.versions import FIRST_WITH_SESSIONS
-from tests.rollout.sglang.serving import LONG, Raw, weights
+from tests.rollout.sglang.serving import LONG, Raw, wait_for, weights
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def test_a_group_that_it_is_not_in_cannot_be_left(server: Raw) -> None:
 
 
 def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+    server.at_rest()
     root = joined(server)
     before = server.version()
     tensors = [(name, tensor.clone()) for name, tensor in weights(seed=1)]
@@ -77,7 +79,7 @@ def test_a_broadcast_that_breaks_off_is_refused_and_keeps_version_and_session(se
     tensors = list(weights(seed=1))
     with session(server):
         start = time.monotonic()
-        give_up = lambda: (time.sleep(1), root.close())  # noqa: E731
+        give_up = lambda: (time.sleep(0.3), root.close())  # noqa: E731
         status, answer = in_background(lambda: receive(server, root.name, tensors, "never"), give_up)
         assert status == 400 and not answer["success"] and time.monotonic() - start < 20
         assert server.version() == before
@@ -96,13 +98,20 @@ def test_joining_a_group_that_is_given_up_is_refused(server: Raw) -> None:
 
     opening = threading.Thread(target=open_in_vain)
     opening.start()
-    status, _ = in_background(lambda: join(server, root), lambda: (time.sleep(2), root.close()))
+    status, _ = in_background(lambda: join(server, root), lambda: (wait_for(lambda: is_here(root)), root.close()))
     assert status == 400
     opening.join(20)
     assert not opening.is_alive()
 
 
+def is_here(root: RootRank) -> bool:
+    """Whether the server has come to the meeting point, where this process is twice already."""
+    found = [c for c in psutil.net_connections("tcp") if c.laddr.port == root.port and c.status == "ESTABLISHED"]
+    return len(found) >= 3
+
+
 def test_shared_memory_needs_a_session_where_there_are_sessions(server: Raw) -> None:
+    server.at_rest()
     before = server.version()
     shared = SharedBucket(list(weights(seed=1)))
     status, answer = open_tensors(server, shared.handle(), "alone")
