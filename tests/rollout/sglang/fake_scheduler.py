@@ -44,6 +44,7 @@ class Scheduler:
         self.unpaused.set()
         self.paused_mode: str | None = None
         self.released: set[str] = set()
+        self.torn = False  # has a part of new weights: tests see it by the tokens
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -88,7 +89,7 @@ class Scheduler:
                 os._exit(1)  # as the real one on a GPU: an illegal address
             before = len(work.tokens)
             after = min(count, before + max(1, int(self.speed * TICK_S)))
-            work.tokens += [ids[i % len(ids)] for i in range(before, after)]
+            work.tokens += [0 if self.torn else ids[i % len(ids)] for i in range(before, after)]
             if not work.spans or work.spans[-1]["version"] != self.weight_version:
                 work.spans.append({"version": self.weight_version, "start": before, "end": after})
             work.spans[-1]["end"] = after
