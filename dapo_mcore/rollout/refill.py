@@ -23,7 +23,7 @@ from dapo_mcore.rollout.tending import get_tending
 from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
 _IMAGINED = 16.0
-"""Groups that stand for what the configuration promises, until the step has seen enough of its own."""
+"""Groups that stand for what the steps before have seen, until the step has seen enough of its own."""
 KEEPS: dict[str, Callable[[Group], bool]] = {
     "none": lambda group: True,
     "filter": group_varies,
@@ -49,19 +49,21 @@ class InFlight:
 class Refilled:
     """What a step brought, each list in the order in which its groups were begun.
 
-    groups   to train on.
-    aborted  prompts begun and given up, to be asked again.
-    pending  groups still in flight, for the next step to go on with.
+    groups      to train on.
+    aborted     prompts begun and given up, to be asked again.
+    pending     groups still in flight, for the next step to go on with.
+    kept_ratio  share of groups that the next step may expect to be kept.
     """
 
     groups: list[Group]
     aborted: list[Prompt]
     pending: list[InFlight]
+    kept_ratio: float
 
 
 class Refill:
     """Fills the batch of one rollout step, in which `carried` groups are already. `take` gives the next prompts; `pending`
-    is in flight already."""
+    is in flight already. `kept_ratio` is that of the step before; None takes the configuration's word."""
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Refill:
         take: Callable[[int], list[Prompt]],
         carried: Sequence[Group] = (),
         pending: Sequence[InFlight] = (),
+        kept_ratio: float | None = None,
     ):
         sampling = step.config.sampling
         self._step, self._responder, self._take, self._carried = step, responder, take, carried
@@ -77,12 +80,13 @@ class Refill:
         self._batch = sampling.gen_batch_prompts if sampling.style == "filter" else sampling.train_batch_prompts
         self._limit = sampling.max_in_flight_groups or self._batch
         self._on_full = sampling.on_full
+        self._expected = kept_ratio or min(1.0, sampling.train_batch_prompts / sampling.gen_batch_prompts)
         self._adopted = pending
         self._in_flight: dict[int, InFlight] = {}
         self._finished: dict[int, Group] = {}
         self._kept: dict[int, Group] = {}
         self._done: SimpleQueue[int] = SimpleQueue()
-        self._num_begun = 0
+        self._num_begun = self._num_good = 0
         self._load = _Load()
 
     def run(self) -> Refilled:
@@ -102,7 +106,7 @@ class Refill:
         self._step.num_rounds = self._num_begun / self._batch
         counts = {"sampling/groups_aborted": float(len(aborted)), "sampling/groups_pending": float(len(pending))}
         self._step.more |= self._load.stats() | counts
-        return Refilled(_in_order(self._kept), aborted, pending)
+        return Refilled(_in_order(self._kept), aborted, pending, self._kept_ratio())
 
     def _fill(self) -> None:
         """Generates until nothing in flight must be waited for."""
@@ -156,12 +160,11 @@ class Refill:
 
     def _kept_ratio(self) -> float:
         """Share of groups expected to be kept: this step's so far, to which a few imagined groups are added that are kept as
-        the configuration promises, train_batch_prompts of gen_batch_prompts."""
-        sampling = self._step.config.sampling
-        if sampling.style != "filter":
+        those of the steps before. The configuration's word alone, train_batch_prompts of gen_batch_prompts, may be far off:
+        on easier data each step would begin more groups than can be trained on in time."""
+        if self._step.config.sampling.style != "filter":
             return 1.0  # a group that is given up is replaced when it is
-        promised = min(1.0, sampling.train_batch_prompts / sampling.gen_batch_prompts)
-        return (promised * _IMAGINED + len(self._kept)) / (_IMAGINED + len(self._finished))
+        return (self._expected * _IMAGINED + self._num_good) / (_IMAGINED + len(self._finished))
 
     def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
         # read before: an update may be under way
@@ -201,6 +204,7 @@ class Refill:
         self._finished[number] = group
         if not KEEPS[self._step.config.sampling.style](group):
             return
+        self._num_good += 1
         if group.weight_version < self._step.oldest:
             self._step.num_stale += 1
         else:

@@ -62,6 +62,7 @@ class Sampler:
         self._carried: list[Group] = []
         self._pending: list[InFlight] = []
         self._again: list[Prompt] = []
+        self._kept_ratio: float | None = None
 
     def collect(self, step: int, lag: int = 0) -> Collected:
         """The groups of rollout step `step`; train_batch_prompts of them, unless sampling.on_exhausted allows fewer.
@@ -93,7 +94,7 @@ class Sampler:
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The carried groups, and the prompts to ask again, as JSON-ready values and arrays; with the loader's state,
-        all a resumed run needs. It asks the prompts of pending groups again."""
+        all a resumed run needs. It asks the prompts of pending groups again, and learns anew how many are kept."""
         state, arrays = pack_groups(self._carried)
         again = [group.prompt for group in self._pending] + self._again
         return {**state, "again": [prompt.uid for prompt in again]}, arrays
@@ -109,8 +110,8 @@ class Sampler:
         if not isinstance(self._engine, ContinuousEngine):
             missing = self._config.sampling.train_batch_prompts - len(carried)
             return play_rounds(this, self._responder, self._take, missing)
-        refilled = Refill(this, self._responder, self._take, carried, self._pending).run()
-        self._pending = refilled.pending
+        refilled = Refill(this, self._responder, self._take, carried, self._pending, self._kept_ratio).run()
+        self._pending, self._kept_ratio = refilled.pending, refilled.kept_ratio
         self._again = refilled.aborted + self._again
         return refilled.groups
 

@@ -76,13 +76,16 @@ class ServerGroup:
         the rest may wait for the lost one for ever; `patience_s` later, where they must get to that wait first."""
         tasks = [asyncio.ensure_future(work) for work in works]
         everything, death = asyncio.create_task(_each_of(tasks)), asyncio.create_task(self._death())
+        everything.add_done_callback(_heard)  # one that fails as it is cancelled is asked by nobody
         try:
             done, _ = await asyncio.wait({everything, death}, return_when=asyncio.FIRST_COMPLETED)
             for outcome in done:
                 outcome.result()
         except (RolloutError, RuntimeError) as error:  # RuntimeError is torch's word for a rank that is gone or silent
-            await asyncio.sleep(patience_s)
-            self.close()
+            try:
+                await asyncio.sleep(patience_s)
+            finally:  # the step's time may be up meanwhile
+                self.close()
             urls = ", ".join(member.api.url for member in self.members)
             raise RequestFailed(f"the broadcast to {urls} broke off: {error}") from error
         except BaseException:
@@ -103,3 +106,8 @@ class ServerGroup:
 
 async def _each_of(tasks: list[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*tasks)
+
+
+def _heard(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -57,6 +57,7 @@ class Scheduler:
         self.paused_mode: str | None = None
         self.released: set[str] = set()
         self.busy_until = 0.0
+        self.torn = False  # has a part of new weights: tests see it by the tokens
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -108,7 +109,7 @@ class Scheduler:
             after = min(now, before + max(1, int(self.speed * TICK_S)))
             if before == after:
                 continue
-            work.tokens += [ids[i % len(ids)] for i in range(before, after)]
+            work.tokens += [0 if self.torn else ids[i % len(ids)] for i in range(before, after)]
             if not work.spans or work.spans[-1]["version"] != self.weight_version:
                 work.spans.append({"version": self.weight_version, "start": before, "end": after})
             work.spans[-1]["end"] = after

@@ -341,6 +341,7 @@ class FakeServer:
 
     def count_bucket(self) -> None:
         self.buckets += 1
+        self.scheduler.torn = True
         if self.take_fault(f"bucket {self.buckets}") is not None:
             os._exit(9)
         self.told["buckets"] += 1
@@ -361,6 +362,7 @@ class FakeServer:
             self.weights[last] = self.weights[last] + 1
         if body.get("weight_version") is not None and self.take_fault("version") is None:
             self.scheduler.weight_version = body["weight_version"]
+            self.scheduler.torn = False
 
     def result(self, success: bool, message: str) -> web.Response:
         return web.json_response({"success": success, "message": message}, status=200 if success else 400)

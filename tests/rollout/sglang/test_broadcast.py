@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import re
 import signal
 import sys
 import time
 from collections import deque
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +20,9 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import Progress
 from dapo_mcore.rollout.sglang.broadcast import check_sync_host
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.http import RequestFailed
 from dapo_mcore.rollout.sglang.process_group import RootRank
+from dapo_mcore.rollout.sglang.server_group import ServerGroup
 from tests.rollout.sglang.fake_server import fake_python, gated
 from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
 from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
@@ -279,3 +285,27 @@ def test_when_nobody_comes_back_the_error_is_final(tmp_path):
         with pytest.raises(RolloutError, match="none of 2 rollout servers can serve") as caught:
             sync(made, seed=1, version=2)
         assert not isinstance(caught.value, UpdateBroken) and made.weight_version == 1
+
+
+@pytest.mark.parametrize("fails", ["before", "as well"])
+def test_a_step_whose_time_is_up_as_a_call_of_it_fails_ends_the_group_and_says_nothing(monkeypatch, fails):
+    """Calls to servers and the steps that make them have the same limit, sync_timeout_s."""
+    closed, complaints = [], []
+    monkeypatch.setattr(ServerGroup, "close", lambda self: closed.append(self))
+
+    async def call() -> None:
+        with suppress(asyncio.CancelledError):  # what aiohttp makes of it when its own time is up
+            await asyncio.sleep(0 if fails == "before" else 60)
+        raise RequestFailed("no whole answer within 4 s")
+
+    async def step() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        group = ServerGroup((), "127.0.0.1", "gloo", timedelta(seconds=1))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(group._all(call(), patience_s=60), 0.1)
+        assert closed == [group]
+        await asyncio.sleep(0.01)
+
+    asyncio.run(step())
+    gc.collect()
+    assert complaints == []
