@@ -100,6 +100,10 @@ class RandomEngine(ScriptedEngine):
         self.begun |= {id(rollout): request.place for rollout in made}
         request.future.set_result(made)
 
+    on_starving, starving = None, False
+
+    def tend(self) -> None: ...
+
     def update_weights(self, weights: object, version: int) -> None: ...
 
     def metrics(self) -> dict[str, float]:
