@@ -135,6 +135,11 @@ def _check_keep(c: Config) -> None:
             f"(max_staleness {s.max_staleness} - async_steps {ahead}) = {most} groups in flight would be too old before they "
             f"are trained on; use at most {most}, or raise max_staleness"
         )
+    if not s.carry_surplus:
+        raise ValueError(
+            "sampling.on_full keep waits for groups so that none is lost, but carry_surplus false throws away what a step has "
+            "beyond its batch; leave carry_surplus true, or set on_full wait"
+        )
     if c.rollout.sglang.colocated:
         raise ValueError(
             "sampling.on_full keep leaves requests at the servers, but with rollout.sglang.colocated these give up their memory "

@@ -1,7 +1,8 @@
 """Rank 0's side of a run: prompts, rollouts, rewards, evaluation, and everything a run writes or shows.
 
-Change here: what happens on the controller between two gradient phases. It owns no weights of the actor and takes
-part in no collective; train.py connects the two sides.
+Change here: what happens on the controller between two gradient phases. It owns no weights of the actor; train.py
+connects the two sides. It takes part in no collective, but where its servers have lost the weights while it waits for them:
+then all ranks give them again (handover.py).
 """
 
 from __future__ import annotations

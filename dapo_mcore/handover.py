@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from threading import Thread, current_thread
+from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
 from dapo_mcore.actor.actor import Actor
@@ -116,6 +116,7 @@ class Handover:
 
     def _feed(self) -> None:
         """On rank 0. Only while the other ranks attend: a rollout beside training waits until they do."""
+        assert self._attending or current_thread() is not main_thread(), "nobody would attend: generate inside `attend`"
         if self._attending is not current_thread():
             return
         self._attending = None

@@ -238,7 +238,7 @@ class ContinuousEngine(RolloutEngine, Protocol):
         """What `generate` does, begun and not waited for. Cancelling the future ends its requests.
 
         Weights must not move before every future is done, unless the engine resumes requests under new weights
-        (sampling.on_full keep).
+        (sampling.on_full keep), or its servers starve: the requests that then wait are made by the new ones.
         """
         ...
 

@@ -161,6 +161,7 @@ RULES: list[tuple[list[str], str]] = [
         [*KEEP, "sampling.style=none", "sampling.max_in_flight_groups=513"],
         "more than train_batch_prompts 512 × (max_staleness 1 - async_steps 0) = 512 groups in flight would be too old",
     ),
+    ([*KEEP, "sampling.carry_surplus=false"], "carry_surplus false throws away what a step has beyond its batch"),
     (
         [*KEEP, "rollout.sglang={urls: ['http://a:1'], router_url: 'http://a:2'}"],
         "sampling.on_full keep must know which server works on a request",

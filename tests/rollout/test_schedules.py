@@ -355,6 +355,7 @@ def play(seed: int, **fixed: object) -> Play:
         made.check_wait(self)
         if self._done.empty():
             made.engine.advance()
+        assert not self._done.empty(), "nothing finishes that it waits for"
         return receive(self)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -18,7 +17,7 @@ from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer, check_sync_host
 from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.disk import DiskTransfer
-from dapo_mcore.rollout.sglang.fleet import Fleet
+from dapo_mcore.rollout.sglang.fleet import Fleet, Resync
 from dapo_mcore.rollout.sglang.http import HttpClient
 from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, wait_until_healthy
 from dapo_mcore.rollout.sglang.probe import probe, probe_router
@@ -40,7 +39,7 @@ def new_transfer(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, fold
     return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 
 
-def start(plan: ServerPlan) -> tuple[Sequence[OwnedServer], Callable[[], None]]:
+def start_planned(plan: ServerPlan) -> tuple[Sequence[OwnedServer], Callable[[], None]]:
     """The servers of the plan, which start now, and what ends the connection to those that own them."""
     if plan.settings.placement == "ray":
         return start_ray_servers(plan)
@@ -55,12 +54,14 @@ async def open_fleet(
     hf_config: PretrainedConfig,
     is_up: Callable[[], None],
     *,
+    resync: Resync | None,
     resumes: bool,
-    **more: Any,
+    may_starve: Callable[[], bool],
+    tell: Callable[[str], None],
 ) -> Fleet:
-    """A fleet of the servers in `processes` or at settings.urls, each checked. `more` goes to the Fleet.
+    """A fleet of the servers in `processes` or at settings.urls, each checked.
 
-    is_up  is called for each server that can be used.
+    is_up  is called for each server that can be used; the rest as of Fleet.
     Raises ConfigError for one that cannot.
     """
     s = settings
@@ -81,7 +82,7 @@ async def open_fleet(
         restart_budget=s.restart_budget,
     )
     checksums = Checksums() if s.verify_sync == "servers" else None
-    return Fleet(members, patience, router=router, checksums=checksums, resumes=resumes, **more)
+    return Fleet(members, patience, resync, router, checksums, resumes, may_starve, tell)
 
 
 async def _admit(

@@ -27,7 +27,7 @@ from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.answer import DROP_REASONS, Dropped
-from dapo_mcore.rollout.sglang.assembly import new_transfer, open_fleet, start
+from dapo_mcore.rollout.sglang.assembly import new_transfer, open_fleet, start_planned
 from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
@@ -58,7 +58,7 @@ class SGLangEngine:
     stop_token_ids  any of them ends a response and is its last token.
     dtype           of weights and arithmetic on servers started here.
     folder          for the servers' logs and keys.
-    max_lag         0: nothing may be in flight when weights move. Else requests begun by `submit` go on under the new
+    max_lag         0: nothing may be in flight when weights move, but what waits for them. Else requests begun by `submit` go on under the new
                     weights, and no token may be more versions than this behind the newest.
     progress        shows the servers' start.
 
@@ -105,7 +105,7 @@ class SGLangEngine:
                 if not settings.urls:
                     name = str(dtype).removeprefix("torch.")
                     plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
-                    self._processes, self._disconnect = start(plan)
+                    self._processes, self._disconnect = start_planned(plan)
                     keys = plan.keys
                 self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
             if settings.colocated:
@@ -144,7 +144,7 @@ class SGLangEngine:
     @property
     def starving(self) -> bool:
         """Whether no server has the weights any more, though some are well: another `update_weights` finds them."""
-        return self._fleet.starving
+        return self._fleet is not None and self._fleet.starving
 
     def tend(self) -> None:
         """Calls `on_starving` while servers starve. Who waits for `submit` calls it now and then."""

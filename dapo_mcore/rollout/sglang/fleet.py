@@ -4,7 +4,9 @@ Change here: when a server is taken out, and what it must show before it serves 
 a server is `serving` only while it has confirmed that it holds the current weights.
 
     waiting (no current weights) → update → serving → suspect → out → healthy, or down until restarted → re-synced → serving
-                                                                                └ budget spent → lost
+                                                                                └ budget spent → lost     └ not kept → waiting
+
+Where all that are well only wait for weights, the fleet is starving: then another update is due, see handover.py.
 
 Where servers share GPUs with the trainer: serving → release → waiting (asleep) → update → resume → serving. While they are
 asleep no server starts, and one that is out is stopped: the memory is the trainer's.
@@ -133,6 +135,7 @@ class Fleet:
             return
         if reload:
             member.tag, member.link = None, None  # its owner may have started it again
+            self._give_up_calls(member)
         self._roster.leave(member, problem)
         self.counts["servers_suspected"] += 1
         self._spawn(self._bring_back(member))
@@ -317,7 +320,7 @@ class Fleet:
                 self._serve(member)
                 self.counts["servers_resynced"] += 1
             else:
-                self._roster.wait(member)
+                self._roster.ready(member)
 
     async def _reload(self, member: Member, tag: str) -> None:
         await member.api.pause()

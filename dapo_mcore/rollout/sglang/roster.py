@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Literal
 
 from dapo_mcore.rollout.sglang.member import Member, State
 
@@ -20,6 +22,7 @@ class Roster:
     def __init__(self, members: Sequence[Member], tell: Callable[[str], None]):
         self.members, self._tell = list(members), tell
         self._out_since: dict[Member, float] = {}
+        self._told: dict[Member, Literal["out", "ready"]] = {}
 
     def of(self, *states: State) -> list[Member]:
         """Those in one of these states."""
@@ -29,29 +32,36 @@ class Roster:
         """Is out, for this reason; told once, however often it fails on its way back."""
         member.state, member.problem = "out", problem
         member.strikes += 1
-        if member not in self._out_since:
-            self._out_since[member] = time.monotonic()
-            self._tell(f"rollout server {member.api.url} is out: {problem.removeprefix(member.api.url)}")
+        self._out_since.setdefault(member, time.monotonic())
+        if self._told.get(member) != "out":
+            self._told[member] = "out"
+            self._say(member, f"is out: {problem.removeprefix(member.api.url).lstrip(' :')}")
 
-    def wait(self, member: Member) -> None:
+    def ready(self, member: Member) -> None:
         """Is well again, without the current weights."""
-        member.state = "waiting"
-        self._tell(f"rollout server {member.api.url} is well again, and waits for the next weight sync")
+        member.state, self._told[member] = "waiting", "ready"
+        self._say(member, "is well again, and waits for the next weight sync")
 
     def serve(self, member: Member) -> None:
         """Holds the current weights and generates."""
         member.state = "serving"
-        if (since := self._out_since.pop(member, None)) is not None:
-            self._tell(f"rollout server {member.api.url} serves again after {time.monotonic() - since:.0f} s")
+        since = self._out_since.pop(member, None)
+        if self._told.pop(member, None) is not None:
+            self._say(member, f"serves again after {time.monotonic() - since:.0f} s")
 
     def lose(self, member: Member) -> None:
         """Never comes back."""
         member.state = "lost"
-        self._tell(f"rollout server {member.api.url} is lost for this run: {member.problem}")
+        self._say(member, f"is lost for this run: {member.problem}")
 
     def describe(self) -> str:
         """Why none serves, for an error message."""
         told = "; ".join(f"{m.api.url} {m.state}: {m.problem or 'no weights yet'}" for m in self.members)
         well = len(self.of("waiting"))
-        only = f"; {well} of them only lack the weights, which another update brings" if well else ""
-        return f"none of {len(self.members)} rollout servers can serve the current weights: {told}{only}"
+        lacking = f"; well, and only without the weights: {well} (another update brings them)" if well else ""
+        return f"none of {len(self.members)} rollout servers can serve the current weights: {told}{lacking}"
+
+    def _say(self, member: Member, what: str) -> None:
+        # a screen that is gone (rich leaves by SystemExit then) costs a line; raised, it would end the servers' event loop
+        with suppress(Exception, SystemExit):
+            self._tell(f"rollout server {member.api.url} {what}")

@@ -76,7 +76,8 @@ class ServerGroup:
         the rest may wait for the lost one for ever; `patience_s` later, where they must get to that wait first."""
         tasks = [asyncio.ensure_future(work) for work in works]
         everything, death = asyncio.create_task(_each_of(tasks)), asyncio.create_task(self._death())
-        everything.add_done_callback(_heard)  # one that fails as it is cancelled is asked by nobody
+        for task in (everything, death):
+            task.add_done_callback(_heard)  # one that fails as it is cancelled is asked by nobody
         try:
             done, _ = await asyncio.wait({everything, death}, return_when=asyncio.FIRST_COMPLETED)
             for outcome in done:

@@ -60,7 +60,8 @@ class TensorTransfer:
         """As torch.empty; in memory that servers can open, where the tensor will be alone in its bucket."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes > self._bucket_bytes:
-            with suppress(RolloutError):  # a gather cannot stop here; `_share` says it, if there is no room then either
+            # a gather cannot stop here, others are in it; `_share` says it, if there is no room then either
+            with suppress(RolloutError, OSError, RuntimeError):
                 data = shareable_bytes(num_bytes, device)
                 self._own.add(data.untyped_storage())
                 return data.view(dtype).view(*shape)

@@ -236,7 +236,7 @@ def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights
     with engine(tmp_path, sync="distributed") as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="/generate")
-        with pytest.raises(RolloutError, match="; 1 of them only lack the weights, which another update brings"):
+        with pytest.raises(RolloutError, match=r"only without the weights: 1 \(another update brings them\)"):
             made.generate(prompts(3), params(16))
         assert made.starving
         made.update_weights(weights(1), version=2)

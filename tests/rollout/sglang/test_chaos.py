@@ -39,14 +39,14 @@ SYNC_CALLS = {
 PATIENCE = dict(
     health_interval_s=0.3,
     health_timeout_s=3.0,
-    start_timeout_s=30.0,
-    sync_timeout_s=8.0,
+    start_timeout_s=120.0,
+    sync_timeout_s=20.0,
     request_timeout_s=10.0,
     read_timeout_s=1.5,
     restart_budget=1000,
     max_attempts=30,
 )
-LONGEST_S = 180.0
+LONGEST_S = 300.0
 
 
 def stream(version: int) -> list[tuple[str, torch.Tensor]]:
