@@ -1,8 +1,9 @@
-"""For every test: threads, the mode of Triton kernels, and optional real data, which is not part of this repository."""
+"""For every test: threads, signals, the mode of Triton kernels, and optional real data, which is not part of this repository."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first, dearly on a busy machine
+
+# a shell's background job, or nohup, begins with these ignored, and so would the processes that tests send them to
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Kernels run compiled where there is a GPU, and elsewhere in Triton's interpreter. Triton decides when a kernel's
 # module is first imported, and megatron imports Triton: hence here, before any test module.
