@@ -105,9 +105,10 @@ def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
-        got = (
-            "" if item["type"] == "value_error" and isinstance(item["input"], dict) else f" (got {item['input']!r})"
-        )  # a section says nothing more
+        broken_section = item["type"] == "value_error" and isinstance(
+            item["input"], dict
+        )  # its message has the numbers
+        got = "" if broken_section else f" (got {item['input']!r})"
         return f"{where}: {message}{got}" if where else message
     near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1, cutoff=0.4)
     hint = f"; did you mean {'.'.join([*map(str, item['loc'][:-1]), near[0]])!r}?" if near else ""

@@ -63,17 +63,6 @@ class SlowEngine(ScriptedEngine):
         self.most = max(self.most, len(self.running))
         return future
 
-    on_starving, starving = None, False
-
-    def tend(self) -> None: ...
-
-    def update_weights(self, weights: object, version: int) -> None: ...
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None: ...
-
     @property
     def running(self) -> list[int]:
         return [number for number, (future, *_) in self.in_flight.items() if not future.cancelled()]

@@ -33,6 +33,17 @@ class ScriptedEngine:
         self.calls.append((len(prompts), params))
         return [self._respond(int(prompt[0])) for prompt in prompts]
 
+    on_starving, starving = None, False
+
+    def tend(self) -> None: ...
+
+    def update_weights(self, weights: object, version: int) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
+
     def _respond(self, prompt: int) -> Rollout:
         script, index = self._scripts[prompt], self._asked[prompt]
         self._asked[prompt] += 1

@@ -100,17 +100,6 @@ class RandomEngine(ScriptedEngine):
         self.begun |= {id(rollout): request.place for rollout in made}
         request.future.set_result(made)
 
-    on_starving, starving = None, False
-
-    def tend(self) -> None: ...
-
-    def update_weights(self, weights: object, version: int) -> None: ...
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None: ...
-
 
 class BatchEngine(ScriptedEngine):
     """The same for an engine that generates a batch at a time."""

@@ -1,7 +1,8 @@
 """The rollout engine on SGLang servers: tokens in, tokens and log-probs out, every sample with its weights' version.
 
 Change here: how a sample is asked for, retried, and refused. How servers are found and checked at start is assembly.py;
-they are fleet.py and servers.py, weights transfer.py, answers replies.py. Everything asynchronous runs in one thread; the methods below may block their caller.
+they are fleet.py and servers.py, weights transfer.py, answers replies.py. Everything asynchronous runs in one thread; the
+methods below may block their caller.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class SGLangEngine:
     stop_token_ids  any of them ends a response and is its last token.
     dtype           of weights and arithmetic on servers started here.
     folder          for the servers' logs and keys.
-    max_lag         0: nothing may be in flight when weights move, but what waits for them. Else requests begun by `submit` go on under the new
-                    weights, and no token may be more versions than this behind the newest.
+    max_lag         0: nothing may be in flight when weights move, but what waits for them. Else requests begun by `submit`
+                    go on under the new weights, and no token may be more versions than this behind the newest.
     progress        shows the servers' start.
 
     Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
