@@ -57,9 +57,14 @@ def _without_transformer_engine(layer: ModuleSpec, config: TransformerConfig) ->
         self_attention=dataclasses.replace(
             layer.submodules.self_attention, submodules=_attention(layer.submodules.self_attention.submodules, config)
         ),
-        sharded_state_dict_keys_map=_stored_names(layer.submodules.mlp.module is MoELayer, config),
+        sharded_state_dict_keys_map=_stored_names(_has_experts(layer), config),
     )
     return dataclasses.replace(layer, submodules=submodules)
+
+
+def _has_experts(layer: ModuleSpec) -> bool:
+    mlp = layer.submodules.mlp  # a ModuleSpec, or from 0.18 on a functools.partial
+    return MoELayer in (getattr(mlp, "module", None), getattr(mlp, "func", None))
 
 
 def _stored_names(has_experts: bool, config: TransformerConfig) -> dict[str, str]:
