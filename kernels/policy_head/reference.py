@@ -30,7 +30,11 @@ def linear_policy_loss(
     everywhere = (hidden @ weight[:vocab_size].t() / temperature).log_softmax(-1)  # [T, V]
     logprobs = everywhere.gather(1, targets[:, None])[:, 0]
     entropy = -(everywhere.exp() * everywhere).sum(-1)
+    return loss_of_tokens(logprobs, entropy, tokens, objective)
 
+
+def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objective: Objective) -> PolicyHeadOutput:
+    """The output for given `logprobs` and `entropy` [T], in their dtype; `loss` is differentiable with respect to both."""
     advantages, low, high = tokens.advantages, 1 - objective.clip_low, 1 + objective.clip_high
     old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     ratio = (logprobs - old).clamp(-20, 20).exp()

@@ -73,12 +73,17 @@ def relative_error(ours, exact) -> float:
 def check(hidden, weight, targets, tolerance, grad_tolerance=None, **options):
     """Asserts outputs and gradients of linear_policy_loss: log-probs to 20 · tolerance, gradients to 10 · tolerance.
 
+    The loss twice: against the formula at the log-probs that were found, where only its own rounding counts; and against
+    the definition, where an error of a log-prob counts as much as the loss depends on that log-prob.
     Ratios, KL and clip flags in fp64 only: a rounded log-prob may cross a clip bound.
     """
     out, *grads = run(hidden, weight, targets, **options)
     definition, *exact_grads = exact(hidden, weight, targets, **problem_of(options))
     scale = options["token_weights"].double().sum().item() + 1e-300  # losses of single tokens are of order 1
-    assert abs(out.loss.item() - definition.loss.item()) <= 3 * tolerance * scale
+    at_found, _ = loss_at(out, options)
+    assert abs(out.loss.item() - at_found) <= 3 * tolerance * scale
+    _, sensitivity = loss_at(definition, options)
+    assert abs(out.loss.item() - definition.loss.item()) <= 3 * tolerance * (scale + sensitivity)
     torch.testing.assert_close(out.logprobs.double(), definition.logprobs, rtol=0, atol=20 * tolerance)
     torch.testing.assert_close(out.entropy.double(), definition.entropy, rtol=0, atol=20 * tolerance)
     if hidden.dtype == torch.float64:
@@ -86,6 +91,19 @@ def check(hidden, weight, targets, tolerance, grad_tolerance=None, **options):
     for ours, gradient in zip(grads, exact_grads):
         assert ours.dtype == hidden.dtype
         assert relative_error(ours, gradient) <= (grad_tolerance or 10 * tolerance)
+
+
+def loss_at(out, options) -> tuple[float, float]:
+    """The definition's loss at the log-probs and entropies of `out`, and Σ |d loss / d (log-prob, entropy)|, in fp64."""
+    options = problem_of(options)
+    tokens = [options.pop(name, None) for name in TokenInputs._fields]
+    tokens = TokenInputs(*(x if x is None else x.double() for x in tokens))
+    constants = {name: value for name, value in options.items() if name not in ("temperature", "vocab_size")}
+    logprobs, entropy = (x.double().detach().requires_grad_() for x in (out.logprobs, out.entropy))
+    loss = reference.loss_of_tokens(logprobs, entropy, tokens, Objective(**constants)).loss
+    loss.backward()
+    grads = (x.grad for x in (logprobs, entropy) if x.grad is not None)
+    return loss.item(), sum(grad.abs().sum().item() for grad in grads)
 
 
 def check_confident(doubt, **options):
