@@ -1,6 +1,6 @@
 """Rank 0's side of a run: prompts, rollouts, rewards, evaluation, and everything a run writes or shows.
 
-Change here: what happens on the controller between two gradient phases. It owns no weights of the actor; train.py
+Change here: what happens on the controller between two gradient phases. It owns no weights of the actor; train/loop.py
 connects the two sides. It takes part in no collective, but where its servers have lost the weights while it waits for them:
 then all ranks give them again (handover.py).
 """

@@ -155,7 +155,7 @@ BAD_INPUT = {
 # one process for all cases: importing costs more than failing
 DRIVER = """
 import contextlib, io, json, sys
-from dapo_mcore.train import main
+from dapo_mcore.train.__main__ import main
 results = []
 for arguments in json.load(sys.stdin):
     errors = io.StringIO()

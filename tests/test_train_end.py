@@ -18,10 +18,11 @@ from tests.test_train import ROOT, SMALL, task, torchrun  # noqa: F401  the fixt
 # rank 1 cannot build its part of the model, while rank 0 is at the same work or waits for it in a collective
 RANK_1_FAILS = """
 import os, sys, time
-from dapo_mcore import train
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.train import loop
+from dapo_mcore.train.__main__ import main
 
-build = train.Actor
+build = loop.Actor
 
 def fails(*arguments):
     if os.environ["RANK"] == "1":
@@ -30,13 +31,13 @@ def fails(*arguments):
         time.sleep(60)
     return build(*arguments)
 
-train.Actor = fails
-sys.exit(train.main())
+loop.Actor = fails
+sys.exit(main())
 """
 # runs with some overrides each, in one process: importing takes longer. The folder is copied after each
 SEVERAL = """
 import os, shutil, sys
-from dapo_mcore.train import main
+from dapo_mcore.train.__main__ import main
 for number, case in enumerate(os.environ["CASES"].split(",")):
     assert main([*sys.argv[1:], *case.split()]) == 0
     shutil.copytree("runs/done", f"done.{number}")

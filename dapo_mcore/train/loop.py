@@ -1,5 +1,4 @@
-"""The training loop. Run it as `torchrun --nproc-per-node N -m dapo_mcore.train CONFIG.yaml [a.b=c …]`, or without torchrun
-as one process.
+"""The training loop.
 
     prompts → rollout → reward → filter (refill) → scatter → score → gradient steps → weight sync → next
 
@@ -9,12 +8,7 @@ wait for its samples.
 
 from __future__ import annotations
 
-import dapo_mcore.environment  # noqa: F401  before torch is imported
-
-# isort: split
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,26 +21,15 @@ from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.config import Config
-from dapo_mcore.config_file import load_config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.ending import Ending
-from dapo_mcore.exit_status import exit_status
 from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.warm_start import warm_start
 from dapo_mcore.weights.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Trains by a configuration file; the process's exit status: 0 done, 2 an error the user can mend, 128 + a signal."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_mcore.train", description="Train a policy with DAPO.")
-    parser.add_argument("config", help="YAML file, see examples/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
-    options = parser.parse_args(argv)
-    return exit_status(lambda: train(load_config(options.config, options.overrides)))
 
 
 def train(config: Config) -> None:
@@ -213,7 +196,3 @@ class Run:
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
         return self.layout.on_controller_or_raise(lambda: action(self.controller) if self.controller else None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The start of a training process: `torchrun --nproc-per-node N -m dapo_mcore.train CONFIG.yaml [a.b=c …]`, or without
+torchrun as one process.
+
+The configuration is read before the loop is imported: torch and Megatron take up to a minute, and a typo is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import dapo_mcore.environment  # noqa: F401  before torch is imported
+from dapo_mcore.config_file import load_config
+from dapo_mcore.exit_status import exit_status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train by a configuration file and return the exit status: 0 done, 2 an error the user can mend, 128 + a signal."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_mcore.train", description="Train a policy with DAPO.")
+    parser.add_argument("config", help="YAML file, see examples/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
+    options = parser.parse_args(argv)
+    return exit_status(lambda: _train(options.config, options.overrides))
+
+
+def _train(path: str, overrides: Sequence[str]) -> None:
+    config = load_config(path, overrides)
+    from dapo_mcore.train.loop import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
