@@ -50,9 +50,9 @@ def ours(p: Problem, workspace_bytes: float) -> Answer:
     return answer_of(_policy_loss(p, workspace_bytes), p)
 
 
-def ours_eager(p: Problem, workspace_bytes: float) -> Answer:
+def ours_eager(p: Problem, workspace_bytes: float, logits_dtype: torch.dtype = torch.float32) -> Answer:
     """The gradient to weight is added to main_grad, as in Megatron: what earlier calls left there stays."""
-    loss = _policy_loss(p, workspace_bytes, main_grad=p.main_grad)
+    loss = _policy_loss(p, workspace_bytes, logits_dtype, main_grad=p.main_grad)
     return Answer(loss.detach(), *torch.autograd.grad(loss, p.hidden), p.main_grad)
 
 
@@ -134,6 +134,12 @@ CONTENDERS = (
     Contender("ours, eager, 4 GB", partial(ours_eager, workspace_bytes=4e9), ours=True),
     Contender("ours, eager, 2 GB", partial(ours_eager, workspace_bytes=2e9), ours=True),
     Contender("ours, eager, 1 GB", partial(ours_eager, workspace_bytes=1e9), ours=True),
+    # rounds logits as the opponents do, and so is held to their tolerance
+    Contender(
+        "ours, eager, bf16 logits, 4 GB",
+        partial(ours_eager, workspace_bytes=4e9, logits_dtype=torch.bfloat16),
+        gpu_only=True,
+    ),
     Contender("torch", naive),
     Contender("torch.compile", compiled, gpu_only=True),
     Contender("torch, chunks + checkpoint", chunked),
@@ -146,12 +152,12 @@ CONTENDERS = (
 )
 
 
-def _policy_loss(p: Problem, workspace_bytes: float, **options) -> Tensor:
-    chunk = chunk_tokens_for(int(workspace_bytes), len(p.weight))
+def _policy_loss(p: Problem, workspace_bytes: float, logits_dtype: torch.dtype = torch.float32, **options) -> Tensor:
+    chunk = chunk_tokens_for(int(workspace_bytes), len(p.weight), logits_dtype)
     weights = torch.full((len(p.hidden),), 1 / len(p.hidden), device=p.hidden.device)
     out = linear_policy_loss(
         p.hidden, p.weight, p.targets, advantages=p.advantages, token_weights=weights, old_logprobs=p.old_logprobs,
-        clip_low=CLIP_LOW, clip_high=CLIP_HIGH, chunk_tokens=chunk, **options,
+        clip_low=CLIP_LOW, clip_high=CLIP_HIGH, chunk_tokens=chunk, logits_dtype=logits_dtype, **options,
     )  # fmt: skip
     return out.loss
 
