@@ -1,6 +1,6 @@
-"""What megatron-core's latent attention (0.16.1) lacks without Transformer Engine.
+"""Megatron-core's latent attention, with what it lacks without Transformer Engine.
 
-Change here: the layers in Transformer Engine's place.
+Change here: which layers latent attention is made of.
 """
 
 from __future__ import annotations
@@ -9,7 +9,22 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+_CHOSEN = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+
+
+class LatentAttention(MLASelfAttention):
+    """Latent attention with exactly the layers of its specification, in every version of megatron-core.
+
+    0.19 chooses some itself: where queries have no latent vector (`q_lora_rank` None) it would normalise what goes into
+    their projection, which DeepSeek's models do not, or without Transformer Engine refuse to be built.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Overrides megatron-core 0.19; 0.16 to 0.18 take the specification as it is, and do not call this."""
+        return {name: getattr(submodules, name) for name in _CHOSEN}
 
 
 class WholeLinear(torch.nn.Module):

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_mcore.actor.attention import CoreAttention
-from dapo_mcore.actor.latent import WholeLinear, use_whole_linear
+from dapo_mcore.actor.latent import LatentAttention, WholeLinear, use_whole_linear
 from dapo_mcore.actor.norm import RMSNorm
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.errors import ConfigError
@@ -40,6 +40,9 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage; dense and expert layers as `config.moe_layer_freq` says."""
     engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
+    if config.multi_latent_attention:
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.module = LatentAttention
     if engine:
         return block
     if not hasattr(moe_utils, "te_general_gemm"):
