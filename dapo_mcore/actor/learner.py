@@ -152,5 +152,6 @@ class Learner:
         total = importance_sums(nothing, nothing, tis.mode, tis.cap)
         if self.layout.reports_loss:
             for micro in scored:
-                total += importance_sums(micro.old_logprobs, micro.rollout_logprobs, tis.mode, tis.cap).cpu()
+                old = micro.old_logprobs.cpu()
+                total += importance_sums(old, micro.rollout_logprobs, tis.mode, tis.cap)
         return self.layout.sum_over_ranks(total)

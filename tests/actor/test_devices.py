@@ -1,0 +1,120 @@
+"""Parameters on one device and records on another: no call mixes them where CUDA would refuse. On a pretended device.
+
+Proves: that every Python-level call of the project has its tensors on one side. Does not prove: that CUDA computes right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections import deque
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from tests.actor import parity
+from tests.actor.fake_device import DEVICE, FakeDevice
+from tests.actor.parity import Mesh
+
+MODES = {
+    "old log-probs of the actor": {"algo__old_logprobs": "actor"},
+    "of the rollout engine": {},
+    "right-padded": {"algo__old_logprobs": "actor", "batch__packing": False},
+    "truncated importance sampling": {"algo__tis__mode": "truncate", "algo__old_logprobs": "actor"},
+    "masked importance sampling": {"algo__tis__mode": "mask"},
+    "KL in the loss": {"algo__kl__coef": 0.1, "algo__old_logprobs": "actor"},
+    "KL in the reward": {"algo__kl__coef": 0.1, "algo__kl__place": "reward", "algo__old_logprobs": "actor"},
+    "mismatch limit": {"algo__max_mismatch": 100.0},
+    "entropy bonus": {"algo__entropy_coef": 0.01, "batch__head_eager_grad": False},
+    "bf16": {"model__dtype": "bf16", "algo__tis__mode": "mask", "algo__old_logprobs": "actor"},
+}
+
+
+def test_no_step_mixes_host_and_device(tmp_path):
+    path = parity.save_problem(tmp_path / "problem.pt", parity.off_policy(parity.make_batch()))
+    told = parity.spawn(run_all_modes, Mesh(), str(path))
+    assert {name: problem for name, problem in told.items() if problem} == {}
+
+
+def test_the_pretended_device_refuses_what_cuda_refuses():
+    with FakeDevice():
+        there, here = torch.ones(3, device=DEVICE), torch.from_numpy(torch.ones(3).numpy())
+        assert there.device == (there + 1).device == there[:2].device == here.to(DEVICE).device == DEVICE
+        assert there.cpu().device == here.device == torch.device("cpu")
+        assert float((there * 2).sum()) == 6.0 and torch.equal(there[here.long() - 1], there)
+        for mix in (
+            lambda: there - here,
+            lambda: torch.stack([here, there]),
+            lambda: here[there.long()],
+            lambda: here.index_add_(0, there.long(), here),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mix()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        there.copy_(here)
+
+
+def run_all_modes(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
+    """Worker: per mode, the traceback of what went wrong, or None."""
+    told: dict[str, Any] = {}
+    for name, overrides in MODES.items():
+        config = parity.make_config(mesh, **overrides)
+        expected = run_all(config, layout, path, nullcontext()) if "truncated" in name else None
+        try:
+            found = run_on_device(FakeDevice(), config, layout, path)
+            told[name] = None if expected in (None, found) else "the pretence has changed what is computed"
+        except Exception:
+            told[name] = traceback.format_exc()[-1500:]
+    return told
+
+
+def run_on_device(fake: FakeDevice, config: Any, layout: Any, path: str) -> list[int]:
+    class There(type(layout)):
+        """A layout on the device, whose control group takes tensors in host memory only, as its docstring says."""
+
+        def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+            assert fake.side(values) != DEVICE
+            return super().sum_over_ranks(values)
+
+        def max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+            assert fake.side(values) != DEVICE
+            return super().max_over_ranks(values)
+
+    fields = {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}
+    return run_all(config, There(**fields | {"device": DEVICE}), path, fake)
+
+
+def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[int]:
+    """Score, update, supervise, stream the weights and give up the memory; checksums of the weights at the end."""
+    from dapo_mcore.actor.memory import ActorMemory
+    from dapo_mcore.actor.metrics import update_metrics
+    from dapo_mcore.actor.replicas import checksum
+    from dapo_mcore.weights.sync import WeightStream
+
+    batch, _ = parity.load_problem(path)
+    with mode:
+        actor = parity.build_actor(config, layout)
+        if isinstance(mode, FakeDevice):
+            adopt(mode, actor)
+        (mini_batch,) = parity.scored_step(config, layout, batch, actor).mini_batches
+        update_metrics([actor.update(mini_batch), actor.update(mini_batch, supervised=True)])
+        assert all(weight.device == layout.device for weight in actor.policy.parameters())
+        memory, stream = ActorMemory(actor), WeightStream(actor.policy, actor.shape, layout)
+        memory.offload_state()
+        deque(stream(), maxlen=0)
+        memory.offload_weights()
+        memory.onload()
+        actor.update(mini_batch)
+        return [int(checksum(weight)) for weight in actor.policy.parameters()]
+
+
+def adopt(fake: FakeDevice, actor: Any) -> None:
+    """Megatron allocates on `cuda`, which cpu_device.py makes the CPU."""
+    for buffer in actor.ddp.buffers:
+        fake.adopt(tensor for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None)
+    for model in filter(None, (actor.policy, actor.reference)):
+        fake.adopt((*model.parameters(), *model.buffers()))
+    fake.adopt(actor.optimizer.tensors())
