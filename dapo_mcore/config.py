@@ -65,6 +65,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     timeout_minutes: int = Field(240, ge=1)
     """Collectives wait this long: it must outlast the longest rollout."""
+    check_replicas: bool = True
+    """Compare checksums of the weights that several ranks hold, after the gradient steps of every rollout step; a
+    difference ends the run."""
 
     @property
     def expert_tensor_size(self) -> int:
@@ -251,6 +254,8 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
+    max_skipped_updates: int = Field(10, ge=1)
+    """A gradient that is not finite skips its gradient step; so many skipped steps in a row end the run."""
     distributed: bool = True
     """Shard optimizer state over data-parallel ranks."""
 
@@ -271,9 +276,6 @@ class CheckpointConfig(Section):
     """Saving, resuming and exporting. Steps are rollout steps."""
 
     every: int | None = Field(None, ge=1)
-    """Save every so many steps; null: only as `at_end` says."""
-    at_end: bool = True
-    """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
     keep: int = Field(2, ge=1)
     resume: Literal["auto", "never"] = "auto"
     export_every: int | None = Field(None, ge=1)

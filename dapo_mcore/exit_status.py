@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from dapo_mcore.ending import Interrupted
-from dapo_mcore.errors import DapoError, OtherRankFailed, output_error
+from dapo_mcore.errors import DapoError, OtherRankFailed
 
 _LATER_S = 2
 
@@ -32,23 +32,16 @@ def exit_status(work: Callable[[], None]) -> int:
     except Interrupted as stop:
         stopped.append(stop.status)
         return stop.status
+    except DapoError as error:
+        _tell(error)
+        return 2
     except Exception as error:
-        told = _for_users(error)
-        if told is None:
+        if not is_lost_rank(error):
             record_failure(f"{type(error).__name__}: {error}")
             raise
-        _tell(told)
+        _tell(OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}"))
         return 2
     return 0
-
-
-def _for_users(error: Exception) -> DapoError | None:
-    """Return what to say in one line instead of a traceback; None for an error that only its traceback explains."""
-    if is_lost_rank(error):
-        return OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}")
-    if isinstance(error, OSError):
-        error = output_error(error, "go on")
-    return error if isinstance(error, DapoError) else None
 
 
 @contextmanager
@@ -99,6 +92,6 @@ def record_failure(message: str, follows: bool = False) -> bool:
         # torchrun takes the earliest for the cause, counting in whole seconds; a cause may be recorded a little late
         timestamp = int(time.time()) + (_LATER_S if follows else 0)
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(timestamp)}}}
-        with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # a full disk may be what it is about
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(content, file)
     return path is not None

@@ -17,6 +17,7 @@ from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.metrics import UpdateSums, token_sums
 from dapo_mcore.actor.model import PolicyModel, build_model
 from dapo_mcore.actor.optimizer import Optimizer
+from dapo_mcore.actor.skips import Skips
 from dapo_mcore.actor.step import Outcome, finalize_without_division, run_micro_batches
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.config import Config
@@ -57,6 +58,7 @@ class Actor:
         """Starts a new optimizer state and schedule over the same weights."""
         self.optimizer = Optimizer(self.ddp, config, self.policy.config.params_dtype)
         self.num_updates = 0
+        self.skips = Skips(config.max_skipped_updates)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with old (and reference) log-probs filled in on last-stage ranks.
@@ -70,14 +72,20 @@ class Actor:
         """One gradient step on a mini-batch; the sums of its metrics over all ranks. Collectives: all of a step's.
 
         supervised  maximises the targets' likelihood instead of the policy objective; advantages are not read.
+        A gradient that is not finite on any rank skips the step on all. Raises TrainingError, on every rank, at the last
+        of optimizer.max_skipped_updates skipped steps in a row.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.megatron.zero_grad()
         loss = self._supervised_loss if supervised else self._policy_loss
         outcomes = run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
-        done, grad_norm = self.optimizer.step()
+        norm = self.optimizer.prepare()
+        sums = UpdateSums.reduce(outcomes, self.layout, grad_norm=norm, lr=self.optimizer.lr)
+        if not sums.skipped:
+            self.optimizer.step(norm)
         self.num_updates += 1
-        return UpdateSums.reduce(outcomes, self.layout, grad_norm=grad_norm, lr=self.optimizer.lr, skipped=not done)
+        self.skips.add(sums.skipped)
+        return sums
 
     def _with_logprobs(self, model: PolicyModel, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
         outcomes = run_micro_batches(model, micro_batches, self._logprobs, self.layout, backward=False)

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from dapo_mcore.actor import cpu_device
 from dapo_mcore.config import ParallelConfig
 from dapo_mcore.errors import ConfigError, OtherRankFailed
-from dapo_mcore.launcher import check_launcher
 
 T = TypeVar("T")
 
@@ -32,6 +31,8 @@ class Layout:
     *_rank                                   this rank's coordinate on each axis
     tensor_group, pipeline_group,            device process groups
     expert_tensor_group, expert_group
+    copies_group, expert_copies_group        device process groups of the ranks that hold the same shards as this one: data-
+                                             and context-parallel, and for experts expert-data-parallel
     control_group                            gloo group of all ranks, for tensors in host memory
     replica_groups                           gloo; entry d holds rank 0 and every rank of data-parallel replica d, and is
                                              None where this rank is not in it
@@ -58,6 +59,8 @@ class Layout:
     pipeline_group: dist.ProcessGroup
     expert_tensor_group: dist.ProcessGroup
     expert_group: dist.ProcessGroup
+    copies_group: dist.ProcessGroup
+    expert_copies_group: dist.ProcessGroup
     pipeline_ranks: tuple[int, ...]
     control_group: dist.ProcessGroup
     replica_groups: tuple[dist.ProcessGroup | None, ...]
@@ -143,19 +146,12 @@ def num_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def is_beside_rank_0() -> bool:
-    """Return True if torchrun says that this rank is on the machine of rank 0."""
-    return os.environ.get("GROUP_RANK") == "0"
-
-
 def start(parallel: ParallelConfig, seed: int) -> Layout:
     """Joins the job and builds every process group.
 
-    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when a launcher's
-    variables make no job, and when the world size does not fit the mesh. Collectives: creates process groups, so every rank
-    must call it.
+    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when the world
+    size does not fit the mesh. Collectives: creates process groups, so every rank must call it.
     """
-    check_launcher(os.environ)
     cpu_device.install_if_needed()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -197,6 +193,8 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
         expert_group=parallel_state.get_expert_model_parallel_group(),
+        copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_copies_group=parallel_state.get_expert_data_parallel_group(),
         pipeline_ranks=tuple(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())),
         control_group=control,
         replica_groups=_replica_groups(data, data_rank, control, timeout),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,8 @@ class UpdateSums:
     """One gradient step. `sums` and `maxima` are over every loss token of the mini-batch on all ranks.
 
     loss is the mini-batch's loss itself (a sum of already weighted terms); the others are sums to divide by tokens.
-    `mismatch` compares the policy before this step with the rollout engine.
+    `mismatch` compares the policy before this step with the rollout engine. `skipped` is True on all ranks where the
+    gradient norm of any rank was not finite.
     """
 
     sums: dict[str, float]
@@ -57,9 +59,11 @@ class UpdateSums:
 
     @classmethod
     def reduce(
-        cls, outcomes: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float, skipped: bool
+        cls, outcomes: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float
     ) -> UpdateSums:
-        """Adds up the micro-batches of all ranks. Collectives: two small gloo all-reduces over the control group."""
+        """Adds up the micro-batches of all ranks, and decides whether the step is skipped.
+
+        Collectives: two small gloo all-reduces over the control group."""
         nothing = torch.zeros(0)
         empty = mismatch_stats(nothing, nothing)
         sums = torch.cat([torch.zeros(len(SUMS), dtype=torch.float64), empty.sums])
@@ -68,12 +72,14 @@ class UpdateSums:
             sums = torch.stack([out["sums"] for out in outcomes]).sum(0).cpu()
             maxima = torch.stack([out["maxima"] for out in outcomes]).amax(0).cpu()
         layout.sum_over_ranks(sums)
+        maxima = torch.cat([maxima, maxima.new_tensor([not math.isfinite(grad_norm)])])
         layout.max_over_ranks(maxima)
+        skipped = bool(maxima[-1])
         return cls(
             dict(zip(SUMS, sums.tolist())),
             dict(zip(MAXIMA, maxima.tolist())),
-            MismatchStats(sums[len(SUMS) :], maxima[len(MAXIMA) :]),
-            grad_norm=grad_norm,
+            MismatchStats(sums[len(SUMS) :], maxima[len(MAXIMA) : -1]),
+            grad_norm=math.nan if skipped else grad_norm,
             lr=lr,
             skipped=skipped,
         )

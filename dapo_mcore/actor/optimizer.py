@@ -54,24 +54,41 @@ class Optimizer:
             wd_incr_style="constant",
         )
 
-    def step(self) -> tuple[bool, float]:
-        """(True when the parameters moved, global gradient norm before clipping).
+    def prepare(self) -> float:
+        """Begin a gradient step and return the global gradient norm before clipping.
 
-        A gradient that is not finite anywhere is skipped everywhere: the norm is the same on all ranks, so they agree
-        without asking. Adam's state is not touched then. Collectives: gradient norm over the model-parallel group; with
-        the distributed optimizer, the all-gather of parameters over the data-parallel group.
-        Source: the order of ChainedOptimizer.step (megatron-core 0.16.1), which would apply a NaN in fp32.
+        The norm counts one copy of a parameter that several ranks hold, so it can be finite here while another copy's
+        gradient is not: this returns NaN on the rank that holds such a copy. The caller decides for all ranks whether to
+        `step`; without it, neither parameters nor Adam's state change. Collective: gradient norm over the
+        model-parallel group (with the distributed optimizer, over all ranks).
         """
         self.scheduler.step(increment=1)
-        if self.megatron.prepare_grads():
-            return False, math.nan
+        found_inf = self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
-        if not math.isfinite(norm):
-            return False, norm
+        return math.nan if found_inf or not self._copies_are_finite() else norm
+
+    def step(self, norm: float) -> None:
+        """Clip by the norm that `prepare` returned, and move the parameters. Every rank must call it, or none.
+
+        Collective: with the distributed optimizer, the all-gather of parameters over the data-parallel group.
+        Source: the order of ChainedOptimizer.step (megatron-core 0.16.1), which would apply a NaN in fp32.
+        """
         for part in self._parts:
             if self.config.clip_grad > 0 and (parameters := part.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
-        return bool(self.megatron.step_with_ready_grads()), norm
+        assert self.megatron.step_with_ready_grads(), "only a loss scale could refuse, and there is none"
+
+    def _copies_are_finite(self) -> bool:
+        """Whether the gradients that the norm may leave out are finite: of parameters that no tensor-parallel rank cuts,
+        and of the last stage's copy of a tied embedding."""
+        copies = [
+            parameter.grad
+            for part in self._parts
+            for parameter in part.get_parameters()
+            if parameter.grad is not None
+            and (not getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "shared", False))
+        ]
+        return math.isfinite(float(torch.nn.utils.get_total_norm(copies)))
 
     @property
     def lr(self) -> float:

@@ -292,14 +292,14 @@ def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
 def capture_first_gradient(actor: Any) -> dict[str, torch.Tensor]:
     """A dictionary that the actor's next update fills with its HF-named gradient (rank 0), before the optimizer acts."""
     found: dict[str, torch.Tensor] = {}
-    step = actor.optimizer.step
+    prepare = actor.optimizer.prepare
 
-    def step_and_capture() -> tuple[bool, float]:
+    def capture_and_prepare() -> float:
         found.update(gather_named(actor, local_gradients(actor)))
-        actor.optimizer.step = step
-        return step()
+        actor.optimizer.prepare = prepare
+        return prepare()
 
-    actor.optimizer.step = step_and_capture
+    actor.optimizer.prepare = capture_and_prepare
     return found
 
 

@@ -86,4 +86,6 @@ def step(ddp: Any, optimizer: Any, problem: Any, layout: Any) -> float:
     optimizer.megatron.zero_grad()
     batches = [test_model.micro_batch(problem, batch, layout) for batch in test_model.own_batches(layout)]
     run_micro_batches(ddp, batches, partial(test_model.cross_entropy, layout=layout), layout, backward=True)
-    return optimizer.step()[1]
+    norm = optimizer.prepare()
+    optimizer.step(norm)
+    return norm
