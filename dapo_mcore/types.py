@@ -209,7 +209,8 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes every HF-named tensor of the stream, then moves to `version`. A transaction: all or nothing.
+        """Takes every HF-named tensor of the stream, then moves to `version`; after an error it generates nothing until a
+        whole stream came.
 
         The stream is drained in any case, since other ranks send what is in it. Its tensors keep their values meanwhile.
         """

@@ -22,6 +22,7 @@ from dapo_mcore.rollout.draw import draw_tokens
 from dapo_mcore.rollout.limits import check_prompts
 from dapo_mcore.rollout.manifest import WeightManifest
 from dapo_mcore.types import Rollout, SamplingParams
+from dapo_mcore.weights.hf_views import hf_views
 
 # Dropping finished rows copies the whole cache, computing them wastes their share: copy once a quarter is finished.
 _COMPACT_BELOW = 0.75
@@ -62,12 +63,12 @@ class EmbeddedEngine:
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab, self._context = model.config.vocab_size, model.config.max_position_embeddings
         self._is_stop = self._stop_table(stop_token_ids)
-        self._manifest = WeightManifest.of_model(self._model)
+        self._weights, self._manifest = hf_views(self._model), WeightManifest.of_model(self._model)
         self._version = -1
 
     @property
     def weight_version(self) -> int:
-        """The version of the last `update_weights`; -1 before the first."""
+        """The version of the last `update_weights`; -1 before the first, and after one that failed."""
         return self._version
 
     def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
@@ -89,24 +90,24 @@ class EmbeddedEngine:
         return responses.as_rollouts(self._version)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Takes every HF-named tensor of the stream, then moves to `version`: all or nothing.
+        """Takes every HF-named tensor of the stream in place, then moves to `version`.
 
         A tied output head may be absent from the stream; when present it must equal the embedding. Raises RolloutError
-        naming unexpected, repeated, missing and misshapen tensors; the old weights and version are then still in place.
-        Peak memory is twice the model.
+        naming unexpected, repeated, missing and misshapen tensors. After any error the engine has no weights, and refuses
+        to generate, until it has taken a whole stream. Memory beside the model: a tied head, where the stream has one.
         """
-        current = self._model.state_dict()
-        staged = {
-            name: tensor.detach().to(current[name], copy=True)  # the sender may reuse its buffers
-            for name, tensor in self._manifest.checked(weights, version)
-        }
-        for name, owner in self._manifest.tied.items():
-            if name in staged and not torch.equal(staged[name], staged[owner]):
+        self._version, heads = -1, {}
+        for name, tensor in self._manifest.checked(weights, version):
+            if name in self._manifest.tied:
+                heads[name] = tensor.detach().clone()  # the sender may reuse its buffers
+            else:
+                self._weights[name].copy_(tensor)
+        for name, head in heads.items():
+            owner = self._manifest.tied[name]
+            if not torch.equal(head.to(self._weights[owner]), self._weights[owner]):
                 raise RolloutError(
                     f"{name} differs from {owner}, but the model ties them; set tie_word_embeddings false"
                 )
-        for name, tensor in staged.items():
-            current[name].copy_(tensor)
         self._version = version
 
     def metrics(self) -> dict[str, float]:
@@ -127,7 +128,7 @@ class EmbeddedEngine:
 
     def _check(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
         if self._version < 0:
-            raise RolloutError("the embedded engine has no weights yet; call update_weights before generate")
+            raise RolloutError("the embedded engine has no whole weights; call update_weights before generate")
         check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
 
     def _prefill(self, prompts: Sequence[np.ndarray], rows: np.ndarray) -> _Batch:

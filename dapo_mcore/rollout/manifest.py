@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.weights.hf_views import hf_views
 
 Bucket = list[tuple[str, Tensor]]
 """Named tensors that travel together."""
@@ -28,7 +29,7 @@ class WeightManifest:
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> WeightManifest:
-        return cls({name: tensor.shape for name, tensor in model.state_dict().items()}, _tied_names(model))
+        return cls({name: view.shape for name, view in hf_views(model).items()}, _tied_names(model))
 
     @classmethod
     def of_config(cls, hf_config: PretrainedConfig) -> WeightManifest:

@@ -108,13 +108,13 @@ class RandomReader:
 
     def __init__(self, hf_config: Any, seed: int):
         from transformers import AutoModelForCausalLM
-        from transformers.core_model_loading import revert_weight_conversion
+
+        from dapo_mcore.weights.hf_views import hf_views
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(hf_config).float()
-        # in memory transformers fuses experts; files, and the table, have them one by one
-        self.state = revert_weight_conversion(model, model.state_dict())
+        self.state = hf_views(model)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.state[name].shape)

@@ -229,28 +229,40 @@ BAD_STREAMS = {
 
 
 @pytest.mark.parametrize("case", BAD_STREAMS)
-def test_a_bad_stream_changes_nothing(case):
-    engine = loaded_engine()
+def test_after_a_bad_stream_nothing_is_generated_until_a_whole_one_came(case):
+    engine, whole = loaded_engine(), weights_of(reference_model())
     before = engine.generate(prompts_of(4, 6), params())
     make, message = BAD_STREAMS[case]
-    stream = make({name: tensor + 1 for name, tensor in weights_of(reference_model()).items()})
     with pytest.raises(RolloutError, match=message):
-        engine.update_weights(iter(stream), version=4)
-    assert engine.weight_version == 3
+        engine.update_weights(iter(make({name: tensor + 1 for name, tensor in whole.items()})), version=4)
+    assert engine.weight_version == -1
+    with pytest.raises(RolloutError, match="no whole weights"):
+        engine.generate(prompts_of(4, 6), params())
+    engine.update_weights(iter(whole.items()), version=3)
     assert same(before, engine.generate(prompts_of(4, 6), params()))
 
 
-def test_a_stream_that_breaks_off_changes_nothing():
+def test_a_stream_that_breaks_off_leaves_no_weights_to_generate_with():
     engine = loaded_engine()
-    before = engine.generate(prompts_of(4), params())
 
     def stream():
-        yield from [(n, t + 1) for n, t in weights_of(reference_model()).items()][:5]
+        yield from list(weights_of(reference_model()).items())[:5]
         raise ConnectionError("peer died")
 
     with pytest.raises(ConnectionError):
         engine.update_weights(stream(), version=4)
-    assert engine.weight_version == 3 and same(before, engine.generate(prompts_of(4), params()))
+    with pytest.raises(RolloutError, match="no whole weights"):
+        engine.generate(prompts_of(4), params())
+
+
+def test_an_update_allocates_no_second_model():
+    engine, weights = loaded_engine(), weights_of(reference_model())
+    places = {name: tensor.data_ptr() for name, tensor in engine._model.named_parameters()}
+    with torch.profiler.profile(profile_memory=True) as profile:
+        engine.update_weights(iter(weights.items()), version=4)
+    largest = max(tensor.nbytes for tensor in weights.values())
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) <= largest
+    assert {name: tensor.data_ptr() for name, tensor in engine._model.named_parameters()} == places
 
 
 def test_a_head_that_contradicts_the_tie_is_refused():
@@ -263,7 +275,7 @@ def test_a_head_that_contradicts_the_tie_is_refused():
 def test_generate_before_weights_is_refused():
     engine = empty_engine()
     assert engine.weight_version == -1
-    with pytest.raises(RolloutError, match="no weights yet"):
+    with pytest.raises(RolloutError, match="no whole weights"):
         engine.generate(prompts_of(4), params())
 
 
