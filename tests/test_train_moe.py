@@ -1,0 +1,66 @@
+"""A whole run of a model with experts, spread over two ranks, with the embedded engine, and its resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.test_train import metrics, run, stable, task  # noqa: F401  the fixture is used by name
+
+FINAL = "hf/final/model.safetensors"
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
+SETTINGS = [
+    "model.path=moe",
+    "parallel.tensor_parallel=1",
+    "parallel.expert_parallel=2",
+    "num_rollout_steps=2",
+    "warm_start=null",
+    "eval.at_start=false",
+    "eval.sets={}",
+    "checkpoint.every=1",
+]
+
+
+@pytest.fixture
+def with_experts(task: Path) -> Path:  # noqa: F811
+    """The quickstart's task with a Qwen3-MoE model."""
+    model = shutil.copytree(task / "runs/arithmetic/model", task / "moe")
+    config = json.loads((model / "config.json").read_bytes()) | CONFIG
+    (model / "config.json").write_text(json.dumps(config))
+    return task
+
+
+def rewind(folder: Path) -> None:
+    """Leave what a run killed after its first step leaves."""
+    shutil.rmtree(folder / "checkpoints/step_000002")
+    shutil.rmtree(folder / "hf")
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(rows[0])
+
+
+def test_a_model_with_experts_trains_and_resumes_bitwise(with_experts):
+    run(with_experts, "experts", *SETTINGS, processes=2)
+    folder = with_experts / "runs/experts"
+    first, whole = metrics(with_experts, "experts"), (folder / FINAL).read_bytes()
+    assert [row["step"] for row in first] == [1, 2]
+    assert all(row["mismatch/logprob_diff_max"] < 1e-4 for row in first)
+    tensors = load_file(folder / FINAL)
+    assert tensors["model.layers.1.mlp.experts.5.down_proj.weight"].shape == (64, 48)
+
+    rewind(folder)
+    output = run(with_experts, "experts", *SETTINGS, processes=2)
+    assert "resumed after rollout step 1" in output
+    assert [stable(row) for row in metrics(with_experts, "experts")] == [stable(row) for row in first]
+    assert (folder / FINAL).read_bytes() == whole
