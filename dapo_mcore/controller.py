@@ -34,8 +34,9 @@ from dapo_mcore.rollout.ahead import Ahead
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampler import Collected, Sampler
 from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
-from dapo_mcore.weights.checkpoint import TrainState, latest_checkpoint, step_of
+from dapo_mcore.weights.checkpoint_folder import latest_checkpoint, step_of
 from dapo_mcore.weights.hf_io import check_replaceable, exported_step
+from dapo_mcore.weights.run_state import TrainState
 
 GIB = 2**30
 Position = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]

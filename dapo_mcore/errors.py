@@ -41,6 +41,10 @@ class CheckpointError(DapoError):
     """A checkpoint or model folder is missing, incomplete or does not fit the model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, truncated or changed; an older checkpoint may still be whole."""
+
+
 def listed(values: list[int]) -> str:
     """The values as a message offers them: `1, 2 or 4`."""
     *head, last = map(str, values)

@@ -126,6 +126,33 @@ class Layout:
             raise OtherRankFailed(f"rank 0 failed: {told}")
         return result
 
+    def on_every_rank_or_raise(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns on this rank. When it fails on any rank every rank raises, so that none waits for it.
+
+        Raises OtherRankFailed with the first failed rank's message where `action` went well. Collective: one gloo
+        all-gather over the control group.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except Exception as error:
+            problem = error
+        told: list[str | None] = [None] * self.world_size
+        mine = None if problem is None else str(problem) or repr(problem)
+        dist.all_gather_object(told, mine, group=self.control_group)
+        if problem is not None:
+            raise problem
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise OtherRankFailed(f"rank {rank} failed: {text}")
+        return result
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Return every rank's value on rank 0, in rank order, and nothing elsewhere (gloo gather); small records only."""
+        found = [None] * self.world_size if self.is_controller else None
+        dist.gather_object(value, found, dst=0, group=self.control_group)
+        return found or []
+
     def free_scratch(self) -> None:
         """Returns to the device what Megatron and torch keep for reuse. No communication."""
         from megatron.core import parallel_state

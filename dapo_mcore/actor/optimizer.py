@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dapo_mcore import config as settings
+from dapo_mcore.actor import optimizer_state
+from dapo_mcore.actor.optimizer_state import Shard
 
 
 class Optimizer:
@@ -22,6 +21,7 @@ class Optimizer:
 
     def __init__(self, model: DistributedDataParallel, config: settings.OptimizerConfig, dtype: torch.dtype):
         self.config = config
+        self._parameters = list(model.parameters())
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -102,99 +102,21 @@ class Optimizer:
             for values in part.optimizer.state.values():
                 yield from (value for value in values.values() if isinstance(value, torch.Tensor))
 
-    def sharded_state(self, model_state: dict[str, Any], metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """What a distributed checkpoint stores, or with `loading` the frame it is read into.
+    def shards(self) -> Iterator[Shard]:
+        """Yield the state that this rank holds; valid before the first gradient step, too. No communication."""
+        return optimizer_state.shards(self._parts, self._parameters)
 
-        `model_state` is the policy's sharded state. Valid before the first gradient step, too. Collectives: with the
-        distributed optimizer, gathers over the data-parallel group.
-        """
-        for part in self._parts:
-            _allocate_state(part.optimizer)
-        whole = self.megatron.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
-        mapped = (ShardedBase, LocalNonpersistentObject)
-        tensors, self._own_rest = extract_matching_values(whole, lambda value: isinstance(value, mapped))
-        counts = [step for part in self._parts if (step := _adam_step(part.optimizer)) is not None]
-        return {"tensors": tensors, "adam_step": max(counts, default=0.0), "num_updates": self.scheduler.num_steps}
+    @property
+    def adam_step(self) -> float:
+        """Updates that Adam has made on this rank's parameters: skipped ones don't count. 0 on a rank without any."""
+        return optimizer_state.adam_step(self._parts)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes a read `sharded_state`: moments, master weights and position. Everything else is this run's own: learning
-        rate, decay and betas may change on resuming, and so may the number of chained optimizers, which upstream makes
-        one for the experts' parameters only where expert_parallel > 1."""
-        counted = ("params", "step")
-        configured = [{k: v for k, v in group.items() if k not in counted} for group in self.megatron.param_groups]
-        whole = merge(self._own_rest, state["tensors"])
-        states = [whole] if len(self._parts) == 1 else [whole[index] for index in range(len(self._parts))]
-        for part, part_state in zip(self._parts, states, strict=True):
-            _load_part(part, part_state, state["adam_step"])
-        for group, own in zip(self.megatron.param_groups, configured, strict=True):
-            group.update(own)
+    def resume_at(self, adam_step: float, num_updates: int) -> None:
+        """Take up the counts of a checkpoint whose tensors are in `shards`. Rates, decay and betas stay this run's own."""
+        optimizer_state.set_adam_step(self._parts, adam_step)
         self.scheduler.num_steps = 0
-        self.scheduler.step(increment=state["num_updates"])
+        self.scheduler.step(increment=num_updates)
 
     @property
     def _parts(self) -> list[MegatronOptimizer]:
         return self.megatron.chained_optimizers
-
-
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Gives an optimizer that has not stepped yet its state, all zero.
-
-    Upstream (0.16.1) can neither save nor load torch's AdamW before its first step. A step without gradient at learning
-    rate 0 creates the state and changes nothing else.
-    """
-    if optimizer.state:
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.numel() else None
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    _set_adam_step(optimizer, 0.0)
-
-
-def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether steps are counted for each parameter (torch's AdamW) or each group (Transformer Engine's FusedAdam)."""
-    return any("step" in state for state in optimizer.state.values())
-
-
-def _adam_step(optimizer: torch.optim.Optimizer) -> float | None:
-    """Steps taken; None for an optimizer without parameters."""
-    counted = optimizer.state.values() if _counts_per_parameter(optimizer) else optimizer.param_groups
-    return next((float(entry["step"]) for entry in counted if "step" in entry), None)
-
-
-def _set_adam_step(optimizer: torch.optim.Optimizer, step: float) -> None:
-    """Gives every parameter its own count, or every group."""
-    if _counts_per_parameter(optimizer):
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(step)
-    else:
-        for group in optimizer.param_groups:
-            group["step"] = int(step)
-
-
-def _load_part(part: MegatronOptimizer, state: dict[str, Any], step: float) -> None:
-    """Loads one of the chained optimizers; works around upstream's handling of AdamW's per-parameter `step` (0.16.1).
-
-    The plain optimizer does not store a step of 0. The distributed one loads moments only where no `step` is beside
-    them, and gives all parameters one shared `step` tensor, which would advance once per parameter in every update.
-    """
-    optimizer = part.optimizer
-    per_parameter = _counts_per_parameter(optimizer)
-    moments = state.pop("param_state", None)
-    if moments is None and per_parameter:
-        state.get("optimizer", state)["state"]["common_step"] = torch.tensor(step)
-    part.load_state_dict(state)
-    if moments is not None:
-        for values in optimizer.state.values():
-            values.pop("step", None)
-        part.load_parameter_state_from_fully_reshardable(moments)
-    if per_parameter:
-        for values in optimizer.state.values():
-            values["step"] = torch.tensor(step)
-    else:
-        _set_adam_step(optimizer, step)

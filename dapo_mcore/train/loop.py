@@ -29,7 +29,8 @@ from dapo_mcore.handover import Handover
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.warm_start import warm_start
-from dapo_mcore.weights.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dapo_mcore.weights.checkpoint import load_checkpoint, save_checkpoint
+from dapo_mcore.weights.checkpoint_folder import latest_checkpoint
 from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
 
 
@@ -177,7 +178,9 @@ class Run:
         with self._phase("save"), self.handover.borrowed():
             if saves:
                 state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
-                save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep=checkpoint.keep)
+                save_checkpoint(
+                    self.config.run_dir, self.actor, state, self.layout, checkpoint.keep, self.progress.line
+                )
             if exports:
                 self._export(self.config.run_dir / "hf" / f"step_{step:06d}", step)
 

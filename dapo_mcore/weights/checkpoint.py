@@ -1,180 +1,230 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-Change here: what a checkpoint holds, where its files lie, how many are kept.
+Change here: what a checkpoint holds, and how it is written and read.
 
     run_dir/checkpoints/step_000012/
-        megatron/           policy, optimizer, schedule, reference policy: megatron-core's distributed checkpoint
+        megatron/           policy, optimizer, reference policy: a distributed checkpoint in megatron-core's format
         config.json …       the model's configuration and tokenizer: tools/convert.py makes an HF folder of the whole
         state.json          counters, data position, configuration, the model's sizes
         state.safetensors   token data of carried groups
 
-Tensors are stored in the model's own shapes, so a run may resume on another mesh. No random state is stored: dropout is
-off, and the seeds of sampling derive from (config.seed, step).
+Tensors are stored in the model's own shapes, so a run may resume on another mesh. Every rank writes and reads its own blocks
+(torch_dist.py); megatron-core only says which they are. So nothing in a checkpoint is ever executed, and any supported
+version reads what another one wrote. No random state is stored: dropout is off, and the seeds of sampling derive from
+(config.seed, step).
 """
 
 from __future__ import annotations
 
-import json
+import errno
+import math
 import os
-import queue
-import re
-import shutil
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import safetensors.numpy
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
+import torch
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.blocks import Block, actor_blocks
 from dapo_mcore.actor.layout import Layout
-from dapo_mcore.errors import CheckpointError
+from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError
+from dapo_mcore.weights.checkpoint_folder import (
+    checkpoint_path,
+    commit,
+    drop_old,
+    latest_checkpoint,
+    make_empty,
+    partial_path,
+    remove,
+    step_of,
+    sync_to_disk,
+)
 from dapo_mcore.weights.hf_io import write_model_files
 from dapo_mcore.weights.megatron_io import MEGATRON
+from dapo_mcore.weights.run_state import (
+    ARRAYS_FILE,
+    FORMAT,
+    STATE_FILE,
+    RunState,
+    TrainState,
+    read_state,
+    refuse_wrong_optimizer_state,
+    write_state,
+)
+from dapo_mcore.weights.torch_dist import (
+    DistributedReader,
+    StoredChunk,
+    read_companions,
+    without_crc,
+    write_chunk,
+    write_metadata,
+)
 
-_JSON, _ARRAYS = "state.json", "state.safetensors"
-_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", _JSON, _ARRAYS)
+T = TypeVar("T")
+_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", STATE_FILE, ARRAYS_FILE)
 
 
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """Where a run stands, apart from its tensors.
+def save_checkpoint(
+    run_dir: Path,
+    actor: Actor,
+    state: TrainState | None,
+    layout: Layout,
+    keep: int,
+    warn: Callable[[str], None] = print,
+) -> Path:
+    """Write a checkpoint and return its folder; `state` comes from rank 0, the others give None.
 
-    step            rollout steps done.
-    num_updates     gradient steps done.
-    weight_version  version of the weights that the engines held.
-    loader          PromptLoader.state(): {epoch: 0, offset: 512}.
-    sampler, sampler_arrays   Sampler.state(): the carried groups. The arrays are read on rank 0 alone, empty elsewhere.
-    config          the configuration as YAML, for people to compare.
+    The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints are deleted, and
+    `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it; the checkpoints before
+    stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
     """
-
-    step: int
-    num_updates: int
-    weight_version: int
-    loader: dict[str, Any]
-    sampler: dict[str, Any]
-    sampler_arrays: dict[str, np.ndarray]
-    config: str
-
-
-def save_checkpoint(run_dir: Path, actor: Actor, state: TrainState | None, layout: Layout, keep: int) -> Path:
-    """The folder of the checkpoint that was written; `state` comes from rank 0, the others give None.
-
-    The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints are deleted.
-    Collectives: every rank must call it. All ranks must see `run_dir`.
-    """
-    step = layout.broadcast_object(state.step if state is not None else None)
-    folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    layout.controller_first(lambda: _make_empty(partial / MEGATRON))
-    _collect_results_in_process()
-    dist_checkpointing.save(_sharded_state(actor, loading=False), str(partial / MEGATRON))
-    layout.controller_first(lambda: _finish(partial, folder, state, actor, keep))
+    folder = checkpoint_path(run_dir, layout.broadcast_object(state.step if state is not None else None))
+    partial = partial_path(folder)
+    try:
+        with _disk_errors_named(folder):
+            _on_controller(layout, lambda: make_empty(partial / MEGATRON))
+            written = layout.on_every_rank_or_raise(lambda: _write_blocks(folder, partial / MEGATRON, actor))
+            everyone = layout.gather_objects(written)
+            steps = layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64))
+            _on_controller(layout, lambda: _finish(partial, folder, everyone, state, float(steps), actor))
+    except DapoError:
+        if layout.is_controller:
+            with suppress(OSError):
+                remove(partial)
+        raise
+    _on_controller(layout, lambda: drop_old(folder, keep, warn))
     return folder
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The whole checkpoint with the highest step, if there is one. Ranks may see a shared disk differently: ask rank 0."""
-    return next(reversed(_checkpoints(run_dir)), None)
-
-
-def step_of(path: Path) -> int:
-    """Rollout steps done in a checkpoint, by its name."""
-    return int(path.name.removeprefix("step_"))
-
-
 def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
-    """Puts the checkpoint's tensors into `actor`; where the run stood, on every rank (the sampler's arrays on rank 0).
+    """Load the checkpoint's tensors into `actor`; return where the run stood, on every rank (the sampler's arrays on rank 0).
 
-    The actor's mesh may differ from the one that saved. Raises CheckpointError for a missing or incomplete folder, and
-    for a model or optimizer that the checkpoint does not fit. Collectives: every rank must call it.
+    The actor's mesh may differ from the one that saved. Raises CheckpointError for a missing or damaged file, and for a
+    model that the checkpoint does not fit. Collectives: every rank must call it.
     """
-    _check_complete(path)
-    stored = _read_json(path / _JSON)
-    _check_fits(path, stored, actor)
-    arrays = _read_arrays(path / _ARRAYS) if layout.is_controller else {}
-    try:
-        tensors = dist_checkpointing.load(_sharded_state(actor, loading=True), str(path / MEGATRON))
-    except (CheckpointingException, CheckpointException, OSError) as error:
-        raise CheckpointError(f"{path / MEGATRON} cannot be read: {error}; resume from an older checkpoint") from error
-    actor.policy.load_state_dict(tensors["policy"])
-    if actor.reference is not None:
-        actor.reference.load_state_dict(tensors["reference"])
-    actor.optimizer.load_state(tensors["optimizer"])
-    actor.num_updates = actor.optimizer.scheduler.num_steps
-    return TrainState(**stored["train"], sampler_arrays=arrays)
+    state = _on_controller(layout, lambda: _read_state(path, actor))
+    told = replace(state, train=replace(state.train, sampler_arrays={})) if state else None
+    shared: Any = layout.broadcast_object(told)
+    layout.on_every_rank_or_raise(lambda: _read_blocks(path, actor))
+    actor.optimizer.resume_at(shared.adam_step, shared.train.num_updates)
+    actor.num_updates = shared.train.num_updates
+    return (state or shared).train
 
 
-def _sharded_state(actor: Actor, *, loading: bool) -> dict[str, Any]:
-    """The tensors of this rank as megatron-core's checkpoint sees them. `fully_reshardable` fits any later mesh."""
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    policy = actor.policy.sharded_state_dict(metadata=metadata)
-    state = {"policy": policy, "optimizer": actor.optimizer.sharded_state(policy, metadata, loading=loading)}
-    if actor.reference is not None:
-        state["reference"] = actor.reference.sharded_state_dict(metadata=metadata)
-        add_prefix_for_sharding(state["reference"], "reference.")
+def _on_controller(layout: Layout, action: Callable[[], T]) -> T | None:
+    return layout.on_controller_or_raise(lambda: action() if layout.is_controller else None)
+
+
+Written = tuple[list[StoredChunk], dict[str, tuple[torch.dtype, tuple[int, ...]]]]
+"""Where a rank's chunks lie, and by key the dtype and the shape of the whole tensors."""
+
+
+def _write_blocks(folder: Path, megatron: Path, actor: Actor) -> Written:
+    """Write the blocks that are this rank's to write into a file of its own."""
+    blocks = [block for block in actor_blocks(actor) if block.is_written]
+    name, chunks = f"__{actor.layout.rank}_0.distcp", []
+    if blocks:
+        with _disk_errors_named(folder), without_crc(), open(megatron / name, "wb") as file:
+            for block in blocks:
+                sizes = tuple(block.data.shape)
+                chunks.append(write_chunk(file, name, block.key, block.offsets, sizes, block.data.cpu()))
+            file.flush()
+            os.fsync(file.fileno())
+    return chunks, {block.key: (block.data.dtype, tuple(block.size)) for block in blocks}
+
+
+def _finish(
+    partial: Path, folder: Path, everyone: Sequence[Any], state: TrainState | None, adam_step: float, actor: Actor
+) -> None:
+    """Rank 0: write what is no tensor, and make the checkpoint visible."""
+    assert state is not None, "rank 0 must give the state"
+    chunks = [chunk for written, _ in everyone for chunk in written]
+    dtypes = {key: dtype for _, kinds in everyone for key, (dtype, _) in kinds.items()}
+    sizes = {key: size for _, kinds in everyone for key, (_, size) in kinds.items()}
+    _check_covered(chunks, sizes)
+    write_metadata(partial / MEGATRON, chunks, dtypes, sizes)
+    write_state(partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_step))
+    write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
+    for path in (partial / STATE_FILE, partial / ARRAYS_FILE, partial / MEGATRON):
+        sync_to_disk(path)
+    commit(partial, folder)
+
+
+def _check_covered(chunks: Sequence[StoredChunk], sizes: dict[str, tuple[int, ...]]) -> None:
+    """Stop before a checkpoint with a hole, or with an element twice, is made visible."""
+    stored = Counter[str]()
+    for chunk in chunks:
+        stored[chunk.key] += math.prod(chunk.sizes)
+    wrong = [
+        f"{key}: {stored[key]} of {math.prod(size)}" for key, size in sizes.items() if stored[key] != math.prod(size)
+    ]
+    assert not wrong, f"elements written, of those there are: {'; '.join(wrong[:5])}"
+
+
+def _read_state(path: Path, actor: Actor) -> RunState:
+    """Rank 0: check all that is no tensor, and return it."""
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}")
+    with _damage_named(path):
+        missing = [name for name in _FILES if not (path / name).is_file()]
+        if missing:
+            raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}")
+        state, common = read_state(path), read_companions(path / MEGATRON)
+        if state.adam_step is None:
+            state = replace(state, adam_step=_adam_step(path, common))
+    refuse_wrong_optimizer_state(path, state)
+    _check_fits(path, state, actor)
     return state
 
 
-def _collect_results_in_process() -> None:
-    """Spares every rank a helper process that upstream (0.16.1) starts at the first save, to hold the queue of results.
+def _adam_step(path: Path, common: dict[str, Any]) -> float:
+    """Return Adam's steps from a checkpoint of format 1."""
+    try:
+        return float(common["optimizer"]["adam_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path / MEGATRON / 'common.pt'} is damaged: it lacks optimizer.adam_step") from error
 
-    It imports the whole program anew (seconds, hundreds of MB). Only asynchronous saving needs it; ours is synchronous.
-    """
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+
+def _read_blocks(path: Path, actor: Actor) -> None:
+    """Fill the actor's tensors on this rank, in place."""
+    with _damage_named(path), torch.no_grad():
+        reader = DistributedReader(path / MEGATRON)
+        # in the order of the stored tensors: the reader keeps the chunk that it read last
+        for block in sorted(actor_blocks(actor), key=lambda block: (block.key, block.offsets)):
+            _read_block(reader, block)
 
 
-def _finish(partial: Path, folder: Path, state: TrainState | None, actor: Actor, keep: int) -> None:
-    """Rank 0: writes the run's state, makes the checkpoint visible, deletes old ones."""
-    assert state is not None, "rank 0 must give the state"
-    train = {name: getattr(state, name) for name in TrainState.__dataclass_fields__ if name != "sampler_arrays"}
-    stored = {"train": train, "fits": _traits(actor), "reference": actor.reference is not None}
-    (partial / _JSON).write_text(json.dumps(stored, indent=2), encoding="utf-8")
-    safetensors.numpy.save_file(state.sampler_arrays, partial / _ARRAYS)
-    write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
-    for path in (partial / _JSON, partial / _ARRAYS, partial / MEGATRON, partial):
-        _sync_to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    _sync_to_disk(folder.parent)
-    others = [path for path in _checkpoints(folder.parents[1]) if path != folder]
-    for old in others[: max(0, len(others) + 1 - keep)]:
-        shutil.rmtree(old)
+def _read_block(reader: DistributedReader, block: Block) -> None:
+    key = block.key
+    if key not in reader.tensors:  # format 1 with the plain optimizer
+        key = key.replace("optimizer.state.param.", "optimizer.state.fp32_param.")
+    if key not in reader.tensors:
+        raise DamagedCheckpoint(f"{reader.folder / '.metadata'} has no tensor {block.key}")
+    size = reader.size(key)
+    if size != tuple(block.size) and not (block.is_padded and size[1:] == tuple(block.size[1:])):
+        raise DamagedCheckpoint(f"{reader.folder}: {key} is {list(size)} and not {list(block.size)}")
+    rows = max(0, min(block.data.shape[0], size[0] - block.offsets[0]))
+    block.data[rows:] = 0
+    if rows:
+        block.data[:rows] = reader.read(key, block.offsets, (rows, *block.data.shape[1:]))
 
 
 def _traits(actor: Actor) -> dict[str, Any]:
-    """What a checkpoint and the run that loads it must have in common. The mesh is not among it."""
+    """Return the settings that must match between a checkpoint and the run that loads it."""
     shape = asdict(actor.shape)
     del shape["padded_vocab_size"]
     return shape | {
         "moe_layers": list(actor.shape.moe_layers),  # as JSON gives it back
         "model.dtype": actor.config.model.dtype,
-        "optimizer.distributed": actor.config.optimizer.distributed,
     }
 
 
-def _check_complete(path: Path) -> None:
-    missing = [name for name in _FILES if not (path / name).is_file()]
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}")
-    if missing:
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}; resume from an older one"
-        )
-
-
-def _check_fits(path: Path, stored: dict[str, Any], actor: Actor) -> None:
-    own, theirs = _traits(actor), stored["fits"]
+def _check_fits(path: Path, state: RunState, actor: Actor) -> None:
+    own, theirs = _traits(actor), state.fits
     wrong = [
         f"{name} is {theirs.get(name)!r} there and {own[name]!r} here" for name in own if theirs.get(name) != own[name]
     ]
@@ -182,43 +232,34 @@ def _check_fits(path: Path, stored: dict[str, Any], actor: Actor) -> None:
         raise CheckpointError(
             f"{path} does not fit this run: {'; '.join(wrong)}; restore the setting, or start a new run from an export"
         )
-    if actor.reference is not None and not stored["reference"]:
+    if actor.reference is not None and not state.reference:
         raise CheckpointError(
             f"{path} holds no reference policy, but algo.kl.coef is {actor.config.algo.kl.coef}; "
             f"the run it comes from had algo.kl.coef 0: set it to 0, or start a new run"
         )
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest step first. A `.partial` folder is one that was never finished."""
-    folder = run_dir / "checkpoints"
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _disk_errors_named(folder: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into one line that says what to do."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is broken: {error}; resume from an older checkpoint") from error
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space on its disk" if full else "make it writable"
+        before = latest_checkpoint(folder.parents[1], before=step_of(folder))
+        goes_on = f"it goes on from {before}" if before else "there is no checkpoint before it to go on from"
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be written: {error.strerror or error}; {remedy} and start again: {goes_on}"
+        ) from error
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Add to an error in the checkpoint's files how to resume without it."""
     try:
-        return safetensors.numpy.load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or broken: {error}; resume from an older checkpoint") from error
-
-
-def _sync_to_disk(path: Path) -> None:
-    """Flushes a file, or a folder's entries, so that the rename cannot reach the disk before them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except (DamagedCheckpoint, OSError) as error:
+        before = latest_checkpoint(path.parents[1], before=step_of(path))
+        instead = f"resume from {before}" if before else "start anew: no older one is beside it"
+        raise CheckpointError(f"{error}; delete {path} to {instead}") from error

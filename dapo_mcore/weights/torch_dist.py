@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from dapo_mcore.errors import CheckpointError
+from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -116,11 +116,11 @@ class DistributedReader:
                 view = _create_file_view(file, place.offset, place.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {index.fqn} at byte {place.offset}: {error}") from error
+            raise DamagedCheckpoint(f"{path} is damaged: {index.fqn} at byte {place.offset}: {error}") from error
         near = self._chunks[index.fqn][tuple(index.offset[:-2])]
         told = next(chunk.sizes for chunk in near if chunk.offsets == index.offset)
         if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype(index.fqn), told):
-            raise CheckpointError(f"{path} is damaged: {index.fqn} at byte {place.offset} is not what .metadata says")
+            raise DamagedCheckpoint(f"{path} is damaged: {index.fqn} at byte {place.offset} is not what .metadata says")
         return tensor
 
     def _check_files(self) -> None:
@@ -131,10 +131,10 @@ class DistributedReader:
                 sizes[place.relative_path] = path.stat().st_size if path.is_file() else -1
             if sizes[place.relative_path] < place.offset + place.length:
                 problem = "is missing" if sizes[place.relative_path] < 0 else "is truncated"
-                raise CheckpointError(f"{path} {problem}: {index.fqn} ends at its byte {place.offset + place.length}")
+                raise DamagedCheckpoint(f"{path} {problem}: {index.fqn} ends at its byte {place.offset + place.length}")
         for key, tensor in self.tensors.items():
             if not all(MetadataIndex(key, chunk.offsets) in self._places for chunk in tensor.chunks):
-                raise CheckpointError(f"{self.folder / '.metadata'} does not say where all of {key} lies")
+                raise DamagedCheckpoint(f"{self.folder / '.metadata'} does not say where all of {key} lies")
 
 
 def write_chunk(
@@ -189,6 +189,23 @@ def write_metadata(
     _write_bytes(folder / "common.pt", common.getvalue())
 
 
+def read_companions(folder: Path) -> dict[str, Any]:
+    """Return what common.pt holds, as plain values. Raises CheckpointError for a damaged common.pt or metadata.json.
+
+    Like `.metadata`, it is unpickled without running anything that it names.
+    """
+    path = folder / "metadata.json"
+    try:
+        told = json.loads(path.read_bytes())
+        if not isinstance(told, dict) or told.get("sharded_backend") != FORMAT["sharded_backend"]:
+            raise ValueError(f"it does not say sharded_backend {FORMAT['sharded_backend']}")
+        path = folder / "common.pt"
+        common = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
+        raise DamagedCheckpoint(f"{path} is truncated or damaged: {_first_line(error)}") from error
+    return common if isinstance(common, dict) else {}
+
+
 def is_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
 
@@ -227,9 +244,9 @@ def _load_metadata(path: Path) -> Metadata:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
-        raise CheckpointError(f"{path} cannot be read: it holds no checkpoint metadata")
+        raise DamagedCheckpoint(f"{path} cannot be read: it holds no checkpoint metadata")
     return metadata
 
 
@@ -257,6 +274,10 @@ def _overlap(chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequenc
         for at, count, start, size in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
     ]
     return region if all(low < high for low, high in region) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _lengths(region: list[tuple[int, int]]) -> list[int]:

@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.actor import families, parity, test_model
 from tests.actor.parity import Mesh
-
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,37 +39,25 @@ def train(layout: Any, mesh: Mesh, problem: str, folder: str, action: str) -> li
 
 
 def train_one(layout: Any, mesh: Mesh, path: str, folder: Path, action: str, distributed: bool) -> list[float]:
-    from megatron.core import dist_checkpointing
+    from dapo_mcore.actor.actor import Actor
+    from dapo_mcore.weights.checkpoint import load_checkpoint, save_checkpoint
+    from dapo_mcore.weights.megatron_io import MegatronReader
+    from dapo_mcore.weights.run_state import TrainState
+    from dapo_mcore.weights.shape import weight_shape
 
-    from dapo_mcore.actor.actor import wrap
-    from dapo_mcore.actor.model import build_model
-    from dapo_mcore.actor.optimizer import Optimizer
-
-    problem, checkpoint = families.load_problem(path), folder / f"distributed_{distributed}"
+    problem, run_dir = families.load_problem(path), folder / f"distributed_{distributed}"
     config = parity.make_config(mesh, optimizer__distributed=distributed)
-    policy = build_model(config, problem.hf_config, layout)
-    families.fill(policy, problem, layout)
-    ddp = wrap(policy, config)
-    optimizer = Optimizer(ddp, config.optimizer, torch.float32)
-
-    def state(loading: bool) -> dict[str, Any]:
-        policy_state = policy.sharded_state_dict(metadata=METADATA)
-        return {
-            "policy": policy_state,
-            "optimizer": optimizer.sharded_state(policy_state, METADATA, loading=loading),
-        }
-
-    norms = [] if action == "load" else [step(ddp, optimizer, problem, layout) for _ in range(2)]
+    reader = MegatronReader(problem.converted, weight_shape(problem.hf_config, layout.tensor))
+    actor = Actor(config, problem.hf_config, layout, reader)
+    norms = [] if action == "load" else [step(actor.ddp, actor.optimizer, problem, layout) for _ in range(2)]
     if action == "load":
-        for parameter in policy.parameters():
+        for parameter in actor.policy.parameters():
             parameter.data.zero_()
-        stored = dist_checkpointing.load(state(loading=True), str(checkpoint))
-        policy.load_state_dict(stored["policy"])
-        optimizer.load_state(stored["optimizer"])
+        load_checkpoint(run_dir / "checkpoints" / "step_000001", actor, layout)
     else:
-        layout.controller_first(lambda: checkpoint.mkdir())
-        dist_checkpointing.save(state(loading=False), str(checkpoint))
-    return norms + [step(ddp, optimizer, problem, layout) for _ in range(2)]
+        state = TrainState(1, 2, 1, loader={}, sampler={}, sampler_arrays={}, config="")
+        save_checkpoint(run_dir, actor, state if layout.is_controller else None, layout, keep=1)
+    return norms + [step(actor.ddp, actor.optimizer, problem, layout) for _ in range(2)]
 
 
 def step(ddp: Any, optimizer: Any, problem: Any, layout: Any) -> float:

@@ -6,6 +6,7 @@ The workers run in real gloo processes, one start for all families of a mesh.
 from __future__ import annotations
 
 import dataclasses
+import queue
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,7 @@ def load_and_save(layout: Any, mesh: Mesh, families: dict[str, list[str]]) -> di
 
 def load_and_save_one(layout: Any, mesh: Mesh, hf: Path, mcore: Path, out: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
-
-    from dapo_mcore.weights.checkpoint import _collect_results_in_process
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     hf_config = load_hf_config(ModelConfig(path=str(hf)))
     shape = weight_shape(hf_config, layout.tensor)
@@ -67,7 +67,8 @@ def load_and_save_one(layout: Any, mesh: Mesh, hf: Path, mcore: Path, out: Path)
         (out / MEGATRON).mkdir(parents=True)
         shutil.copyfile(hf / "config.json", out / "config.json")
     dist.barrier()
-    _collect_results_in_process()
+    # spares each rank a helper process that holds the queue of an asynchronous save
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     dist_checkpointing.save({"policy": direct.sharded_state_dict()}, str(out / MEGATRON))
     found = {
         "different": [*different(direct, loaded, shape, layout), *unexpected],
@@ -158,7 +159,8 @@ def assert_reads_back(saved: Path, hf: Path) -> None:
 
 def save_run(layout: Any, mesh: Mesh, run_dir: str) -> str:
     """Worker: the folder of a run's checkpoint: policy, optimizer and schedule after no step at all."""
-    from dapo_mcore.weights.checkpoint import TrainState, save_checkpoint
+    from dapo_mcore.weights.checkpoint import save_checkpoint
+    from dapo_mcore.weights.run_state import TrainState
 
     actor = build_actor(make_config(mesh), layout, "qwen3")
     state = TrainState(1, 1, 1, loader={}, sampler={}, sampler_arrays={}, config="")

@@ -1,0 +1,102 @@
+"""The folders of a run's checkpoints: their names, how one becomes visible at once, and how old ones go.
+
+Change here: the life of a folder. What lies inside is checkpoint.py's.
+
+    run_dir/checkpoints/step_000012            a whole checkpoint
+                        step_000016.partial    one that is being written, or was when its run ended
+                        step_000008.deleted    one that could not be deleted so far
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+_DELETED = ".deleted"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def partial_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def step_of(path: Path) -> int:
+    """Return the rollout steps done in a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def latest_checkpoint(run_dir: Path, before: int | None = None) -> Path | None:
+    """Return the whole checkpoint with the highest step (below `before`), or None. Ranks may see a shared disk differently:
+    ask rank 0."""
+    return next((path for path in reversed(_checkpoints(run_dir)) if before is None or step_of(path) < before), None)
+
+
+def make_empty(folder: Path) -> None:
+    """Make `folder`, without anything that was there before."""
+    remove(folder)
+    folder.mkdir(parents=True)
+
+
+def commit(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, all at once. A checkpoint that has this name already is replaced."""
+    sync_to_disk(partial)
+    if os.path.lexists(folder):
+        os.rename(folder, _emptied(folder.with_name(folder.name + _DELETED)))
+    os.rename(partial, folder)
+    sync_to_disk(folder.parent)
+
+
+def drop_old(newest: Path, keep: int, warn: Callable[[str], None]) -> None:
+    """Delete all checkpoints but `newest` and the latest `keep` - 1 others. A failure costs a warning, and is tried again
+    after the next checkpoint. The target of a symbolic link is left alone."""
+    others = [path for path in _checkpoints(newest.parents[1]) if path != newest]
+    for path in others[: max(0, len(others) + 1 - keep)]:
+        # by another name first: a folder that is half deleted must not look like a checkpoint
+        _or_warn(lambda path=path: os.rename(path, _emptied(path.with_name(path.name + _DELETED))), path, warn)
+    for path in newest.parent.glob(f"step_*{_DELETED}"):
+        _or_warn(lambda path=path: remove(path), path, warn)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all it holds, a file, or a link but not what it points to; nothing if there is none."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or a folder's entries, so that a later rename cannot reach the disk before them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Return whole checkpoints, oldest step first."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def _emptied(path: Path) -> Path:
+    remove(path)
+    return path
+
+
+def _or_warn(action: Callable[[], object], path: Path, warn: Callable[[str], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        warn(
+            f"warning: the old checkpoint {path} cannot be deleted ({error.strerror or error}): training goes on, and the "
+            f"next checkpoint tries again"
+        )
