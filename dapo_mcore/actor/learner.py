@@ -25,10 +25,11 @@ from dapo_mcore.algo.correction import (
     mismatch_metrics,
     mismatch_stats,
 )
-from dapo_mcore.algo.kl import kl_estimate, penalised_rewards
+from dapo_mcore.algo.kl import penalised_rewards
 from dapo_mcore.algo.loss import sample_weights
 from dapo_mcore.batch.microbatch import build_micro_batch
 from dapo_mcore.config import Config, LossMode
+from dapo_mcore.kernels.policy_loss import kl_terms
 from dapo_mcore.types import MicroBatch
 
 
@@ -132,7 +133,7 @@ class Learner:
         sums = torch.zeros(num_samples, dtype=torch.float64)
         if self.layout.reports_loss:
             for micro in scored:
-                kl = kl_estimate(micro.old_logprobs, micro.ref_logprobs, self.config.algo.kl.estimator)
+                kl, _ = kl_terms(micro.old_logprobs - micro.ref_logprobs, self.config.algo.kl.estimator)
                 sums.index_add_(0, micro.sample_ids, kl.double().cpu())
         return self.layout.sum_over_ranks(sums).numpy()
 

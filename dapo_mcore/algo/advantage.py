@@ -27,13 +27,19 @@ def group_advantages(
     std            divisor n - 1 (`unbiased`, as verl), n (`biased`), or no scaling and no eps at all (`none`).
     baseline       the group's mean, or the mean of the *other* samples; std is always that of the whole group.
 
-    A group with one valid sample has baseline 0 and std 1, as in verl. A uniform group gets exactly 0, even when eps is 0.
+    A group sampled with size one has baseline 0 and std 1, as in verl. Of a larger group a single valid sample gets 0:
+    without the others it has no baseline, and its raw reward would say nothing about it (verl fails no sample, so it has
+    no such group). A uniform group gets exactly 0, even when eps is 0.
     Example: rewards [1, 1, -1, -1] in one group have mean 0 and std 1.1547, so advantages ±0.8660.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     valid = np.asarray(in_statistics, dtype=bool)
-    if valid.any():
-        advantages[valid] = _advantages(np.asarray(rewards, np.float64)[valid], group_ids[valid], std, baseline, eps)
+    _, group, num_sampled = np.unique(group_ids, return_inverse=True, return_counts=True)
+    num_valid = np.bincount(group, valid)
+    compared = valid & ((num_valid > 1) | (num_sampled == 1))[group]
+    if compared.any():
+        values = np.asarray(rewards, np.float64)[compared]
+        advantages[compared] = _advantages(values, group_ids[compared], std, baseline, eps)
     return advantages
 
 

@@ -26,6 +26,9 @@ def importance_weights(
     With w = exp(old - rollout), the exponent clamped to ±20:
       truncate  min(w, cap)                       truncated importance sampling (TIS)
       mask      1 where 1/cap ≤ w ≤ cap, else 0   tokens the engine and the actor disagree on teach nothing
+    The weights multiply the policy term only. A masked token stays in the count that the loss is divided by, since token
+    weights are known before any log-prob is; verl (rollout_rs, 0.9.1) takes it out of the response mask, and so out of
+    the count, the KL and the entropy, too. With few tokens masked the difference is that share of the gradient.
     `old_logprobs` are the actor's. With algo.old_logprobs=rollout there are none: hand in the fresh log-probs of the
     forward pass (mask only).
     """

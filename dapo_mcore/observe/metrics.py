@@ -37,6 +37,9 @@ METRICS: dict[str, Metric] = {
     "reward/failures": Metric(
         "samples", "generated samples whose scoring failed (time-out, exception, NaN), masked or not"
     ),
+    "reward/groups_one_scored": Metric(
+        "groups", "trained groups of several samples of which one was scored: it has no baseline, so its advantage is 0"
+    ),
     "reward/unparsed_ratio": Metric("fraction", "scored samples from which the reward function extracted no answer"),
     "response_length/mean": Metric("tokens", "response length of generated samples, tool output included"),
     "response_length/max": Metric("tokens", "longest response"),
@@ -167,6 +170,7 @@ def group_metrics(generated: Sequence[Group], kept: Sequence[Group]) -> dict[str
     return {
         **_reward_metrics(samples),
         "reward/acc_kept": _mean([s.score.acc for s in _scored(_samples(kept))]),
+        "reward/groups_one_scored": float(sum(map(_one_scored, kept))),
         **_length_metrics(samples),
     }
 
@@ -193,6 +197,10 @@ def _length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "response_length/min": float(min(lengths, default=math.nan)),
         "response_length/truncated_ratio": _mean([sample.rollout.truncated for sample in samples]),
     }
+
+
+def _one_scored(group: Group) -> bool:
+    return len(group.samples) > 1 and len(_scored(group.samples)) == 1
 
 
 def _samples(groups: Sequence[Group]) -> list[Sample]:

@@ -57,6 +57,6 @@ def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objec
 
 
 def _kl(x: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(policy ‖ reference) of single tokens from x = logp - ref; k3 of x within ±20."""
+    """Estimates of KL(policy ‖ reference) of single tokens from x = logp - ref; k3 at most 10, as in verl."""
     bounded = x.clamp(-20, 20)
-    return {"k1": x, "k2": x**2 / 2, "k3": (-bounded).exp() - 1 + bounded}[estimator]
+    return {"k1": x, "k2": x**2 / 2, "k3": ((-bounded).exp() - 1 + bounded).clamp(max=10)}[estimator]

@@ -20,6 +20,7 @@ from .reference import (
     TokenInputs,
     TokenTerms,
     compute_dtype,
+    kl_terms,
     policy_loss_terms,
 )
 from .shard import VocabShard, check_targets
@@ -30,6 +31,7 @@ __all__ = [
     "PolicyLossOutput",
     "TokenInputs",
     "TokenTerms",
+    "kl_terms",
     "policy_loss",
     "policy_loss_from_logits",
     "policy_loss_terms",

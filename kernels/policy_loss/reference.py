@@ -21,6 +21,7 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 # exp(20) is 4.9e8: far beyond every clip range, yet finite in each dtype, times any advantage.
 LOG_RATIO_LIMIT = 20.0
+K3_LIMIT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,19 +156,23 @@ def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objectiv
 
 
 def kl_terms(log_ratio: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
-    """The estimate of KL(policy ‖ reference) and its derivative, of `log_ratio` = logp - ref [T].
+    """Return estimates of KL(policy ‖ reference) in nats and their derivatives, of `log_ratio` = logp - ref [T].
 
-    k1 = x, k2 = x²/2, k3 = exp(-x) - 1 + x (http://joschu.net/blog/kl-approx.html). k3 clamps x to ±20, with derivative
-    0 outside, like the ratio. The derivative is the estimator's own, so k1 in the loss pulls by a constant that knows
-    nothing of the reference; the expected derivative of k2 is that of the reverse KL.
+    k1 = x, k2 = x²/2, k3 = exp(-x) - 1 + x (http://joschu.net/blog/kl-approx.html), of tokens that the policy sampled.
+    k3 is at most 10, with derivative 0 where it is cut (x below -2.6 or above 11): uncut, a token that the policy holds
+    for e^-20 times as likely as the reference would pull with 4.9e8. All three are kl_penalty of verl 0.9.1
+    (trainer/ppo/core_algos.py), value and derivative.
+    The derivative is the estimator's own, so k1 in the loss pulls by a constant that knows nothing of the reference, and
+    k3's is on average that of the reverse KL; only k2's is that of the KL. Values are differentiable in `log_ratio`.
     """
     if estimator == "k1":
         return log_ratio, torch.ones_like(log_ratio)
     if estimator == "k2":
         return log_ratio.square() / 2, log_ratio
-    x = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    x = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)  # exp(-x) stays finite
     excess = torch.expm1(-x)
-    return excess + x, -excess.masked_fill(log_ratio.abs() > LOG_RATIO_LIMIT, 0.0)
+    value = excess + x
+    return value.clamp(max=K3_LIMIT), -excess.masked_fill(value > K3_LIMIT, 0.0)
 
 
 def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) -> TokenTerms:

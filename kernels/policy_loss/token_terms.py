@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
+K3_LIMIT = tl.constexpr(10.0)
 
 
 @triton.jit
@@ -56,7 +57,9 @@ def kl_terms(log_ratio, KL: tl.constexpr):
     else:
         x = tl.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, propagate_nan=tl.PropagateNan.ALL)
         excess = expm1(-x)
-        return excess + x, tl.where(tl.abs(log_ratio) > LOG_RATIO_LIMIT, 0.0, -excess)
+        value = excess + x
+        cut = value > K3_LIMIT
+        return tl.where(cut, K3_LIMIT, value), tl.where(cut, 0.0, -excess)
 
 
 @triton.jit

@@ -44,8 +44,14 @@ def test_failed_sample_gets_0_and_leaves_its_group_alone(broken):
     np.testing.assert_array_equal(with_failure[[0, 2, 3]], advantages([1, -1, 1]))
 
 
-def test_one_valid_sample_of_a_larger_group_counts_as_a_group_of_one():
-    np.testing.assert_allclose(advantages([2, np.nan], valid=[True, False]), [2 / (1 + 1e-6), 0], rtol=1e-14)
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
+@pytest.mark.parametrize("std", ["unbiased", "biased", "none"])
+def test_one_valid_sample_of_a_larger_group_has_no_baseline_and_gets_0(std, baseline):
+    # group 0 lost all but one sample, group 1 was sampled with size one, group 2 lost one of three
+    rewards, ids = [2, np.nan, np.nan, 2, 1, np.nan, 1], [0, 0, 0, 1, 2, 2, 2]
+    valid = [True, False, False, True, True, False, True]
+    expected = [0, 0, 0, 2 if std == "none" else 2 / (1 + 1e-6), 0, 0, 0]
+    np.testing.assert_allclose(advantages(rewards, ids, valid, std=std, baseline=baseline), expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
@@ -69,7 +75,7 @@ def test_interleaved_groups_of_unequal_size_match_a_loop(std, baseline):
     expected = np.zeros(28)
     for group in np.unique(ids):
         members = [i for i in range(28) if ids[i] == group and valid[i]]
-        for i in members:
+        for i in members if len(members) > 1 or (ids == group).sum() == 1 else []:
             values = rewards[members]
             others = [rewards[j] for j in members if j != i]
             center = 0.0 if not others else np.mean(others if baseline == "leave-one-out" else values)

@@ -44,6 +44,7 @@ def test_statistics_of_two_groups_by_hand() -> None:
             "reward/overlong_penalty_mean": -0.125,
             "reward/acc": 0.5,
             "reward/acc_kept": 2 / 3,
+            "reward/groups_one_scored": 0.0,
             "reward/failures": 1.0,
             "reward/unparsed_ratio": 0.25,
             "response_length/mean": 5.2,
@@ -60,8 +61,17 @@ def test_a_failure_with_a_value_counts_in_statistics_but_not_as_unparsed() -> No
     assert (metrics["reward/mean"], metrics["reward/failures"], metrics["reward/unparsed_ratio"]) == (0.0, 1.0, 0.0)
 
 
+def test_trained_groups_with_one_score_left_are_counted() -> None:
+    sampled_once, whole = group(sample(1, RIGHT)), group(sample(1, RIGHT), sample(1, WRONG))
+    failed = group(sample(1, RIGHT), sample(1, FAILED))
+    aborted = group(sample(1, RIGHT), sample(1, WRONG, "abort"))
+    metrics = group_metrics([failed] * 3, [sampled_once, whole, failed, aborted])
+    assert metrics["reward/groups_one_scored"] == 2.0
+
+
 def test_statistics_over_nothing_are_nan() -> None:
-    assert all(math.isnan(v) for k, v in group_metrics([], []).items() if k != "reward/failures")
+    counts = {"reward/failures", "reward/groups_one_scored"}
+    assert all(math.isnan(v) for k, v in group_metrics([], []).items() if k not in counts)
     failed = group_metrics([group(sample(5, FAILED))], [])
     assert math.isnan(failed["reward/mean"])
     assert failed["response_length/mean"] == 5.0

@@ -72,13 +72,23 @@ def test_no_gradient_and_no_overflow_outside_the_clamps(old):
     assert terms.grad_logprobs.eq(0).all() and all(x.isfinite().all() for x in terms)
 
 
-@pytest.mark.parametrize("x", [1e-9, 1e-7, 1e-4, 1e-2, 1.0, 19.0])
+@pytest.mark.parametrize("x", [1e-9, 1e-7, 1e-4, 1e-2, 1.0, 2.5])
 def test_k3_keeps_its_digits_near_zero(x):
     logprobs = torch.tensor([x, -x], device=DEVICE)
     ones, zeros = torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     terms = kernel.token_losses(logprobs, TokenInputs(zeros, ones, None, zeros), Objective(kl_coef=1.0))
     exact = -torch.expm1(-logprobs.double())
     torch.testing.assert_close(terms.grad_logprobs.double(), exact, rtol=3e-6, atol=0)
+
+
+def test_k3_is_cut_at_10_with_its_gradient():
+    log_ratios = torch.tensor([-1e4, -19.0, -3.0, -2.0, 10.0, 12.0, 1e4, torch.nan], device=DEVICE)
+    ones, zeros = torch.ones_like(log_ratios), torch.zeros_like(log_ratios)
+    terms = kernel.token_losses(log_ratios, TokenInputs(zeros, ones, None, zeros), Objective(kl_coef=1.0))
+    value, slope = reference.kl_terms(log_ratios.double(), "k3")
+    assert (value == 10).tolist() == [True, True, True, False, False, True, True, False]
+    torch.testing.assert_close(terms.kl.double(), value, rtol=3e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(terms.grad_logprobs.double()[:-1], slope[:-1], rtol=3e-6, atol=0)
 
 
 def logits_problem(num_tokens=12, vocab=70, **kind):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, policy_loss, policy_loss_terms
+from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, kl_terms, policy_loss, policy_loss_terms
 
 # name: probability, old probability, advantage, dual clip → loss, d loss / d logp, flag that is set
 BY_HAND = {
@@ -37,7 +37,7 @@ def textbook(logprobs, tokens: TokenInputs, c: Objective):
         loss = torch.where(a < 0, torch.minimum(-a * c.dual_clip, loss), loss)
     loss = loss * tokens.tis_weights
     x = logprobs - tokens.ref_logprobs
-    return loss + c.kl_coef * {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}[c.kl_estimator]
+    return loss + c.kl_coef * {"k1": x, "k2": x**2 / 2, "k3": ((-x).exp() - 1 + x).clamp(max=10)}[c.kl_estimator]
 
 
 def random_tokens(num: int, seed: int = 0) -> tuple[torch.Tensor, TokenInputs]:
@@ -101,11 +101,56 @@ def test_no_gradient_and_no_overflow_outside_the_ratio_clamp(old, dtype):
     assert terms.ratio.tolist() == pytest.approx([math.exp(math.copysign(20, -old))] * 3, rel=1e-5)
 
 
-def test_k3_far_from_the_reference_stays_finite():
-    tokens = TokenInputs(f64(0, 0), f64(1, 1), None, f64(0, -1e4))
-    terms = policy_loss_terms(f64(-1e4, 0), tokens, Objective(kl_coef=1.0))
-    assert terms.kl.tolist() == pytest.approx([math.exp(20) - 21, 19 + math.exp(-20)])
-    assert terms.grad_logprobs.eq(0).all()
+# verl 0.9.1's kl_penalty("k3") and its autograd: clamp(exp(-x) - 1 + x, max=10)
+K3_AT = {
+    -1e4: (10, 0),
+    -3.0: (10, 0),  # e^3 - 4 = 16.1
+    -2.0: (math.exp(2) - 3, 1 - math.exp(2)),
+    0.0: (0, 0),
+    10.0: (math.exp(-10) + 9, 1 - math.exp(-10)),
+    12.0: (10, 0),
+    1e4: (10, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_is_cut_at_10_with_its_gradient(dtype):
+    log_ratio = torch.tensor(list(K3_AT), dtype=dtype, requires_grad=True)
+    value, slope = kl_terms(log_ratio, "k3")
+    (by_autograd,) = torch.autograd.grad(value.sum(), log_ratio)
+    expected = torch.tensor(list(K3_AT.values()), dtype=dtype)
+    torch.testing.assert_close(torch.stack([value, slope], 1), expected)
+    torch.testing.assert_close(by_autograd, expected[:, 1])
+
+
+def test_the_other_estimators_are_not_cut():
+    far = f64(-1e3, 1e3)
+    assert [term.tolist() for term in kl_terms(far, "k1")] == [[-1e3, 1e3], [1, 1]]
+    assert [term.tolist() for term in kl_terms(far, "k2")] == [[5e5, 5e5], [-1e3, 1e3]]
+
+
+def test_a_kl_of_nan_stays_nan():
+    assert all(term.isnan().all() for term in kl_terms(f64(math.nan), "k3"))
+
+
+def law(seed: int) -> torch.Tensor:
+    return torch.randn(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / 2
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_expectation_over_the_policy_is_the_kl(estimator):
+    logp, ref = law(0).log_softmax(0), law(1).log_softmax(0)
+    estimate, _ = kl_terms(logp - ref, estimator)
+    assert (logp.exp() * estimate).sum().item() == pytest.approx((logp.exp() * (logp - ref)).sum().item(), rel=1e-12)
+
+
+def test_k2_has_the_gradient_of_the_kl_on_average():
+    logits, ref = law(0).requires_grad_(), law(1).log_softmax(0)
+    logp = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    _, slope = kl_terms((logp - ref).detach(), "k2")
+    (estimate,) = torch.autograd.grad(logp, logits, grad_outputs=logp.exp().detach() * slope)
+    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("advantage", [-2.0, 2.0])
