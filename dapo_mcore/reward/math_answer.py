@@ -3,11 +3,17 @@
 Change here: how an answer is found in a response and brought to normal form.
 Meaning and constants follow verl's utils/reward_score/math_dapo.py, which took its normal form from Minerva
 (arXiv 2206.14858, appendix D.1). Different from verl: a response without an answer is wrong whatever the truth is.
+
+The rule compares text, so it errs both ways. Right, though it should not be: `Answer: 1, 2` and `Answer: a12` for `12`
+(spaces, commas and the letter a with a space go), and `Answer: 3 = 12` (only what follows the last `=` counts). Wrong,
+though it should not be: what chat models like to write, `**Answer: 12**`, `Answer: \\(12\\)` and `Answer: 12.0`.
+The grader math_verify (equivalence.py) takes these by their value.
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TypedDict
 
 ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
@@ -36,18 +42,9 @@ _REMOVED = (
     *("\\text{\n}", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"),
 )
 
-_REWRITTEN = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),  # only what stands between dollar signs
-        (r"(\\text\{)(.*?)(\})", r"\2"),
-        (r"(\\textbf\{)(.*?)(\})", r"\2"),
-        (r"(\\overline\{)(.*?)(\})", r"\2"),
-        (r"(\\boxed\{)(.*)(\})", r"\2"),
-        (r"(frac)([^{])(.)", r"frac{\2}{\3}"),  # \frac12 -> \frac{1}{2}
-        (r"(sqrt)([^{])", r"sqrt{\2}"),  # \sqrt2 -> \sqrt{2}
-    )
-)
+_WRAPPERS = tuple(re.compile(rf"\\{name}{{(.*?)}}") for name in ("text", "textbf", "overline"))
+_FRACTION = re.compile(r"(frac)([^{])(.)")  # \frac12 -> \frac{1}{2}
+_ROOT = re.compile(r"(sqrt)([^{])")  # \sqrt2 -> \sqrt{2}
 
 
 class MathScore(TypedDict):
@@ -70,23 +67,55 @@ def compute_score(solution_str: str, ground_truth: str, strict_box_verify: bool 
     else:
         answers = ANSWER.findall(solution_str[-_ANSWER_WINDOW:])
         found = answers[-1] if answers else None
-        pred, truth = normalize_answer(found or ""), normalize_answer(ground_truth)
+        pred, truth = normalize_answer(found or ""), _normalized_truth(ground_truth)
     acc = found is not None and pred == truth
     return {"score": 1.0 if acc else -1.0, "acc": acc, "pred": INVALID if found is None else str(pred)}
 
 
 def normalize_answer(answer: str) -> str:
-    """The normal form of an answer. Examples: `x = 1,234 dollars` -> `1234`; `$\\frac12$` -> `\\frac{1}{2}`."""
+    """Return the normal form of an answer, in time proportional to its length.
+
+    Examples: `x = 1,234 dollars` -> `1234`; `$\\frac12$` -> `\\frac{1}{2}`.
+    """
     answer = answer.split("=")[-1]
     for before, after in _REPLACED:
         answer = answer.replace(before, after)
     for expression in _REMOVED:
         answer = answer.replace(expression, "")
-    for pattern, replacement in _REWRITTEN:
-        answer = pattern.sub(replacement, answer)
+    answer = "\n".join(map(_unwrapped, answer.split("\n")))
+    answer = _ROOT.sub(r"sqrt{\2}", _FRACTION.sub(r"frac{\2}{\3}", answer))
     answer = answer.replace("$", "")
     without_commas = answer.replace(",", "")
     return (without_commas if without_commas.isdigit() else answer).strip()
+
+
+@lru_cache(maxsize=1024)
+def _normalized_truth(ground_truth: str) -> str:
+    """A group's samples share one truth, which may be a page of worked solution."""
+    return normalize_answer(ground_truth)
+
+
+def _unwrapped(line: str) -> str:
+    """Return what stands between the first two dollar signs, without the wrappers of LaTeX text and boxes.
+
+    verl does this by regular expressions with several `.*`, which take quadratic time on a line without a match.
+    """
+    parts = line.split("$", 2)
+    if len(parts) == 3:
+        line = f"${parts[1]}$"
+    for wrapper in _WRAPPERS:
+        inside, brace, after = line.rpartition(
+            "}"
+        )  # up to here every opening brace has its match, so none is tried in vain
+        line = wrapper.sub(r"\1", inside + brace) + after
+    return _without_box(line)
+
+
+def _without_box(line: str) -> str:
+    """Remove the first `\\boxed{` and the last closing brace after it."""
+    before, _, after = line.partition("\\boxed{")
+    inside, brace, rest = after.rpartition("}")
+    return before + inside + rest if brace else line
 
 
 def last_boxed(text: str) -> str | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
+from dapo_mcore.reward import math_answer
 from dapo_mcore.reward.math_answer import compute_score, last_boxed, normalize_answer
 
 
@@ -113,3 +117,83 @@ def test_last_boxed():
     assert last_boxed("\\boxed{a{b}{c}}d}") == "a{b}{c}"
     assert last_boxed("no box") is None
     assert last_boxed("\\boxed{}") == ""
+
+
+VERL_REWRITES = (
+    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
+    (r"(\\text\{)(.*?)(\})", r"\2"),
+    (r"(\\textbf\{)(.*?)(\})", r"\2"),
+    (r"(\\overline\{)(.*?)(\})", r"\2"),
+    (r"(\\boxed\{)(.*)(\})", r"\2"),
+    (r"(frac)([^{])(.)", r"frac{\2}{\3}"),
+    (r"(sqrt)([^{])", r"sqrt{\2}"),
+)
+
+
+def as_verl_normalizes(answer: str) -> str:
+    """verl's normalize_final_answer, with its own expressions (utils/reward_score/math_dapo.py)."""
+    answer = answer.split("=")[-1]
+    for before, after in math_answer._REPLACED:
+        answer = answer.replace(before, after)
+    for expression in math_answer._REMOVED:
+        answer = answer.replace(expression, "")
+    for pattern, replacement in VERL_REWRITES:
+        answer = re.sub(pattern, replacement, answer)
+    answer = answer.replace("$", "")
+    if answer.replace(",", "").isdigit():
+        answer = answer.replace(",", "")
+    return answer.strip()
+
+
+def test_the_normal_form_is_verls_on_random_text():
+    pieces = [
+        "\\text{",
+        "\\textbf{",
+        "\\overline{",
+        "\\boxed{",
+        "{",
+        "}",
+        "$",
+        "\n",
+        "\r",
+        "\\frac",
+        "\\sqrt",
+        "12",
+        "x",
+        ",",
+    ]
+    draw = random.Random(0)
+    for _ in range(5_000):
+        text = "".join(draw.choices(pieces, k=draw.randint(0, 14)))
+        assert normalize_answer(text) == as_verl_normalizes(text), text
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "$", "\\text{", "\\textbf{", "\\overline{", "\\boxed{", "x\n", "frac", "Answer "]
+)
+def test_a_page_of_anything_takes_linear_time(piece):
+    """Quadratic time, as of the expressions above, would be minutes."""
+    assert compute_score("Answer: 7", piece * (200_000 // len(piece)))["acc"] is False
+
+
+def test_a_truth_is_normalized_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(math_answer, "normalize_answer", lambda text: asked.append(text) or text)
+    truth = "an answer that no other test has"
+    assert [compute_score(f"Answer: {n}", truth)["acc"] for n in range(3)] == [False] * 3
+    assert asked.count(truth) == 1
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "right"),
+    [
+        ("Answer: 1, 2", "12", True),
+        ("Answer: 3 = 12", "12", True),
+        ("**Answer: 18**", "18", False),
+        ("Answer: \\(18\\)", "18", False),
+        ("Answer: 18.0", "18", False),
+    ],
+)
+def test_where_the_papers_rule_errs(response: str, truth: str, right: bool):
+    """Said in the module's docstring, since the rule stays as it was published."""
+    assert compute_score(response, truth)["acc"] is right
