@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 KERNELS = find_packages("kernels")
+MATH = "math-verify[antlr4_13_2]>=0.8,<0.10"
 
 setup(
     name="dapo_mcore",
@@ -35,12 +36,13 @@ setup(
         "msgspec>=0.19",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'", "ray>=2.52"],
+        "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'", "ray>=2.52", MATH],
         "gpu": ["triton>=3.4"],
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "sglang": ["sglang>=0.5.15,<0.5.24"],
         "ray": ["ray>=2.52"],
         "dali": ["nvidia-dali-cuda130>=2.0"],
+        "math": [MATH],
         "wandb": ["wandb>=0.18"],
         "mbridge": ["mbridge==0.15.1", "einops>=0.7"],
     },

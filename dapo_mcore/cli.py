@@ -88,11 +88,12 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _explain(args: argparse.Namespace) -> int:
     from dapo_mcore.reward.attempt import Attempt
-    from dapo_mcore.reward.explain import explain
+    from dapo_mcore.reward.explain import explain, explain_other
 
     text = sys.stdin.read() if args.text is None else args.text
     attempt = Attempt(prompt="", response=text, answer=args.answer)
-    print("\n".join(explain(attempt, args.function, args.adapter, args.strict_box)))
+    lines = explain(attempt, args.function, args.adapter, args.strict_box)
+    print("\n".join(lines + explain_other(attempt, args.function)))
     return 0
 
 

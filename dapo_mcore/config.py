@@ -164,24 +164,42 @@ class RewardConfig(Section):
     """Scoring of one response."""
 
     function: str = "math_dapo"
-    """`math_dapo`, or an import path `package.module:function` / `path/to/file.py:function`."""
+    """`math_dapo`, `math_verify`, or an import path `package.module:function` / `path/to/file.py:function`.
+
+    `math_dapo` is the paper's rule, as in verl: the text after `Answer:` in normal form. It takes `Answer: 1, 2` for 12 and
+    `Answer: 3 = 12`, too, and does not take `**Answer: 12**`, `\\(12\\)` and `12.0`, which chat models like to write.
+    `math_verify` asks Hugging Face's grader, which compares values, where that rule says no (extra `math`)."""
     adapter: Literal["verl", "trl"] = "verl"
     """Calling convention of an imported function."""
     strict_box: bool = False
-    workers: int = Field(0, ge=0)
-    """0 scores in the controller process; n > 0 uses n processes with a deadline."""
+    """Of math_dapo: compare the last \\boxed{} of the last 100 characters literally."""
+    workers: int | None = Field(None, ge=0)
+    """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process, without one, where a
+    function that hangs holds up the run for ever. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
     placement: Literal["local", "ray"] = "local"
     """Where they are: on this machine, or on the nodes of the Ray cluster at rollout.sglang.ray_address."""
     timeout_seconds: float = Field(30.0, gt=0)
     on_failure: Literal["mask", "value"] = "mask"
-    """A failed score leaves statistics and loss (`mask`), or becomes `failure_value`; it is counted either way."""
+    """A failed score leaves statistics and loss (`mask`), or becomes `failure_value`; it is counted either way. A step of
+    which every score failed ends the run."""
     failure_value: float = -1.0
     overlong: OverlongConfig = OverlongConfig()
 
+    @property
+    def num_workers(self) -> int:
+        """`workers` with its default filled in."""
+        return int(self.function != "math_dapo") if self.workers is None else self.workers
+
     @model_validator(mode="after")
-    def _check_placement(self) -> RewardConfig:
-        if self.placement == "ray" and not self.workers:
+    def _check_fields(self) -> RewardConfig:
+        if self.placement == "ray" and not self.num_workers:
             raise ValueError("placement ray needs workers of at least 1: 0 scores in the controller process")
+        if self.function == "math_verify" and not self.num_workers:
+            raise ValueError(
+                "function math_verify needs workers of at least 1: it may take for ever, and only they have a deadline"
+            )
+        if self.strict_box and self.function != "math_dapo":
+            raise ValueError(f"strict_box is a form of function math_dapo, not of {self.function}; drop one of the two")
         return self
 
 
@@ -190,11 +208,13 @@ class KLConfig(Section):
 
     coef: float = Field(0.0, ge=0)
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of single tokens, as in verl: k3 is cut at 10 nats, with its gradient (kernels/policy_loss/reference.py)."""
     place: Literal["loss", "reward"] = "loss"
 
 
 class TISConfig(Section):
-    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form."""
+    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form, whose
+    masked tokens stay in the count that the loss is divided by (algo/correction.py)."""
 
     mode: Annotated[Literal["off", "truncate", "mask"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
     """YAML reads an unquoted `off` as false, which is meant as well."""
@@ -209,7 +229,8 @@ class AlgoConfig(Section):
     dual_clip: float | None = Field(None, gt=1)
     loss_mode: LossMode = "token-mean"
     loss_length: int | None = Field(None, ge=1)
-    """The constant of seq-mean-token-sum-norm; None means rollout.max_response_tokens."""
+    """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length
+    alone); None means rollout.max_response_tokens."""
     advantage_std: Literal["unbiased", "biased", "none"] = "unbiased"
     advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
     advantage_eps: float = Field(1e-6, ge=0)

@@ -105,7 +105,7 @@ def _check_generation(c: Config) -> None:
             f"{mode} trains on samples of weights one version older or more; correct for it with algo.tis.mode truncate or "
             "mask, or with algo.old_logprobs rollout"
         )
-    if ahead and not c.reward.workers:
+    if ahead and not c.reward.num_workers:
         raise ValueError(
             "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 would run the reward function in a "
             "thread of the trainer and hold it up; use at least 1"

@@ -26,7 +26,8 @@ class Prompt:
     text       the same, as a person reads it.
     answer     ground truth handed to the reward function.
     source     name of the data set, for reward functions that dispatch on it.
-    extra      the row's remaining columns.
+    extra      the row's columns without the prompt; the answer column holds `answer`.
+    messages   the prompt as the row has it where that is a chat, [{role, content}, …]; else None.
     """
 
     uid: str
@@ -35,6 +36,7 @@ class Prompt:
     answer: str
     source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,10 @@ def test_config_prints_what_reads_back(config: Path, tmp_path: Path, capsys: pyt
         (["plot", "nowhere"], "no metrics.jsonl in nowhere"),
         (["plot"], "name the folder of a run, or give --bench"),
         (["plot", "--bench", "nowhere.json"], "nowhere.json is no benchmark JSON"),
-        (["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"], "neither math_dapo nor"),
+        (
+            ["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"],
+            "neither math_dapo, math_verify nor",
+        ),
     ],
 )
 def test_a_users_error_is_one_message_and_exit_code_2(
@@ -66,9 +69,10 @@ def test_reward_explain_reads_the_response_from_standard_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("so\nAnswer: 7\n"))
     assert main(["reward-explain", "--answer", "7"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "score       +1 (right)"
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2] == "score       +1 (right)" and shown[-1].startswith("math_verify ")
     assert main(["reward-explain", "--answer", "7", "--text", "\\boxed{8}", "--strict-box"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "score       -1 (wrong)"
+    assert capsys.readouterr().out.splitlines()[-2] == "score       -1 (wrong)"
 
 
 def test_every_subcommand_has_help(capsys: pytest.CaptureFixture[str]) -> None:

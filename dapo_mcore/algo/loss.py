@@ -34,8 +34,8 @@ def sample_weights(
       token-mean-microbatch    (samples in the micro-batch / n) / (loss tokens in the micro-batch)
 
     Beside agg_loss of verl 0.9.1 (trainer/ppo/core_algos.py): the same in all four modes, but S counts no sample without
-    a loss token, where verl's trainer divides by all sequences of the mini-batch. verl up to 0.6 divided
-    seq-mean-token-sum-norm by the length alone, so its learning rate belongs to a gradient S times as large.
+    a loss token, where verl's trainer divides by all sequences of the mini-batch. verl up to 0.7 divided
+    seq-mean-token-sum-norm by the length alone: its learning rates belong to a gradient S times as large.
 
     A sample without loss tokens gets 0 and counts nowhere. token-mean-microbatch alone counts it as a sequence, because
     it repeats verl at 4f80e46 (workers/actor/dp_actor.py), the code of the published run; long answers in a short

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.config import DataConfig
@@ -111,7 +111,8 @@ class _Loading:
             self.counts["bad"] += 1
             self.first_bad_row = self.first_bad_row or str(error)
             return None
-        whole = Prompt(f"{self.name}:{index}", token_ids, text, answer, source, self._extra(row))
+        messages = prompt if isinstance(prompt, list) else None
+        whole = Prompt(f"{self.name}:{index}", token_ids, text, answer, source, self._extra(row, answer), messages)
         return self._fitted(whole, row.where)
 
     def _columns(self, row: Row) -> tuple[Any, str, str]:
@@ -150,9 +151,10 @@ class _Loading:
         self.seen.add(digest)
         return False
 
-    def _extra(self, row: Row) -> Mapping[str, Any]:
-        used = {self.config.prompt_key, self.config.answer_key, self.config.source_key}
-        return {key: value for key, value in row.columns.items() if key not in used}
+    def _extra(self, row: Row, answer: str) -> Mapping[str, Any]:
+        """The columns for reward functions, the answer's in the form that answers are compared with."""
+        columns = {key: value for key, value in row.columns.items() if key != self.config.prompt_key}
+        return columns | {self.config.answer_key: answer} if self.config.answer_key in columns else columns
 
     def _fitted(self, prompt: Prompt, where: str) -> Prompt | None:
         length, longest = len(prompt.token_ids), self.config.max_prompt_tokens
@@ -169,7 +171,7 @@ class _Loading:
         self.counts["truncated"] += 1
         token_ids = prompt.token_ids[-longest:].copy()  # a view would keep the long prompt alive
         text = self.tokenizer.decode(token_ids.tolist())
-        return Prompt(prompt.uid, token_ids, text, prompt.answer, prompt.source, prompt.extra)
+        return replace(prompt, token_ids=token_ids, text=text)
 
 
 def _compiled(pattern: str | None) -> re.Pattern[str] | None:

@@ -6,17 +6,29 @@ Change here: what a reward function may see, and what counts as a failed score. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from dapo_mcore.ending import Interrupted
+
+LARGEST_SCORE = 1e30
+"""Squares of a group's rewards stay finite in float64, and their advantages in float32."""
+_LONGEST_TEXT = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A response beside its question. Columns of the row are in `extra`; token_ids is int32 [T], response only."""
+    """A response beside its question.
+
+    messages   the prompt as the row has it where that is a chat, else None.
+    extra      the row's columns, without the prompt.
+    token_ids  int32 [T], response only.
+    """
 
     prompt: str
     response: str
@@ -24,11 +36,12 @@ class Attempt:
     source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     token_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What scoring gave: finite `score`, `acc`, `pred`; or `failure`, why there is none (`nan`, `timeout`, …)."""
+    """What scoring gave: finite `score`, `acc`, `pred`; or `failure`, why there is none (`nan`, `none`, `timeout`, …)."""
 
     score: float = 0.0
     acc: bool = False
@@ -41,13 +54,24 @@ Judge = Callable[[Attempt], Any]
 
 
 def judged(judge: Judge, attempt: Attempt) -> Outcome:
-    """The outcome of one call. Never raises for what the function does: an exception is an outcome too."""
+    """Call the function once and return the outcome. Whatever it raises becomes an outcome.
+
+    Raise only Interrupted: a signal has ended the run. Exceptions that are no Exception, such as asyncio's CancelledError,
+    a SystemExit or the time-outs of some packages, must not end it.
+    """
     try:
         return _as_outcome(judge(attempt))
-    except _NotFiniteError as error:
+    except _NoNumberError as error:
         return Outcome(failure=str(error))
-    except (Exception, SystemExit) as error:  # a reward that calls sys.exit() must not end the training run
-        return Outcome(failure=f"exception: {type(error).__name__}: {error}")
+    except Interrupted:
+        raise
+    except BaseException as error:
+        return Outcome(failure=f"exception: {told(error)}")
+
+
+def told(error: BaseException) -> str:
+    """Return `ValueError: no`, on one line and of bounded length, even for an exception that has no text."""
+    return " ".join("".join(traceback.format_exception_only(error)).split())[:_LONGEST_TEXT]
 
 
 def _as_outcome(result: Any) -> Outcome:
@@ -58,20 +82,24 @@ def _as_outcome(result: Any) -> Outcome:
     score = _finite(fields["score"])
     acc = score if fields.get("acc") is None else _finite(fields["acc"])
     pred = fields.get("pred")
-    return Outcome(score, acc > 0, "" if pred is None else str(pred))
+    return Outcome(score, acc > 0, "" if pred is None else str(pred)[:_LONGEST_TEXT])
 
 
-class _NotFiniteError(Exception):
-    """The message is `nan`, `inf` or `-inf`."""
+class _NoNumberError(Exception):
+    """The message is `none`, `nan`, `inf`, `-inf` or `too large`."""
 
 
 def _finite(value: Any) -> float:
-    """The number. Takes Python, numpy and 0-dimensional torch numbers."""
+    """Return the number. Accept Python, numpy and torch numbers; of arrays only those with one element."""
     if not isinstance(value, Real) and callable(getattr(value, "item", None)):
         value = value.item()
+    if value is None:
+        raise _NoNumberError("none: the reward function gave no score for this sample")
     if not isinstance(value, Real):
         raise TypeError(f"the reward function gave {value!r:.80} of type {type(value).__name__} instead of a number")
     number = float(value)
     if not math.isfinite(number):
-        raise _NotFiniteError(number)
+        raise _NoNumberError(number)
+    if abs(number) > LARGEST_SCORE:
+        raise _NoNumberError(f"too large: {number:g} is beyond ±{LARGEST_SCORE:g}")
     return number

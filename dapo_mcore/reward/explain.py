@@ -7,26 +7,64 @@ from __future__ import annotations
 
 import re
 
-from dapo_mcore.reward.attempt import Attempt, judged
+from dapo_mcore.errors import RewardError
+from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.math_answer import _ANSWER_WINDOW, _BOX_WINDOW, ANSWER, last_boxed, normalize_answer
 from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.pool import RewardPool
+
+_DEADLINE_S = 30.0
+
+
+_GRADERS = ("math_dapo", "math_verify")
 
 
 def explain(
     attempt: Attempt, function: str = "math_dapo", adapter: str = "verl", strict_box: bool = False
 ) -> list[str]:
-    """Lines that say what was looked at, what matched, what was compared, and the score.
+    """Return lines that say what was looked at, what matched, what was compared, and the score.
 
-    Of a function other than math_dapo only the outcome is known. Raises RewardError when it cannot be loaded.
+    Of a user's function only the outcome is known. Raise RewardError when it cannot be loaded.
     """
-    outcome = judged(build_judge(function, adapter, strict_box), attempt)
-    if function != "math_dapo":
+    if function not in _GRADERS:
+        outcome = judged(build_judge(function, adapter, strict_box), attempt)
         lines = [f"function    {function}, called as {adapter}", f"prediction  {outcome.pred!r}"]
     else:
-        lines = (_explain_box if strict_box else _explain_answer)(attempt.response, attempt.answer)
+        outcome = _grade(attempt, function, strict_box)
+        shown = _explain_box if strict_box and function == "math_dapo" else _explain_answer
+        lines = shown(attempt.response, attempt.answer)
+    note = " (reward.on_failure decides what a run does with it)" if outcome.failure else ""
+    return [*lines, f"score       {_verdict(outcome)}{note}"]
+
+
+def explain_other(attempt: Attempt, function: str) -> list[str]:
+    """Return a line with the verdict of the built-in grader that `function` is not; none for a user's function."""
+    if function not in _GRADERS:
+        return []
+    (other,) = set(_GRADERS) - {function}
+    try:
+        outcome = _grade(attempt, other, strict_box=False)
+    except RewardError as error:
+        return [f"{other:<11} {error}"]
+    return [f"{other:<11} {_verdict(outcome)}, prediction {outcome.pred!r}"]
+
+
+def _grade(attempt: Attempt, function: str, strict_box: bool) -> Outcome:
+    """Return the outcome of a built-in grader; math_verify may take for ever, and so has a process with a deadline."""
+    if function == "math_dapo":
+        return judged(build_judge(function, "verl", strict_box), attempt)
+    pool = RewardPool(1, function, "verl", strict_box, timeout_seconds=_DEADLINE_S)
+    try:
+        (outcome,) = pool.score([attempt])
+    finally:
+        pool.close()
+    return outcome
+
+
+def _verdict(outcome: Outcome) -> str:
     if outcome.failure is not None:
-        return [*lines, f"score       none: {outcome.failure} (reward.on_failure decides what a run does with it)"]
-    return [*lines, f"score       {outcome.score:+g} ({'right' if outcome.acc else 'wrong'})"]
+        return f"none: {outcome.failure}"
+    return f"{outcome.score:+g} ({'right' if outcome.acc else 'wrong'})"
 
 
 def _explain_answer(response: str, ground_truth: str) -> list[str]:

@@ -1,10 +1,11 @@
-"""Reward functions by name: the built-in rule, or a function by import path behind the convention it was written for.
+"""Reward functions by name: the built-in graders, or a function by import path behind the convention it was written for.
 
-Change here: another built-in rule, or another calling convention.
+Change here: another built-in grader, or another calling convention.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -14,16 +15,41 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dapo_mcore.ending import Interrupted
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward import math_answer
-from dapo_mcore.reward.attempt import Attempt, Judge
+from dapo_mcore.reward.attempt import Attempt, Judge, told
+
+_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+_OF_TRLS_TRAINER = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
 def build_judge(function: str, adapter: str, strict_box: bool) -> Judge:
-    """The reward function of the configuration as a Judge. Raises RewardError when it cannot be loaded."""
+    """Return the reward function of the configuration as a Judge.
+
+    Raise RewardError when it cannot be loaded, or does not take the arguments of its convention.
+    """
     if function == "math_dapo":
         return lambda attempt: math_answer.compute_score(attempt.response, attempt.answer, strict_box)
-    return {"verl": as_verl, "trl": as_trl}[adapter](load_function(function))
+    if function == "math_verify":
+        return _math_verify()
+    loaded = load_function(function)
+    try:
+        return {"verl": as_verl, "trl": as_trl}[adapter](loaded)
+    except TypeError as error:
+        raise RewardError(
+            f"reward.function {function!r} cannot be called as reward.adapter {adapter}: {error}"
+        ) from error
+
+
+def _math_verify() -> Judge:
+    try:
+        from dapo_mcore.reward import equivalence
+    except ImportError as error:
+        raise RewardError(
+            f"reward.function math_verify needs the package math-verify ({told(error)}): pip install 'dapo_mcore[math]'"
+        ) from error
+    return lambda attempt: equivalence.compute_score(attempt.response, attempt.answer)
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -31,15 +57,15 @@ def load_function(spec: str) -> Callable[..., Any]:
     place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
         raise RewardError(
-            f"reward.function {spec!r} is neither math_dapo nor an import path; "
+            f"reward.function {spec!r} is neither math_dapo, math_verify nor an import path; "
             f"write package.module:function or path/to/file.py:function"
         )
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        raise RewardError(
-            f"reward.function {spec!r}: {place} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    except Interrupted:
+        raise
+    except BaseException as error:  # whatever the user's module does while it is imported
+        raise RewardError(f"reward.function {spec!r}: {place} cannot be imported: {told(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         own = (
@@ -54,14 +80,17 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def as_verl(function: Callable[..., Any]) -> Judge:
-    """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.
+    """Return a Judge that calls `compute_score(data_source, solution_str, ground_truth, extra_info)`, all by name.
 
-    extra_info is the row's own extra_info column when it has one, else all its remaining columns.
+    extra_info is the row's own extra_info column when it has one, else all its columns but the prompt. An `async def` is
+    awaited. Raise TypeError when the function does not take these four arguments, or needs more.
     """
+    _check_call(function, _VERL)
+    call = _to_its_end(function)
 
     def judge(attempt: Attempt) -> Any:
         extra_info = attempt.extra.get("extra_info")
-        return function(
+        return call(
             data_source=attempt.source,
             solution_str=attempt.response,
             ground_truth=attempt.answer,
@@ -72,30 +101,77 @@ def as_verl(function: Callable[..., Any]) -> Judge:
 
 
 def as_trl(function: Callable[..., Any]) -> Judge:
-    """Calls `f(completions, **columns)` with lists of one and takes the one number of the list it returns.
+    """Return a Judge that calls `f(prompts, completions, completion_ids, **columns)` with lists of one sample.
 
-    The answer is offered as `answer` and `ground_truth`. A function without **kwargs gets the columns it names.
+    It takes the one number of the list that the function returns; None there, TRL's way to skip a sample, is a failure.
+    As in TRL's GRPOTrainer (0.2x to 1.16): where the row's prompt is a chat, a prompt is its messages and a completion is
+    `[{"role": "assistant", "content": …}]`, else both are text; every column of the row is a list under its own name; an
+    `async def` is awaited. Different: text prompts are as rendered, by data.prompt_template too; the answer column holds
+    the answer, after data.answer_pattern, and is offered as `answer` and `ground_truth` as well; a function without
+    **kwargs gets only what it names. TRL's trainer_state, log_extra, log_metric and environments do not exist here.
+    Raise TypeError when the function takes no completions, or cannot do without one of the last four.
     """
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _parameters(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = {parameter.name for parameter in parameters}
+    if not takes_all and "completions" not in names:
+        raise TypeError("it takes neither completions nor **kwargs; for verl's convention set reward.adapter verl")
+    if missing := [p.name for p in parameters if p.name in _OF_TRLS_TRAINER and p.default is p.empty]:
+        raise TypeError(
+            f"it needs {', '.join(missing)}, which only TRL's trainer has; give a default, for instance None"
+        )
+    call = _to_its_end(function)
 
     def judge(attempt: Attempt) -> Any:
-        columns = {
-            **attempt.extra,
-            "prompts": attempt.prompt,
-            "completions": attempt.response,
-            "completion_ids": attempt.token_ids.tolist(),
-            "answer": attempt.answer,
-            "ground_truth": attempt.answer,
-            "data_source": attempt.source,
-        }
-        scores = function(**{name: [value] for name, value in columns.items() if takes_all or name in names})
+        columns = _trl_columns(attempt)
+        scores = call(**{name: [value] for name, value in columns.items() if takes_all or name in names})
         if len(scores) != 1:
             raise ValueError(f"the reward function gave {len(scores)} scores for 1 completion")
         return scores[0]
 
     return judge
+
+
+def _trl_columns(attempt: Attempt) -> dict[str, Any]:
+    chat = attempt.messages is not None
+    return {
+        "answer": attempt.answer,
+        "ground_truth": attempt.answer,
+        "data_source": attempt.source,
+        **attempt.extra,
+        "prompts": list(attempt.messages) if chat else attempt.prompt,
+        "completions": [{"role": "assistant", "content": attempt.response}] if chat else attempt.response,
+        "completion_ids": attempt.token_ids.tolist(),
+    }
+
+
+def _check_call(function: Callable[..., Any], names: tuple[str, ...]) -> None:
+    """Raise TypeError when the function cannot be called with arguments of these names."""
+    signature = inspect.Signature(_parameters(function))
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        hint = "; for TRL's convention set reward.adapter trl" if "completions" in signature.parameters else ""
+        raise TypeError(f"{error}; it must take {', '.join(names)}, by these names or as **kwargs{hint}") from error
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the function's parameters; of one that does not tell them, such as some in C, those of **kwargs."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+
+
+def _to_its_end(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, awaited where it is async. All calls share an event loop: a client may live in it."""
+    runner = asyncio.Runner()
+
+    def call(**arguments: Any) -> Any:
+        result = function(**arguments)
+        return runner.run(result) if inspect.iscoroutine(result) else result
+
+    return call
 
 
 def _load_file(path: Path) -> ModuleType:

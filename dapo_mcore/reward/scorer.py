@@ -25,16 +25,16 @@ class Scorer:
         self._pool: RewardPool | RayRewardPool | None = None
         function = (config.function, config.adapter, config.strict_box)
         if config.placement == "ray":
-            self._pool = RayRewardPool(config.workers, *function, config.timeout_seconds, ray_address)
-        elif config.workers:
-            self._pool = RewardPool(config.workers, *function, config.timeout_seconds)
+            self._pool = RayRewardPool(config.num_workers, *function, config.timeout_seconds, ray_address)
+        elif config.num_workers:
+            self._pool = RewardPool(config.num_workers, *function, config.timeout_seconds)
         else:
             self._judge = build_judge(*function)
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]:
         """One Score a sample, in order; the three sequences are equally long."""
         attempts = [
-            Attempt(prompt.text, text, prompt.answer, prompt.source, prompt.extra, rollout.token_ids)
+            Attempt(prompt.text, text, prompt.answer, prompt.source, prompt.extra, rollout.token_ids, prompt.messages)
             for prompt, rollout, text in zip(prompts, rollouts, texts, strict=True)
         ]
         outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, attempt) for attempt in attempts]
@@ -68,7 +68,6 @@ class Scorer:
 def build_reward(config: RewardConfig, max_response_tokens: int, ray_address: str | None = None) -> Scorer:
     """The reward function of a run. Raises RewardError when it cannot be loaded.
 
-    With workers = 0 it runs here and has no deadline; with n > 0, in n processes with one of timeout_seconds: on this
-    machine, or with placement ray on the nodes of the cluster at ray_address (None: a cluster of this machine alone).
+    With 0 workers it runs here and has no deadline; with n > 0, in n processes with one of timeout_seconds: on this machine, or with placement ray on the nodes of the cluster at ray_address (None: a cluster of this machine alone).
     """
     return Scorer(config, max_response_tokens, ray_address)

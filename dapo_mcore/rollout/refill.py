@@ -199,6 +199,8 @@ class Refill:
                 self._ask(number, group.prompt, group.samples, growth)
             else:
                 self._finish(number, group)
+        if len(self._finished) >= self._step.config.sampling.train_batch_prompts:
+            self._step.check_scored(self._finished.values())
 
     def _finish(self, number: int, group: Group) -> None:
         self._finished[number] = group

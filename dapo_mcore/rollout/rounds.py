@@ -23,6 +23,7 @@ def play_rounds(step: Step, responder: Responder, take: Take, missing: int) -> l
     style = {"none": rounds.none, "filter": rounds.filter, "resample": rounds.resample}[step.config.sampling.style]
     while len(kept) < missing and step.num_rounds < step.config.sampling.max_gen_batches:
         kept += style(missing - len(kept))
+        step.check_scored(step.generated)
     return kept
 
 

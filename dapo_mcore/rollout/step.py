@@ -6,12 +6,14 @@ Change here: what is counted about a step, however its groups were generated (ro
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.config import Config
+from dapo_mcore.errors import RewardError
 from dapo_mcore.types import Group, SamplingParams
 
 
@@ -55,6 +57,19 @@ class Step:
             max_new_tokens=rollout.max_response_tokens,
             seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
         )
+
+    def check_scored(self, groups: Iterable[Group]) -> None:
+        """Raise RewardError where scoring failed for every sample of `groups`: nothing can be learned from failures."""
+        failures = []
+        for sample in (sample for group in groups for sample in group.samples):
+            if sample.score.failure is None:
+                return
+            failures.append(sample.score.failure)
+        if failures:
+            raise RewardError(
+                f"the reward function {self.config.reward.function} failed on all {len(failures)} samples of rollout step "
+                f"{self.number}; the first: {failures[0]}; try it on one response with dapo-mcore reward-explain"
+            )
 
     def stats(self) -> dict[str, float]:
         """The `sampling/…` metrics of generation. A ratio over nothing is NaN: every group may have been carried over."""

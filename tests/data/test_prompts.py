@@ -48,8 +48,12 @@ def test_plain_columns(load):
     found = load({"q": "ab", "a": 7, "level": 3}, {"q": "b", "a": "x", "data_source": "set"})
     first, second = found.prompts
     assert (first.uid, first.text, first.token_ids.tolist(), first.answer) == ("train:0", "ab", [70, 71], "7")
-    assert (first.source, dict(first.extra)) == ("", {"level": 3})
-    assert (second.uid, second.answer, second.source, dict(second.extra)) == ("train:1", "x", "set", {})
+    assert (first.source, dict(first.extra)) == ("", {"a": "7", "level": 3})
+    assert (second.uid, second.answer, second.source, dict(second.extra)) == (
+        *("train:1", "x", "set"),
+        {"a": "x", "data_source": "set"},
+    )
+    assert first.messages is second.messages is None
     assert found.describe() == "train: 2 rows gave 2 prompts"
 
 
@@ -66,6 +70,7 @@ def test_verls_schema_in_both_formats(tokenizer, tmp_path, suffix):
     assert (prompt.text, prompt.answer, prompt.source) == ("user>1+1?", "2", "math_dapo")
     assert prompt.extra["extra_info"] == {"index": "x1"}
     assert prompt.extra["ability"] == "MATH"
+    assert prompt.messages == VERL["prompt"]
 
 
 def test_a_column_with_a_dot_in_its_name_comes_first(load):

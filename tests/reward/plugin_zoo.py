@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
 from dataclasses import dataclass
+
+
+class FunctionTimedOut(BaseException):
+    """As the package func_timeout raises it: no Exception."""
+
+
+class TextlessError(Exception):
+    def __str__(self):
+        raise ValueError("no text")
 
 
 @dataclass
@@ -42,6 +52,16 @@ def by_text(data_source, solution_str, ground_truth, extra_info):
         os._exit(int(value))
     if word == "leave":
         sys.exit(int(value))
+    if word == "interrupt":
+        raise KeyboardInterrupt
+    if word == "out-of-time":
+        raise FunctionTimedOut("scoring took 5 s")
+    if word == "cancel":
+        asyncio.run(cancelled())
+    if word == "textless":
+        raise TextlessError
+    if word == "essay":
+        raise ValueError("word\n" * 1000)
     if word == "score":
         return float(value)
     if word == "niceness":
@@ -62,6 +82,34 @@ def by_text(data_source, solution_str, ground_truth, extra_info):
     return 1.0
 
 
+async def cancelled():
+    task = asyncio.ensure_future(asyncio.sleep(60))
+    task.cancel()
+    await task
+
+
+LOOPS = []
+
+
+async def awaited(data_source, solution_str, ground_truth, extra_info=None):
+    """Right as long as every call has the same event loop, in which a client would live."""
+    await asyncio.sleep(0)
+    LOOPS.append(asyncio.get_running_loop())
+    return {"score": 1.0, "acc": LOOPS[0] is LOOPS[-1]}
+
+
+def without_extra(data_source, solution_str, ground_truth):
+    return 1.0
+
+
+def with_more(data_source, solution_str, ground_truth, extra_info, temperature):
+    return 1.0
+
+
+def anything(**kwargs):
+    return float(len(kwargs))
+
+
 def trl_length(completions, **kwargs):
     return [float(len(completion)) for completion in completions]
 
@@ -75,3 +123,26 @@ def trl_two(completions):
 
 
 not_a_function = 3
+
+
+def trl_repr(prompts, completions, completion_ids, **columns):
+    TRL_SEEN.append((prompts, completions, completion_ids, columns))
+    return [1.0]
+
+
+TRL_SEEN = []
+
+
+async def trl_skip(completions, trainer_state=None, **kwargs):
+    """TRL's way to leave a sample out."""
+    return [None]
+
+
+def trl_schedule(completions, trainer_state, log_metric, **kwargs):
+    return [trainer_state.global_step]
+
+
+def trl_accuracy(completions: list[list[dict[str, str]]], solution: list[str], log_extra=None, **kwargs):
+    """The shape of TRL's accuracy_reward."""
+    contents = [completion[0]["content"] for completion in completions]
+    return [float(text.endswith(truth)) for text, truth in zip(contents, solution, strict=True)]

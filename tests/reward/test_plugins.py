@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.ending import Ending, Interrupted
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.plugins import build_judge, load_function
@@ -28,11 +31,11 @@ def test_by_module_and_by_file():
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("math_verify_typo", "neither math_dapo nor an import path"),
-        (":f", "neither math_dapo nor an import path"),
+        ("math_verify_typo", "neither math_dapo, math_verify nor an import path"),
+        (":f", "neither math_dapo, math_verify nor an import path"),
         ("no.such.module:f", "no.such.module cannot be imported: ModuleNotFoundError"),
         ("absent.py:f", "absent.py cannot be imported: FileNotFoundError"),
-        (f"{ZOO}:no_such", "has no function 'no_such'; its functions are: by_text, echo, exact, half, trl"),
+        (f"{ZOO}:no_such", "has no function 'no_such'; its functions are: anything, awaited, by_text, cancelled"),
         (f"{ZOO}:not_a_function", "has no function 'not_a_function'"),
     ],
 )
@@ -72,6 +75,54 @@ def test_trl_arguments_and_numbers():
     assert outcome("trl_named", "trl", extra={"level": 4}) == Outcome(0.0, False)
     assert "missing 1 required positional argument: 'level'" in outcome("trl_named", "trl").failure
     assert "gave 2 scores for 1 completion" in outcome("trl_two", "trl").failure
+    assert outcome("trl_skip", "trl").failure == "none: the reward function gave no score for this sample"
+
+
+def seen_by_trl(**attempt) -> tuple:
+    """What a function of TRL's convention was called with."""
+    judge = build_judge(f"{ZOO}:trl_repr", "trl", strict_box=False)
+    assert judged(judge, Attempt("<user>q", "7", "8", **attempt)) == Outcome(1.0, True)
+    return sys.modules["reward_plugin_plugin_zoo"].TRL_SEEN[-1]
+
+
+def test_trl_gets_text_for_a_text_prompt():
+    row = {"solution": "8", "level": 3, "answer": "of the row"}
+    prompts, completions, ids, columns = seen_by_trl(source="s", extra=row, token_ids=np.array([5, 2], np.int32))
+    assert (prompts, completions, ids) == (["<user>q"], ["7"], [[5, 2]])
+    assert columns == {
+        **{"solution": ["8"], "level": [3], "answer": ["of the row"]},
+        **{"ground_truth": ["8"], "data_source": ["s"]},
+    }
+
+
+def test_trl_gets_messages_for_a_chat():
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
+    prompts, completions, _, _ = seen_by_trl(messages=chat)
+    assert prompts == [chat]
+    assert completions == [[{"role": "assistant", "content": "7"}]]
+
+
+CHAT = [{"role": "user", "content": "9 + 9?"}]
+
+
+def test_a_function_in_the_shape_of_trls_accuracy_reward():
+    row = {"extra": {"solution": "18"}, "messages": CHAT}
+    assert outcome("trl_accuracy", "trl", response="so 18", **row) == Outcome(1.0, True)
+    assert outcome("trl_accuracy", "trl", response="so 19", **row) == Outcome(0.0, False)
+
+
+def test_trls_own_rewards():
+    pytest.importorskip("trl.rewards", reason="needs TRL: pip install trl math-verify[antlr4_13_2]")
+
+    def score(name: str, response: str) -> float | str:
+        judge = build_judge(f"trl.rewards:{name}", "trl", strict_box=False)
+        found = judged(judge, Attempt("", response, "18", extra={"solution": "$18$"}, messages=CHAT))
+        return found.failure or found.score
+
+    assert score("accuracy_reward", "so \\boxed{18.0}") == 1.0
+    assert score("accuracy_reward", "so \\boxed{19}") == 0.0
+    assert score("think_format_reward", "<think>9 + 9</think>18") == 1.0
+    assert score("think_format_reward", "18") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -82,13 +133,63 @@ def test_trl_arguments_and_numbers():
         ("score -inf", "-inf"),
         ("raise bad day", "exception: ValueError: bad day"),
         ("leave 3", "exception: SystemExit: 3"),
-        ("none", "exception: TypeError: the reward function gave None of type NoneType instead of a number"),
+        ("interrupt", "exception: KeyboardInterrupt"),
+        ("out-of-time", "exception: reward_plugin_plugin_zoo.FunctionTimedOut: scoring took 5 s"),
+        ("cancel", "exception: asyncio.exceptions.CancelledError"),
+        ("textless", "exception: reward_plugin_plugin_zoo.TextlessError: <exception str() failed>"),
+        ("score 1e300", "too large: 1e+300 is beyond ±1e+30"),
+        ("none", "none: the reward function gave no score for this sample"),
         ("text", "exception: TypeError: the reward function gave '1.0' of type str instead of a number"),
         ("empty", "exception: ValueError: the reward function gave a dict without 'score'; it has acc"),
     ],
 )
 def test_failures_are_outcomes(response: str, failure: str):
     assert outcome("by_text", response=response) == Outcome(failure=failure)
+
+
+def test_a_failure_is_one_line_of_bounded_length():
+    failure = outcome("by_text", response="essay").failure
+    assert failure.startswith("exception: ValueError: word word ") and len(failure) < 1100
+
+
+def test_a_signal_that_ends_the_run_is_no_failure_of_a_sample():
+    def judge(attempt: Attempt) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    with pytest.raises(Interrupted), Ending(lambda: "bye"):
+        judged(judge, Attempt("q", "7", "7"))
+
+
+def test_an_async_function_is_awaited_in_one_event_loop():
+    judge = build_judge(f"{ZOO}:awaited", "verl", strict_box=False)
+    assert [judged(judge, Attempt("q", "7", "7")) for _ in range(2)] == [Outcome(1.0, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "reason"),
+    [
+        (
+            "without_extra",
+            "verl",
+            "got an unexpected keyword argument 'extra_info'; it must take data_source, solution_str",
+        ),
+        ("with_more", "verl", "missing a required argument: 'temperature'; it must take data_source"),
+        ("trl_named", "verl", "for TRL's convention set reward.adapter trl"),
+        ("half", "trl", "takes neither completions nor **kwargs; for verl's convention set reward.adapter verl"),
+        ("trl_schedule", "trl", "it needs trainer_state, log_metric, which only TRL's trainer has; give a default"),
+    ],
+)
+def test_a_signature_that_does_not_fit_is_told_at_the_start(name: str, adapter: str, reason: str):
+    with pytest.raises(RewardError) as error:
+        build_judge(f"{ZOO}:{name}", adapter, strict_box=False)
+    assert f"plugin_zoo.py:{name}' cannot be called as reward.adapter {adapter}: " in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_signatures_that_fit_in_another_way():
+    assert outcome("anything").score == 4
+    assert judged(build_judge("builtins:max", "trl", strict_box=False), Attempt("q", "7", "7")).failure
 
 
 @pytest.mark.parametrize(
@@ -102,6 +203,10 @@ def test_failures_are_outcomes(response: str, failure: str):
         ({"score": 1.0, "acc": np.float64(0.0), "pred": 5}, Outcome(1.0, False, "5")),
         ({"score": 1.0, "acc": float("nan")}, Outcome(failure="nan")),
         ({"score": 1.0, "acc": None}, Outcome(1.0, True)),
+        ({"score": None}, Outcome(failure="none: the reward function gave no score for this sample")),
+        ({"score": 10**400}, Outcome(failure="exception: OverflowError: int too large to convert to float")),
+        ({"score": 1.0, "pred": "x" * 10**6}, Outcome(1.0, True, "x" * 1000)),
+        (np.array([2.0]), Outcome(2.0, True)),
     ],
 )
 def test_what_counts_as_a_number(result, expected: Outcome):

@@ -68,20 +68,38 @@ def test_failures_are_masked(workers: int):
     assert good == Score(reward=1.0, score=1.0, acc=True)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_that_is_no_exception_costs_its_own_sample(workers: int):
+    words = ("cancel", "interrupt", "out-of-time", "leave 3")
+    *bad, good = score(*words, "score 1", function=f"{ZOO}:by_text", workers=workers)
+    kinds = ("asyncio.exceptions.CancelledError", "KeyboardInterrupt", "FunctionTimedOut: scoring", "SystemExit: 3")
+    assert all(kind in sample.failure for kind, sample in zip(kinds, bad, strict=True))
+    assert good == Score(reward=1.0, score=1.0, acc=True)
+
+
 def test_or_failures_get_the_configured_value():
     settings = {"function": f"{ZOO}:by_text", "on_failure": "value", "failure_value": -3.0, "overlong": OVERLONG}
+    settings["workers"] = 0
     (bad,) = score("score nan", lengths=(12,), **settings)
     assert bad == Score(reward=-3.5, score=-3.0, acc=False, penalty=-0.5, failure="nan", masked=False)
 
 
-def test_a_pool_keeps_its_deadline():
-    bad, good = score("spin", "score 1", function=f"{ZOO}:by_text", workers=2, timeout_seconds=2.0)
+def test_an_imported_function_has_a_deadline_without_being_asked():
+    bad, good = score("spin", "score 1", function=f"{ZOO}:by_text", timeout_seconds=2.0)
     assert (bad.failure, bad.masked, good.reward) == ("timeout", True, 1.0)
 
 
 def test_trl_sees_the_rows_columns():
-    (scored,) = score("7", function=f"{ZOO}:trl_named", adapter="trl")
+    (scored,) = score("7", function=f"{ZOO}:trl_named", adapter="trl", workers=0)
     assert scored.acc
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_trl_sees_messages(workers: int):
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7", extra={"solution": "7"}, messages=[{"role": "user"}])
+    reward = build_reward(RewardConfig(function=f"{ZOO}:trl_accuracy", adapter="trl", workers=workers), 16)
+    assert [scored.reward for scored in reward([prompt] * 2, [rollout(1)] * 2, ["so 7", "so 8"])] == [1.0, 0.0]
+    reward.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

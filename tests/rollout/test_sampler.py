@@ -14,7 +14,7 @@ import pytest
 
 from dapo_mcore.config import Config
 from dapo_mcore.data.loader import PromptLoader
-from dapo_mcore.errors import CheckpointError, RolloutError
+from dapo_mcore.errors import CheckpointError, RewardError, RolloutError
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.rollout.sampler import Sampler
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams, Score
@@ -172,6 +172,20 @@ def test_failed_scores_do_not_make_a_group_vary():
     collected = sampler.collect(step=0)
     assert uids(collected.groups) == [2]
     assert collected.stats["sampling/groups_all_right"] == 1 and collected.stats["sampling/groups_all_wrong"] == 0
+
+
+@pytest.mark.parametrize("style", ["none", "filter", "resample"])
+def test_a_reward_that_fails_on_every_sample_ends_the_run_after_one_round(style):
+    config = make_config(style, train=2, gen_batch_prompts=2, max_gen_batches=9, max_samples_per_prompt=3)
+    sampler, engine = make_sampler(make_prompts("F", "F", "RW", "RW"), config)
+    with pytest.raises(RewardError, match=r"math_dapo failed on all \d samples of rollout step 4; the first: timeout"):
+        sampler.collect(step=4)
+    assert sum(n for n, _ in engine.calls) == (6 if style == "resample" else 4)
+
+
+def test_one_score_in_a_step_is_enough_to_go_on():
+    sampler, _ = make_sampler(make_prompts("F", "FW"), make_config("none", train=2))
+    assert [letters(group) for group in sampler.collect(step=0).groups] == ["FF", "FW"]
 
 
 def test_surplus_is_trained_on_in_the_next_step_before_anything_new():

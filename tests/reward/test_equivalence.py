@@ -1,0 +1,77 @@
+"""The grader math_verify: exact first, then by value, in a process that is killed at its deadline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from pydantic import ValidationError
+
+from dapo_mcore.config import RewardConfig
+from dapo_mcore.errors import RewardError
+from dapo_mcore.reward.attempt import Attempt
+from dapo_mcore.reward.explain import explain, explain_other
+from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.pool import RewardPool
+
+BY_VALUE = [  # response, truth, right
+    ("**Answer: 18**", "18", True),
+    ("Answer: \\(18\\)", "18", True),
+    ("Answer: 18.0", "18", True),
+    ("so \\boxed{\\frac12}", "0.5", True),
+    ("first \\boxed{3}. That is wrong.\nSo \\boxed{\\sqrt{12}}, of 5 numbers", "2\\sqrt{3}", True),
+    ("Answer: 19", "18", False),
+    ("nothing", "18", False),
+    ("Answer: 18", "", False),
+    ("Answer: 18", "18" + "0" * 3000, False),
+    ("Answer: 18" + " and so on" * 300, "18", False),  # before the window
+    ("Answer: 3 = 12", "12", True),  # as the paper's rule has it
+]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    pytest.importorskip("math_verify", reason="needs math-verify: pip install 'dapo_mcore[math]'")
+    workers = RewardPool(1, "math_verify", "verl", False, timeout_seconds=3.0)
+    yield workers
+    workers.close()
+
+
+def test_answers_count_by_their_value(pool: RewardPool):
+    outcomes = pool.score([Attempt("q", response, truth) for response, truth, _ in BY_VALUE])
+    assert [(case[0][:40], outcome.acc) for case, outcome in zip(BY_VALUE, outcomes)] == [
+        (response[:40], right) for response, _, right in BY_VALUE
+    ]
+    assert {outcome.score for outcome in outcomes} == {1.0, -1.0} and not any(o.failure for o in outcomes)
+    assert [outcomes[n].pred for n in (2, 5, 6)] == ["18.0", "19", "[INVALID]"]
+
+
+def test_a_computation_without_end_is_killed_at_the_deadline(pool: RewardPool):
+    endless, fine = pool.score([Attempt("q", "Answer: $9^{9^{9^9}}$", "5"), Attempt("q", "Answer: 5", "5")])
+    assert (endless.failure, fine.acc) == ("timeout", True)
+
+
+def test_the_explanation_shows_both_graders():
+    pytest.importorskip("math_verify", reason="needs math-verify: pip install 'dapo_mcore[math]'")
+    attempt = Attempt("", "Answer: 18.0", "18")
+    assert explain(attempt)[-1] == "score       -1 (wrong)"
+    assert explain_other(attempt, "math_dapo") == ["math_verify +1 (right), prediction '18.0'"]
+    assert explain(attempt, "math_verify")[-1] == "score       +1 (right)"
+    assert explain_other(attempt, "math_verify") == ["math_dapo   -1 (wrong), prediction '18.0'"]
+    assert explain_other(attempt, "some.module:function") == []
+
+
+def test_without_the_package_it_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "dapo_mcore.reward.equivalence", raising=False)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(RewardError, match=r"needs the package math-verify .*pip install 'dapo_mcore\[math\]'"):
+        build_judge("math_verify", "verl", strict_box=False)
+
+
+def test_it_never_runs_without_a_deadline():
+    assert RewardConfig(function="math_verify").num_workers == 1
+    with pytest.raises(ValidationError, match="math_verify needs workers of at least 1"):
+        RewardConfig(function="math_verify", workers=0)
+    with pytest.raises(ValidationError, match="strict_box is a form of function math_dapo"):
+        RewardConfig(function="math_verify", strict_box=True)
