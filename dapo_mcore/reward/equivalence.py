@@ -27,9 +27,9 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 def compute_score(solution_str: str, ground_truth: str) -> MathScore:
     """Return +1 when the response's answer equals the ground truth by the paper's rule or, failing that, by value; else -1.
 
-    By value the last `\\boxed{…}` counts (boxes close to each other make one set), else the last formula or number, by
-    math-verify's own rules: `**Answer: 18**`, `\\(18\\)` and `18.0` are 18,
-    and `0.5` is `\\frac{1}{2}`. What the paper's rule wrongly takes for right (see math_answer.py) stays right.
+    By value, under math-verify's own rules, the last `\\boxed{…}` counts (boxes close to each other make one set), else the
+    last formula or number: `**Answer: 18**`, `\\(18\\)` and `18.0` are 18, and `0.5` is `\\frac{1}{2}`. What the paper's
+    rule wrongly takes for right (see math_answer.py) stays right.
     """
     exact = math_answer.compute_score(solution_str, ground_truth)
     if exact["acc"]:
