@@ -6,7 +6,6 @@ Change here: what a reward function may see, and what counts as a failed score. 
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -70,8 +69,12 @@ def judged(judge: Judge, attempt: Attempt) -> Outcome:
 
 
 def told(error: BaseException) -> str:
-    """Return `ValueError: no`, on one line and of bounded length, even for an exception that has no text."""
-    return " ".join("".join(traceback.format_exception_only(error)).split())[:_LONGEST_TEXT]
+    """Return `ValueError: no`, on one line and of bounded length, even for an exception whose text cannot be made."""
+    try:
+        text = str(error)
+    except Exception as second:
+        text = f"its text raised {type(second).__name__}"
+    return " ".join(f"{type(error).__name__}: {text}".split())[:_LONGEST_TEXT].removesuffix(":")
 
 
 def _as_outcome(result: Any) -> Outcome:

@@ -38,6 +38,10 @@ def echo(data_source, solution_str, ground_truth, extra_info):
     return {"score": 1, "pred": f"{data_source}|{solution_str}|{ground_truth}|{extra_info}"}
 
 
+def length(data_source, solution_str, ground_truth, extra_info):
+    return len(solution_str)
+
+
 def by_text(data_source, solution_str, ground_truth, extra_info):
     """Does what the response says."""
     word, _, value = solution_str.partition(" ")
