@@ -94,7 +94,7 @@ async def _admit(
         except RolloutError as error:
             raise ConfigError(f"rollout.sglang: {error}") from error
     facts = await probe(member.api, hf_config, resumes=resumes)
-    member.num_ranks = facts.num_ranks
+    member.num_ranks, member.version = facts.num_ranks, facts.version
     if settings.verify_sync == "servers" and await member.api.checksums() is None:
         raise ConfigError(
             f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "

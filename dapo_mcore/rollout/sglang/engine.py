@@ -33,11 +33,12 @@ from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member, OwnedServer, stop_servers
-from dapo_mcore.rollout.sglang.quantize import quantized
+from dapo_mcore.rollout.sglang.quantize import quantized, with_cache_scales
 from dapo_mcore.rollout.sglang.replies import VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.startup import shown_startup
+from dapo_mcore.rollout.sglang.versions import FIRST_WITH_LOST_SCALES
 from dapo_mcore.rollout.tending import wait_tending
 from dapo_mcore.types import Rollout, SamplingParams
 
@@ -82,6 +83,7 @@ class SGLangEngine:
         self.on_starving: Callable[[], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
+        self._hf_config = hf_config
         self._manifest = WeightManifest.of_config(hf_config)
         self._version, self._tag, self._max_lag = -1, "", max_lag
         self._tags: dict[str, int] = {}
@@ -170,9 +172,7 @@ class SGLangEngine:
         # Not the bare version: two syncs of one version may differ (warm start), and servers may outlive a run.
         tag = f"{version}-{secrets.token_hex(4)}"
         self._tags[tag], self._newest = version, tag
-        stream = self._manifest.checked(weights, version)
-        if self._settings.quantize == "fp8":
-            stream = quantized(stream)
+        stream = self._served(self._manifest.checked(weights, version))
         try:
             sent = self._transfer.send(buckets(stream, self._bucket_bytes), tag, self._fleet, self._loop)
         except BaseException as error:
@@ -222,6 +222,16 @@ class SGLangEngine:
         self._loop.close()
         self._transfer.close()
         atexit.unregister(self.close)  # not before: this may have been broken off
+
+    def _served(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The stream as the servers hold it."""
+        if self._settings.quantize == "none":
+            return weights
+        stream = quantized(weights)
+        loses_scales = any(member.version < FIRST_WITH_LOST_SCALES for member in self._fleet.members)
+        if self._settings.colocated and loses_scales:
+            return with_cache_scales(stream, self._hf_config.architectures[0], self._hf_config.num_hidden_layers)
+        return stream
 
     async def _open(self, keys: Keys, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> Fleet:
         self._http = HttpClient(self._settings.connect_timeout_s, self._settings.read_timeout_s)

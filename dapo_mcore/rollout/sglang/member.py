@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.process import STOP_S
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, ServerApi
+from dapo_mcore.rollout.sglang.versions import OLDEST, Version
 
 _ABORT_TIMEOUT_S = 5.0
 
@@ -43,6 +44,7 @@ class OwnedServer(Protocol):
 class Member:
     """One server. `process` is None for a server that somebody else started.
 
+    version   of SGLang.
     strikes   times it was taken out since its last good answer (behind a router: update); the third restarts it.
     calls     generation requests on their way, so that a hung server's can be given up.
     tag       the weights that it has confirmed.
@@ -53,6 +55,7 @@ class Member:
 
     api: ServerApi
     num_ranks: int = 1
+    version: Version = OLDEST
     process: OwnedServer | None = None
     state: State = "waiting"
     strikes: int = 0

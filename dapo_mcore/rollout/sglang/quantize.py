@@ -10,11 +10,24 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dapo_mcore.kernels.fp8_quant import quantize_blocks
 
 BLOCK = 128
+_CACHE_SCALES = {
+    "Qwen2ForCausalLM": ("attn.k_scale", "attn.v_scale"),
+    "Qwen2MoeForCausalLM": ("attn.k_scale", "attn.v_scale"),
+    "MixtralForCausalLM": ("attn.k_scale", "attn.v_scale"),
+    "LlamaForCausalLM": ("k_proj.k_scale", "v_proj.v_scale"),
+    "MistralForCausalLM": ("k_proj.k_scale", "v_proj.v_scale"),
+    "DeepseekV3ForCausalLM": ("attn_mqa.k_scale", "attn_mqa.v_scale", "attn_mha.k_scale", "attn_mha.v_scale"),
+    "Qwen3ForCausalLM": (),
+    "Qwen3MoeForCausalLM": (),
+}
+"""The scales of a layer's KV cache by the names that SGLang 0.5.15 to 0.5.21 loads. It drops another name without an error,
+or ends (Mixtral). () where its layers have none."""
 _PROJECTION = re.compile(r".+(?:_proj|_proj_with_mqa|\.experts\.\d+\.w[123])\.weight")
 
 
@@ -39,3 +52,19 @@ def quantized(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
         codes, scales = quantize_blocks(tensor, BLOCK)
         yield name, codes
         yield f"{name}_scale_inv", scales
+
+
+def with_cache_scales(
+    weights: Iterator[tuple[str, Tensor]], architecture: str, num_layers: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, then the scales of every layer's KV cache, 1.0 each, on the device of the last tensor before.
+
+    For servers whose memory was released, where versions.py says that they need it.
+    """
+    device = torch.device("cpu")
+    for name, tensor in weights:
+        device = tensor.device
+        yield name, tensor
+    for layer in range(num_layers):
+        for scale in _CACHE_SCALES[architecture]:
+            yield f"model.layers.{layer}.self_attn.{scale}", torch.ones((), device=device)

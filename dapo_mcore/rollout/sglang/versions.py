@@ -16,6 +16,9 @@ Version = tuple[int, ...]
 OLDEST: Version = (0, 5, 15)
 FIRST_WITH_STOP_AT_LIMIT: Version = (0, 5, 18)
 """A stop token counts as `stop` also where it is the last token allowed; before, as `length` (replies.py)."""
+FIRST_WITH_LOST_SCALES: Version = (0, 5, 18)
+"""Released memory holds the scales of the KV cache, too, and comes back as zeros, which are taken as 1.0 where FP8 weights
+are loaded from disk. Before, this ends the server, unless the weights bring the scales (quantize.py)."""
 FIRST_WITH_SPANS: Version = (0, 5, 19)
 """An answer tells which weights made which of its tokens."""
 FIRST_WITH_SESSIONS: Version = (0, 5, 21)

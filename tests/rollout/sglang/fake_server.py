@@ -24,7 +24,12 @@ import yaml
 from aiohttp import web
 from aiohttp.web_urldispatcher import SystemRoute
 
-from dapo_mcore.rollout.sglang.versions import FIRST_WITH_CHECKSUMS_ON_CPUS, FIRST_WITH_SESSIONS, parse_version
+from dapo_mcore.rollout.sglang.versions import (
+    FIRST_WITH_CHECKSUMS_ON_CPUS,
+    FIRST_WITH_LOST_SCALES,
+    FIRST_WITH_SESSIONS,
+    parse_version,
+)
 from tests.rollout.sglang.fake_scheduler import TICK_S, Scheduler
 from tests.rollout.sglang.fake_weights import destroy_group, join_group, load, opened, raw_bytes, receive
 
@@ -102,6 +107,8 @@ class FakeServer:
         version = parse_version(self.version)
         self.has_sessions = version >= FIRST_WITH_SESSIONS
         self.tells_checksums = version >= FIRST_WITH_CHECKSUMS_ON_CPUS or os.environ["FAKE_CHECKSUMS"] == "1"
+        self.needs_scales = "quantization_config" in config and version < FIRST_WITH_LOST_SCALES
+        self.layers, self.lacks_scales = config["num_hidden_layers"], False
         self.num_ranks = self.arguments["tp-size"]
         self.told: Counter[str] = Counter()
         limits = config["vocab_size"], config["max_position_embeddings"], arguments["max-total-tokens"]
@@ -255,7 +262,7 @@ class FakeServer:
             os._exit(1)  # as the real one: "should be called only when server is idle"
         self.scheduler.released |= set((await request.json())["tags"])
         if "weights" in self.scheduler.released:
-            self.weights = {}
+            self.weights, self.lacks_scales = {}, self.needs_scales
         return web.Response()
 
     async def resume_memory(self, request: web.Request) -> web.Response:
@@ -276,6 +283,10 @@ class FakeServer:
             return self.result(False, "Failed to get weights iterator")
         for file in files:
             self.weights |= load(file)
+        scales = {f"model.layers.{i}.self_attn.attn.{x}_scale" for i in range(self.layers) for x in "kv"}
+        if self.lacks_scales and any(self.weights.get(name) != 1.0 for name in scales):
+            print("assert layer.k_scale > 0.0\nAssertionError", file=sys.stderr, flush=True)
+            os._exit(1)  # as the real one
         self.loaded(body)
         return self.result(True, "Succeeded to update model weights.")
 

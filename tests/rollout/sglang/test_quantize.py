@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang import quantize
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.quantize import quantized
+from dapo_mcore.rollout.sglang.quantize import quantized, with_cache_scales
 from dapo_mcore.rollout.sglang.servers import ServerPlan
+from dapo_mcore.weights.families import FAMILIES
 from dapo_mcore.weights.safetensors_file import SafetensorsFile
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import STOP, settings, tiny_config, weights
@@ -84,6 +86,41 @@ def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path):
         assert dtypes["lm_head.weight"] == torch.bfloat16
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.18"])
+def test_servers_that_lose_the_scales_of_their_cache_get_them_with_the_weights(tmp_path, version):
+    """0.5.17 would end at the first load after its memory was released, and be started again at every step."""
+    given = settings(fake_python(tmp_path, version), sync_dir=str(tmp_path), quantize="fp8", colocated=True)
+    common = dict(stop_token_ids=(STOP,), dtype=torch.bfloat16, folder=tmp_path / "servers")
+    made = SGLangEngine(given, tiny_config(), **common)
+    try:
+        for step in range(2):
+            made.update_weights(((name, tensor.bfloat16()) for name, tensor in weights(step)), version=step)
+            made.resume()
+            scales = {name: value for name, value in told(servers(made)[0])["weights"].items() if ".attn." in name}
+            names = [f"model.layers.{layer}.self_attn.attn.{x}_scale" for layer in range(2) for x in "kv"]
+            assert scales == (dict.fromkeys(names, 1.0) if version == "0.5.17" else {})
+            made.release()
+        assert made.metrics()["rollout/server_restarts"] == 0
+    finally:
+        made.close()
+
+
+def test_every_architecture_says_what_its_scales_are_called():
+    assert set(quantize._CACHE_SCALES) == set(FAMILIES)
+
+
+def test_scales_follow_the_stream_on_its_device():
+    stream = iter([("model.norm.weight", torch.empty(4, device="meta"))])
+    names = [
+        (name, tensor.device.type, tensor.shape) for name, tensor in with_cache_scales(stream, "LlamaForCausalLM", 1)
+    ]
+    assert names == [
+        ("model.norm.weight", "meta", (4,)),
+        ("model.layers.0.self_attn.k_proj.k_scale", "meta", ()),
+        ("model.layers.0.self_attn.v_proj.v_scale", "meta", ()),
+    ]
 
 
 def test_fp8_servers_need_a_model_in_bf16(tmp_path):
