@@ -11,9 +11,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EVERYWHERE = ("", "0.0.0.0", "::", "*")
-_OWNED_MODEL_ARGS = {"model-path", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype", "weight-version"}
-_OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "base-gpu-id", "host", "port"}
-OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | {"api-key", "admin-api-key", "config", "enable-memory-saver"}
+_OWNED_MODEL_ARGS = {"model-path", "model", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype"}
+_OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "tp", "base-gpu-id", "host", "port"}
+_OWNED_OTHER_ARGS = {"api-key", "admin-api-key", "config", "enable-memory-saver", "weight-version", "help"}
+OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | _OWNED_OTHER_ARGS
 
 
 class SGLangConfig(BaseModel):
@@ -53,7 +54,8 @@ class SGLangConfig(BaseModel):
     base_port: int | None = Field(None, ge=1, le=65535)
     """Server i listens on base_port + i; null: free ports."""
     server_args: dict[str, Any] = {}
-    """More options of `sglang.launch_server`, without the dashes: {mem-fraction-static: 0.8}."""
+    """More options of `sglang.launch_server`, without the dashes: {mem-fraction-static: 0.8}. true sets a flag, a list gives
+    several values, null leaves an option of ours to SGLang."""
     start_timeout_s: float = Field(900.0, gt=0)
     restart_budget: int = Field(3, ge=0)
     """Restarts of servers during a run, over all servers."""
@@ -98,6 +100,20 @@ class SGLangConfig(BaseModel):
         """`num_servers` from `urls` where it is not set."""
         urls = values.get("urls") if isinstance(values, dict) else None
         return {"num_servers": len(urls), **values} if urls and isinstance(urls, list) else values
+
+    @field_validator("server_args")
+    @classmethod
+    def _are_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """By the names that SGLang's help gives, whatever dashes or underscores they were written with."""
+        options = {name.lstrip("-").replace("_", "-"): setting for name, setting in value.items()}
+        if len(options) < len(value):
+            raise ValueError(f"server_args names one option twice: {', '.join(value)}")
+        owned = sorted(options.keys() & OWNED_ARGS)
+        if owned:
+            raise ValueError(
+                f"server_args holds {', '.join(owned)}, which dapo_mcore sets; use the keys of rollout.sglang instead"
+            )
+        return options
 
     @field_validator("host", "sync_host")
     @classmethod
@@ -158,10 +174,5 @@ class SGLangConfig(BaseModel):
                 f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address "
                 f"{self.ray_address} spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, "
                 "or sync distributed"
-            )
-        owned = sorted(key for key in self.server_args if key.replace("_", "-") in OWNED_ARGS)
-        if owned:
-            raise ValueError(
-                f"server_args holds {', '.join(owned)}, which dapo_mcore sets; use the keys of rollout.sglang instead"
             )
         return self

@@ -10,6 +10,8 @@ fleet → roster                              who serves, and what the screen te
 fleet → checksums                           whether servers hold the same weights
 fleet → member → server_api → http          who serves, and how it is spoken to
 servers → process, ray_servers              servers of the run's own
+servers → interpreter → installed           the SGLang that they run
+servers, interpreter → options              what the user passes on to them
 servers, probe, server_api → versions       what each version of SGLang can do
 broadcast, tensor → address                 which servers are on this machine
 """

@@ -10,8 +10,9 @@ from typing import Any
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.ray_cluster import connect
+from dapo_mcore.rollout.sglang.interpreter import inspect_environment
 from dapo_mcore.rollout.sglang.process import STOP_S, ServerProcess
-from dapo_mcore.rollout.sglang.servers import ServerPlan, check_devices, inspect_environment, reserve_port
+from dapo_mcore.rollout.sglang.servers import ServerPlan, check_devices, reserve_port
 
 _ANSWER_TIMEOUT_S = 30.0
 _STOP_ANSWER_S = 10.0
@@ -107,11 +108,11 @@ class _Host:
 
         settings = self._plan.settings
         host = ray.util.get_node_ip_address() if settings.host == "node" else settings.host
-        models = inspect_environment(self._plan)
+        sglang = inspect_environment(settings, self._plan.resumes)
         check_devices(settings, num_servers=1)  # Ray shows an actor its own GPUs alone, from number 0
         self._plan.folder.mkdir(parents=True, exist_ok=True)
         port = reserve_port(settings, host, self._number)
-        self._server = self._plan.build(self._number, host, port, first_gpu=0, models=models)
+        self._server = self._plan.build(self._number, host, port, first_gpu=0, sglang=sglang)
         self._server.start()
         return self._server.url
 

@@ -2,7 +2,8 @@
 
 Change here: with which options a server is started. As a process it is process.py, on other nodes ray_servers.py; which
 of them serve is fleet.py. The servers' files lie in servers/ of the run's
-folder: keys.json and server-N.yaml (both 0600: the keys are in them, and a command line is public), server-N.log, model/.
+folder: keys.json and server-N.yaml (both 0600: the keys are in them, and a command line is public), server-N.args (the
+options on its command line), server-N.log, model/.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import os
 import secrets
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ import yaml
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.interpreter import Installed, inspect_environment, python_of
+from dapo_mcore.rollout.sglang.options import command_line
 from dapo_mcore.rollout.sglang.process import ServerProcess
 from dapo_mcore.rollout.sglang.quantize import quantization_config
 from dapo_mcore.rollout.sglang.server_api import Keys
-from dapo_mcore.rollout.sglang.versions import check_version, parse_version
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,14 +52,6 @@ _NOT_INHERITED = (
     "LOCAL_WORLD_SIZE",
 )
 _NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "RAY_")
-
-# run by the server's interpreter, which may be of another environment
-_INSPECT = """
-import importlib.metadata, importlib.util, json, pathlib
-spec = importlib.util.find_spec("sglang")
-models = sorted(p.stem for p in (pathlib.Path(spec.origin).parent / "srt/models").glob("*.py")) if spec else []
-print(json.dumps([importlib.metadata.version("sglang") if spec else None, models]))
-"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,6 @@ class ServerPlan:
         resumes: bool = False,
     ) -> ServerPlan:
         """A plan with fresh random keys. Raises ConfigError for a dtype that does not go with `quantize`."""
-        # SGLang makes arguments of its configuration file, and a value may not begin with a dash there
         keys = Keys(secrets.token_hex(32), secrets.token_hex(32))
         model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
         if settings.quantize == "fp8":
@@ -107,36 +98,36 @@ class ServerPlan:
         content = {"api_key": self.keys.api, "admin_key": self.keys.admin}
         write_private(self.folder / "keys.json", json.dumps(content))
 
-    def build(
-        self, number: int, host: str, port: socket.socket, first_gpu: int, models: Sequence[str]
-    ) -> ServerProcess:
+    def build(self, number: int, host: str, port: socket.socket, first_gpu: int, sglang: Installed) -> ServerProcess:
         """Server `number` on a reserved port, not yet started, with its files written.
 
-        models  the names of SGLang's model modules.
+        Raises ConfigError for a value in `server_args` that its option cannot take.
         """
+        number_of_port = port.getsockname()[1]
+        arguments = command_line(_options(self, host, number_of_port, first_gpu), sglang.options)
         _write_model(self.model, self.folder / "model")
-        arguments = _arguments(self, host, port.getsockname()[1], first_gpu)
-        file = self.folder / f"server-{number}.yaml"
-        write_private(file, yaml.safe_dump(arguments))
-        command = [_python(self.settings), "-P", "-m", "sglang.launch_server", "--config", str(file)]
-        environment = _environment(self.settings, models, self.model["model_type"])
-        url = f"http://{f'[{host}]' if ':' in host else host}:{arguments['port']}"
+        write_private(self.folder / f"server-{number}.args", "\n".join([*arguments, ""]))
+        keys = self.folder / f"server-{number}.yaml"
+        write_private(keys, yaml.safe_dump({"api-key": self.keys.api, "admin-api-key": self.keys.admin}))
+        command = [python_of(self.settings), "-P", "-m", "sglang.launch_server", *arguments, "--config", str(keys)]
+        environment = _environment(self.settings, sglang.models, self.model["model_type"])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{number_of_port}"
         return ServerProcess(command, environment, self.folder, f"server-{number}", url, port)
 
 
 def start_servers(plan: ServerPlan) -> list[ServerProcess]:
     """The servers of a plan as children of this process, starting. They hold random weights until the first update.
 
-    Raises ConfigError: no SGLang, or one out of range, no GPU, too few, port taken.
+    Raises ConfigError: no SGLang, or one out of range, an option that it lacks, no GPU, too few, port taken.
     """
     settings = plan.settings
-    models = inspect_environment(plan)
+    sglang = inspect_environment(settings, plan.resumes)
     first = settings.first_gpu or 0
     check_devices(settings, settings.num_servers, first)
     ports = [reserve_port(settings, settings.host, number) for number in range(settings.num_servers)]
     plan.write_keys()
     gpus = range(first, first + settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
-    servers = [plan.build(i, settings.host, port, gpu, models) for i, (port, gpu) in enumerate(zip(ports, gpus))]
+    servers = [plan.build(i, settings.host, port, gpu, sglang) for i, (port, gpu) in enumerate(zip(ports, gpus))]
     for server in servers:
         server.start()
     return servers
@@ -158,8 +149,8 @@ def read_keys(path: str | None) -> Keys:
     return keys
 
 
-def _arguments(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str, Any]:
-    """The server's options. Weights come by the first update, and tokens need no tokenizer."""
+def _options(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str, Any]:
+    """The server's options but the keys. Weights come by the first update, and tokens need no tokenizer."""
     settings = plan.settings
     ours = {
         "model-path": str(plan.folder / "model"),
@@ -170,14 +161,11 @@ def _arguments(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[s
         "tp-size": settings.tensor_parallel,
         "host": host,
         "port": port,
-        "api-key": plan.keys.api,
-        "admin-api-key": plan.keys.admin,
         "log-level": "warning",
     }
-    given = {key.replace("_", "-"): value for key, value in settings.server_args.items()}
     # on a CPU base-gpu-id would name a NUMA node, and there is no memory saver
     on_gpu = {"base-gpu-id": first_gpu, "enable-memory-saver": settings.colocated}
-    return ours | (CPU_ARGS if settings.device == "cpu" else on_gpu) | given
+    return ours | (CPU_ARGS if settings.device == "cpu" else on_gpu) | settings.server_args
 
 
 def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:
@@ -193,21 +181,6 @@ def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str)
         # importing all of them takes most of a small server's start, and CUDA packages
         kept["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(name for name in models if name != model_type)
     return kept
-
-
-def inspect_environment(plan: ServerPlan) -> list[str]:
-    """Names of SGLang's model modules. Raises ConfigError when the interpreter has no SGLang, or too old a one."""
-    python = _python(plan.settings)
-    remedy = "give the interpreter of an environment that has it as rollout.sglang.python"
-    try:
-        done = subprocess.run([python, "-P", "-c", _INSPECT], capture_output=True, text=True, timeout=120, cwd="/")
-        version, models = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{python} cannot be asked for SGLang: {error}; {remedy}") from error
-    if version is None:
-        raise ConfigError(f"{python} has no SGLang; {remedy}")
-    check_version(parse_version(version), python, plan.resumes)
-    return models
 
 
 def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) -> None:
@@ -249,12 +222,6 @@ def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socke
             f"a server cannot listen on rollout.sglang.host {host} port {wanted}: {error}; choose another "
             "base_port, or leave it null for a free one"
         ) from error
-
-
-def _python(settings: SGLangConfig) -> str:
-    """A relative path counts from here, wherever the server runs; its links stay: they make an environment."""
-    given = settings.python or sys.executable
-    return os.path.abspath(given) if os.sep in given else given
 
 
 def _write_model(config: dict[str, Any], folder: Path) -> None:

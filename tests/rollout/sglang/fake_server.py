@@ -7,6 +7,7 @@ interrupts lasts as long as the test needs; GET /fake tells what happened.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import json
@@ -40,6 +41,15 @@ ADMIN = {
     "/update_weights_from_distributed", "/update_weights_from_tensor", "/release_memory_occupation",
     "/resume_memory_occupation", "/weights_checker",
 }  # fmt: skip
+
+FAKE_OPTIONS = {
+    **dict.fromkeys(("model-path", "load-format", "dtype", "device", "tp-size", "host", "port"), "one"),
+    **dict.fromkeys(("api-key", "admin-api-key", "log-level", "base-gpu-id", "mem-fraction-static"), "one"),
+    **dict.fromkeys(("attention-backend", "sampling-backend", "grammar-backend"), "one"),
+    **dict.fromkeys(("max-total-tokens", "max-running-requests"), "one"),
+    **dict.fromkeys(("skip-tokenizer-init", "enable-memory-saver", "disable-overlap-schedule"), "flag"),
+    **{"disable-cuda-graph": "flag", "cuda-graph-bs-decode": "many", "lora-strict-loading": "pair"},
+}
 
 
 def fake_python(
@@ -379,13 +389,32 @@ class FakeServer:
         return web.json_response({"success": success, "message": message}, status=200 if success else 400)
 
 
+def installed(registered: bool) -> dict[str, Any]:
+    """What installed.py tells. One option is known to the parser alone."""
+    options = FAKE_OPTIONS | ({"of-a-plugin": "one"} if registered else {})
+    return {"version": os.environ["FAKE_VERSION"], "models": ["llama", "qwen2"], "options": options}
+
+
+def parsed(argv: list[str]) -> dict[str, Any]:
+    """The options of a command line, and of the YAML file that --config names."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    counts = {"one": {}, "many": {"nargs": "+"}, "flag": {"action": "store_true"}}
+    for name, kind in FAKE_OPTIONS.items():
+        parser.add_argument(f"--{name}", dest=name, **counts.get(kind, {"action": argparse.BooleanOptionalAction}))
+    parser.add_argument("--config")
+    arguments = vars(parser.parse_args(argv))
+    arguments |= yaml.safe_load(Path(arguments["config"]).read_text())
+    numbers = {name: int(arguments[name]) for name in ("port", "tp-size", "max-total-tokens")}
+    return {**arguments, **numbers}
+
+
 def main(argv: list[str]) -> None:
-    if argv[:2] == ["-P", "-c"]:
-        print(json.dumps([os.environ["FAKE_VERSION"], ["llama", "qwen2"]]))
+    if argv[:1] == ["-P"] and argv[1].endswith("installed.py"):
+        print(json.dumps(installed("--registered" in argv)))
         return
-    assert argv[:4] == ["-P", "-m", "sglang.launch_server", "--config"], argv
+    assert argv[:3] == ["-P", "-m", "sglang.launch_server"], argv
     logging.basicConfig(level=logging.WARNING)
-    arguments = yaml.safe_load(Path(argv[4]).read_text())
+    arguments = parsed(argv[3:])
 
     time.sleep(float(os.environ["FAKE_START_S"]))
     deaf = "FAKE_DEAF" in os.environ  # must be killed, as the real one takes its time to end

@@ -110,6 +110,28 @@ def test_an_environment_with_an_old_sglang_or_none_is_refused_before_anything_st
     assert not (tmp_path / "servers").exists()
 
 
+def test_an_option_that_sglang_lacks_is_refused_with_the_nearest_before_anything_starts(tmp_path):
+    """The same message at once, not 28 s later from a server; what only SGLang's parser knows is asked of it."""
+    told = r"server_args holds mem-fraction, no-such, but SGLang 0\.5\.21 of .* mem-fraction: mem-fraction-static; no-such: "
+    with pytest.raises(ConfigError, match=told):
+        start(tmp_path, server_args={"mem_fraction": 0.8, "no-such": 1, "of-a-plugin": 1})
+    with pytest.raises(ConfigError, match="disable-cuda-graph takes true or false, not 'decode'"):
+        start(tmp_path, server_args={"disable-cuda-graph": "decode"})
+    assert not list(tmp_path.glob("servers/*.log"))
+
+
+def test_every_kind_of_option_reaches_the_server(tmp_path):
+    """Also those that SGLang refuses in its YAML, which is why only the keys are in there."""
+    given = {"--mem_fraction_static": -0.5, "disable-cuda-graph": True, "cuda-graph-bs-decode": [1, 2]}
+    given |= {"lora-strict-loading": False, "log-level": "error", "max-running-requests": None}
+    with engine(tmp_path, server_args=given | {"max-total-tokens": 100}):
+        written = (tmp_path / "servers/server-0.args").read_text().splitlines()
+    expected = ["--log-level=error", "--max-total-tokens=100", "--mem-fraction-static=-0.5", "--disable-cuda-graph"]
+    assert set(expected) < set(written) and "--no-lora-strict-loading" in written
+    assert written[written.index("--cuda-graph-bs-decode") :][:3] == ["--cuda-graph-bs-decode", "1", "2"]
+    assert not any("max-running-requests" in word for word in written)
+
+
 def test_a_taken_port_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -143,15 +165,16 @@ def test_a_server_that_ends_while_it_starts_leaves_its_last_words(tmp_path):
 def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
     with engine(tmp_path, num_servers=2) as made:
         folder = tmp_path / "servers"
-        private = ["keys.json", "server-0.yaml", "server-1.yaml", "server-0.log", "server-1.log"]
+        private = ["keys.json", *(f"server-{number}.{kind}" for number in range(2) for kind in ("yaml", "args", "log"))]
         assert {stat.S_IMODE((folder / name).stat().st_mode) for name in private} == {0o600}
         keys = json.loads((folder / "keys.json").read_text())
         assert len(set(keys.values())) == 2 and min(map(len, keys.values())) >= 32
         command = Path(f"/proc/{made._processes[0].pid}/cmdline").read_text()
         assert "launch_server" in command and not any(key in command for key in keys.values())
-        arguments = yaml.safe_load((folder / "server-1.yaml").read_text())
-        assert arguments["host"] == "127.0.0.1" and arguments["load-format"] == "dummy"
-        assert arguments["attention-backend"] == "torch_native" and arguments["max-total-tokens"] == 40000
+        arguments = (folder / "server-1.args").read_text().splitlines()
+        assert {"--host=127.0.0.1", "--load-format=dummy", "--skip-tokenizer-init"} <= set(arguments)
+        assert {"--attention-backend=torch_native", "--max-total-tokens=40000"} <= set(arguments)
+        assert set(yaml.safe_load((folder / "server-1.yaml").read_text())) == {"api-key", "admin-api-key"}
         assert json.loads((folder / "model/config.json").read_text())["eos_token_id"] == [STOP]
 
 
@@ -205,7 +228,8 @@ BAD_SETTINGS = {
     "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
     "host node does not go with placement local": dict(host="node"),
     "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
-    "server_args holds api_key, tp-size": dict(server_args={"api_key": "x", "tp-size": 2}),
+    "server_args holds api-key, tp-size": dict(server_args={"api_key": "x", "--tp-size": 2}),
+    "server_args names one option twice: max_x, max-x": dict(server_args={"max_x": 1, "max-x": 2}),
 }
 
 
@@ -243,7 +267,7 @@ def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch
 def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
     """The second server ends while the first one is up."""
     script, was_up = fake_python(tmp_path), tmp_path / "up"
-    fails = f"""case "$*" in *server-1.yaml) while [ ! -e "{was_up}" ]; do sleep 0.1; done; exit 1;; esac\n"""
+    fails = f"""case "$*" in *server-1.yaml*) while [ ! -e "{was_up}" ]; do sleep 0.1; done; exit 1;; esac\n"""
     script.write_text(script.read_text().replace("FAKE_VERSION", f"{fails}FAKE_VERSION", 1))
     first = tmp_path / "servers/server-0.yaml"
 
