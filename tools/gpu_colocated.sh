@@ -1,16 +1,30 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and SGLang: six DAPO steps with a server on the trainer's own GPU, in bf16 by two ways of sync and
-# with block-FP8 rollouts. Prints what turns and sync took and how far server and actor disagree, and writes that as JSON.
-#   tools/gpu_colocated.sh [RESULTS [OVERRIDE…]]       RESULTS: folder of the JSON (kernels/results)
-# PYTHON: the trainer's interpreter; SGLANG_PYTHON: the one that has SGLang. The model is random, in Qwen2.5-0.5B's shapes, or
-# what SHAPES (JSON, keys of config.json) says. DEVICE=cpu rehearses it without a GPU, in fp32.
+# On a machine with a GPU and SGLang: a few DAPO steps with a server on the trainer's own GPU, once for each way that is named.
+#   tools/gpu_colocated.sh RESULTS [WAY…]      RESULTS: the JSON-lines file that gets a row as soon as a way is done
+# Ways, in this order where none is named: ipc (the test of CUDA IPC), fp8-disk and fp8-tensor (block-FP8 rollouts by two ways
+# of sync), graphs (bf16 with CUDA graphs, whose memory is released too); and bf16-disk, bf16-tensor. One is ok when all its
+# steps were done and no server was restarted or left out. The exit status is 1 when one is not.
+# Environment:
+#   PYTHON         the trainer's interpreter
+#   SGLANG_PYTHON  the one that has SGLang; or SGLANG_SITE, a folder of unpacked wheels for the trainer's
+#   STEPS (3), LIMIT_S (150: a way's time limit), OVERRIDES (more settings), SHAPES (JSON, keys of config.json; else
+#   Qwen2.5-0.5B's; the weights are random), DEVICE (cpu rehearses the ways cpu-disk and cpu-tensor in fp32)
 set -euo pipefail
+results=$(realpath -m "${1:?RESULTS}")
+shift
 cd "$(dirname "$0")/.."
-results=${1:-kernels/results}
-shift $(( $# < 1 ? $# : 1 ))
 python=${PYTHON:-python3} device=${DEVICE:-cuda}
+[ $# -gt 0 ] || set -- ipc fp8-disk fp8-tensor graphs
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+mkdir -p "$(dirname "$results")"
+
+if [ -n "${SGLANG_SITE:-}" ]; then
+  SGLANG_PYTHON=$work/python  # a libcudnn that the trainer preloads is not for the server, and CUDA_HOME is for its nvcc
+  printf '#!/bin/sh\nunset LD_PRELOAD\nexport PYTHONPATH=%q CUDA_HOME=%q\nexec %q "$@"\n' \
+    "$SGLANG_SITE" "${CUDA_HOME:-/usr/local/cuda}" "$(command -v "$python")" >"$SGLANG_PYTHON"
+  chmod +x "$SGLANG_PYTHON"
+fi
 "$python" examples/arithmetic.py --out "$work/arithmetic" >"$work/log"
 "$python" - "$work/arithmetic/model/config.json" <<'PY'
 import json, os, pathlib, sys
@@ -21,44 +35,63 @@ shapes = json.loads(os.environ.get("SHAPES") or "null") or qwen | {"max_position
 path.write_text(json.dumps({**json.loads(path.read_text()), **shapes}))
 PY
 
-run() { # NAME OVERRIDE…
-  "$python" -m dapo_mcore.train examples/quickstart.yaml name="$1" output_dir="$work/runs" parallel.tensor_parallel=1 \
-    model.path="$work/arithmetic/model" data.files="[$work/arithmetic/train.jsonl]" warm_start=null eval.sets={} \
-    num_rollout_steps=6 sampling.style=none rollout.max_response_tokens=512 optimizer.lr=1e-6 checkpoint.export_at_end=false \
+train() { # WAY OVERRIDE…
+  timeout -k 10 "${LIMIT_S:-150}" "$python" -m dapo_mcore.train examples/quickstart.yaml name="$1" output_dir="$work/runs" \
+    parallel.tensor_parallel=1 model.path="$work/arithmetic/model" data.files="[$work/arithmetic/train.jsonl]" \
+    warm_start=null eval.sets={} num_rollout_steps="${STEPS:-3}" rollout.max_response_tokens=512 optimizer.lr=1e-6 \
+    sampling.style=none sampling.gen_batch_prompts=8 sampling.train_batch_prompts=8 checkpoint.export_at_end=false \
     rollout.engine=sglang rollout.sglang.colocated=true rollout.sglang.device="$device" \
-    ${SGLANG_PYTHON:+rollout.sglang.python="$SGLANG_PYTHON"} "${@:2}" 1>&2 || failed+=("$1")
+    ${SGLANG_PYTHON:+rollout.sglang.python="$SGLANG_PYTHON"} "${@:2}" ${OVERRIDES:-} >"$work/$1.log" 2>&1
 }
-failed=()
-if [ "$device" = cuda ]; then
-  gpu='{mem-fraction-static: 0.6, attention-backend: fa3, sampling-backend: pytorch}'
-  run bf16 model.dtype=bf16 "rollout.sglang.server_args=$gpu" "$@"
-  run bf16-tensor model.dtype=bf16 rollout.sglang.sync=tensor "rollout.sglang.server_args=$gpu" "$@"
-  run fp8 model.dtype=bf16 rollout.sglang.quantize=fp8 "rollout.sglang.server_args=$gpu" "$@"
-else
-  run fp32 model.dtype=fp32 "$@"
-fi
 
-"$python" - "$work/runs" "$results" <<'PY'
-import json, pathlib, platform, statistics, subprocess, sys
+gpu() { # SERVER_ARGUMENTS
+  echo "rollout.sglang.server_args={mem-fraction-static: 0.5, attention-backend: fa3, sampling-backend: pytorch, $1}"
+}
+
+row() { # WAY STATUS SECONDS
+  "$python" - "$work" "$results" "${STEPS:-3}" "$@" <<'PY'
+import json, os, pathlib, platform, statistics, subprocess, sys
 
 import torch
 
-runs, results = map(pathlib.Path, sys.argv[1:])
+work, results = map(pathlib.Path, sys.argv[1:3])
+steps, way, status, seconds = int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+folder = work / "runs" / way
+metrics, log = folder / "metrics.jsonl", folder / "servers/server-0.log"
+rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+lost = {key: sum(row.get(f"rollout/{key}", 0) for row in rows) for key in ("server_restarts", "servers_excluded")}
+ok = status == 0 and (way == "ipc" or len(rows) == steps and not any(lost.values()))
 wanted = ("sync/", "mismatch/logprob", "mismatch/k3", "time/", "memory/")
-table = {}
-for folder in sorted(runs.iterdir()):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["step"] >= 2]  # the first one warms up
-    names = [name for name in rows[0] if name.startswith(wanted)] if rows else []
-    table[folder.name] = {name: statistics.median(row[name] for row in rows) for name in names}
-machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+later = [row for row in rows if row["step"] >= 2]  # the first step warms up
+medians = {name: statistics.median(row[name] for row in later) for name in (later or [{}])[0] if name.startswith(wanted)}
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-about = {"machine": machine, "torch": torch.__version__, "commit": commit, "what": "medians over steps 2 to 6"}
-results.mkdir(parents=True, exist_ok=True)
-target = results / f"colocated-{machine.replace(' ', '-')}.json"
-target.write_text(json.dumps({**about, "runs": table}, indent=1))
-for name in sorted({name for row in table.values() for name in row}):
-    print(f"{name:32}", *(f"{run} {row.get(name, float('nan')):.4g}" for run, row in table.items()), sep="  ")
-print(target)
+commit = commit or os.environ.get("DAPO_MCORE_BENCH_COMMIT", "")
+machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+about = {"machine": machine, "torch": torch.__version__, "commit": commit}
+row = {"run": way, "ok": ok, "status": status, "seconds": seconds, "steps": len(rows), **lost, **about, **medians}
+if not ok:
+    tails = {"said": work / f"{way}.log", "server_said": log}
+    row |= {key: path.read_text(errors="replace").splitlines()[-6:] for key, path in tails.items() if path.exists()}
+with results.open("a") as file:
+    file.write(json.dumps(row) + "\n")
+print(f"{way}: {'ok' if ok else 'FAILED'} after {seconds} s,", ", ".join(f"{key} {value:g}" for key, value in lost.items()))
+sys.exit(not ok)
 PY
-[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
+}
+
+failed=0
+for way; do
+  start=$SECONDS status=0
+  case $way in
+    ipc) "$python" -m pytest -q -m gpu tests/rollout/sglang/test_tensor.py >"$work/ipc.log" 2>&1 || status=$? ;;
+    fp8-*) train "$way" model.dtype=bf16 rollout.sglang.sync="${way#*-}" rollout.sglang.quantize=fp8 \
+      "$(gpu 'disable-cuda-graph: true')" || status=$? ;;
+    bf16-*) train "$way" model.dtype=bf16 rollout.sglang.sync="${way#*-}" "$(gpu 'disable-cuda-graph: true')" || status=$? ;;
+    graphs) train "$way" model.dtype=bf16 rollout.sglang.sync=tensor \
+      "$(gpu 'cuda-graph-backend-prefill: disabled, cuda-graph-max-bs-decode: 128')" || status=$? ;;
+    cpu-*) train "$way" model.dtype=fp32 rollout.sglang.sync="${way#*-}" || status=$? ;;
+    *) echo "$0: no way $way" >&2; exit 2 ;;
+  esac
+  row "$way" "$status" $((SECONDS - start)) || failed=1
+done
+exit $failed
