@@ -43,8 +43,8 @@ from dapo_mcore.weights.checkpoint_folder import (
     step_of,
     sync_to_disk,
 )
-from dapo_mcore.weights.hf_io import write_model_files
 from dapo_mcore.weights.megatron_io import MEGATRON
+from dapo_mcore.weights.model_files import write_model_files
 from dapo_mcore.weights.run_state import (
     ARRAYS_FILE,
     FORMAT,

@@ -25,9 +25,7 @@ from dapo_mcore.weights.families import EMBEDDING, OUTPUT
 from dapo_mcore.weights.hf_io import (
     INDEX,
     SHARD_BYTES,
-    TOKENIZER_FILES,
     SafetensorsReader,
-    copy_files,
     plan_files,
     tensor_groups,
     write_index,
@@ -44,6 +42,7 @@ from dapo_mcore.weights.mapping import (
     row_ranges,
 )
 from dapo_mcore.weights.megatron_io import MEGATRON, MegatronReader, is_megatron_folder
+from dapo_mcore.weights.model_files import copy_model_files
 from dapo_mcore.weights.nearby import check_model_folder
 from dapo_mcore.weights.safetensors_file import SafetensorsWriter
 from dapo_mcore.weights.shape import WeightShape, weight_shape
@@ -137,7 +136,7 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
     ]
     job = Job(out, files, inputs=[*reader.paths, source / "config.json"], options=[*map(str, vars(cut).items())])
     with without_crc(), job.run(report) as (folder, notes):
-        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
+        copy_model_files(source, folder)
         chunks = [StoredChunk(*map(_tuple, entry)) for note in notes for entry in note]
         places = [(parameter, checkpoint_place(parameter, shape)) for parameter in parameters(shape)]
         dtypes = {place.key: reader.dtype(parameter.hf[0]) for parameter, place in places}
@@ -157,7 +156,7 @@ def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHAR
     stored = [source / MEGATRON / ".metadata", *sorted((source / MEGATRON).glob("*.distcp")), source / "config.json"]
     job = Job(out, files, inputs=stored, options=[str(shard_bytes)])
     with job.run(report) as (folder, _):
-        copy_files(source, folder, ("config.json", *TOKENIZER_FILES))
+        copy_model_files(source, folder)
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, plan)
 

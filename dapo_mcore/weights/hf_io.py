@@ -6,11 +6,10 @@ renamed when whole, so a model folder is never half written.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,10 @@ from dapo_mcore.config import ModelConfig
 from dapo_mcore.errors import CheckpointError
 from dapo_mcore.weights.mapping import Parameter, hf_shapes, parameters
 from dapo_mcore.weights.megatron_io import MegatronReader, is_megatron_folder
+from dapo_mcore.weights.model_files import write_model_files
 from dapo_mcore.weights.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from dapo_mcore.weights.shape import WeightShape, weight_shape
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "tokenizer.model.v3", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPORT = ".dapo_mcore.json"
 """In each folder of save_hf_folder from its first moment on: the rollout step of its weights, and that it is ours."""
@@ -163,21 +159,6 @@ def write_index(folder: Path, files: Files) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def write_model_files(folder: Path, hf_config: Any, dtype: torch.dtype, source: Path) -> None:
-    """All that is no weight: config.json, which names the dtype of the weights, and the tokenizer files of `source`."""
-    config = copy.deepcopy(hf_config)
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    copy_files(source, folder)
-
-
-def copy_files(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
-    """Copies those of the named files that `source` has."""
-    for name in names:
-        if (file := source / name).is_file():
-            shutil.copyfile(file, folder / name)
-
-
 def save_hf_folder(
     weights: Iterator[tuple[str, torch.Tensor]],
     folder: Path,
@@ -189,7 +170,7 @@ def save_hf_folder(
     step: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config, tokenizer files and sharded safetensors; rank 0 only. Replaces an earlier export when whole.
+    """Writes config, the other files of `source` (model_files.py) and sharded safetensors; rank 0 only. Replaces an earlier export when whole.
 
     step  rollout steps done, for `exported_step`.
 

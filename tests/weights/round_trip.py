@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dapo_mcore.weights.convert import Cut, hf_to_mcore, mcore_to_hf
 from dapo_mcore.weights.job import NoReport
+from dapo_mcore.weights.model_files import both_spellings
 from tests.weights.conftest import TEXTS
 
 Folders = Callable[..., Path]
@@ -32,7 +33,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_model(ours: Path, theirs: Path) -> None:
-    """Names, dtypes, shapes and bytes of all tensors, and every other file but the index."""
+    """Names, dtypes, shapes and bytes of all tensors, every other file but the index, and all settings."""
     found, expected = tensors_of(ours), tensors_of(theirs)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -40,8 +41,14 @@ def assert_same_model(ours: Path, theirs: Path) -> None:
         assert torch.equal(raw(found[name]), raw(tensor)), name
     others = [path.name for path in theirs.iterdir() if "safetensors" not in path.name]
     assert {path.name for path in ours.iterdir() if "safetensors" not in path.name} == set(others)
-    assert [name for name in others if (ours / name).read_bytes() != (theirs / name).read_bytes()] == []
+    differing = [name for name in others if (ours / name).read_bytes() != (theirs / name).read_bytes()]
+    assert set(differing) <= {"config.json"}
+    assert both_spellings(config_of(theirs)) == config_of(ours)
     assert {"config.json", "generation_config.json", *TEXTS} <= set(others)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_bytes())
 
 
 def round_trip(source: Path, work: Path, cut: Cut = WHOLE, shard_bytes: int = ONE_FILE) -> Path:
