@@ -21,6 +21,7 @@ from dapo_mcore.config import Config
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.weights.mapping import WeightReader, find_parameter, import_parameter
 from dapo_mcore.weights.shape import WeightShape, padded_vocab_size
+from dapo_mcore.weights.tensor_check import FiniteReader
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
@@ -58,8 +59,11 @@ class PolicyModel(GPTModel):
         return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
     def load_weights(self, reader: WeightReader, shape: WeightShape, layout: Layout) -> None:
-        """Fills `named_weights` from HF tensors, reading only this rank's slices."""
-        names = self.global_parameter_names()
+        """Fills `named_weights` from HF tensors, reading only this rank's slices.
+
+        Raises CheckpointError for NaN and infinite values in them, ConfigError where they do not fit.
+        """
+        names, reader = self.global_parameter_names(), FiniteReader(reader)
         with torch.no_grad():
             for name, weight in self.named_weights():
                 parameter = find_parameter(names[name], shape)

@@ -21,11 +21,12 @@ from dapo_mcore.actor.architecture import read_architecture
 from dapo_mcore.config import ModelConfig
 from dapo_mcore.data.model_folder import load_hf_config
 from dapo_mcore.errors import CheckpointError, ConfigError
-from dapo_mcore.weights.families import EMBEDDING, OUTPUT
+from dapo_mcore.weights.families import EMBEDDING
 from dapo_mcore.weights.hf_io import (
     INDEX,
     SHARD_BYTES,
     SafetensorsReader,
+    open_stored,
     plan_files,
     tensor_groups,
     write_index,
@@ -33,7 +34,6 @@ from dapo_mcore.weights.hf_io import (
 from dapo_mcore.weights.job import Job, OutputFile, Report
 from dapo_mcore.weights.mapping import (
     Parameter,
-    check_shapes,
     checkpoint_place,
     import_parameter,
     import_rows,
@@ -49,10 +49,6 @@ from dapo_mcore.weights.shape import WeightShape, weight_shape
 from dapo_mcore.weights.torch_dist import StoredChunk, without_crc, write_chunk, write_metadata
 
 Reader = SafetensorsReader | MegatronReader
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REBUILT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-"""Ends of names of buffers that old checkpoints carry and every model makes anew."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +71,9 @@ def open_model(folder: Path) -> tuple[Reader, WeightShape]:
     hf_config = load_hf_config(ModelConfig(path=str(folder)))
     read_architecture(hf_config, longest_sequence=0)  # what training would refuse is refused now
     shape = weight_shape(hf_config, 1)
-    if is_megatron_folder(folder):
-        return MegatronReader(folder, shape), shape
-    reader = SafetensorsReader(folder)
-    check_tensors(reader, shape)
+    reader = open_stored(folder, hf_config)
+    if isinstance(reader, SafetensorsReader):
+        _check_one_dtype(reader, shape)
     return reader, shape
 
 
@@ -86,40 +81,17 @@ def num_bytes(reader: Reader, name: str) -> int:
     return torch.Size(reader.shape(name)).numel() * reader.dtype(name).itemsize
 
 
-def check_tensors(reader: Reader, shape: WeightShape) -> None:
-    """Raises CheckpointError for missing, unexpected, misshapen or mixed tensors."""
-    expected = [name for parameter in parameters(shape) for name in parameter.hf]
-    extra = set(reader.names) - set(expected)
-    extra -= {name for name in extra if name.endswith(REBUILT) or (shape.tied and name == "lm_head.weight")}
-    if extra:
-        raise CheckpointError(
-            f"{reader.folder} holds {len(extra)} tensors that {shape.architecture} has not, such as {min(extra)}; "
-            f"config.json and weights belong to different models"
-        )
+def _check_one_dtype(reader: SafetensorsReader, shape: WeightShape) -> None:
+    """Raise CheckpointError where tensors differ in type: a checkpoint's stacked tensors have one."""
+    common = reader.dtype(EMBEDDING.hf[0])
     for parameter in parameters(shape):
-        check_shapes(parameter, reader, shape)
-    _check_tied(reader, shape)
-    for parameter in parameters(shape):
-        _check_dtypes(parameter, reader, reader.dtype(expected[0]))
-
-
-def _check_dtypes(parameter: Parameter, reader: Reader, common: torch.dtype) -> None:
-    allowed = {common, torch.float32} if parameter.rule.float32 else {common}
-    for name in parameter.hf:
-        if reader.dtype(name) not in allowed or common not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{name} is {reader.dtype(name)}, {EMBEDDING.hf[0]} is {common}; all must be one of float32, bfloat16, "
-                f"float16"
-            )
-
-
-def _check_tied(reader: Reader, shape: WeightShape) -> None:
-    """Raises CheckpointError for a stored output head that is not the embedding: transformers would not tie them."""
-    head, embedding = OUTPUT.hf[0], EMBEDDING.hf[0]
-    if shape.tied and head in reader.names and not torch.equal(reader.read(head), reader.read(embedding)):
-        raise CheckpointError(
-            f"{head} differs from {embedding}, but config.json says tie_word_embeddings true; set it false, or remove one"
-        )
+        allowed = {common, torch.float32} if parameter.rule.float32 else {common}
+        for name in parameter.hf:
+            if reader.dtype(name) not in allowed:
+                raise CheckpointError(
+                    f"{name} is {reader.dtype(name)}, {EMBEDDING.hf[0]} is {common}; all must be one of float32, "
+                    f"bfloat16, float16"
+                )
 
 
 def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:

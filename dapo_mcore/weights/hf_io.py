@@ -22,6 +22,7 @@ from dapo_mcore.weights.megatron_io import MegatronReader, is_megatron_folder
 from dapo_mcore.weights.model_files import write_model_files
 from dapo_mcore.weights.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from dapo_mcore.weights.shape import WeightShape, weight_shape
+from dapo_mcore.weights.tensor_check import check_tensors, check_tied
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPORT = ".dapo_mcore.json"
@@ -121,12 +122,23 @@ class RandomReader:
 
 
 def open_weights(model: ModelConfig, hf_config: Any, seed: int) -> SafetensorsReader | MegatronReader | RandomReader:
-    """The reader of the starting weights that the model section asks for: an HF folder, or one that convert.py made."""
-    if model.init == "random":
-        return RandomReader(hf_config, seed)
-    if is_megatron_folder(folder := Path(model.path)):
-        return MegatronReader(folder, weight_shape(hf_config, 1))
-    return SafetensorsReader(folder)
+    """The reader of the starting weights that the model section asks for. Raises CheckpointError as open_stored does."""
+    return RandomReader(hf_config, seed) if model.init == "random" else open_stored(Path(model.path), hf_config)
+
+
+def open_stored(folder: Path, hf_config: Any) -> SafetensorsReader | MegatronReader:
+    """The reader of a model folder whose tensors fit the config: a Hugging Face folder, or one that convert.py made.
+
+    Raises CheckpointError, naming the file and the tensor, for tensors that are missing, unexpected, misshapen or quantized.
+    Only headers are read (and the output head of a model that ties it, where one is stored).
+    """
+    shape = weight_shape(hf_config, 1)
+    if is_megatron_folder(folder):
+        return MegatronReader(folder, shape)
+    reader = SafetensorsReader(folder)
+    check_tensors(reader, shape, num_mtp_layers=getattr(hf_config, "num_nextn_predict_layers", 0))
+    check_tied(reader, shape)
+    return reader
 
 
 def plan_files(groups: Iterable[Mapping[str, TensorInfo]], shard_bytes: int = SHARD_BYTES) -> Files:

@@ -12,9 +12,11 @@ import ctypes
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +95,7 @@ class SafetensorsFile:
                 f"{self.path} is truncated: its header does not fit into {self._size} bytes; fetch it again"
             )
         try:
-            header = json.loads(self._file.read(length))
+            header = json.loads(self._file.read(length), object_pairs_hook=_unrepeated)
             header.pop("__metadata__", None)
             tensors = {name: _parse(name, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,10 +106,21 @@ class SafetensorsFile:
                 raise CheckpointError(
                     f"{self.path} is truncated: {name} ends at byte {end}, but the file has {self._size}; fetch it again"
                 )
+        self._check_overlap(tensors)
         held, named = self._size - self._data, sum(info.nbytes for info in tensors.values())
         if held != named:
             raise CheckpointError(f"{self.path} has {held} bytes of data, but its tensors {named}; fetch it again")
         return tensors
+
+    def _check_overlap(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Raise CheckpointError for two tensors that share bytes."""
+        ordered = sorted((info.start, info.start + info.nbytes, name) for name, info in tensors.items() if info.nbytes)
+        for (_, end, before), (start, _, name) in pairwise(ordered):
+            if start < end:
+                raise CheckpointError(
+                    f"{self.path} has a broken header: {name} begins at byte {start}, but {before} ends at byte {end}; "
+                    f"fetch it again"
+                )
 
 
 class SafetensorsWriter:
@@ -145,6 +158,13 @@ class SafetensorsWriter:
                     f"{self.path} lacks {len(self._left)} of its tensors: {', '.join(list(self._left)[:3])} …"
                 )
             os.fsync(self._file.fileno())
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object. Raises ValueError for a key given twice, of which JSON would silently keep the last."""
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{repeated[0]} is given twice")
+    return dict(pairs)
 
 
 def _parse(name: str, entry: dict) -> TensorInfo:

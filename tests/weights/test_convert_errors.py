@@ -61,11 +61,11 @@ TENSOR_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = 
     ),
     "int8": (
         lambda state: state.update({name: tensor.to(torch.int8) for name, tensor in state.items()}),
-        r"embed_tokens\.weight is torch\.int8, .* all must be one of float32, bfloat16, float16",
+        r"embed_tokens\.weight is int8, but weights must be float32, bfloat16 or float16; give the model's unquantized",
     ),
     "float8": (
         lambda state: state.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}),
-        r"embed_tokens\.weight is torch\.float8_e4m3fn",
+        r"embed_tokens\.weight is float8_e4m3fn, but",
     ),
 }  # fmt: skip
 

@@ -159,11 +159,21 @@ def header(**changes: object) -> bytes:
         (header(data_offsets=[-8, 0]), "needs 8 bytes"),
         (header(shape=[-2, -1]), "shape"),
         (header(shape=["2"]), "TypeError"),
+        (b'{"a": 1, "a": 2}', "a is given twice"),
     ],
 )
 def test_broken_headers(tmp_path: Path, text: bytes, told: str) -> None:
     (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(CheckpointError, match=rf"has a broken header: .*{told}"):
+        SafetensorsFile(tmp_path / "file")
+
+
+def test_tensors_that_share_bytes(tmp_path: Path) -> None:
+    """Eight bytes each, four of them the same; four that are nobody's make the sum right."""
+    entry = {"dtype": "F32", "shape": [2]}
+    text = json.dumps({"a": entry | {"data_offsets": [0, 8]}, "b": entry | {"data_offsets": [4, 12]}}).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(CheckpointError, match="b begins at byte 4, but a ends at byte 8; fetch it again"):
         SafetensorsFile(tmp_path / "file")
 
 
