@@ -1,12 +1,11 @@
 """Megatron's TransformerConfig: what the model is, what the mesh needs, how layers are made, then the user's own fields.
 
-Change here: which of Megatron's options the project decides, and what a mesh must fulfil for a model.
+Change here: which of Megatron's options the project decides, and what a mesh must fulfil for a model. Which of the others a
+user may set: megatron_fields.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from dapo_mcore.actor.architecture import Architecture
 from dapo_mcore.actor.layers import uses_transformer_engine
+from dapo_mcore.actor.megatron_fields import check_fields
 from dapo_mcore.config import Config, ParallelConfig
 from dapo_mcore.errors import ConfigError, listed
 
@@ -25,7 +25,6 @@ _STAGE_FIELDS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
-_AUXILIARY_LOSSES = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
 
 
 def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
@@ -40,11 +39,13 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
         **_recompute(config.model.recompute),
         "moe_router_load_balancing_type": "none",
     }
-    chosen = _passthrough(config.megatron, owned, kind)
+    engine = owned["transformer_impl"] == "transformer_engine"
+    check_fields(config.megatron, engine=engine, owned=owned)
+    chosen = config.megatron
     try:
         built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
         _check_stages(built)
-    except (ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core refuses the configuration (megatron section: {chosen}): {error}") from error
     return built
 
@@ -196,23 +197,3 @@ def _recompute(mode: str) -> dict[str, Any]:
     if mode == "selective":
         return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-
-
-def _passthrough(extra: dict[str, Any], owned: dict[str, Any], kind: type[TransformerConfig]) -> dict[str, Any]:
-    """The user's `megatron` section. Raises ConfigError for unknown keys and for keys that other sections decide."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    for key, value in extra.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"megatron.{key} is not a field of megatron-core's TransformerConfig{hint}")
-        if key in _AUXILIARY_LOSSES:
-            raise ConfigError(
-                f"megatron.{key} {value!r} is refused: a router's auxiliary loss would be multiplied by the tokens of "
-                f"each micro-batch and divided by nothing, so its weight would depend on the packing; leave it out"
-            )
-        if key in owned:
-            raise ConfigError(
-                f"megatron.{key} is decided by the model, parallel and batch sections (here {owned[key]!r}); set it there"
-            )
-    return extra

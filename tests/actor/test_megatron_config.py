@@ -129,18 +129,27 @@ def test_interleaved_pipelines_are_refused():
         built(mesh=Mesh(pipeline=2), megatron={"pipeline_model_parallel_layout": layout})
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("hidden_siz", 64, r"megatron\.hidden_siz is not a field .*did you mean 'hidden_size'"),
-        ("hidden_size", 64, r"megatron\.hidden_size is decided by .*here 64"),
-        ("moe_aux_loss_coeff", 0.01, r"megatron\.moe_aux_loss_coeff 0\.01 is refused: .* depend on the packing"),
-        ("moe_z_loss_coeff", 0.001, r"megatron\.moe_z_loss_coeff"),
-    ],
-)
-def test_megatron_section_refuses_what_it_may_not_set(key, value, message):
-    with pytest.raises(ConfigError, match=message):
-        built("mixtral", megatron={key: value})
+def test_a_field_that_the_model_decides_is_refused_with_its_value():
+    with pytest.raises(ConfigError, match=r"megatron\.hidden_size 64 is decided by .*here 64"):
+        built("mixtral", megatron={"hidden_size": 64})
+
+
+def test_fp8_without_transformer_engine_is_refused_before_the_model_is_built():
+    with pytest.raises(ConfigError, match=r"megatron\.fp8 'e4m3' would change nothing"):
+        built(megatron={"fp8": "e4m3"})
+
+
+def test_the_tables_name_what_other_sections_decide():
+    from dapo_mcore.actor import megatron_config
+    from dapo_mcore.actor.megatron_fields import EFFECTIVE, OWNED, REFUSED
+
+    decided = {"moe_router_load_balancing_type"}
+    for family in families.FAMILIES:
+        config, architecture = make_config(Mesh()), read_architecture(families.hf_config(family), 64)
+        decided |= architecture.fields.keys() | megatron_config._mesh(config.parallel).keys()
+        decided |= megatron_config._implementation(config, architecture).keys()
+    assert decided == OWNED | (decided & REFUSED[next(r for r in REFUSED if "auxiliary" in r)])
+    assert not OWNED & EFFECTIVE
 
 
 def test_transformer_engine_is_refused_where_it_cannot_run():
