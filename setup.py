@@ -20,7 +20,7 @@ setup(
     package_dir={f"dapo_mcore.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in KERNELS},
     install_requires=[
         "torch>=2.11",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",  # 0.17 and later need Python 3.12
         "transformers>=5.12",
         "safetensors>=0.5",
         "pydantic>=2.8",
@@ -38,7 +38,11 @@ setup(
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'", "ray>=2.52", MATH],
         "gpu": ["triton>=3.4"],
-        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        # as megatron-core asks for it: 0.16 below 2.12, later versions without an upper end
+        "te": [
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
+        ],
         "sglang": ["sglang>=0.5.15,<0.5.24"],
         "ray": ["ray>=2.52"],
         "dali": ["nvidia-dali-cuda130>=2.0"],

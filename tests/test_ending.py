@@ -42,7 +42,9 @@ QUIET = (["clean", "at exit"], ["stopped by SIGINT: go on"])
 def ended(script: str) -> tuple[int, list[str], list[str]]:
     """Status, standard output and standard error of a process that runs it."""
     root = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", START + script], cwd=root, capture_output=True, text=True, timeout=60)
+    # Python 3.12 warns at every fork of a process with threads, though the child here only sleeps
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", START + script]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 

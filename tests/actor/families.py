@@ -204,7 +204,10 @@ def compute_in_fp64(model: torch.nn.Module) -> None:
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = types.MethodType(_route, module)
         if type(module).__name__ == "DeepseekV3TopkRouter":
-            module.forward = types.MethodType(_route_deepseek, module)
+            chooses = hasattr(
+                module, "num_group"
+            )  # in transformers 5.12 the layer around it does, in the logits' dtype
+            module.forward = types.MethodType(_route_deepseek if chooses else _router_logits, module)
 
 
 def _route(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -215,9 +218,13 @@ def _route(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return logits, chosen, indices
 
 
+def _router_logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.reshape(-1, self.weight.size(1)) @ self.weight.T
+
+
 def _route_deepseek(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The experts of each token's best groups compete; the bias decides who is chosen, not with which weight."""
-    logits = hidden.reshape(-1, self.weight.size(1)) @ self.weight.T
+    logits = _router_logits(self, hidden)
     scores = logits.sigmoid()
     ranked = (scores + self.e_score_correction_bias).unflatten(-1, (self.num_group, -1))
     groups = ranked.topk(2)[0].sum(-1)
