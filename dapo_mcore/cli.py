@@ -7,11 +7,12 @@ Heavy imports stay inside the functions, so that every subcommand starts quickly
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dapo_mcore.config_file import dump_config, load_config
 from dapo_mcore.errors import DapoError, DataError
@@ -84,6 +85,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--function", default="math_dapo", help="as reward.function in the configuration")
     parser.add_argument("--adapter", default="verl", choices=("verl", "trl"), help="as reward.adapter")
     parser.add_argument("--strict-box", action="store_true", help="as reward.strict_box")
+    parser.add_argument("--row", metavar="JSON", default="{}", help='the data row: {"prompt": [{…}], "solution": "7"}')
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -91,10 +93,23 @@ def _explain(args: argparse.Namespace) -> int:
     from dapo_mcore.reward.explain import explain, explain_other
 
     text = sys.stdin.read() if args.text is None else args.text
-    attempt = Attempt(prompt="", response=text, answer=args.answer)
+    prompt, columns = _row(args.row)
+    messages = prompt if isinstance(prompt, list) else None
+    attempt = Attempt(str(prompt), text, args.answer, extra=columns, messages=messages)
     lines = explain(attempt, args.function, args.adapter, args.strict_box)
     print("\n".join(lines + explain_other(attempt, args.function)))
     return 0
+
+
+def _row(text: str) -> tuple[Any, dict[str, Any]]:
+    """Return the prompt and the other columns of a row, for reward functions that read them."""
+    try:
+        columns = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"--row is not valid JSON: {error}") from error
+    if not isinstance(columns, dict):
+        raise DataError(f"--row must be a JSON object with the row's columns, not {text!r:.80}")
+    return columns.pop("prompt", ""), columns
 
 
 COMMANDS = (

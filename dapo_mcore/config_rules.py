@@ -107,8 +107,8 @@ def _check_generation(c: Config) -> None:
         )
     if ahead and not c.reward.num_workers:
         raise ValueError(
-            "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 would run the reward function in a "
-            "thread of the trainer and hold it up; use at least 1"
+            "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 (the default of math_dapo) would run "
+            "the reward function in a thread of the trainer and hold it up; use at least 1"
         )
     if c.sampling.max_staleness < ahead:
         raise ValueError(

@@ -75,6 +75,24 @@ def test_reward_explain_reads_the_response_from_standard_input(
     assert capsys.readouterr().out.splitlines()[-2] == "score       -1 (wrong)"
 
 
+def test_reward_explain_hands_over_the_row(capsys: pytest.CaptureFixture[str]) -> None:
+    zoo = Path(__file__).parent / "reward" / "plugin_zoo.py"
+    row = '{"prompt": [{"role": "user", "content": "3 + 4?"}], "solution": "7"}'
+    argv = [
+        "reward-explain",
+        "--answer",
+        "7",
+        "--text",
+        "so 7",
+        "--function",
+        f"{zoo}:trl_accuracy",
+        "--adapter",
+        "trl",
+    ]
+    assert main([*argv, "--row", row]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "score       +1 (right)"
+
+
 def test_every_subcommand_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         with pytest.raises(SystemExit) as exit_:

@@ -168,7 +168,7 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (
         [*AHEAD, "algo.tis.mode=mask", "reward.workers=0"],
-        "but reward.workers 0 would run the reward function in a thread",
+        "but reward.workers 0 (the default of math_dapo) would run the reward function in a thread",
     ),
     (AHEAD, "correct for it with algo.tis.mode truncate or mask, or with algo.old_logprobs rollout"),
     (

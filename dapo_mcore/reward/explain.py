@@ -26,11 +26,10 @@ def explain(
 
     Of a user's function only the outcome is known. Raise RewardError when it cannot be loaded.
     """
+    outcome = _grade(attempt, function, adapter, strict_box)
     if function not in _GRADERS:
-        outcome = judged(build_judge(function, adapter, strict_box), attempt)
         lines = [f"function    {function}, called as {adapter}", f"prediction  {outcome.pred!r}"]
     else:
-        outcome = _grade(attempt, function, strict_box)
         shown = _explain_box if strict_box and function == "math_dapo" else _explain_answer
         lines = shown(attempt.response, attempt.answer)
     note = " (reward.on_failure decides what a run does with it)" if outcome.failure else ""
@@ -43,17 +42,17 @@ def explain_other(attempt: Attempt, function: str) -> list[str]:
         return []
     (other,) = set(_GRADERS) - {function}
     try:
-        outcome = _grade(attempt, other, strict_box=False)
+        outcome = _grade(attempt, other, adapter="verl", strict_box=False)
     except RewardError as error:
         return [f"{other:<11} {error}"]
     return [f"{other:<11} {_verdict(outcome)}, prediction {outcome.pred!r}"]
 
 
-def _grade(attempt: Attempt, function: str, strict_box: bool) -> Outcome:
-    """Return the outcome of a built-in grader; math_verify may take for ever, and so has a process with a deadline."""
+def _grade(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> Outcome:
+    """Return the outcome of a function as a run gets it: all but math_dapo have a process with a deadline."""
     if function == "math_dapo":
-        return judged(build_judge(function, "verl", strict_box), attempt)
-    pool = RewardPool(1, function, "verl", strict_box, timeout_seconds=_DEADLINE_S)
+        return judged(build_judge(function, adapter, strict_box), attempt)
+    pool = RewardPool(1, function, adapter, strict_box, timeout_seconds=_DEADLINE_S)
     try:
         (outcome,) = pool.score([attempt])
     finally:

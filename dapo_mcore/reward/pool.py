@@ -26,10 +26,15 @@ from dapo_mcore.reward.worker import LATE_EXIT_CODE
 
 START_SECONDS = 180.0
 """Of a worker to be ready: importing a plug-in may pull in torch or sympy from a cold network disk."""
+HOPELESS = 8
+"""Attempts that may be lost before the first one comes back: a step has thousands, each with a deadline of 30 s."""
 
 
 class RewardPool:
-    """`num_workers` processes. Raises RewardError at once when the function cannot be loaded."""
+    """`num_workers` processes. Raises RewardError at once when the function cannot be loaded.
+
+    So it does where the first HOPELESS attempts all hang, or all end their process.
+    """
 
     def __init__(self, num_workers: int, function: str, adapter: str, strict_box: bool, timeout_seconds: float):
         self._timeout_seconds = timeout_seconds
@@ -40,6 +45,7 @@ class RewardPool:
             "timeout_seconds": timeout_seconds,
         }
         self._workers: list[_Worker] = []
+        self._num_lost, self._has_answered = 0, False
         try:
             for _ in range(num_workers):
                 self._workers.append(_Worker(self._arguments))
@@ -109,6 +115,7 @@ class RewardPool:
         else:
             outcomes[worker.index] = Outcome(**message)
             worker.index = None
+            self._has_answered = True
 
     def _fail(self, worker: _Worker, failure: str, outcomes: dict[int, Outcome]) -> None:
         if not worker.ready:
@@ -118,6 +125,13 @@ class RewardPool:
             )
         assert worker.index is not None
         outcomes[worker.index] = Outcome(failure=failure)
+        self._num_lost += 1
+        if self._num_lost >= HOPELESS and not self._has_answered:
+            raise RewardError(
+                f"reward.function {self._arguments['function']!r} has answered none of its first {self._num_lost} samples "
+                f"(the last: {failure}; reward.timeout_seconds is {self._timeout_seconds:g}); try it on one response with "
+                f"dapo-mcore reward-explain"
+            )
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:

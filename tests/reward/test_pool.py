@@ -79,6 +79,17 @@ def test_a_hanging_or_dying_worker_costs_its_own_sample_only():
         assert workers.score(attempts("score 3")) == [Outcome(3.0, True)]
 
 
+@pytest.mark.parametrize("word", ["spin", "exit 7"])
+def test_a_function_that_never_answers_ends_the_run_before_the_step_is_through(monkeypatch, word: str):
+    monkeypatch.setattr("dapo_mcore.reward.pool.HOPELESS", 3)
+    lost = "timeout" if word == "spin" else "exit: the reward process ended with code 7"
+    told = rf"by_text' has answered none of its first 3 samples \(the last: {lost}; reward.timeout_seconds is 0.2\)"
+    with pool(num_workers=1, timeout_seconds=0.2) as workers, pytest.raises(RewardError, match=told):
+        workers.score(attempts(*[word] * 1000))
+    with pool(num_workers=1, timeout_seconds=0.2) as workers:
+        assert workers.score(attempts("score 1", *[word] * 3))[-1].failure == lost
+
+
 def test_a_controller_held_up_until_a_late_worker_has_ended_itself_still_tells_a_timeout(monkeypatch):
     # as on a starved machine: it looks again only when there is something to read
     monkeypatch.setattr("dapo_mcore.reward.pool.wait", lambda connections, timeout: wait(connections))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dapo_mcore.data.loader import PromptLoader
-from dapo_mcore.errors import RolloutError
+from dapo_mcore.errors import RewardError, RolloutError
 from dapo_mcore.rollout import refill
 from dapo_mcore.rollout.refill import Refill
 from dapo_mcore.rollout.sampler import Collected, Sampler
@@ -309,6 +309,13 @@ def test_the_budget_of_groups_is_max_gen_batches_batches(collect):
     with pytest.raises(RolloutError, match=r"0 of .* after sampling.max_gen_batches 4 .*12 all wrong"):
         sampler.collect(step=0)
     assert len(engine.submitted) == 12
+
+
+def test_a_reward_that_fails_on_every_sample_ends_the_run_with_the_first_batch(collect):
+    sampler, engine = collect(["F"] * 30, one_by_one, train=2, gen_batch_prompts=3, max_gen_batches=4)
+    with pytest.raises(RewardError, match="failed on all 4 samples of rollout step 7; the first: timeout"):
+        sampler.collect(step=7)
+    assert len(engine.submitted) < 12 and engine.running == []
 
 
 def test_groups_older_than_allowed_are_dropped_and_counted(collect):
