@@ -219,8 +219,7 @@ def _step(actor: Any, update: int) -> None:
         rank = layout.expert_tensor_rank if ".experts." in name else layout.tensor_rank if split else 0
         noise = torch.Generator().manual_seed(zlib.crc32(f"{whole} {rank} {update}".encode()))
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=noise))
-    moved, _ = actor.optimizer.step()
-    assert moved
+    actor.optimizer.step(actor.optimizer.prepare())
     actor.num_updates += 1
 
 
