@@ -21,7 +21,7 @@ from dapo_mcore.config import Config
 from dapo_mcore.config_file import dump_config, record_config
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.model_folder import stop_token_ids
-from dapo_mcore.data.prompts import load_prompts
+from dapo_mcore.data.run_data import load_run_data
 from dapo_mcore.eval import EvalResult, evaluate
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.plots import plot_run
@@ -57,10 +57,12 @@ class Controller:
     ):
         self.config, self.progress, self.timer = config, progress, timer
         self.tokenizer = tokenizer
-        self.prompts = load_prompts(config.data, tokenizer, "train")
-        progress.line(self.prompts.describe())
-        self.eval_sets = {name: self._eval_prompts(name) for name in config.eval.sets}
-        self.loader = PromptLoader(self.prompts.prompts, config.seed, config.data.shuffle)
+        resumes = config.checkpoint.resume == "auto" and latest_checkpoint(config.run_dir) is not None
+        self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
+        for line in self.data.lines():
+            progress.line(line)
+        self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
+        self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle)
         ray_address = config.rollout.sglang.ray_address
         self.reward = build_reward(config.reward, config.rollout.max_response_tokens, ray_address)
         # a rollout beside training has a thread of its own, and so its own clock and line on the screen
@@ -120,9 +122,12 @@ class Controller:
         """
         if self.config.checkpoint.export_at_end:
             check_replaceable(final_export(self.config))
-        self.loader.load_state(state.loader)
-        self.sampler.load_state(state.sampler, state.sampler_arrays, {p.uid: p for p in self.prompts.prompts})
+        prompts = {prompt.uid: prompt for prompt in self.data.train.prompts}
+        moved = self.loader.load_state(state.loader)
+        lost = self.sampler.load_state(state.sampler, state.sampler_arrays, prompts)
         self.open_run(resume_step=state.step)
+        for line in filter(None, (moved, lost)):
+            self.progress.line(f"warning: {line}")
 
     def decode(self, token_ids: Any) -> str:
         """Text of a response without special tokens, as reward functions expect it."""
@@ -259,11 +264,6 @@ class Controller:
         if self.sinks is not None:
             self.sinks.close()
 
-    def _eval_prompts(self, name: str) -> Sequence[Prompt]:
-        prompts = load_prompts(self.config.eval.sets[name], self.tokenizer, name)
-        self.progress.line(prompts.describe())
-        return prompts.prompts
-
 
 def final_export(config: Config) -> Path:
     """The folder of the model that a run ends with."""
@@ -305,7 +305,7 @@ def _answers(groups: dict[str, list[Group]], count: int = 4) -> dict[str, str]:
         for group in prompts[:count]:
             sample = group.samples[0]
             verdict = "right" if sample.score.acc else f"wrong, the answer is {group.prompt.answer}"
-            rows[f"{name} {group.prompt.uid.rpartition(':')[2]}"] = (
+            rows[f"{name} {group.prompt.row.rpartition(' ')[2]}"] = (
                 f"{_short(group.prompt.text)} → {_short(sample.text)}  ({verdict})"
             )
     return rows

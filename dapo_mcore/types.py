@@ -21,13 +21,15 @@ FinishReason = Literal["stop", "length", "abort"]
 class Prompt:
     """One question, rendered to tokens.
 
-    uid        names the row for the whole run (`train:17`); groups are formed by it, never by equal text.
+    uid        names the prompt by its content (data/identity.py), unique in its set: a group finds its prompt again by it
+               after a restart, also where rows have moved.
     token_ids  int32 [T], what the engine is given: `[1, 50, 12]`.
     text       the same, as a person reads it.
     answer     ground truth handed to the reward function.
     source     name of the data set, for reward functions that dispatch on it.
     extra      the row's columns without the prompt; the answer column holds `answer`.
     messages   the prompt as the row has it where that is a chat, [{role, content}, …]; else None.
+    row        where it was read, for people: `train.jsonl row 18`.
     """
 
     uid: str
@@ -37,6 +39,7 @@ class Prompt:
     source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     messages: Sequence[Mapping[str, Any]] | None = None
+    row: str = ""
 
 
 @dataclass(frozen=True, slots=True)

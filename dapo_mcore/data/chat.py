@@ -5,11 +5,13 @@ Change here: how a row's prompt is worded for the model. Rows are read in prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from dapo_mcore.config import DataConfig
@@ -18,24 +20,35 @@ from dapo_mcore.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TEMPLATE_CPU_S = 10.0
+"""A template that computes longer on one prompt never ends, as far as a run is concerned."""
+_MOST_CHARACTERS = 10_000_000
+
 
 class PromptRenderer:
-    """Renders prompts by one data section. Raises ConfigError when the section and the tokenizer do not fit."""
+    """Renders prompts by one data section. Raises ConfigError when the section and the tokenizer do not fit.
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase):
+    section  names the keys in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data"):
         self.config = config
         self.tokenizer = tokenizer
-        self.template = _chat_template(config, tokenizer)
+        self.section = section
+        self.template = _chat_template(config, tokenizer, section)
         if config.add_bos and tokenizer.bos_token_id is None:
-            raise ConfigError("data.add_bos is true, but the tokenizer has no BOS token; set data.add_bos false")
+            raise ConfigError(
+                f"{section}.add_bos is true, but the tokenizer has no BOS token; set {section}.add_bos false"
+            )
         if "{prompt}" not in config.prompt_template:
-            raise ConfigError(f"data.prompt_template {config.prompt_template!r} does not contain {{prompt}}")
+            raise ConfigError(f"{section}.prompt_template {config.prompt_template!r} does not contain {{prompt}}")
 
     def render(self, prompt: Any, where: str) -> tuple[str, np.ndarray]:
         """The text and its token ids, int32 [T], T >= 1.
 
         `prompt` is text or a chat, a list of {role, content}; text under a chat template becomes one user message.
-        `where` names the row in errors. Raises DataError for any other type, a broken chat or a failing template.
+        `where` names the row in errors. Raises DataError for any other type, a broken chat or a failing template, and
+        ConfigError for a template that does not come to an end.
         """
         if self.template is None:
             text, ids = self._render_plain(prompt, where)
@@ -48,8 +61,8 @@ class PromptRenderer:
     def _render_plain(self, prompt: Any, where: str) -> tuple[str, list[int]]:
         if not isinstance(prompt, str):
             raise DataError(
-                f"{where}: the prompt is a {type(prompt).__name__}, not text; "
-                f"set data.chat_template true for chats of {{role, content}}, or name a text column in data.prompt_key"
+                f"{where}: the prompt is a {type(prompt).__name__}, not text; set {self.section}.chat_template true for "
+                f"chats of {{role, content}}, or name a text column in {self.section}.prompt_key"
             )
         text = self.config.prompt_template.replace("{prompt}", prompt)
         ids = self._encode(text, where)
@@ -61,42 +74,115 @@ class PromptRenderer:
         messages = _checked_messages(prompt, where)
         if self.config.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise DataError(f"{where}: the chat template refused the prompt: {error}") from error
+        text = self._apply(messages, where)
+        self._check_nothing_left_out(messages, text, where)
         # The template has written every special token there should be.
         return text, self._encode(text, where)
+
+    def _apply(self, messages: list[dict[str, str]], where: str) -> str:
+        try:
+            with _cpu_limit(_TEMPLATE_CPU_S):
+                text = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                )
+        except TimeoutError as error:
+            raise ConfigError(
+                f"{self.section}.chat_template has not come to an end after {_TEMPLATE_CPU_S:g} s of computing on "
+                f"{where}; correct its loops, or give another template"
+            ) from error
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise DataError(
+                f"{where}: the chat template refused the prompt: {error or type(error).__name__}"
+            ) from error
+        if len(text) > _MOST_CHARACTERS:
+            raise DataError(
+                f"{where}: the chat template made {len(text):,} characters of the prompt, more than {_MOST_CHARACTERS:,}; "
+                f"correct {self.section}.chat_template or the row"
+            )
+        return text
+
+    def _check_nothing_left_out(self, messages: list[dict[str, str]], text: str, where: str) -> None:
+        """Raise DataError for a message that does not change the text: templates pass over roles that they don't know.
+
+        An earlier answer of the assistant may be left out: templates drop its reasoning.
+        """
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant" or message["content"].strip() in text:
+                continue
+            other = [*messages[:number], {**message, "content": "another text"}, *messages[number + 1 :]]
+            if self._apply(other, where) == text:
+                raise DataError(
+                    f"{where}: the chat template leaves out message {number + 1}, whose role is {message['role']!r}; "
+                    f"correct the role, or give a template that knows it in {self.section}.chat_template"
+                )
 
     def _encode(self, text: str, where: str) -> list[int]:
         try:
             return self.tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:  # JSON can spell half a surrogate pair, which is no text
+        except (TypeError, UnicodeError) as error:  # half a surrogate pair, which is no text
             raise DataError(f"{where}: the prompt cannot be tokenized: {error}") from error
 
 
-def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+@contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside the block once this process has computed so long in it; in the main thread only."""
+    if current_thread() is not main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str | None:
     """The Jinja source, or None for plain text."""
     if config.chat_template is False:
         if config.system_prompt is not None:
-            raise ConfigError("data.system_prompt needs a chat template; set data.chat_template, or drop the prompt")
+            raise ConfigError(
+                f"{section}.system_prompt needs a chat template; set {section}.chat_template, or drop the prompt"
+            )
         return None
     if config.add_bos:
-        raise ConfigError("data.add_bos is for plain text; a chat template writes its own BOS: set data.add_bos false")
-    if config.chat_template is True:
-        if tokenizer.chat_template is None:
-            raise ConfigError(
-                "data.chat_template is true, but the tokenizer has none; give the path of a Jinja file, or false"
-            )
-        return tokenizer.get_chat_template()
-    path = Path(config.chat_template)
-    if not path.is_file():
         raise ConfigError(
-            f"data.chat_template {config.chat_template!r} is not a file; give true, false or a Jinja file"
+            f"{section}.add_bos is for plain text; a chat template writes its own BOS: set {section}.add_bos false"
         )
-    return path.read_text(encoding="utf-8")
+    stored = tokenizer.chat_template
+    named = stored if isinstance(stored, Mapping) else {} if stored is None else {"default": stored}
+    name = "default" if config.chat_template is True else config.chat_template
+    if name in named:
+        return named[name]
+    if config.chat_template is not True:
+        return _read_template(Path(name), section, sorted(named))
+    if not named:
+        raise ConfigError(
+            f"{section}.chat_template is true, but the tokenizer has none; give the path of a Jinja file, or false"
+        )
+    raise ConfigError(
+        f"{section}.chat_template is true, but none of the tokenizer's templates is named default; "
+        f"set {section}.chat_template to one of {', '.join(sorted(named))}"
+    )
+
+
+def _read_template(path: Path, section: str, names: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        also = f", or one of the tokenizer's templates: {', '.join(names)}" if names else ""
+        raise ConfigError(
+            f"{section}.chat_template {str(path)!r} is not a file; give true, false or a Jinja file{also}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{section}.chat_template {str(path)!r} cannot be read: {error}; give a Jinja file in UTF-8"
+        ) from error
 
 
 def _checked_messages(prompt: Any, where: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Prompts in a seeded order, epoch after epoch, with a position of two numbers.
+"""Prompts in a seeded order, epoch after epoch, with a position that knows which order it is a place in.
 
 Change here: the order of training prompts. Resume is exact because the order depends on (seed, epoch) alone,
 never on how many prompts were taken at a time.
@@ -7,9 +7,11 @@ never on how many prompts were taken at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from dapo_mcore.data.identity import fingerprint
 from dapo_mcore.errors import CheckpointError, DataError
 from dapo_mcore.types import Prompt
 
@@ -23,6 +25,11 @@ class PromptLoader:
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
+        self._order_of = {
+            "num_prompts": len(prompts),
+            "content": fingerprint(prompt.uid for prompt in prompts),
+            "seed": seed if shuffle else None,
+        }
         self._move_to(epoch=0, offset=0)
 
     def take(self, n: int) -> list[Prompt]:
@@ -37,20 +44,32 @@ class PromptLoader:
                 self._move_to(self._epoch + 1, 0)
         return taken
 
-    def state(self) -> dict[str, int]:
-        """The position: epoch, and offset in prompts within it (0 <= offset < number of prompts)."""
-        return {"epoch": self._epoch, "offset": self._offset}
+    def state(self) -> dict[str, Any]:
+        """The position: epoch, and offset in prompts within it (0 <= offset < number of prompts); and what gives the
+        epochs' orders: the prompts in file order, by number and content, and the seed (None: not shuffled)."""
+        return {"epoch": self._epoch, "offset": self._offset, "order": self._order_of}
 
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Moves to a position that state() gave. Raises CheckpointError when it cannot be one of these prompts."""
-        if set(state) != {"epoch", "offset"} or any(type(value) is not int for value in state.values()):
-            raise CheckpointError(f"a data position is {{epoch, offset}} of two integers, got {dict(state)}")
-        if state["epoch"] < 0 or not 0 <= state["offset"] < len(self._prompts):
+    def load_state(self, state: Mapping[str, Any]) -> str:
+        """Move to a position that `state()` gave, and return why that was impossible, or nothing.
+
+        In another order the offset means other prompts, so a begun epoch is left and the next one begun.
+        Raises CheckpointError for what can be no position.
+        """
+        epoch, offset, stored = state.get("epoch"), state.get("offset"), state.get("order")
+        num_prompts = len(self._prompts) if stored == self._order_of else np.inf
+        if type(epoch) is not int or type(offset) is not int or epoch < 0 or not 0 <= offset < num_prompts:
             raise CheckpointError(
-                f"the data position {dict(state)} does not fit {len(self._prompts)} prompts: epoch must be >= 0 and "
-                f"offset below {len(self._prompts)}; resume with the data files the run was started with"
+                f"a data position is an epoch >= 0 and an offset from 0 to below the {len(self._prompts)} training prompts, "
+                f"but the checkpoint has {dict(state)}; resume from an older checkpoint"
             )
-        self._move_to(state["epoch"], state["offset"])
+        if stored == self._order_of:
+            self._move_to(epoch, offset)
+            return ""
+        self._move_to(epoch + (offset > 0), 0)
+        return (
+            f"{_difference(stored, self._order_of)}, so the checkpoint's place in the data (epoch {epoch}, prompt {offset}) "
+            f"means nothing here: epoch {self._epoch} of these data begins"
+        )
 
     def _move_to(self, epoch: int, offset: int) -> None:
         self._epoch, self._offset = epoch, offset
@@ -66,3 +85,13 @@ def epoch_order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
     """
     keys = np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,))).random_raw(num_prompts)
     return np.argsort(keys, kind="stable")
+
+
+def _difference(stored: Any, own: Mapping[str, Any]) -> str:
+    """What has changed between two orders, as the beginning of a sentence."""
+    if not isinstance(stored, Mapping):
+        return "the checkpoint does not say which training data it belongs to"
+    if stored.get("content") == own["content"]:
+        return f"the order of the training data has changed (seed {stored.get('seed')}, now {own['seed']})"
+    was = stored.get("num_prompts")
+    return f"the training data have changed ({was} prompts, now {own['num_prompts']})"

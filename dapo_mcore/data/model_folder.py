@@ -86,6 +86,21 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, hf_config: Pretrain
         )
 
 
+def max_positions(hf_config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence that engines and actor take: max_position_embeddings, whatever the RoPE scaling.
+
+    Where YaRN reaches further than that number, as in Qwen2.5's recipe, it must be raised in config.json, for SGLang too.
+    Raises ConfigError where the configuration has no such number.
+    """
+    positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ConfigError(
+            f"config.json of a {hf_config.model_type} model must say max_position_embeddings, the longest sequence in "
+            f"tokens, but it is {positions!r}; add it"
+        )
+    return positions
+
+
 def stop_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a response: generation_config.json's eos_token_id (one or a list), then the tokenizer's EOS.
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.config import DataConfig
 from dapo_mcore.data.chat import PromptRenderer
+from dapo_mcore.data.identity import numbered, prompt_uid
 from dapo_mcore.data.rows import Row, lookup, read_rows
 from dapo_mcore.errors import ConfigError, DataError
 from dapo_mcore.types import Prompt
@@ -23,25 +24,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LARGE_SHARE = 0.1
+"""From here on what becomes of rows that do not fit is told as a warning."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptSet:
     """The usable prompts of a data section, and what became of the rows.
 
-    num_rows = len(prompts) + num_bad_rows + num_duplicates + num_dropped; truncated prompts are among the prompts.
-    first_bad_row says where and why, or is empty.
+    section       names the section's keys in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
+    num_rows      = len(prompts) + num_bad_rows + num_duplicates + num_dropped; truncated prompts are among the prompts.
+    longest       tokens of the longest prompt before it was cut or dropped.
+    first_bad_row says where and why, or is empty; so does first_conflict, for prompts with several answers.
     """
 
-    name: str
+    section: str
+    config: DataConfig
     prompts: tuple[Prompt, ...]
     num_rows: int
     num_bad_rows: int
     num_duplicates: int
     num_truncated: int
     num_dropped: int
+    num_conflicts: int
+    longest: int
     first_bad_row: str = ""
+    first_conflict: str = ""
 
     def describe(self) -> str:
-        """One line for the log: `train: 960 rows gave 30 prompts (930 duplicates, 2 cut to the longest length)`."""
+        """One line for the log: `data: 960 rows gave 30 prompts (930 duplicates, 2 cut to the longest length)`."""
         fates = {
             "bad": self.num_bad_rows,
             "duplicates": self.num_duplicates,
@@ -49,106 +60,152 @@ class PromptSet:
             "cut on the left to the longest length": self.num_truncated,
         }
         told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
-        line = f"{self.name}: {self.num_rows} rows gave {len(self.prompts)} prompts" + (f" ({told})" if told else "")
+        line = f"{self.section}: {self.num_rows} rows gave {len(self.prompts)} prompts" + (f" ({told})" if told else "")
         return f"{line}; first bad row: {self.first_bad_row}" if self.first_bad_row else line
 
+    def warnings(self) -> list[str]:
+        """Lines about what is probably a mistake in the data or in the section; usually none."""
+        name, rendered = self.section, len(self.prompts) + self.num_dropped
+        limit = f"longer than {name}.max_prompt_tokens {self.config.max_prompt_tokens} (the longest has {self.longest})"
+        lines = []
+        if self.num_bad_rows >= _LARGE_SHARE * self.num_rows > 0:
+            lines.append(f"{self.num_bad_rows} of {self.num_rows} rows of {name} are unusable and left out")
+        if self.num_truncated >= _LARGE_SHARE * rendered:
+            lines.append(
+                f"{self.num_truncated} of {rendered} prompts of {name} are {limit} and lose their beginning; "
+                f"raise it, or set {name}.on_long_prompt drop"
+            )
+        if self.num_dropped >= _LARGE_SHARE * rendered:
+            lines.append(f"{self.num_dropped} of {rendered} prompts of {name} are {limit} and left out; raise it")
+        if self.num_conflicts:
+            lines.append(
+                f"{self.num_conflicts} prompts of {name} come with another answer than before, and each is asked with both; "
+                f"the first: {self.first_conflict}; correct or remove one of the rows"
+            )
+        if self.config.limit is not None and self.config.limit > len(self.prompts):
+            lines.append(f"{name}.limit is {self.config.limit}, but there are only {len(self.prompts)} prompts")
+        return [f"warning: {line}" for line in lines]
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptSet:
-    """The prompts of `config.files`, in file order, with uid `name:row`; rows count from 0 over all files.
+
+def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> PromptSet:
+    """The prompts of `config.files`, in file order, each with a uid that follows its content.
 
     With `limit`, reading stops once that many prompts are there. Raises DataError for an unreadable file, a bad row
-    (unless on_bad_row is skip), a long prompt (when on_long_prompt is error) or no prompt at all; ConfigError for
-    settings that cannot work, such as an answer_pattern without a group.
+    (unless on_bad_row is skip), a long prompt (when on_long_prompt is error), no prompt at all, or none that is not cut;
+    ConfigError for settings that cannot work, such as an answer_pattern without a group.
     """
-    return _Loading(config, tokenizer, name).run()
+    return _Loading(config, tokenizer, section).run()
 
 
 class _Loading:
     """One pass over the files."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str):
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str):
         self.config = config
         self.tokenizer = tokenizer
-        self.name = name
-        self.renderer = PromptRenderer(config, tokenizer)
-        self.pattern = _compiled(config.answer_pattern)
-        self.seen: set[bytes] = set()
+        self.section = section
+        self.renderer = PromptRenderer(config, tokenizer, section)
+        self.pattern = _compiled(config.answer_pattern, section)
+        self.answers: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
+        self.uids: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.first_bad_row = ""
+        self.longest = 0
+        self.first_bad_row = self.first_conflict = ""
 
     def run(self) -> PromptSet:
         prompts: list[Prompt] = []
-        for index, row in enumerate(read_rows(self.config.files)):
+        for row in read_rows(self.config.files):
             self.counts["rows"] += 1
-            prompt = self._prompt_or_none(index, row)
+            prompt = self._prompt_or_none(row)
             if prompt is not None:
                 prompts.append(prompt)
             if len(prompts) == self.config.limit:
                 break
         result = PromptSet(
-            self.name,
+            self.section,
+            self.config,
             tuple(prompts),
             num_rows=self.counts["rows"],
             num_bad_rows=self.counts["bad"],
             num_duplicates=self.counts["duplicates"],
             num_truncated=self.counts["truncated"],
             num_dropped=self.counts["dropped"],
+            num_conflicts=self.counts["conflicts"],
+            longest=self.longest,
             first_bad_row=self.first_bad_row,
+            first_conflict=self.first_conflict,
         )
-        if not prompts:
-            raise DataError(f"no usable prompt in {', '.join(self.config.files)}: {result.describe()}")
+        self._check_something_left(result)
         return result
 
-    def _prompt_or_none(self, index: int, row: Row) -> Prompt | None:
+    def _check_something_left(self, result: PromptSet) -> None:
+        name, longest = self.section, self.config.max_prompt_tokens
+        remedy = f"raise {name}.max_prompt_tokens from {longest} to at most {self.longest}"
+        if not result.prompts:
+            how = f"; {remedy}" if result.num_dropped else ""
+            raise DataError(f"no usable prompt in {', '.join(self.config.files)}: {result.describe()}{how}")
+        if result.num_truncated == len(result.prompts):
+            raise DataError(
+                f"all {len(result.prompts)} prompts of {', '.join(self.config.files)} are longer than "
+                f"{name}.max_prompt_tokens {longest}, so that none would keep its beginning; {remedy}, or shorten them"
+            )
+
+    def _prompt_or_none(self, row: Row) -> Prompt | None:
         try:
             prompt, answer, source = self._columns(row)
-            if self._is_duplicate(prompt, answer):
+            if self._is_duplicate(prompt, answer, row.where):
                 return None
             text, token_ids = self.renderer.render(prompt, row.where)
         except DataError as error:
             if self.config.on_bad_row == "error":
-                raise DataError(f"{error}; correct the row, or set data.on_bad_row skip") from error
+                raise DataError(f"{error}; correct the row, or set {self.section}.on_bad_row skip") from error
             self.counts["bad"] += 1
             self.first_bad_row = self.first_bad_row or str(error)
             return None
         messages = prompt if isinstance(prompt, list) else None
-        whole = Prompt(f"{self.name}:{index}", token_ids, text, answer, source, self._extra(row, answer), messages)
-        return self._fitted(whole, row.where)
+        whole = Prompt("", token_ids, text, answer, source, self._extra(row, answer), messages, row.where)
+        fitted = self._fitted(whole)
+        return fitted and self._named(fitted)
 
     def _columns(self, row: Row) -> tuple[Any, str, str]:
         """Prompt, answer and source. Raises DataError saying what the row lacks."""
         if row.columns is None:
             raise DataError(f"{row.where}: {row.problem}")
-        prompt = _required(row, self.config.prompt_key, "prompt_key")
-        answer = _as_answer(row, _required(row, self.config.answer_key, "answer_key"))
+        prompt = _required(row, self.config.prompt_key, f"{self.section}.prompt_key")
+        answer = _as_answer(row, _required(row, self.config.answer_key, f"{self.section}.answer_key"))
         if self.pattern is not None:
-            answer = _last_match(row, self.pattern, answer)
+            answer = _last_match(row, self.pattern, answer, self.section)
         if not answer.strip():
             raise DataError(f"{row.where}: the answer is empty")
         return prompt, answer, self._source(row)
 
     def _source(self, row: Row) -> str:
-        """Optional: plain files have no such column."""
-        if self.config.source_key is None:
+        """Plain files have no such column, so the default name may be absent; one that was chosen may not."""
+        key = self.config.source_key
+        if key is None:
             return ""
         try:
-            source = lookup(row.columns, self.config.source_key)
+            source = lookup(row.columns, key)
         except KeyError:
+            if key != DataConfig.model_fields["source_key"].default:
+                raise _no_column(row, key, f"{self.section}.source_key") from None
             return ""
         if source is not None and not isinstance(source, str):
-            raise DataError(f"{row.where}: {self.config.source_key!r} must be text, got {source!r:.80}")
+            raise DataError(f"{row.where}: {key!r} must be text, got {source!r:.80}")
         return source or ""
 
-    def _is_duplicate(self, prompt: Any, answer: str) -> bool:
+    def _is_duplicate(self, prompt: Any, answer: str, where: str) -> bool:
         """Before rendering: the public DAPO parquet repeats each of its 17k prompts about 100 times."""
-        if not self.config.deduplicate:
-            return False
-        content = json.dumps([prompt, answer], sort_keys=True, default=str).encode()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        if digest in self.seen:
-            self.counts["duplicates"] += 1
-            return True
-        self.seen.add(digest)
+        content = json.dumps(prompt, sort_keys=True, default=str).encode()
+        rows = self.answers[hashlib.blake2b(content, digest_size=16).digest()]
+        if answer in rows:
+            self.counts["duplicates"] += self.config.deduplicate
+            return self.config.deduplicate
+        if rows:
+            other, there = next(iter(rows.items()))
+            self.counts["conflicts"] += 1
+            self.first_conflict = self.first_conflict or f"{where} says {answer!r:.80}, {there} says {other!r:.80}"
+        rows[answer] = where
         return False
 
     def _extra(self, row: Row, answer: str) -> Mapping[str, Any]:
@@ -156,34 +213,40 @@ class _Loading:
         columns = {key: value for key, value in row.columns.items() if key != self.config.prompt_key}
         return columns | {self.config.answer_key: answer} if self.config.answer_key in columns else columns
 
-    def _fitted(self, prompt: Prompt, where: str) -> Prompt | None:
+    def _fitted(self, prompt: Prompt) -> Prompt | None:
         length, longest = len(prompt.token_ids), self.config.max_prompt_tokens
+        self.longest = max(self.longest, length)
         if length <= longest:
             return prompt
         if self.config.on_long_prompt == "error":
             raise DataError(
-                f"{where}: the prompt has {length} tokens, but data.max_prompt_tokens is {longest}; "
-                f"raise it, or set data.on_long_prompt truncate_left or drop"
+                f"{prompt.row}: the prompt has {length} tokens, but {self.section}.max_prompt_tokens is {longest}; "
+                f"raise it, or set {self.section}.on_long_prompt truncate_left or drop"
             )
         if self.config.on_long_prompt == "drop":
             self.counts["dropped"] += 1
             return None
         self.counts["truncated"] += 1
         token_ids = prompt.token_ids[-longest:].copy()  # a view would keep the long prompt alive
-        text = self.tokenizer.decode(token_ids.tolist())
-        return replace(prompt, token_ids=token_ids, text=text)
+        return replace(prompt, token_ids=token_ids, text=self.tokenizer.decode(token_ids.tolist()))
+
+    def _named(self, prompt: Prompt) -> Prompt:
+        """The prompt under its uid, which tells prompts of equal content apart by their number."""
+        uid = prompt_uid(prompt)
+        self.uids[uid] += 1
+        return replace(prompt, uid=numbered(uid, self.uids[uid]))
 
 
-def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+def _compiled(pattern: str | None, section: str) -> re.Pattern[str] | None:
     if pattern is None:
         return None
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"data.answer_pattern {pattern!r} is no regular expression: {error}") from error
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{section}.answer_pattern {pattern!r} is no regular expression: {error}") from error
     if compiled.groups < 1:
         raise ConfigError(
-            f"data.answer_pattern {pattern!r} has no group; put parentheses around the answer: '#### (.+)'"
+            f"{section}.answer_pattern {pattern!r} has no group; put parentheses around the answer: '#### (.+)'"
         )
     return compiled
 
@@ -192,11 +255,15 @@ def _required(row: Row, key: str, setting: str) -> Any:
     try:
         value = lookup(row.columns, key)
     except KeyError:
-        keys = ", ".join(map(str, row.columns)) or "nothing"
-        raise DataError(f"{row.where}: no {key!r}, the row has {keys}; name the column in data.{setting}") from None
+        raise _no_column(row, key, setting) from None
     if value is None:
         raise DataError(f"{row.where}: {key!r} is null")
     return value
+
+
+def _no_column(row: Row, key: str, setting: str) -> DataError:
+    keys = ", ".join(map(str, row.columns)) or "nothing"
+    return DataError(f"{row.where}: no {key!r}, the row has {keys:.400}; name the column in {setting}")
 
 
 def _as_answer(row: Row, value: Any) -> str:
@@ -208,9 +275,9 @@ def _as_answer(row: Row, value: Any) -> str:
     raise DataError(f"{row.where}: the answer must be text or an integer, got the {type(value).__name__} {value!r:.80}")
 
 
-def _last_match(row: Row, pattern: re.Pattern[str], answer: str) -> str:
+def _last_match(row: Row, pattern: re.Pattern[str], answer: str, section: str) -> str:
     """The first group of the last match, since worked solutions end with their answer."""
     matches = [match.group(1) for match in pattern.finditer(answer)]
     if not matches or matches[-1] is None:
-        raise DataError(f"{row.where}: data.answer_pattern {pattern.pattern!r} does not occur in {answer[-80:]!r}")
+        raise DataError(f"{row.where}: {section}.answer_pattern {pattern.pattern!r} does not occur in {answer[-80:]!r}")
     return matches[-1].strip()

@@ -6,12 +6,22 @@ Change here: which file formats are read. What a row must hold is decided in pro
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dapo_mcore.errors import DataError
+
+_FORMATS = {
+    b"\x1f\x8b": "is compressed with gzip; decompress it with gunzip",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; decompress it with unzstd",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"\xff\xfe": "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
+}
+_PARQUET, _BOM = b"PAR1", b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +36,23 @@ class Row:
 def read_rows(files: Sequence[str]) -> Iterator[Row]:
     """Every row of the files in order; blank JSONL lines are no rows, but count as lines.
 
-    Raises DataError for a missing file, an unknown suffix or a broken parquet file; a broken JSONL line is yielded.
+    Raises DataError for a file that is missing, unreadable or of another format, and for a broken parquet file; a broken
+    JSONL line is yielded.
     """
     for file in files:
         path = Path(file)
-        if not path.is_file():
-            raise DataError(f"no data file at {path}")
         readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}
-        if path.suffix not in readers:
-            raise DataError(f"{path} is neither JSONL (.jsonl, .json) nor parquet (.parquet)")
-        yield from readers[path.suffix](path)
+        try:
+            begin = _begin(path)
+            if path.suffix not in readers:
+                raise DataError(f"{path} is neither JSONL (.jsonl, .json) nor parquet (.parquet){_hint(begin)}")
+            if path.suffix != ".parquet" and (hint := _hint(begin)):
+                raise DataError(f"{path} is not JSONL{hint}")
+            yield from readers[path.suffix](path)
+        except OSError as error:  # permissions, a name that is too long, a disk that fails
+            raise DataError(
+                f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
+            ) from error
 
 
 def lookup(columns: Mapping[str, Any], key: str) -> Any:
@@ -50,16 +67,35 @@ def lookup(columns: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def _begin(path: Path) -> bytes:
+    """The file's first four bytes. Raises DataError where there is no file."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name the files in it")
+    if not path.is_file():
+        raise DataError(f"no data file at {path}")
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def _hint(begin: bytes) -> str:
+    """What a file is by its first bytes, and what to do, where it is no text of ours; else nothing."""
+    if begin == _PARQUET:
+        return ": it is parquet; let its name end in .parquet"
+    return next((f": it {what}" for magic, what in _FORMATS.items() if begin.startswith(magic)), "")
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
             if not line.strip():
                 continue
             where = f"{path} row {number}"
             try:
-                columns = json.loads(line)
+                columns = _parse(line)
             except (ValueError, RecursionError) as error:
-                yield Row(where, None, f"not valid JSON: {error}")
+                yield Row(where, None, _problem(line, error))
                 continue
             if isinstance(columns, dict):
                 yield Row(where, columns)
@@ -67,16 +103,69 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 yield Row(where, None, f"a row must be a JSON object, not a {type(columns).__name__}")
 
 
+def _parse(line: bytes) -> Any:
+    """The value of a line of strict JSON. Raises ValueError, also for what Python's parser lets pass."""
+    columns = json.loads(
+        line.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number, parse_float=_finite
+    )
+    if b"\\u" in line:  # only an escape can spell half a surrogate pair, which nothing could write or tokenize
+        json.dumps(columns, ensure_ascii=False).encode("utf-8")
+    return columns
+
+
+def _problem(line: bytes, error: Exception) -> str:
+    """The sentence about a line that cannot be parsed."""
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; "
+            "convert the file, for instance with iconv -f LATIN1 -t UTF-8"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"\\u{ord(error.object[error.start]):04x} is half a surrogate pair, which is no character; "
+            "write both halves or neither"
+        )
+    if line.lstrip().startswith(b"[") and not isinstance(error, RecursionError):
+        return f"not valid JSON: {error}; JSONL has one object a line: convert an array with jq -c '.[]'"
+    return f"not valid JSON: {error}"
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} occurs twice")
+    return columns
+
+
+def _no_number(literal: str) -> NoReturn:
+    raise ValueError(f"JSON has no {literal}")
+
+
+def _finite(literal: str) -> float:
+    if not math.isfinite(value := float(literal)):
+        raise ValueError(f"the number {literal:.40} is too large")
+    return value
+
+
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=4096):
                 for columns in batch.to_pylist():
                     number += 1
                     yield Row(f"{path} row {number}", columns)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet after row {number}: {error}") from error
+    except Exception as error:  # damaged bytes show as nearly any exception: bad text, dates out of range, no memory
+        hint = "" if number else _parquet_hint(path)
+        raise DataError(
+            f"{path} cannot be read as parquet after row {number}: {error or type(error).__name__}"
+            f"{hint or '; get the file again'}"
+        ) from error
+
+
+def _parquet_hint(path: Path) -> str:
+    begin = _begin(path)
+    return "; is it JSONL? Then let its name end in .jsonl" if begin[:1] == b"{" else _hint(begin)

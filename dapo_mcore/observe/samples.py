@@ -41,6 +41,7 @@ def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
     score, rollout = sample.score, sample.rollout
     return {
         "uid": prompt.uid,
+        "row": prompt.row,
         "prompt": prompt.text,
         "response": sample.text,
         "pred": score.pred,

@@ -1,6 +1,6 @@
 """Groups as JSON and flat arrays, and back: how carried-over groups survive a restart.
 
-Change here: the stored form of a group. Prompts are stored by uid and found again in the data set.
+Change here: the stored form of a group. Prompts are stored by uid, which follows their content, and found again by it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from dapo_mcore.errors import CheckpointError
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
@@ -32,18 +31,13 @@ def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, np.n
 
 
 def unpack_groups(state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> list[Group]:
-    """The groups that `pack_groups` stored; `prompts` holds the training prompts by uid.
-
-    Raises CheckpointError when a prompt is no longer in the data.
-    """
+    """Return the groups that `pack_groups` stored, without those whose prompt is not in `prompts` (by uid) any more."""
     spans = zip(arrays["offsets"][:-1].tolist(), arrays["offsets"][1:].tolist())
-    return [
-        Group(
-            find_prompt(described["uid"], prompts),
-            tuple(_restore(sample, arrays, *next(spans)) for sample in described["samples"]),
-        )
+    stored = [
+        (described["uid"], tuple(_restore(sample, arrays, *next(spans)) for sample in described["samples"]))
         for described in state["groups"]
     ]
+    return [Group(prompts[uid], samples) for uid, samples in stored if uid in prompts]
 
 
 def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -76,13 +70,3 @@ def _restore(described: dict[str, Any], arrays: dict[str, np.ndarray], start: in
         version_spans=tuple((start, version) for start, version in described["version_spans"]),
     )
     return Sample(rollout, described["text"], Score(**described["score"]))
-
-
-def find_prompt(uid: str, prompts: Mapping[str, Prompt]) -> Prompt:
-    """The training prompt of that uid. Raises CheckpointError when it is no longer in the data."""
-    if uid not in prompts:
-        raise CheckpointError(
-            f"the checkpoint holds work on prompt {uid!r}, which is not among the {len(prompts)} training prompts; "
-            f"resume with the data files the run was started with"
-        )
-    return prompts[uid]

@@ -20,7 +20,7 @@ from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.rollout.carry import find_prompt, pack_groups, unpack_groups
+from dapo_mcore.rollout.carry import pack_groups, unpack_groups
 from dapo_mcore.rollout.refill import InFlight, Refill
 from dapo_mcore.rollout.respond import Decode, Responder
 from dapo_mcore.rollout.rounds import play_rounds
@@ -99,10 +99,20 @@ class Sampler:
         again = [group.prompt for group in self._pending] + self._again
         return {**state, "again": [prompt.uid for prompt in again]}, arrays
 
-    def load_state(self, state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> None:
-        """Restores `state()` exactly, with the training prompts by uid. Raises CheckpointError for an unknown uid."""
+    def load_state(self, state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> str:
+        """Restore `state()`, with the training prompts by uid, and return what could not be restored, or nothing.
+
+        Work on a prompt that is not among them is dropped: its responses answer something that is not asked any more.
+        """
         self._carried = unpack_groups(state, arrays, prompts)
-        self._again = [find_prompt(uid, prompts) for uid in state["again"]]
+        self._again = [prompts[uid] for uid in state["again"] if uid in prompts]
+        lost = {
+            "carried groups": len(state["groups"]) - len(self._carried),
+            "prompts to ask again": len(state["again"]) - len(self._again),
+        }
+        counts = {"carried groups": len(state["groups"]), "prompts to ask again": len(state["again"])}
+        told = " and ".join(f"{num} of {counts[what]} {what}" for what, num in lost.items() if num)
+        return told and f"{told} dropped: no training prompt has their tokens, answer and columns any more"
 
     def _generate(self, this: Step, carried: list[Group]) -> list[Group]:
         """New groups that fill the batch beside `carried`, as far as the limits allow; without a new request when it is full.

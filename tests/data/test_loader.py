@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -47,31 +49,57 @@ def test_negative_seeds_are_seeds_too():
 def test_a_restored_loader_goes_on_exactly(taken: int):
     loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
     loader.take(taken)
-    state = loader.state()
-    assert state == {"epoch": taken // 7, "offset": taken % 7}
+    state = json.loads(json.dumps(loader.state()))
+    assert (state["epoch"], state["offset"]) == (taken // 7, taken % 7)
     restored = PromptLoader(PROMPTS, seed=5, shuffle=True)
-    restored.load_state(state)
+    assert restored.load_state(state) == ""
     assert uids(restored, 9) == uids(loader, 9)
 
 
 @pytest.mark.parametrize(
-    "state",
+    ("change", "told"),
     [
-        {"epoch": 0, "offset": 7},
-        {"epoch": -1, "offset": 0},
-        {"epoch": 0, "offset": -1},
-        {"epoch": 0},
-        {"epoch": 0, "offset": 1.0},
-        {"epoch": 0, "offset": True},
-        {"epoch": 0, "offset": 0, "seed": 1},
+        (dict(prompts=PROMPTS[1:]), "the training data have changed (7 prompts, now 6)"),
+        (dict(prompts=PROMPTS[::-1]), "the training data have changed (7 prompts, now 7)"),
+        (dict(seed=6), "the order of the training data has changed (seed 5, now 6)"),
+        (dict(shuffle=False), "the order of the training data has changed (seed 5, now None)"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(state: dict):
+def test_a_place_in_another_order_is_left_for_the_next_epoch(change: dict, told: str):
+    before = dict(prompts=PROMPTS, seed=5, shuffle=True)
+    loader = PromptLoader(**before)
+    loader.take(10)
+    moved = PromptLoader(**before | change)
+    line = moved.load_state(loader.state())
+    assert line.startswith(told) and "(epoch 1, prompt 3) means nothing here: epoch 2 of these data begins" in line
+    fresh = PromptLoader(**before | change)
+    fresh.take(2 * len(change.get("prompts", PROMPTS)))
+    assert uids(moved, 9) == uids(fresh, 9)
+
+
+def test_an_epoch_that_was_not_begun_is_kept_in_another_order():
+    loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
+    loader.take(7)
+    moved = PromptLoader(PROMPTS[:3], seed=5, shuffle=True)
+    assert "epoch 1 of these data begins" in moved.load_state(loader.state())
+
+
+def test_a_place_that_names_no_data_means_nothing():
+    """What checkpoints held before positions knew their data."""
+    loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
+    line = loader.load_state({"epoch": 0, "offset": 3})
+    assert line.startswith("the checkpoint does not say which training data it belongs to")
+    assert (loader.state()["epoch"], loader.state()["offset"]) == (1, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"offset": 7}, {"epoch": -1}, {"offset": -1}, {"offset": None}, {"offset": True}])
+def test_a_state_that_can_be_no_position_is_refused_and_changes_nothing(wrong: dict):
     loader = PromptLoader(PROMPTS, seed=0, shuffle=True)
     loader.take(2)
-    with pytest.raises(CheckpointError):
-        loader.load_state(state)
-    assert loader.state() == {"epoch": 0, "offset": 2}
+    before = loader.state()
+    with pytest.raises(CheckpointError, match="below the 7 training prompts"):
+        loader.load_state(before | wrong)
+    assert loader.state() == before
 
 
 def test_no_prompts_are_refused():

@@ -34,27 +34,24 @@ def write(path: Path, *rows) -> str:
 def load(tokenizer, tmp_path):
     def load(*rows, **settings) -> PromptSet:
         files = settings.pop("files", None) or [write(tmp_path / "f.jsonl", *rows)]
-        return load_prompts(DataConfig(files=files, **{**PLAIN, **settings}), tokenizer, "train")
+        return load_prompts(DataConfig(files=files, **{**PLAIN, **settings}), tokenizer)
 
     return load
 
 
 def fates(found: PromptSet) -> dict[str, int]:
-    names = ("rows", "bad_rows", "duplicates", "truncated", "dropped")
+    names = ("rows", "bad_rows", "duplicates", "truncated", "dropped", "conflicts")
     return {name: getattr(found, f"num_{name}") for name in names if getattr(found, f"num_{name}")}
 
 
 def test_plain_columns(load):
     found = load({"q": "ab", "a": 7, "level": 3}, {"q": "b", "a": "x", "data_source": "set"})
     first, second = found.prompts
-    assert (first.uid, first.text, first.token_ids.tolist(), first.answer) == ("train:0", "ab", [70, 71], "7")
+    assert (first.text, first.token_ids.tolist(), first.answer) == ("ab", [70, 71], "7")
     assert (first.source, dict(first.extra)) == ("", {"a": "7", "level": 3})
-    assert (second.uid, second.answer, second.source, dict(second.extra)) == (
-        *("train:1", "x", "set"),
-        {"a": "x", "data_source": "set"},
-    )
+    assert (second.answer, second.source, dict(second.extra)) == ("x", "set", {"a": "x", "data_source": "set"})
     assert first.messages is second.messages is None
-    assert found.describe() == "train: 2 rows gave 2 prompts"
+    assert found.describe() == "data: 2 rows gave 2 prompts" and found.warnings() == []
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -66,7 +63,7 @@ def test_verls_schema_in_both_formats(tokenizer, tmp_path, suffix):
         write(path, VERL)
     (tmp_path / "t.jinja").write_text("{{ messages[0].role }}>{{ messages[0].content }}")
     config = DataConfig(files=[str(path)], chat_template=str(tmp_path / "t.jinja"))
-    (prompt,) = load_prompts(config, tokenizer, "train").prompts
+    (prompt,) = load_prompts(config, tokenizer).prompts
     assert (prompt.text, prompt.answer, prompt.source) == ("user>1+1?", "2", "math_dapo")
     assert prompt.extra["extra_info"] == {"index": "x1"}
     assert prompt.extra["ability"] == "MATH"
@@ -78,11 +75,11 @@ def test_a_column_with_a_dot_in_its_name_comes_first(load):
     assert prompt.answer == "flat"
 
 
-def test_uids_count_rows_over_all_files_whatever_is_left_out(load, tmp_path):
+def test_prompts_know_their_file_and_row_whatever_is_left_out(load, tmp_path):
     one = write(tmp_path / "one.jsonl", {"q": "x", "a": "1"}, "{broken", "", {"q": "x", "a": "1"})
     two = write(tmp_path / "two.jsonl", {"q": "y", "a": "1"})
     found = load(files=[one, two], on_bad_row="skip")
-    assert [prompt.uid for prompt in found.prompts] == ["train:0", "train:3"]
+    assert [prompt.row for prompt in found.prompts] == [f"{one} row 1", f"{two} row 1"]
     assert fates(found) == {"rows": 4, "bad_rows": 1, "duplicates": 1}
     assert "2 prompts (1 bad, 1 duplicates); first bad row: " in found.describe()
     assert "one.jsonl row 2: not valid JSON" in found.describe()
@@ -122,7 +119,7 @@ def test_a_bad_row_is_refused_or_skipped_and_counted(load, row, reason):
 
 def test_bytes_that_are_no_utf8(load, tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"q": "\xff", "a": "1"}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl row 1: not valid JSON"):
+    with pytest.raises(DataError, match=r"b\.jsonl row 1: byte 8 \(0xff\) is not UTF-8; convert the file"):
         load(files=[str(tmp_path / "b.jsonl")])
 
 
@@ -149,9 +146,16 @@ def test_nothing_left_is_an_error(load):
 
 def test_duplicates_are_equal_prompt_and_answer(load):
     rows = [{"q": "x", "a": "1", "id": 1}, {"q": "x", "a": "1", "id": 2}, {"q": "x", "a": "2"}]
-    assert fates(load(*rows)) == {"rows": 3, "duplicates": 1}
-    assert [prompt.uid for prompt in load(*rows).prompts] == ["train:0", "train:2"]
+    assert fates(load(*rows)) == {"rows": 3, "duplicates": 1, "conflicts": 1}
+    assert [prompt.answer for prompt in load(*rows).prompts] == ["1", "2"]
     assert len(load(*rows, deduplicate=False).prompts) == 3
+
+
+def test_one_prompt_with_two_answers_is_told_with_both_rows(load):
+    found = load({"q": "x", "a": "1"}, {"q": "y", "a": "1"}, {"q": "x", "a": "2"}, {"q": "x", "a": "1"})
+    (line,) = found.warnings()
+    assert line.startswith("warning: 1 prompts of data come with another answer than before")
+    assert "f.jsonl row 3 says '2', " in line and "f.jsonl row 1 says '1'; correct or remove" in line
 
 
 def test_long_prompts(load):
@@ -161,7 +165,7 @@ def test_long_prompts(load):
     assert [len(prompt.token_ids) for prompt in cut.prompts] == [3, 3]
     assert fates(cut) == {"rows": 2, "truncated": 1}
     dropped = load(*rows, max_prompt_tokens=3, on_long_prompt="drop")
-    assert [prompt.uid for prompt in dropped.prompts] == ["train:1"]
+    assert [prompt.text for prompt in dropped.prompts] == ["abc"]
     assert fates(dropped) == {"rows": 2, "dropped": 1}
     with pytest.raises(DataError, match=r"row 1: the prompt has 6 tokens, but data.max_prompt_tokens is 3"):
         load(*rows, max_prompt_tokens=3, on_long_prompt="error", on_bad_row="skip")
@@ -169,7 +173,7 @@ def test_long_prompts(load):
 
 def test_limit_stops_reading(load):
     found = load({"q": "x", "a": "1"}, {"q": "x", "a": "1"}, {"q": "y", "a": "1"}, "{broken", limit=2)
-    assert [prompt.uid for prompt in found.prompts] == ["train:0", "train:2"]
+    assert [prompt.text for prompt in found.prompts] == ["x", "y"]
     assert fates(found) == {"rows": 3, "duplicates": 1}
 
 
@@ -198,9 +202,9 @@ def test_gsm8k_with_the_qwen_tokenizer_and_template(real_data):
         system_prompt="Think.",
         limit=300,
     )
-    found = load_prompts(config, tokenizer, "gsm8k")
+    found = load_prompts(config, tokenizer, "eval.sets.gsm8k")
     first = found.prompts[0]
-    assert (len(found.prompts), first.uid, first.answer) == (300, "gsm8k:0", "72")
+    assert (len(found.prompts), first.answer) == (300, "72") and first.row.endswith("gsm8k/train.jsonl row 1")
     assert first.text.startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nNatalia sold clips to 48 of")
     assert first.text.endswith("altogether in April and May?<|im_end|>\n<|im_start|>assistant\n")
     assert first.token_ids[:2].tolist() == [151644, 8948]

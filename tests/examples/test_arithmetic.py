@@ -129,7 +129,7 @@ def test_the_model_is_the_documented_size(model: ModelConfig, tokenizer):
 
 def test_the_training_code_reads_the_prompts(task: Path, tokenizer):
     config = DataConfig(files=[str(task / "train.jsonl")], answer_key="answer", add_bos=True, max_prompt_tokens=7)
-    found = load_prompts(config, tokenizer, "train")
+    found = load_prompts(config, tokenizer)
     assert found.num_truncated == found.num_duplicates == 0
     assert found.prompts[0].text == "10+10="
     assert found.prompts[0].token_ids.tolist() == [2, 5, 4, 14, 5, 4, 16]

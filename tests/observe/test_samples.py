@@ -12,7 +12,7 @@ from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
 def group(name: str, *accs: bool) -> Group:
-    prompt = Prompt(name, np.zeros(1, np.int32), f"prompt {name}", "42")
+    prompt = Prompt(name, np.zeros(1, np.int32), f"prompt {name}", "42", row=f"{name}.jsonl row 1")
     rollout = Rollout(np.zeros(3, np.int32), np.zeros(3, np.float32), np.ones(3, bool), "length", 7)
     samples = [
         Sample(rollout, f"{name}{i}", Score(1.0 if acc else -1.0, 1.0 if acc else -1.0, acc, "42"))
@@ -48,6 +48,7 @@ def test_the_record_of_a_sample(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
         {
             "uid": "a",
+            "row": "a.jsonl row 1",
             "prompt": "prompt a",
             "response": "a0",
             "pred": "42",

@@ -14,7 +14,7 @@ import pytest
 
 from dapo_mcore.config import Config
 from dapo_mcore.data.loader import PromptLoader
-from dapo_mcore.errors import CheckpointError, RewardError, RolloutError
+from dapo_mcore.errors import RewardError, RolloutError
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.rollout.sampler import Sampler
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams, Score
@@ -349,11 +349,23 @@ def test_an_empty_state_round_trips():
     assert uids(sampler.collect(step=0).groups) == [0]
 
 
-def test_a_carried_prompt_that_left_the_data_is_an_error():
-    sampler, _ = make_sampler(make_prompts(*[MIXED] * 2), make_config("filter", train=1, gen_batch_prompts=2))
+def test_work_on_prompts_that_left_the_data_is_dropped_and_counted():
+    prompts = make_prompts(*[MIXED] * 4)
+    config = make_config("filter", train=1, gen_batch_prompts=4)
+    sampler, _ = make_sampler(prompts, config)
     sampler.collect(step=0)
-    with pytest.raises(CheckpointError, match=r"'train:1', which is not among the 0 training prompts"):
-        sampler.load_state(*sampler.state(), {})
+    state, arrays = sampler.state()
+    assert [group["uid"] for group in state["groups"]] == ["train:1", "train:2", "train:3"]
+    state["again"] = ["train:1", "train:0"]
+    resumed, _ = make_sampler(prompts, config)
+    line = resumed.load_state(state, arrays, {prompt.uid: prompt for prompt in (prompts[0], prompts[2])})
+    assert line.startswith("2 of 3 carried groups and 1 of 2 prompts to ask again dropped: no training prompt has")
+    (kept,), (theirs,) = resumed.collect(step=1).groups, [g for g in sampler._carried if g.prompt is prompts[2]]
+    assert kept.prompt is prompts[2]
+    for ours, other in zip(kept.samples, theirs.samples, strict=True):
+        np.testing.assert_array_equal(ours.rollout.logprobs, other.rollout.logprobs)
+        assert ours.text == other.text
+    assert resumed.load_state(*resumed.state(), {prompt.uid: prompt for prompt in prompts}) == ""
 
 
 def test_generation_and_reward_are_timed_apart():

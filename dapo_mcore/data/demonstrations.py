@@ -1,0 +1,60 @@
+"""Demonstrations of a warm start: rows of prompt and response as tokens.
+
+Change here: what a demonstration must hold. How the policy is trained on them is warm_start.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dapo_mcore.config import Config
+from dapo_mcore.data.chat import PromptRenderer
+from dapo_mcore.data.rows import Row, read_rows
+from dapo_mcore.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """prompt and response: int32 [T], the response with its end-of-sequence token. row: `demos.jsonl row 3`."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+    row: str
+
+    def __len__(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.response)
+
+
+def load_demonstrations(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Demonstration, ...]:
+    """The rows of warm_start.files in order; prompts are worded as the data section words them.
+
+    Raises DataError for a bad row, and for fewer rows than one update takes.
+    """
+    settings = config.warm_start
+    assert settings is not None
+    renderer = PromptRenderer(config.data, tokenizer)
+    found = tuple(_demonstration(row, renderer, tokenizer) for row in read_rows(settings.files))
+    if len(found) < settings.batch_size:
+        raise DataError(
+            f"warm_start.files hold {len(found)} demonstrations, fewer than warm_start.batch_size {settings.batch_size}; "
+            "add rows or lower the batch size"
+        )
+    return found
+
+
+def _demonstration(row: Row, renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase) -> Demonstration:
+    columns = row.columns or {}
+    prompt, response = columns.get("prompt"), columns.get("response")
+    if not prompt or not isinstance(response, str):
+        has = row.problem or f"the row has {', '.join(map(str, columns)) or 'nothing'}"
+        raise DataError(f"{row.where}: a demonstration needs `prompt` and `response`, both text; {has:.400}")
+    _, prompt_ids = renderer.render(prompt, row.where)
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return Demonstration(prompt_ids, np.array([*ids, tokenizer.eos_token_id], dtype=np.int32), row.where)

@@ -1,0 +1,96 @@
+"""All data of a run, read and held against the model's positions and the batch's budget before anything is built.
+
+Change here: what a run reads at start, and what must fit. One bad row is found in prompts.py and demonstrations.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dapo_mcore.config import Config
+from dapo_mcore.data.demonstrations import Demonstration, load_demonstrations
+from dapo_mcore.data.model_folder import max_positions
+from dapo_mcore.data.prompts import PromptSet, load_prompts
+from dapo_mcore.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Training prompts, evaluation sets by name, and a warm start's demonstrations and choose set (none: empty, None)."""
+
+    train: PromptSet
+    evaluation: Mapping[str, PromptSet]
+    demonstrations: tuple[Demonstration, ...] = ()
+    choose: PromptSet | None = None
+
+    @property
+    def prompt_sets(self) -> list[PromptSet]:
+        """Every set of prompts, the training prompts first."""
+        return [self.train, *self.evaluation.values(), *([self.choose] if self.choose else [])]
+
+    def lines(self) -> list[str]:
+        """What to tell the user: a line a set, and warnings."""
+        return [line for found in self.prompt_sets for line in (found.describe(), *found.warnings())]
+
+
+def load_run_data(
+    config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, warm_start: bool = True
+) -> RunData:
+    """Read everything that the configuration names; without a warm start's files where `warm_start` is False (on resume).
+
+    Raises DataError, with file and row, for what cannot be used, and for what has no room in the model's positions or a
+    micro-batch; ConfigError for settings that cannot work.
+    """
+    evaluation = {
+        name: load_prompts(section, tokenizer, f"eval.sets.{name}") for name, section in config.eval.sets.items()
+    }
+    data = RunData(load_prompts(config.data, tokenizer), evaluation)
+    settings = config.warm_start
+    if warm_start and settings is not None:
+        choose = load_prompts(settings.choose, tokenizer, "warm_start.choose") if settings.choose else None
+        data = RunData(data.train, evaluation, load_demonstrations(config, tokenizer), choose)
+    positions = max_positions(hf_config)
+    for found in data.prompt_sets:
+        check_prompt_lengths(found, config.rollout.max_response_tokens, positions)
+    check_demonstration_lengths(data.demonstrations, config, positions)
+    return data
+
+
+def check_prompt_lengths(found: PromptSet, max_response_tokens: int, positions: int) -> None:
+    """Raise DataError for a prompt that with the longest response exceeds the model's positions, naming file and row."""
+    room = positions - max_response_tokens
+    too_long = [prompt for prompt in found.prompts if len(prompt.token_ids) > room]
+    if not too_long:
+        return
+    first, longest = too_long[0], max(len(prompt.token_ids) for prompt in too_long)
+    remedies = [f"lower rollout.max_response_tokens to {positions - longest}"] if longest < positions else []
+    if room > 0:
+        remedies.append(f"set {found.section}.max_prompt_tokens {room} with {found.section}.on_long_prompt drop")
+    remedies.append("take a model with more positions")
+    raise DataError(
+        f"{first.row}: the prompt has {len(first.token_ids)} tokens; with rollout.max_response_tokens {max_response_tokens} "
+        f"that is {len(first.token_ids) + max_response_tokens}, but the model has max_position_embeddings {positions} "
+        f"({len(too_long)} of {len(found.prompts)} prompts of {found.section} are too long, the longest has {longest} "
+        f"tokens); {', or '.join(remedies)}"
+    )
+
+
+def check_demonstration_lengths(demonstrations: Sequence[Demonstration], config: Config, positions: int) -> None:
+    """Raise DataError, naming file and row, for a demonstration that exceeds the model's positions or a micro-batch."""
+    if not demonstrations:
+        return
+    longest = max(demonstrations, key=len)
+    budget, context = config.batch.max_tokens, config.parallel.context_parallel
+    has = f"{longest.row}: the demonstration has {len(longest)} tokens with its end, the longest of warm_start.files"
+    if len(longest) > positions:
+        raise DataError(f"{has}, but the model has max_position_embeddings {positions}; shorten or remove the row")
+    if len(longest) > budget * context:
+        raise DataError(
+            f"{has}, but a micro-batch holds batch.max_tokens {budget} × context_parallel {context} = {budget * context}; "
+            f"raise batch.max_tokens to {-(-len(longest) // context)}, or shorten the row"
+        )

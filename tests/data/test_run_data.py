@@ -1,0 +1,140 @@
+"""All data of a run is held against the model's positions and the batch's budget, and messages name the right keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import BloomConfig, Qwen2Config
+
+from dapo_mcore.config import Config
+from dapo_mcore.data.model_folder import max_positions
+from dapo_mcore.data.run_data import load_run_data
+from dapo_mcore.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path: Path):
+    """Loads a run's data: prompts of 1, 2, … 5 characters in each file, demonstrations of twice as many."""
+    rows = [{"prompt": "abcde"[:n], "answer": n, "response": "abcde"[:n]} for n in range(1, 6)]
+    for name in ("train", "test", "demos", "choose"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def section(name: str, **settings) -> dict:
+        return {"files": str(tmp_path / f"{name}.jsonl"), "answer_key": "answer", "max_prompt_tokens": 5, **settings}
+
+    def load(positions: int = 13, max_tokens: int = 13, context: int = 1, resumes: bool = False, **settings):
+        """`settings`: more of the sections data, test and choose."""
+        config = Config.model_validate(
+            {
+                "model": {"path": "unused"},
+                "data": section("train", **settings.get("data", {})),
+                "eval": {"sets": {"held.out": section("test", **settings.get("test", {}))}},
+                "warm_start": {
+                    "files": str(tmp_path / "demos.jsonl"),
+                    "batch_size": settings.get("batch_size", 5),
+                    "choose": section("choose", **settings.get("choose", {})),
+                },
+                "rollout": {"max_response_tokens": 2 if max_tokens < 13 else 8},
+                "batch": {"max_tokens": max_tokens},
+                "parallel": {"context_parallel": context},
+            }
+        )
+        hf_config = Qwen2Config(max_position_embeddings=positions)
+        return load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
+
+    return load
+
+
+def test_what_just_fits_is_loaded(load):
+    data = load()
+    assert [found.section for found in data.prompt_sets] == ["data", "eval.sets.held.out", "warm_start.choose"]
+    assert [len(row) for row in data.demonstrations] == [3, 5, 7, 9, 11]
+    assert data.lines() == [f"{found.section}: 5 rows gave 5 prompts" for found in data.prompt_sets]
+
+
+def test_a_resumed_run_does_not_need_its_demonstrations(load, tmp_path: Path):
+    (tmp_path / "demos.jsonl").unlink()
+    (tmp_path / "choose.jsonl").unlink()
+    data = load(resumes=True)
+    assert (data.demonstrations, data.choose) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("section", "shorter"),
+    [("data", ()), ("eval.sets.held.out", ("data",)), ("warm_start.choose", ("data", "test"))],
+)
+def test_a_prompt_without_room_for_a_response_is_named_with_the_key_of_its_set(load, section, shorter):
+    drop = {"max_prompt_tokens": 3, "on_long_prompt": "drop"}
+    with pytest.raises(DataError) as error:
+        load(positions=11, **dict.fromkeys(shorter, drop))
+    name = {"data": "train", "eval.sets.held.out": "test", "warm_start.choose": "choose"}[section]
+    assert str(error.value).partition(f"{name}.jsonl ")[2] == (
+        "row 4: the prompt has 4 tokens; with rollout.max_response_tokens 8 that is 12, but the model has "
+        f"max_position_embeddings 11 (2 of 5 prompts of {section} are too long, the longest has 5 tokens); lower "
+        f"rollout.max_response_tokens to 6, or set {section}.max_prompt_tokens 3 with {section}.on_long_prompt drop, "
+        "or take a model with more positions"
+    )
+
+
+def test_responses_that_leave_no_room_at_all(load):
+    with pytest.raises(
+        DataError, match=r"row 1: .* max_position_embeddings 8 .*5 of 5 .*; lower rollout.* to 3, or take"
+    ):
+        load(positions=8)
+    with pytest.raises(DataError, match=r"longest has 5 tokens\); take a model with more positions$"):
+        load(positions=4)
+
+
+def test_rope_scaling_does_not_add_positions():
+    """Engines hold prompts to the number itself, SGLang's servers too."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    assert max_positions(Qwen2Config(max_position_embeddings=64, rope_parameters=yarn)) == 64
+    with pytest.raises(ConfigError, match="must say max_position_embeddings"):
+        max_positions(BloomConfig())
+
+
+def test_demonstrations_are_held_to_positions_and_budget(load):
+    small = {name: {"max_prompt_tokens": 2, "on_long_prompt": "drop"} for name in ("data", "test", "choose")}
+    with pytest.raises(DataError, match=r"demos.jsonl row 5: .* 11 tokens .* max_position_embeddings 10; shorten"):
+        load(positions=10, **small)
+    with pytest.raises(
+        DataError, match=r"row 5: .* 11 tokens .* 5 × context_parallel 2 = 10; raise batch.max_tokens to 6"
+    ):
+        load(max_tokens=5, context=2)
+    assert load(max_tokens=6, context=2).demonstrations
+    with pytest.raises(DataError, match=r"hold 5 demonstrations, fewer than warm_start.batch_size 6"):
+        load(batch_size=6)
+
+
+def test_a_bad_demonstration_is_named(load, tmp_path: Path):
+    with (tmp_path / "demos.jsonl").open("a") as file:
+        file.write('{"prompt": "x", "answer": 1}\n')
+    with pytest.raises(DataError, match=r"demos.jsonl row 6: a demonstration needs .*; the row has prompt, answer$"):
+        load()
+
+
+def test_many_prompts_that_do_not_fit_are_told_loudly(load):
+    lines = load(
+        data={"max_prompt_tokens": 4}, test={"max_prompt_tokens": 1, "on_long_prompt": "drop", "limit": 9}
+    ).lines()
+    assert lines[1:2] + lines[3:5] == [
+        "warning: 1 of 5 prompts of data are longer than data.max_prompt_tokens 4 (the longest has 5) and lose their "
+        "beginning; raise it, or set data.on_long_prompt drop",
+        "warning: 4 of 5 prompts of eval.sets.held.out are longer than eval.sets.held.out.max_prompt_tokens 1 "
+        "(the longest has 5) and left out; raise it",
+        "warning: eval.sets.held.out.limit is 9, but there are only 1 prompts",
+    ]
+
+
+def test_a_set_of_which_every_prompt_would_be_cut_is_refused(load, tmp_path: Path):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "abc", "answer": 1}\n{"prompt": "abcd", "answer": 1}\n')
+    with pytest.raises(
+        DataError, match=r"all 2 prompts of .* than eval.sets.held.out.max_prompt_tokens 2.* 2 to at most 4"
+    ):
+        load(test={"max_prompt_tokens": 2})
+    with pytest.raises(
+        DataError, match=r"no usable prompt .*; raise eval.sets.held.out.max_prompt_tokens from 2 to at most"
+    ):
+        load(test={"max_prompt_tokens": 2, "on_long_prompt": "drop"})
