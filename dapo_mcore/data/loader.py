@@ -93,5 +93,6 @@ def _difference(stored: Any, own: Mapping[str, Any]) -> str:
         return "the checkpoint does not say which training data it belongs to"
     if stored.get("content") == own["content"]:
         return f"the order of the training data has changed (seed {stored.get('seed')}, now {own['seed']})"
-    was = stored.get("num_prompts")
-    return f"the training data have changed ({was} prompts, now {own['num_prompts']})"
+    was, now = stored.get("num_prompts"), own["num_prompts"]
+    how = f"{was} prompts, now {now}" if was != now else f"still {now} prompts, but of other content or order"
+    return f"the training data have changed ({how})"

@@ -106,13 +106,14 @@ class Sampler:
         """
         self._carried = unpack_groups(state, arrays, prompts)
         self._again = [prompts[uid] for uid in state["again"] if uid in prompts]
-        lost = {
-            "carried groups": len(state["groups"]) - len(self._carried),
-            "prompts to ask again": len(state["again"]) - len(self._again),
+        found = {
+            "carried groups": (state["groups"], self._carried),
+            "prompts to ask again": (state["again"], self._again),
         }
-        counts = {"carried groups": len(state["groups"]), "prompts to ask again": len(state["again"])}
-        told = " and ".join(f"{num} of {counts[what]} {what}" for what, num in lost.items() if num)
-        return told and f"{told} dropped: no training prompt has their tokens, answer and columns any more"
+        lost = [f"{len(a) - len(b)} of {len(a)} {what}" for what, (a, b) in found.items() if len(b) < len(a)]
+        if not lost:
+            return ""
+        return f"{' and '.join(lost)} dropped: no training prompt has their tokens, answer and columns any more"
 
     def _generate(self, this: Step, carried: list[Group]) -> list[Group]:
         """New groups that fill the batch beside `carried`, as far as the limits allow; without a new request when it is full.

@@ -60,7 +60,10 @@ def test_a_restored_loader_goes_on_exactly(taken: int):
     ("change", "told"),
     [
         (dict(prompts=PROMPTS[1:]), "the training data have changed (7 prompts, now 6)"),
-        (dict(prompts=PROMPTS[::-1]), "the training data have changed (7 prompts, now 7)"),
+        (
+            dict(prompts=PROMPTS[::-1]),
+            "the training data have changed (still 7 prompts, but of other content or order)",
+        ),
         (dict(seed=6), "the order of the training data has changed (seed 5, now 6)"),
         (dict(shuffle=False), "the order of the training data has changed (seed 5, now None)"),
     ],
