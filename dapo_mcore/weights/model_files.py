@@ -76,9 +76,10 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
 def _copy_others(source: Path, folder: Path) -> None:
     """Copy what a tokenizer or a model's own code may need, whatever its name: all of `source` but the weights.
 
-    Not copied: subfolders, hidden files, notes (*.md) and files above LARGEST_FILE.
+    Not copied: subfolders, hidden files, notes (*.md) and files above LARGEST_FILE. A folder that was moved away since the
+    run began costs these files alone, not the weights.
     """
-    for file in sorted(source.iterdir()):
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
         if _goes_along(file):
             shutil.copyfile(file, folder / file.name)
 
