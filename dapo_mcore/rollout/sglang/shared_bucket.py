@@ -28,6 +28,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MIB = 2**20
 # among the arguments of rebuild_cuda_tensor; SGLang's utils/patch_torch.py counts on the first, too
 _DEVICE, _COUNTER = 6, slice(11, 13)
+_NO_COUNTER = (b"/dapo_mcore_counts_no_openers", 0)
 
 
 class SharedBucket:
@@ -173,11 +174,15 @@ class _CudaMemory:
         self.data = data
         # once: torch chains a counter to the memory each time, and an event
         rebuild, arguments = reductions.reduce_tensor(self.data)
-        # torch would keep the memory until each counted opener has let it go, which one that dies never does
+        arguments = list(arguments)
+        # torch frees the memory when its counter of openers is 0. An opener that dies never counts itself out, so we
+        # count it out now. Others would then count below 0, which is a huge number to torch (uint64), and the memory
+        # would stay for ever: they get the name of no counter, and torch passes over one that it cannot open.
         torch.UntypedStorage._release_ipc_counter_cuda(*arguments[_COUNTER])
+        arguments[_COUNTER] = _NO_COUNTER
         # the opener may number its GPUs in another way; SGLang finds a device by its UUID
-        uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
-        self._opening = _Call(rebuild, *arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])
+        arguments[_DEVICE] = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
+        self._opening = _Call(rebuild, *arguments)
 
     def opening(self) -> _Call:
         return self._opening
