@@ -297,6 +297,9 @@ class CheckpointConfig(Section):
     """Saving, resuming and exporting. Steps are rollout steps."""
 
     every: int | None = Field(None, ge=1)
+    """Save every so many steps; null: only as `at_end` says."""
+    at_end: bool = True
+    """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
     keep: int = Field(2, ge=1)
     resume: Literal["auto", "never"] = "auto"
     export_every: int | None = Field(None, ge=1)

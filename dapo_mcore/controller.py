@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from dapo_mcore.batch.collate import to_train_batch
@@ -32,15 +32,22 @@ from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.ahead import Ahead
 from dapo_mcore.rollout.build import SERVERS, build_engine
-from dapo_mcore.rollout.sampler import Collected, Sampler
+from dapo_mcore.rollout.sampler import Collected, Sampler, SamplerState
+from dapo_mcore.run_lock import LOCK
 from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
 from dapo_mcore.weights.checkpoint_folder import latest_checkpoint, step_of
 from dapo_mcore.weights.hf_io import check_replaceable, exported_step
 from dapo_mcore.weights.run_state import TrainState
 
 GIB = 2**30
-Position = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
-"""State of the loader, state of the sampler, and its arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the data stand after a rollout step. Holds references, so it costs nothing to keep."""
+
+    loader: dict[str, Any]
+    sampler: SamplerState
 
 
 class Controller:
@@ -82,7 +89,7 @@ class Controller:
             self.engine, self.loader, self.reward, self.decode, config, self.rollout_progress, self.rollout_timer
         )
         self.ahead = Ahead(lambda step: self._collect(step, lag=1))
-        self.before_ahead: Position | None = None
+        self.positions: dict[int, Position] = {}  # of the last step and the one before it
         self.sinks: MetricSinks | None = None
         self.collected: Collected | None = None
         self.rollout_times: dict[str, float] = {}
@@ -94,22 +101,25 @@ class Controller:
         run_dir = self.config.run_dir
         if resume_step is None and (aside := _move_aside(run_dir)) is not None:
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.sinks = MetricSinks(run_dir, self.config.observe, resume_step)
+        # after step 0 the evaluation of the start is repeated, and its row written again
+        self.sinks = MetricSinks(run_dir, self.config.observe, resume_step or None)
+        self.positions = {resume_step or 0: self._position()}
         if (before := record_config(self.config, run_dir, resume_step or 0)) is not None:
             self.progress.line(f"the configuration has changed: {before} held until rollout step {resume_step}")
 
     def train_state(self, step: int, num_updates: int) -> TrainState:
-        """Where the run stands after rollout step `step`, for a checkpoint.
+        """Return where the run stands after rollout step `step`, for a checkpoint: the last step, or while one is collected
+        or not yet trained on, the one before it.
 
         Groups collected ahead are not in it: a resumed run asks their prompts again, of newer weights.
         """
-        loader, sampler, arrays = self.before_ahead or self._position()
+        position = self.positions[step]
+        sampler, arrays = position.sampler.pack()
         return TrainState(
             step=step,
             num_updates=num_updates,
-            weight_version=self.engine.weight_version,
-            loader=loader,
+            weight_version=step,  # what a resumed run syncs first; this one may have left the last sync out
+            loader=position.loader,
             sampler=sampler,
             sampler_arrays=arrays,
             config=dump_config(self.config),
@@ -141,9 +151,8 @@ class Controller:
         """
         self._wait_for_rollout()
         self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
-        self.before_ahead = None
+        self.positions = {step - 1: self.positions[step - 1], step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
-            self.before_ahead = self._position()
             self.ahead.begin(step + 1)
         return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
 
@@ -246,7 +255,7 @@ class Controller:
         return collected, times
 
     def _position(self) -> Position:
-        return self.loader.state(), *self.sampler.state()
+        return Position(self.loader.state(), self.sampler.snapshot())
 
     def _tell_failures(self) -> None:
         """Says on the screen when samples could not be scored, and why the first could not."""
@@ -271,13 +280,15 @@ def final_export(config: Config) -> Path:
 
 
 def finished_step(config: Config) -> int | None:
-    """The last rollout step of a run that a resume would find nothing to do for; None of any other."""
-    path = latest_checkpoint(config.run_dir) if config.checkpoint.resume == "auto" else None
-    if path is None or step_of(path) < config.num_rollout_steps:
+    """Return the last rollout step of a run that a resume would find nothing to do for; None of any other."""
+    if config.checkpoint.resume != "auto":
         return None
-    if config.checkpoint.export_at_end and exported_step(final_export(config)) != step_of(path):
-        return None
-    return step_of(path)
+    path = latest_checkpoint(config.run_dir)
+    done = step_of(path) if path is not None else None
+    if config.checkpoint.export_at_end:  # with at_end false the export may be all that there is, or newer
+        exported = exported_step(final_export(config))
+        done = exported if exported is not None and exported >= (done or 0) else None
+    return done if done is not None and done >= config.num_rollout_steps else None
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -317,8 +328,8 @@ def _short(text: str, limit: int = 80) -> str:
 
 
 def _move_aside(run_dir: Path) -> Path | None:
-    """Where an earlier run went, if there was one. The servers' folder stays: this run's servers have started in it."""
-    entries = [path for path in run_dir.iterdir() if path.name != SERVERS] if run_dir.exists() else []
+    """Move an earlier run aside and return where it went. This run's lock stays, and the folder its servers have started in."""
+    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, SERVERS)]
     if not entries:
         return None
     aside = next(path for i in range(1, 10_000) if not (path := run_dir.with_name(f"{run_dir.name}.old{i}")).exists())

@@ -1,5 +1,7 @@
 """What can go wrong, by who must act. Every message says the numbers, the rule and the remedy."""
 
+import errno
+
 
 class DapoError(Exception):
     """Base of every error that dapo_mcore raises on purpose."""
@@ -43,6 +45,38 @@ class CheckpointError(DapoError):
 
 class DamagedCheckpoint(CheckpointError):
     """A file of a checkpoint is missing, truncated or changed; an older checkpoint may still be whole."""
+
+
+class OutputError(DapoError):
+    """The operating system refuses a file of the run: the user makes room, gives rights, or chooses another place."""
+
+
+REFUSALS = {
+    errno.ENOSPC: "free some space there, or choose another output_dir",
+    errno.EDQUOT: "free some of your quota there, or choose another output_dir",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another output_dir",
+    errno.EROFS: "mount it for writing, or choose another output_dir",
+    errno.EACCES: "give yourself the right to write there, or choose another output_dir",
+    errno.EPERM: "give yourself the right to write there, or choose another output_dir",
+    errno.EEXIST: "a file is in the place of a folder: move it away, or choose another output_dir or name",
+    errno.ENOTDIR: "a file is in the place of a folder: move it away, or choose another output_dir or name",
+    errno.EISDIR: "a folder is in the place of a file: move it away, or choose another output_dir or name",
+    errno.ENAMETOOLONG: "choose a shorter name or output_dir",
+    errno.EIO: "the disk or its network fails: choose another output_dir",
+    errno.ESTALE: "the disk or its network fails: choose another output_dir",
+    errno.EBUSY: "something else uses it: end that, or move it away",
+}
+"""What to do, by the number of an OSError. Others are no refusals but mistakes of ours, which need their traceback."""
+
+
+def output_error(error: OSError, doing: str) -> Exception:
+    """Return the OutputError that says what was being done, what the system answered and what to do; `error` itself if it
+    is no refusal. Example: cannot save the metrics: No space left on device: 'runs/a/metrics.jsonl'; free some space …"""
+    remedy = REFUSALS.get(error.errno)
+    if remedy is None:
+        return error
+    where = f": {error.filename}" if error.filename else ""
+    return OutputError(f"cannot {doing}: {error.strerror}{where}; {remedy}")
 
 
 def listed(values: list[int]) -> str:

@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dapo_mcore.ending import Interrupted
-from dapo_mcore.errors import DapoError, OtherRankFailed
+from dapo_mcore.errors import DapoError, OtherRankFailed, output_error
 
 _LATER_S = 2
 
@@ -32,16 +32,23 @@ def exit_status(work: Callable[[], None]) -> int:
     except Interrupted as stop:
         stopped.append(stop.status)
         return stop.status
-    except DapoError as error:
-        _tell(error)
-        return 2
     except Exception as error:
-        if not is_lost_rank(error):
+        told = _for_users(error)
+        if told is None:
             record_failure(f"{type(error).__name__}: {error}")
             raise
-        _tell(OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}"))
+        _tell(told)
         return 2
     return 0
+
+
+def _for_users(error: Exception) -> DapoError | None:
+    """Return what to say in one line instead of a traceback; None for an error that only its traceback explains."""
+    if is_lost_rank(error):
+        return OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}")
+    if isinstance(error, OSError):
+        error = output_error(error, "go on")
+    return error if isinstance(error, DapoError) else None
 
 
 @contextmanager
@@ -92,6 +99,6 @@ def record_failure(message: str, follows: bool = False) -> bool:
         # torchrun takes the earliest for the cause, counting in whole seconds; a cause may be recorded a little late
         timestamp = int(time.time()) + (_LATER_S if follows else 0)
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(timestamp)}}}
-        with open(path, "w", encoding="utf-8") as file:
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # a full disk may be what it is about
             json.dump(content, file)
     return path is not None

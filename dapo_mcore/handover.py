@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
@@ -31,7 +31,8 @@ T = TypeVar("T")
 class Handover:
     """Every rank calls its methods. Training comes first. `engine` is rank 0's, None elsewhere.
 
-    Without `colocated`, both sides keep their memory, and only weights cross.
+    Without `colocated`, both sides keep their memory, and only weights cross. `uninterrupted` holds off what may interrupt
+    the action of `attend`, while all ranks sync in the midst of it.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Handover:
         layout: Layout,
         *,
         colocated: bool,
+        uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.stream = WeightStream(actor.policy, actor.shape, layout)
         self._engine, self._layout = engine, layout
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
+        self._uninterrupted = uninterrupted
         self._clock, self._seconds = clock, 0.0
         self._attending: Thread | None = None
         self._num_repeats = 0
@@ -119,10 +122,11 @@ class Handover:
         assert self._attending or current_thread() is not main_thread(), "nobody would attend: generate inside `attend`"
         if self._attending is not current_thread():
             return
-        self._attending = None
-        self._layout.broadcast_object(True)
-        self._give_again()
-        self._attending = current_thread()
+        with self._uninterrupted():
+            self._attending = None
+            self._layout.broadcast_object(True)
+            self._give_again()
+            self._attending = current_thread()
 
     def _give_again(self) -> None:
         self._num_repeats += 1

@@ -26,7 +26,7 @@ def clean():
     print("clean")
 
 end = Ending(lambda: "go on")
-end.clean = clean
+end.cleanup.callback(lambda: clean())
 def run(body):
     def work():
         with end:
@@ -102,7 +102,7 @@ def test_an_error_is_told_though_a_signal_follows_it():
 def test_without_a_signal_all_is_as_before():
     script = """
 before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook
-end.clean = lambda: print("clean", flush=True)
+clean = lambda: print("clean", flush=True)
 run(lambda: None)
 assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook)
 assert signal.set_wakeup_fd(-1) == -1
@@ -115,7 +115,7 @@ time.sleep(60)
 def test_the_signals_of_a_forked_child_are_its_own():
     script = """
 ending.NOTICE_S = 0.2
-end.clean = lambda: print("clean")
+clean = lambda: print("clean")
 def body():
     for signum in (signal.SIGTERM, signal.SIGINT):
         ready, tell = os.pipe()
@@ -135,7 +135,7 @@ run(body)
 def test_an_ignored_signal_stays_ignored():
     script = """
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-end.clean = lambda: print("clean")
+clean = lambda: print("clean")
 run(lambda: me(signal.SIGHUP))
 """
     assert ended(script) == (0, ["clean"], [])
@@ -146,7 +146,7 @@ def test_outside_the_main_thread_it_only_cleans_up():
 
     def work() -> None:
         with Ending(str) as end:
-            end.clean = lambda: done.append("clean")
+            end.cleanup.callback(done.append, "clean")
 
     thread = threading.Thread(target=work)
     thread.start()

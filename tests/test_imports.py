@@ -24,6 +24,8 @@ FLOORS = {
     "dapo_mcore.kernels": 0,
     "dapo_mcore.ending": 0,
     "dapo_mcore.exit_status": 0,
+    "dapo_mcore.launcher": 0,
+    "dapo_mcore.run_lock": 0,
     "dapo_mcore.types": 1,
     "dapo_mcore.ray_cluster": 1,
     "dapo_mcore.data": 2,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from dapo_mcore.actor import cpu_device
 from dapo_mcore.config import ParallelConfig
 from dapo_mcore.errors import ConfigError, OtherRankFailed
+from dapo_mcore.launcher import check_launcher
 
 T = TypeVar("T")
 
@@ -173,12 +174,19 @@ def num_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def is_beside_rank_0() -> bool:
+    """Return True if torchrun says that this rank is on the machine of rank 0."""
+    return os.environ.get("GROUP_RANK") == "0"
+
+
 def start(parallel: ParallelConfig, seed: int) -> Layout:
     """Joins the job and builds every process group.
 
-    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when the world
-    size does not fit the mesh. Collectives: creates process groups, so every rank must call it.
+    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when a launcher's
+    variables make no job, and when the world size does not fit the mesh. Collectives: creates process groups, so every rank
+    must call it.
     """
+    check_launcher(os.environ)
     cpu_device.install_if_needed()
     from megatron.core import parallel_state, tensor_parallel
 

@@ -9,7 +9,7 @@ the next step while their weights are fresh enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,19 @@ class Collected:
     groups: list[Group]
     generated: list[Group]
     stats: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerState:
+    """What a sampler holds between two steps, by reference: groups carried over, and prompts to ask again."""
+
+    carried: Sequence[Group]
+    again: Sequence[Prompt]
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return JSON-ready values and arrays: with the loader's state, all that a resumed run needs."""
+        state, arrays = pack_groups(self.carried)
+        return {**state, "again": [prompt.uid for prompt in self.again]}, arrays
 
 
 class Sampler:
@@ -92,12 +105,14 @@ class Sampler:
         stats |= staleness_stats(groups, trained)
         return Collected(groups, this.generated, stats)
 
+    def snapshot(self) -> SamplerState:
+        """Return the state of now; nothing is copied. A resumed run asks the prompts of pending groups again, and learns anew
+        how many are kept."""
+        return SamplerState(self._carried, [*(group.prompt for group in self._pending), *self._again])
+
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The carried groups, and the prompts to ask again, as JSON-ready values and arrays; with the loader's state,
-        all a resumed run needs. It asks the prompts of pending groups again, and learns anew how many are kept."""
-        state, arrays = pack_groups(self._carried)
-        again = [group.prompt for group in self._pending] + self._again
-        return {**state, "again": [prompt.uid for prompt in again]}, arrays
+        """Return the snapshot of now as JSON-ready values and arrays."""
+        return self.snapshot().pack()
 
     def load_state(self, state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> str:
         """Restore `state()`, with the training prompts by uid, and return what could not be restored, or nothing.

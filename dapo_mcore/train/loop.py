@@ -8,6 +8,8 @@ wait for its samples.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,10 +26,13 @@ from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.config import Config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.ending import Ending
+from dapo_mcore.ending import Ending, Following, Interrupted
+from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
+from dapo_mcore.launcher import watch_launcher
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.run_lock import RunLock
 from dapo_mcore.warm_start import warm_start
 from dapo_mcore.weights.checkpoint import load_checkpoint, save_checkpoint
 from dapo_mcore.weights.checkpoint_folder import latest_checkpoint
@@ -35,35 +40,46 @@ from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
 
 
 def train(config: Config) -> None:
-    """One run from start or resume to export. Every rank of the job must call it.
+    """Run from start or resume to export. Every rank of the job must call it.
 
-    Raises Interrupted on rank 0 after SIGINT, SIGTERM or SIGHUP; the other ranks have nothing to clean up, and leave these
-    signals alone.
+    Raises Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see ending.py).
     """
     layout = layouts.start(config.parallel, config.seed)
-    ending = Ending(partial(_how_to_go_on, config)) if layout.is_controller else None
+    ending = _ending(config, layout)
     try:
-        with ending or nullcontext():
-            done = layout.broadcast_object(finished_step(config) if ending else None)
-            if done is None:
-                with Progress(config.name, config.num_rollout_steps) if ending else NullProgress() as progress:
-                    Run(config, layout, progress, ending).loop()
-            elif ending:
+        with ending:
+            watch_launcher(os.environ, lambda: ending.end_now("torchrun is gone, so its ranks end"))
+            done = layout.on_controller_or_raise(lambda: finished_step(config) if layout.is_controller else None)
+            if layout.broadcast_object(done) is None:
+                with (
+                    Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as shown
+                ):
+                    Run(config, layout, shown, ending).loop()
+            elif layout.is_controller:
                 print(
                     f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
                     f"num_rollout_steps is {config.num_rollout_steps}; raise it to go on, or set checkpoint.resume never "
                     "to start anew"
                 )
-    finally:
-        if ending is None or ending.signum is None:  # else the others are gone, and leaving the job may wait for them
-            layouts.stop()
+    except Interrupted:
+        raise  # the other ranks may be gone, and leaving the job may wait for them
+    except BaseException:
+        layouts.stop()
+        raise
+    layouts.stop()
+
+
+def _ending(config: Config, layout: Layout) -> Ending | Following:
+    leader = layout.broadcast_object(os.getpid())
+    if layout.is_controller:
+        return Ending(partial(_how_to_go_on, config))
+    return Following(leader if layouts.is_beside_rank_0() else None)
 
 
 def _how_to_go_on(config: Config) -> str:
     path = latest_checkpoint(config.run_dir)
     if path is None:
-        every = config.checkpoint.every
-        return f"there is no checkpoint yet (checkpoint.every {every or 'null'}); the next start begins anew"
+        return "there is no checkpoint yet; the next start begins anew"
     how = "the same command" if config.checkpoint.resume == "auto" else "checkpoint.resume=auto"
     return f"the last checkpoint is {path}; {how} goes on from there"
 
@@ -71,49 +87,71 @@ def _how_to_go_on(config: Config) -> str:
 class Run:
     """Everything one rank holds during a run; `loop` is the run."""
 
-    def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | None):
-        """`ending` is told of the controller as soon as there is one: building the rest may fail, on any rank."""
+    def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | Following):
+        """`ending` is told of all that must be cleaned up as soon as it is there: building may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
+        self.ending = ending
+        self.saved_step, self.save_s = -1, None
         with self._phase("start"):
             self.hf_config = load_hf_config(config.model)
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)
-            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, ending))
+            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer))
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer))
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
             engine = self.controller and self.controller.engine
-            self.handover = Handover(self.actor, engine, layout, colocated=shared)
+            self.handover = Handover(
+                self.actor, engine, layout, colocated=shared, uninterrupted=self.ending.uninterrupted
+            )
 
     def loop(self) -> None:
-        """All rollout steps."""
+        """Run all rollout steps and export the model. Raises Interrupted if a signal has ended them early."""
         with self._phase("start"):
-            last, first = self.config.num_rollout_steps, self._resume_or_start()
-        if first == 1 and self.config.eval.at_start:
-            self._attended(lambda c: c.record_start())
-        for step in range(first, last + 1):
-            metrics = self._train_step(step)
-            if step % self.config.eval.every == 0 or step == last:
-                metrics |= self._attended(lambda c, step=step: c.evaluate(step)) or {}
-            # recorded before it is saved: a run killed in between repeats the step instead of losing its row
-            self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
-            self._save(step)
+            first = self._resume_or_start()
+        # what would not be saved is not worth waiting for
+        with self.ending.deferred(self._notice) if self.config.checkpoint.at_end else nullcontext():
+            signum = self._steps(first)
+        if signum is not None:
+            raise Interrupted(signum)
         self.actor.skips.check_trained()
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
-            export = self._export(final_export(self.config), max(first - 1, last))
+            export = self._export(final_export(self.config), max(first - 1, self.config.num_rollout_steps))
         self._on_controller(lambda c: c.finish(export))
 
-    def _train_step(self, step: int) -> dict[str, float]:
-        """One rollout step: rollout, gradient steps, weight sync.
+    def _steps(self, first: int) -> int | None:
+        """Run the rollout steps from `first` on. Return the signal that has ended them early, with the last completed step
+        saved, or None."""
+        last = self.config.num_rollout_steps
+        if first == 1 and self.config.eval.at_start:
+            self._attended(lambda c: c.record_start())
+        for step in range(first, last + 1):
+            metrics = self._train_step(step)
+            if metrics is None:
+                return self._stop_after(step - 1)
+            if step % self.config.eval.every == 0 or step == last:
+                metrics |= self._attended(lambda c, step=step: c.evaluate(step)) or {}
+            # recorded before it is saved: a run killed in between repeats the step instead of losing its row
+            self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
+            if self._signal() is not None:
+                return self._stop_after(step)
+            self._save(step)
+        return None
+
+    def _train_step(self, step: int) -> dict[str, float] | None:
+        """Run one rollout step: rollout, gradient steps, weight sync. Return its metrics, or None if a signal has asked the
+        run to stop before anything was trained. Asked later, it leaves out the sync, which a resume makes up for.
 
         With rollout.async_steps the next step's rollout goes on beside the gradient steps, and is waited for before the sync,
         unless sampling.on_full keep lets requests live on under the new weights.
         """
         config = self.config
         batch = self._attended(lambda c: c.rollout(step))
+        if self._signal() is not None:
+            return None
         seed = config.seed + step if config.batch.shuffle else None
         with self._phase("sync"):
             self.handover.to_training()
@@ -122,15 +160,38 @@ class Run:
                 batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
             )
             scored = self.learner.score(share)
+        if self._signal() is not None:
+            return None
         with self._phase("train"):
             updates = self.learner.update(scored.mini_batches)
             if config.parallel.check_replicas:
                 check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
-        self._on_controller(lambda c: c.finish_rollout())
-        with self._phase("sync"):
-            self.handover.to_rollout(version=step)
+        self._on_controller(lambda c: self.ending.until_asked(c.finish_rollout))
+        if self._signal() is None:
+            with self._phase("sync"):
+                self.handover.to_rollout(version=step)
         return update_metrics(updates) | scored.metrics | self.handover.pop_metrics()
+
+    def _signal(self) -> int | None:
+        """Return the signal that has asked rank 0 to stop, on every rank. Collective: one gloo broadcast."""
+        return self.layout.broadcast_object(self.ending.signum)
+
+    def _notice(self) -> str:
+        took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
+        return (
+            f"the run saves a checkpoint of the last completed rollout step{took} and ends; torchrun waits 30 s for it, or "
+            "--shutdown-timeout; a second signal ends it without saving"
+        )
+
+    def _stop_after(self, step: int) -> int | None:
+        """Save rollout step `step`, unless it is, and return the signal that asks for it. Before step 1 only a warm start is
+        worth a checkpoint."""
+        if step > self.saved_step and (step or self.config.warm_start):
+            with self._phase("save"):
+                self.handover.to_training()
+                self._save_checkpoint(step)
+        return self._signal()
 
     def _tell_skips(self, updates: Sequence[UpdateSums]) -> None:
         if skipped := sum(update.skipped for update in updates):
@@ -149,6 +210,7 @@ class Run:
         state = load_checkpoint(path, self.actor, self.layout)
         self.handover.to_rollout(version=state.weight_version)
         self._on_controller(lambda c: c.resume(state))
+        self.saved_step = state.step
         self.progress.line(f"resumed after rollout step {state.step} from {path}")
         return state.step + 1
 
@@ -159,30 +221,40 @@ class Run:
         self.handover.to_rollout(version=0)
         return 1
 
-    def _open_controller(self, tokenizer: Any, ending: Ending | None) -> Controller | None:
-        """Rank 0's controller, None elsewhere."""
-        if ending is None:
+    def _open_controller(self, tokenizer: Any) -> Controller | None:
+        """Return rank 0's controller, None elsewhere. The run's folder is this run's alone before anything writes there."""
+        if not self.layout.is_controller:
             return None
+        try:
+            lock = RunLock(self.config.run_dir)
+        except OSError as error:
+            raise output_error(error, f"write to {self.config.run_dir}") from error
+        self.ending.cleanup.callback(lock.release)
         controller = Controller(
             self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
         )
-        ending.clean = controller.close
+        self.ending.cleanup.callback(controller.close)
         return controller
 
     def _save(self, step: int) -> None:
+        """Save and export what is due after rollout step `step`."""
         checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
-        saves = checkpoint.every and (last or step % checkpoint.every == 0)
+        saves = (last and checkpoint.at_end) or (checkpoint.every and step % checkpoint.every == 0)
         exports = checkpoint.export_every and step % checkpoint.export_every == 0
         if not (saves or exports):
             return
         with self._phase("save"), self.handover.borrowed():
             if saves:
-                state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
-                save_checkpoint(
-                    self.config.run_dir, self.actor, state, self.layout, checkpoint.keep, self.progress.line
-                )
+                self._save_checkpoint(step)
             if exports:
                 self._export(self.config.run_dir / "hf" / f"step_{step:06d}", step)
+
+    def _save_checkpoint(self, step: int) -> None:
+        start = time.monotonic()
+        state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep, self.progress.line)
+        self.saved_step, self.save_s = step, time.monotonic() - start
 
     def _export(self, folder: Path, step: int) -> Path:
         """Writes an HF folder; every rank takes part in gathering the weights."""
@@ -207,8 +279,10 @@ class Run:
         return self.timer.phase(name)
 
     def _attended(self, action: Callable[[Controller], Any]) -> Any:
-        """`_on_controller` of what generates: meanwhile every rank is there to sync weights again."""
-        return self.handover.attend(lambda: action(self.controller) if self.controller else None)
+        """Do what generates on rank 0, until a signal asks the run to stop: then return None. Meanwhile every rank is there to
+        sync weights again."""
+        act = partial(action, self.controller)
+        return self.handover.attend(lambda: self.ending.until_asked(act) if self.controller else None)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
         return self.layout.on_controller_or_raise(lambda: action(self.controller) if self.controller else None)

@@ -1,0 +1,95 @@
+"""Runs that signals stop: they save where they stand, and go on bitwise as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_train import ROOT, SMALL, metrics, stable, task  # noqa: F401  the fixture is used by name
+
+# runs in one process, as importing takes longer. A case is overrides, and perhaps a signal in the midst of a step's
+# generation or before its second gradient step
+RUNS = """
+import json, os, signal, sys
+from pathlib import Path
+from dapo_mcore.actor import layout
+from dapo_mcore.actor.actor import Actor
+from dapo_mcore.controller import Controller
+from dapo_mcore.rollout.embedded import EmbeddedEngine
+from dapo_mcore.train.__main__ import main
+
+plan, counts = {}, {}
+
+def striking(owner, name, begins, at):
+    method = getattr(owner, name)
+    def wrapper(self, *arguments, **more):
+        if begins:
+            counts.clear()
+            counts["step"] = arguments[0]
+        else:
+            counts[name] = counts.get(name, 0) + 1
+            if plan.get("in") == name and plan["step"] == counts.get("step") and counts[name] == at:
+                os.kill(os.getpid(), getattr(signal, plan["signal"]))
+        return method(self, *arguments, **more)
+    setattr(owner, name, wrapper)
+
+striking(Controller, "rollout", True, 0)
+striking(EmbeddedEngine, "_forward", False, 3)
+striking(Actor, "update", False, 2)
+for case, plan in json.loads(os.environ["CASES"]):
+    status = main([*sys.argv[1:], *case])
+    layout.stop()
+    print("ENDED", status, flush=True)
+"""
+OPTIONS = ["warm_start.max_updates=1", "warm_start.stop_at=null", "parallel.tensor_parallel=1", "eval.every=100"]
+OPTIONS += ["num_rollout_steps=3", "observe.tensorboard=false", "observe.plot_at_end=false", "checkpoint.every=null"]
+
+
+def runs(task: Path, *cases: tuple[list[str], dict]) -> list[tuple[int, str]]:  # noqa: F811
+    """Status and output of each run."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS, str(ROOT / "examples/quickstart.yaml"), *SMALL, *OPTIONS],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CASES": json.dumps(cases)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    *outputs, _ = done.stdout.split("ENDED ")
+    statuses = [int(text.split()[0]) for text in done.stdout.split("ENDED ")[1:]]
+    assert len(statuses) == len(cases), done.stdout
+    return list(zip(statuses, outputs))
+
+
+def signalled(name: str, place: str, step: int) -> dict:
+    return {"signal": name, "in": place, "step": step}
+
+
+def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_one_bitwise(task):  # noqa: F811
+    stopped = ["name=stopped"]
+    cases = [
+        (["name=whole"], {}),
+        (stopped, signalled("SIGTERM", "_forward", 1)),  # nothing trained: the warm start is saved
+        (stopped, signalled("SIGINT", "update", 1)),  # the step is finished
+        (stopped, signalled("SIGHUP", "_forward", 2)),  # its step is saved already
+        (stopped, signalled("SIGTERM", "update", 2)),
+        (stopped, {}),
+        (stopped, {}),
+    ]
+    ended = runs(task, *cases)
+    assert [status for status, _ in ended] == [0, 143, 130, 129, 143, 0, 0], ended
+    folder = "runs/stopped/checkpoints/step_00000"
+    for (_, output), name, step in zip(ended[1:5], ("SIGTERM", "SIGINT", "SIGHUP", "SIGTERM"), (0, 1, 1, 2)):
+        told = f"stopped by {name}: the last checkpoint is {folder}{step}; the same command goes on from there"
+        assert told in output.splitlines() and f"{name}: the run saves" in output and "Traceback" not in output, output
+    assert "warm start" in ended[1][1] and "warm start" not in ended[2][1] + ended[5][1]
+    assert "nothing to do, and nothing changed" in ended[6][1]
+    whole, parts = metrics(task, "whole"), metrics(task, "stopped")
+    assert [row["step"] for row in parts] == [0, 1, 2, 3]
+    assert [stable(row) for row in whole] == [stable(row) for row in parts]
+    final = "hf/final/model.safetensors"
+    assert (task / "runs/whole" / final).read_bytes() == (task / "runs/stopped" / final).read_bytes()
