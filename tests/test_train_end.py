@@ -124,34 +124,57 @@ def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_l
     assert re.search(r"Root Cause.*rank +: 1 ", output, re.DOTALL) and "[rank" not in output, output
 
 
-def test_ctrl_c_under_torchrun_ends_with_one_line_of_ours_and_the_run_goes_on_from_there(task, tmp_path, shared):  # noqa: F811
-    options = ["name=stopped", "num_rollout_steps=1000"]
-    begun = start(tmp_path, task, *options, processes=2)
-    wait_for(lambda: checkpoints(task, "stopped") or begun.poll() is not None, 300)
-    assert len(servers(task / "runs/stopped")) == 1 and list(shared.iterdir()) != []
-    begun.send_signal(signal.SIGINT)  # torchrun's, as its ranks are not of the terminal's foreground
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("whom", ["torchrun", "all"])
+def test_a_signal_under_torchrun_saves_and_ends_with_one_line_of_ours(task, tmp_path, shared, whom):  # noqa: F811
+    """As Ctrl-C in a terminal gives it to torchrun, and as Slurm gives it to every process."""
+    name, signum = f"stopped-{whom}", signal.SIGINT if whom == "torchrun" else signal.SIGTERM
+    begun = start(tmp_path, task, f"name={name}", "num_rollout_steps=1000", "checkpoint.every=null", processes=2)
+    wait_for(lambda: (task / "runs" / name / "samples").exists() or begun.poll() is not None, 300)
+    assert len(servers(task / "runs" / name)) == 1 and list(shared.iterdir()) != []
+    for pid in [*(children(begun.pid) if whom == "all" else ()), begun.pid]:
+        os.kill(pid, signum)
     output = ended(begun)
-    assert servers(task / "runs/stopped") == [] and list(shared.iterdir()) == []
+    assert servers(task / "runs" / name) == [] and list(shared.iterdir()) == []
     (line,) = re.findall("^stopped by .*$", output, re.MULTILINE)
-    last = checkpoints(task, "stopped")[-1]
-    told = f"stopped by SIGINT: the last checkpoint is runs/stopped/checkpoints/{last}; the same command goes on from there"
-    assert line == told and "[rank" not in output and output.count("Traceback") == 1, output  # torchrun's own
+    (last,) = checkpoints(task, name)
+    told = f"the last checkpoint is runs/{name}/checkpoints/{last}; the same command goes on from there"
+    assert line == f"stopped by {signum.name}: {told}" and "[rank" not in output, output
+    assert len(re.findall(f"^{signum.name}: the run saves a checkpoint", output, re.MULTILINE)) == 1, output
+    assert output.count("Traceback") == 1, output  # torchrun's own
+    rows = (task / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == int(last.removeprefix("step_")) and not (task / "runs" / name / ".lock").exists()
+
+
+def test_ranks_end_with_a_killed_torchrun_and_meanwhile_nobody_else_may_use_the_folder(task, tmp_path, shared):  # noqa: F811
+    options = ["name=orphans", "num_rollout_steps=1000"]
+    begun = start(tmp_path, task, *options, processes=2)
+    folder = task / "runs/orphans"
+    wait_for(lambda: checkpoints(task, "orphans") or begun.poll() is not None, 300)
+    second = ended(start(tmp_path, task, *options, "rollout.engine=embedded"))
+    assert "error: another run lives in runs/orphans: process " in second and "Traceback" not in second, second
+    assert not list(task.glob("runs/orphans.old*"))
+    ranks = children(begun.pid)
+    assert len(ranks) == 2
+    begun.kill()
+    wait_for(lambda: not any(alive(pid) for pid in ranks) and not servers(folder), 60)
+    assert list(shared.iterdir()) == [] and not (folder / ".lock").exists()
+    assert "torchrun is gone, so its ranks end: the last checkpoint is runs/orphans/checkpoints/" in ended(begun)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def checkpoints(task: Path, name: str) -> list[str]:  # noqa: F811
     folder = task / "runs" / name / "checkpoints"
     return sorted(path.name for path in folder.glob("step_??????"))
-
-
-def test_sigterm_ends_a_single_process_with_its_status(task, tmp_path, shared):  # noqa: F811
-    begun = start(tmp_path, task, "name=single", "num_rollout_steps=1000", "checkpoint.every=null")
-    wait_for(lambda: (task / "runs/single/samples").exists() or begun.poll() is not None, 300)
-    begun.send_signal(signal.SIGTERM)
-    output = ended(begun)
-    assert begun.returncode == 128 + signal.SIGTERM
-    told = "stopped by SIGTERM: there is no checkpoint yet (checkpoint.every null); the next start begins anew"
-    assert output.splitlines()[-1] == told and "Traceback" not in output, output
-    assert servers(task / "runs/single") == [] and list(shared.iterdir()) == []
 
 
 def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_configuration(task, tmp_path, shared):  # noqa: F811
