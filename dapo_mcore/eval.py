@@ -63,7 +63,7 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     mean@k           mean accuracy of the samples (for AIME with k = 32 the paper's avg@32).
     best@k           share of prompts with at least one right sample.
-    maj@k            share of prompts whose most frequent answer is right.
+    maj@k            share of prompts whose most frequent answer is right; absent where the reward names no answer at all.
     response_length  tokens; truncated_ratio: share of samples cut at the length limit.
     failures         samples whose scoring failed. They count as wrong above, so a number other than 0 means that the
                      accuracies are too low, not that the model is bad.
@@ -71,10 +71,12 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
     k = len(groups[0].samples)
     correct = np.array([[_right(sample) for sample in group.samples] for group in groups], dtype=np.float64)
     samples = [sample for group in groups for sample in group.samples]
+    names_answers = any(_has_vote(sample) for sample in samples)
+    majority = {f"maj@{k}": float(np.mean([majority_is_right(group) for group in groups]))} if names_answers else {}
     return {
         f"mean@{k}": float(correct.mean()),
         f"best@{k}": float(correct.max(axis=1).mean()),
-        f"maj@{k}": float(np.mean([majority_is_right(group) for group in groups])),
+        **majority,
         "response_length": float(np.mean([len(sample.rollout.token_ids) for sample in samples])),
         "truncated_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
         "failures": float(sum(sample.score.failure is not None for sample in samples)),
@@ -86,12 +88,16 @@ def majority_is_right(group: Group) -> bool:
 
     Samples without an answer, or whose scoring failed, have no vote; without any vote the prompt counts as wrong.
     """
-    votes = Counter(s.score.pred for s in group.samples if s.score.pred and s.score.failure is None)
-    if not votes:
+    voters = [sample for sample in group.samples if _has_vote(sample)]
+    if not voters:
         return False
     # most_common sorts stably, and a Counter keeps the order of first appearance.
-    answer = votes.most_common(1)[0][0]
-    return next(_right(s) for s in group.samples if s.score.pred == answer and s.score.failure is None)
+    answer = Counter(sample.score.pred for sample in voters).most_common(1)[0][0]
+    return next(_right(sample) for sample in voters if sample.score.pred == answer)
+
+
+def _has_vote(sample: Sample) -> bool:
+    return bool(sample.score.pred) and sample.score.failure is None
 
 
 def _right(sample: Sample) -> bool:

@@ -61,6 +61,14 @@ def test_set_metrics_by_hand():
     }
 
 
+@pytest.mark.parametrize("preds", ["..", "FF", ".F"])
+def test_without_any_named_answer_there_is_no_majority(preds):
+    """What a reward gives that returns a number alone: 0 would say that all majorities are wrong."""
+    metrics = set_metrics([make_group(preds), make_group(preds)])
+    assert "maj@2" not in metrics and metrics["mean@2"] == 0.0
+    assert set_metrics([make_group(preds), make_group("RA")])["maj@2"] == 0.5
+
+
 def test_best_is_a_share_of_prompts():
     assert set_metrics([make_group("AA"), make_group("AR"), make_group("RR")])["best@2"] == pytest.approx(2 / 3)
 

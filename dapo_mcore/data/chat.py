@@ -91,9 +91,8 @@ class PromptRenderer:
                 f"{where}; correct its loops, or give another template"
             ) from error
         except Exception as error:  # a template is a program, and may fail in any way
-            raise DataError(
-                f"{where}: the chat template refused the prompt: {error or type(error).__name__}"
-            ) from error
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{where}: the chat template refused the prompt: {told}") from error
         if len(text) > _MOST_CHARACTERS:
             raise DataError(
                 f"{where}: the chat template made {len(text):,} characters of the prompt, more than {_MOST_CHARACTERS:,}; "

@@ -20,8 +20,9 @@ _FORMATS = {
     b"PK\x03\x04": "is a zip archive; unpack it",
     b"\xff\xfe": "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
+    b"PAR1": "is parquet; let its name end in .parquet",
 }
-_PARQUET, _BOM = b"PAR1", b"\xef\xbb\xbf"
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,7 @@ def _begin(path: Path) -> bytes:
 
 
 def _hint(begin: bytes) -> str:
-    """What a file is by its first bytes, and what to do, where it is no text of ours; else nothing."""
-    if begin == _PARQUET:
-        return ": it is parquet; let its name end in .parquet"
+    """What a file is by its first bytes, and what to do, where these are of a known format; else nothing."""
     return next((f": it {what}" for magic, what in _FORMATS.items() if begin.startswith(magic)), "")
 
 
@@ -159,13 +158,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path} row {number}", columns)
     except Exception as error:  # damaged bytes show as nearly any exception: bad text, dates out of range, no memory
-        hint = "" if number else _parquet_hint(path)
+        told = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{path} cannot be read as parquet after row {number}: {error or type(error).__name__}"
-            f"{hint or '; get the file again'}"
+            f"{path} cannot be read as parquet after row {number}: {told}{_parquet_hint(_begin(path))}"
         ) from error
 
 
-def _parquet_hint(path: Path) -> str:
-    begin = _begin(path)
-    return "; is it JSONL? Then let its name end in .jsonl" if begin[:1] == b"{" else _hint(begin)
+def _parquet_hint(begin: bytes) -> str:
+    if begin[:1] == b"{":
+        return "; is it JSONL? Then let its name end in .jsonl"
+    return "; get the file again" if begin == b"PAR1" else _hint(begin) or "; give a parquet file"

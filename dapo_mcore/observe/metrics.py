@@ -148,7 +148,9 @@ METRICS: dict[str, Metric] = {
     "time/save_s": Metric("s", "writing the checkpoint or export of the step before"),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
-    "val/<set>/maj@<k>": Metric("fraction", "problems whose most frequent answer among k is right"),
+    "val/<set>/maj@<k>": Metric(
+        "fraction", "problems whose most frequent answer among k is right; absent where the reward names none"
+    ),
     "val/<set>/response_length": Metric("tokens", "mean response length on a validation set"),
     "val/<set>/truncated_ratio": Metric("fraction", "responses cut at the length limit"),
     "val/<set>/failures": Metric("samples", "samples whose scoring failed; they count as wrong"),

@@ -19,6 +19,8 @@ from rich.progress import Progress as PhaseBar
 from rich.table import Table
 from rich.text import Text
 
+from dapo_mcore.observe.sinks import valid_text
+
 TABLE_STEPS = 8
 ETA_STEPS = 20
 
@@ -168,7 +170,7 @@ class Progress(NullProgress):
 
     def line(self, text: str) -> None:
         """One line of text, above the live display on a terminal."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(valid_text(text)), soft_wrap=True)
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
         """A closing block of `label: value` lines, for instance where checkpoints and plots are; below the live display, which

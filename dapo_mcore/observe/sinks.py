@@ -128,9 +128,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """The record as one line of strict JSON; NaN and infinities, which JSON lacks, become null."""
+    """The record as one line of strict JSON in valid text; NaN and infinities, which JSON lacks, become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+    return valid_text(json.dumps(finite, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that stands alone: what responses or rewards hold may have
+    them, and no file or terminal takes them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

@@ -88,6 +88,13 @@ def test_a_pipe_gets_one_unbroken_line_a_step_and_nothing_for_phases() -> None:
     assert lines[3:] == ["[not markup] :smile:", "done", "  plot     a.png", "  metrics  b"]
 
 
+def test_a_line_with_half_a_surrogate_pair_reaches_the_screen() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    Progress("run", 5, Console(file=file)).line("a\ud83d b")
+    file.flush()
+    assert file.buffer.getvalue().decode() == "a\ufffd b\n"
+
+
 def test_the_eta_uses_the_clock_when_the_step_time_is_unknown() -> None:
     now = [0.0]
     console = pipe()

@@ -87,6 +87,12 @@ def test_json_lines_keep_text_as_it_is() -> None:
     assert json_line({"text": "x² \u2028 \n"}) == '{"text": "x² \u2028 \\n"}\n'
 
 
+def test_half_a_surrogate_pair_is_written_as_the_replacement_character() -> None:
+    line = json_line({"whole": "\ud83d\ude00 é", "half": "a\ud83d", "other half": "\ude00b"})
+    line.encode("utf-8")
+    assert json.loads(line) == {"whole": "😀 é", "half": "a\ufffd", "other half": "\ufffdb"}
+
+
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     with MetricSinks(tmp_path, ObserveConfig()) as sinks:
         sinks.write(1, {"reward/mean": 0.25})
