@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dapo_mcore.config_file import dump_config, load_config
+from dapo_mcore.config_file import dump_config, load_config, repeated_overrides
 from dapo_mcore.errors import DapoError, DataError
 
 
@@ -51,6 +51,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(args: argparse.Namespace) -> int:
+    for note in repeated_overrides(args.overrides):
+        print(f"dapo-mcore config: {note}", file=sys.stderr)
     print(dump_config(load_config(args.file, args.overrides)), end="")
     return 0
 

@@ -1,38 +1,43 @@
 """Configuration files: YAML plus dotted overrides to a validated Config, with errors that name the key and the nearest one.
 
-Change here: how files and overrides are read and how mistakes are explained. What may be set is config.py.
+Change here: how files and overrides are read and how mistakes are explained. What may be set is config.py; what YAML means
+is config_yaml.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from reprlib import Repr
+from types import NoneType
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dapo_mcore.config import Config
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.config_schema import is_section, is_text, nearest_keys, options, type_below, type_of_items
+from dapo_mcore.config_yaml import read_yaml
+from dapo_mcore.errors import ConfigError, shortened
+
+_MOST_BYTES = 2**20
+_MOST_MISTAKES = 8
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The validated configuration of a YAML file with `a.b=c` overrides applied in order.
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the validated configuration of a YAML file with `a.b=c` overrides applied in order; the last one wins.
 
-    Values of overrides are parsed as YAML, so `x=1e-6`, `x=true`, `x=[a, b]` and `x=null` mean what they say.
-    Raises ConfigError for a missing file, broken YAML, an unknown key (with the nearest known one) or a broken rule.
+    A text field takes the override's value as it stands, without YAML's meaning of `#`, `{` or `: `; `null` is null, and
+    quotes around the whole value are YAML's. Other values are YAML: `x=1e-6`, `x=true`, `x=[a, b]` mean what they say.
+    Raise ConfigError for a file that cannot be read, broken YAML, an unknown key (with the nearest known one) or a broken
+    rule.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}; examples are in examples/*.yaml")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    tree = read_yaml(_read(path), str(path), Config)
+    if tree is None:
+        raise ConfigError(f"{path} is empty; examples are in examples/*.yaml")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     for override in overrides:
@@ -41,11 +46,25 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """The validated configuration of a nested mapping. Raises ConfigError naming every bad key."""
+    """Return the validated configuration of a nested mapping. Raise ConfigError naming every bad key."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+        mistakes = [_explain(item) for item in error.errors()]
+        more = len(mistakes) - _MOST_MISTAKES
+        told = mistakes[:_MOST_MISTAKES] + ([f"and {more} more mistakes"] if more > 0 else [])
+        raise ConfigError("\n".join(told)) from None
+
+
+def repeated_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return a note for each override that a later one replaces, because it has the same key or one that includes it."""
+    keys = [override.partition("=")[0] for override in overrides]
+    return [
+        f"{shortened(override)} is given, but {shortened(later)} comes after it and replaces it"
+        for number, override in enumerate(overrides)
+        for later, key in zip(overrides[number + 1 :], keys[number + 1 :])
+        if f"{keys[number]}.".startswith(f"{key}.")
+    ]
 
 
 def dump_config(config: Config) -> str:
@@ -74,60 +93,108 @@ def _names(stem: Path) -> Iterator[Path]:
     yield from (stem.with_name(f"{stem.name}.{number}.yaml") for number in count(1))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; YAML 1.2, and everybody who trains models, reads a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}; examples are in examples/*.yaml") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the YAML file, for instance {path / 'config.yaml'}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the configuration file {shortened(str(path))} cannot be read: {reason}") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path} has more than {_MOST_BYTES} bytes; is it a configuration? They have a few thousand")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path} line {line} is not UTF-8 (byte {content[error.start]:#04x}); save the file as UTF-8"
+        ) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not valid YAML: {error}") from error
-    *parents, leaf = key.split(".")
-    for parent in parents:
+        raise ConfigError(f"override {shortened(override)!r} is not of the form section.key=value")
+    kind: Any = Config
+    *parents, leaf = path = key.split(".")
+    for depth, parent in enumerate(parents, 1):
+        kind = type_below(kind, parent)
+        if kind is not None and not _holds_keys(kind):
+            raise ConfigError(
+                f"override {shortened(override)!r}: {'.'.join(path[:depth])} is a value, not a section, and has no "
+                f"{shortened('.'.join(path[depth:]))}"
+            )
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
-    tree[leaf] = value
+    tree[leaf] = _value(type_below(kind, leaf), text, shortened(override), tuple(path))
+
+
+def _holds_keys(kind: Any) -> bool:
+    return kind is Any or any(
+        is_section(option) or getattr(option, "__origin__", None) is dict for option in options(kind)
+    )
+
+
+def _value(kind: Any, text: str, override: str, path: tuple[str, ...]) -> Any:
+    if text == "null":
+        return None
+    if _is_literal(kind, text) and not _is_quoted(text):
+        return text
+    return read_yaml(text, f"the value of override {override!r}", kind, path)
+
+
+def _is_literal(kind: Any, text: str) -> bool:
+    """Whether a value of this type is its text; of a list of texts, one without brackets; of `bool | str`, what is no bool."""
+    kinds = set(options(kind)) - {NoneType}
+    if kinds == {bool, str}:
+        return text.lower() not in ("true", "false", "yes", "no", "on", "off")
+    return is_text(kind) or (type_of_items(kind) is not None and not text.lstrip().startswith("["))
+
+
+def _is_quoted(text: str) -> bool:
+    if len(text) < 2 or text[0] not in "'\"" or text[0] != text[-1]:
+        return False
+    try:
+        return isinstance(yaml.safe_load(text), str)
+    except yaml.YAMLError:
+        return False
 
 
 def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        message = item["msg"].removeprefix("Value error, ")
-        broken_section = item["type"] == "value_error" and isinstance(
-            item["input"], dict
-        )  # its message has the numbers
-        got = "" if broken_section else f" (got {item['input']!r})"
-        return f"{where}: {message}{got}" if where else message
-    near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1, cutoff=0.4)
-    hint = f"; did you mean {'.'.join([*map(str, item['loc'][:-1]), near[0]])!r}?" if near else ""
-    return f"unknown key {where!r}{hint}"
+    """One line for one of pydantic's errors."""
+    path = [str(part) for part in item["loc"] if part != "[key]"]
+    where = shortened(".".join(path), 100)
+    if item["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    if item["type"] == "extra_forbidden":
+        return _explain_unknown(path, item["input"])
+    message = item["msg"].removeprefix("Value error, ")
+    broken_section = item["type"] == "value_error" and isinstance(item["input"], dict)  # its message has the numbers
+    got = "" if broken_section else f" (got {_shown(item['input'])})"
+    return f"{where}: {message}{got}" if where else message
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """Field names of the section at `location`, found by walking the annotations."""
-    section: Any = Config
-    for part in location:
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is None:
-            continue  # a key of a mapping, such as a set's name in eval.sets
-        section = _section_of(field.annotation)
-    return list(getattr(section, "model_fields", {}))
+def _explain_unknown(path: list[str], value: Any) -> str:
+    """The nearest keys; of a whole unknown section, else, those of its first key."""
+    near = nearest_keys(path)
+    if not near and isinstance(value, dict) and value:
+        first = str(next(iter(value)))
+        return _explain_unknown([*path, first], value[first])
+    hint = f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else ""
+    return f"unknown key {shortened('.'.join(path), 100)!r}{hint}"
 
 
-def _section_of(annotation: Any) -> Any:
-    """The Section inside `X`, `X | None` or `dict[str, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in getattr(annotation, "__args__", ()) if (found := _section_of(arg))), None)
+def _shown(value: Any) -> str:
+    """repr, but short for values of any size."""
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlevel = 2
+    try:
+        return short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(value).__name__}"

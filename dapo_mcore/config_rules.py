@@ -61,6 +61,10 @@ def _check_algo(c: Config) -> None:
         raise ValueError(
             "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
         )
+    if c.optimizer.min_lr > c.optimizer.lr:
+        raise ValueError(
+            f"optimizer.min_lr {c.optimizer.min_lr} is above optimizer.lr {c.optimizer.lr}, which decays to it; lower min_lr"
+        )
     if c.model.overrides and c.model.init != "random":
         raise ValueError(
             "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from dapo_mcore.config_types import Count, FilePath, Seconds, Section
 
 EVERYWHERE = ("", "0.0.0.0", "::", "*")
 _OWNED_MODEL_ARGS = {"model-path", "model", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype"}
@@ -17,16 +19,14 @@ _OWNED_OTHER_ARGS = {"api-key", "admin-api-key", "config", "enable-memory-saver"
 OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | _OWNED_OTHER_ARGS
 
 
-class SGLangConfig(BaseModel):
+class SGLangConfig(Section):
     """Servers are either started here (`num_servers`) or given (`urls`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    urls: list[str] = []
+    urls: list[str] = Field(default_factory=list)
     """Servers that run already, as `http://host:port`. Empty: start num_servers."""
     router_url: str | None = None
     """SGLang's router in front of `urls`: generation goes through it, weights go to the servers themselves."""
-    key_file: str | None = None
+    key_file: FilePath | None = None
     """JSON file of mode 0600 with `api_key` and `admin_key` of the servers at `urls`; null: they ask for none. Servers
     started here get random keys, in servers/keys.json of the run's folder."""
 
@@ -35,14 +35,14 @@ class SGLangConfig(BaseModel):
     ray_address: str | None = None
     """placement ray, here or of rewards: the address of a cluster whose nodes were started with RAY_AUTH_MODE=token and
     RAY_worker_niceness=0; null starts one on this machine."""
-    num_servers: int = Field(1, ge=1)
+    num_servers: Count = 1
     """How many to start; with `urls`, as many as these."""
-    python: str | None = None
+    python: FilePath | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""
     device: Literal["cuda", "cpu"] = "cuda"
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: Count = 1
     """GPUs of one server."""
-    first_gpu: int | None = Field(None, ge=0)
+    first_gpu: int | None = Field(None, ge=0, le=10_000)
     """placement local: servers get this GPU of the machine and the next ones. null: those after the trainer's processes on
     it, or the same ones when colocated."""
     colocated: bool = False
@@ -53,33 +53,33 @@ class SGLangConfig(BaseModel):
     Ray node's own address."""
     base_port: int | None = Field(None, ge=1, le=65535)
     """Server i listens on base_port + i; null: free ports."""
-    server_args: dict[str, Any] = {}
+    server_args: dict[str, Any] = Field(default_factory=dict)
     """More options of `sglang.launch_server`, without the dashes: {mem-fraction-static: 0.8}. true sets a flag, a list gives
     several values, null leaves an option of ours to SGLang."""
-    start_timeout_s: float = Field(900.0, gt=0)
-    restart_budget: int = Field(3, ge=0)
+    start_timeout_s: Seconds = 900.0
+    restart_budget: int = Field(3, ge=0, le=1_000_000)
     """Restarts of servers during a run, over all servers."""
 
-    max_in_flight: int = Field(1024, ge=1)
+    max_in_flight: Count = 1024
     """Requests that one server holds at a time."""
-    max_attempts: int = Field(6, ge=1)
+    max_attempts: Count = 6
     """Tries of one sample, first included."""
-    connect_timeout_s: float = Field(10.0, gt=0)
-    read_timeout_s: float = Field(60.0, gt=0)
+    connect_timeout_s: Seconds = 10.0
+    read_timeout_s: Seconds = 60.0
     """From the first byte of an answer to its last."""
-    request_timeout_s: float = Field(3600.0, gt=0)
+    request_timeout_s: Seconds = 3600.0
     """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between."""
-    health_interval_s: float = Field(10.0, gt=0)
-    health_timeout_s: float = Field(30.0, gt=0)
+    health_interval_s: Seconds = 10.0
+    health_timeout_s: Seconds = 30.0
 
     sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How weights reach the servers: safetensors in `sync_dir`, a broadcast from rank 0 (NCCL, gloo on CPUs), or memory
     of rank 0 that servers on its machine open (tensor: CUDA IPC, /dev/shm on CPUs)."""
-    sync_dir: str = "/dev/shm"
+    sync_dir: FilePath = "/dev/shm"
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"
     """sync distributed: the trainer's address, as the servers reach it."""
-    servers_per_group: int | None = Field(None, ge=1)
+    servers_per_group: Count | None = None
     """sync distributed: servers that receive one broadcast together; null: all. Each group costs the trainer a pass of the
     weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
     verify_sync: Literal["off", "servers"] = "off"
@@ -88,10 +88,10 @@ class SGLangConfig(BaseModel):
     quantize: Literal["none", "fp8"] = "none"
     """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
     Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
-    bucket_mib: int = Field(512, ge=1)
+    bucket_mib: int = Field(512, ge=1, le=1_000_000)
     """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0, where a layer's
     matrices are small beside these."""
-    sync_timeout_s: float = Field(600.0, gt=0)
+    sync_timeout_s: Seconds = 600.0
     """Limit of each step of a sync on each server."""
 
     @model_validator(mode="before")

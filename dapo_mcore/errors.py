@@ -83,3 +83,8 @@ def listed(values: list[int]) -> str:
     """The values as a message offers them: `1, 2 or 4`."""
     *head, last = map(str, values)
     return f"{', '.join(head)} or {last}" if head else last
+
+
+def shortened(text: str, longest: int = 80) -> str:
+    """Return the text as a message shows it: cut where it is longer than `longest` characters."""
+    return text if len(text) <= longest else f"{text[:longest]}…"

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config import Config
-from dapo_mcore.config_file import dump_config, load_config, parse_config, record_config
+from dapo_mcore.config_file import dump_config, load_config, parse_config, record_config, repeated_overrides
 from dapo_mcore.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "model"}, "data": {"files": ["train.jsonl"]}}
@@ -84,6 +84,12 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message
         ("rollout.grup_size=4", "unknown key 'rollout.grup_size'; did you mean 'rollout.group_size'?"),
         ("algo.kl.coeff=0.1", "unknown key 'algo.kl.coeff'; did you mean 'algo.kl.coef'?"),
         ("sampler.style=none", "unknown key 'sampler'; did you mean 'sampling'?"),
+        ("group_size=4", "unknown key 'group_size'; did you mean 'rollout.group_size'?"),
+        ("algo.kl_coef=0.1", "unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?"),
+        ("temperature=1", "unknown key 'temperature'; did you mean 'rollout.temperature' or 'eval.temperature'?"),
+        ("checkpoint.save_every=1", "unknown key 'checkpoint.save_every'; did you mean 'checkpoint.every'?"),
+        ("trainer.save_freq=1", "unknown key 'trainer.save_freq'; did you mean 'checkpoint.every'?"),
+        ("eval.sets.aime.group_size=1", "unknown key 'eval.sets.aime.group_size'; did you mean 'rollout.group_size'?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(file: Path, override: str, message: str) -> None:
@@ -207,8 +213,134 @@ def test_the_remedy_of_each_rule_works(file: Path, overrides: list[str]) -> None
     load_config(file, overrides)
 
 
-def test_an_unquoted_off_is_off(file: Path) -> None:
-    assert load_config(file, ["algo.tis.mode=off"]).algo.tis.mode == "off"
+TEXTS = [
+    ("data.answer_pattern", "#### (.+)"),
+    ("data.prompt_template", "{prompt} Think step by step."),
+    ("data.prompt_template", "Question: {prompt} # show your work"),
+    ("data.system_prompt", "End with #### and the number: no more"),
+    ("data.system_prompt", "'a' or 'b'"),
+    ("data.answer_key", "yes"),
+    ("name", "20250101"),
+    ("name", "1e5"),
+    ("algo.tis.mode", "off"),
+    ("rollout.sglang.verify_sync", "off"),
+    ("observe.wandb_project", "2025-01-01"),
+    ("data.chat_template", "[a].jinja"),
+]
+
+
+@pytest.mark.parametrize(("key", "text"), TEXTS)
+def test_a_text_is_taken_as_it_stands(file: Path, key: str, text: str) -> None:
+    config: Any = load_config(file, ["data.chat_template=true", f"{key}={text}"])
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert config == text
+
+
+def test_a_text_may_be_null_and_quotes_around_all_of_it_are_yamls(file: Path) -> None:
+    data = load_config(file, ["data.source_key=null", r'data.prompt_template="Q: {prompt}\nA:"']).data
+    assert (data.source_key, data.prompt_template) == (None, "Q: {prompt}\nA:")
+    assert load_config(file, ["data.source_key='null'"]).data.source_key == "null"
+
+
+@pytest.mark.parametrize(
+    ("value", "template"),
+    [("true", True), ("False", False), ("a #1.jinja", "a #1.jinja"), ("null.jinja", "null.jinja")],
+)
+def test_a_chat_template_is_a_truth_value_or_a_path(file: Path, value: str, template: bool | str) -> None:
+    assert load_config(file, [f"data.chat_template={value}"]).data.chat_template == template
+
+
+def test_files_are_one_path_as_it_stands_or_a_list(file: Path) -> None:
+    assert load_config(file, ["data.files=a #1: b.jsonl"]).data.files == ["a #1: b.jsonl"]
+    assert load_config(file, ["data.files=[a.jsonl, 20250101]"]).data.files == ["a.jsonl", "20250101"]
+
+
+def test_a_plain_value_in_a_file_is_text_where_text_belongs(tmp_path: Path) -> None:
+    path = written(tmp_path, "name: 20250101", "algo: {tis: {mode: off}}", "eval: {sets: {2024: {files: a.jsonl}}}")
+    config = load_config(path)
+    assert (config.name, config.algo.tis.mode, list(config.eval.sets)) == ("20250101", "off", ["2024"])
+
+
+def written(folder: Path, *lines: str) -> Path:
+    path = folder / "written.yaml"
+    path.write_text("\n".join(["model: {path: x}", *lines]) + "\n", encoding="utf-8")
+    if not any(line.startswith("data:") for line in lines):
+        path.write_text(path.read_text() + "data: {files: y}\n", encoding="utf-8")
+    return path
+
+
+def test_a_comment_that_cuts_a_text_is_refused_and_others_are_comments(tmp_path: Path) -> None:
+    cut = written(tmp_path, "data:", "  files: y  # the file", "  system_prompt: End with #### and the number")
+    with pytest.raises(
+        ConfigError, match=r"line 4: YAML takes '#### and the number' after data.system_prompt for a com"
+    ):
+        load_config(cut)
+    for gone in ("  answer_pattern: #### (.+)", "  source_key:\n    # no such column"):
+        with pytest.raises(ConfigError, match=r"quote the whole text if .* on a line of its own and write null"):
+            load_config(written(tmp_path, "data:", "  files: y", gone))
+    fine = written(
+        tmp_path,
+        "# c",
+        "name: a # c",
+        "seed: 3 # c",
+        "data:",
+        "  # c",
+        "  files: y # c",
+        '  answer_pattern: "# (.)" # c',
+    )
+    config = load_config(fine)
+    assert (config.name, config.seed, config.data.answer_pattern) == ("a", 3, "# (.)")
+
+
+def test_a_key_given_twice_names_both_lines_at_any_depth(tmp_path: Path) -> None:
+    for lines, message in (
+        (
+            ["data: {files: y}", "data:", "  files: z"],
+            "written.yaml gives data twice, in lines 2 and 3; keep one of them",
+        ),
+        (["optimizer:", "  lr: 1e-6", "  lr: 5e-3"], "gives optimizer.lr twice, in lines 3 and 4"),
+        (["megatron:", "  a: [{b: 1,", "   b: 2}]"], "gives megatron.a.b twice, in lines 3 and 4"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_config(written(tmp_path, *lines))
+
+
+def test_an_override_does_not_change_an_alias_of_what_it_changes(tmp_path: Path) -> None:
+    path = written(tmp_path, "data: &d", "  files: y", "eval: {sets: {a: *d, b: {<<: *d, limit: 3}}}")
+    config = load_config(path, ["data.limit=5"])
+    assert (config.data.limit, config.eval.sets["a"].limit, config.eval.sets["b"].limit) == (5, None, 3)
+
+
+def test_paths_are_expanded_as_by_a_shell(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    overrides = [
+        "model.path=~/m",
+        "data.files=[$DATA/a.jsonl, x$DATA]",
+        "output_dir=${DATA}/runs",
+        "data.system_prompt=~ $X",
+    ]
+    overrides += ["reward.function=~/r.py:f", "data.chat_template=~/t.jinja", "eval.sets={a: {files: ~/e.jsonl}}"]
+    overrides += ["rollout.sglang.key_file=~/k", "rollout.sglang.python=~/p", "rollout.sglang.sync_dir=~/s"]
+    overrides += ["warm_start={files: [$DATA/w]}"]
+    c = load_config(file, overrides)
+    assert (c.model.path, c.data.files, c.output_dir) == ("/home/me/m", ["/data/a.jsonl", "x/data"], "/data/runs")
+    assert (c.reward.function, c.data.chat_template) == ("/home/me/r.py:f", "/home/me/t.jinja")
+    assert (c.eval.sets["a"].files, c.warm_start and c.warm_start.files) == (["/home/me/e.jsonl"], ["/data/w"])
+    s = c.rollout.sglang
+    assert (s.key_file, s.python, s.sync_dir) == ("/home/me/k", "/home/me/p", "/home/me/s")
+    assert c.data.system_prompt == "~ $X"
+
+
+def test_the_last_of_two_overrides_wins_with_a_word() -> None:
+    assert repeated_overrides(["a.b=1", "a.bc=2", "a.b=3", "a={}"]) == [
+        "a.b=1 is given, but a.b=3 comes after it and replaces it",
+        "a.b=1 is given, but a={} comes after it and replaces it",
+        "a.bc=2 is given, but a={} comes after it and replaces it",
+        "a.b=3 is given, but a={} comes after it and replaces it",
+    ]
+    assert repeated_overrides(["a=1", "b=2", "a.c=1"]) == []
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -7,11 +7,12 @@ The configuration is read before the loop is imported: torch and Megatron take u
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import dapo_mcore.environment  # noqa: F401  before torch is imported
-from dapo_mcore.config_file import load_config
+from dapo_mcore.config_file import load_config, repeated_overrides
 from dapo_mcore.exit_status import exit_status
 
 
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(path: str, overrides: Sequence[str]) -> None:
     config = load_config(path, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for note in repeated_overrides(overrides):
+            print(f"note: {note}", file=sys.stderr)
     from dapo_mcore.train.loop import train
 
     train(config)

@@ -1,0 +1,84 @@
+"""The types of the configuration's fields: what a name, a path, a text, a count or a time may be.
+
+Change here: bounds that many fields share. They lie far beyond any use and are there to catch a slip of the hand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+_LONGEST_NAME = 128
+_LONGEST_PART = 255
+_VARIABLE = re.compile(r"\$(?:\{(\w*)\}|(\w+))", re.ASCII)
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys, NaN and infinity fail, values cannot be changed after validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML takes yes and on for true."""
+        if isinstance(value, bool):
+            kind = cls.model_fields[str(info.field_name)].annotation
+            kinds = set(get_args(kind) or [kind])
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("Input should be a number, not true or false")
+        return value
+
+
+class Prose:
+    """Marks text for people or models, in which YAML's `#` and `{` are likely to be meant as they stand."""
+
+
+def _checked_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or len(value) > _LONGEST_NAME:
+        raise ValueError(
+            f"a name has 1 to {_LONGEST_NAME} letters, digits, dots, dashes and underscores, the first a letter or digit; "
+            f"this one has {len(value)} characters"
+        )
+    return value
+
+
+def _expanded(path: str) -> str:
+    """Return the path with `~` and environment variables replaced, as a shell would. Raise ValueError for unknown ones."""
+    names = [braced or bare for braced, bare in _VARIABLE.findall(path)]
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(f"the environment variable {missing[0]!r} is not set; set it, or write the path without it")
+    full = os.path.expanduser(os.path.expandvars(path))
+    if full.startswith("~"):
+        raise ValueError(f"there is no user {full.split('/')[0][1:]!r} whose home folder ~ could mean")
+    longest = max(len(part.encode(errors="replace")) for part in full.split("/"))
+    if not full or "\0" in full or longest > _LONGEST_PART:
+        raise ValueError(
+            f"a path is not empty and its parts have at most {_LONGEST_PART} bytes; this one's longest part has {longest}"
+        )
+    return full
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+"""Names a folder, a file or a series of metrics."""
+FilePath = Annotated[str, AfterValidator(_expanded)]
+"""A file or folder; `~`, `$NAME` and `${NAME}` are replaced."""
+FilePaths = Annotated[list[FilePath], Field(min_length=1), BeforeValidator(_listed)]
+"""One path or several."""
+Text = Annotated[str, Prose]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+"""At most 30 days."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(gt=0, le=100)]
+"""At 100 the law is all but uniform."""

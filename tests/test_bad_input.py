@@ -1,0 +1,153 @@
+"""Mistakes that users make, each told by one short line that names the key, the numbers and the remedy.
+
+Most go through `dapo-mcore config` in this process, which knows all that can be known before a run; a few through `train`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.cli import main
+
+BASE = "model: {path: model}\ndata: {files: [train.jsonl]}\n"
+LONG = "x" * 300
+
+OVERRIDES = {
+    # numbers that are none, or beyond any use
+    "optimizer.lr=.inf": "optimizer.lr: Input should be a finite number (got inf)",
+    "optimizer.lr=1e30": "optimizer.lr: Input should be less than or equal to 1 (got 1e+30)",
+    "optimizer.lr=-1e-6": "optimizer.lr: Input should be greater than 0",
+    "optimizer.lr=fast": "optimizer.lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+    "optimizer.min_lr=1e-3": "optimizer.min_lr 0.001 is above optimizer.lr 1e-06",
+    "optimizer.weight_decay=.nan": "optimizer.weight_decay: Input should be a finite number (got nan)",
+    "rollout.temperature=.inf": "rollout.temperature: Input should be a finite number",
+    "rollout.temperature=0": "rollout.temperature: Input should be greater than 0 (got 0)",
+    "rollout.top_p=1.5": "rollout.top_p: Input should be less than or equal to 1 (got 1.5)",
+    "rollout.top_k=0": "rollout.top_k: top_k 0 leaves no token to draw; use -1 for all of them",
+    "rollout.top_k=-2": "rollout.top_k: Input should be greater than or equal to -1",
+    "rollout.group_size=100000000000": "rollout.group_size: Input should be less than or equal to 1000000 (got 100000000000)",
+    "rollout.group_size=1e11": "rollout.group_size: Input should be less than or equal to 1000000 (got 1",
+    "rollout.group_size=2.5": "rollout.group_size: Input should be a valid integer",
+    "rollout.group_size=yes": "rollout.group_size: Input should be a number, not true or false (got True)",
+    "rollout.group_size=017": "YAML reads 017 in base 8 or 60; write it in base 10",
+    "algo.entropy_coef=.nan": "algo.entropy_coef: Input should be a finite number (got nan)",
+    "algo.entropy_coef=-0.01": "algo.entropy_coef: Input should be greater than or equal to 0",
+    "algo.kl.coef=.inf": "algo.kl.coef: Input should be a finite number",
+    "algo.dual_clip=1": "algo.dual_clip: Input should be greater than 1 (got 1)",
+    "reward.failure_value=-.inf": "reward.failure_value: Input should be a finite number",
+    "reward.timeout_seconds=1e300": "reward.timeout_seconds: Input should be less than or equal to 2592000 (got 1e+300)",
+    "rollout.sglang.read_timeout_s=1:30": "YAML reads 1:30 in base 8 or 60; write it in base 10",
+    "seed=18446744073709551616": "seed: Input should be less than 9223372036854775808 (got 18446744073709551616)",
+    "seed=-1": "seed: Input should be greater than or equal to 0 (got -1)",
+    f"seed={'9' * 5000}": "the value of override 'seed=99999",
+    "eval.temperature=.nan": "eval.temperature: Input should be a finite number",
+    "parallel.timeout_minutes=1e9": "parallel.timeout_minutes: Input should be less than or equal to 43200",
+    # names, texts and words
+    f"name={LONG}": "name: a name has 1 to 128 letters, digits, dots, dashes and underscores, the first a letter or digit; this one has 300",
+    "name=": "this one has 0 characters",
+    "name=a/b": "name: a name has 1 to 128 letters",
+    f"eval.sets.{LONG}.files=a.jsonl": "this one has 300 characters",
+    "model.path=": "model.path: a path is not empty",
+    f"model.path={LONG}": "this one's longest part has 300",
+    "model.path=$NOWHERE/m": "model.path: the environment variable 'NOWHERE' is not set; set it, or write the path without it",
+    "data.files=~nobody-here/a.jsonl": "data.files.0: there is no user 'nobody-here' whose home folder ~ could mean",
+    "algo.kl.estimator=k4": "algo.kl.estimator: Input should be 'k1', 'k2' or 'k3' (got 'k4')",
+    "batch.packing=maybe": "batch.packing: Input should be a valid boolean, unable to interpret input (got 'maybe')",
+    "data.files=[]": "data.files: List should have at least 1 item",
+    "data.system_prompt=null data.prompt_key=null": "data.prompt_key: Input should be a valid string (got None)",
+    # keys
+    "group_size=4": "unknown key 'group_size'; did you mean 'rollout.group_size'?",
+    "algo.kl_coef=0.1": "unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?",
+    f"algo.{'z' * 5000}=1": "unknown key 'algo.zzzz",
+    "algo.clip_high": "override 'algo.clip_high' is not of the form section.key=value",
+    "=3": "override '=3' is not of the form section.key=value",
+    "seed.x=3": "override 'seed.x=3': seed is a value, not a section, and has no x",
+    "data.files.0=a": "override 'data.files.0=a': data.files is a value, not a section, and has no 0",
+    "algo=3": "algo: Input should be a valid dictionary or instance of AlgoConfig (got 3)",
+    "warm_start={lr: 1e-3}": "warm_start.files is missing; it has no default",
+    "data={files: a, limit: 1, limit: 2}": "gives data.limit twice, in lines 1 and 1; keep one of them",
+    "megatron={a: !!python/object:os.system x}": "the tag tag:yaml.org,2002:python/object:os.system is not supported",
+    "megatron={a: [}": "is not valid YAML",
+}
+
+FILES: dict[str, tuple[str | bytes, str]] = {
+    "a key twice": (BASE + "seed: 1\nseed: 2\n", "gives seed twice, in lines 3 and 4; keep one of them"),
+    "a value cut": (
+        "model: {path: m}\ndata:\n  files: a\n  answer_pattern: #### (.+)\n",
+        "line 4: YAML takes '#### (.+)' after data.answer_pattern for a comment; quote the whole text if it belongs to it",
+    ),
+    "an unquoted brace": (
+        "model: {path: m}\ndata:\n  files: a\n  prompt_template: {prompt}\n",
+        "line 4: data.prompt_template is text, but YAML reads a collection; put the text in quotes",
+    ),
+    "an unquoted colon": (
+        BASE + "name: a: b\n",
+        "line 3, column 8 is not valid YAML: mapping values are not allowed here",
+    ),
+    "a tab": (
+        BASE + "algo:\n\tclip_low: 1\n",
+        "line 4, column 1 is not valid YAML: while scanning for the next token found character '\\t'",
+    ),
+    "nothing": ("", "is empty; examples are in examples/*.yaml"),
+    "comments alone": ("# model: x\n", "is empty; examples are in examples/*.yaml"),
+    "a list": ("- model: x\n", "must hold a mapping of sections, not a list"),
+    "no model": ("data: {files: a}\n", "model is missing; it has no default"),
+    "UTF-16": (BASE.encode("utf-16"), "line 1 is not UTF-8 (byte 0xff); save the file as UTF-8"),
+    "Latin-1": ((BASE + "# é\n").encode("latin-1"), "line 3 is not UTF-8 (byte 0xe9); save the file as UTF-8"),
+    "binary": (bytes(range(32)), "is not valid YAML: unacceptable character #x0000"),
+    "a big file": (b"#" * 2**21, "has more than 1048576 bytes"),
+    "a tag": (BASE + "name: !!python/name:os.system\n", "line 3: the tag tag:yaml.org,2002:python/name:os.system"),
+    "a bomb": (
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+        "stands for more than 20000 values, counting each anchor where it is used",
+    ),
+    "an anchor in itself": (BASE + "megatron: &m {a: *m}\n", "line 3: the anchor contains itself; write it out"),
+    "brackets without end": ("a: " + "[" * 5000, "is nested too deeply"),
+    "a collection as key": (BASE + "megatron: {[a, b]: 1}\n", "line 3: a key must be a word, not a collection"),
+    "two documents": (BASE + "---\n" + BASE, "expected a single document in the stream"),
+    "many unknown keys": (BASE + "".join(f"zz{i}: 1\n" for i in range(900)), "and 892 more mistakes"),
+    "a huge value": (BASE + f"optimizer: {{lr: {'x' * 500_000}}}\n", "optimizer.lr: Input should be a valid number"),
+}
+
+
+def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a call of the command that must fail on its user's account."""
+    assert main(argv) == 2, argv
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"dapo-mcore {argv[0]}: ")
+    lines = err.splitlines()
+    assert all(len(line) < 500 for line in lines), err
+    return err
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=lambda text: text[:40])
+def test_a_mistake_in_an_override(overrides: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(BASE)
+    arguments = [overrides] if "{" in overrides else overrides.split()
+    message = mistake(["config", str(tmp_path / "run.yaml"), *arguments], capsys)
+    assert OVERRIDES[overrides] in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_mistake_in_the_file(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, expected = FILES[case]
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert expected in mistake(["config", str(path)], capsys)
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is a folder; name the YAML file" in mistake(["config", str(tmp_path)], capsys)
+    assert f"no configuration file at {tmp_path / 'no'}" in mistake(["config", str(tmp_path / "no")], capsys)
+    assert "cannot be read: File name too long" in mistake(["config", LONG], capsys)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dapo_mcore.config_file import load_config
+
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbf" + BASE.encode())
+    assert load_config(tmp_path / "run.yaml").model.path == "model"
