@@ -39,7 +39,7 @@ train() { # WAY OVERRIDE…
   timeout -k 10 "${LIMIT_S:-150}" "$python" -m dapo_mcore.train examples/quickstart.yaml name="$1" output_dir="$work/runs" \
     parallel.tensor_parallel=1 model.path="$work/arithmetic/model" data.files="[$work/arithmetic/train.jsonl]" \
     warm_start=null eval.sets={} num_rollout_steps="${STEPS:-3}" rollout.max_response_tokens=512 optimizer.lr=1e-6 \
-    sampling.style=none sampling.gen_batch_prompts=8 sampling.train_batch_prompts=8 checkpoint.export_at_end=false \
+    sampling.style=none sampling.gen_batch_prompts=8 sampling.train_batch_prompts=8 checkpoint.export_at_end=false observe.plot_at_end=false \
     rollout.engine=sglang rollout.sglang.colocated=true rollout.sglang.device="$device" \
     ${SGLANG_PYTHON:+rollout.sglang.python="$SGLANG_PYTHON"} "${@:2}" ${OVERRIDES:-} >"$work/$1.log" 2>&1
 }
@@ -93,5 +93,6 @@ for way; do
     *) echo "$0: no way $way" >&2; exit 2 ;;
   esac
   row "$way" "$status" $((SECONDS - start)) || failed=1
+  rm -rf "$work/runs"  # with its checkpoint
 done
 exit $failed

@@ -24,6 +24,7 @@ from dapo_mcore.rollout.sglang.probe import probe, probe_router
 from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
 from dapo_mcore.rollout.sglang.servers import ServerPlan, start_servers
+from dapo_mcore.rollout.sglang.startup import Startup
 from dapo_mcore.rollout.sglang.tensor import TensorTransfer
 from dapo_mcore.rollout.sglang.transfer import Transfer
 
@@ -52,7 +53,7 @@ async def open_fleet(
     keys: Keys,
     processes: Sequence[OwnedServer],
     hf_config: PretrainedConfig,
-    is_up: Callable[[], None],
+    startup: Startup,
     *,
     resync: Resync | None,
     resumes: bool,
@@ -61,8 +62,8 @@ async def open_fleet(
 ) -> Fleet:
     """A fleet of the servers in `processes` or at settings.urls, each checked.
 
-    is_up  is called for each server that can be used; the rest as of Fleet.
-    Raises ConfigError for one that cannot.
+    startup  is told how it goes; the rest as of Fleet.
+    Raises ConfigError for a server that cannot be used.
     """
     s = settings
     places = [(process.url, process) for process in processes] or [(url, None) for url in s.urls]
@@ -70,7 +71,7 @@ async def open_fleet(
     router = Member(ServerApi(http, s.router_url, keys, s.sync_timeout_s)) if s.router_url else None
     if s.sync == "distributed":
         check_sync_host(s.sync_host, [url for url, _ in places])
-    await asyncio.gather(*(_admit(member, s, hf_config, resumes, is_up) for member in members))
+    await asyncio.gather(*(_admit(member, s, hf_config, resumes, startup) for member in members))
     if router is not None:
         await probe_router(router.api, s.urls)
     patience = Patience(
@@ -86,11 +87,11 @@ async def open_fleet(
 
 
 async def _admit(
-    member: Member, settings: SGLangConfig, hf_config: PretrainedConfig, resumes: bool, is_up: Callable[[], None]
+    member: Member, settings: SGLangConfig, hf_config: PretrainedConfig, resumes: bool, startup: Startup
 ) -> None:
     if member.process is not None:
         try:
-            await wait_until_healthy(member, settings.start_timeout_s)
+            await wait_until_healthy(member, settings.start_timeout_s, startup.waiting)
         except RolloutError as error:
             raise ConfigError(f"rollout.sglang: {error}") from error
     facts = await probe(member.api, hf_config, resumes=resumes)
@@ -100,4 +101,4 @@ async def _admit(
             f"{member.api.url} tells no checksums of its weights, which rollout.sglang.verify_sync servers compares; "
             "SGLang tells them on GPUs, and from 0.5.23 on without: set verify_sync off"
         )
-    is_up()
+    startup.is_up()

@@ -37,7 +37,7 @@ from dapo_mcore.rollout.sglang.quantize import quantized, with_cache_scales
 from dapo_mcore.rollout.sglang.replies import VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys
-from dapo_mcore.rollout.sglang.startup import shown_startup
+from dapo_mcore.rollout.sglang.startup import Startup, shown_startup
 from dapo_mcore.rollout.sglang.versions import FIRST_WITH_LOST_SCALES
 from dapo_mcore.rollout.tending import wait_tending
 from dapo_mcore.types import Rollout, SamplingParams
@@ -104,13 +104,13 @@ class SGLangEngine:
         atexit.register(self.close)
         try:
             keys = read_keys(settings.key_file)
-            with shown_startup(progress or NullProgress(), settings, folder) as is_up:
+            with shown_startup(progress or NullProgress(), settings, folder) as startup:
                 if not settings.urls:
                     name = str(dtype).removeprefix("torch.")
                     plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
                     self._processes, self._disconnect = start_planned(plan)
                     keys = plan.keys
-                self._fleet = self._loop.run(self._open(keys, hf_config, is_up))
+                self._fleet = self._loop.run(self._open(keys, hf_config, startup))
             if settings.colocated:
                 self._loop.run(self._fleet.release())
         except BaseException:
@@ -233,7 +233,7 @@ class SGLangEngine:
             return with_cache_scales(stream, self._hf_config.architectures[0], self._hf_config.num_hidden_layers)
         return stream
 
-    async def _open(self, keys: Keys, hf_config: PretrainedConfig, is_up: Callable[[], None]) -> Fleet:
+    async def _open(self, keys: Keys, hf_config: PretrainedConfig, startup: Startup) -> Fleet:
         self._http = HttpClient(self._settings.connect_timeout_s, self._settings.read_timeout_s)
         try:
             return await open_fleet(
@@ -242,7 +242,7 @@ class SGLangEngine:
                 keys,
                 self._processes,
                 hf_config,
-                is_up,
+                startup,
                 resync=self._transfer.resync,
                 resumes=self._max_lag > 0,
                 may_starve=lambda: self.on_starving is not None,

@@ -15,21 +15,19 @@ asleep no server starts, and one that is out is stopped: the memory is the train
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.checksums import Checksums
 from dapo_mcore.rollout.sglang.http import RequestFailed
-from dapo_mcore.rollout.sglang.member import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.sglang.member import GENERATING, Member, Patience
+from dapo_mcore.rollout.sglang.revival import Revival
 from dapo_mcore.rollout.sglang.roster import AWAY, Roster
 from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, WEIGHT_MEMORY
 from dapo_mcore.rollout.sglang.transaction import Transaction
-
-_STRIKES = 3
 
 Resync = Callable[[Member, str], Awaitable[None]]
 """Gives one server the weights of a tag, from where they are kept."""
@@ -63,11 +61,12 @@ class Fleet:
         self._may_starve = may_starve
         self.counts: Counter[str] = Counter()
         self._paused, self._num_pauses = False, 0
-        self._patience, self._restarts_left = patience, patience.restart_budget
+        self._patience = patience
         self._changed = asyncio.Condition()
         self._weights = asyncio.Lock()
         self._awake = asyncio.Event()
         self._awake.set()
+        self._revival = Revival(patience, self._roster, self.counts, self._awake, self._find_down)
         self._target: str | None = None
         self._tasks = {asyncio.create_task(self._watch())}
 
@@ -136,7 +135,7 @@ class Fleet:
         if reload:
             member.tag, member.link = None, None  # its owner may have started it again
             self._give_up_calls(member)
-        self._roster.leave(member, problem)
+        self._roster.leave(member, problem, GENERATING)
         self.counts["servers_suspected"] += 1
         self._spawn(self._bring_back(member))
 
@@ -177,7 +176,8 @@ class Fleet:
             transaction = self._transaction(None)
             await transaction.each("pause", lambda m: m.api.pause())
             await transaction.each("release memory", lambda m: m.release_memory())
-            await asyncio.gather(*(self._stop(m, forgiven=m in returning) for m in self._roster.of(*AWAY)))
+            stops = (self._revival.stop(m, forgiven=m in returning) for m in self._roster.of(*AWAY))
+            await asyncio.gather(*stops)
             for member in transaction.members:
                 member.state = "waiting"
 
@@ -213,6 +213,8 @@ class Fleet:
 
     def _transaction(self, tag: str | None) -> Transaction:
         """Over every member that can be reached."""
+        for member in self.serving:
+            member.passed(GENERATING)
         members = self._roster.of("serving", "waiting")
         return Transaction(members, tag, self._patience.step_timeout_s, self._take_out)
 
@@ -221,22 +223,15 @@ class Fleet:
         for member in transaction.members:
             self._serve(member)
 
-    async def _stop(self, member: Member, forgiven: bool = True) -> None:
-        """Ends a server that is out, so that it holds no memory; starting it again is not counted where it is forgiven."""
-        async with member.changing:
-            if member.process is not None and await member.is_alive():
-                self._restarts_left += forgiven
-                await asyncio.to_thread(member.process.stop)
-
-    def _take_out(self, member: Member, problem: str) -> None:
-        """A member whose weights are in doubt: nothing it says counts until it is re-synced.
+    def _take_out(self, member: Member, problem: str, place: str | None = None) -> None:
+        """A member whose weights are in doubt: nothing it says counts until it is re-synced. `place` as Member's.
 
         Its requests are given up before it is resumed: it would go on with them under half an update.
         """
         self._give_up_calls(member)
         on_its_way_back = member.state in AWAY
         member.tag, member.link = None, None
-        self._roster.leave(member, problem)
+        self._roster.leave(member, problem, place)
         self.counts["servers_excluded"] += 1
         if not on_its_way_back:
             self._spawn(self._bring_back(member))
@@ -248,15 +243,15 @@ class Fleet:
                 return
         try:
             if not self._awake.is_set():
-                await self._stop(member)
+                await self._revival.stop(member)
                 await self._awake.wait()
-            if await self._revive(member):
+            if await self._revival.revive(member):
                 await self._give_weights(member)
             else:
                 self._roster.lose(member)
         except (RolloutError, ConfigError, TimeoutError) as error:
             late = f"it had not taken its weights again within {self._patience.step_timeout_s:g} s"
-            self._take_out(member, str(error) or late)
+            self._take_out(member, str(error) or late, "coming back" if self._awake.is_set() else None)
             self._spawn(self._bring_back(member))
         except Exception as error:  # nobody awaits this task: whoever waits for the member must hear of it
             member.problem = repr(error)
@@ -264,49 +259,6 @@ class Fleet:
         finally:
             async with self._changed:
                 self._changed.notify_all()
-
-    async def _revive(self, member: Member) -> bool:
-        """True once the server generates; False when it never will again."""
-        with suppress(RolloutError, TimeoutError):  # a paused server looks dead to a health check
-            await asyncio.wait_for(member.api.resume(), self._patience.health_timeout_s)
-        await asyncio.sleep(max(member.strikes - 1, 0))
-        if member.process is None:
-            return await self._wait_for_given(member)
-        good = member.strikes < _STRIKES and await member.is_alive()
-        if good and await member.api.healthy(self._patience.health_timeout_s):
-            return True
-        await self._find_down(member)
-        return await self._restart(member)
-
-    async def _restart(self, member: Member) -> bool:
-        """True once the server generates; False when the budget is spent."""
-        if not self._restarts_left:
-            budget = self._patience.restart_budget
-            member.problem += f"; all {budget} restarts (rollout.sglang.restart_budget) are spent"
-            await asyncio.to_thread(member.process.stop)
-            return False
-        async with member.changing:
-            if not self._awake.is_set():
-                raise RolloutError("the trainer has taken the devices")
-            self._restarts_left -= 1
-            self.counts["server_restarts"] += 1
-            member.tag, member.link, member.strikes, member.released = None, None, 0, frozenset()
-            await asyncio.to_thread(member.process.restart)
-            member.api.url = member.process.url
-        await wait_until_healthy(member, self._patience.start_timeout_s)
-        return True
-
-    async def _wait_for_given(self, member: Member) -> bool:
-        """A server of somebody else's gets as long to come back as one of ours to start, and three tries to be of use."""
-        if member.strikes > _STRIKES:
-            return False
-        end = time.monotonic() + self._patience.start_timeout_s
-        while not await member.api.healthy(self._patience.health_timeout_s):
-            await self._find_down(member)
-            if time.monotonic() > end:
-                return False
-            await asyncio.sleep(self._patience.health_interval_s)
-        return True
 
     async def _give_weights(self, member: Member) -> None:
         async with self._weights:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -18,6 +18,8 @@ from dapo_mcore.rollout.sglang.server_api import ALL_MEMORY, ServerApi
 from dapo_mcore.rollout.sglang.versions import OLDEST, Version
 
 _ABORT_TIMEOUT_S = 5.0
+GENERATING = "generating"
+"""The place of what goes wrong between two updates."""
 
 State = Literal["waiting", "serving", "out", "down", "lost"]
 """waiting: well, without the current weights. out: being looked at. down: found ill, restarted or waited for."""
@@ -39,6 +41,8 @@ class OwnedServer(Protocol):
 
     def last_words(self) -> str: ...
 
+    def last_line(self) -> str: ...
+
 
 @dataclass(eq=False)
 class Member:
@@ -51,6 +55,8 @@ class Member:
     released  kinds of device memory that it has given up (server_api.ALL_MEMORY).
     changing  held while its process is stopped or started.
     link      the group in which it receives broadcasts (server_group.py).
+    place     what it was doing when it was taken out, until it is started again for that; None: the reason is not its own.
+    falls     at which place it was last started again for, and how often in a row.
     """
 
     api: ServerApi
@@ -65,6 +71,20 @@ class Member:
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     link: Any = None
     problem: str = ""
+    place: str | None = None
+    falls: tuple[str, int] = ("", 0)
+
+    def fall(self) -> tuple[str, int]:
+        """Count a restart for what went wrong at `place`; return `falls`."""
+        if self.place is not None:
+            self.falls = (self.place, self.falls[1] + 1 if self.falls[0] == self.place else 1)
+            self.place = None
+        return self.falls
+
+    def passed(self, place: str) -> None:
+        """Forget the restarts for what went wrong at `place`: this time nothing did."""
+        if self.falls[0] == place:
+            self.falls = ("", 0)
 
     async def abort(self, rid: str) -> None:
         """Ends a request, where the server still hears."""
@@ -111,13 +131,22 @@ def stop_servers(servers: Sequence[OwnedServer]) -> None:
         server.stop(max(end - time.monotonic(), 0.0))
 
 
-async def wait_until_healthy(member: Member, timeout_s: float) -> None:
-    """Returns when the server generates. Raises RolloutError when its process ends first, or time is up."""
+async def _wait(server: OwnedServer) -> None: ...
+
+
+async def wait_until_healthy(
+    member: Member, timeout_s: float, waiting: Callable[[OwnedServer], Awaitable[None]] = _wait
+) -> None:
+    """Return when the server of ours generates; `waiting` is called meanwhile.
+
+    Raises RolloutError when its process ends first, or time is up.
+    """
     try:
         async with asyncio.timeout(timeout_s):
             while not await member.api.healthy(timeout_s):
                 if not await member.is_alive():
                     raise RolloutError(f"{member.api.url} ended while it started: {await member.last_words()}")
+                await waiting(member.process)
                 await asyncio.sleep(0.2)
     except TimeoutError:
         words = await member.last_words()

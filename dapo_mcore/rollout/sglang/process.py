@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ from pathlib import Path
 STOP_S = 5.0
 """From the request to end to the end by force."""
 _PR_SET_PDEATHSIG = 1
+_TAIL_BYTES, _TAIL_LINES, _LONGEST_LINE = 65536, 100, 300
+_ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception)\b|: error: ")
+"""The end of a traceback, or a refused option."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,7 +41,7 @@ class ServerProcess:
     ):
         self.url, self._port = url, port
         self._command, self._environment, self._folder = list(command), environment, folder
-        self._log = folder / f"{name}.log"
+        self._log, self._log_start = folder / f"{name}.log", 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -51,6 +55,7 @@ class ServerProcess:
     def start(self) -> None:
         """Starts it; it serves when /health says so. Its output goes to the end of the log."""
         with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
@@ -80,13 +85,28 @@ class ServerProcess:
         self.stop()
         self.start()
 
-    def last_words(self, count: int = 3) -> str:
-        """The log's last lines, for an error message."""
+    def last_words(self) -> str:
+        """What it wrote last since it was started, for an error message: its last error where there is one near the end,
+        since its other processes go on writing for a while."""
+        lines = self._tail().splitlines()[-_TAIL_LINES:]
+        errors = [number for number, line in enumerate(lines) if _ERROR.search(line)]
+        end = errors[-1] + 1 if errors else len(lines)
+        words = [line.strip()[:_LONGEST_LINE] for line in lines[max(end - 3, 0) : end]]
+        return f"{' | '.join(words) or 'it wrote nothing'} (see {self._log})"
+
+    def last_line(self) -> str:
+        """The last line that it wrote since it was started, or nothing."""
+        lines = self._tail().splitlines()
+        return lines[-1].strip()[:_LONGEST_LINE] if lines else ""
+
+    def _tail(self) -> str:
         try:
-            lines = self._log.read_text(errors="replace").strip().splitlines()[-count:]
+            with self._log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, size - _TAIL_BYTES))
+                return log.read().decode(errors="replace").strip()
         except OSError:
-            lines = []
-        return f"{' | '.join(lines) or 'it wrote nothing'} (see {self._log})"
+            return ""
 
 
 def _die_with_parent() -> None:

@@ -84,6 +84,9 @@ class RayServer:
     def last_words(self) -> str:
         return self._ask("last_words", otherwise="its Ray actor or node is gone")
 
+    def last_line(self) -> str:
+        return self._ask("last_line", otherwise="")
+
     def _ask(self, method: str, otherwise: Any, timeout_s: float = _ANSWER_TIMEOUT_S) -> Any:
         import ray
 
@@ -124,6 +127,9 @@ class _Host:
 
     def last_words(self) -> str:
         return self._server.last_words() if self._server is not None else "it was not started"
+
+    def last_line(self) -> str:
+        return self._server.last_line() if self._server is not None else ""
 
     def stop(self) -> None:
         if self._server is not None:

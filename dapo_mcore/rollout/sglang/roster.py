@@ -28,14 +28,19 @@ class Roster:
         """Those in one of these states."""
         return [member for member in self.members if member.state in states]
 
-    def leave(self, member: Member, problem: str) -> None:
-        """Is out, for this reason; told once, however often it fails on its way back."""
-        member.state, member.problem = "out", problem
+    def leave(self, member: Member, problem: str, place: str | None = None) -> None:
+        """Mark the server out for `problem`, at `place` (see Member). Tell it once, however often it fails on its way back."""
+        member.state, member.problem, member.place = "out", problem, place
         member.strikes += 1
         self._out_since.setdefault(member, time.monotonic())
         if self._told.get(member) != "out":
             self._told[member] = "out"
             self._say(member, f"is out: {problem.removeprefix(member.api.url).lstrip(' :')}")
+
+    def restarting(self, member: Member, place: str, restarts_left: int, words: str) -> None:
+        """Tell that the server is started again: after what, how often that may still happen, and what it last wrote."""
+        after = f" after it failed at: {place}" if place else ""
+        self._say(member, f"is started again{after} ({restarts_left} more restarts allowed); it last wrote: {words}")
 
     def ready(self, member: Member) -> None:
         """Is well again, without the current weights."""

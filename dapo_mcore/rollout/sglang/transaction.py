@@ -15,11 +15,11 @@ from dapo_mcore.rollout.sglang.member import Member
 class Transaction:
     """The members that are still in it, and the weights they are to have (None where it is not about weights).
 
-    take_out  is told of a member that leaves, with the reason.
+    take_out  is told of a member that leaves, with the reason and the place.
     """
 
     def __init__(
-        self, members: list[Member], tag: str | None, timeout_s: float, take_out: Callable[[Member, str], None]
+        self, members: list[Member], tag: str | None, timeout_s: float, take_out: Callable[[Member, str, str], None]
     ):
         self.members, self.tag = members, tag
         self._timeout_s, self._take_out = timeout_s, take_out
@@ -32,11 +32,15 @@ class Transaction:
         """Does a step's `works` at once, each for several members, which fail together."""
         limited = (asyncio.wait_for(work, self._timeout_s) for work in works.values())
         outcomes = await asyncio.gather(*limited, return_exceptions=True)
+        place = f"weight update, {step}"
         for part, outcome in zip(works, outcomes):
-            if isinstance(outcome, BaseException):
-                if not isinstance(outcome, RolloutError | TimeoutError):
-                    raise outcome
-                told = str(outcome) or f"nothing within {self._timeout_s:g} s"
+            if not isinstance(outcome, BaseException):
                 for member in part:
-                    self.members.remove(member)
-                    self._take_out(member, f"weight update, {step}: {told}")
+                    member.passed(place)
+                continue
+            if not isinstance(outcome, RolloutError | TimeoutError):
+                raise outcome
+            told = str(outcome) or f"nothing within {self._timeout_s:g} s"
+            for member in part:
+                self.members.remove(member)
+                self._take_out(member, f"{place}: {told}", place)

@@ -177,6 +177,7 @@ class FakeServer:
             return await handler(request)
         if fault.kind == "die":
             await asyncio.sleep(fault.value or 0)
+            print("ordered to die", file=sys.stderr, flush=True)
             os._exit(9)
         if fault.kind == "close":
             await asyncio.sleep(0.05)

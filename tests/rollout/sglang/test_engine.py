@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.fake_server import fake_python
@@ -346,6 +347,34 @@ def test_the_restart_budget_is_a_limit(tmp_path):
             wait_for(lambda: not made._fleet.serving)
         with pytest.raises(RolloutError, match=r"all 1 restarts .* are spent"):
             made.generate(prompts(2), params(8))
+
+
+class Lines(NullProgress):
+    """A screen that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_server_that_fails_three_times_in_a_row_at_one_place_ends_the_run_with_its_last_words(tmp_path):
+    """Whatever the restart budget; each restart is told with the place and what the server wrote last."""
+    screen = Lines()
+    with engine(tmp_path, restart_budget=50, progress=screen) as made:
+        made.update_weights(weights(0), version=0)
+        for version in (1, 2):
+            order(servers(made)[0], "die", where="/update_weights_from_disk")
+            made.update_weights(weights(version), version)
+        order(servers(made)[0], "die", where="/update_weights_from_disk")
+        told = r"none of 1 .* lost: .*failed 3 times in a row at the same place \(weight update, load\).* it last wrote: .*server-0.log"
+        with pytest.raises(RolloutError, match=told):
+            made.update_weights(weights(3), version=3)
+        assert made.metrics()["rollout/server_restarts"] == 2
+    restarts = [line for line in screen.lines if "is started again" in line]
+    assert len(restarts) == 2 and all("after it failed at: weight update, load" in line for line in restarts)
+    assert "49 more restarts allowed" in restarts[0] and "ordered to die" in restarts[0]
 
 
 def test_a_sample_that_always_fails_stops_the_run_with_the_last_problem(tmp_path):

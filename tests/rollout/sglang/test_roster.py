@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.member import GENERATING, Member
 from dapo_mcore.rollout.sglang.roster import AWAY, Roster
 
 
@@ -21,21 +21,24 @@ def test_a_server_is_told_of_when_it_goes_and_when_it_comes_and_not_in_between()
     roster = Roster([one], lines.append)
     roster.serve(one)
     assert lines == [], "the first time is no news"
-    roster.leave(one, "http://a:1: no answer")
-    roster.leave(one, "still none")
+    roster.leave(one, "http://a:1: no answer", GENERATING)
+    roster.leave(one, "still none", "coming back")
     assert one.strikes == 2 and one.problem == "still none" and roster.of(*AWAY) == [one]
+    assert one.place == "coming back"
+    roster.restarting(one, "coming back", 2, "Killed (see server-0.log)")
     roster.ready(one)
     assert roster.of("waiting") == [one]
-    roster.leave(one, "it refused the weights")
+    roster.leave(one, "it refused the weights", "weight update, load")
     roster.ready(one)
     roster.serve(one)
-    roster.leave(one, "gone")
+    roster.leave(one, "gone", None)
     roster.lose(one)
     times = [re.sub(r"\d+ s$", "N s", line) for line in lines]
     assert times == [
         f"rollout server http://a:1 {what}"
         for what in (
             "is out: no answer",
+            "is started again after it failed at: coming back (2 more restarts allowed); it last wrote: Killed (see server-0.log)",
             "is well again, and waits for the next weight sync",
             "is out: it refused the weights",
             "is well again, and waits for the next weight sync",
@@ -53,7 +56,7 @@ def test_a_screen_that_is_gone_costs_the_line_alone(gone):
 
     one = member()
     roster = Roster([one], tell)
-    roster.leave(one, "no answer")
+    roster.leave(one, "no answer", None)
     roster.ready(one)
     roster.serve(one)
     roster.lose(one)

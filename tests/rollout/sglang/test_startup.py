@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,27 +42,44 @@ def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end() -> None:
     screen = Screen(is_terminal=False)
     with shown_startup(
         screen.progress, SGLangConfig(num_servers=2), Path("runs/a/servers"), lambda: screen.now
-    ) as is_up:
+    ) as startup:
         assert screen.lines() == ["starting 2 SGLang servers (logs in runs/a/servers)"]
-        is_up()
+        startup.is_up()
         screen.now = 38.4
-        is_up()
+        startup.is_up()
     assert screen.lines()[1:] == ["2 of 2 SGLang servers up after 38s"]
 
 
 def test_a_terminal_counts_the_servers_that_are_up_and_the_seconds() -> None:
     screen = Screen(is_terminal=True)
-    with shown_startup(screen.progress, SGLangConfig(num_servers=2), Path("servers")) as is_up:
-        is_up()
+    with shown_startup(screen.progress, SGLangConfig(num_servers=2), Path("servers")) as startup:
+        startup.is_up()
         assert re.search(r"servers .* 1/2 0:0\d:\d\d", screen.display())
     assert "servers" not in screen.display()
 
 
 def test_given_servers_are_not_said_to_be_started() -> None:
     screen = Screen(is_terminal=False)
-    with shown_startup(screen.progress, SGLangConfig(urls=["http://a:1"]), Path("servers")) as is_up:
-        is_up()
+    with shown_startup(screen.progress, SGLangConfig(urls=["http://a:1"]), Path("servers")) as startup:
+        startup.is_up()
     assert screen.lines() == []
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_long_start_says_every_half_minute_how_it_goes(device: str) -> None:
+    """The first on a GPU compiles kernels, which took 107 s on an H100: nobody should take that for a hang."""
+    screen, settings = Screen(is_terminal=False), SGLangConfig(num_servers=2, device=device)
+    server = SimpleNamespace(url="http://a:1", last_line=lambda: "Capturing graphs" if screen.now > 45 else "")
+    with shown_startup(screen.progress, settings, Path("servers"), lambda: screen.now) as startup:
+        for screen.now in (0.2, 29.9, 30.1, 30.3, 59.9, 60.1):
+            asyncio.run(startup.waiting(server))
+        startup.is_up()
+        screen.now = 107.0
+    hint = " (a first start on a machine compiles kernels, about two minutes)" if device == "cuda" else ""
+    assert screen.lines()[1:-1] == [
+        f"0 of 2 servers up after 30s{hint}; http://a:1 has written nothing yet",
+        f"0 of 2 servers up after 1m00s{hint}; http://a:1 last wrote: Capturing graphs",
+    ]
 
 
 def start(folder: Path, screen: Screen, python: Path) -> None:
