@@ -33,7 +33,7 @@ from dapo_mcore.rollout.sglang.fleet import Fleet
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member, OwnedServer, stop_servers
-from dapo_mcore.rollout.sglang.quantize import quantized, with_cache_scales
+from dapo_mcore.rollout.sglang.quantize import check_architecture, quantized, with_cache_scales
 from dapo_mcore.rollout.sglang.replies import VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.server_api import Keys
 from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys
@@ -83,6 +83,8 @@ class SGLangEngine:
         self.on_starving: Callable[[], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
+        if settings.quantize == "fp8":
+            check_architecture(hf_config.architectures[0])
         self._hf_config = hf_config
         self._manifest = WeightManifest.of_config(hf_config)
         self._version, self._tag, self._max_lag = -1, "", max_lag

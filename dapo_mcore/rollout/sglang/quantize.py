@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dapo_mcore.errors import ConfigError
 from dapo_mcore.kernels.fp8_quant import quantize_blocks
 
 BLOCK = 128
@@ -20,15 +21,25 @@ _CACHE_SCALES = {
     "Qwen2ForCausalLM": ("attn.k_scale", "attn.v_scale"),
     "Qwen2MoeForCausalLM": ("attn.k_scale", "attn.v_scale"),
     "MixtralForCausalLM": ("attn.k_scale", "attn.v_scale"),
-    "LlamaForCausalLM": ("k_proj.k_scale", "v_proj.v_scale"),
-    "MistralForCausalLM": ("k_proj.k_scale", "v_proj.v_scale"),
     "DeepseekV3ForCausalLM": ("attn_mqa.k_scale", "attn_mqa.v_scale", "attn_mha.k_scale", "attn_mha.v_scale"),
     "Qwen3ForCausalLM": (),
     "Qwen3MoeForCausalLM": (),
 }
-"""The scales of a layer's KV cache by the names that SGLang 0.5.15 to 0.5.21 loads. It drops another name without an error,
-or ends (Mixtral). () where its layers have none."""
+"""The architectures whose FP8 stream SGLang loads, with the scales of a layer's KV cache by the names that it takes. It drops
+any other name without an error. () where its layers have none."""
 _PROJECTION = re.compile(r".+(?:_proj|_proj_with_mqa|\.experts\.\d+\.w[123])\.weight")
+
+
+def check_architecture(name: str) -> None:
+    """Nothing; raises ConfigError where SGLang's loader drops part of the FP8 stream, and would generate with wrong weights.
+
+    Its Llama class, which Mistral's is, looks for the scales of blocks under a name that no parameter has (0.5.15-0.5.23).
+    """
+    if name not in _CACHE_SCALES:
+        raise ConfigError(
+            f"rollout.sglang.quantize fp8 does not go with {name}: SGLang drops the scales of its FP8 blocks as it loads "
+            f"them; set quantize none, which serves {name} in model.dtype ({', '.join(_CACHE_SCALES)} can be quantised)"
+        )
 
 
 def quantization_config() -> dict[str, Any]:

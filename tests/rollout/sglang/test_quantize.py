@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from dapo_mcore.kernels.fp8_quant import dequantize_blocks
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from dapo_mcore.config_sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.manifest import WeightManifest
 from dapo_mcore.rollout.sglang import quantize
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.quantize import quantized, with_cache_scales
@@ -19,7 +24,7 @@ from dapo_mcore.rollout.sglang.servers import ServerPlan
 from dapo_mcore.weights.families import FAMILIES
 from dapo_mcore.weights.safetensors_file import SafetensorsFile
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, settings, tiny_config, weights
+from tests.rollout.sglang.serving import STOP, real_python, settings, tiny_config, weights
 from tests.rollout.sglang.test_engine import servers, told
 
 SIZES = dict(hidden_size=160, intermediate_size=144, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -107,19 +112,79 @@ def test_servers_that_lose_the_scales_of_their_cache_get_them_with_the_weights(t
         made.close()
 
 
-def test_every_architecture_says_what_its_scales_are_called():
-    assert set(quantize._CACHE_SCALES) == set(FAMILIES)
+REFUSED = {"LlamaForCausalLM", "MistralForCausalLM"}
+
+
+def test_architectures_whose_scales_sglang_drops_are_refused(tmp_path):
+    assert set(quantize._CACHE_SCALES) == set(FAMILIES) - REFUSED
+    config = tiny_config()
+    config.architectures = ["LlamaForCausalLM"]
+    told = "quantize fp8 does not go with LlamaForCausalLM: SGLang drops the scales .*set quantize none"
+    with pytest.raises(ConfigError, match=told):
+        given = settings(fake_python(tmp_path), quantize="fp8")
+        SGLangEngine(given, config, stop_token_ids=(STOP,), dtype=torch.bfloat16, folder=tmp_path / "servers")
+    assert not (tmp_path / "servers").exists()
+
+
+MOE = dict(num_experts=2, moe_intermediate_size=128, num_experts_per_tok=1)
+LATENT = dict(q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=128)
+DEEPSEEK = dict(n_routed_experts=2, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=512, mscale=1.0, mscale_all_dim=1.0)
+SPECIAL = {
+    "Qwen3ForCausalLM": dict(head_dim=128),
+    "MixtralForCausalLM": dict(num_local_experts=2),
+    "Qwen2MoeForCausalLM": dict(**MOE, shared_expert_intermediate_size=128),
+    "Qwen3MoeForCausalLM": dict(**MOE, head_dim=128),
+    "DeepseekV3ForCausalLM": dict(
+        **LATENT, **DEEPSEEK, moe_intermediate_size=128, num_experts_per_tok=1, rope_scaling=YARN
+    ),
+}
+PUBLISHED = dict(moe_layer_freq=1, topk_method="noaux_tc", scoring_func="sigmoid")
+"""In DeepSeek's config.json, where SGLang wants them; transformers knows no such keys."""
+
+
+def write_stream(folder: Path, architecture: str) -> None:
+    """A small model's FP8 stream of random weights, and the config.json that servers get."""
+    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    config = kind(**sizes, num_key_value_heads=2, tie_word_embeddings=False, **SPECIAL.get(architecture, {}))
+    shapes = WeightManifest.of_config(config).shapes
+    stream = quantized((name, torch.randn(shape, dtype=torch.bfloat16)) for name, shape in shapes.items())
+    folder.mkdir()
+    stream = stream if architecture in REFUSED else with_cache_scales(stream, architecture, 2)
+    save_file(dict(stream), folder / "stream.safetensors")
+    more = {"architectures": [architecture], "quantization_config": quantize.quantization_config()}
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), **PUBLISHED, **more}))
+
+
+@pytest.mark.sglang
+def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
+    """Into the model classes of the SGLang that is there, filled with NaN before. Those refused lose their scales."""
+    for architecture in FAMILIES:
+        write_stream(tmp_path / architecture, architecture)
+    program = Path(__file__).with_name("real_loader.py")
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = [real_python(), "-P", "-W", "ignore", program, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in FAMILIES.keys() - REFUSED:
+        assert found[name]["unwritten"] == [] and found[name]["wrong_scales"] == [], name
+        assert found[name]["scales"] == 2 * len(quantize._CACHE_SCALES[name])
+    for name in REFUSED:
+        lost = [parameter for parameter in found[name]["unwritten"] if parameter.endswith("_proj.weight_scale_inv")]
+        assert len(lost) == 8
 
 
 def test_scales_follow_the_stream_on_its_device():
     stream = iter([("model.norm.weight", torch.empty(4, device="meta"))])
     names = [
-        (name, tensor.device.type, tensor.shape) for name, tensor in with_cache_scales(stream, "LlamaForCausalLM", 1)
+        (name, tensor.device.type, tensor.shape) for name, tensor in with_cache_scales(stream, "Qwen2ForCausalLM", 1)
     ]
     assert names == [
         ("model.norm.weight", "meta", (4,)),
-        ("model.layers.0.self_attn.k_proj.k_scale", "meta", ()),
-        ("model.layers.0.self_attn.v_proj.v_scale", "meta", ()),
+        ("model.layers.0.self_attn.attn.k_scale", "meta", ()),
+        ("model.layers.0.self_attn.attn.v_scale", "meta", ()),
     ]
 
 

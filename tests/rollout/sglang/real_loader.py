@@ -1,0 +1,62 @@
+"""Loads weight streams into SGLang's own model classes, on a CPU. A program for SGLang's interpreter, given a folder.
+
+Each folder in it, called by an architecture, holds config.json and stream.safetensors. Prints as JSON, for each, the parameters
+that still hold the NaN they were filled with before, and the scales of the KV cache that are not 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+from sglang.srt.layers.dp_attention import initialize_dp_attention
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.runtime_context import SpawnRanks, publish
+from sglang.srt.server_args import ServerArgs
+from transformers import AutoConfig
+
+# where it is not the name in lower case
+MODULES = {"DeepseekV3": "deepseek_v2", "Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}
+_NAN_FP8 = 0x7F
+
+
+def prepare(folder: Path) -> None:
+    """What SGLang's layers ask for: settings of a server, and process groups of one process."""
+    options = dict(device="cpu", attention_backend="torch_native", sampling_backend="pytorch", grammar_backend="none")
+    more = dict(skip_tokenizer_init=True, disable_overlap_schedule=True, load_format="dummy", dtype="bfloat16")
+    settings = ServerArgs(model_path=str(folder), **options, **more)
+    publish(settings, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+    init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
+    initialize_model_parallel(backend="gloo")
+    initialize_dp_attention(settings)
+    torch.set_default_dtype(torch.bfloat16)
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    family = folder.name.removesuffix("ForCausalLM")
+    module = importlib.import_module(f"sglang.srt.models.{MODULES.get(family, family.lower())}")
+    config = AutoConfig.from_pretrained(folder)
+    model = getattr(module, folder.name)(config, quant_config=Fp8Config.from_config(config.quantization_config))
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        fp8 = parameter.dtype == torch.float8_e4m3fn
+        parameter.data.view(torch.uint8).fill_(_NAN_FP8) if fp8 else parameter.data.fill_(float("nan"))
+    model.load_weights(iter(load_file(folder / "stream.safetensors").items()))
+    scales = {name: p.item() for name, p in parameters.items() if name.endswith((".k_scale", ".v_scale"))}
+    return {
+        "unwritten": [name for name, p in parameters.items() if p.float().isnan().any()],
+        "scales": len(scales),
+        "wrong_scales": [name for name, value in scales.items() if value != 1],
+    }
+
+
+if __name__ == "__main__":
+    folders = sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir())
+    prepare(folders[0])
+    print(json.dumps({folder.name: loaded(folder) for folder in folders}))
