@@ -52,7 +52,13 @@ FAMILIES = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(),
     "Qwen2MoeForCausalLM": Family(qkv_bias="qkv_bias", normalized="norm_topk_prob", keys=_QWEN_KEYS),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, normalized="norm_topk_prob", keys=_QWEN_KEYS),
+    "Qwen3MoeForCausalLM": Family(
+        qk_norm=True,
+        normalized="norm_topk_prob",
+        keys=_QWEN_KEYS,
+        # Qwen3-Coder's config.json says of itself what its class does in any case
+        required={"use_qk_norm": (True,), "qkv_bias": (False,), "shared_expert_intermediate_size": (0, None)},
+    ),
     "MixtralForCausalLM": Family(keys=frozenset({"num_local_experts", "num_experts_per_tok"})),
     "DeepseekV3ForCausalLM": Family(
         qk_norm=True,
@@ -76,7 +82,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "router_jitter_noise": (0, None),
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
-    "quantization_config": (None,),
+    "rope_interleaved": (False, None),
 }
 """Keys whose other values Megatron cannot follow here, or not reproducibly."""
 
@@ -86,8 +92,15 @@ _HARMLESS = {
     *("return_dict", "output_hidden_states", "output_attentions", "_attn_implementation"),
     *("output_router_logits", "router_aux_loss_coef"),  # Hugging Face's own training loss
     "pretraining_tp",  # how Hugging Face once cut the products, not what they are
-    *("unsloth_fixed", "unsloth_version"),
+    *("unsloth_fixed", "unsloth_version", "is_llama_config", "transformers.js_config"),
 }
+
+
+_QUANTIZED = (
+    "quantization_config in config.json says that the weights are quantized, which cannot be trained; take the model's bf16 "
+    "weights, or dequantize these (transformers: from_pretrained(…, dequantize=True in its quantization config), then "
+    "save_pretrained) and remove the key"
+)
 
 
 @dataclass(frozen=True)
@@ -195,19 +208,29 @@ def _value(hf: Any, key: str | bool) -> bool:
 
 
 def _refuse_unknown_keys(hf: Any, name: str, family: Family) -> None:
+    """Raise ConfigError, naming every setting that is not followed here."""
     understood, required = _READ | _HARMLESS | family.keys, _REQUIRED | family.required
-    defaults = type(hf)().to_dict()
-    for key, value in hf.to_dict().items():
-        if key in required:
-            if value not in required[key]:
-                raise ConfigError(
-                    f"{key} {_short(value)} in config.json is not supported for {name}; supported is {required[key][0]!r}"
-                )
-        elif key not in understood and value is not None and (key not in defaults or value != defaults[key]):
-            raise ConfigError(
-                f"{key} {_short(value)} in config.json is not understood for {name}: it may change what the model "
-                f"computes; remove the key if it does not, and compare logits with transformers"
-            )
+    settings, defaults = hf.to_dict(), type(hf)().to_dict()
+    problems = [_QUANTIZED] if settings.pop("quantization_config", None) is not None else []
+    problems += [
+        f"{key} {_short(settings[key])} in config.json is not supported for {name}; supported is {values[0]!r}"
+        for key, values in required.items()
+        if key in settings and settings[key] not in values
+    ]
+    unknown = [
+        f"{key} {_short(value)}"
+        for key, value in settings.items()
+        if key not in understood | required.keys()
+        and value is not None
+        and (key not in defaults or value != defaults[key])
+    ]
+    if unknown:
+        problems.append(
+            f"{', '.join(unknown)} in config.json {'is' if len(unknown) == 1 else 'are'} not understood for {name}: it may "
+            f"change what the model computes; remove what does not, and compare logits with transformers"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _short(value: Any) -> str:

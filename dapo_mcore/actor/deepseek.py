@@ -22,12 +22,12 @@ KEYS = frozenset(
         *("n_group", "topk_group", "routed_scaling_factor"),
         *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
         *("num_nextn_predict_layers", "num_mtp_layers", "ep_size"),
+        *("aux_loss_alpha", "seq_aux"),  # DeepSeek's own training loss
     }
 )
 """Keys that are read here, or do not matter."""
 
 REQUIRED: dict[str, tuple[Any, ...]] = {
-    "rms_norm_eps": (1e-6,),  # transformers gives it to the outer norms and 1e-6 to the latent ones
     "norm_topk_prob": (True,),
     "rope_interleave": (True,),
     "scoring_func": ("sigmoid", None),

@@ -53,3 +53,17 @@ def use_whole_linear() -> None:
     """Makes upstream's latent attention accept WholeLinear where it knows only Transformer Engine's layer; for processes
     whose layers are not Transformer Engine's."""
     multi_latent_attention.TELinear = WholeLinear
+
+
+LATENT_EPS = 1e-6
+"""Of the norms of the latents, whatever rms_norm_eps is: transformers' and DeepSeek's own code leave it at the default."""
+
+
+def set_latent_eps(model: torch.nn.Module) -> None:
+    """Give the norms of all latents LATENT_EPS, where upstream has the config's; Transformer Engine's are part of the
+    up-projections."""
+    for attention in model.modules():
+        if isinstance(attention, multi_latent_attention.MLASelfAttention):
+            for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+                if hasattr(norm := getattr(attention, name, None), "eps"):
+                    norm.eps = LATENT_EPS

@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from dapo_mcore.actor.architecture import read_architecture
+from dapo_mcore.actor.latent import set_latent_eps
 from dapo_mcore.actor.layers import layer_specs
 from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.megatron_config import transformer_config
@@ -94,7 +95,9 @@ def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
         position_embedding_type="rope",
         rotary_base=architecture.rope.base,
     )
-    if not megatron_config.multi_latent_attention:  # which has an embedding of its own in every layer
+    if megatron_config.multi_latent_attention:  # which has a rotary embedding of its own in every layer
+        set_latent_eps(model)
+    else:
         # a plain attribute in 0.16.1, read at the first forward: every kind of scaling is only other frequencies
         model.rotary_pos_emb.inv_freq = architecture.rope.frequencies
     return model.to(layout.device)

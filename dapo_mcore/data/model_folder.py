@@ -7,11 +7,11 @@ Weights are read elsewhere (weights/).
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.config import ModelConfig
+from dapo_mcore.data.config_json import check_numbers, read_json_object
 from dapo_mcore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,25 +27,26 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
     Derived fields (such as a list with one entry a layer) therefore follow an overridden number of layers.
     Raises ConfigError for a missing folder or file, an unknown architecture or an unknown override key.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = _existing_folder(model)
     stored = _read_json(folder, "config.json")
+    check_numbers(stored, str(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise ConfigError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+    except Exception as error:  # each class checks its settings in its own way
+        raise ConfigError(f"transformers cannot read {folder / 'config.json'}: {_one_line(error)}") from error
     if not model.overrides:
         return config
     _refuse_unknown(model.overrides, {*stored, *config.to_dict(), *config.attribute_map})
+    check_numbers({**stored, **model.overrides}, f"model.overrides over {folder / 'config.json'}")
     if "num_hidden_layers" in model.overrides:
         stored.pop("layer_types", None)  # one entry a layer: the class derives a list of the new length
     try:
         return type(config).from_dict({**stored, **model.overrides})
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:
         raise ConfigError(
-            f"model.overrides {model.overrides} make no valid {type(config).__name__}: {error}"
+            f"model.overrides {model.overrides} make no valid {type(config).__name__}: {_one_line(error)}"
         ) from error
 
 
@@ -63,8 +64,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         raise ConfigError(
-            f"no tokenizer can be loaded from {folder}: {error}; it needs tokenizer.json and tokenizer_config.json"
+            f"no tokenizer can be loaded from {folder}: {_one_line(error)}; it needs tokenizer.json and tokenizer_config.json"
         ) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ConfigError(
+            f"no tokenizer can be loaded from {folder}: its files give no vocabulary; it needs tokenizer.json and "
+            f"tokenizer_config.json of the model"
+        )
     tokenizer = _as_stored(tokenizer, folder)
     if tokenizer.eos_token_id is None or not _is_stored(tokenizer.eos_token, folder):
         invented = f" ({tokenizer.eos_token!r} is only its class's default)" if tokenizer.eos_token else ""
@@ -135,13 +141,13 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ConfigError(
             f"no {name} in {folder}; it has {', '.join(sorted(p.name for p in folder.iterdir())) or 'no files'}"
         )
-    try:
-        tree = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(tree).__name__}")
-    return tree
+    return read_json_object(path)
+
+
+def _one_line(error: Exception, limit: int = 300) -> str:
+    """The error's message in one line, its end cut off where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def _refuse_unknown(overrides: dict[str, Any], known: set[str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.weights.families import FAMILIES, SHARED_GATE, Family
+from dapo_mcore.weights.families import FAMILIES, QKV_BIAS, SHARED_GATE, Family
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _refuse_other_tensors(hf_config: Any, architecture: str) -> None:
         raise ConfigError(f"attention_bias true is not supported: {architecture}'s o_proj.bias is not in the table")
     if getattr(hf_config, "mlp_bias", False):
         raise ConfigError(f"mlp_bias true is not supported: {architecture}'s MLP biases are not in the table")
-    if not getattr(hf_config, "qkv_bias", True):
+    if QKV_BIAS[0] in FAMILIES[architecture].attention and not getattr(hf_config, "qkv_bias", True):
         raise ConfigError(f"qkv_bias false is not supported for {architecture}: the table expects q, k and v biases")
 
 

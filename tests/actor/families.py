@@ -45,7 +45,6 @@ _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 
 _DEEPSEEK = dict(
     num_key_value_heads=4,
-    rms_norm_eps=1e-6,
     n_routed_experts=8,
     n_shared_experts=2,
     num_experts_per_tok=4,

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from dapo_mcore.actor.architecture import FAMILIES, read_architecture
+from dapo_mcore.actor.architecture import FAMILIES, Architecture, read_architecture
+from dapo_mcore.config import ModelConfig
+from dapo_mcore.data.model_folder import load_hf_config
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.weights import families as weight_table
 from tests.actor import families
@@ -82,7 +84,19 @@ def test_well_known_models_are_understood(model, expected, tmp_path):
         ("Qwen2.5-7B", {"use_mrope": True}, "use_mrope True"),
         ("Qwen2.5-7B", {"scale_queries": False}, "scale_queries False"),
         ("Llama-3.1-8B", {"num_experts": 4}, "num_experts 4 .* is not understood for LlamaForCausalLM"),
-        ("DeepSeek-V3", {}, "quantization_config .* is not supported for DeepseekV3ForCausalLM"),
+        ("Qwen3-30B-A3B", {"use_qk_norm": False}, "use_qk_norm False .* supported is True"),
+        (
+            "Qwen3-30B-A3B",
+            {"shared_expert_intermediate_size": 64},
+            "shared_expert_intermediate_size 64 .* supported is 0",
+        ),
+        ("Qwen1.5-MoE-A2.7B", {"qkv_bias": False}, "qkv_bias false .* expects q, k and v biases"),
+        ("SmolLM2-135M", {"rope_interleaved": True}, "rope_interleaved True"),
+        (
+            "Qwen3-8B",
+            {"hidden_act": "gelu", "one": 1, "two": 2},
+            "hidden_act 'gelu' .* supported is 'silu'; one 1, two 2 in config.json are not understood",
+        ),
         ("Qwen3-8B", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' .* is not understood for Qwen3ForCausalLM"),
         ("Qwen3-8B", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("Qwen2.5-7B", {"layer_types": ["full_attention"] * 27 + ["linear_attention"]}, "linear_attention"),
@@ -92,6 +106,61 @@ def test_well_known_models_are_understood(model, expected, tmp_path):
 def test_what_is_not_understood_is_refused_by_name(model, change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_architecture(stored(HUB[model] | change, tmp_path), 1024)
+
+
+def read(tree: dict[str, Any], folder: Path) -> Architecture:
+    (folder / "config.json").write_text(json.dumps(tree))
+    return read_architecture(load_hf_config(ModelConfig(path=str(folder))), longest_sequence=4096)
+
+
+REFUSED = {
+    "DeepSeek-V3": "quantization_config .* take the model's bf16 weights, or dequantize these",
+    "GLM-4-9B": "architecture Glm4ForCausalLM is not supported; supported are Qwen2ForCausalLM",
+    "Llama_attention_bias": "attention_bias True in config.json is not supported for LlamaForCausalLM; supported is False",
+    "Llama_dynamic_NTK": "rope_type 'dynamic' is not supported .* supported are default, linear, llama3, yarn",
+    "Llama_longrope": "rope_type 'longrope' is not supported",
+    "Qwen2.5-VL-3B": "architecture Qwen2_5_VLForConditionalGeneration is not supported",
+    "Qwen3-8B-FP8": "quantization_config",
+    "Qwen3-Next-80B-A3B": "architecture Qwen3NextForCausalLM is not supported",
+    "gpt-oss-20b": "architecture GptOssForCausalLM is not supported",
+}
+EXPERTS = {
+    "num_moe_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "moe_router_topk": ("num_experts_per_tok",),
+}
+
+
+@pytest.mark.parametrize("model", HUB)
+def test_published_models_are_accepted_or_refused_with_the_reason(model, tmp_path):
+    tree = HUB[model]
+    if model in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[model]):
+            read(tree, tmp_path)
+        return
+    found = read(tree, tmp_path)
+    heads = tree["num_attention_heads"]
+    facts = {
+        "num_layers": tree["num_hidden_layers"],
+        "hidden_size": tree["hidden_size"],
+        "ffn_hidden_size": tree["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": tree.get("num_key_value_heads", heads),
+        "layernorm_epsilon": tree["rms_norm_eps"],
+        "add_qkv_bias": tree["architectures"][0].startswith("Qwen2"),
+        **{ours: next((tree[name] for name in names if name in tree), None) for ours, names in EXPERTS.items()},
+    }
+    assert {name: found.fields.get(name) for name in facts} == facts
+    assert (found.rope.base, found.vocab_size, found.tied) == (
+        tree.get("rope_theta", 10000.0), tree["vocab_size"], tree.get("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def test_unquantized_deepseek_v3_is_accepted(tmp_path):
+    """Its keys for DeepSeek's own training loss change nothing here."""
+    tree = {key: value for key, value in HUB["DeepSeek-V3"].items() if key != "quantization_config"}
+    found = read_architecture(stored(tree, tmp_path), 4096)
+    assert (found.fields["num_moe_experts"], found.fields["moe_router_group_topk"], found.num_layers) == (256, 4, 61)
+    assert found.fields["moe_layer_freq"] == [0] * 3 + [1] * 58
 
 
 @pytest.mark.parametrize(
