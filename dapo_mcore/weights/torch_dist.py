@@ -42,6 +42,12 @@ FORMAT = {
     "common_backend_version": 1,
 }
 
+_UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
+    AssertionError, ImportError, MemoryError,
+)  # fmt: skip
+"""What unpickling a damaged file may raise."""
+
 
 class StoredChunk(NamedTuple):
     """A block of the tensor `key` at `offsets` with `sizes`, as bytes start … start + length - 1 of a file."""
@@ -115,8 +121,10 @@ class DistributedReader:
             with open(path, "rb") as file:
                 view = _create_file_view(file, place.offset, place.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise DamagedCheckpoint(f"{path} is damaged: {index.fqn} at byte {place.offset}: {error}") from error
+        except _UNREADABLE as error:
+            raise DamagedCheckpoint(
+                f"{path} is damaged: {index.fqn} at byte {place.offset}: {_reason(error)}"
+            ) from error
         near = self._chunks[index.fqn][tuple(index.offset[:-2])]
         told = next(chunk.sizes for chunk in near if chunk.offsets == index.offset)
         if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (self.dtype(index.fqn), told):
@@ -201,8 +209,8 @@ def read_companions(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it does not say sharded_backend {FORMAT['sharded_backend']}")
         path = folder / "common.pt"
         common = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
-        raise DamagedCheckpoint(f"{path} is truncated or damaged: {_first_line(error)}") from error
+    except _UNREADABLE as error:
+        raise DamagedCheckpoint(f"{path} is truncated or damaged: {_reason(error)}") from error
     return common if isinstance(common, dict) else {}
 
 
@@ -243,7 +251,7 @@ def _load_metadata(path: Path) -> Metadata:
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
+    except _UNREADABLE as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
         raise DamagedCheckpoint(f"{path} cannot be read: it holds no checkpoint metadata")
@@ -276,7 +284,10 @@ def _overlap(chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequenc
     return region if all(low < high for low, high in region) else None
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Return one line. Torch's own one of many advises to run what the file says."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no pickle of plain values"
     return str(error).partition("\n")[0] or type(error).__name__
 
 

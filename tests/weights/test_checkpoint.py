@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_mcore.errors import CheckpointError
+from dapo_mcore.errors import CheckpointError, DapoError
 from dapo_mcore.weights.checkpoint import load_checkpoint, save_checkpoint
 from dapo_mcore.weights.checkpoint_folder import latest_checkpoint
 from dapo_mcore.weights.hf_io import RandomReader
@@ -120,10 +125,41 @@ def check_resumed(result: dict[str, Any]) -> None:
     assert result["arrays"] == {n: [str(a.dtype), a.tobytes().hex()] for n, a in STATE.sampler_arrays.items()}
 
 
+def resume_and_fill_the_disk(layout: Any, mesh: Mesh, folder: str) -> dict[str, Any]:
+    found = interrupt_and_resume(layout, mesh, folder, {}, False)
+    return found | {"full": [a_full_disk(layout, mesh, Path(folder), rank) for rank in range(2)]}
+
+
+def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, Any]:
+    """Both ranks' errors, and the folders that are left, where rank `full` may write no more than 10 kB into a file."""
+    actor = build_actor(settings(mesh), layout)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if layout.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(DapoError) as caught:
+            save_checkpoint(run_dir, actor, replace(STATE, step=3) if layout.is_controller else None, layout, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(told, str(caught.value), group=layout.control_group)
+    return {"told": told, "left": sorted(path.name for path in (run_dir / "checkpoints").iterdir())}
+
+
 @pytest.fixture(scope="module")
 def tensor_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    return spawn(interrupt_and_resume, Mesh(tensor=2), str(folder), {}, False)
+    return spawn(resume_and_fill_the_disk, Mesh(tensor=2), str(folder))
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_takes_no_more_ends_every_rank_with_a_line(tensor_parallel_run: dict[str, Any], full: int) -> None:
+    found = tensor_parallel_run["full"][full]
+    for words in ("step_000003 cannot be written: File too large", "and start again: it goes on from", "step_000002"):
+        assert words in found["told"][full]
+        assert words in found["told"][1 - full]
+    assert found["told"][1 - full].startswith(f"rank {full} failed: ")
+    assert found["left"] == ["step_000002"]
 
 
 def test_resume_is_bitwise_with_tensor_parallelism(tensor_parallel_run: dict[str, Any]) -> None:
@@ -149,7 +185,8 @@ def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: s
         "settings": changed_settings(layout, mesh, Path(tensor_parallel_path)),
         "helpers": [process.name for process in multiprocessing.active_children()],
         "kept": retention(layout, mesh, base / "retention"),
-        "errors": errors(layout, mesh, Path(tensor_parallel_path), base),
+        "errors": errors(layout, mesh, Path(tensor_parallel_path), base / "damaged"),
+        "unnumbered": numbered_and_not(layout, mesh, Path(tensor_parallel_path), base / "unnumbered"),
     }
 
 
@@ -200,31 +237,146 @@ def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:
 
 
 def errors(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, str]:
-    import shutil
-
+    """Messages by the kind of damage or misfit. A checkpoint of step 1 lies beside each damaged one."""
     actor = build_actor(settings(mesh), layout)
-
-    def message(path: Path, actor: Any) -> str:
-        with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(path, actor, layout)
-        return str(caught.value)
-
-    def damaged(name: str, act: Any) -> str:
-        copy = folder / name / "step_000002"
-        shutil.copytree(good, copy)
-        act(copy)
-        return message(copy, actor)
-
     with_reference = build_actor(settings(mesh, algo__kl__coef=0.1), layout)
+
+    def damaged(name: str) -> str:
+        path = folder / name / "checkpoints" / "step_000002"
+        shutil.copytree(good, path)
+        (path.parent / "step_000001").mkdir()
+        DAMAGE[name](path)
+        return message(path, actor)
+
     return {
+        **{name: damaged(name) for name in DAMAGE},
         "absent": message(folder / "checkpoints" / "step_000077", actor),
-        "no_json": damaged("no_json", lambda p: (p / "state.json").unlink()),
-        "broken_json": damaged("broken_json", lambda p: (p / "state.json").write_text('{"train": ')),
-        "broken_arrays": damaged("broken_arrays", lambda p: (p / "state.safetensors").write_bytes(b"\1")),
-        "no_shard": damaged("no_shard", lambda p: next((p / "megatron").glob("*.distcp")).unlink()),
         "untied": message(good, build_actor(settings(mesh), layout, family="llama", tied=True)),
         "reference": message(good, with_reference),
+        "ran": [str(path) for path in folder.rglob("ran")],
     }
+
+
+def message(path: Path, actor: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, actor, actor.layout)
+    return str(caught.value)
+
+
+def edit_state(path: Path, **changes: Any) -> None:
+    """Change state.json's own fields; `None` deletes one."""
+    stored = json.loads((path / "state.json").read_bytes()) | changes
+    (path / "state.json").write_text(json.dumps({name: value for name, value in stored.items() if value is not None}))
+
+
+def unnumbered(path: Path, **fits: Any) -> None:
+    """Make it one of an earlier version, as far as files beside the tensors go."""
+    stored = json.loads((path / "state.json").read_bytes())
+    train = stored["train"] | {"config": "parallel: {pipeline_parallel: 2}"}
+    own = stored["fits"] | {"optimizer.distributed": True} | fits
+    edit_state(path, format=None, adam_step=None, train=train, fits=own)
+    torch.save({"optimizer": {"adam_step": stored["adam_step"], "num_updates": 2}}, path / "megatron" / "common.pt")
+
+
+def truncate(name: str, size: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path / name, size)
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def evil_metadata(path: Path) -> None:
+    (path / "megatron" / ".metadata").write_bytes(pickle.dumps(Evil(path.parent / "ran")))
+
+
+def evil_common(path: Path) -> None:
+    torch.save({"args": Evil(path.parent / "ran")}, path / "megatron" / "common.pt")
+
+
+def cut_chunks(path: Path) -> None:
+    file = sorted((path / "megatron").glob("*.distcp"))[1]
+    os.truncate(file, file.stat().st_size - 1)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "no_json": lambda path: (path / "state.json").unlink(),
+    "empty_json": truncate("state.json", 0),
+    "half_json": truncate("state.json", 100),
+    "braces": lambda path: (path / "state.json").write_text("{}"),
+    "a_list": lambda path: (path / "state.json").write_text("[1]"),
+    "no_text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe{"),
+    "wrong_type": lambda path: edit_state(path, train={**TRAIN, "step": "2"}),
+    "no_field": lambda path: edit_state(path, train={k: v for k, v in TRAIN.items() if k != "loader"}),
+    "newer": lambda path: edit_state(path, format=3),
+    "arrays": truncate("state.safetensors", 9),
+    "no_arrays": truncate("state.safetensors", 0),
+    "common": truncate("megatron/common.pt", 10),
+    "no_common": truncate("megatron/common.pt", 0),
+    "metadata_json": truncate("megatron/metadata.json", 0),
+    "metadata_list": lambda path: (path / "megatron" / "metadata.json").write_text("[]"),
+    "metadata": truncate("megatron/.metadata", 200),
+    "no_metadata": truncate("megatron/.metadata", 0),
+    "no_shard": lambda path: next((path / "megatron").glob("*.distcp")).unlink(),
+    "half_shard": cut_chunks,
+    "evil_metadata": evil_metadata,
+    "evil_common": evil_common,
+    "old_and_wrong": lambda path: unnumbered(path, tied=True),
+}
+TRAIN = {name: getattr(STATE, name) for name in STATE.__dataclass_fields__ if name != "sampler_arrays"}
+
+OLDER = ["step_000002 to resume from", "step_000001"]
+ERRORS = {
+    "absent": ["no checkpoint at", "step_000077"],
+    "no_json": ["not a whole checkpoint: it lacks state.json; delete", *OLDER],
+    "empty_json": ["state.json is damaged: Expecting value", *OLDER],
+    "half_json": ["state.json is damaged", *OLDER],
+    "braces": ["state.json is damaged: train: Field required", *OLDER],
+    "a_list": ["state.json is damaged: its content: Input should be a valid dictionary", *OLDER],
+    "no_text": ["state.json is damaged: 'utf-8' codec can't decode", *OLDER],
+    "wrong_type": ["state.json is damaged: train.step: Input should be a valid integer", *OLDER],
+    "no_field": ["state.json is damaged: train.loader: Field required", *OLDER],
+    "newer": ["has format 3, and this version of dapo_mcore reads up to 2; resume with the version that wrote it"],
+    "arrays": ["state.safetensors is truncated or damaged", *OLDER],
+    "no_arrays": ["state.safetensors is truncated or damaged", *OLDER],
+    "common": ["common.pt is truncated or damaged", *OLDER],
+    "no_common": ["common.pt is truncated or damaged", *OLDER],
+    "metadata_json": ["metadata.json is truncated or damaged: Expecting value", *OLDER],
+    "metadata_list": ["metadata.json is truncated or damaged: it does not say sharded_backend torch_dist", *OLDER],
+    "metadata": [".metadata cannot be read", *OLDER],
+    "no_metadata": [".metadata cannot be read", *OLDER],
+    "no_shard": [".distcp is missing", *OLDER],
+    "half_shard": ["__1_0.distcp is truncated", *OLDER],
+    "evil_metadata": [".metadata cannot be read: it wants posix.mkdir, which no checkpoint metadata needs", *OLDER],
+    "evil_common": ["common.pt is truncated or damaged: it is no pickle of plain values", *OLDER],
+    "old_and_wrong": [
+        "has no format number",
+        "parallel.pipeline_parallel 2, and so its optimizer state is wrong; its weights are right: start a new run from",
+    ],
+    "untied": [
+        "tied is False there and True here",
+        "architecture is 'Qwen2ForCausalLM' there and 'LlamaForCausalLM' here",
+    ],
+    "reference": ["holds no reference policy", "algo.kl.coef is 0.1"],
+}
+
+
+def numbered_and_not(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, Any]:
+    """A checkpoint of an earlier version whose optimizer state is right is read as it always was."""
+    now, before = build_actor(settings(mesh), layout), build_actor(settings(mesh), layout)
+    path = folder / "checkpoints" / "step_000002"
+    shutil.copytree(good, path)
+    unnumbered(path)
+    load_checkpoint(good, now, layout)
+    load_checkpoint(path, before, layout)
+    steps = [actor.optimizer.adam_step for actor in (now, before)]
+    return {"steps": steps, "different": differences(layout, local_state(now), local_state(before))}
 
 
 @pytest.fixture(scope="module")
@@ -269,26 +421,17 @@ def test_the_newest_checkpoints_are_kept_and_unfinished_ones_ignored(single_proc
     ]
 
 
-@pytest.mark.parametrize(
-    ("case", "parts"),
-    [
-        ("absent", ["no checkpoint at", "step_000077"]),
-        ("no_json", ["not a whole checkpoint", "lacks state.json"]),
-        ("broken_json", ["state.json is damaged", "to start anew: no older one is beside it"]),
-        ("broken_arrays", ["state.safetensors is truncated or damaged"]),
-        ("no_shard", [".distcp is missing", "delete"]),
-        (
-            "untied",
-            [
-                "tied is False there and True here",
-                "architecture is 'Qwen2ForCausalLM' there and 'LlamaForCausalLM' here",
-            ],
-        ),
-        ("reference", ["holds no reference policy", "algo.kl.coef is 0.1"]),
-    ],
-)
+@pytest.mark.parametrize(("case", "parts"), ERRORS.items(), ids=list(ERRORS))
 def test_errors_say_what_is_wrong(single_process_run: dict[str, Any], case: str, parts: list[str]) -> None:
     assert all(part in single_process_run["errors"][case] for part in parts), single_process_run["errors"][case]
+
+
+def test_nothing_in_a_checkpoint_is_executed(single_process_run: dict[str, Any]) -> None:
+    assert single_process_run["errors"]["ran"] == []
+
+
+def test_an_unnumbered_checkpoint_is_read(single_process_run: dict[str, Any]) -> None:
+    assert single_process_run["unnumbered"] == {"steps": [2.0, 2.0], "different": []}
 
 
 def test_no_checkpoint_in_a_new_or_unfinished_run(tmp_path: Path) -> None:
