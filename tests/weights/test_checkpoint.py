@@ -339,7 +339,7 @@ ERRORS = {
     "half_json": ["state.json is damaged", *OLDER],
     "braces": ["state.json is damaged: train: Field required", *OLDER],
     "a_list": ["state.json is damaged: its content: Input should be a valid dictionary", *OLDER],
-    "no_text": ["state.json is damaged: 'utf-8' codec can't decode", *OLDER],
+    "no_text": ["state.json is damaged: 'utf-16", *OLDER],
     "wrong_type": ["state.json is damaged: train.step: Input should be a valid integer", *OLDER],
     "no_field": ["state.json is damaged: train.loader: Field required", *OLDER],
     "newer": ["has format 3, and this version of dapo_mcore reads up to 2; resume with the version that wrote it"],
