@@ -1,4 +1,4 @@
-"""Runs megatron-core 0.16.1 on CPU and gloo: its modules see a `torch` whose CUDA surface is the CPU.
+"""Runs megatron-core (0.16.1 to 0.19.2) on CPU and gloo: its modules see a `torch` whose CUDA surface is the CPU.
 
 Change here: only what a new megatron-core version touches on CUDA. Active only where there is no CUDA device; the global
 `torch` stays as it is, except `Tensor.cuda` and `Tensor.type`, which change for callers inside megatron.core alone.

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dapo_mcore.actor import cpu_device
+from dapo_mcore.actor.megatron_version import check_version
 from dapo_mcore.config import ParallelConfig
 from dapo_mcore.errors import ConfigError, OtherRankFailed
 from dapo_mcore.launcher import check_launcher
@@ -183,10 +184,11 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
     """Joins the job and builds every process group.
 
     Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when a launcher's
-    variables make no job, and when the world size does not fit the mesh. Collectives: creates process groups, so every rank
-    must call it.
+    variables make no job, when the world size does not fit the mesh, and when megatron-core's version is not one that runs.
+    Collectives: creates process groups, so every rank must call it.
     """
     check_launcher(os.environ)
+    check_version()
     cpu_device.install_if_needed()
     from megatron.core import parallel_state, tensor_parallel
 

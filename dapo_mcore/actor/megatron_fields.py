@@ -62,7 +62,7 @@ ENGINE_ONLY = _names("""
     tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 symmetric_ar_type
     apply_query_key_layer_scaling attention_backend cp_comm_type softmax_type window_size window_attn_skip_freq
     layernorm_zero_centered_gamma use_te_activation_func fused_single_qkv_rope fused_residual_rmsnorm
-    mla_down_proj_fusion moe_permute_fusion moe_router_fusion flash_attention_version
+    moe_permute_fusion moe_router_fusion flash_attention_version
     cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
     cpu_offloading_double_buffering cpu_offloading_retain_pinned_cpu_buffers
     fine_grained_activation_offloading offload_modules min_offloaded_tensor_size activation_offload_fraction
@@ -86,6 +86,7 @@ REFUSED = {
         dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset dsa_indexer_topk dsa_indexer_topk_freq
         dsa_indexer_use_sparse_loss dsa_kernel_backend qk_l2_norm mrope_section rotary_percent use_fused_weighted_squared_relu
         moe_router_topk_limited_devices apply_residual_connection_post_layernorm
+        mla_down_proj_fusion
     """),
     "multi-token-prediction layers are not built": _names("""
         mtp_num_layers mtp_loss_scaling_factor mtp_standalone mtp_detach_heads mtp_grad_scale_func
