@@ -53,9 +53,10 @@ def _parted(sums: dict[str, torch.Tensor], shape: WeightShape, layout: Layout) -
         ([name for name in sums if rules[name].of_expert], layout.expert_copies_group),
         ([name for name in dense if rules[name].cut is None], layout.tensor_group),
     ]
-    parted = [name for copied, group in groups for name in _differing({name: sums[name] for name in copied}, group)]
+    compared = [({name: sums[name] for name in copied}, group) for copied, group in groups]
     if shape.tied and layout.pipeline > 1:
-        parted += _differing(_tied_embedding(sums, layout), layout.pipeline_group)
+        compared.append((_tied_embedding(sums, layout), layout.pipeline_group))
+    parted = [name for copies, group in compared for name in _differing(copies, group, layout.device)]
     return list(dict.fromkeys(parted))
 
 
@@ -65,18 +66,17 @@ def _tied_embedding(sums: dict[str, torch.Tensor], layout: Layout) -> dict[str, 
     return {name: sums[name] if layout.is_first_stage or layout.is_last_stage else None}
 
 
-def _differing(sums: dict[str, torch.Tensor | None], group: dist.ProcessGroup) -> list[str]:
-    """The names whose checksums are not the same on all ranks of the group. An entry of None takes no part."""
+def _differing(sums: dict[str, torch.Tensor | None], group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """The names whose checksums differ within the group. An entry of None is another rank's business."""
     if not sums or group.size() == 1:
         return []
-    known = next((value for value in sums.values() if value is not None), torch.tensor(0))
-    lowest = torch.tensor(_LOWEST, device=known.device)
+    lowest = torch.tensor(_LOWEST, device=device)
     largest = torch.stack([lowest if value is None else value for value in sums.values()])
     smallest = torch.stack([lowest if value is None else -value for value in sums.values()])
     extremes = torch.stack([largest, smallest])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     equal = (extremes[0] == -extremes[1]).tolist()
-    return [name for name, same in zip(sums, equal, strict=True) if not same]
+    return [name for name, same in zip(sums, equal, strict=True) if not same and sums[name] is not None]
 
 
 def _describe(sums: dict[str, int], parted: list[str], layout: Layout) -> str:

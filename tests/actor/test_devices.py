@@ -71,7 +71,7 @@ def run_all_modes(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     return told
 
 
-def run_on_device(fake: FakeDevice, config: Any, layout: Any, path: str) -> list[int]:
+def run_on_device(fake: FakeDevice, config: Any, layout: Any, path: str) -> list[float]:
     class There(type(layout)):
         """A layout on the device, whose control group takes tensors in host memory only, as its docstring says."""
 
@@ -87,12 +87,9 @@ def run_on_device(fake: FakeDevice, config: Any, layout: Any, path: str) -> list
     return run_all(config, There(**fields | {"device": DEVICE}), path, fake)
 
 
-def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[int]:
-    """Score, update, supervise, stream the weights and give up the memory; checksums of the weights at the end."""
-    from dapo_mcore.actor.memory import ActorMemory
+def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
+    """Score, update, and in one mode all else that an actor does; sums of the weights at the end."""
     from dapo_mcore.actor.metrics import update_metrics
-    from dapo_mcore.actor.replicas import checksum
-    from dapo_mcore.weights.sync import WeightStream
 
     batch, _ = parity.load_problem(path)
     with mode:
@@ -100,15 +97,25 @@ def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[int]:
         if isinstance(mode, FakeDevice):
             adopt(mode, actor)
         (mini_batch,) = parity.scored_step(config, layout, batch, actor).mini_batches
-        update_metrics([actor.update(mini_batch), actor.update(mini_batch, supervised=True)])
+        update_metrics([actor.update(mini_batch)])
         assert all(weight.device == layout.device for weight in actor.policy.parameters())
-        memory, stream = ActorMemory(actor), WeightStream(actor.policy, actor.shape, layout)
-        memory.offload_state()
-        deque(stream(), maxlen=0)
-        memory.offload_weights()
-        memory.onload()
-        actor.update(mini_batch)
-        return [int(checksum(weight)) for weight in actor.policy.parameters()]
+        if config.algo.tis.mode == "truncate":
+            go_on(actor, mini_batch)
+        return [float(weight.double().sum()) for weight in actor.policy.parameters()]
+
+
+def go_on(actor: Any, mini_batch: Any) -> None:
+    """A supervised step, the weight stream, and the memory away and back."""
+    from dapo_mcore.actor.memory import ActorMemory
+    from dapo_mcore.weights.sync import WeightStream
+
+    actor.update(mini_batch, supervised=True)
+    memory, stream = ActorMemory(actor), WeightStream(actor.policy, actor.shape, actor.layout)
+    memory.offload_state()
+    deque(stream(), maxlen=0)
+    memory.offload_weights()
+    memory.onload()
+    actor.update(mini_batch)
 
 
 def adopt(fake: FakeDevice, actor: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dapo_mcore.actor.replicas import checksum
+from dapo_mcore.errors import TrainingError
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -24,6 +25,7 @@ def test_a_nan_in_one_copy_skips_the_step_everywhere_and_copies_that_differ_are_
         assert row.pop("skipped_on") == 4, row
         assert row.pop("unchanged_on") == 4, f"parameters or Adam's moments moved: {row}"
         assert row.pop("moves_then_on") == 4, row
+        assert row.pop("ended_on") == 4, f"two skipped steps in a row end the run on every rank: {row}"
         assert row.pop("equal") is None, row
         # rank 2 compares with its neighbours 0 and 3 only
         assert row.pop("norm of rank 1") == f"{NORM} (ranks 0, 3 against rank 1)", row
@@ -33,9 +35,9 @@ def test_a_nan_in_one_copy_skips_the_step_everywhere_and_copies_that_differ_are_
 
 def test_a_tied_embedding_that_differs_between_the_first_and_last_stage_is_named(tmp_path):
     path = parity.save_problem(tmp_path / "problem.pt", parity.make_batch(), "qwen2", tied=True)
-    ((equal, found),) = parity.spawn(part_tied_copies, Mesh(pipeline=2), str(path))
+    ((equal, found),) = parity.spawn(part_tied_copies, Mesh(pipeline=3), str(path))
     assert equal is None
-    assert found == f"{FIRST_EMBEDDING} (rank 0); output_layer.weight (rank 1)"
+    assert found == f"{FIRST_EMBEDDING} (rank 0); output_layer.weight (rank 2)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,22 +60,29 @@ def poison(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any]]:
 
 def poison_one(layout: Any, mesh: Mesh, path: str, distributed: bool) -> dict[str, Any]:
     batch, _ = parity.load_problem(path)
-    config = parity.make_config(mesh, optimizer__distributed=distributed)
+    config = parity.make_config(mesh, optimizer__distributed=distributed, optimizer__max_skipped_updates=2)
     actor = parity.build_actor(config, layout)
     (mini_batch,) = parity.shared_step(config, layout, batch, actor)
     actor.update(mini_batch)  # so that there are moments
     before = [tensor.clone() for tensor in (*actor.policy.parameters(), *actor.optimizer.tensors())]
     finalize = actor.policy.config.finalize_model_grads_func
-    actor.policy.config.finalize_model_grads_func = partial(_finalize_and_poison, finalize, layout.rank in (1, 3))
+    poisoned = partial(_finalize_and_poison, finalize, layout.rank in (1, 3))
+    actor.policy.config.finalize_model_grads_func = poisoned
     skipped = actor.update(mini_batch).skipped
     after = [*actor.policy.parameters(), *actor.optimizer.tensors()]
     unchanged = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     actor.policy.config.finalize_model_grads_func = finalize
     moves = not actor.update(mini_batch).skipped and all(bool(p.isfinite().all()) for p in actor.policy.parameters())
-    counts = layout.sum_over_ranks(torch.tensor([skipped, unchanged, moves], dtype=torch.int64)).tolist()
+    actor.policy.config.finalize_model_grads_func = poisoned
+    actor.update(mini_batch)
+    try:
+        ended = actor.update(mini_batch) is None
+    except TrainingError:
+        ended = True
+    counts = layout.sum_over_ranks(torch.tensor([skipped, unchanged, moves, ended], dtype=torch.int64)).tolist()
     return {
         "distributed": distributed,
-        **dict(zip(("skipped_on", "unchanged_on", "moves_then_on"), counts, strict=True)),
+        **dict(zip(("skipped_on", "unchanged_on", "moves_then_on", "ended_on"), counts, strict=True)),
         "equal": told(actor),
         "norm of rank 1": told(actor, NORM, layout.rank == 1),
         "matrix of rank 3": told(actor, COLUMN, layout.rank == 3),
@@ -90,7 +99,6 @@ def _finalize_and_poison(finalize: Any, here: bool, model: Any, *args: Any, **kw
 def told(actor: Any, name: str = "", here: bool = False) -> str | None:
     """What the check says, in brief, while the named weight's last element differs in a bit on this rank."""
     from dapo_mcore.actor.replicas import check_replicas
-    from dapo_mcore.errors import TrainingError
 
     weight = dict(actor.policy.named_parameters()).get(name)
     if here:

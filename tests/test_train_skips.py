@@ -1,0 +1,49 @@
+"""Whole runs whose gradients are never finite."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_train import ROOT, SMALL, task  # noqa: F401  the fixture is used by name
+
+# two runs in one process: importing takes longer
+POISONED = """
+import sys
+from dapo_mcore.actor import actor
+from dapo_mcore.train.__main__ import main
+
+finalize = actor.finalize_without_division
+
+def poison(model, *args, **kwargs):
+    finalize(model, *args, **kwargs)
+    next(model[0].module.parameters()).main_grad.view(-1)[0] = float("nan")
+
+actor.finalize_without_division = poison
+for case in ("name=few", "name=many optimizer.max_skipped_updates=3"):
+    print("STATUS", main([*sys.argv[1:], *case.split()]), flush=True)
+"""
+
+
+def test_skipped_steps_are_told_at_once_and_a_run_of_nothing_else_ends_with_status_2(task: Path) -> None:  # noqa: F811
+    settings = ["warm_start=null", "eval.sets={}", "parallel.tensor_parallel=1", "num_rollout_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", POISONED, str(ROOT / "examples/quickstart.yaml"), *SMALL, *settings],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    out = " ".join(done.stdout.split())
+    assert [word for word in done.stdout.splitlines() if word.startswith("STATUS")] == ["STATUS 2"] * 2, (
+        out + done.stderr
+    )
+    assert out.count("warning: 2 of this rollout step's 2 gradient steps were skipped") == 3, out
+    few, many = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert few.startswith("error: all 4 gradient steps of this run were skipped")
+    assert many.startswith("error: the last 3 gradient steps were skipped") and "max_skipped_updates" in many
+    assert "Traceback" not in done.stderr
+    assert not (task / "runs/few/hf/final").exists(), "nothing that looks like a trained model"
