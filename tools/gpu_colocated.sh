@@ -2,13 +2,14 @@
 # On a machine with a GPU and SGLang: a few DAPO steps with a server on the trainer's own GPU, once for each way that is named.
 #   tools/gpu_colocated.sh RESULTS [WAY…]      RESULTS: the JSON-lines file that gets a row as soon as a way is done
 # Ways, in this order where none is named: ipc (the test of CUDA IPC), fp8-disk and fp8-tensor (block-FP8 rollouts by two ways
-# of sync), graphs (bf16 with CUDA graphs, whose memory is released too); and bf16-disk, bf16-tensor. One is ok when all its
-# steps were done and no server was restarted or left out. The exit status is 1 when one is not.
+# of sync), graphs (bf16 with CUDA graphs); and graphs-released (their memory is released, too), bf16-disk, bf16-tensor. One is
+# ok when all its steps were done and no server was restarted or left out. The exit status is 1 when one is not.
 # Environment:
 #   PYTHON         the trainer's interpreter
 #   SGLANG_PYTHON  the one that has SGLang; or SGLANG_SITE, a folder of unpacked wheels for the trainer's
-#   STEPS (3), LIMIT_S (150: a way's time limit), OVERRIDES (more settings), SHAPES (JSON, keys of config.json; else
+#   STEPS (3), LIMIT_S (240: a way's time limit), OVERRIDES (more settings), SHAPES (JSON, keys of config.json; else
 #   Qwen2.5-0.5B's; the weights are random), DEVICE (cpu rehearses the ways cpu-disk and cpu-tensor in fp32)
+#   PARALLEL       1: all ways at once, where minutes count; a large GPU holds the small models, but no time is a measurement
 set -euo pipefail
 results=$(realpath -m "${1:?RESULTS}")
 shift
@@ -36,7 +37,7 @@ path.write_text(json.dumps({**json.loads(path.read_text()), **shapes}))
 PY
 
 train() { # WAY OVERRIDE…
-  timeout -k 10 "${LIMIT_S:-150}" "$python" -m dapo_mcore.train examples/quickstart.yaml name="$1" output_dir="$work/runs" \
+  timeout -k 10 "${LIMIT_S:-240}" "$python" -m dapo_mcore.train examples/quickstart.yaml name="$1" output_dir="$work/runs" \
     parallel.tensor_parallel=1 model.path="$work/arithmetic/model" data.files="[$work/arithmetic/train.jsonl]" \
     warm_start=null eval.sets={} num_rollout_steps="${STEPS:-3}" rollout.max_response_tokens=512 optimizer.lr=1e-6 \
     sampling.style=none sampling.gen_batch_prompts=8 sampling.train_batch_prompts=8 checkpoint.export_at_end=false observe.plot_at_end=false \
@@ -45,7 +46,8 @@ train() { # WAY OVERRIDE…
 }
 
 gpu() { # SERVER_ARGUMENTS
-  echo "rollout.sglang.server_args={mem-fraction-static: 0.5, attention-backend: fa3, sampling-backend: pytorch, $1}"
+  echo "rollout.sglang.server_args={mem-fraction-static: 0.5, max-total-tokens: 131072, attention-backend: fa3," \
+    "sampling-backend: pytorch, $1}"
 }
 
 row() { # WAY STATUS SECONDS
@@ -67,7 +69,7 @@ medians = {name: statistics.median(row[name] for row in later) for name in (late
 commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 commit = commit or os.environ.get("DAPO_MCORE_BENCH_COMMIT", "")
 machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-about = {"machine": machine, "torch": torch.__version__, "commit": commit}
+about = {"machine": machine, "torch": torch.__version__, "commit": commit, "parallel": os.environ.get("PARALLEL") == "1"}
 row = {"run": way, "ok": ok, "status": status, "seconds": seconds, "steps": len(rows), **lost, **about, **medians}
 if not ok:
     tails = {"said": work / f"{way}.log", "server_said": log}
@@ -79,20 +81,32 @@ sys.exit(not ok)
 PY
 }
 
-failed=0
-for way; do
-  start=$SECONDS status=0
+way() { # WAY
+  local way=$1 start=$SECONDS status=0
   case $way in
     ipc) "$python" -m pytest -q -m gpu tests/rollout/sglang/test_tensor.py >"$work/ipc.log" 2>&1 || status=$? ;;
     fp8-*) train "$way" model.dtype=bf16 rollout.sglang.sync="${way#*-}" rollout.sglang.quantize=fp8 \
       "$(gpu 'disable-cuda-graph: true')" || status=$? ;;
     bf16-*) train "$way" model.dtype=bf16 rollout.sglang.sync="${way#*-}" "$(gpu 'disable-cuda-graph: true')" || status=$? ;;
-    graphs) train "$way" model.dtype=bf16 rollout.sglang.sync=tensor \
-      "$(gpu 'cuda-graph-backend-prefill: disabled, cuda-graph-max-bs-decode: 128')" || status=$? ;;
+    graphs*) [ "$way" = graphs ] || export SGLANG_MEMORY_SAVER_CUDA_GRAPH=1
+      train "$way" model.dtype=bf16 rollout.sglang.sync=tensor \
+        "$(gpu 'cuda-graph-backend-prefill: disabled, cuda-graph-max-bs-decode: 128')" || status=$? ;;
     cpu-*) train "$way" model.dtype=fp32 rollout.sglang.sync="${way#*-}" || status=$? ;;
-    *) echo "$0: no way $way" >&2; exit 2 ;;
+    *) echo "$0: no way $way" >&2; return 2 ;;
   esac
-  row "$way" "$status" $((SECONDS - start)) || failed=1
-  rm -rf "$work/runs"  # with its checkpoint
+  row "$way" "$status" $((SECONDS - start)) || status=1
+  rm -rf "$work/runs/$way"  # with its checkpoint
+  return "$status"
+}
+
+failed=0 jobs=()
+for name; do
+  way "$name" &
+  jobs+=($!)
+  if [ "${PARALLEL:-}" != 1 ]; then
+    wait $! || failed=1
+    jobs=()
+  fi
 done
+for job in "${jobs[@]}"; do wait "$job" || failed=1; done
 exit $failed
