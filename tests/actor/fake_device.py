@@ -69,10 +69,10 @@ class FakeDevice(TorchFunctionMode):
         if function == torch.Tensor.device.__get__:
             return self.side(tensors[0]) or function(*args, **kwargs)
         if name in ("to", "cpu"):
-            return self._moved(tensors[0], function, args, kwargs)
+            return self._moved(tensors[0], name, [*args[1:], *kwargs.values()])
         if name == "numpy" and self.side(tensors[0]) == DEVICE:
             raise TypeError("can't convert a device tensor to numpy; use Tensor.cpu() first")
-        self._check(function, name, tensors)
+        self._check(name, tensors)
         side = self._side_of_result(name, tensors, kwargs)
         if kwargs.get("device") == DEVICE:
             kwargs = kwargs | {"device": HOST}
@@ -83,28 +83,23 @@ class FakeDevice(TorchFunctionMode):
                     self._put(leaf, side)
         return result
 
-    def _moved(self, tensor: torch.Tensor, function: Callable, args: Any, kwargs: Any) -> torch.Tensor:
-        """`to` and `cpu`: a copy on the other side."""
-        places = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.device | str)]
-        places += [self.side(value) or HOST for value in args[1:] if isinstance(value, torch.Tensor)]
-        goal = HOST if function.__name__ == "cpu" else torch.device(places[0]) if places else None
-        if function.__name__ == "to" and goal == HOST and not _called_by_the_project():
+    def _moved(self, tensor: torch.Tensor, name: str, given: list[Any]) -> torch.Tensor:
+        """`to` and `cpu`: the same memory where it is there already, else a copy on the other side."""
+        dtypes = [value for value in given if isinstance(value, torch.dtype)]
+        places = [torch.device(value) for value in given if isinstance(value, torch.device | str)]
+        places += [self.side(value) for value in given if isinstance(value, torch.Tensor)]
+        here = self.side(tensor)
+        goal = HOST if name == "cpu" else places[0] if places else here
+        if name == "to" and goal == HOST and not _called_by_the_project():
             goal = DEVICE
-        if goal is None:  # another dtype
-            result = function(*args, **kwargs)
-            goal = self.side(tensor)
-        elif goal == self.side(tensor):
-            return tensor
-        else:
-            dtypes = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
-            result = tensor.to(*dtypes).clone() if dtypes else tensor.clone()
-            with torch._C.DisableTorchFunction():
-                self._sides.pop(result.untyped_storage()._cdata, None)
-        if goal is not None and self.side(result) is None:
+        result = tensor.to(*dtypes) if dtypes else tensor
+        if goal != here:
+            result = result.clone()
+        if goal is not None:
             self._put(result, goal)
         return result
 
-    def _check(self, function: Callable, name: str, tensors: list[torch.Tensor]) -> None:
+    def _check(self, name: str, tensors: list[torch.Tensor]) -> None:
         if name in _ACROSS or name.startswith("_foreach"):
             return
         with torch._C.DisableTorchFunction():

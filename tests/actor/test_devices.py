@@ -55,6 +55,8 @@ def test_the_pretended_device_refuses_what_cuda_refuses():
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
         there.copy_(here)
+        assert there.to(DEVICE, torch.float64).device == there.to(torch.float64).device == DEVICE
+        assert there.to(DEVICE, torch.float64).dtype == torch.float64
 
 
 def run_all_modes(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
