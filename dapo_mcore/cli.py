@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dapo_mcore.config import Config
 from dapo_mcore.config_file import dump_config, load_config, repeated_overrides
 from dapo_mcore.errors import DapoError, DataError
 
@@ -48,13 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="check the mesh for so many (default: the fewest that fit)"
+    )
+    parser.add_argument(
+        "--only-values", action="store_true", help="check the values, but no files, model, mesh and data"
+    )
 
 
 def _config(args: argparse.Namespace) -> int:
-    for note in repeated_overrides(args.overrides):
-        print(f"dapo-mcore config: {note}", file=sys.stderr)
-    print(dump_config(load_config(args.file, args.overrides)), end="")
+    """Notes go to standard error as YAML comments, so that both streams together are a configuration."""
+    config = load_config(args.file, args.overrides)
+    notes = repeated_overrides(args.overrides)
+    if not args.only_values:
+        notes += _dry_run(config, args.processes)
+    print(*(f"# {note}" for note in notes), sep="\n", file=sys.stderr)
+    print(dump_config(config), end="")
     return 0
+
+
+def _dry_run(config: Config, processes: int | None) -> list[str]:
+    import dapo_mcore.environment  # noqa: F401  before torch is imported
+    from dapo_mcore.preflight import check_data, check_run, describe_step
+
+    check_run(config, processes)
+    return [*check_data(config), describe_step(config)]
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +134,12 @@ def _row(text: str) -> tuple[Any, dict[str, Any]]:
 
 
 COMMANDS = (
-    Command("config", "Check a configuration and print it with every default.", _config_arguments, _config),
+    Command(
+        "config",
+        "Check all that can be known before a run, and print the configuration with every default.",
+        _config_arguments,
+        _config,
+    ),
     Command(
         "plot", "Plot one run, or compare several, from metrics.jsonl; or benchmark results.", _plot_arguments, _plot
     ),

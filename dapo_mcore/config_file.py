@@ -50,9 +50,10 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        mistakes = [_explain(item) for item in error.errors()]
-        more = len(mistakes) - _MOST_MISTAKES
-        told = mistakes[:_MOST_MISTAKES] + ([f"and {more} more mistakes"] if more > 0 else [])
+        mistakes = error.errors()
+        told = [_explain(item) for item in mistakes[:_MOST_MISTAKES]]
+        if len(mistakes) > _MOST_MISTAKES:
+            told.append(f"and {len(mistakes) - _MOST_MISTAKES} more mistakes")
         raise ConfigError("\n".join(told)) from None
 
 

@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_config_prints_what_reads_back(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", str(config), "optimizer.lr=1e-5", "name=x"]) == 0
+    assert main(["config", "--only-values", str(config), "optimizer.lr=1e-5", "name=x"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "printed.yaml") == load_config(config, ["optimizer.lr=1e-5", "name=x"])
 

@@ -51,6 +51,7 @@ FLOORS = {
     "dapo_mcore.handover": 4,
     "dapo_mcore.warm_start": 4,
     "dapo_mcore.plan": 4,
+    "dapo_mcore.preflight": 4,
     "dapo_mcore.doctor": 4,
     "dapo_mcore.environment": 0,
     "dapo_mcore.train": 5,

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from dapo_mcore.actor import cpu_device
 from dapo_mcore.actor.megatron_version import check_version
+from dapo_mcore.actor.mesh import data_parallel_size, expert_data_parallel_size
 from dapo_mcore.config import ParallelConfig
-from dapo_mcore.errors import ConfigError, OtherRankFailed
+from dapo_mcore.errors import OtherRankFailed
 from dapo_mcore.launcher import check_launcher
 
 T = TypeVar("T")
@@ -193,8 +194,8 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
     from megatron.core import parallel_state, tensor_parallel
 
     device = _join(parallel)
-    data = _data_parallel_size(parallel, dist.get_world_size())
-    expert_data = _expert_data_parallel_size(parallel, dist.get_world_size())
+    data = data_parallel_size(parallel, dist.get_world_size())
+    expert_data = expert_data_parallel_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
@@ -261,37 +262,6 @@ def _join(parallel: ParallelConfig) -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
-
-
-def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    tensor, pipeline, context = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
-    model = tensor * pipeline * context
-    product = f"tensor_parallel {tensor} × pipeline_parallel {pipeline} × context_parallel {context}"
-    if parallel.data_parallel is not None and world_size != model * parallel.data_parallel:
-        raise ConfigError(
-            f"world size {world_size} is not {product} × data_parallel {parallel.data_parallel} "
-            f"= {model * parallel.data_parallel}; start {model * parallel.data_parallel} processes or change the mesh"
-        )
-    if world_size % model:
-        raise ConfigError(
-            f"world size {world_size} is not a multiple of {product} = {model}; "
-            f"start {model} processes (or a multiple, for data parallelism), for instance "
-            f"torchrun --nproc-per-node {model} -m dapo_mcore.train …"
-        )
-    return world_size // model
-
-
-def _expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Copies of each expert. Raises ConfigError where the experts' mesh does not fill the processes."""
-    expert, tensor, pipeline = parallel.expert_parallel, parallel.expert_tensor_size, parallel.pipeline_parallel
-    model = expert * tensor * pipeline
-    if world_size % model:
-        raise ConfigError(
-            f"world size {world_size} is not a multiple of expert_parallel {expert} × expert_tensor_parallel {tensor} × "
-            f"pipeline_parallel {pipeline} = {model}; start {model} processes (or a multiple), or lower "
-            f"expert_parallel or expert_tensor_parallel"
-        )
-    return world_size // model
 
 
 def _replica_groups(

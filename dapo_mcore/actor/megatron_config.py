@@ -1,7 +1,7 @@
 """Megatron's TransformerConfig: what the model is, what the mesh needs, how layers are made, then the user's own fields.
 
-Change here: which of Megatron's options the project decides, and what a mesh must fulfil for a model. Which of the others a
-user may set: megatron_fields.py.
+Change here: which of Megatron's options the project decides. Which of the others a user may set: megatron_fields.py; what a
+mesh must fulfil: mesh.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from dapo_mcore.actor.architecture import Architecture
 from dapo_mcore.actor.layers import uses_transformer_engine
 from dapo_mcore.actor.megatron_fields import check_fields
+from dapo_mcore.actor.mesh import check_mesh
 from dapo_mcore.config import Config, ParallelConfig
-from dapo_mcore.errors import ConfigError, listed
+from dapo_mcore.errors import ConfigError
 
 _STAGE_FIELDS = (
     "pipeline_model_parallel_layout",
@@ -76,69 +77,6 @@ def _defaults(num_layers: int, stages: int, chosen: dict[str, Any]) -> dict[str,
     if num_layers % stages and not any(key in chosen for key in _STAGE_FIELDS):
         defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, stages)
     return defaults
-
-
-def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ConfigError where the mesh does not divide the model. The vocabulary is padded instead."""
-    _check_tensor_parallel(architecture, parallel.tensor_parallel)
-    latent = architecture.latent_attention
-    if (latent or architecture.num_experts) and parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
-        raise ConfigError(
-            f"tensor_parallel {parallel.tensor_parallel} with {'latent attention' if latent else 'experts'} needs "
-            f"sequence_parallel: without it every rank would do the same work; set parallel.sequence_parallel true"
-        )
-    if parallel.pipeline_parallel > architecture.num_layers:
-        raise ConfigError(
-            f"pipeline_parallel {parallel.pipeline_parallel} leaves stages empty: num_hidden_layers is "
-            f"{architecture.num_layers}; use at most {architecture.num_layers}"
-        )
-    if architecture.num_experts:
-        _check_experts(architecture, parallel)
-    elif parallel.expert_parallel > 1 or parallel.expert_tensor_parallel is not None:
-        raise ConfigError(
-            f"{architecture.name} has no experts, so parallel.expert_parallel must be 1 (here "
-            f"{parallel.expert_parallel}) and expert_tensor_parallel unset (here {parallel.expert_tensor_parallel})"
-        )
-
-
-def _check_tensor_parallel(architecture: Architecture, tensor: int) -> None:
-    fields = architecture.fields
-    heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
-    sizes = {"num_attention_heads": heads, **_tensor_parallel_widths(fields)}
-    rows = (heads + 2 * groups) * fields["kv_channels"]
-
-    def usable(size: int) -> bool:
-        return not any(s % size for s in sizes.values()) and 0 in (groups % size, size % groups) and rows % size == 0
-
-    remedy = f"use {listed([size for size in range(1, heads + 1) if usable(size)])}"
-    for name, size in sizes.items():
-        if size % tensor:
-            raise ConfigError(f"tensor_parallel {tensor} does not divide {name} {size}; {remedy}")
-    if groups % tensor and tensor % groups:
-        raise ConfigError(
-            f"tensor_parallel {tensor} is neither a divisor nor a multiple of num_key_value_heads {groups}; {remedy}"
-        )
-    if rows % tensor:
-        raise ConfigError(f"tensor_parallel {tensor} does not divide the {rows} rows of q, k and v; {remedy}")
-
-
-def _tensor_parallel_widths(fields: dict[str, Any]) -> dict[str, int]:
-    """MLP widths that are cut over the tensor-parallel group, by their keys in config.json."""
-    has_dense_layers = "num_moe_experts" not in fields or fields["moe_layer_freq"] != 1
-    widths = {"intermediate_size": fields["ffn_hidden_size"]} if has_dense_layers else {}
-    shared = fields.get("moe_shared_expert_intermediate_size")
-    return widths | ({"shared_expert_intermediate_size": shared} if shared else {})
-
-
-def _check_experts(architecture: Architecture, parallel: ParallelConfig) -> None:
-    count, width = architecture.num_experts, architecture.fields["moe_ffn_hidden_size"]
-    for name, size, key, total in (
-        ("expert_parallel", parallel.expert_parallel, "the number of experts", count),
-        ("expert_tensor_parallel", parallel.expert_tensor_size, "the experts' intermediate size", width),
-    ):
-        if total % size:
-            divisors = [d for d in range(1, total + 1) if total % d == 0]
-            raise ConfigError(f"{name} {size} does not divide {key} {total}; use {listed(divisors)}")
 
 
 def split_layers(num_layers: int, stages: int) -> list[int]:

@@ -6,6 +6,7 @@ Change here: what a demonstration must hold. How the policy is trained on them i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,15 +33,18 @@ class Demonstration:
         return len(self.prompt) + len(self.response)
 
 
-def load_demonstrations(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Demonstration, ...]:
-    """The rows of warm_start.files in order; prompts are worded as the data section words them.
+def load_demonstrations(
+    config: Config, tokenizer: PreTrainedTokenizerBase, most: int | None = None
+) -> tuple[Demonstration, ...]:
+    """The rows of warm_start.files in order, or the first `most`; prompts are worded as the data section words them.
 
     Raises DataError for a bad row, and for fewer rows than one update takes.
     """
     settings = config.warm_start
     assert settings is not None
     renderer = PromptRenderer(config.data, tokenizer)
-    found = tuple(_demonstration(row, renderer, tokenizer) for row in read_rows(settings.files))
+    rows = islice(read_rows(settings.files), most and max(most, settings.batch_size))
+    found = tuple(_demonstration(row, renderer, tokenizer) for row in rows)
     if len(found) < settings.batch_size:
         raise DataError(
             f"warm_start.files hold {len(found)} demonstrations, fewer than warm_start.batch_size {settings.batch_size}; "

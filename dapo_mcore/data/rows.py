@@ -56,6 +56,13 @@ def read_rows(files: Sequence[str]) -> Iterator[Row]:
             ) from error
 
 
+def check_files(files: Sequence[str], section: str) -> None:
+    """Raise DataError for a file that is not there. `section` names the configuration's section, `eval.sets.aime` say."""
+    for file in files:
+        if not Path(file).is_file():
+            raise DataError(f"no data file at {file}; correct {section}.files, or make the file first")
+
+
 def lookup(columns: Mapping[str, Any], key: str) -> Any:
     """The value under a column name, else under a dotted path into nested objects. Raises KeyError when absent."""
     if key in columns:

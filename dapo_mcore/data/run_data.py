@@ -6,10 +6,10 @@ Change here: what a run reads at start, and what must fit. One bad row is found 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dapo_mcore.config import Config
+from dapo_mcore.config import Config, DataConfig
 from dapo_mcore.data.demonstrations import Demonstration, load_demonstrations
 from dapo_mcore.data.model_folder import max_positions
 from dapo_mcore.data.prompts import PromptSet, load_prompts
@@ -39,21 +39,33 @@ class RunData:
 
 
 def load_run_data(
-    config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, warm_start: bool = True
+    config: Config,
+    hf_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    warm_start: bool = True,
+    most: int | None = None,
 ) -> RunData:
     """Read everything that the configuration names; without a warm start's files where `warm_start` is False (on resume).
 
+    most  read at most so many prompts of a set and demonstrations: enough to find a mistake before a run.
     Raises DataError, with file and row, for what cannot be used, and for what has no room in the model's positions or a
     micro-batch; ConfigError for settings that cannot work.
     """
-    evaluation = {
-        name: load_prompts(section, tokenizer, f"eval.sets.{name}") for name, section in config.eval.sets.items()
-    }
-    data = RunData(load_prompts(config.data, tokenizer), evaluation)
+
+    def prompts(section: DataConfig, name: str) -> PromptSet:
+        limit = min(filter(None, (section.limit, most)), default=None)
+        found = load_prompts(section.model_copy(update={"limit": limit}), tokenizer, name)
+        own = section if limit == section.limit else section.model_copy(update={"limit": None})
+        return replace(found, config=own)
+
+    train = prompts(config.data, "data")
+    evaluation = {name: prompts(section, f"eval.sets.{name}") for name, section in config.eval.sets.items()}
+    data = RunData(train, evaluation)
     settings = config.warm_start
     if warm_start and settings is not None:
-        choose = load_prompts(settings.choose, tokenizer, "warm_start.choose") if settings.choose else None
-        data = RunData(data.train, evaluation, load_demonstrations(config, tokenizer), choose)
+        choose = prompts(settings.choose, "warm_start.choose") if settings.choose else None
+        data = RunData(train, evaluation, load_demonstrations(config, tokenizer, most), choose)
     positions = max_positions(hf_config)
     for found in data.prompt_sets:
         check_prompt_lengths(found, config.rollout.max_response_tokens, positions)

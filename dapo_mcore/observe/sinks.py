@@ -168,3 +168,13 @@ def _import_wandb() -> Any:
             "observe.wandb_project is set, but wandb is not installed; pip install wandb, or leave it null"
         ) from error
     return wandb
+
+
+def check_wandb() -> None:
+    """Raise ConfigError where wandb is not installed, or has no key for its server and would ask for one."""
+    wandb = _import_wandb()
+    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+        raise ConfigError(
+            "observe.wandb_project is set, but wandb has no API key; run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline"
+        )

@@ -1,7 +1,8 @@
 """The start of a training process: `torchrun --nproc-per-node N -m dapo_mcore.train CONFIG.yaml [a.b=c …]`, or without
 torchrun as one process.
 
-The configuration is read before the loop is imported: torch and Megatron take up to a minute, and a typo is told at once.
+The configuration is read, and what it names is checked, before the loop is imported: torch and Megatron take up to a minute,
+and a typo is told at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 import dapo_mcore.environment  # noqa: F401  before torch is imported
 from dapo_mcore.config_file import load_config, repeated_overrides
 from dapo_mcore.exit_status import exit_status
+from dapo_mcore.launcher import check_launcher
+from dapo_mcore.preflight import check_run, describe_step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(path: str, overrides: Sequence[str]) -> None:
     config = load_config(path, overrides)
+    check_launcher(os.environ)
     if os.environ.get("RANK", "0") == "0":
         for note in repeated_overrides(overrides):
             print(f"note: {note}", file=sys.stderr)
+        check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+        print(describe_step(config), flush=True)
     from dapo_mcore.train.loop import train
 
     train(config)

@@ -91,7 +91,6 @@ FILES = {
     "j.parquet": (GOOD * 9, "as parquet after row 0: .* is it JSONL. Then let its name end in .jsonl"),
     "g.parquet": (gzip.compress(GOOD), "cannot be read as parquet after row 0: .*gunzip"),
     "none.parquet": (b"", "cannot be read as parquet after row 0: .*; give a parquet file"),
-    "n" * 300 + ".jsonl": (None, "cannot be read: File name too long; check the path"),
     "": (None, "is a folder; name the files in it"),
 }
 

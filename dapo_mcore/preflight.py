@@ -1,0 +1,127 @@
+"""What can be known about a run before its processes meet: its files, the model's folder, the mesh, the data.
+
+Change here: what is checked before a run, by `dapo-mcore config` and by a run's first process. Each rule lives with the part
+of the run that needs it; here they are only called early.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from dapo_mcore.config import Config, DataConfig
+from dapo_mcore.data.rows import check_files
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.launcher import check_launcher
+from dapo_mcore.observe.sinks import check_wandb
+from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.weights.checkpoint_folder import latest_checkpoint
+
+_MOST_ROWS = 1000
+
+
+def check_run(config: Config, processes: int | None = None) -> None:
+    """Raise the DapoError that a run on so many processes (None: on as many as fit) would end with before it starts.
+
+    Imports transformers and torch, but not Megatron. Reads no weights and no rows.
+    """
+    check_files_of(config)
+    reward = config.reward
+    build_judge(reward.function, reward.adapter, reward.strict_box)
+    if config.observe.wandb_project:
+        check_wandb()
+    _check_model(config, processes)
+
+
+def check_data(config: Config) -> list[str]:
+    """Return what a run says about its data, read up to 1,000 prompts a set. Raise the DapoError it would end with."""
+    from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
+    from dapo_mcore.data.run_data import load_run_data
+    from dapo_mcore.weights.hf_io import open_stored
+
+    hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
+    check_tokenizer_fits(tokenizer, hf_config)
+    stop_token_ids(config.model, tokenizer)
+    if config.model.init == "pretrained":
+        open_stored(Path(config.model.path), hf_config)
+    data = load_run_data(config, hf_config, tokenizer, warm_start=not _resumes(config), most=_MOST_ROWS)
+    cut = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
+    return data.lines() + (
+        [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if cut else []
+    )
+
+
+def check_files_of(config: Config) -> None:
+    """Raise a DapoError for files that are named but not there, and for a launcher's variables that make no job."""
+    check_launcher(os.environ)
+    if not Path(config.model.path, "config.json").is_file():
+        from dapo_mcore.data.model_folder import load_hf_config
+
+        load_hf_config(config.model)  # which says what is wrong with the folder
+    for name, section in _data_sections(config).items():
+        check_files(section.files, name)
+    if config.warm_start is not None and not _resumes(config):
+        check_files(config.warm_start.files, "warm_start")
+    sglang = config.rollout.sglang
+    if config.rollout.engine != "sglang":
+        return
+    if sglang.key_file is not None and not Path(sglang.key_file).is_file():
+        raise ConfigError(
+            f"rollout.sglang.key_file {sglang.key_file} is not a file; correct the path, or leave it null"
+        )
+    if sglang.python is not None and not sglang.urls and shutil.which(sglang.python) is None:
+        raise ConfigError(
+            f"rollout.sglang.python {sglang.python} is no program; name the interpreter of the environment with SGLang"
+        )
+
+
+def describe_step(config: Config) -> str:
+    """Return one line about the size of a rollout step, with what to lower where the paper's sizes hold by default."""
+    s, size = config.sampling, config.rollout.group_size
+    prompts = s.gen_batch_prompts if s.style == "filter" else s.train_batch_prompts
+    updates = s.train_batch_prompts // config.batch.mini_batch_prompts * config.batch.epochs
+    line = (
+        f"a rollout step generates {prompts:,} prompts × {size} = {prompts * size:,} responses of up to "
+        f"{config.rollout.max_response_tokens:,} tokens{' at a time' if s.style == 'filter' else ''}, and trains on "
+        f"{s.train_batch_prompts:,} × {size} in {updates:,} updates"
+    )
+    paper = [
+        f"{section}.{key}"
+        for section, keys in (
+            ("sampling", ("gen_batch_prompts", "train_batch_prompts")),
+            ("rollout", ("group_size", "max_response_tokens")),
+        )
+        for key in keys
+        if key not in getattr(config, section).model_fields_set and (key != "gen_batch_prompts" or s.style == "filter")
+    ]
+    return (
+        f"{line}; the paper's size by default, to be lowered for a smaller run: {', '.join(paper)}" if paper else line
+    )
+
+
+def _check_model(config: Config, processes: int | None) -> None:
+    from dapo_mcore.actor.architecture import read_architecture
+    from dapo_mcore.actor.megatron_fields import check_fields
+    from dapo_mcore.actor.mesh import check_mesh, data_parallel_size, expert_data_parallel_size, fewest_processes
+    from dapo_mcore.data.model_folder import load_hf_config
+
+    architecture = read_architecture(load_hf_config(config.model), config.longest_sequence)
+    check_mesh(architecture, config.parallel)
+    count = fewest_processes(config.parallel) if processes is None else processes
+    data_parallel_size(config.parallel, count)
+    expert_data_parallel_size(config.parallel, count)
+    engine = config.model.transformer_impl != "local" and importlib.util.find_spec("transformer_engine") is not None
+    check_fields(config.megatron, engine=engine)
+
+
+def _data_sections(config: Config) -> dict[str, DataConfig]:
+    sections = {"data": config.data, **{f"eval.sets.{name}": part for name, part in config.eval.sets.items()}}
+    if config.warm_start is not None and config.warm_start.choose is not None and not _resumes(config):
+        sections["warm_start.choose"] = config.warm_start.choose
+    return sections
+
+
+def _resumes(config: Config) -> bool:
+    return config.checkpoint.resume == "auto" and latest_checkpoint(config.run_dir) is not None
