@@ -26,13 +26,13 @@ from dapo_mcore.eval import EvalResult, evaluate
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.plots import plot_run
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.observe.samples import write_samples
-from dapo_mcore.observe.sinks import MetricSinks
+from dapo_mcore.observe.samples import write_answers, write_samples
+from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.ahead import Ahead
 from dapo_mcore.rollout.build import SERVERS, build_engine
-from dapo_mcore.rollout.sampler import Collected, Sampler, SamplerState
+from dapo_mcore.rollout.sampler import Collected, NothingVaries, Sampler, SamplerState
 from dapo_mcore.run_lock import LOCK
 from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
 from dapo_mcore.weights.checkpoint_folder import latest_checkpoint, step_of
@@ -63,6 +63,7 @@ class Controller:
         num_local_ranks: int = 1,
     ):
         self.config, self.progress, self.timer = config, progress, timer
+        check_services(config.observe)
         self.tokenizer = tokenizer
         resumes = config.checkpoint.resume == "auto" and latest_checkpoint(config.run_dir) is not None
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
@@ -102,10 +103,10 @@ class Controller:
         if resume_step is None and (aside := _move_aside(run_dir)) is not None:
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
         # after step 0 the evaluation of the start is repeated, and its row written again
-        self.sinks = MetricSinks(run_dir, self.config.observe, resume_step or None)
+        self.sinks = MetricSinks(run_dir, self.config.observe, resume_step or None, self.progress.line)
         self.positions = {resume_step or 0: self._position()}
         if (before := record_config(self.config, run_dir, resume_step or 0)) is not None:
-            self.progress.line(f"the configuration has changed: {before} held until rollout step {resume_step}")
+            self.progress.line(f"the configuration has changed: {before} held until rollout step {resume_step or 0}")
 
     def train_state(self, step: int, num_updates: int) -> TrainState:
         """Return where the run stands after rollout step `step`, for a checkpoint: the last step, or while one is collected
@@ -150,7 +151,12 @@ class Controller:
         the weights that the engine holds until `finish_rollout`. With sampling.on_full keep they may go on under newer ones.
         """
         self._wait_for_rollout()
-        self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
+        try:
+            self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
+        except NothingVaries as error:
+            self._record_untrained(step, error.collected)
+            message = f"{error}; the step's samples are in {self.config.run_dir / 'samples'}"
+            raise NothingVaries(message, error.collected) from None
         self.positions = {step - 1: self.positions[step - 1], step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
@@ -183,6 +189,8 @@ class Controller:
                 self.config.rollout.max_response_tokens,
                 self.rollout_progress,
             )
+        folder, count, answers = self.config.run_dir, self.config.observe.samples_per_step, self.last_eval.groups
+        attempt("write answers", lambda: write_answers(folder, step, answers, count), self.progress.line)
         self.progress.eval_done(step, self.last_eval.metrics)
         return self.last_eval.metrics
 
@@ -219,16 +227,26 @@ class Controller:
             "memory/rss_gib": psutil.Process().memory_info().rss / GIB,
         }
         self.sinks.write(step, row)
-        write_samples(self.config.run_dir, step, self.collected.groups, self.config.observe.samples_per_step)
+        self._show_samples(step, self.collected.groups)
         self.progress.step_done(step, row)
+
+    def _record_untrained(self, step: int, collected: Collected) -> None:
+        """Write what a step has generated that ends the run, for people to see why."""
+        assert self.sinks is not None
+        self.sinks.write(step, {**group_metrics(collected.generated, []), **collected.stats})
+        self._show_samples(step, collected.generated)
+
+    def _show_samples(self, step: int, groups: Sequence[Group]) -> None:
+        folder, count = self.config.run_dir, self.config.observe.samples_per_step
+        attempt("write samples", lambda: write_samples(folder, step, groups, count), self.progress.line)
 
     def finish(self, export: Path | None) -> None:
         """Closes the run: the plot, and a closing report with sample answers."""
         run_dir = self.config.run_dir
         self.close()
         rows = {"metrics": str(run_dir / "metrics.jsonl"), "samples": str(run_dir / "samples")}
-        if self.config.observe.plot_at_end:
-            rows["plot"] = str(plot_run(run_dir))
+        if self.config.observe.plot_at_end and attempt("draw the plot", lambda: plot_run(run_dir), self.progress.line):
+            rows["plot"] = str(run_dir / "plot.png")
         if export is not None:
             rows["HF model"] = str(export)
         rows["wall time"] = f"{time.time() - psutil.Process().create_time():.0f} s"
@@ -328,12 +346,21 @@ def _short(text: str, limit: int = 80) -> str:
 
 
 def _move_aside(run_dir: Path) -> Path | None:
-    """Move an earlier run aside and return where it went. This run's lock stays, and the folder its servers have started in."""
-    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, SERVERS)]
-    if not entries:
+    """Move an earlier run aside and return where it went; None where a start came to nothing or never was.
+
+    This run's lock stays, and the folder its servers have started in.
+    """
+    if not _has_results(run_dir):
         return None
+    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, SERVERS)]
     aside = next(path for i in range(1, 10_000) if not (path := run_dir.with_name(f"{run_dir.name}.old{i}")).exists())
     aside.mkdir()
     for path in entries:
         path.rename(aside / path.name)
     return aside
+
+
+def _has_results(run_dir: Path) -> bool:
+    metrics = run_dir / METRICS_FILE
+    has_rows = metrics.exists() and metrics.stat().st_size > 0
+    return has_rows or any((run_dir / name).exists() for name in ("samples", "checkpoints", "hf"))

@@ -170,11 +170,11 @@ class Ending:
             self._end_soon(signum)
 
     def _end_soon(self, signum: int) -> None:
-        if self._deferred:
-            self._deferred = False
-            os.kill(os.getpid(), signum)  # the main thread may have put this one off already
-        if self._begun.wait(NOTICE_S):
-            return
+        self._deferred = False
+        end = time.monotonic() + NOTICE_S
+        while not self._begun.wait(_LOOK_S) and time.monotonic() < end:
+            # the main thread may have put it off already, or have begun to sleep just before it could handle it
+            os.kill(os.getpid(), signum)
         with self._once:
             if not self._begun.is_set():
                 self.signum = self.signum or signum

@@ -74,6 +74,75 @@ def test_the_first_signal_ends_the_block_quietly_and_the_next_ones_change_nothin
     assert ended(script) == (128 + 2, *QUIET)
 
 
+SAVING = """
+ending.SAME_S = 0.3
+clean = lambda: print("clean", flush=True)
+def body():
+    with end.deferred(lambda: "saves"):
+        print(end.until_asked(lambda: (me(signal.SIGTERM), time.sleep(60))))
+        print(end.until_asked(lambda: "not begun"))
+        me(signal.SIGTERM)  # torchrun passes on what Slurm has sent to all
+        {then}
+        print("saved", flush=True)
+    print("not reached")
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ("time.sleep(0.1)", ["saved"]),
+        ("raise ending.DapoError('the disk is full')", []),
+        ("time.sleep(0.4); me(signal.SIGINT); time.sleep(60)", []),
+    ],
+    ids=["saved", "not saved", "a second signal ends it at once"],
+)
+def test_a_deferred_signal_interrupts_what_may_be_and_lets_the_rest_be_finished(then, said):
+    status, out, err = ended(SAVING.replace("{then}", then) + "run(body)")
+    assert (status, out) == (128 + 15, ["None", "None", *said, "clean", "at exit"])
+    error = ["error: the disk is full"] if "disk" in then else []
+    assert err == ["SIGTERM: saves", *error, "stopped by SIGTERM: go on"]
+
+
+def test_a_sync_in_the_midst_of_what_is_interrupted_is_finished_first():
+    script = """
+clean = lambda: print("clean", flush=True)
+def sync():
+    with end.uninterrupted():
+        me(signal.SIGINT)
+        print("synced")
+    print("not reached")
+def body():
+    with end.deferred(lambda: "saves"):
+        print(end.until_asked(sync))
+        print("saved")
+run(body)
+"""
+    assert ended(script)[:2] == (128 + 2, ["synced", "None", "saved", "clean", "at exit"])
+
+
+FOLLOWING = """
+ending.SAME_S, ending._LOOK_S = 0.3, 0.05
+import subprocess
+leader = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+atexit.register(leader.kill)
+follower = ending.Following(leader.pid)
+with follower.deferred(lambda: ""):
+    me(signal.SIGTERM)
+    me(signal.SIGTERM)
+    time.sleep(0.5)
+    print("follows", flush=True)
+    {then}
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("then", ["me(signal.SIGINT)", "leader.kill(); leader.wait()"], ids=["second", "leader"])
+def test_another_rank_leaves_the_first_signal_to_rank_0_and_ends_with_it(then):
+    status, out, _ = ended(FOLLOWING.replace("{then}", then))
+    assert (status, out) == (128 + (2 if "SIGINT" in then else 15), ["follows"])
+
+
 def test_a_main_thread_that_does_not_notice_is_ended_for():
     """It is in a library, which the signal does not wake."""
     script = """

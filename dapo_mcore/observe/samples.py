@@ -1,11 +1,12 @@
-"""Sample completions of each rollout step, for people to read: samples/step_000012.jsonl.
+"""Sample completions of each rollout step and evaluation, for people to read: samples/step_000012.jsonl, and
+samples/eval/step_000010.jsonl.
 
 Change here: which completions are shown, and what is written about each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,21 @@ if TYPE_CHECKING:
 
 def write_samples(run_dir: Path, step: int, groups: Sequence[Group], count: int) -> Path | None:
     """The file written with at most `count` completions, None when there is nothing to write."""
-    picked = pick_samples(groups, count)
-    if not picked:
+    records = [_record(*picked) for picked in pick_samples(groups, count)]
+    return _write(Path(run_dir) / "samples" / f"step_{step:06d}.jsonl", records)
+
+
+def write_answers(run_dir: Path, step: int, sets: Mapping[str, Sequence[Group]], count: int) -> Path | None:
+    """Write at most `count` answers to each evaluation set after rollout step `step`. Return the file, None if empty."""
+    records = [{"set": name, **_record(*one)} for name, groups in sets.items() for one in pick_samples(groups, count)]
+    return _write(Path(run_dir) / "samples" / "eval" / f"step_{step:06d}.jsonl", records)
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path | None:
+    if not records:
         return None
-    path = Path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json_line(_record(prompt, sample)) for prompt, sample in picked), encoding="utf-8")
+    path.write_text("".join(map(json_line, records)), encoding="utf-8")
     return path
 
 

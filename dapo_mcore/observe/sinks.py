@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
 import os
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from dapo_mcore.config import ObserveConfig
-from dapo_mcore.errors import ConfigError, DataError
+from dapo_mcore.errors import ConfigError, DataError, output_error
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Sink(Protocol):
     """Receives one rollout step's metrics."""
+
+    name: str
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -31,29 +38,45 @@ class MetricSinks:
     """The sinks of one run, as one.
 
     `resume_step` is the last rollout step that the loaded checkpoint holds: later lines are dropped, because those
-    steps are run again. None means a fresh run, which starts with an empty file.
+    steps are run again. None means a fresh run, which starts with an empty file. `tell` gets warnings: rows that the disk
+    refuses wait in memory, and training goes on without a service that fails.
     Raises ConfigError when wandb is configured but not installed, before anything is written.
     """
 
-    def __init__(self, run_dir: Path, config: ObserveConfig, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ObserveConfig,
+        resume_step: int | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         wandb = _import_wandb() if config.wandb_project else None
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks: list[Sink] = [JsonlSink(run_dir / METRICS_FILE, resume_step)]
+        self._tell = tell
+        self._record = JsonlSink(run_dir / METRICS_FILE, resume_step, tell)
+        self._services: list[Sink] = []
         if config.tensorboard:
-            self._sinks.append(TensorBoardSink(run_dir / "tensorboard", resume_step))
+            opened = partial(TensorBoardSink, run_dir / "tensorboard", resume_step)
+            attempt("write to TensorBoard", lambda: self._services.append(opened()), tell)
         if wandb is not None:
-            self._sinks.append(WandbSink(wandb, str(config.wandb_project), run_dir, resume_step))
+            self._services.append(WandbSink(wandb, str(config.wandb_project), run_dir, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of rollout step `step`; call once a step (step 0 is the evaluation before training)."""
         numbers = {name: float(value) for name, value in metrics.items()}  # numpy and torch scalars are not JSON
-        for sink in self._sinks:
-            sink.write(step, numbers)
+        self._record.write(step, numbers)
+        for service in list(self._services):
+            if not attempt(f"write to {service.name}", partial(service.write, step, numbers), self._tell):
+                self._services.remove(service)
+                with suppress(OSError):
+                    service.close()
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self._record.close()
+        for service in self._services:
+            attempt(f"write to {service.name}", service.close, self._tell)
+        self._services = []
 
     def __enter__(self) -> MetricSinks:
         return self
@@ -65,25 +88,60 @@ class MetricSinks:
 class JsonlSink:
     """One JSON object a line, `step` first. A line reaches the operating system whole or is dropped on resume."""
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
+    def __init__(self, path: Path, resume_step: int | None, tell: Callable[[str], None] = lambda _: None) -> None:
         _keep_until(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._tell = path, tell
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json_line({"step": step, **metrics}))
-        self._file.flush()
+        """Append the row. Rows that the disk refuses are kept, and written with the next one that it takes."""
+        self._waiting.append(json_line({"step": step, **metrics}).encode())
+        self._flush()
 
     def close(self) -> None:
+        if self._waiting and not self._file.closed:
+            self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        if attempt(f"write {self._path}", self._append, self._tell):
+            self._waiting.clear()
+
+    def _append(self) -> None:
+        end, data = os.fstat(self._file.fileno()).st_size, b"".join(self._waiting)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            self._file.truncate(end)  # no half line before the rows to come
+            raise
+
+
+def attempt(doing: str, action: Callable[[], object], tell: Callable[[str], None]) -> bool:
+    """Do what training can go on without. Return False, after a warning, when the operating system refuses it."""
+    try:
+        action()
+    except OSError as error:
+        refusal = output_error(error, doing)
+        if refusal is error:
+            raise
+        tell(f"warning: {refusal}; training goes on")
+        return False
+    return True
 
 
 class TensorBoardSink:
     """Event files under `tensorboard/`; on resume, TensorBoard hides the events of the steps that are run again."""
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds of import, not needed to read metrics
 
         self._writer = SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -91,7 +149,15 @@ class TensorBoardSink:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _on_thread_error(self, failure: Any) -> None:
+        """TensorBoard's thread raises an error that `write` raises as well: one of them is enough."""
+        if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
+            self._hook(failure)
 
 
 class WandbSink:
@@ -99,6 +165,8 @@ class WandbSink:
 
     Steps are logged as the metric `rollout_step`: wandb's own counter refuses to go back after a resume.
     """
+
+    name = "wandb"
 
     def __init__(self, wandb: Any, project: str, run_dir: Path, resume_step: int | None) -> None:
         id_file = run_dir / "wandb_id.txt"
@@ -158,6 +226,35 @@ def _keep_until(path: Path, step: int | None) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(map(json_line, kept)), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def check_services(config: ObserveConfig) -> None:
+    """Raise ConfigError, before anything is built or written, if wandb is configured but not installed, or would ask for a
+    key."""
+    if config.wandb_project is None:
+        return
+    _import_wandb()
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun", "shared"):
+        return
+    if (
+        not any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+        and not _has_netrc_key()
+    ):
+        raise ConfigError(
+            "observe.wandb_project is set, but wandb has no API key: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline "
+            "to send the numbers later"
+        )
+
+
+def _has_netrc_key() -> bool:
+    """Return True if `wandb login` has left a key for the server."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in map(os.path.expanduser, files):
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(file).authenticators(host):
+                return True
+    return False
 
 
 def _import_wandb() -> Any:

@@ -43,6 +43,14 @@ class Collected:
     stats: dict[str, float]
 
 
+class NothingVaries(RolloutError):
+    """Too few groups vary to train on. `collected.generated` are those that the step has, to be looked at."""
+
+    def __init__(self, message: str, collected: Collected):
+        super().__init__(message)
+        self.collected = collected
+
+
 @dataclass(frozen=True, slots=True)
 class SamplerState:
     """What a sampler holds between two steps, by reference: groups carried over, and prompts to ask again."""
@@ -82,7 +90,7 @@ class Sampler:
 
         lag  weight versions by which the trained policy will be ahead of the engine's when it trains on the groups.
         Engine seeds derive from (config.seed, step, call), so a resumed run repeats the step on an engine that is
-        repeatable. Raises RolloutError when max_gen_batches rounds do not bring enough groups that vary.
+        repeatable. Raises NothingVaries when max_gen_batches rounds do not bring enough groups that vary.
         """
         sampling = self._config.sampling
         trained = self._engine.weight_version + lag
@@ -152,8 +160,9 @@ class Sampler:
             return
         more = "max_samples_per_prompt" if sampling.style == "resample" else "gen_batch_prompts"
         last = "set sampling.on_exhausted train_on_what_we_have" if num_kept else "check the reward function"
-        raise RolloutError(
+        raise NothingVaries(
             f"{num_kept} of sampling.train_batch_prompts {sampling.train_batch_prompts} groups have answers that vary "
             f"after sampling.max_gen_batches {sampling.max_gen_batches} rounds ({this.summary()}); "
-            f"raise max_gen_batches or {more}, choose prompts nearer to the policy's ability, or {last}"
+            f"raise max_gen_batches or {more}, choose prompts nearer to the policy's ability, or {last}",
+            Collected([], this.generated, this.stats()),
         )

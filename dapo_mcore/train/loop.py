@@ -259,6 +259,15 @@ class Run:
     def _export(self, folder: Path, step: int) -> Path:
         """Writes an HF folder; every rank takes part in gathering the weights."""
         if self.layout.is_controller:
+            self._write_export(folder, step)
+        else:
+            for _ in self.handover.stream():
+                pass
+        self.layout.barrier()
+        return folder
+
+    def _write_export(self, folder: Path, step: int) -> None:
+        try:
             save_hf_folder(
                 self.handover.stream(),
                 folder,
@@ -268,11 +277,9 @@ class Run:
                 source=self.config.model.path,
                 step=step,
             )
-        else:
-            for _ in self.handover.stream():
-                pass
-        self.layout.barrier()
-        return folder
+        except OSError as error:
+            doing = f"export the model to {folder} ({_how_to_go_on(self.config)})"
+            raise output_error(error, doing) from error
 
     def _phase(self, name: str) -> Any:
         self.progress.phase(name)

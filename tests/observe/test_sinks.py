@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dapo_mcore.config import ObserveConfig
 from dapo_mcore.errors import ConfigError, DataError
-from dapo_mcore.observe.sinks import MetricSinks, json_line, read_metrics
+from dapo_mcore.observe.sinks import MetricSinks, check_services, json_line, read_metrics
 
 JSONL_ONLY = ObserveConfig(tensorboard=False)
 
@@ -110,6 +113,65 @@ def test_tensorboard_forgets_the_steps_that_are_run_again(tmp_path: Path) -> Non
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("a")] == [(1, 1.0), (2, 2.0)]
+
+
+@contextmanager
+def files_no_longer_than(num_bytes: int) -> Iterator[None]:
+    """What a full disk does to a file that grows."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_that_the_disk_refuses_wait_for_room(tmp_path: Path) -> None:
+    told: list[str] = []
+    sinks = MetricSinks(tmp_path, JSONL_ONLY, tell=told.append)
+    sinks.write(1, {"a": 1.0})
+    with files_no_longer_than(25):  # the second row begins, and its beginning must go again
+        sinks.write(2, {"a": 2.0})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 1.0}\n'
+        sinks.write(3, {"a": 3.0})
+    assert len(told) == 2 and told[0].startswith(f"warning: cannot write {tmp_path}/metrics.jsonl: File too large; ")
+    sinks.write(4, {"a": 4.0})
+    sinks.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_training_goes_on_without_tensorboard_when_its_file_cannot_grow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked/tensorboard").touch()
+    for folder in ("grows", "blocked"):
+        sinks = MetricSinks(tmp_path / folder, ObserveConfig(), tell=told.append)
+        with files_no_longer_than(200):
+            sinks.write(1, {"a": 1.0, "b": 2.0} | {f"more/{i}": 1.0 for i in range(3)})
+            sinks.write(2, {"a": 1.0})
+        sinks.close()
+        assert [row["step"] for row in read_metrics(tmp_path / folder)] == [1, 2]
+    assert len(told) == 2 and all(line.startswith("warning: cannot write to TensorBoard: ") for line in told), told
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_wandb_without_a_key_is_told_instead_of_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = ObserveConfig(wandb_project="p")
+    with pytest.raises(
+        ConfigError, match="wandb has no API key: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+    ):
+        check_services(config)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret")
+    check_services(config)
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_services(config)
 
 
 def test_wandb_missing_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

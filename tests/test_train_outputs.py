@@ -1,0 +1,110 @@
+"""What a run writes when it cannot train or cannot write: nothing is lost, half made or told by a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_train import ROOT, SMALL, metrics, task  # noqa: F401  the fixture is used by name
+
+# runs in one process, as importing takes longer. Files cannot grow beyond 10 bytes from the named call on
+RUNS = """
+import json, os, resource, sys
+from dapo_mcore.actor import layout
+from dapo_mcore.controller import Controller
+from dapo_mcore.train import loop
+from dapo_mcore.train.__main__ import main
+
+free = resource.getrlimit(resource.RLIMIT_FSIZE)
+full_from = None
+
+def filling(owner, name):
+    method = getattr(owner, name)
+    def wrapper(*arguments, **more):
+        if full_from == name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, free[1]))
+        return method(*arguments, **more)
+    setattr(owner, name, wrapper)
+
+filling(Controller, "rollout")
+filling(loop, "save_hf_folder")
+for case, full_from in json.loads(os.environ["CASES"]):
+    status = main([*sys.argv[1:], *case])
+    resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    layout.stop()
+    print("ENDED", status, flush=True)
+"""
+OPTIONS = ["warm_start=null", "parallel.tensor_parallel=1", "num_rollout_steps=1"]
+UNIFORM = "sampling={style: filter, max_gen_batches: 2, train_batch_prompts: 8, gen_batch_prompts: 8}"
+
+
+def test_outputs_that_fail_and_runs_that_cannot_train(task):  # noqa: F811
+    (task / "runs/file").write_text("mine")
+    (task / "runs/kept").mkdir()
+    (task / "runs/kept/metrics.jsonl").write_text('{"step": 1}\n')
+    cases = [
+        (["name=file"], None),
+        (["name=x", "output_dir=runs/file"], None),
+        (["name=kept", "model.overrides={hidden_act: gelu}"], None),
+        (["name=new", "output_dir=elsewhere", "model.overrides={hidden_act: gelu}"], None),
+        (["name=uniform", UNIFORM], None),
+        (["name=full", "checkpoint.at_end=false", "checkpoint.export_at_end=false"], "rollout"),
+        (["name=export", "eval.sets={}"], "save_hf_folder"),
+        (["name=export", "eval.sets={}"], None),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS, str(ROOT / "examples/quickstart.yaml"), *SMALL, *OPTIONS],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CASES": json.dumps(cases)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
+    statuses = [int(text.split()[0]) for text in done.stdout.split("ENDED ")[1:]]
+    is_file, in_file, kept, new, uniform, full, export, again = done.stdout.split("ENDED ")[:-1]
+    assert statuses == [2, 2, 2, 2, 2, 0, 2, 0], done.stdout
+    assert "error: cannot write to runs/file: File exists: runs/file; a file is in the place of a folder" in is_file
+    assert "error: cannot write to runs/file/x: Not a directory" in in_file
+    assert (task / "runs/file").read_text() == "mine"
+    assert "hidden_act" in kept and "hidden_act" in new
+    assert [path.name for path in (task / "runs/kept").iterdir()] == ["metrics.jsonl"]
+    assert not (task / "elsewhere").exists()
+    check_uniform(task, uniform)
+    check_full(task, full)
+    saved = "the last checkpoint is runs/export/checkpoints/step_000001; the same command goes on from there"
+    assert f"error: cannot export the model to runs/export/hf/final ({saved}): File too large" in export
+    assert "resumed after rollout step 1" in again and (task / "runs/export/hf/final/model.safetensors").exists()
+
+
+def check_uniform(task: Path, output: str) -> None:  # noqa: F811
+    assert "error: 0 of sampling.train_batch_prompts 8 groups have answers that vary" in output
+    assert output.splitlines()[-1].endswith("; the step's samples are in runs/uniform/samples"), output
+    samples = [json.loads(line) for line in (task / "runs/uniform/samples/step_000001.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and not any(sample["acc"] for sample in samples)
+    answers = [
+        json.loads(line) for line in (task / "runs/uniform/samples/eval/step_000000.jsonl").read_text().splitlines()
+    ]
+    assert len(answers) == 4 and {answer["set"] for answer in answers} == {"heldout"}
+    rows = metrics(task, "uniform")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert (
+        rows[1]["sampling/groups_all_wrong"] == rows[1]["sampling/groups_generated"] == 16
+        and rows[1]["reward/acc"] == 0
+    )
+
+
+def check_full(task: Path, output: str) -> None:  # noqa: F811
+    for what in (
+        "write runs/full/metrics.jsonl",
+        "write samples",
+        "write answers",
+        "write to TensorBoard",
+        "draw the plot",
+    ):
+        assert f"warning: cannot {what}: File too large" in output.replace("\n", " "), (what, output)
+    assert "full is done" in output and [row["step"] for row in metrics(task, "full")] == [0]
