@@ -92,7 +92,7 @@ def body():
     ("then", "said"),
     [
         ("time.sleep(0.1)", ["saved"]),
-        ("raise ending.DapoError('the disk is full')", []),
+        ("time.sleep(0.1); raise ending.DapoError('the disk is full')", []),
         ("time.sleep(0.4); me(signal.SIGINT); time.sleep(60)", []),
     ],
     ids=["saved", "not saved", "a second signal ends it at once"],
