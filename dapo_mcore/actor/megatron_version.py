@@ -3,11 +3,11 @@
 Change here: to admit a version, once the tests have run on it (tests/actor/test_next_megatron.py). The code that copes with
 a difference stands beside what it replaces:
 
-    0.16   `moe_utils.te_general_gemm` is tested for None, but exists only beside Transformer Engine    layers.layer_specs
-    0.18   a layer's `mlp` is a functools.partial instead of a ModuleSpec                               layers._has_experts
-    0.19   latent attention chooses some of its layers itself                                    latent.LatentAttention
-    0.19   65 more fields of TransformerConfig                                                   megatron_fields.REFUSED …
-    0.19   a checkpoint has no `common.pt`                                                       weights/checkpoint.py
+    0.16   tests `moe_utils.te_general_gemm` for None, but defines it only with Transformer Engine: layers.layer_specs
+    0.18   makes a layer's `mlp` a functools.partial instead of a ModuleSpec: layers._has_experts
+    0.19   chooses some layers of latent attention itself: latent.LatentAttention
+    0.19   has 65 more fields in TransformerConfig: the tables of megatron_fields.py
+    0.19   writes no `common.pt`: weights/checkpoint.py writes our checkpoints' files itself, in every version
 """
 
 from __future__ import annotations
