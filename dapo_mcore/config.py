@@ -90,10 +90,12 @@ class DataConfig(Section):
     answer_pattern: Text | None = None
     """Regular expression whose first group is the answer, for instance `#### (.+)` for GSM8K."""
     source_key: str | None = "data_source"
+    """The column that reward functions dispatch on. Only the default one may be absent."""
     prompt_template: Text = "{prompt}"
     """Text around a plain-text prompt; {prompt} is replaced."""
     chat_template: bool | FilePath = False
-    """True: the tokenizer's own; a path: that Jinja file; False: plain text."""
+    """True: the tokenizer's own (`default` where it has several); the name of one of these; a path: that Jinja file; False:
+    plain text."""
     system_prompt: Text | None = None
     add_bos: bool = False
     """Plain text only: put the tokenizer's BOS token first."""

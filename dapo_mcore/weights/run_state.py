@@ -34,7 +34,7 @@ class TrainState:
     step            rollout steps done.
     num_updates     gradient steps done.
     weight_version  version of the weights that the engines held.
-    loader          PromptLoader.state(): {epoch: 0, offset: 512}.
+    loader          PromptLoader.state(): {epoch: 0, offset: 512, order: {…}}.
     sampler, sampler_arrays   Sampler.state(): the carried groups. The arrays are read on rank 0 alone, empty elsewhere.
     config          the configuration as YAML, for people to compare.
     """
