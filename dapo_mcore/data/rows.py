@@ -50,17 +50,19 @@ def read_rows(files: Sequence[str]) -> Iterator[Row]:
             if path.suffix != ".parquet" and (hint := _hint(begin)):
                 raise DataError(f"{path} is not JSONL{hint}")
             yield from readers[path.suffix](path)
-        except OSError as error:  # permissions, a name that is too long, a disk that fails
-            raise DataError(
-                f"{path} cannot be read: {error.strerror or error}; check the path and its permissions"
-            ) from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
 def check_files(files: Sequence[str], section: str) -> None:
-    """Raise DataError for a file that is not there. `section` names the configuration's section, `eval.sets.aime` say."""
-    for file in files:
-        if not Path(file).is_file():
-            raise DataError(f"no data file at {file}; correct {section}.files, or make the file first")
+    """Raise DataError for a file that is missing or unreadable. `section` names its section, `eval.sets.aime` say."""
+    for path in map(Path, files):
+        try:
+            _begin(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except DataError as error:
+            raise DataError(f"{error}; correct {section}.files, or make the file first") from error
 
 
 def lookup(columns: Mapping[str, Any], key: str) -> Any:
@@ -73,6 +75,11 @@ def lookup(columns: Mapping[str, Any], key: str) -> Any:
             raise KeyError(key)
         value = value[part]
     return value
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    """For what the system refuses: permissions, a name that is too long, a disk that fails."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}; check the path and its permissions")
 
 
 def _begin(path: Path) -> bytes:

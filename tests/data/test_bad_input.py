@@ -14,8 +14,10 @@ import pytest
 from dapo_mcore.config import DataConfig
 from dapo_mcore.data import chat
 from dapo_mcore.data.prompts import PromptSet, load_prompts
+from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, DataError
 
+FOLDER = Path(__file__).parent
 GOOD = b'{"q": "x", "a": 1}\n'
 PLAIN = {"prompt_key": "q", "answer_key": "a"}
 
@@ -103,7 +105,7 @@ def test_a_file_that_cannot_be_right(load, name: str):
     assert name[:20] in message(error)
 
 
-def test_a_file_that_may_not_be_read(load, monkeypatch):
+def test_a_file_that_may_not_be_read(load, tmp_path: Path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
