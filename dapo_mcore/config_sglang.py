@@ -58,7 +58,8 @@ class SGLangConfig(Section):
     several values, null leaves an option of ours to SGLang."""
     start_timeout_s: Seconds = 900.0
     restart_budget: int = Field(3, ge=0, le=1_000_000)
-    """Restarts of servers during a run, over all servers."""
+    """Restarts of servers during a run, over all servers. A server that fails three times in a row at the same place is not
+    started again whatever is left."""
 
     max_in_flight: Count = 1024
     """Requests that one server holds at a time."""
@@ -86,8 +87,9 @@ class SGLangConfig(Section):
     """servers: after each sync the servers are asked for checksums of their weights, and those that differ from most of the
     others are taken out; a re-synced server must show what was agreed on. Needs GPUs, or SGLang 0.5.23."""
     quantize: Literal["none", "fp8"] = "none"
-    """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8).
-    Servers at `urls` must have been started from a config.json with SGLang's block FP8 `quantization_config`."""
+    """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8; Llama and
+    Mistral are refused, since SGLang drops their scales). Servers at `urls` must have been started from a config.json with
+    SGLang's block FP8 `quantization_config`."""
     bucket_mib: int = Field(512, ge=1, le=1_000_000)
     """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0, where a layer's
     matrices are small beside these."""
