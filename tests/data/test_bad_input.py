@@ -111,10 +111,18 @@ def test_a_file_that_may_not_be_read(load, tmp_path: Path, monkeypatch):
 
     load("f.jsonl", GOOD)
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(
-        DataError, match=r"f\.jsonl cannot be read: Permission denied; check the path and its permissions"
-    ):
+    told = r"f\.jsonl cannot be read: Permission denied; check the path and its permissions"
+    with pytest.raises(DataError, match=told):
         load("f.jsonl")
+    with pytest.raises(DataError, match=told):
+        check_files([str(tmp_path / "f.jsonl")], "data")
+
+
+def test_files_are_looked_at_before_a_run():
+    check_files([str(FOLDER / "test_bad_input.py")], "data")
+    for name, told in {"": "is a folder", "absent": "no data file", "n" * 300: "File name too long"}.items():
+        with pytest.raises(DataError, match=told):
+            check_files([str(FOLDER / name)], "eval.sets.s")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(load):
