@@ -86,7 +86,7 @@ def save_checkpoint(
     partial = partial_path(folder)
     try:
         with _disk_errors_named(folder):
-            _on_controller(layout, lambda: make_empty(partial / MEGATRON))
+            _on_controller(layout, lambda: _make_empty(partial))
             written = layout.on_every_rank_or_raise(lambda: _write_blocks(folder, partial / MEGATRON, actor))
             everyone = layout.gather_objects(written)
             steps = layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64))
@@ -117,6 +117,11 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
 
 def _on_controller(layout: Layout, action: Callable[[], T]) -> T | None:
     return layout.on_controller_or_raise(lambda: action() if layout.is_controller else None)
+
+
+def _make_empty(partial: Path) -> None:
+    make_empty(partial)
+    (partial / MEGATRON).mkdir()
 
 
 Written = tuple[list[StoredChunk], dict[str, tuple[torch.dtype, tuple[int, ...]]]]

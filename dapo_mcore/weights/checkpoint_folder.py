@@ -9,6 +9,7 @@ Change here: the life of a folder. What lies inside is checkpoint.py's.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -38,8 +39,11 @@ def latest_checkpoint(run_dir: Path, before: int | None = None) -> Path | None:
 
 
 def make_empty(folder: Path) -> None:
-    """Make `folder`, without anything that was there before."""
-    remove(folder)
+    """Make `folder`, without anything that was there before: what cannot be deleted is set aside."""
+    try:
+        remove(folder)
+    except OSError:
+        _set_aside(folder)
     folder.mkdir(parents=True)
 
 
@@ -47,7 +51,7 @@ def commit(partial: Path, folder: Path) -> None:
     """Give a finished folder its name, all at once. A checkpoint that has this name already is replaced."""
     sync_to_disk(partial)
     if os.path.lexists(folder):
-        os.rename(folder, _emptied(folder.with_name(folder.name + _DELETED)))
+        _set_aside(folder)
     os.rename(partial, folder)
     sync_to_disk(folder.parent)
 
@@ -58,8 +62,8 @@ def drop_old(newest: Path, keep: int, warn: Callable[[str], None]) -> None:
     others = [path for path in _checkpoints(newest.parents[1]) if path != newest]
     for path in others[: max(0, len(others) + 1 - keep)]:
         # by another name first: a folder that is half deleted must not look like a checkpoint
-        _or_warn(lambda path=path: os.rename(path, _emptied(path.with_name(path.name + _DELETED))), path, warn)
-    for path in newest.parent.glob(f"step_*{_DELETED}"):
+        _or_warn(lambda path=path: _set_aside(path), path, warn)
+    for path in newest.parent.glob(f"step_*{_DELETED}*"):
         _or_warn(lambda path=path: remove(path), path, warn)
 
 
@@ -87,9 +91,10 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def _emptied(path: Path) -> Path:
-    remove(path)
-    return path
+def _set_aside(path: Path) -> None:
+    """Rename it to a name that is free, for `drop_old` to delete."""
+    names = (path.with_name(f"{path.name}{_DELETED}{number or ''}") for number in itertools.count())
+    os.rename(path, next(name for name in names if not os.path.lexists(name)))
 
 
 def _or_warn(action: Callable[[], object], path: Path, warn: Callable[[str], None]) -> None:

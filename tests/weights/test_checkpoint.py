@@ -227,13 +227,14 @@ def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:
     """Folders after each of four saves with keep=2, the third of a step that exists; leftovers stay out of it."""
     actor = build_actor(settings(mesh), layout)
     (folder / "checkpoints" / "step_000004.partial" / "megatron").mkdir(parents=True)
-    (folder / "checkpoints" / "step_000004.partial" / "junk").write_text("left by a killed run")
+    (folder / "checkpoints" / "step_000004.partial" / "junk.json").write_text("left by a killed run")
     (folder / "checkpoints" / "step_000099.partial").mkdir()
     seen: list[Any] = []
     for step in (2, 4, 4, 1_000_000):
         path = save_checkpoint(folder, actor, replace(STATE, step=step), layout, keep=2)
         seen.append(sorted(p.name for p in path.parent.iterdir()))
-    return [*seen, sorted(p.name for p in path.iterdir()), latest_checkpoint(folder).name]
+    files = [sorted(p.name for p in (path.parent / name).iterdir()) for name in ("step_000004", path.name)]
+    return [*seen, *files, latest_checkpoint(folder).name]
 
 
 def errors(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, str]:
@@ -416,6 +417,7 @@ def test_the_newest_checkpoints_are_kept_and_unfinished_ones_ignored(single_proc
         ["step_000002", "step_000004", unfinished],
         ["step_000002", "step_000004", unfinished],
         ["step_000004", unfinished, "step_1000000"],
+        ["config.json", "megatron", "state.json", "state.safetensors"],
         ["config.json", "megatron", "state.json", "state.safetensors"],
         "step_1000000",
     ]

@@ -89,15 +89,15 @@ def test_of_a_link_only_the_link_goes(run_dir: Path) -> None:
     assert (elsewhere / "state.json").exists()
 
 
+def busy(path: Path) -> None:
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "upload")
+
+
 def test_what_cannot_be_deleted_costs_a_warning_and_is_tried_again(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount inside an old checkpoint: all else in it may go, but it must not look like a checkpoint then."""
     told: list[str] = []
-
-    def busy(path: Path) -> None:
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "upload")
-
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
         drop_old(checkpoint_path(run_dir, 3), 2, told.append)
@@ -110,13 +110,27 @@ def test_what_cannot_be_deleted_costs_a_warning_and_is_tried_again(
     assert names(run_dir) == ["step_000002", "step_000003", "step_000004.partial"]
 
 
+def test_what_cannot_be_deleted_does_not_block_the_next_of_its_name(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for _ in range(2):
+            partial = partial_path(checkpoint_path(run_dir, 4))
+            make_empty(partial)
+            assert list(partial.iterdir()) == []
+            commit(partial, checkpoint_path(run_dir, 3))
+    assert [name for name in names(run_dir) if "00003" in name or "00004" in name] == [
+        *("step_000003", "step_000003.deleted", "step_000003.deleted1", "step_000004.partial.deleted")
+    ]
+    drop_old(checkpoint_path(run_dir, 3), 3, pytest.fail)
+    assert names(run_dir) == ["step_000001", "step_000002", "step_000003"]
+
+
 def test_a_checkpoint_that_is_a_mount_stays_whole(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
 
-    def busy(source: Path, target: Path) -> None:
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source))
-
-    monkeypatch.setattr(checkpoint_folder.os, "rename", busy)
+    monkeypatch.setattr(checkpoint_folder.os, "rename", lambda source, target: busy(source))
     drop_old(checkpoint_path(run_dir, 3), 2, told.append)
     assert len(told) == 1 and "step_000001 cannot be deleted (Device or resource busy)" in told[0]
     assert (checkpoint_path(run_dir, 1) / "state.json").exists()
