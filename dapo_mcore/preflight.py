@@ -28,6 +28,10 @@ def check_run(config: Config, processes: int | None = None) -> None:
     Imports transformers and torch, but not Megatron. Reads no weights and no rows.
     """
     check_files_of(config)
+    if (path := _resumed(config)) is not None:
+        from dapo_mcore.weights.stored_checkpoint import check_stored
+
+        check_stored(path)
     reward = config.reward
     build_judge(reward.function, reward.adapter, reward.strict_box)
     if config.observe.wandb_project:
@@ -46,7 +50,7 @@ def check_data(config: Config) -> list[str]:
     stop_token_ids(config.model, tokenizer)
     if config.model.init == "pretrained":
         open_stored(Path(config.model.path), hf_config)
-    data = load_run_data(config, hf_config, tokenizer, warm_start=not _resumes(config), most=_MOST_ROWS)
+    data = load_run_data(config, hf_config, tokenizer, warm_start=_resumed(config) is None, most=_MOST_ROWS)
     cut = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
     return data.lines() + (
         [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if cut else []
@@ -62,7 +66,7 @@ def check_files_of(config: Config) -> None:
         load_hf_config(config.model)  # which says what is wrong with the folder
     for name, section in _data_sections(config).items():
         check_files(section.files, name)
-    if config.warm_start is not None and not _resumes(config):
+    if config.warm_start is not None and _resumed(config) is None:
         check_files(config.warm_start.files, "warm_start")
     sglang = config.rollout.sglang
     if config.rollout.engine != "sglang":
@@ -118,10 +122,10 @@ def _check_model(config: Config, processes: int | None) -> None:
 
 def _data_sections(config: Config) -> dict[str, DataConfig]:
     sections = {"data": config.data, **{f"eval.sets.{name}": part for name, part in config.eval.sets.items()}}
-    if config.warm_start is not None and config.warm_start.choose is not None and not _resumes(config):
+    if config.warm_start is not None and config.warm_start.choose is not None and _resumed(config) is None:
         sections["warm_start.choose"] = config.warm_start.choose
     return sections
 
 
-def _resumes(config: Config) -> bool:
-    return config.checkpoint.resume == "auto" and latest_checkpoint(config.run_dir) is not None
+def _resumed(config: Config) -> Path | None:
+    return latest_checkpoint(config.run_dir) if config.checkpoint.resume == "auto" else None

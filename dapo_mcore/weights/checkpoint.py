@@ -51,21 +51,18 @@ from dapo_mcore.weights.run_state import (
     STATE_FILE,
     RunState,
     TrainState,
-    read_state,
-    refuse_wrong_optimizer_state,
     write_state,
 )
+from dapo_mcore.weights.stored_checkpoint import damage_named, read_stored
 from dapo_mcore.weights.torch_dist import (
     DistributedReader,
     StoredChunk,
-    read_companions,
     without_crc,
     write_chunk,
     write_metadata,
 )
 
 T = TypeVar("T")
-_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", STATE_FILE, ARRAYS_FILE)
 
 
 def save_checkpoint(
@@ -172,31 +169,14 @@ def _check_covered(chunks: Sequence[StoredChunk], sizes: dict[str, tuple[int, ..
 
 def _read_state(path: Path, actor: Actor) -> RunState:
     """Rank 0: check all that is no tensor, and return it."""
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}")
-    with _damage_named(path):
-        missing = [name for name in _FILES if not (path / name).is_file()]
-        if missing:
-            raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}")
-        state, common = read_state(path), read_companions(path / MEGATRON)
-        if state.adam_step is None:
-            state = replace(state, adam_step=_adam_step(path, common))
-    refuse_wrong_optimizer_state(path, state)
+    state = read_stored(path)
     _check_fits(path, state, actor)
     return state
 
 
-def _adam_step(path: Path, common: dict[str, Any]) -> float:
-    """Return Adam's steps from a checkpoint of format 1."""
-    try:
-        return float(common["optimizer"]["adam_step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path / MEGATRON / 'common.pt'} is damaged: it lacks optimizer.adam_step") from error
-
-
 def _read_blocks(path: Path, actor: Actor) -> None:
     """Fill the actor's tensors on this rank, in place."""
-    with _damage_named(path), torch.no_grad():
+    with damage_named(path), torch.no_grad():
         reader = DistributedReader(path / MEGATRON)
         # in the order of the stored tensors: the reader keeps the chunk that it read last
         for block in sorted(actor_blocks(actor), key=lambda block: (block.key, block.offsets)):
@@ -257,14 +237,3 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be written: {error.strerror or error}; {remedy} and start again: {goes_on}"
         ) from error
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Add to an error in the checkpoint's files how to resume without it."""
-    try:
-        yield
-    except (DamagedCheckpoint, OSError) as error:
-        before = latest_checkpoint(path.parents[1], before=step_of(path))
-        instead = f"resume from {before}" if before else "start anew: no older one is beside it"
-        raise CheckpointError(f"{error}; delete {path} to {instead}") from error

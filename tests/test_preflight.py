@@ -1,0 +1,388 @@
+"""Mistakes in what a configuration names: files, data, the model's folder, the mesh, a checkpoint.
+
+Most go through `dapo-mcore config` in this process, which knows all that can be known before a run; a few through `train`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dapo_mcore.cli import main
+from dapo_mcore.config_file import parse_config
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.observe.sinks import check_wandb
+from dapo_mcore.preflight import describe_step
+from dapo_mcore.weights.run_state import FORMAT, RunState, TrainState, write_state
+from dapo_mcore.weights.torch_dist import write_chunk, write_metadata
+from tests.data.conftest import CONFIG, write_tokenizer
+from tests.test_bad_input import mistake
+
+ROOT = Path(__file__).parents[1]
+GOOD = """
+model: {path: model, init: random}
+data: {files: train.jsonl, answer_key: answer, max_prompt_tokens: 8}
+eval: {sets: {held: {files: held.jsonl, answer_key: answer, max_prompt_tokens: 8}}}
+warm_start: {files: demos.jsonl, batch_size: 2}
+rollout: {group_size: 4, max_response_tokens: 16}
+sampling: {style: none, train_batch_prompts: 4}
+batch: {mini_batch_prompts: 2, max_tokens: 64}
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a configuration and all that it names, and the working directory."""
+    (tmp_path / "run.yaml").write_text(GOOD)
+    for name in ("train", "held"):
+        rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "demos.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n' * 3)
+    model = tmp_path / "model"
+    model.mkdir()
+    change_json(model / "config.json", CONFIG | {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32})
+    write_tokenizer(model, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change_json(path: Path | str, changes: dict) -> None:
+    before = json.loads(Path(path).read_text()) if Path(path).is_file() else {}
+    Path(path).write_text(json.dumps(before | changes))
+
+
+def row(file: str, **columns: object) -> Callable[[], None]:
+    """Appends a row."""
+    return lambda: Path(file).write_text(Path(file).read_text() + json.dumps(columns) + "\n")
+
+
+def text(file: str, content: str | bytes) -> Callable[[], None]:
+    return lambda: void(Path(file).write_bytes(content.encode() if isinstance(content, str) else content))
+
+
+def gone(file: str) -> Callable[[], None]:
+    return Path(file).unlink
+
+
+def model_key(**changes: object) -> Callable[[], None]:
+    return lambda: change_json("model/config.json", changes)
+
+
+def void(_: object) -> None: ...
+
+
+def nothing() -> None: ...
+
+
+RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
+    # files that are not there
+    "no data": (gone("train.jsonl"), [], "no data file at train.jsonl; correct data.files"),
+    "no evaluation set": (gone("held.jsonl"), [], "no data file at held.jsonl; correct eval.sets.held.files"),
+    "no demonstrations": (gone("demos.jsonl"), [], "no data file at demos.jsonl; correct warm_start.files"),
+    "no choose set": (
+        nothing,
+        ["warm_start.choose={files: c.jsonl}"],
+        "no data file at c.jsonl; correct warm_start.choose.f",
+    ),
+    "no model": (nothing, ["model.path=nowhere"], "model.path 'nowhere' is not a folder"),
+    "no config.json": (gone("model/config.json"), [], "no config.json in model"),
+    "no tokenizer": (gone("model/tokenizer.json"), [], "no tokenizer can be loaded from model"),
+    "no weights": (nothing, ["model.init=pretrained"], "safetensors"),
+    "no chat template": (nothing, ["data.chat_template=no.jinja"], "data.chat_template 'no.jinja' is not a file"),
+    "no reward": (nothing, ["reward.function=no.py:f"], "no.py"),
+    "no such function": (text("r.py", "def g(): ..."), ["reward.function=r.py:f"], "f"),
+    "no key file": (
+        nothing,
+        ["rollout.engine=sglang", "rollout.sglang.key_file=k"],
+        "rollout.sglang.key_file k is not a file",
+    ),
+    "no interpreter": (
+        nothing,
+        ["rollout.engine=sglang", "rollout.sglang.python=./p"],
+        "rollout.sglang.python ./p is no program",
+    ),
+    # meshes
+    "heads": (
+        nothing,
+        ["parallel.tensor_parallel=3"],
+        "tensor_parallel 3 does not divide num_attention_heads 4; use 1, 2 or 4",
+    ),
+    "stages": (
+        nothing,
+        ["parallel.pipeline_parallel=9"],
+        "pipeline_parallel 9 leaves stages empty: num_hidden_layers is 4",
+    ),
+    "experts": (
+        nothing,
+        ["parallel.expert_parallel=2"],
+        "has no experts, so parallel.expert_parallel must be 1 (here 2)",
+    ),
+    "processes": (
+        nothing,
+        ["parallel.tensor_parallel=2", "--processes=3"],
+        "world size 3 is not a multiple of tensor_parallel 2",
+    ),
+    "data parallel": (
+        nothing,
+        ["parallel.data_parallel=2", "--processes=3"],
+        "start 2 processes or change the mesh",
+    ),
+    # the megatron section
+    "an unknown field": (
+        nothing,
+        ["megatron.layernorm_eps=1e-6"],
+        "megatron.layernorm_eps is not a field of megatron-core's",
+    ),
+    "an owned field": (
+        nothing,
+        ["megatron.num_layers=3"],
+        "megatron.num_layers 3 is decided by the model, parallel and batch",
+    ),
+    "an ignored field": (nothing, ["megatron.fp8=hybrid"], "megatron.fp8 'hybrid' "),
+    # the model's folder
+    "an activation": (model_key(hidden_act="gelu"), [], "hidden_act 'gelu' in config.json is not supported"),
+    "an unknown key": (model_key(soft_cap=30), [], "soft_cap 30 in config.json is not understood"),
+    "an architecture": (
+        model_key(architectures=["GPT2LMHeadModel"]),
+        [],
+        "architecture GPT2LMHeadModel is not supported",
+    ),
+    "a model type": (model_key(model_type="nonsense"), [], "transformers cannot read model/config.json"),
+    "broken JSON": (text("model/config.json", "{"), [], "model/config.json is not valid JSON"),
+    "JSON that is a list": (
+        text("model/config.json", "[]"),
+        [],
+        "model/config.json must hold a JSON object, not a list",
+    ),
+    "an embedding too small": (model_key(vocab_size=50), [], "but the model has vocab_size 50"),
+    "no end of sequence": (
+        lambda: change_json("model/tokenizer_config.json", {"eos_token": None}),
+        [],
+        "has no EOS token",
+    ),
+    "a stop token": (
+        text("model/generation_config.json", '{"eos_token_id": "end"}'),
+        [],
+        "eos_token_id must be a token id or a list of them, got 'end'",
+    ),
+    "weights that are none": (
+        text("model/model.safetensors", b"\0" * 64),
+        ["model.init=pretrained"],
+        "model.safetensors",
+    ),
+    # rows
+    "an empty file": (text("train.jsonl", ""), [], "no usable prompt in train.jsonl: data: 0 rows gave 0 prompts"),
+    "a broken row": (text("train.jsonl", "{\n"), [], "train.jsonl row 1: not valid JSON"),
+    "no column": (row("train.jsonl", question="x"), [], "train.jsonl row 5: no 'prompt', the row has question"),
+    "an answer that is a float": (
+        row("held.jsonl", prompt="x", answer=4.5),
+        [],
+        "held.jsonl row 5: the answer must be text",
+    ),
+    "a float's remedy": (row("held.jsonl", prompt="x", answer=4.5), [], "set eval.sets.held.on_bad_row skip"),
+    "no match": (
+        nothing,
+        ["data.answer_pattern=#### (.+)"],
+        "train.jsonl row 1: data.answer_pattern '#### (.+)' does not occur",
+    ),
+    "no group": (nothing, ["data.answer_pattern=####"], "data.answer_pattern '####' has no group"),
+    "a template without a place": (
+        nothing,
+        ["data.prompt_template=Q"],
+        "data.prompt_template 'Q' does not contain {prompt}",
+    ),
+    "a system prompt in plain text": (nothing, ["data.system_prompt=S"], "data.system_prompt needs a chat template"),
+    "another format": (text("train.jsonl", b"PAR1xxxxPAR1"), [], "train.jsonl is not JSONL"),
+    "a long prompt": (
+        row("train.jsonl", prompt="1" * 17, answer="1"),
+        ["data.max_prompt_tokens=20"],
+        "train.jsonl row 5: the prompt has 17 tokens; with rollout.max_response_tokens 16 that is 33, but the model has "
+        "max_position_embeddings 32",
+    ),
+    "a long prompt of a set": (
+        row("held.jsonl", prompt="1" * 17, answer="1"),
+        ["eval.sets.held.max_prompt_tokens=20"],
+        "held.jsonl row 5: the prompt has 17 tokens",
+    ),
+    "a long demonstration": (
+        row("demos.jsonl", prompt="1+1=", response="2" * 30),
+        [],
+        "demos.jsonl row 4: the demonstration has 35 tokens with its end",
+    ),
+    "few demonstrations": (nothing, ["warm_start.batch_size=9"], "warm_start.files hold 3 demonstrations, fewer than"),
+    # services
+    "no wandb": (nothing, ["observe.wandb_project=p"], "observe.wandb_project is set, but wandb"),
+}
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no file at all": (
+        lambda path: shutil.rmtree(path) or path.mkdir(),
+        "is not a whole checkpoint: it lacks megatron/metadata.json",
+    ),
+    "no state": (
+        lambda path: (path / "state.json").unlink(),
+        "it lacks state.json; delete runs/run/checkpoints/step_000002 to",
+    ),
+    "a cut state": (lambda path: truncate(path / "state.json"), "state.json is damaged"),
+    "a cut array": (lambda path: truncate(path / "state.safetensors"), "state.safetensors is truncated or damaged"),
+    "a newer format": (
+        lambda path: change_json(path / "state.json", {"format": 99}),
+        "has format 99, and this version of",
+    ),
+    "a cut index": (
+        lambda path: truncate(path / "megatron/.metadata"),
+        "megatron/.metadata cannot be read: pickle data was truncated",
+    ),
+    "cut tensors": (lambda path: truncate(path / "megatron/__0_0.distcp"), "megatron/__0_0.distcp is truncated"),
+    "no tensors": (lambda path: (path / "megatron/__0_0.distcp").unlink(), "megatron/__0_0.distcp is missing"),
+}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_checkpoint(path: Path) -> None:
+    """A whole checkpoint of one tensor."""
+    import torch
+
+    (path / "megatron").mkdir(parents=True)
+    train = TrainState(2, 4, 2, {"epoch": 0, "offset": 8}, {}, {"x": np.arange(3, dtype=np.int32)}, "seed: 0\n")
+    write_state(path, RunState(FORMAT, train, {}, reference=False, adam_step=4.0))
+    with open(path / "megatron/__0_0.distcp", "wb") as file:
+        chunk = write_chunk(file, "__0_0.distcp", "w", (0,), (8,), torch.zeros(8))
+    write_metadata(path / "megatron", [chunk], {"w": torch.float32}, {"w": (8,)})
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_mistake_in_a_checkpoint(case: str, task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = task / "runs/run/checkpoints"
+    for step in ("step_000001", "step_000002"):
+        write_checkpoint(folder / step)
+    assert main(["config", "run.yaml"]) == 0
+    capsys.readouterr()
+    spoil, expected = CHECKPOINTS[case]
+    spoil(folder / "step_000002")
+    assert expected in mistake(["config", "run.yaml"], capsys)
+    assert main(["config", "run.yaml", "checkpoint.resume=never"]) == 0
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_mistake_in_what_the_configuration_names(
+    case: str, task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    spoil, arguments, expected = RUNS[case]
+    spoil()
+    message = mistake(["config", "run.yaml", *arguments], capsys)
+    assert expected in message
+    assert not (task / "runs").exists()
+
+
+def test_a_good_configuration_is_told_and_printed(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "run.yaml", "seed=1", "seed=2"]) == 0
+    out, err = capsys.readouterr()
+    assert "seed: 2" in out
+    assert err.splitlines() == [
+        "# seed=1 is given, but seed=2 comes after it and replaces it",
+        "# data: 4 rows gave 4 prompts",
+        "# eval.sets.held: 4 rows gave 4 prompts",
+        "# a rollout step generates 4 prompts × 4 = 16 responses of up to 16 tokens, and trains on 4 × 4 in 2 updates",
+    ]
+
+
+# status and message of calls of train, and whether torch was imported by then
+TRAIN = """
+import contextlib, io, json, os, sys
+from dapo_mcore.train.__main__ import main
+results = []
+for environment, arguments in json.load(sys.stdin):
+    os.environ.update(environment)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = main(arguments)
+    results.append([status, errors.getvalue(), "torch" in sys.modules, "megatron.core" in sys.modules])
+    for name in environment:
+        del os.environ[name]
+print("RESULTS" + json.dumps(results))
+"""
+
+
+def test_train_tells_mistakes_before_it_imports_what_takes_time(task: Path) -> None:
+    cases = [
+        (
+            {},
+            ["run.yaml", "rollout.groupsize=4"],
+            "unknown key 'rollout.groupsize'; did you mean 'rollout.group_size'?",
+        ),
+        ({"WORLD_SIZE": "4"}, ["run.yaml"], "WORLD_SIZE=4 is set, but RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({}, ["run.yaml", "data.files=no.jsonl"], "no data file at no.jsonl; correct data.files"),
+        ({}, ["run.yaml", "reward.function=no.py:f"], "no.py"),
+        ({}, ["run.yaml", "parallel.tensor_parallel=2"], "world size 1 is not a multiple of tensor_parallel 2"),
+        ({}, ["run.yaml", "megatron.num_layer=2"], "megatron.num_layer is not a field of megatron-core's"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN],
+        input=json.dumps([case[:2] for case in cases]),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.partition("RESULTS")[2])
+    for (_, arguments, message), (status, output, torch, megatron) in zip(cases, results):
+        assert (status, megatron) == (2, False), (arguments, output)
+        assert output.startswith("error: ") and message in output and len(output.splitlines()) == 1, output
+        assert not torch or arguments[1].startswith(("parallel", "megatron")), arguments
+    assert not (task / "runs").exists()
+
+
+def test_under_torchrun_the_mistake_is_the_last_line(task: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "dapo_mcore.train", "run.yaml", "algo.kl_coef=1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.strip(" =")]
+    assert told[-1].endswith("unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?"), done.stderr
+    assert not (task / "runs").exists()
+
+
+def test_a_run_says_which_of_its_sizes_are_the_papers() -> None:
+    line = "a rollout step generates 1,536 prompts × 16 = 24,576 responses of up to 20,480 tokens at a time, and trains on 512 × 16 in 16 updates"
+    tree = {"model": {"path": "m"}, "data": {"files": ["d"]}}
+    assert describe_step(parse_config(tree)) == (
+        f"{line}; the paper's size by default, to be lowered for a smaller run: sampling.gen_batch_prompts, "
+        "sampling.train_batch_prompts, rollout.group_size, rollout.max_response_tokens"
+    )
+    chosen = {
+        "sampling": {"gen_batch_prompts": 1536, "train_batch_prompts": 512},
+        "rollout": {"group_size": 16, "max_response_tokens": 20480},
+    }
+    assert describe_step(parse_config(tree | chosen)) == line
+
+
+def test_wandb_without_a_key_is_told_and_offline_it_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = SimpleNamespace(api=SimpleNamespace(api_key=None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ConfigError, match="wandb has no API key; run `wandb login`, set WANDB_API_KEY"):
+        check_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb()
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.api.api_key = "key"
+    check_wandb()
