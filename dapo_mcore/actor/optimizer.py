@@ -76,7 +76,8 @@ class Optimizer:
         for part in self._parts:
             if self.config.clip_grad > 0 and (parameters := part.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
-        assert self.megatron.step_with_ready_grads(), "only a loss scale could refuse, and there is none"
+        moved = self.megatron.step_with_ready_grads()
+        assert moved, "only a loss scale could refuse, and there is none"
 
     def _copies_are_finite(self) -> bool:
         """Whether the gradients that the norm may leave out are finite: of parameters that no tensor-parallel rank cuts,
