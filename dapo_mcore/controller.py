@@ -27,7 +27,7 @@ from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.plots import plot_run
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.samples import write_answers, write_samples
-from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services
+from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.ahead import Ahead
@@ -193,6 +193,13 @@ class Controller:
         attempt("write answers", lambda: write_answers(folder, step, answers, count), self.progress.line)
         self.progress.eval_done(step, self.last_eval.metrics)
         return self.last_eval.metrics
+
+    def make_up_evaluation(self, step: int) -> None:
+        """Evaluate after step `step` if its row lacks that: a signal has ended the run before or in the midst of it."""
+        assert self.sinks is not None
+        rows = [row for row in read_metrics(self.config.run_dir) if row["step"] == step]
+        if self.eval_sets and rows and not any(name.startswith("val/") for name in rows[-1]):
+            self.sinks.amend(step, self.evaluate(step))
 
     def record_start(self) -> None:
         """Evaluates the policy before the first rollout step, as step 0 of the metrics, with the time of the start."""

@@ -28,7 +28,7 @@ def striking(owner, name, begins, at):
     def wrapper(self, *arguments, **more):
         if begins:
             counts.clear()
-            counts["step"] = arguments[0]
+            counts["step"] = f"{name} {[*arguments, *more.values()][0]}"
         else:
             counts[name] = counts.get(name, 0) + 1
             if plan.get("in") == name and plan["step"] == counts.get("step") and counts[name] == at:
@@ -37,6 +37,7 @@ def striking(owner, name, begins, at):
     setattr(owner, name, wrapper)
 
 striking(Controller, "rollout", True, 0)
+striking(Controller, "evaluate", True, 0)
 striking(EmbeddedEngine, "_forward", False, 3)
 striking(Actor, "update", False, 2)
 for case, plan in json.loads(os.environ["CASES"]):
@@ -65,7 +66,7 @@ def runs(task: Path, *cases: tuple[list[str], dict]) -> list[tuple[int, str]]:  
     return list(zip(statuses, outputs))
 
 
-def signalled(name: str, place: str, step: int) -> dict:
+def signalled(name: str, place: str, step: str) -> dict:
     return {"signal": name, "in": place, "step": step}
 
 
@@ -73,21 +74,24 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
     stopped = ["name=stopped"]
     cases = [
         (["name=whole"], {}),
-        (stopped, signalled("SIGTERM", "_forward", 1)),  # nothing trained: the warm start is saved
-        (stopped, signalled("SIGINT", "update", 1)),  # the step is finished
-        (stopped, signalled("SIGHUP", "_forward", 2)),  # its step is saved already
-        (stopped, signalled("SIGTERM", "update", 2)),
+        (stopped, signalled("SIGTERM", "_forward", "rollout 1")),  # nothing trained: the warm start is saved
+        (stopped, signalled("SIGINT", "update", "rollout 1")),  # the step is finished
+        (stopped, signalled("SIGHUP", "_forward", "rollout 2")),  # its step is saved already
+        (stopped, signalled("SIGTERM", "update", "rollout 2")),
+        (stopped, signalled("SIGTERM", "_forward", "evaluate 3")),  # the evaluation is made up for
         (stopped, {}),
         (stopped, {}),
     ]
     ended = runs(task, *cases)
-    assert [status for status, _ in ended] == [0, 143, 130, 129, 143, 0, 0], ended
+    assert [status for status, _ in ended] == [0, 143, 130, 129, 143, 143, 0, 0], ended
     folder = "runs/stopped/checkpoints/step_00000"
-    for (_, output), name, step in zip(ended[1:5], ("SIGTERM", "SIGINT", "SIGHUP", "SIGTERM"), (0, 1, 1, 2)):
+    for (_, output), name, step in zip(
+        ended[1:6], ("SIGTERM", "SIGINT", "SIGHUP", "SIGTERM", "SIGTERM"), (0, 1, 1, 2, 3)
+    ):
         told = f"stopped by {name}: the last checkpoint is {folder}{step}; the same command goes on from there"
         assert told in output.splitlines() and f"{name}: the run saves" in output and "Traceback" not in output, output
     assert "warm start" in ended[1][1] and "warm start" not in ended[2][1] + ended[5][1]
-    assert "nothing to do, and nothing changed" in ended[6][1]
+    assert "nothing to do, and nothing changed" in ended[7][1]
     whole, parts = metrics(task, "whole"), metrics(task, "stopped")
     assert [row["step"] for row in parts] == [0, 1, 2, 3]
     assert [stable(row) for row in whole] == [stable(row) for row in parts]

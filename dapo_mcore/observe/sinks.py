@@ -11,7 +11,7 @@ import netrc
 import os
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,13 @@ class MetricSinks:
                 with suppress(OSError):
                     service.close()
 
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add what was measured later to the row of rollout step `step`, which is on disk."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._record.amend(step, numbers)
+        for service in self._services:
+            attempt(f"write to {service.name}", partial(service.write, step, numbers), self._tell)
+
     def close(self) -> None:
         self._record.close()
         for service in self._services:
@@ -103,6 +110,13 @@ class JsonlSink:
         if self._waiting and not self._file.closed:
             self._flush()
         self._file.close()
+
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Rewrite the file with more in one row."""
+        records = [{**row, **metrics} if row["step"] == step else row for row in _read_records(self._path)]
+        _replace(self._path, records)
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
 
     def _flush(self) -> None:
         if attempt(f"write {self._path}", self._append, self._tell):
@@ -222,9 +236,12 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int | None) -> None:
     """Rewrites the file with the whole lines up to `step`, in one rename."""
     records = _read_records(path) if step is not None and path.is_file() else []
-    kept = [record for record in records if record["step"] <= step]
+    _replace(path, [record for record in records if record["step"] <= step])
+
+
+def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(map(json_line, kept)), encoding="utf-8")
+    temporary.write_text("".join(map(json_line, records)), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -128,11 +128,13 @@ class Run:
         last = self.config.num_rollout_steps
         if first == 1 and self.config.eval.at_start:
             self._attended(lambda c: c.record_start())
+        if first > 1 and self._evaluates(first - 1):
+            self._attended(lambda c: c.make_up_evaluation(first - 1))
         for step in range(first, last + 1):
             metrics = self._train_step(step)
             if metrics is None:
                 return self._stop_after(step - 1)
-            if step % self.config.eval.every == 0 or step == last:
+            if self._evaluates(step):
                 metrics |= self._attended(lambda c, step=step: c.evaluate(step)) or {}
             # recorded before it is saved: a run killed in between repeats the step instead of losing its row
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
@@ -140,6 +142,9 @@ class Run:
                 return self._stop_after(step)
             self._save(step)
         return None
+
+    def _evaluates(self, step: int) -> bool:
+        return step % self.config.eval.every == 0 or step == self.config.num_rollout_steps
 
     def _train_step(self, step: int) -> dict[str, float] | None:
         """Run one rollout step: rollout, gradient steps, weight sync. Return its metrics, or None if a signal has asked the
