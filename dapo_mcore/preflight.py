@@ -28,10 +28,6 @@ def check_run(config: Config, processes: int | None = None) -> None:
     Imports transformers and torch, but not Megatron. Reads no weights and no rows.
     """
     check_files_of(config)
-    if (path := _resumed(config)) is not None:
-        from dapo_mcore.weights.stored_checkpoint import check_stored
-
-        check_stored(path)
     reward = config.reward
     build_judge(reward.function, reward.adapter, reward.strict_box)
     if config.observe.wandb_project:
@@ -39,18 +35,24 @@ def check_run(config: Config, processes: int | None = None) -> None:
     _check_model(config, processes)
 
 
-def check_data(config: Config) -> list[str]:
-    """Return what a run says about its data, read up to 1,000 prompts a set. Raise the DapoError it would end with."""
+def check_contents(config: Config) -> list[str]:
+    """Return what a run says about its data, read up to 1,000 prompts a set. Raise the DapoError it would end with.
+
+    Looks into what a run reads whole as it starts: rows, the headers of weights, and the checkpoint that it would resume.
+    """
     from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
     from dapo_mcore.data.run_data import load_run_data
     from dapo_mcore.weights.hf_io import open_stored
+    from dapo_mcore.weights.stored_checkpoint import check_stored
 
     hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
     check_tokenizer_fits(tokenizer, hf_config)
     stop_token_ids(config.model, tokenizer)
     if config.model.init == "pretrained":
         open_stored(Path(config.model.path), hf_config)
-    data = load_run_data(config, hf_config, tokenizer, warm_start=_resumed(config) is None, most=_MOST_ROWS)
+    if (checkpoint := _resumed(config)) is not None:
+        check_stored(checkpoint)
+    data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)
     cut = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
     return data.lines() + (
         [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if cut else []

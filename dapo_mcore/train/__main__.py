@@ -33,7 +33,7 @@ def _train(path: str, overrides: Sequence[str]) -> None:
     check_launcher(os.environ)
     if os.environ.get("RANK", "0") == "0":
         for note in repeated_overrides(overrides):
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {note}")
         check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
         print(describe_step(config), flush=True)
     from dapo_mcore.train.loop import train

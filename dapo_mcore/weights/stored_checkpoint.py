@@ -1,7 +1,7 @@
 """A checkpoint on disk, without the model that it is for: whether it is whole, and where its run stood.
 
-Change here: which files make it whole, and what is said of one that is damaged. Nothing imports Megatron, so that a run can
-be told of a damaged checkpoint before it starts.
+Change here: which files make it whole, and what is said of one that is damaged. Nothing imports Megatron, so that
+`dapo-mcore config` can tell of a damaged checkpoint.
 """
 
 from __future__ import annotations
