@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dapo_mcore.config import Config, DataConfig
 from dapo_mcore.data.rows import check_files
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, RewardError
 from dapo_mcore.launcher import check_launcher
 from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.reward.plugins import build_judge
@@ -28,8 +28,8 @@ def check_run(config: Config, processes: int | None = None) -> None:
     Imports transformers and torch, but not Megatron. Reads no weights and no rows.
     """
     check_files_of(config)
-    reward = config.reward
-    build_judge(reward.function, reward.adapter, reward.strict_box)
+    if ":" not in config.reward.function:  # else users' code, which a run executes in its workers alone
+        _load_reward(config)
     if config.observe.wandb_project:
         check_wandb()
     _check_model(config, processes)
@@ -38,7 +38,8 @@ def check_run(config: Config, processes: int | None = None) -> None:
 def check_contents(config: Config) -> list[str]:
     """Return what a run says about its data, read up to 1,000 prompts a set. Raise the DapoError it would end with.
 
-    Looks into what a run reads whole as it starts: rows, the headers of weights, and the checkpoint that it would resume.
+    Looks into what a run reads whole as it starts: rows, the headers of weights, the reward function, and the checkpoint
+    that it would resume.
     """
     from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
     from dapo_mcore.data.run_data import load_run_data
@@ -50,6 +51,8 @@ def check_contents(config: Config) -> list[str]:
     stop_token_ids(config.model, tokenizer)
     if config.model.init == "pretrained":
         open_stored(Path(config.model.path), hf_config)
+    if config.reward.placement == "local":
+        _load_reward(config)
     if (checkpoint := _resumed(config)) is not None:
         check_stored(checkpoint)
     data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)
@@ -70,7 +73,10 @@ def check_files_of(config: Config) -> None:
         check_files(section.files, name)
     if config.warm_start is not None and _resumed(config) is None:
         check_files(config.warm_start.files, "warm_start")
-    sglang = config.rollout.sglang
+    reward, sglang = config.reward, config.rollout.sglang
+    file = reward.function.rpartition(":")[0]
+    if file.endswith(".py") and reward.placement == "local" and not Path(file).is_file():
+        raise RewardError(f"reward.function {reward.function!r}: no file at {Path(file).absolute()}; correct the path")
     if config.rollout.engine != "sglang":
         return
     if sglang.key_file is not None and not Path(sglang.key_file).is_file():
@@ -105,6 +111,10 @@ def describe_step(config: Config) -> str:
     return (
         f"{line}; the paper's size by default, to be lowered for a smaller run: {', '.join(paper)}" if paper else line
     )
+
+
+def _load_reward(config: Config) -> None:
+    build_judge(config.reward.function, config.reward.adapter, config.reward.strict_box)
 
 
 def _check_model(config: Config, processes: int | None) -> None:
