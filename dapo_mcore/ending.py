@@ -230,7 +230,8 @@ class Following:
         yield
 
     def end_now(self, why: str) -> None:
-        """End the process with status 1."""
+        """End the process with status 1, a little after rank 0, which says why."""
+        time.sleep(SAME_S)
         os._exit(1)
 
     def _watch_leader(self, signum: int) -> None:
