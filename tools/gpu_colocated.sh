@@ -66,14 +66,14 @@ ok = status == 0 and (way == "ipc" or len(rows) == steps and not any(lost.values
 wanted = ("sync/", "mismatch/logprob", "mismatch/k3", "time/", "memory/")
 later = [row for row in rows if row["step"] >= 2]  # the first step warms up
 medians = {name: statistics.median(row[name] for row in later) for name in (later or [{}])[0] if name.startswith(wanted)}
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-commit = commit or os.environ.get("DAPO_MCORE_BENCH_COMMIT", "")
+head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+commit = os.environ.get("DAPO_MCORE_BENCH_COMMIT") or head  # a copied .git may be of another commit
 machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
 about = {"machine": machine, "torch": torch.__version__, "commit": commit, "parallel": os.environ.get("PARALLEL") == "1"}
 row = {"run": way, "ok": ok, "status": status, "seconds": seconds, "steps": len(rows), **lost, **about, **medians}
 if not ok:
     tails = {"said": work / f"{way}.log", "server_said": log}
-    row |= {key: path.read_text(errors="replace").splitlines()[-6:] for key, path in tails.items() if path.exists()}
+    row |= {key: path.read_text(errors="replace").splitlines()[-60:] for key, path in tails.items() if path.exists()}
 with results.open("a") as file:
     file.write(json.dumps(row) + "\n")
 print(f"{way}: {'ok' if ok else 'FAILED'} after {seconds} s,", ", ".join(f"{key} {value:g}" for key, value in lost.items()))

@@ -125,10 +125,12 @@ def machine_name(device: torch.device) -> str:
 
 
 def git_commit() -> str:
-    """The commit, with -dirty when the tree has changes; where .git was not copied, what the variable says."""
+    """What the variable says, since a copied .git may be of another commit; else the commit, with -dirty if the tree differs."""
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or os.environ.get(COMMIT_VARIABLE, "unknown")
+    return found.stdout.strip() or "unknown"
 
 
 def _versions() -> dict[str, str | None]:
