@@ -56,7 +56,7 @@ def plot_bench(file: Path, out: Path) -> Path:
         for axes, label in zip(grid[:, 0], ("time / time of the three GEMMs", "peak beyond the inputs, GiB")):
             axes.set_ylabel(label)
         handles = [Line2D([], [], **ROOFLINE), *(Line2D([], [], label=name, **style) for name, style in styles.items())]
-        columns = min(5, len(handles))
+        columns = min(4, len(handles))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(_heading(bench), fontsize=12, x=0.01, ha="left")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,9 @@ def _draw_memory(axes: Axes, shapes: Shapes, styles: dict[str, dict[str, Any]]) 
         points = [(tokens, row["peak_mib"] / 1024) for tokens, row in _points(shapes, name)]
         axes.plot([tokens for tokens, _ in points], [gib for _, gib in points], **style)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _set_token_axis(axes: Axes, shapes: Shapes) -> None:
