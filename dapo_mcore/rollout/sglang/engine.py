@@ -30,6 +30,7 @@ from dapo_mcore.rollout.manifest import WeightManifest, buckets
 from dapo_mcore.rollout.sglang.answer import DROP_REASONS, Dropped
 from dapo_mcore.rollout.sglang.assembly import new_transfer, open_fleet, start_planned
 from dapo_mcore.rollout.sglang.fleet import Fleet
+from dapo_mcore.rollout.sglang.heads import with_heads
 from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.member import Member, OwnedServer, stop_servers
@@ -227,12 +228,14 @@ class SGLangEngine:
 
     def _served(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The stream as the servers hold it."""
+        architecture = self._hf_config.architectures[0]
+        stream = with_heads(weights, architecture, self._manifest.tied)
         if self._settings.quantize == "none":
-            return weights
-        stream = quantized(weights)
+            return stream
+        stream = quantized(stream)
         loses_scales = any(member.version < FIRST_WITH_LOST_SCALES for member in self._fleet.members)
         if self._settings.colocated and loses_scales:
-            return with_cache_scales(stream, self._hf_config.architectures[0], self._hf_config.num_hidden_layers)
+            return with_cache_scales(stream, architecture, self._hf_config.num_hidden_layers)
         return stream
 
     async def _open(self, keys: Keys, hf_config: PretrainedConfig, startup: Startup) -> Fleet:

@@ -19,6 +19,7 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.manifest import WeightManifest
 from dapo_mcore.rollout.sglang import quantize
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.heads import with_heads
 from dapo_mcore.rollout.sglang.quantize import quantized, with_cache_scales
 from dapo_mcore.rollout.sglang.servers import ServerPlan
 from dapo_mcore.weights.families import FAMILIES
@@ -144,12 +145,15 @@ PUBLISHED = dict(moe_layer_freq=1, topk_method="noaux_tc", scoring_func="sigmoid
 
 
 def write_stream(folder: Path, architecture: str) -> None:
-    """A small model's FP8 stream of random weights, and the config.json that servers get."""
+    """A small tied model's FP8 stream of random weights, and the config.json that servers get."""
     sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
-    config = kind(**sizes, num_key_value_heads=2, tie_word_embeddings=False, **SPECIAL.get(architecture, {}))
-    shapes = WeightManifest.of_config(config).shapes
-    stream = quantized((name, torch.randn(shape, dtype=torch.bfloat16)) for name, shape in shapes.items())
+    config = kind(**sizes, num_key_value_heads=2, tie_word_embeddings=True, **SPECIAL.get(architecture, {}))
+    made = WeightManifest.of_config(config)
+    sent = {
+        name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in made.shapes.items() if name not in made.tied
+    }
+    stream = quantized(with_heads(iter(sent.items()), architecture, made.tied))
     folder.mkdir()
     stream = stream if architecture in REFUSED else with_cache_scales(stream, architecture, 2)
     save_file(dict(stream), folder / "stream.safetensors")
@@ -159,7 +163,7 @@ def write_stream(folder: Path, architecture: str) -> None:
 
 @pytest.mark.sglang
 def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
-    """Into the model classes of the SGLang that is there, filled with NaN before. Those refused lose their scales."""
+    """Into the classes of the SGLang that is there, tied and filled with NaN before. Those refused lose their scales."""
     for architecture in FAMILIES:
         write_stream(tmp_path / architecture, architecture)
     program = Path(__file__).with_name("real_loader.py")
