@@ -101,7 +101,7 @@ def test_a_run_over_two_processes_writes_all_that_it_promises(task):
         "plot",
         "HF model",
         "metrics",
-        "heldout 0",
+        "heldout 1",
     ):
         assert expected in output
 

@@ -55,7 +55,9 @@ def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):  
         assert row["sync/bytes"] == 4 * 125_504
     assert rows[STEPS]["updates"] == 2 * STEPS
     versions = [
-        json.loads(line)["weight_version"] for file in sorted((folder / "samples").iterdir()) for line in file.open()
+        json.loads(line)["weight_version"]
+        for file in sorted((folder / "samples").glob("*.jsonl"))
+        for line in file.open()
     ]
     assert sorted(set(versions)) == [0, 1, 2]
     assert ("sync/handover_s" in rows[1]) == (name == "colocated")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from dapo_mcore.config import Config
 from dapo_mcore.data.loader import PromptLoader
-from dapo_mcore.errors import RolloutError
+from dapo_mcore.errors import RewardError, RolloutError
 from dapo_mcore.rollout.refill import KEEPS, Refill
 from dapo_mcore.rollout.sampler import Collected, Sampler
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams
@@ -336,7 +336,7 @@ class Play:
 
 
 def play(seed: int, **fixed: object) -> Play:
-    """A played run. It may end early, by the error that the documentation names."""
+    """A played run. It may end early, by the errors that the documentation names."""
     made = Play(seed, **fixed)
     receive = Refill._wait
 
@@ -354,6 +354,8 @@ def play(seed: int, **fixed: object) -> Play:
         except RolloutError as error:
             assert "after sampling.max_gen_batches" in str(error), error
             assert made.config.sampling.on_exhausted == "error" or str(error).startswith("0 of")
+        except RewardError as error:
+            assert "failed on all" in str(error), error
         except Exception as error:
             error.add_note(f"seed {seed}: {made.config.sampling}, {made.config.rollout.engine}, lag {made.lag}")
             raise
