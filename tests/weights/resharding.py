@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,11 +78,14 @@ def run(cases: Sequence[Case], folder: Path) -> dict[str, list[str]]:
     for case in cases:
         (folder / case.model).mkdir(parents=True, exist_ok=True)
     num_ranks = max(case.mesh.world_size for case in cases)
-    mp.start_processes(_enter, (list(cases), folder), nprocs=num_ranks, start_method="forkserver")
+    stores = tempfile.mkdtemp(
+        prefix="stores_", dir=folder
+    )  # of this call alone: a store that was used hangs the next group
+    mp.start_processes(_enter, (list(cases), folder, stores), nprocs=num_ranks, start_method="forkserver")
     return json.loads((folder / "found.json").read_text())
 
 
-def _enter(rank: int, cases: list[Case], folder: Path) -> None:
+def _enter(rank: int, cases: list[Case], folder: Path, stores: str) -> None:
     from dapo_mcore.actor import layout as layouts
 
     os.environ.update(LOCAL_RANK=str(rank))
@@ -90,7 +94,7 @@ def _enter(rank: int, cases: list[Case], folder: Path) -> None:
     for number, case in enumerate(cases):
         size = case.mesh.world_size
         if rank < size:
-            store = f"file://{folder}/store_{os.getppid()}_{number}"
+            store = f"file://{stores}/{number}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
             layout = layouts.start(_config(case).parallel, seed=0)
             found |= save_and_load_all(layout, case, folder / case.model)
