@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dapo_mcore.config import Config
 from dapo_mcore.config_file import dump_config, load_config, repeated_overrides
-from dapo_mcore.errors import DapoError, DataError
+from dapo_mcore.errors import ConfigError, DapoError, DataError
 
 
 class Command(NamedTuple):
@@ -59,11 +59,14 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> int:
     """Notes go to standard error as YAML comments, so that both streams together are a configuration."""
+    if args.processes is not None and args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: a run has at least 1 process; give how many you will start")
     config = load_config(args.file, args.overrides)
     notes = repeated_overrides(args.overrides)
     if not args.only_values:
         notes += _dry_run(config, args.processes)
-    print(*(f"# {note}" for note in notes), sep="\n", file=sys.stderr)
+    for note in notes:
+        print(f"# {note}", file=sys.stderr)
     print(dump_config(config), end="")
     return 0
 

@@ -37,7 +37,7 @@ def connect(address: str | None) -> Callable[[], None]:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("placement ray needs Ray: pip install 'dapo_mcore[ray]'") from error
+        raise ConfigError("placement ray needs Ray: pip install ray") from error
     if ray.is_initialized():
         return lambda: None
     try:

@@ -126,6 +126,11 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
         ["parallel.expert_parallel=2"],
         "has no experts, so parallel.expert_parallel must be 1 (here 2)",
     ),
+    "no processes": (
+        nothing,
+        ["--processes=0"],
+        "--processes 0: a run has at least 1 process",
+    ),
     "processes": (
         nothing,
         ["parallel.tensor_parallel=2", "--processes=3"],

@@ -2,7 +2,7 @@
 
 Change here: what math-verify is given. It parses LaTeX and computes with SymPy, which may take for ever, so it only runs
 in reward processes, whose deadline is reward.timeout_seconds: a grade out of time is a failure, not a wrong answer.
-Importing this module needs the package: pip install 'dapo_mcore[math]'.
+Importing this module needs the package: pip install math-verify[antlr4_13_2].
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _math_verify() -> Judge:
         from dapo_mcore.reward import equivalence
     except ImportError as error:
         raise RewardError(
-            f"reward.function math_verify needs the package math-verify ({told(error)}): pip install 'dapo_mcore[math]'"
+            f"reward.function math_verify needs the package math-verify ({told(error)}): pip install math-verify[antlr4_13_2]"
         ) from error
     return lambda attempt: equivalence.compute_score(attempt.response, attempt.answer)
 

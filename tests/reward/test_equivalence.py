@@ -65,7 +65,7 @@ def test_the_explanation_shows_both_graders():
 def test_without_the_package_it_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "dapo_mcore.reward.equivalence", raising=False)
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RewardError, match=r"needs the package math-verify .*pip install 'dapo_mcore\[math\]'"):
+    with pytest.raises(RewardError, match=r"needs the package math-verify .*pip install math-verify\[antlr4_13_2\]"):
         build_judge("math_verify", "verl", strict_box=False)
 
 
