@@ -45,7 +45,7 @@ def watch_launcher(environment: Mapping[str, str], on_lost: Callable[[], None]) 
 
     One that dies before this call is noticed as the ranks join: it holds the store by which they meet.
     """
-    if "TORCHELASTIC_RUN_ID" not in environment:
+    if not _is_torchrun(environment):
         return
     parent = os.getppid()
 
@@ -55,6 +55,15 @@ def watch_launcher(environment: Mapping[str, str], on_lost: Callable[[], None]) 
         on_lost()
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def patience(environment: Mapping[str, str]) -> str:
+    """Return how long the launcher waits after a signal before it kills this process, as a clause; empty if nothing limits it."""
+    return "; torchrun waits 30 s for it, or --shutdown-timeout" if _is_torchrun(environment) else ""
+
+
+def _is_torchrun(environment: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" in environment
 
 
 def _check_variables(environment: Mapping[str, str], given: list[str]) -> None:

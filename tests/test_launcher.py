@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.launcher import check_launcher
+from dapo_mcore.launcher import check_launcher, patience
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
 
@@ -44,3 +44,8 @@ def test_a_place_in_a_job_is_accepted(environment: dict[str, str]) -> None:
 def test_no_place_in_a_job_is_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_launcher(environment)
+
+
+def test_only_torchrun_limits_how_long_a_run_may_take_to_save() -> None:
+    assert patience(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}) == "; torchrun waits 30 s for it, or --shutdown-timeout"
+    assert patience({}) == patience({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ""

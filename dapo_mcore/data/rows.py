@@ -119,7 +119,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _parse(line: bytes) -> Any:
     """The value of a line of strict JSON. Raises ValueError, also for what Python's parser lets pass."""
     columns = json.loads(
-        line.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number, parse_float=_finite
+        line.decode("utf-8").rstrip("\r\n"), object_pairs_hook=_without_repeats, parse_constant=_no_number, parse_float=_finite
     )
     if b"\\u" in line:  # only an escape can spell half a surrogate pair, which nothing could write or tokenize
         json.dumps(columns, ensure_ascii=False).encode("utf-8")
@@ -138,9 +138,11 @@ def _problem(line: bytes, error: Exception) -> str:
             f"\\u{ord(error.object[error.start]):04x} is half a surrogate pair, which is no character; "
             "write both halves or neither"
         )
+    # json counts lines within the row, which has but one
+    told = f"{error.msg} (column {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else str(error)
     if line.lstrip().startswith(b"[") and not isinstance(error, RecursionError):
-        return f"not valid JSON: {error}; JSONL has one object a line: convert an array with jq -c '.[]'"
-    return f"not valid JSON: {error}"
+        return f"not valid JSON: {told}; JSONL has one object a line: convert an array with jq -c '.[]'"
+    return f"not valid JSON: {told}"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

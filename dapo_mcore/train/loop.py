@@ -29,7 +29,7 @@ from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, l
 from dapo_mcore.ending import Ending, Following, Interrupted
 from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
-from dapo_mcore.launcher import watch_launcher
+from dapo_mcore.launcher import patience, watch_launcher
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.run_lock import RunLock
@@ -185,8 +185,8 @@ class Run:
     def _notice(self) -> str:
         took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
         return (
-            f"the run saves a checkpoint of the last completed rollout step{took} and ends; torchrun waits 30 s for it, or "
-            "--shutdown-timeout; a second signal ends it without saving"
+            f"the run saves a checkpoint of the last completed rollout step{took} and ends{patience(os.environ)}; a second "
+            "signal ends it without saving"
         )
 
     def _stop_after(self, step: int) -> int | None:

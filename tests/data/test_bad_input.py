@@ -49,6 +49,8 @@ ROWS = {
     rb'{"q": "x", "a": "\uDE00"}': r"\ude00 is half",
     rb'{"q": "x", "a": 1, "deep": [{"\ud800": 1}]}': r"\ud800 is half",
     b'[{"q": "x", "a": 1},': "JSONL has one object a line: convert an array with jq -c '.[]'",
+    b'{"q": 1': "row 2: not valid JSON: Expecting ',' delimiter (column 8);",
+    b'{"q": "\xc3\xa9", a}': "not valid JSON: Expecting property name enclosed in double quotes (column 12);",
     b"[1]": "a row must be a JSON object, not a list",
     b'"x"': "not a str",
     b"null": "not a NoneType",
