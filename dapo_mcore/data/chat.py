@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dapo_mcore.config import DataConfig
+from dapo_mcore.data.characters import LostCharacters
 from dapo_mcore.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ class PromptRenderer:
     """Renders prompts by one data section. Raises ConfigError when the section and the tokenizer do not fit.
 
     section  names the keys in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
+    `lost` knows the characters that the rendered texts have lost in the tokenizer so far.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data"):
         self.config = config
         self.tokenizer = tokenizer
         self.section = section
+        self.lost = LostCharacters(tokenizer)
         self.template = _chat_template(config, tokenizer, section)
         if config.add_bos and tokenizer.bos_token_id is None:
             raise ConfigError(
@@ -58,6 +61,18 @@ class PromptRenderer:
             raise DataError(f"{where}: the prompt has no tokens (text {text!r})")
         return text, np.asarray(ids, dtype=np.int32)
 
+    def encode(self, text: str, where: str) -> list[int]:
+        """The token ids of a text of row `where`, without special tokens of its own.
+
+        Raises DataError for what the tokenizer refuses, and for a text of which it loses everything.
+        """
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # half a surrogate pair; a word that a vocabulary without an unknown token lacks
+            raise DataError(f"{where}: the text cannot be tokenized: {error}") from error
+        self.lost.look(text, ids, where)
+        return ids
+
     def _render_plain(self, prompt: Any, where: str) -> tuple[str, list[int]]:
         if not isinstance(prompt, str):
             raise DataError(
@@ -65,7 +80,7 @@ class PromptRenderer:
                 f"chats of {{role, content}}, or name a text column in {self.section}.prompt_key"
             )
         text = self.config.prompt_template.replace("{prompt}", prompt)
-        ids = self._encode(text, where)
+        ids = self.encode(text, where)
         return text, [self.tokenizer.bos_token_id, *ids] if self.config.add_bos and ids else ids
 
     def _render_chat(self, prompt: Any, where: str) -> tuple[str, list[int]]:
@@ -77,7 +92,7 @@ class PromptRenderer:
         text = self._apply(messages, where)
         self._check_nothing_left_out(messages, text, where)
         # The template has written every special token there should be.
-        return text, self._encode(text, where)
+        return text, self.encode(text, where)
 
     def _apply(self, messages: list[dict[str, str]], where: str) -> str:
         try:
@@ -114,12 +129,6 @@ class PromptRenderer:
                     f"{where}: the chat template leaves out message {number + 1}, whose role is {message['role']!r}; "
                     f"correct the role, or give a template that knows it in {self.section}.chat_template"
                 )
-
-    def _encode(self, text: str, where: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:  # half a surrogate pair, which is no text
-            raise DataError(f"{where}: the prompt cannot be tokenized: {error}") from error
 
 
 @contextmanager

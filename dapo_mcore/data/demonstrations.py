@@ -35,8 +35,9 @@ class Demonstration:
 
 def load_demonstrations(
     config: Config, tokenizer: PreTrainedTokenizerBase, most: int | None = None
-) -> tuple[Demonstration, ...]:
-    """The rows of warm_start.files in order, or the first `most`; prompts are worded as the data section words them.
+) -> tuple[tuple[Demonstration, ...], str]:
+    """The rows of warm_start.files in order, or the first `most`, and what the tokenizer loses of them (empty: nothing);
+    prompts are worded as the data section words them.
 
     Raises DataError for a bad row, and for fewer rows than one update takes.
     """
@@ -44,21 +45,21 @@ def load_demonstrations(
     assert settings is not None
     renderer = PromptRenderer(config.data, tokenizer)
     rows = islice(read_rows(settings.files), most and max(most, settings.batch_size))
-    found = tuple(_demonstration(row, renderer, tokenizer) for row in rows)
+    found = tuple(_demonstration(row, renderer) for row in rows)
     if len(found) < settings.batch_size:
         raise DataError(
             f"warm_start.files hold {len(found)} demonstrations, fewer than warm_start.batch_size {settings.batch_size}; "
             "add rows or lower the batch size"
         )
-    return found
+    return found, renderer.lost.told(len(found), "demonstrations of warm_start.files")
 
 
-def _demonstration(row: Row, renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase) -> Demonstration:
+def _demonstration(row: Row, renderer: PromptRenderer) -> Demonstration:
     columns = row.columns or {}
     prompt, response = columns.get("prompt"), columns.get("response")
     if not prompt or not isinstance(response, str):
         has = row.problem or f"the row has {', '.join(map(str, columns)) or 'nothing'}"
         raise DataError(f"{row.where}: a demonstration needs `prompt` and `response`, both text; {has:.400}")
     _, prompt_ids = renderer.render(prompt, row.where)
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return Demonstration(prompt_ids, np.array([*ids, tokenizer.eos_token_id], dtype=np.int32), row.where)
+    ids = renderer.encode(response, row.where)
+    return Demonstration(prompt_ids, np.array([*ids, renderer.tokenizer.eos_token_id], dtype=np.int32), row.where)

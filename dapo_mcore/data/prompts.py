@@ -36,6 +36,7 @@ class PromptSet:
     num_rows      = len(prompts) + num_bad_rows + num_duplicates + num_dropped; truncated prompts are among the prompts.
     longest       tokens of the longest prompt before it was cut or dropped.
     first_bad_row says where and why, or is empty; so does first_conflict, for prompts with several answers.
+    lost          says which characters the tokenizer loses, in how many prompts; or is empty.
     """
 
     section: str
@@ -50,6 +51,7 @@ class PromptSet:
     longest: int
     first_bad_row: str = ""
     first_conflict: str = ""
+    lost: str = ""
 
     def describe(self) -> str:
         """One line for the log: `data: 960 rows gave 30 prompts (930 duplicates, 2 cut to the longest length)`."""
@@ -82,6 +84,8 @@ class PromptSet:
                 f"{self.num_conflicts} prompts of {name} come with another answer than before, and each is asked with both; "
                 f"the first: {self.first_conflict}; correct or remove one of the rows"
             )
+        if self.lost:
+            lines.append(self.lost)
         if self.config.limit is not None and self.config.limit > len(self.prompts):
             lines.append(f"{name}.limit is {self.config.limit}, but there are only {len(self.prompts)} prompts")
         return [f"warning: {line}" for line in lines]
@@ -134,6 +138,7 @@ class _Loading:
             longest=self.longest,
             first_bad_row=self.first_bad_row,
             first_conflict=self.first_conflict,
+            lost=self.renderer.lost.told(len(prompts) + self.counts["dropped"], f"prompts of {self.section}"),
         )
         self._check_something_left(result)
         return result

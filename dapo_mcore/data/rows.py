@@ -119,7 +119,10 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _parse(line: bytes) -> Any:
     """The value of a line of strict JSON. Raises ValueError, also for what Python's parser lets pass."""
     columns = json.loads(
-        line.decode("utf-8").rstrip("\r\n"), object_pairs_hook=_without_repeats, parse_constant=_no_number, parse_float=_finite
+        line.decode("utf-8").rstrip("\r\n"),
+        object_pairs_hook=_without_repeats,
+        parse_constant=_no_number,
+        parse_float=_finite,
     )
     if b"\\u" in line:  # only an escape can spell half a surrogate pair, which nothing could write or tokenize
         json.dumps(columns, ensure_ascii=False).encode("utf-8")

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Training prompts, evaluation sets by name, and a warm start's demonstrations and choose set (none: empty, None)."""
+    """Training prompts, evaluation sets by name, and a warm start's demonstrations and choose set (none: empty, None).
+
+    lost  says which characters of the demonstrations the tokenizer loses, or is empty; prompt sets have their own.
+    """
 
     train: PromptSet
     evaluation: Mapping[str, PromptSet]
     demonstrations: tuple[Demonstration, ...] = ()
     choose: PromptSet | None = None
+    lost: str = ""
 
     @property
     def prompt_sets(self) -> list[PromptSet]:
@@ -35,7 +39,8 @@ class RunData:
 
     def lines(self) -> list[str]:
         """What to tell the user: a line a set, and warnings."""
-        return [line for found in self.prompt_sets for line in (found.describe(), *found.warnings())]
+        told = [line for found in self.prompt_sets for line in (found.describe(), *found.warnings())]
+        return [*told, f"warning: {self.lost}"] if self.lost else told
 
 
 def load_run_data(
@@ -65,7 +70,8 @@ def load_run_data(
     settings = config.warm_start
     if warm_start and settings is not None:
         choose = prompts(settings.choose, "warm_start.choose") if settings.choose else None
-        data = RunData(train, evaluation, load_demonstrations(config, tokenizer, most), choose)
+        demonstrations, lost = load_demonstrations(config, tokenizer, most)
+        data = RunData(train, evaluation, demonstrations, choose, lost)
     positions = max_positions(hf_config)
     for found in data.prompt_sets:
         check_prompt_lengths(found, config.rollout.max_response_tokens, positions)

@@ -89,7 +89,7 @@ def test_prompts_that_are_no_text(tokenizer):
         render(tokenizer, [{"role": "user", "content": "hi"}])
     with pytest.raises(DataError, match="f row 1: the prompt has no tokens"):
         render(tokenizer, "", add_bos=True)
-    with pytest.raises(DataError, match="f row 1: the prompt cannot be tokenized"):
+    with pytest.raises(DataError, match="f row 1: the text cannot be tokenized"):
         render(tokenizer, "half a pair: \ud800")
 
 

@@ -115,6 +115,16 @@ def test_a_bad_demonstration_is_named(load, tmp_path: Path):
         load()
 
 
+def test_characters_that_demonstrations_lose_are_told(load, tmp_path: Path):
+    with (tmp_path / "demos.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "dé", "response": "1é字"}\n')
+    told = load().lines()[-1]
+    assert told.startswith(
+        "warning: 1 of 6 demonstrations of warm_start.files lose characters that the tokenizer has no token for: é 字 (first in "
+        f"{tmp_path}/demos.jsonl row 6); "
+    )
+
+
 def test_many_prompts_that_do_not_fit_are_told_loudly(load):
     lines = load(
         data={"max_prompt_tokens": 4}, test={"max_prompt_tokens": 1, "on_long_prompt": "drop", "limit": 9}
