@@ -7,7 +7,7 @@ is config_yaml.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from reprlib import Repr
@@ -18,12 +18,23 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config import Config
-from dapo_mcore.config_schema import is_section, is_text, nearest_keys, options, type_below, type_of_items
+from dapo_mcore.config_schema import (
+    is_section,
+    is_text,
+    keys_of,
+    kind_of,
+    nearest_keys,
+    nearest_section,
+    options,
+    type_below,
+    type_of_items,
+)
 from dapo_mcore.config_yaml import read_yaml
 from dapo_mcore.errors import ConfigError, shortened
 
 _MOST_BYTES = 2**20
 _MOST_MISTAKES = 8
+_MOST_KEYS = 16
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -50,7 +61,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        mistakes = error.errors()
+        mistakes = [single for item in error.errors() for single in _single(item)]
         told = [_explain(item) for item in mistakes[:_MOST_MISTAKES]]
         if len(mistakes) > _MOST_MISTAKES:
             told.append(f"and {len(mistakes) - _MOST_MISTAKES} more mistakes")
@@ -166,28 +177,56 @@ def _is_quoted(text: str) -> bool:
         return False
 
 
-def _explain(item: Any) -> str:
+def _single(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """One mistake for each key of an unknown section, unless a known section has nearly its name."""
+    path, value = _path(item), item["input"]
+    if item["type"] != "extra_forbidden" or not isinstance(value, dict) or not value or nearest_section(path):
+        yield item
+        return
+    for key, below in value.items():
+        yield from _single({**item, "loc": (*path, str(key)), "input": below})
+
+
+def _explain(item: Mapping[str, Any]) -> str:
     """One line for one of pydantic's errors."""
-    path = [str(part) for part in item["loc"] if part != "[key]"]
+    path = _path(item)
     where = shortened(".".join(path), 100)
     if item["type"] == "missing":
         return f"{where} is missing; it has no default"
     if item["type"] == "extra_forbidden":
-        return _explain_unknown(path, item["input"])
+        near = nearest_section(path) if isinstance(item["input"], dict) else nearest_keys(path)
+        return f"unknown key {where!r}; {_did_you_mean(near, path[:-1])}"
+    if item["type"] in ("model_type", "dict_type") and where:
+        return f"{where} is a section, not a value (got {_shown(item['input'])}); {_how_to_set(path)}"
     message = item["msg"].removeprefix("Value error, ")
     broken_section = item["type"] == "value_error" and isinstance(item["input"], dict)  # its message has the numbers
     got = "" if broken_section else f" (got {_shown(item['input'])})"
     return f"{where}: {message}{got}" if where else message
 
 
-def _explain_unknown(path: list[str], value: Any) -> str:
-    """The nearest keys; of a whole unknown section, else, those of its first key."""
-    near = nearest_keys(path)
-    if not near and isinstance(value, dict) and value:
-        first = str(next(iter(value)))
-        return _explain_unknown([*path, first], value[first])
-    hint = f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else ""
-    return f"unknown key {shortened('.'.join(path), 100)!r}{hint}"
+def _path(item: Mapping[str, Any]) -> list[str]:
+    return [str(part) for part in item["loc"] if part != "[key]"]
+
+
+def _did_you_mean(near: Sequence[str], section: Sequence[str]) -> str:
+    """The nearest keys; without any, those of the section, or how to see all."""
+    if near:
+        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
+    if section and (keys := keys_of(section)):
+        return f"the keys of {'.'.join(section)} are {_listed(keys)}"
+    return "`dapo-mcore config --only-values examples/quickstart.yaml` prints all keys"
+
+
+def _how_to_set(section: Sequence[str]) -> str:
+    off = ", or null to turn it off" if NoneType in options(kind_of(section)) else ""
+    if keys := keys_of(section):
+        return f"set its keys ({_listed(keys)}) as {'.'.join(section)}.{keys[0]}=…{off}"
+    return f"set names in it as {'.'.join(section)}.NAME=…, or {{}} for none{off}"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
+    return ", ".join(keys[:_MOST_KEYS]) + more
 
 
 def _shown(value: Any) -> str:

@@ -14,9 +14,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from dapo_mcore.config import Config
 from dapo_mcore.config_types import Prose, Section
 
-_NEAR = 0.7
-_NEAR_IN_SECTION = 0.6
+_NEAR = 0.85
+_NEAR_IN_SECTION = 0.7
+_NEAR_SECTION = 0.6
 _LONGEST_KEY = 64
+_SAY_LITTLE = frozenset({"enable", "mode", "name", "path", "type"})
+"""Last names that mean something else in every section."""
 _OTHER_NAMES = {
     "n": "rollout.group_size",
     "train_batch_size": "sampling.train_batch_prompts",
@@ -86,27 +89,56 @@ def is_prose(kind: Any) -> bool:
 
 
 def nearest_keys(path: Sequence[str]) -> list[str]:
-    """Return the dotted keys that an unknown one may have meant, the best first; equally good ones together.
+    """Return the dotted keys that an unknown one may have meant; equally good ones together.
 
-    The last name is searched in all sections, and `kl_coef` finds `algo.kl.coef`, too. Where it is there nowhere as it
-    stands, a name like it in the same section wins over one in another.
+    A key with the same last name wins, wherever it is; `kl_coef` finds `algo.kl.coef`, too. Then a name like it in the same
+    section wins over one in another, which must be a slip of one letter or share two words.
     """
     *parents, name = path
     if len(name) > _LONGEST_KEY:
         return []
     if name in _OTHER_NAMES:
         return [_OTHER_NAMES[name]]
-    likeness = {key: max(_likeness(name, form) for form in _forms(key)) for key in _all_keys()}
-    best = max(likeness.values())
-    anywhere = [key for key, score in likeness.items() if score == best >= _NEAR]
-    if best == 1:
-        return anywhere
-    return _near_in(parents, name, _NEAR_IN_SECTION) or anywhere
+    if same := [key for key in _all_keys() if name in _forms(key)]:
+        beside = [key for key in same if parents and key.split(".")[-2:-1] == parents[-1:]]
+        return beside or ([] if name in _SAY_LITTLE else same)
+    here = _most_alike(name, keys_of(parents), _NEAR_IN_SECTION, 1)
+    return [".".join([*parents, key]) for key in here] or _most_alike(name, _all_keys(), _NEAR, 2)
 
 
-def _near_in(section: Sequence[str], name: str, cutoff: float) -> list[str]:
-    near = difflib.get_close_matches(name, _keys_of(section), n=1, cutoff=cutoff)
-    return [".".join([*section, key]) for key in near]
+def nearest_section(path: Sequence[str]) -> list[str]:
+    """Return the key beside an unknown section that it may have meant; [] where none has a name like it."""
+    *parents, name = path
+    if len(name) > _LONGEST_KEY:
+        return []
+    near = difflib.get_close_matches(name, keys_of(parents), n=1, cutoff=_NEAR_SECTION)
+    return [".".join([*parents, key]) for key in near]
+
+
+def kind_of(path: Sequence[str]) -> Any:
+    """Return the type of the value at a dotted key, Any in a free mapping, None for an unknown key."""
+    kind: Any = Config
+    for part in path:
+        kind = type_below(kind, part)
+    return kind
+
+
+def keys_of(path: Sequence[str]) -> list[str]:
+    """Return the names in a section; [] where there is no such section, or one whose names are free."""
+    return [key for option in options(kind_of(path)) if is_section(option) for key in _fields(option)]
+
+
+def _most_alike(name: str, keys: Sequence[str], cutoff: float, num_words: int) -> list[str]:
+    near = [(key, form) for key in keys for form in _forms(key) if _is_near(name, form, cutoff, num_words)]
+    best = max((_likeness(name, form) for _, form in near), default=0.0)
+    return [key for key, form in near if _likeness(name, form) == best]
+
+
+def _is_near(name: str, form: str, cutoff: float, num_words: int) -> bool:
+    """Return True for names with nearly the same letters, or with so many words in common that these are at least half."""
+    words, others = set(name.split("_")), set(form.split("_"))
+    shared = len(words & others)
+    return num_words <= shared >= len(words | others) / 2 or _likeness(name, form) >= cutoff
 
 
 def _likeness(a: str, b: str) -> float:
@@ -117,13 +149,6 @@ def _forms(key: str) -> list[str]:
     """`algo.kl.coef` as people write its end: coef, kl_coef."""
     parts = key.split(".")
     return ["_".join(parts[-count:]) for count in (1, 2) if count <= len(parts)]
-
-
-def _keys_of(path: Sequence[str]) -> list[str]:
-    kind: Any = Config
-    for part in path:
-        kind = type_below(kind, part)
-    return [key for option in options(kind) if is_section(option) for key in _fields(option)]
 
 
 @cache

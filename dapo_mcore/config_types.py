@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+from types import NoneType
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 _LONGEST_NAME = 128
 _LONGEST_PART = 255
+_WORDS_FOR_NULL = ("none", "off")
 _VARIABLE = re.compile(r"\$(?:\{(\w*)\}|(\w+))", re.ASCII)
 
 
@@ -25,12 +27,25 @@ class Section(BaseModel):
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic takes true for 1, and YAML takes yes and on for true."""
-        if isinstance(value, bool):
-            kind = cls.model_fields[str(info.field_name)].annotation
-            kinds = set(get_args(kind) or [kind])
-            if kinds & {int, float} and bool not in kinds:
-                raise ValueError("Input should be a number, not true or false")
+        kinds = cls._kinds(info)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("Input should be a number, not true or false")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_words_for_null(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML takes `none` for a text, which a text field would keep, and `off` for false."""
+        kinds = cls._kinds(info)
+        off = value.lower() in _WORDS_FOR_NULL if isinstance(value, str) else value is False and bool not in kinds
+        if off and NoneType in kinds:
+            raise ValueError("only null turns it off or leaves it unset")
+        return value
+
+    @classmethod
+    def _kinds(cls, info: ValidationInfo) -> set[Any]:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        return set(get_args(kind) or [kind])
 
 
 class Prose:

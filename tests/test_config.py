@@ -89,12 +89,31 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message
         ("temperature=1", "unknown key 'temperature'; did you mean 'rollout.temperature' or 'eval.temperature'?"),
         ("checkpoint.save_every=1", "unknown key 'checkpoint.save_every'; did you mean 'checkpoint.every'?"),
         ("trainer.save_freq=1", "unknown key 'trainer.save_freq'; did you mean 'checkpoint.every'?"),
+        ("data.train_files=a", "unknown key 'data.train_files'; did you mean 'data.files'?"),
+        ("max_response_length=1", "unknown key 'max_response_length'; did you mean 'rollout.max_response_tokens'?"),
+        (
+            "tensor_parallel_size=2",
+            "did you mean 'parallel.tensor_parallel' or 'rollout.sglang.tensor_parallel'?",
+        ),
         ("eval.sets.aime.group_size=1", "unknown key 'eval.sets.aime.group_size'; did you mean 'rollout.group_size'?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(file, [override])
+
+
+def test_each_key_of_an_unknown_section_is_named(file: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(
+            file, ["actor_rollout_ref={rollout: {n: 8, top_k: 3}, actor: {optim: {clip_grad: 1}}}", "sampler={}"]
+        )
+    assert str(error.value).splitlines() == [
+        "unknown key 'actor_rollout_ref.rollout.n'; did you mean 'rollout.group_size'?",
+        "unknown key 'actor_rollout_ref.rollout.top_k'; did you mean 'rollout.top_k'?",
+        "unknown key 'actor_rollout_ref.actor.optim.clip_grad'; did you mean 'optimizer.clip_grad'?",
+        "unknown key 'sampler'; did you mean 'sampling'?",
+    ]
 
 
 def test_every_bad_key_is_named_at_once(file: Path) -> None:
