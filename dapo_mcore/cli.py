@@ -120,8 +120,9 @@ def _explain(args: argparse.Namespace) -> int:
     prompt, columns = _row(args.row)
     messages = prompt if isinstance(prompt, list) else None
     attempt = Attempt(str(prompt), text, args.answer, extra=columns, messages=messages)
-    lines = explain(attempt, args.function, args.adapter, args.strict_box)
-    print("\n".join(lines + explain_other(attempt, args.function)))
+    block = explain(attempt, args.function, args.adapter, args.strict_box)
+    other = explain_other(attempt, args.function)
+    print("\n".join([*block, "", *other] if other else block))
     return 0
 
 

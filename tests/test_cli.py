@@ -70,9 +70,9 @@ def test_reward_explain_reads_the_response_from_standard_input(
     monkeypatch.setattr(sys, "stdin", io.StringIO("so\nAnswer: 7\n"))
     assert main(["reward-explain", "--answer", "7"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[-2] == "score       +1 (right)" and shown[-1].startswith("math_verify ")
+    assert shown[5:7] == ["  score       +1 (right)", ""] and shown[7].startswith("math_verify, for comparison")
     assert main(["reward-explain", "--answer", "7", "--text", "\\boxed{8}", "--strict-box"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2] == "score       -1 (wrong)"
+    assert capsys.readouterr().out.splitlines()[5] == "  score       -1 (wrong)"
 
 
 def test_reward_explain_hands_over_the_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_reward_explain_hands_over_the_row(capsys: pytest.CaptureFixture[str]) -
         "trl",
     ]
     assert main([*argv, "--row", row]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "score       +1 (right)"
+    assert capsys.readouterr().out.splitlines()[-1] == "  score       +1 (right)"
 
 
 def test_every_subcommand_has_help(capsys: pytest.CaptureFixture[str]) -> None:

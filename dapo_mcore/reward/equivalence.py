@@ -14,10 +14,7 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from dapo_mcore.reward import math_answer
-from dapo_mcore.reward.math_answer import INVALID, MathScore
-
-_WINDOW = 2000
-"""Characters of a response, from its end, that are searched for an answer; a longer truth is only compared as text."""
+from dapo_mcore.reward.math_answer import INVALID, VALUE_WINDOW, MathScore
 
 # They would warn at every call that their alarm, which needs the main thread and a loop in Python, is off.
 for _name in ("math_verify.parser", "math_verify.grader"):
@@ -34,7 +31,9 @@ def compute_score(solution_str: str, ground_truth: str) -> MathScore:
     exact = math_answer.compute_score(solution_str, ground_truth)
     if exact["acc"]:
         return exact
-    answer = _parsed(solution_str[-_WINDOW:], (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()))
+    answer = _parsed(
+        solution_str[-VALUE_WINDOW:], (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    )
     acc = bool(answer) and verify(_parsed_truth(ground_truth), answer, timeout_seconds=None)
     return {"score": 1.0 if acc else -1.0, "acc": acc, "pred": str(answer[-1]) if answer else INVALID}
 
@@ -42,7 +41,7 @@ def compute_score(solution_str: str, ground_truth: str) -> MathScore:
 @lru_cache(maxsize=1024)
 def _parsed_truth(ground_truth: str) -> list[Any]:
     """A group's samples share one truth."""
-    if len(ground_truth) > _WINDOW:
+    if len(ground_truth) > VALUE_WINDOW:
         return []
     return _parsed(f"\\boxed{{{ground_truth}}}", (LatexExtractionConfig(),))
 

@@ -9,43 +9,51 @@ import re
 
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
-from dapo_mcore.reward.math_answer import _ANSWER_WINDOW, _BOX_WINDOW, ANSWER, last_boxed, normalize_answer
+from dapo_mcore.reward.math_answer import (
+    _ANSWER_WINDOW,
+    _BOX_WINDOW,
+    ANSWER,
+    INVALID,
+    VALUE_WINDOW,
+    compute_score,
+    last_boxed,
+    normalize_answer,
+)
 from dapo_mcore.reward.plugins import build_judge
 from dapo_mcore.reward.pool import RewardPool
 
 _DEADLINE_S = 30.0
-
-
+_LONGEST_QUOTE = 300
 _GRADERS = ("math_dapo", "math_verify")
 
 
 def explain(
     attempt: Attempt, function: str = "math_dapo", adapter: str = "verl", strict_box: bool = False
 ) -> list[str]:
-    """Return lines that say what was looked at, what matched, what was compared, and the score.
+    """Return a block of lines: the rule, and below it what it looked at, matched and compared, and the score.
 
     Of a user's function only the outcome is known. Raise RewardError when it cannot be loaded.
     """
     outcome = _grade(attempt, function, adapter, strict_box)
     if function not in _GRADERS:
-        lines = [f"function    {function}, called as {adapter}", f"prediction  {outcome.pred!r}"]
-    else:
-        shown = _explain_box if strict_box and function == "math_dapo" else _explain_answer
-        lines = shown(attempt.response, attempt.answer)
-    note = " (reward.on_failure decides what a run does with it)" if outcome.failure else ""
-    return [*lines, f"score       {_verdict(outcome)}{note}"]
+        return _block(f"{function}, called as {adapter}", _outcome_lines(attempt, outcome), outcome)
+    if function == "math_verify":
+        return _block(function, _value_lines(attempt, outcome), outcome)
+    if strict_box:
+        return _block(f"{function} with strict_box", _box_lines(attempt.response, attempt.answer), outcome)
+    return _block(function, _text_lines(attempt.response, attempt.answer), outcome)
 
 
 def explain_other(attempt: Attempt, function: str) -> list[str]:
-    """Return a line with the verdict of the built-in grader that `function` is not; none for a user's function."""
+    """Return the block of the built-in grader that `function` is not, one line where it is missing; none for a user's."""
     if function not in _GRADERS:
         return []
     (other,) = set(_GRADERS) - {function}
     try:
-        outcome = _grade(attempt, other, adapter="verl", strict_box=False)
-    except RewardError as error:
-        return [f"{other:<11} {error}"]
-    return [f"{other:<11} {_verdict(outcome)}, prediction {outcome.pred!r}"]
+        heading, *lines = explain(attempt, other)
+    except RewardError:
+        return [f"{other}, for comparison: not installed here; pip install 'math-verify[antlr4_13_2]' adds it"]
+    return [f"{heading}, for comparison", *lines]
 
 
 def _grade(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> Outcome:
@@ -60,29 +68,56 @@ def _grade(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> O
     return outcome
 
 
+def _block(heading: str, lines: list[str], outcome: Outcome) -> list[str]:
+    return [heading, *(f"  {line}" for line in [*lines, f"score       {_verdict(outcome)}"])]
+
+
 def _verdict(outcome: Outcome) -> str:
     if outcome.failure is not None:
-        return f"none: {outcome.failure}"
+        return f"none: {outcome.failure} (reward.on_failure decides what a run does with it)"
     return f"{outcome.score:+g} ({'right' if outcome.acc else 'wrong'})"
 
 
-def _explain_answer(response: str, ground_truth: str) -> list[str]:
-    matches = list(ANSWER.finditer(response[-_ANSWER_WINDOW:]))
-    lines = [_looked_at(response, _ANSWER_WINDOW)]
-    if not matches:
-        earlier = len(ANSWER.findall(response))
-        hint = f"; {earlier} earlier, outside the window" if earlier else ""
-        return [*lines, f"matched     no `Answer: …` in the window{hint}", f"truth       {ground_truth!r}"]
-    found = matches[-1].group(1)
+def _outcome_lines(attempt: Attempt, outcome: Outcome) -> list[str]:
+    prediction = f"{outcome.pred!r}" if outcome.pred else "none told"
+    return [f"prediction  {prediction}", f"truth       {attempt.answer!r}"]
+
+
+def _value_lines(attempt: Attempt, outcome: Outcome) -> list[str]:
+    """Lines of math_verify, which has told what it took: its process holds the rest."""
+    found = None if outcome.failure or outcome.pred == INVALID else outcome.pred
+    if compute_score(attempt.response, attempt.answer)["acc"]:
+        matched, how = "what math_dapo takes", "compared as text, as in math_dapo"
+    elif found is not None:
+        matched, how = "the last box, else the last formula or number", "compared by value"
+    else:
+        matched, how = "unknown" if outcome.failure else "no box, formula or number", ""
     return [
-        *lines,
-        f"matched     {_count(len(matches), '`Answer: …` line')}, the last is taken: {found!r}",
-        f"prediction  {found!r} -> {normalize_answer(found)!r}",
+        _looked_at(attempt.response, VALUE_WINDOW),
+        f"matched     {matched}" + (f": {found!r}" if found is not None else ""),
+        f"prediction  {found!r} ({how})" if found is not None else "prediction  none",
+        f"truth       {attempt.answer!r}",
+    ]
+
+
+def _text_lines(response: str, ground_truth: str) -> list[str]:
+    matches = ANSWER.findall(response[-_ANSWER_WINDOW:])
+    if matches:
+        matched = f"{_count(len(matches), '`Answer: …` line')}, the last is taken: {matches[-1]!r}"
+        prediction = f"{matches[-1]!r} -> {normalize_answer(matches[-1])!r}"
+    else:
+        earlier = len(ANSWER.findall(response))
+        matched = "no `Answer: …` in the window" + (f"; {earlier} earlier, outside the window" if earlier else "")
+        prediction = "none"
+    return [
+        _looked_at(response, _ANSWER_WINDOW),
+        f"matched     {matched}",
+        f"prediction  {prediction}",
         f"truth       {ground_truth!r} -> {normalize_answer(ground_truth)!r}",
     ]
 
 
-def _explain_box(response: str, ground_truth: str) -> list[str]:
+def _box_lines(response: str, ground_truth: str) -> list[str]:
     window = response[-_BOX_WINDOW:]
     found, opened = last_boxed(window), len(re.findall(r"\\boxed\{", window))
     if found is None:
@@ -92,13 +127,16 @@ def _explain_box(response: str, ground_truth: str) -> list[str]:
     return [
         _looked_at(response, _BOX_WINDOW),
         f"matched     {matched}",
-        f"prediction  {found!r} (compared literally)",
+        "prediction  none" if found is None else f"prediction  {found!r} (compared literally)",
         f"truth       {ground_truth!r}",
     ]
 
 
 def _looked_at(response: str, window: int) -> str:
-    return f"looked at   the last {min(window, len(response))} of {len(response)} characters: {response[-window:]!r}"
+    seen = response[-window:]
+    much = f"the last {window} of {len(response)}" if len(response) > window else f"all {len(response)}"
+    ends = ", which end with" if len(seen) > _LONGEST_QUOTE else ""
+    return f"looked at   {much} characters{ends}: {seen[-_LONGEST_QUOTE:]!r}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -20,6 +20,8 @@ ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 INVALID = "[INVALID]"
 _ANSWER_WINDOW = 300  # characters; the longest answer of MATH-500 has 159
 _BOX_WINDOW = 100
+VALUE_WINDOW = 2000
+"""Characters of a response, from its end, that math_verify searches for an answer; a longer truth it compares as text only."""
 
 # Applied in this order: the articles need the spaces, which a later entry removes.
 _REPLACED = (

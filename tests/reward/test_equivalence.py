@@ -55,10 +55,11 @@ def test_a_computation_without_end_is_killed_at_the_deadline(pool: RewardPool):
 def test_the_explanation_shows_both_graders():
     pytest.importorskip("math_verify", reason="needs math-verify: pip install 'dapo_mcore[math]'")
     attempt = Attempt("", "Answer: 18.0", "18")
-    assert explain(attempt)[-1] == "score       -1 (wrong)"
-    assert explain_other(attempt, "math_dapo") == ["math_verify +1 (right), prediction '18.0'"]
-    assert explain(attempt, "math_verify")[-1] == "score       +1 (right)"
-    assert explain_other(attempt, "math_verify") == ["math_dapo   -1 (wrong), prediction '18.0'"]
+    by_text, by_value = explain(attempt), explain(attempt, "math_verify")
+    assert (by_text[-1], by_value[-1]) == ("  score       -1 (wrong)", "  score       +1 (right)")
+    assert by_value[3] == "  prediction  '18.0' (compared by value)"
+    assert explain_other(attempt, "math_dapo") == ["math_verify, for comparison", *by_value[1:]]
+    assert explain_other(attempt, "math_verify") == ["math_dapo, for comparison", *by_text[1:]]
     assert explain_other(attempt, "some.module:function") == []
 
 

@@ -6,9 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.reward.attempt import Attempt
-from dapo_mcore.reward.explain import explain
-from dapo_mcore.reward.math_answer import compute_score
+from dapo_mcore.errors import RewardError
+from dapo_mcore.reward.attempt import Attempt, Outcome
+from dapo_mcore.reward.explain import explain, explain_other
+from dapo_mcore.reward.math_answer import INVALID, compute_score
+
+
+class FakePool:
+    """A pool whose grader always gives `outcome`."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    def score(self, attempts: list[Attempt]) -> list[Outcome]:
+        return [self.outcome for _ in attempts]
+
+    def close(self) -> None: ...
 
 
 def attempt(response: str, answer: str) -> Attempt:
@@ -18,19 +31,20 @@ def attempt(response: str, answer: str) -> Attempt:
 def test_the_last_answer_is_named_with_both_normal_forms() -> None:
     lines = explain(attempt("Answer: 3\nwait. Answer: $x = \\frac12$", "\\frac{1}{2}"))
     assert lines == [
-        "looked at   the last 37 of 37 characters: 'Answer: 3\\nwait. Answer: $x = \\\\frac12$'",
-        "matched     2 `Answer: …` lines, the last is taken: '$x = \\\\frac12$'",
-        "prediction  '$x = \\\\frac12$' -> '\\\\frac{1}{2}'",
-        "truth       '\\\\frac{1}{2}' -> '\\\\frac{1}{2}'",
-        "score       +1 (right)",
+        "math_dapo",
+        "  looked at   all 37 characters: 'Answer: 3\\nwait. Answer: $x = \\\\frac12$'",
+        "  matched     2 `Answer: …` lines, the last is taken: '$x = \\\\frac12$'",
+        "  prediction  '$x = \\\\frac12$' -> '\\\\frac{1}{2}'",
+        "  truth       '\\\\frac{1}{2}' -> '\\\\frac{1}{2}'",
+        "  score       +1 (right)",
     ]
 
 
 def test_an_answer_before_the_window_is_pointed_out() -> None:
     lines = explain(attempt("Answer: 3\n" + "x" * 300, "3"))
-    assert "the last 300 of 310 characters" in lines[0]
-    assert lines[1] == "matched     no `Answer: …` in the window; 1 earlier, outside the window"
-    assert lines[-1] == "score       -1 (wrong)"
+    assert "the last 300 of 310 characters" in lines[1]
+    assert lines[2] == "  matched     no `Answer: …` in the window; 1 earlier, outside the window"
+    assert lines[-1] == "  score       -1 (wrong)"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +57,7 @@ def test_an_answer_before_the_window_is_pointed_out() -> None:
 )
 def test_the_strict_box_says_which_box_counts(response: str, matched: str) -> None:
     lines = explain(attempt(response, "3"), strict_box=True)
-    assert f"matched     {matched}" in lines
+    assert lines[0] == "math_dapo with strict_box" and f"  matched     {matched}" in lines
 
 
 @pytest.mark.parametrize("response", ["Answer: 3", "Answer: 4", "3", "\\boxed{3}", "", "Answer: 3\n" + "y" * 400])
@@ -51,7 +65,7 @@ def test_the_strict_box_says_which_box_counts(response: str, matched: str) -> No
 def test_the_verdict_is_the_reward_functions(response: str, strict_box: bool) -> None:
     expected = compute_score(response, "3", strict_box)
     assert explain(attempt(response, "3"), strict_box=strict_box)[-1].startswith(
-        f"score       {expected['score']:+g} ("
+        f"  score       {expected['score']:+g} ("
     )
 
 
@@ -60,5 +74,26 @@ def test_a_users_function_shows_its_outcome_or_its_failure(tmp_path: Path) -> No
         "def length(data_source, solution_str, ground_truth, extra_info):\n    return 10 / len(solution_str)\n"
     )
     spec = f"{tmp_path / 'mine.py'}:length"
-    assert explain(attempt("12345", "3"), spec)[-1] == "score       +2 (right)"
+    assert explain(attempt("12345", "3"), spec)[-1] == "  score       +2 (right)"
     assert "none: exception: ZeroDivisionError" in explain(attempt("", "3"), spec)[-1]
+
+
+def test_a_grader_that_is_missing_is_one_line_without_the_words_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RewardError("reward.function math_verify needs the package math-verify")
+
+    monkeypatch.setattr("dapo_mcore.reward.explain.RewardPool", refuse)
+    (line,) = explain_other(attempt("Answer: 18.0", "18"), "math_dapo")
+    assert line == "math_verify, for comparison: not installed here; pip install 'math-verify[antlr4_13_2]' adds it"
+
+
+@pytest.mark.parametrize("response", ["Answer: 3", "3", "", "\\boxed{3}"])
+def test_every_block_has_the_same_layout(response: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = attempt(response, "3")
+    blocks = [explain(asked), explain(asked, strict_box=True)]
+    for outcome in (Outcome(1.0, True, "3"), Outcome(-1.0, False, INVALID), Outcome(failure="timeout")):
+        monkeypatch.setattr("dapo_mcore.reward.explain.RewardPool", lambda *_, result=outcome, **__: FakePool(result))
+        blocks.append(explain_other(asked, "math_dapo"))
+    assert [block[0] for block in blocks[1:]] == ["math_dapo with strict_box", *["math_verify, for comparison"] * 3]
+    labels = ["  looked at   ", "  matched     ", "  prediction  ", "  truth       ", "  score       "]
+    assert [[line[:14] for line in block[1:]] for block in blocks] == [labels] * 5
