@@ -26,7 +26,7 @@ from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.config import Config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
 from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.ending import Ending, Following, Interrupted
+from dapo_mcore.ending import Ending, Following, Interrupted, nothing_begun
 from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.launcher import patience, watch_launcher
@@ -44,8 +44,9 @@ def train(config: Config) -> None:
 
     Raises Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see ending.py).
     """
-    layout = layouts.start(config.parallel, config.seed)
-    ending = _ending(config, layout)
+    with nothing_begun():  # ranks wait here for each other
+        layout = layouts.start(config.parallel, config.seed)
+        ending = _ending(config, layout)
     try:
         with ending:
             watch_launcher(os.environ, lambda: ending.end_now("torchrun is gone, so its ranks end"))
