@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dapo_mcore.config import Config
-from dapo_mcore.config_file import dump_config, load_config, repeated_overrides
+from dapo_mcore.config.file import dump_config, load_config, repeated_overrides
+from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError, DapoError, DataError
 
 
@@ -72,7 +72,7 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _dry_run(config: Config, processes: int | None) -> list[str]:
-    import dapo_mcore.environment  # noqa: F401  before torch is imported
+    import dapo_mcore.process.environment  # noqa: F401  before torch is imported
     from dapo_mcore.preflight import check_contents, check_run, describe_step
 
     check_run(config, processes)

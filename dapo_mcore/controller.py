@@ -17,27 +17,27 @@ from typing import Any
 import psutil
 
 from dapo_mcore.batch.collate import to_train_batch
-from dapo_mcore.config import Config
-from dapo_mcore.config_file import dump_config, record_config
+from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
+from dapo_mcore.checkpoint.run_state import TrainState
+from dapo_mcore.config.file import dump_config, record_config
+from dapo_mcore.config.schema import Config
 from dapo_mcore.data.loader import PromptLoader
-from dapo_mcore.data.model_folder import stop_token_ids
 from dapo_mcore.data.run_data import load_run_data
 from dapo_mcore.eval import EvalResult, evaluate
+from dapo_mcore.model_files.hf_config import stop_token_ids
+from dapo_mcore.model_files.hf_folder import check_replaceable, exported_step
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.plots import plot_run
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.samples import write_answers, write_samples
 from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
 from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.process.run_lock import LOCK
 from dapo_mcore.reward.scorer import build_reward
-from dapo_mcore.rollout.ahead import Ahead
 from dapo_mcore.rollout.build import SERVERS, build_engine
-from dapo_mcore.rollout.sampler import Collected, NothingVaries, Sampler, SamplerState
-from dapo_mcore.run_lock import LOCK
+from dapo_mcore.rollout.sampling.ahead import Ahead
+from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
 from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
-from dapo_mcore.weights.checkpoint_folder import latest_checkpoint, step_of
-from dapo_mcore.weights.hf_io import check_replaceable, exported_step
-from dapo_mcore.weights.run_state import TrainState
 
 GIB = 2**30
 

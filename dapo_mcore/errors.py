@@ -28,7 +28,7 @@ class RolloutError(DapoError):
 
 
 class UpdateBroken(RolloutError):
-    """A weight update has reached no server, but some can take another: all ranks repeat it (weights/sync.py)."""
+    """A weight update has reached no server, but some can take another: all ranks repeat it (actor/weight_stream.py)."""
 
 
 class TrainingError(DapoError):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dapo_mcore.config import EvalConfig
+from dapo_mcore.config.schema import EvalConfig
 from dapo_mcore.errors import DataError
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.rollout.respond import Decode, Responder
+from dapo_mcore.rollout.sampling.respond import Decode, Responder
 from dapo_mcore.types import Group, Prompt, RewardFunction, RolloutEngine, Sample, SamplingParams
 
 

@@ -12,6 +12,7 @@ rollout.sglang.colocated:
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,13 +20,15 @@ from threading import Thread, current_thread, main_thread
 from typing import TypeVar
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.memory import ActorMemory
+from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.actor.weight_stream import WeightStream
 from dapo_mcore.errors import UpdateBroken
-from dapo_mcore.types import ColocatedEngine, ContinuousEngine, RolloutEngine
-from dapo_mcore.weights.sync import WeightStream, sync_weights
+from dapo_mcore.types import ColocatedEngine, ContinuousEngine, ReceivingEngine, RolloutEngine
 
 T = TypeVar("T")
+REPEATS = 2
+"""Of a sync that broke off: a third failure in a row is no accident."""
 
 
 class Handover:
@@ -171,3 +174,31 @@ class Handover:
 
     def _on_engine(self, action: Callable[[ColocatedEngine], T]) -> T | None:
         return self._layout.on_controller_or_raise(lambda: action(self._engine) if self._engine is not None else None)
+
+
+def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: int) -> None:
+    """Gives the engine on rank 0 the actor's current weights as `version`. Every rank must call it.
+
+    Repeated up to REPEATS times when the engine says that another try may succeed. Other errors are raised on rank 0.
+    Collective: the stream's messages, and a broadcast over the control group.
+    """
+    problem: Exception | None = None
+    for repeats_left in reversed(range(1 + REPEATS)):
+        problem = _give(stream, engine, version)
+        again = isinstance(problem, UpdateBroken) and repeats_left > 0
+        if not stream.layout.broadcast_object(again):
+            break
+    if problem is not None:
+        raise problem
+
+
+def _give(stream: WeightStream, engine: RolloutEngine | None, version: int) -> Exception | None:
+    """What went wrong at the engine, so that every rank can be told first."""
+    if engine is None:
+        deque(stream(), maxlen=0)
+        return None
+    try:
+        engine.update_weights(stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream(), version)
+    except Exception as error:
+        return error
+    return None

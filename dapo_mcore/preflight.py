@@ -11,13 +11,13 @@ import os
 import shutil
 from pathlib import Path
 
-from dapo_mcore.config import Config, DataConfig
+from dapo_mcore.checkpoint.run_folder import latest_checkpoint
+from dapo_mcore.config.schema import Config, DataConfig
 from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError
-from dapo_mcore.launcher import check_launcher
 from dapo_mcore.observe.sinks import check_wandb
+from dapo_mcore.process.launcher import check_launcher
 from dapo_mcore.reward.plugins import build_judge
-from dapo_mcore.weights.checkpoint_folder import latest_checkpoint
 
 _MOST_ROWS = 1000
 
@@ -41,10 +41,10 @@ def check_contents(config: Config) -> list[str]:
     Looks into what a run reads whole as it starts: rows, the headers of weights, the reward function, and the checkpoint
     that it would resume.
     """
-    from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
+    from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
-    from dapo_mcore.weights.hf_io import open_stored
-    from dapo_mcore.weights.stored_checkpoint import check_stored
+    from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
+    from dapo_mcore.model_files.hf_folder import open_stored
 
     hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
     check_tokenizer_fits(tokenizer, hf_config)
@@ -66,7 +66,7 @@ def check_files_of(config: Config) -> None:
     """Raise a DapoError for files that are named but not there, and for a launcher's variables that make no job."""
     check_launcher(os.environ)
     if not Path(config.model.path, "config.json").is_file():
-        from dapo_mcore.data.model_folder import load_hf_config
+        from dapo_mcore.model_files.hf_config import load_hf_config
 
         load_hf_config(config.model)  # which says what is wrong with the folder
     for name, section in _data_sections(config).items():
@@ -118,10 +118,15 @@ def _load_reward(config: Config) -> None:
 
 
 def _check_model(config: Config, processes: int | None) -> None:
-    from dapo_mcore.actor.architecture import read_architecture
-    from dapo_mcore.actor.megatron_fields import check_fields
-    from dapo_mcore.actor.mesh import check_mesh, data_parallel_size, expert_data_parallel_size, fewest_processes
-    from dapo_mcore.data.model_folder import load_hf_config
+    from dapo_mcore.actor.model.megatron_fields import check_fields
+    from dapo_mcore.actor.parallel.mesh import (
+        check_mesh,
+        data_parallel_size,
+        expert_data_parallel_size,
+        fewest_processes,
+    )
+    from dapo_mcore.architecture.reader import read_architecture
+    from dapo_mcore.model_files.hf_config import load_hf_config
 
     architecture = read_architecture(load_hf_config(config.model), config.longest_sequence)
     check_mesh(architecture, config.parallel)

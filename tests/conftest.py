@@ -1,11 +1,14 @@
-"""For every test: threads, signals, the mode of Triton kernels, and optional real data, which is not part of this repository."""
+"""For every test: threads, signals, the mode of Triton kernels, small model folders, and optional real data, which is not part
+of this repository."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +37,40 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of characters, small enough to read: tests/model_files/character_model.py."""
+    from tests.model_files.character_model import CONFIG, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_tokenizer(folder, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path):
+    from dapo_mcore.config.schema import ModelConfig
+    from dapo_mcore.model_files.hf_config import load_tokenizer
+
+    return load_tokenizer(ModelConfig(path=str(model_folder)))
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """hf_folder(family, dtype, …) → a folder by transformers, with tokenizer files put beside. Do not write into it."""
+    from tests.model_files.zoo import TEXTS, save_model
+
+    made: dict[Any, Path] = {}
+
+    def folder_of(name: str, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Path:
+        key = (name, dtype, shard, *changes.items())
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp(name) / "hf", name, dtype, shard, **changes)
+            for file, text in TEXTS.items():
+                (made[key] / file).write_text(text)
+        return made[key]
+
+    return folder_of

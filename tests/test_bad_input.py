@@ -165,7 +165,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dapo_mcore.config_file import load_config
+    from dapo_mcore.config.file import load_config
 
     (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbf" + BASE.encode())
     assert load_config(tmp_path / "run.yaml").model.path == "model"

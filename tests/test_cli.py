@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore.cli import COMMANDS, main
-from dapo_mcore.config_file import load_config
+from dapo_mcore.config.file import load_config
 
 CONFIG = "model: {path: model}\ndata: {files: [train.jsonl]}\n"
 

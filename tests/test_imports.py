@@ -17,51 +17,40 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "dapo_mcore": 0,
     "dapo_mcore.errors": 0,
-    "dapo_mcore.config": 0,
-    "dapo_mcore.config_file": 0,
-    "dapo_mcore.config_sglang": 0,
-    "dapo_mcore.config_rules": 0,
-    "dapo_mcore.config_schema": 0,
-    "dapo_mcore.config_types": 0,
-    "dapo_mcore.config_yaml": 0,
     "dapo_mcore.kernels": 0,
-    "dapo_mcore.ending": 0,
-    "dapo_mcore.exit_status": 0,
-    "dapo_mcore.launcher": 0,
-    "dapo_mcore.run_lock": 0,
+    "dapo_mcore.config": 0,
+    "dapo_mcore.process": 0,
+    "dapo_mcore.process.ray_cluster": 1,
     "dapo_mcore.types": 1,
-    "dapo_mcore.ray_cluster": 1,
+    "dapo_mcore.architecture": 1,
+    "dapo_mcore.model_files": 2,
     "dapo_mcore.data": 2,
     "dapo_mcore.reward": 2,
     "dapo_mcore.algo": 2,
     "dapo_mcore.batch": 2,
     "dapo_mcore.observe": 2,
-    "dapo_mcore.weights": 2,  # names, shapes and file formats; the modules that go further are named below
-    "dapo_mcore.rollout": 3,
     "dapo_mcore.actor": 3,
-    "dapo_mcore.weights.sync": 4,
-    "dapo_mcore.weights.checkpoint": 4,
-    "dapo_mcore.weights.hf_io": 4,
-    "dapo_mcore.weights.nearby": 4,
-    "dapo_mcore.weights.convert": 4,
-    "dapo_mcore.weights.verify": 4,
-    "dapo_mcore.weights.inspect": 4,
+    "dapo_mcore.rollout": 3,
+    "dapo_mcore.checkpoint": 4,
+    "dapo_mcore.convert": 4,
     "dapo_mcore.eval": 4,
-    "dapo_mcore.controller": 4,
     "dapo_mcore.handover": 4,
-    "dapo_mcore.warm_start": 4,
-    "dapo_mcore.plan": 4,
-    "dapo_mcore.preflight": 4,
-    "dapo_mcore.doctor": 4,
-    "dapo_mcore.environment": 0,
-    "dapo_mcore.train": 5,
-    "dapo_mcore.cli": 5,
+    "dapo_mcore.preflight": 5,
+    "dapo_mcore.controller": 5,
+    "dapo_mcore.warm_start": 5,
+    "dapo_mcore.train": 6,
+    "dapo_mcore.cli": 6,
 }
 """The longest matching prefix decides; a module of the top level must be named."""
 
-MEGATRON = ("dapo_mcore.actor", "dapo_mcore.weights.checkpoint", "dapo_mcore.weights.sync", "dapo_mcore.train")
+MEGATRON = (
+    "dapo_mcore.actor",
+    "dapo_mcore.checkpoint.checkpoint",
+    "dapo_mcore.actor.weight_stream",
+    "dapo_mcore.train",
+)
 SGLANG = ("dapo_mcore.rollout",)
-PARALLEL_STATE = ("dapo_mcore.actor.layout",)
+PARALLEL_STATE = ("dapo_mcore.actor.parallel.layout",)
 STRANGERS = (("dapo_mcore.actor", "dapo_mcore.rollout"), ("dapo_mcore.rollout", "dapo_mcore.actor"))
 FLOOR_0_PACKAGES = {"pydantic", "yaml", "dapo_mcore", *sys.stdlib_module_names}
 KERNEL_PACKAGES = {"torch", "triton", *sys.stdlib_module_names}
@@ -146,6 +135,22 @@ def violations(sources: Mapping[str, str], packages: frozenset[str] = frozenset(
     return found
 
 
+def two_way_folders(sources: Mapping[str, str], packages: frozenset[str]) -> list[str]:
+    """The pairs of folders that import each other. A folder's __init__ belongs to the folder; the top level is left out."""
+
+    def folder(module: str) -> str:
+        return module if module in packages else module.rpartition(".")[0]
+
+    arrows = set()
+    for module, source in sources.items():
+        for _, name in imports(module, source, module in packages):
+            target = name if name in sources else name.rpartition(".")[0]
+            if target in sources and folder(target) != folder(module):
+                arrows.add((folder(module), folder(target)))
+    top = {"", "dapo_mcore"}
+    return sorted(f"{a} and {b}" for a, b in arrows if (b, a) in arrows and a < b and not top & {a, b})
+
+
 def project() -> tuple[dict[str, str], frozenset[str]]:
     """{module name: source} of dapo_mcore and kernels, and which of the modules are packages."""
     sources, packages = {}, set()
@@ -165,6 +170,22 @@ def test_the_project_imports_only_downwards() -> None:
     assert violations(sources, packages) == []
 
 
+def test_no_two_folders_import_each_other() -> None:
+    assert two_way_folders(*project()) == []
+
+
+def test_two_folders_that_import_each_other_are_found() -> None:
+    packages = frozenset({"dapo_mcore.a", "dapo_mcore.b", "dapo_mcore.a.c"})
+    sources = dict.fromkeys(packages, "") | {
+        "dapo_mcore.a.x": "from dapo_mcore.b.y import f\nfrom dapo_mcore.a.c import z",
+        "dapo_mcore.b.y": "from dapo_mcore.a.c import z",
+        "dapo_mcore.a.c.z": "",
+    }
+    assert two_way_folders(sources, packages) == []
+    sources["dapo_mcore.a.c.z"] = "def f():\n    import dapo_mcore.b.y"
+    assert two_way_folders(sources, packages) == ["dapo_mcore.a.c and dapo_mcore.b"]
+
+
 @pytest.mark.parametrize(
     ("module", "source", "rule"),
     [
@@ -173,11 +194,11 @@ def test_the_project_imports_only_downwards() -> None:
         ("dapo_mcore.algo.loss", "from dapo_mcore import train", "nobody imports train"),
         ("dapo_mcore.cli", "import dapo_mcore.train", "nobody imports train"),
         ("dapo_mcore.algo.loss", "from megatron.core import tensor_parallel", "import megatron"),
-        ("dapo_mcore.weights.mapping", "from dapo_mcore.weights.sync import push", "floor 2 imports floor 4"),
-        ("dapo_mcore.weights.mapping", "from . import hf_io", "floor 2 imports floor 4"),
-        ("dapo_mcore.actor.step", "from dapo_mcore.rollout.sampler import Sampler", "never import each other"),
-        ("dapo_mcore.rollout.sampler", "import dapo_mcore.actor.actor", "never import each other"),
-        ("dapo_mcore.config", "import torch", "floor 0"),
+        ("dapo_mcore.architecture.mapping", "from dapo_mcore.actor import step", "floor 1 imports floor 3"),
+        ("dapo_mcore.architecture.mapping", "from ..data import rows", "floor 1 imports floor 2"),
+        ("dapo_mcore.actor.step", "from dapo_mcore.rollout.sampling.sampler import Sampler", "never import each other"),
+        ("dapo_mcore.rollout.sampling.sampler", "import dapo_mcore.actor.actor", "never import each other"),
+        ("dapo_mcore.config.schema", "import torch", "floor 0"),
         ("dapo_mcore.errors", "from megatron.core import x", "floor 0"),
         ("dapo_mcore.types", "from dapo_mcore.data.loader import Loader", "floor 1 imports floor 2"),
         ("dapo_mcore.eval", "import sglang.srt", "only rollout"),
@@ -197,9 +218,9 @@ def test_a_planted_violation_is_found(module: str, source: str, rule: str) -> No
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dapo_mcore.actor.layout", "from megatron.core import parallel_state"),
+        ("dapo_mcore.actor.parallel.layout", "from megatron.core import parallel_state"),
         ("dapo_mcore.actor.head", "from dapo_mcore.kernels.policy_head import head_logprobs"),
-        ("dapo_mcore.weights.sync", "from dapo_mcore.weights.mapping import table"),
+        ("dapo_mcore.actor.weight_stream", "from dapo_mcore.architecture.mapping import table"),
         ("dapo_mcore.kernels.policy_loss.kernel", "import torch\nimport triton\nfrom .reference import loss"),
         ("dapo_mcore.train", "from dapo_mcore.actor.actor import Actor\nimport megatron.core"),
         ("dapo_mcore.rollout.sglang", "import sglang"),

@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
 from dapo_mcore.cli import main
-from dapo_mcore.config_file import parse_config
+from dapo_mcore.config.file import parse_config
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.model_files.torch_dist import write_chunk, write_metadata
 from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.preflight import describe_step
-from dapo_mcore.weights.run_state import FORMAT, RunState, TrainState, write_state
-from dapo_mcore.weights.torch_dist import write_chunk, write_metadata
-from tests.data.conftest import CONFIG, write_tokenizer
+from tests.model_files.character_model import CONFIG, write_tokenizer
 from tests.test_bad_input import mistake
 
 ROOT = Path(__file__).parents[1]

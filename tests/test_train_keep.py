@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.rollout.sglang.versions import FIRST_WITH_RESUMPTION
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_RESUMPTION
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import real_python, real_version
 from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.config_sglang import SGLangConfig
-from dapo_mcore.rollout.sglang.servers import reserve_port
+from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.rollout.sglang.launch.servers import reserve_port
 from tests.rollout.sglang.serving import real_python
 from tests.test_train import ROOT, SMALL, task, torchrun  # noqa: F401  the fixture is used by name
 

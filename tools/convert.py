@@ -25,9 +25,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # a bare checkout works, too
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dapo_mcore import environment  # noqa: F401  (first: it sets what later imports read)
 from dapo_mcore.errors import DapoError
 from dapo_mcore.observe.byte_progress import ByteProgress
+from dapo_mcore.process import environment  # noqa: F401  (first: it sets what later imports read)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hf_to_mcore(arguments: argparse.Namespace) -> int:
-    from dapo_mcore.weights.convert import Cut, hf_to_mcore
+    from dapo_mcore.convert.convert import Cut, hf_to_mcore
 
     cut = Cut(
         arguments.tensor_parallel,
@@ -56,7 +56,7 @@ def hf_to_mcore(arguments: argparse.Namespace) -> int:
 
 
 def mcore_to_hf(arguments: argparse.Namespace) -> int:
-    from dapo_mcore.weights.convert import mcore_to_hf
+    from dapo_mcore.convert.convert import mcore_to_hf
 
     with ByteProgress("mcore-to-hf") as report:
         mcore_to_hf(arguments.mcore, arguments.out, report, int(arguments.shard_size * 1e9))
@@ -65,7 +65,7 @@ def mcore_to_hf(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from dapo_mcore.weights.verify import differences, manifest
+    from dapo_mcore.convert.verify import differences, manifest
 
     found = []
     for folder in (arguments.first, arguments.second):
@@ -92,7 +92,7 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
     """1 where the logits on the text choose another token anywhere."""
     if arguments.text is None:
         return 0
-    from dapo_mcore.weights.verify import logits_on_text
+    from dapo_mcore.convert.verify import logits_on_text
 
     first, second = (logits_on_text(folder, arguments.text) for folder in (arguments.first, arguments.second))
     if first.shape != second.shape:
@@ -107,7 +107,7 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    from dapo_mcore.weights.inspect import describe
+    from dapo_mcore.convert.inspect import describe
 
     print(describe(arguments.folder, every_tensor=arguments.tensors))
     return 0

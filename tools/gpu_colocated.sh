@@ -84,7 +84,7 @@ PY
 way() { # WAY
   local way=$1 start=$SECONDS status=0
   case $way in
-    ipc) "$python" -m pytest -q -m gpu tests/rollout/sglang/test_tensor.py >"$work/ipc.log" 2>&1 || status=$? ;;
+    ipc) "$python" -m pytest -q -m gpu tests/rollout/sglang/sync/test_tensor.py >"$work/ipc.log" 2>&1 || status=$? ;;
     fp8-*) train "$way" model.dtype=bf16 rollout.sglang.sync="${way#*-}" rollout.sglang.quantize=fp8 \
       "$(gpu 'disable-cuda-graph: true')" || status=$? ;;
     bf16-*) train "$way" model.dtype=bf16 rollout.sglang.sync="${way#*-}" "$(gpu 'disable-cuda-graph: true')" || status=$? ;;

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from dapo_mcore import config as settings
 from dapo_mcore.actor.head import Head
-from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.metrics import UpdateSums, token_sums
-from dapo_mcore.actor.model import PolicyModel, build_model
+from dapo_mcore.actor.model.policy import PolicyModel, build_model
 from dapo_mcore.actor.optimizer import Optimizer
+from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.skips import Skips
 from dapo_mcore.actor.step import Outcome, finalize_without_division, run_micro_batches
 from dapo_mcore.algo.correction import importance_weights
-from dapo_mcore.config import Config
+from dapo_mcore.architecture.mapping import WeightReader
+from dapo_mcore.architecture.shape import weight_shape
+from dapo_mcore.config import schema as settings
+from dapo_mcore.config.schema import Config
 from dapo_mcore.types import MicroBatch
-from dapo_mcore.weights.mapping import WeightReader
-from dapo_mcore.weights.shape import weight_shape
 
 
 class Actor:

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.model import PolicyModel
+from dapo_mcore.actor.model.policy import PolicyModel
 from dapo_mcore.actor.optimizer_state import Shard
 
 

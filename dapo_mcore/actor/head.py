@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from dapo_mcore.actor.layout import Layout
-from dapo_mcore.actor.model import PolicyModel
-from dapo_mcore.config import Config
+from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.config.schema import Config
 from dapo_mcore.kernels.policy_head import PolicyHeadOutput, linear_logprobs, linear_policy_loss
 from dapo_mcore.types import MicroBatch
 

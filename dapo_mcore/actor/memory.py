@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.layout import num_local_ranks
+from dapo_mcore.actor.parallel.layout import num_local_ranks
 from dapo_mcore.errors import ResourceError
 
 GIB = 2**30

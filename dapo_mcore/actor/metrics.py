@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dapo_mcore.actor.layout import Layout
+from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
 from dapo_mcore.kernels.policy_head import PolicyHeadOutput
 from dapo_mcore.types import MicroBatch

@@ -11,9 +11,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from dapo_mcore import config as settings
 from dapo_mcore.actor import optimizer_state
 from dapo_mcore.actor.optimizer_state import Shard
+from dapo_mcore.config import schema as settings
 
 
 class Optimizer:

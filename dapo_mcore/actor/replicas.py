@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from dapo_mcore.actor.layout import Layout
-from dapo_mcore.actor.model import PolicyModel
+from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.architecture.mapping import find_parameter
+from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.errors import TrainingError
-from dapo_mcore.weights.mapping import find_parameter
-from dapo_mcore.weights.shape import WeightShape
 
 _LOWEST = torch.iinfo(torch.int64).min + 1  # whose negative fits, too
 _SHOWN = 3

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dapo_mcore.actor.layout import Layout
+from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.batch.collate import select
 from dapo_mcore.batch.packing import micro_batch_ids, plan_micro_batches, split_mini_batches
-from dapo_mcore.config import Config
+from dapo_mcore.config.schema import Config
 from dapo_mcore.types import TrainBatch
 
 

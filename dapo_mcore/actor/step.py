@@ -17,9 +17,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from dapo_mcore.actor.attention import SequenceParams, plan_attention
-from dapo_mcore.actor.layout import Layout
-from dapo_mcore.actor.model import PolicyModel
+from dapo_mcore.actor.model.attention import SequenceParams, plan_attention
+from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.types import MicroBatch
 
 Outcome = dict[str, torch.Tensor]

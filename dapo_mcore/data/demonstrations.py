@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dapo_mcore.config import Config
+from dapo_mcore.config.schema import Config
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.data.rows import Row, read_rows
 from dapo_mcore.errors import DataError

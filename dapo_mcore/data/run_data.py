@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dapo_mcore.config import Config, DataConfig
+from dapo_mcore.config.schema import Config, DataConfig
 from dapo_mcore.data.demonstrations import Demonstration, load_demonstrations
-from dapo_mcore.data.model_folder import max_positions
 from dapo_mcore.data.prompts import PromptSet, load_prompts
 from dapo_mcore.errors import DataError
+from dapo_mcore.model_files.hf_config import max_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

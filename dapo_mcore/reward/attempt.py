@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_mcore.ending import Interrupted
+from dapo_mcore.process.signals import Interrupted
 
 LARGEST_SCORE = 1e30
 """Squares of a group's rewards stay finite in float64, and their advantages in float32."""

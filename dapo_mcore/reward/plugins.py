@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dapo_mcore.ending import Interrupted
 from dapo_mcore.errors import RewardError
+from dapo_mcore.process.signals import Interrupted
 from dapo_mcore.reward import math_answer
 from dapo_mcore.reward.attempt import Attempt, Judge, told
 

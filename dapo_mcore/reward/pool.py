@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from dapo_mcore.errors import RewardError
-from dapo_mcore.ray_cluster import without_ray
+from dapo_mcore.process.ray_cluster import without_ray
 from dapo_mcore.reward.attempt import Attempt, Outcome
 from dapo_mcore.reward.worker import LATE_EXIT_CODE
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dapo_mcore.errors import ConfigError, RewardError
-from dapo_mcore.ray_cluster import connect
+from dapo_mcore.process.ray_cluster import connect
 from dapo_mcore.reward.attempt import Attempt, Outcome
 from dapo_mcore.reward.pool import START_SECONDS, RewardPool
 

@@ -12,8 +12,8 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from dapo_mcore.config import Config
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.config.schema import Config
+from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
+from dapo_mcore.architecture.hf_views import hf_views
+from dapo_mcore.architecture.manifest import WeightManifest
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.draw import draw_tokens
-from dapo_mcore.rollout.limits import check_prompts
-from dapo_mcore.rollout.manifest import WeightManifest
+from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.types import Rollout, SamplingParams
-from dapo_mcore.weights.hf_views import hf_views
 
 # Dropping finished rows copies the whole cache, computing them wastes their share: copy once a quarter is finished.
 _COMPACT_BELOW = 0.75

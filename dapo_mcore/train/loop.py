@@ -16,37 +16,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dapo_mcore.actor import layout as layouts
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.layout import Layout
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.metrics import UpdateSums, update_metrics
+from dapo_mcore.actor.parallel import layout as layouts
+from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
-from dapo_mcore.config import Config
+from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from dapo_mcore.checkpoint.run_folder import latest_checkpoint
+from dapo_mcore.config.schema import Config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
-from dapo_mcore.data.model_folder import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.ending import Ending, Following, Interrupted, nothing_begun
 from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
-from dapo_mcore.launcher import patience, watch_launcher
+from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
+from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.run_lock import RunLock
+from dapo_mcore.process.launcher import patience, watch_launcher
+from dapo_mcore.process.run_lock import RunLock
+from dapo_mcore.process.signals import Ending, Following, Interrupted
 from dapo_mcore.warm_start import warm_start
-from dapo_mcore.weights.checkpoint import load_checkpoint, save_checkpoint
-from dapo_mcore.weights.checkpoint_folder import latest_checkpoint
-from dapo_mcore.weights.hf_io import open_weights, save_hf_folder
 
 
 def train(config: Config) -> None:
     """Run from start or resume to export. Every rank of the job must call it.
 
-    Raises Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see ending.py).
+    Raises Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see signals.py).
     """
-    with nothing_begun():  # ranks wait here for each other
-        layout = layouts.start(config.parallel, config.seed)
-        ending = _ending(config, layout)
+    layout = layouts.start(config.parallel, config.seed)
+    ending = _ending(config, layout)
     try:
         with ending:
             watch_launcher(os.environ, lambda: ending.end_now("torchrun is gone, so its ranks end"))

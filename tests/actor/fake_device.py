@@ -119,7 +119,7 @@ class FakeDevice(TorchFunctionMode):
 
 
 def _called_by_the_project() -> bool:
-    """Megatron's `cuda` is the CPU here (actor/cpu_device.py), so only the project's own word for the host counts."""
+    """Megatron's `cuda` is the CPU here (actor/parallel/cpu_device.py), so only the project's own word for the host counts."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__", "").startswith(("torch", __name__)):
         frame = frame.f_back

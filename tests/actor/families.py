@@ -1,6 +1,6 @@
 """Small random models of every family, made by transformers, and what they compute in fp64.
 
-Helpers of test_model.py. Weights and gradients go through save_pretrained, so they carry the names that real checkpoints
+Helpers of test_policy.py. Weights and gradients go through save_pretrained, so they carry the names that real checkpoints
 have on disk. Policies are filled from a converted folder, as tools/convert.py makes it; `megatron_part` turns HF tensors
 into a rank's Megatron tensors by a way of its own, not by weights/mapping, and must give the same.
 """
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dapo_mcore.weights.convert import Cut, hf_to_mcore
-from dapo_mcore.weights.job import NoReport
-from dapo_mcore.weights.megatron_io import MegatronReader
-from dapo_mcore.weights.shape import weight_shape
+from dapo_mcore.architecture.shape import weight_shape
+from dapo_mcore.convert.convert import Cut, hf_to_mcore
+from dapo_mcore.convert.job import NoReport
+from dapo_mcore.model_files.megatron_folder import MegatronReader
 from tests.actor import parity
 
 VOCAB = 61

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from dapo_mcore.config import Config
-from dapo_mcore.config_file import parse_config
+from dapo_mcore.config.file import parse_config
+from dapo_mcore.config.schema import Config
 from dapo_mcore.types import TrainBatch
 
 VOCAB, LAYERS, STEPS, LR = 61, 4, 3, 1e-3
@@ -245,7 +245,7 @@ def spawn(worker: Any, mesh: Mesh, *args: Any) -> list[Any]:
 def _enter(rank: int, worker: Any, mesh: Mesh, folder: str, args: tuple[Any, ...]) -> None:
     import torch.distributed as dist
 
-    from dapo_mcore.actor import layout as layouts
+    from dapo_mcore.actor.parallel import layout as layouts
 
     os.environ.update(LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -266,7 +266,7 @@ def build_actor(config: Config, layout: Any, family: str = "qwen2", tied: bool =
 
 def gather_named(actor: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Full HF-named tensors on rank 0 from local ones keyed like the policy's parameters."""
-    from dapo_mcore.weights.sync import WeightStream
+    from dapo_mcore.actor.weight_stream import WeightStream
 
     stream = WeightStream(actor.policy, actor.shape, actor.layout)
     names = actor.policy.global_parameter_names()

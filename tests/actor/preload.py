@@ -2,9 +2,6 @@
 
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import dapo_mcore.actor.learner
-import dapo_mcore.weights.checkpoint
-import dapo_mcore.weights.sync  # noqa: F401
-from dapo_mcore.actor import cpu_device
+from dapo_mcore.actor.parallel import cpu_device
 
 cpu_device.install_if_needed()

@@ -109,7 +109,7 @@ def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
 def go_on(actor: Any, mini_batch: Any) -> None:
     """A supervised step, the weight stream, and the memory away and back."""
     from dapo_mcore.actor.memory import ActorMemory
-    from dapo_mcore.weights.sync import WeightStream
+    from dapo_mcore.actor.weight_stream import WeightStream
 
     actor.update(mini_batch, supervised=True)
     memory, stream = ActorMemory(actor), WeightStream(actor.policy, actor.shape, actor.layout)

@@ -53,7 +53,7 @@ def compare(layout: Any, mesh: Mesh, overrides: dict[str, Any]) -> dict[str, Any
 
 
 def go_away_and_return(actor: Any, kept: memory.ActorMemory, told: dict[str, Any]) -> None:
-    from dapo_mcore.weights.sync import WeightStream
+    from dapo_mcore.actor.weight_stream import WeightStream
 
     stream = WeightStream(actor.policy, actor.shape, actor.layout)
     before = [(name, tensor.clone()) for name, tensor in stream()]

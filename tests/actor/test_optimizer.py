@@ -1,4 +1,4 @@
-"""Optimizer state of experts: saved by one mesh, continued by others. Dense models: tests/weights/test_checkpoint.py."""
+"""Optimizer state of experts: saved by one mesh, continued by others. Dense models: tests/checkpoint/test_checkpoint.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.actor import families, parity, test_model
+from tests.actor import families, parity
+from tests.actor.model import test_policy as test_model
 from tests.actor.parity import Mesh
 
 
@@ -40,10 +41,10 @@ def train(layout: Any, mesh: Mesh, problem: str, folder: str, action: str) -> li
 
 def train_one(layout: Any, mesh: Mesh, path: str, folder: Path, action: str, distributed: bool) -> list[float]:
     from dapo_mcore.actor.actor import Actor
-    from dapo_mcore.weights.checkpoint import load_checkpoint, save_checkpoint
-    from dapo_mcore.weights.megatron_io import MegatronReader
-    from dapo_mcore.weights.run_state import TrainState
-    from dapo_mcore.weights.shape import weight_shape
+    from dapo_mcore.architecture.shape import weight_shape
+    from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+    from dapo_mcore.checkpoint.run_state import TrainState
+    from dapo_mcore.model_files.megatron_folder import MegatronReader
 
     problem, run_dir = families.load_problem(path), folder / f"distributed_{distributed}"
     config = parity.make_config(mesh, optimizer__distributed=distributed)

@@ -14,7 +14,7 @@ from dapo_mcore.algo.correction import (
     mismatch_metrics,
     mismatch_stats,
 )
-from dapo_mcore.config_file import parse_config
+from dapo_mcore.config.file import parse_config
 from dapo_mcore.errors import ConfigError, RolloutError
 
 RATIOS = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import BloomConfig, Qwen2Config
 
-from dapo_mcore.config import Config
-from dapo_mcore.data.model_folder import max_positions
+from dapo_mcore.config.schema import Config
 from dapo_mcore.data.run_data import load_run_data
 from dapo_mcore.errors import ConfigError, DataError
+from dapo_mcore.model_files.hf_config import max_positions
 
 
 @pytest.fixture

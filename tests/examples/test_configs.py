@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.config_file import load_config
+from dapo_mcore.config.file import load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_mcore.ending import Ending, Interrupted
 from dapo_mcore.errors import RewardError
+from dapo_mcore.process.signals import Ending, Interrupted
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.plugins import build_judge, load_function
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.rollout.build import _placed
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.data.conftest import write_tokenizer
-from tests.weights.zoo import save_model
+from tests.model_files.character_model import write_tokenizer
+from tests.model_files.zoo import save_model
 
 CONVERT = Path(__file__).parents[2] / "tools" / "convert.py"
 TEXT = "Solve 12+345=; the Answer: x.\n"

@@ -1,6 +1,6 @@
 """The parts of an engine, from its settings: the way weights travel, the servers, and the fleet that they become.
 
-Change here: what a server must show before a run uses it. What becomes of it later is fleet.py.
+Change here: what a server must show before a run uses it. What becomes of it later is pool.py.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError
-from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer, check_sync_host
-from dapo_mcore.rollout.sglang.checksums import Checksums
-from dapo_mcore.rollout.sglang.disk import DiskTransfer
-from dapo_mcore.rollout.sglang.fleet import Fleet, Resync
-from dapo_mcore.rollout.sglang.http import HttpClient
-from dapo_mcore.rollout.sglang.member import Member, OwnedServer, Patience, wait_until_healthy
-from dapo_mcore.rollout.sglang.probe import probe, probe_router
-from dapo_mcore.rollout.sglang.ray_servers import start_ray_servers
-from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
-from dapo_mcore.rollout.sglang.servers import ServerPlan, start_servers
-from dapo_mcore.rollout.sglang.startup import Startup
-from dapo_mcore.rollout.sglang.tensor import TensorTransfer
-from dapo_mcore.rollout.sglang.transfer import Transfer
+from dapo_mcore.rollout.sglang.client.api import Keys, ServerApi
+from dapo_mcore.rollout.sglang.client.http import HttpClient
+from dapo_mcore.rollout.sglang.launch.probe import probe, probe_router
+from dapo_mcore.rollout.sglang.launch.process import OwnedServer
+from dapo_mcore.rollout.sglang.launch.ray_servers import start_ray_servers
+from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, start_servers
+from dapo_mcore.rollout.sglang.launch.startup import Startup
+from dapo_mcore.rollout.sglang.pool.checksums import Checksums
+from dapo_mcore.rollout.sglang.pool.pool import Fleet, Resync
+from dapo_mcore.rollout.sglang.pool.server import Member, Patience, wait_until_healthy
+from dapo_mcore.rollout.sglang.sync.disk import DiskTransfer
+from dapo_mcore.rollout.sglang.sync.distributed import BroadcastTransfer, check_sync_host
+from dapo_mcore.rollout.sglang.sync.tensor import TensorTransfer
+from dapo_mcore.rollout.sglang.sync.transfer import Transfer
 
 
 def new_transfer(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, folder: Path) -> Transfer:

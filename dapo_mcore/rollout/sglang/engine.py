@@ -1,7 +1,7 @@
 """The rollout engine on SGLang servers: tokens in, tokens and log-probs out, every sample with its weights' version.
 
 Change here: how a sample is asked for, retried, and refused. How servers are found and checked at start is assembly.py;
-they are fleet.py and servers.py, weights transfer.py, answers replies.py. Everything asynchronous runs in one thread; the
+they are pool.py and servers.py, weights transfer.py, answers replies.py. Everything asynchronous runs in one thread; the
 methods below may block their caller.
 """
 
@@ -22,25 +22,26 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.architecture.manifest import WeightManifest, buckets
+from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.rollout.limits import check_prompts
-from dapo_mcore.rollout.manifest import WeightManifest, buckets
-from dapo_mcore.rollout.sglang.answer import DROP_REASONS, Dropped
+from dapo_mcore.rollout.sampling.limits import check_prompts
+from dapo_mcore.rollout.sampling.tending import wait_tending
 from dapo_mcore.rollout.sglang.assembly import new_transfer, open_fleet, start_planned
-from dapo_mcore.rollout.sglang.fleet import Fleet
-from dapo_mcore.rollout.sglang.heads import with_heads
-from dapo_mcore.rollout.sglang.http import HttpClient, RequestFailed, allow_open_files
-from dapo_mcore.rollout.sglang.loop_thread import LoopThread
-from dapo_mcore.rollout.sglang.member import Member, OwnedServer, stop_servers
-from dapo_mcore.rollout.sglang.quantize import check_architecture, quantized, with_cache_scales
-from dapo_mcore.rollout.sglang.replies import VersionRule, check_length, read_reply
-from dapo_mcore.rollout.sglang.server_api import Keys
-from dapo_mcore.rollout.sglang.servers import ServerPlan, read_keys
-from dapo_mcore.rollout.sglang.startup import Startup, shown_startup
-from dapo_mcore.rollout.sglang.versions import FIRST_WITH_LOST_SCALES
-from dapo_mcore.rollout.tending import wait_tending
+from dapo_mcore.rollout.sglang.client.answer import DROP_REASONS, Dropped
+from dapo_mcore.rollout.sglang.client.api import Keys
+from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, allow_open_files
+from dapo_mcore.rollout.sglang.client.loop_thread import LoopThread
+from dapo_mcore.rollout.sglang.client.replies import VersionRule, check_length, read_reply
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_LOST_SCALES
+from dapo_mcore.rollout.sglang.launch.process import OwnedServer, stop_servers
+from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, read_keys
+from dapo_mcore.rollout.sglang.launch.startup import Startup, shown_startup
+from dapo_mcore.rollout.sglang.pool.pool import Fleet
+from dapo_mcore.rollout.sglang.pool.server import Member
+from dapo_mcore.rollout.sglang.sync.heads import with_heads
+from dapo_mcore.rollout.sglang.sync.quantize import check_architecture, quantized, with_cache_scales
 from dapo_mcore.types import Rollout, SamplingParams
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0

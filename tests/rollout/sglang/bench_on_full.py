@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
-from dapo_mcore.config import Config
+from dapo_mcore.config.schema import Config
 from dapo_mcore.data.loader import PromptLoader
-from dapo_mcore.rollout.sampler import Sampler
+from dapo_mcore.rollout.sampling.sampler import Sampler
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Prompt, Score
 from tests.rollout.sglang.fake_server import fake_python

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dapo_mcore.rollout.sglang.versions import FIRST_WITH_RESUMPTION
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_RESUMPTION
 from tests.rollout.sglang.serving import KINDS, Raw, bare_server, interpreter
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from dapo_mcore.rollout.sglang.versions import (
+from dapo_mcore.rollout.sglang.client.versions import (
     FIRST_WITH_RESUMPTION,
     FIRST_WITH_SPANS,
     FIRST_WITH_STOP_AT_LIMIT,

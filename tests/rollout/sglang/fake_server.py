@@ -25,7 +25,7 @@ import yaml
 from aiohttp import web
 from aiohttp.web_urldispatcher import SystemRoute
 
-from dapo_mcore.rollout.sglang.versions import (
+from dapo_mcore.rollout.sglang.client.versions import (
     FIRST_WITH_CHECKSUMS_ON_CPUS,
     FIRST_WITH_LOST_SCALES,
     FIRST_WITH_SESSIONS,

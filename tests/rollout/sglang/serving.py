@@ -20,12 +20,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from dapo_mcore.config_sglang import SGLangConfig
+from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.rollout.sglang.client.api import Keys
+from dapo_mcore.rollout.sglang.client.versions import Version, parse_version
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.member import stop_servers
-from dapo_mcore.rollout.sglang.server_api import Keys
-from dapo_mcore.rollout.sglang.servers import ServerPlan, start_servers
-from dapo_mcore.rollout.sglang.versions import Version, parse_version
+from dapo_mcore.rollout.sglang.launch.process import stop_servers
+from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, start_servers
 from dapo_mcore.types import SamplingParams
 from tests.rollout.sglang.fake_server import fake_python
 

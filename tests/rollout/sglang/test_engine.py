@@ -257,7 +257,7 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("dapo_mcore.rollout.sglang.disk.SafetensorsWriter", full)
+            patch.setattr("dapo_mcore.rollout.sglang.sync.disk.SafetensorsWriter", full)
             left = weights(1)
             with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
                 made.update_weights(left, version=2)
@@ -278,7 +278,7 @@ def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, 
                 raise OSError(39, "Directory not empty")
 
         with monkeypatch.context() as patch:
-            patch.setattr("dapo_mcore.rollout.sglang.disk.shutil.rmtree", busy)
+            patch.setattr("dapo_mcore.rollout.sglang.sync.disk.shutil.rmtree", busy)
             made.update_weights(weights(1), version=2)
         second = made._tag
         assert made.weight_version == 2 and {p.name for p in made._transfer.root.iterdir()} == {first, second}

@@ -10,19 +10,15 @@ import pytest
 import torch
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_RESUMPTION
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.tensor import TensorTransfer
-from dapo_mcore.rollout.sglang.versions import FIRST_WITH_RESUMPTION
+from dapo_mcore.rollout.sglang.sync.distributed import BroadcastTransfer
+from dapo_mcore.rollout.sglang.sync.tensor import TensorTransfer
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.serving import engine, params, prompts, real_python, real_version, tiny_model, weights
+from tests.rollout.sglang.sync.test_tensor import assert_an_error_where_memory_cannot_be_opened, gathered, shared_files
 from tests.rollout.sglang.test_engine import bucket_a_tensor
 from tests.rollout.sglang.test_real_server import assert_follows
-from tests.rollout.sglang.test_tensor import (
-    assert_an_error_where_memory_cannot_be_opened,
-    gathered,
-    shared_files,
-)
 
 PATIENCE = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
 pytestmark = pytest.mark.sglang

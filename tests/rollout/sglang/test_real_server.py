@@ -16,9 +16,9 @@ import torch
 
 from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.rollout.embedded import EmbeddedEngine
-from dapo_mcore.rollout.sglang.broadcast import BroadcastTransfer
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.member import Member
+from dapo_mcore.rollout.sglang.pool.server import Member
+from dapo_mcore.rollout.sglang.sync.distributed import BroadcastTransfer
 from dapo_mcore.types import Rollout, SamplingParams
 from tests.rollout.sglang.serving import (
     STOP,

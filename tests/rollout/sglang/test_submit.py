@@ -8,9 +8,9 @@ from concurrent.futures import CancelledError
 import pytest
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.fleet import Fleet
-from dapo_mcore.rollout.sglang.member import Member, Patience
-from dapo_mcore.rollout.sglang.server_api import Keys, ServerApi
+from dapo_mcore.rollout.sglang.client.api import Keys, ServerApi
+from dapo_mcore.rollout.sglang.pool.pool import Fleet
+from dapo_mcore.rollout.sglang.pool.server import Member, Patience
 from dapo_mcore.types import ContinuousEngine
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import FAST, SLOW, engine, params, prompts, wait_for, weights

@@ -1,0 +1,103 @@
+"""The policy as a Megatron GPTModel that stops at hidden states; the policy head makes the loss (actor/head.py).
+
+Change here: how the model object is put together, and how its parameters are called over the whole mesh. What it
+computes is the architecture's (reader.py), Megatron's options are transformer_config.py's, the parts of a layer are layers.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from dapo_mcore.actor.model.latent import set_latent_eps
+from dapo_mcore.actor.model.layers import layer_specs
+from dapo_mcore.actor.model.transformer_config import transformer_config
+from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.architecture.mapping import WeightReader, find_parameter, import_parameter
+from dapo_mcore.architecture.reader import read_architecture
+from dapo_mcore.architecture.shape import WeightShape, padded_vocab_size
+from dapo_mcore.architecture.tensor_check import FiniteReader
+from dapo_mcore.config.schema import Config
+from dapo_mcore.errors import ConfigError
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states, so that the logits of a whole batch never exist."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """[s, b, H], this tensor-parallel rank's rows under sequence parallelism. Overrides megatron-core 0.16.1."""
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """[V/tp, H], the output projection; the embedding itself when they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of all that a checkpoint of the model holds: parameters, and routers' fixed biases (DeepSeek)."""
+        yield from self.named_parameters()
+        yield from ((name, buffer) for name, buffer in self.named_buffers() if name.endswith("router.expert_bias"))
+
+    def global_parameter_names(self) -> dict[str, str]:
+        """Local name of each of `named_weights` → the same with the layer's and the expert's number in the whole model."""
+        return {name: self._global_name(name) for name, _ in self.named_weights()}
+
+    def _global_name(self, name: str) -> str:
+        match = _LAYER.fullmatch(name)
+        if not match:
+            return name
+        layer, rest = self.decoder.layers[int(match[1])], match[2]
+        if expert := _EXPERT.fullmatch(rest):
+            rest = f"{expert[1]}{layer.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
+        return f"decoder.layers.{layer.layer_number - 1}.{rest}"
+
+    def load_weights(self, reader: WeightReader, shape: WeightShape, layout: Layout) -> None:
+        """Fills `named_weights` from HF tensors, reading only this rank's slices.
+
+        Raises CheckpointError for NaN and infinite values in them, ConfigError where they do not fit.
+        """
+        names, reader = self.global_parameter_names(), FiniteReader(reader)
+        with torch.no_grad():
+            for name, weight in self.named_weights():
+                parameter = find_parameter(names[name], shape)
+                rank, size = layout.tensor_rank, layout.tensor
+                if parameter.rule.of_expert:
+                    rank, size = layout.expert_tensor_rank, layout.expert_tensor
+                value = import_parameter(parameter, reader, shape, rank, size)
+                if value.shape != weight.shape:
+                    raise ConfigError(
+                        f"{names[name]}: config.json implies shape {tuple(weight.shape)} on this rank, "
+                        f"but the stored tensors give {tuple(value.shape)}; config.json and weights disagree"
+                    )
+                weight.copy_(value)
+
+
+def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
+    """This rank's part of the policy, with uninitialised weights. Raises ConfigError for what cannot be built."""
+    architecture = read_architecture(hf_config, config.longest_sequence)
+    megatron_config = transformer_config(config, architecture)
+    model = PolicyModel(
+        megatron_config,
+        layer_specs(megatron_config),
+        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+        max_sequence_length=architecture.max_positions,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope.base,
+    )
+    if megatron_config.multi_latent_attention:  # which has a rotary embedding of its own in every layer
+        set_latent_eps(model)
+    else:
+        # a plain attribute in 0.16.1, read at the first forward: every kind of scaling is only other frequencies
+        model.rotary_pos_emb.inv_freq = architecture.rope.frequencies
+    return model.to(layout.device)

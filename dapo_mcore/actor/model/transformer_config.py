@@ -1,0 +1,137 @@
+"""Megatron's TransformerConfig: what the model is, what the mesh needs, how layers are made, then the user's own fields.
+
+Change here: which of Megatron's options the project decides. Which of the others a user may set: megatron_fields.py; what a
+mesh must fulfil: mesh.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from dapo_mcore.actor.model.layers import uses_transformer_engine
+from dapo_mcore.actor.model.megatron_fields import check_fields
+from dapo_mcore.actor.parallel.mesh import check_mesh
+from dapo_mcore.architecture.reader import Architecture
+from dapo_mcore.config.schema import Config, ParallelConfig
+from dapo_mcore.errors import ConfigError
+
+_STAGE_FIELDS = (
+    "pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
+    """Raises ConfigError for a mesh that does not fit the model, and for fields of the `megatron` section that may not
+    be set there."""
+    check_mesh(architecture, config.parallel)
+    kind = MLATransformerConfig if architecture.latent_attention else TransformerConfig
+    owned = {
+        **architecture.fields,
+        **_mesh(config.parallel),
+        **_implementation(config, architecture),
+        **_recompute(config.model.recompute),
+        "moe_router_load_balancing_type": "none",
+    }
+    engine = owned["transformer_impl"] == "transformer_engine"
+    check_fields(config.megatron, engine=engine, owned=owned)
+    chosen = config.megatron
+    try:
+        built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
+        _check_stages(built)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core refuses the configuration (megatron section: {chosen}): {error}") from error
+    return built
+
+
+def _check_stages(built: TransformerConfig) -> None:
+    """Raises ConfigError for stages chosen in the `megatron` section that this project, or upstream silently, cannot build."""
+    if (built.virtual_pipeline_model_parallel_size or 1) > 1:
+        raise ConfigError(
+            f"the megatron section asks for {built.virtual_pipeline_model_parallel_size} virtual pipeline stages a rank; "
+            f"interleaved pipelines are not supported: leave it out"
+        )
+    if built.pipeline_model_parallel_layout is not None:
+        return  # which upstream checks itself
+    counts = [get_num_layers_to_build(built, pp_rank=stage) for stage in range(built.pipeline_model_parallel_size)]
+    if sum(counts) != built.num_layers or min(counts) < 1:
+        raise ConfigError(
+            f"the megatron section spreads {built.num_layers} layers over pipeline stages as {counts}; every layer must "
+            f"have a stage and every stage a layer"
+        )
+
+
+def _defaults(num_layers: int, stages: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the `megatron` section may change."""
+    # routing is sharp: rounding logits to bf16 would choose other experts than the rollout engine
+    defaults: dict[str, Any] = dict(moe_router_dtype="fp32")
+    # micro-batches have their own lengths; upstream allows that over pipeline stages only with this one and `flex`
+    defaults["moe_token_dispatcher_type"] = "alltoall"
+    if num_layers % stages and not any(key in chosen for key in _STAGE_FIELDS):
+        defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, stages)
+    return defaults
+
+
+def split_layers(num_layers: int, stages: int) -> list[int]:
+    """The number of layers of each pipeline stage.
+
+    What does not divide goes to the middle stages, the later ones first, for they hold fewer micro-batches; then to the
+    first stage; the last, with the policy head, comes last.
+    """
+    order = [*range(stages - 2, 0, -1), 0, stages - 1]
+    extra = order[: num_layers % stages]
+    return [num_layers // stages + (stage in extra) for stage in range(stages)]
+
+
+def _mesh(parallel: ParallelConfig) -> dict[str, Any]:
+    return dict(
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        context_parallel_size=parallel.context_parallel,
+        expert_model_parallel_size=parallel.expert_parallel,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        batch_p2p_comm=True,
+        calculate_per_token_loss=True,
+    )
+
+
+def _pipeline_layout(num_layers: int, stages: int) -> list[list[str]]:
+    layout = [["decoder"] * count for count in split_layers(num_layers, stages)]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
+def _implementation(config: Config, architecture: Architecture) -> dict[str, Any]:
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    engine = uses_transformer_engine(config.model)
+    return dict(
+        transformer_impl="transformer_engine" if engine else "local",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        attention_softmax_in_fp32=True,
+        moe_grouped_gemm=engine,
+        bias_activation_fusion=engine,
+        bias_dropout_fusion=engine,
+        apply_rope_fusion=engine and not architecture.latent_attention,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    if mode == "none":
+        return {}
+    if mode == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: weights, optimizer and data position, saved and loaded under any parallel layout."""

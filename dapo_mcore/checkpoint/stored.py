@@ -1,0 +1,63 @@
+"""A checkpoint on disk, without the model that it is for: whether it is whole, and where its run stood.
+
+Change here: which files make it whole, and what is said of one that is damaged. Nothing imports Megatron, so that
+`dapo-mcore config` can tell of a damaged checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
+from dapo_mcore.checkpoint.run_state import ARRAYS_FILE, STATE_FILE, RunState, read_state, refuse_wrong_optimizer_state
+from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
+from dapo_mcore.model_files.megatron_folder import MEGATRON
+from dapo_mcore.model_files.torch_dist import DistributedReader, read_companions
+
+_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", STATE_FILE, ARRAYS_FILE)
+
+
+def check_stored(path: Path) -> None:
+    """Raise CheckpointError as read_stored does, and for missing or truncated files of tensors. Reads no tensors."""
+    read_stored(path)
+    with damage_named(path):
+        DistributedReader(path / MEGATRON)
+
+
+def read_stored(path: Path) -> RunState:
+    """Return all of a checkpoint that is no tensor. Raise CheckpointError for a missing or damaged file, and for a format
+    that cannot be resumed."""
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}")
+    with damage_named(path):
+        missing = [name for name in _FILES if not (path / name).is_file()]
+        if missing:
+            raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}")
+        state, common = read_state(path), read_companions(path / MEGATRON)
+        if state.adam_step is None:
+            state = replace(state, adam_step=_adam_step(path, common))
+    refuse_wrong_optimizer_state(path, state)
+    return state
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Add to an error in the checkpoint's files how to resume without it."""
+    try:
+        yield
+    except (DamagedCheckpoint, OSError) as error:
+        before = latest_checkpoint(path.parents[1], before=step_of(path))
+        instead = f"resume from {before}" if before else "start anew: no older one is beside it"
+        raise CheckpointError(f"{error}; delete {path} to {instead}") from error
+
+
+def _adam_step(path: Path, common: dict[str, Any]) -> float:
+    """Return Adam's steps from a checkpoint of format 1."""
+    try:
+        return float(common["optimizer"]["adam_step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path / MEGATRON / 'common.pt'} is damaged: it lacks optimizer.adam_step") from error

@@ -1,0 +1,240 @@
+"""Configuration files: YAML plus dotted overrides to a validated Config, with errors that name the key and the nearest one.
+
+Change here: how files and overrides are read and how mistakes are explained. What may be set is schema.py; what YAML means
+is yaml_text.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from reprlib import Repr
+from types import NoneType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dapo_mcore.config.keys import (
+    is_section,
+    is_text,
+    keys_of,
+    kind_of,
+    nearest_keys,
+    nearest_section,
+    options,
+    type_below,
+    type_of_items,
+)
+from dapo_mcore.config.schema import Config
+from dapo_mcore.config.yaml_text import read_yaml
+from dapo_mcore.errors import ConfigError, shortened
+
+_MOST_BYTES = 2**20
+_MOST_MISTAKES = 8
+_MOST_KEYS = 16
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the validated configuration of a YAML file with `a.b=c` overrides applied in order; the last one wins.
+
+    A text field takes the override's value as it stands, without YAML's meaning of `#`, `{` or `: `; `null` is null, and
+    quotes around the whole value are YAML's. Other values are YAML: `x=1e-6`, `x=true`, `x=[a, b]` mean what they say.
+    Raise ConfigError for a file that cannot be read, broken YAML, an unknown key (with the nearest known one) or a broken
+    rule.
+    """
+    path = Path(path)
+    tree = read_yaml(_read(path), str(path), Config)
+    if tree is None:
+        raise ConfigError(f"{path} is empty; examples are in examples/*.yaml")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Return the validated configuration of a nested mapping. Raise ConfigError naming every bad key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        mistakes = [single for item in error.errors() for single in _single(item)]
+        told = [_explain(item) for item in mistakes[:_MOST_MISTAKES]]
+        if len(mistakes) > _MOST_MISTAKES:
+            told.append(f"and {len(mistakes) - _MOST_MISTAKES} more mistakes")
+        raise ConfigError("\n".join(told)) from None
+
+
+def repeated_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return a note for each override that a later one replaces, because it has the same key or one that includes it."""
+    keys = [override.partition("=")[0] for override in overrides]
+    return [
+        f"{shortened(override)} is given, but {shortened(later)} comes after it and replaces it"
+        for number, override in enumerate(overrides)
+        for later, key in zip(overrides[number + 1 :], keys[number + 1 :])
+        if f"{keys[number]}.".startswith(f"{key}.")
+    ]
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def record_config(config: Config, run_dir: Path, step: int = 0) -> Path | None:
+    """Writes config.yaml of a run that goes on after rollout step `step`; where the one before went, if it differs.
+
+    That is config.step_000004.yaml for one that held until step 4 (config.step_000004.1.yaml where there is one, …).
+    """
+    path, text = run_dir / "config.yaml", dump_config(config)
+    kept = None
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        kept = next(name for name in _names(run_dir / f"config.step_{step:06d}") if not name.exists())
+        path.rename(kept)
+    unfinished = run_dir / "config.yaml.tmp"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return kept
+
+
+def _names(stem: Path) -> Iterator[Path]:
+    yield stem.with_name(f"{stem.name}.yaml")
+    yield from (stem.with_name(f"{stem.name}.{number}.yaml") for number in count(1))
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}; examples are in examples/*.yaml") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the YAML file, for instance {path / 'config.yaml'}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the configuration file {shortened(str(path))} cannot be read: {reason}") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path} has more than {_MOST_BYTES} bytes; is it a configuration? They have a few thousand")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path} line {line} is not UTF-8 (byte {content[error.start]:#04x}); save the file as UTF-8"
+        ) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {shortened(override)!r} is not of the form section.key=value")
+    kind: Any = Config
+    *parents, leaf = path = key.split(".")
+    for depth, parent in enumerate(parents, 1):
+        kind = type_below(kind, parent)
+        if kind is not None and not _holds_keys(kind):
+            raise ConfigError(
+                f"override {shortened(override)!r}: {'.'.join(path[:depth])} is a value, not a section, and has no "
+                f"{shortened('.'.join(path[depth:]))}"
+            )
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[leaf] = _value(type_below(kind, leaf), text, shortened(override), tuple(path))
+
+
+def _holds_keys(kind: Any) -> bool:
+    return kind is Any or any(
+        is_section(option) or getattr(option, "__origin__", None) is dict for option in options(kind)
+    )
+
+
+def _value(kind: Any, text: str, override: str, path: tuple[str, ...]) -> Any:
+    if text == "null":
+        return None
+    if _is_literal(kind, text) and not _is_quoted(text):
+        return text
+    return read_yaml(text, f"the value of override {override!r}", kind, path)
+
+
+def _is_literal(kind: Any, text: str) -> bool:
+    """Whether a value of this type is its text; of a list of texts, one without brackets; of `bool | str`, what is no bool."""
+    kinds = set(options(kind)) - {NoneType}
+    if kinds == {bool, str}:
+        return text.lower() not in ("true", "false", "yes", "no", "on", "off")
+    return is_text(kind) or (type_of_items(kind) is not None and not text.lstrip().startswith("["))
+
+
+def _is_quoted(text: str) -> bool:
+    if len(text) < 2 or text[0] not in "'\"" or text[0] != text[-1]:
+        return False
+    try:
+        return isinstance(yaml.safe_load(text), str)
+    except yaml.YAMLError:
+        return False
+
+
+def _single(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """One mistake for each key of an unknown section, unless a known section has nearly its name."""
+    path, value = _path(item), item["input"]
+    if item["type"] != "extra_forbidden" or not isinstance(value, dict) or not value or nearest_section(path):
+        yield item
+        return
+    for key, below in value.items():
+        yield from _single({**item, "loc": (*path, str(key)), "input": below})
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's errors."""
+    path = _path(item)
+    where = shortened(".".join(path), 100)
+    if item["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    if item["type"] == "extra_forbidden":
+        near = nearest_section(path) if isinstance(item["input"], dict) else nearest_keys(path)
+        return f"unknown key {where!r}; {_did_you_mean(near, path[:-1])}"
+    if item["type"] in ("model_type", "dict_type") and where:
+        return f"{where} is a section, not a value (got {_shown(item['input'])}); {_how_to_set(path)}"
+    message = item["msg"].removeprefix("Value error, ")
+    broken_section = item["type"] == "value_error" and isinstance(item["input"], dict)  # its message has the numbers
+    got = "" if broken_section else f" (got {_shown(item['input'])})"
+    return f"{where}: {message}{got}" if where else message
+
+
+def _path(item: Mapping[str, Any]) -> list[str]:
+    return [str(part) for part in item["loc"] if part != "[key]"]
+
+
+def _did_you_mean(near: Sequence[str], section: Sequence[str]) -> str:
+    """The nearest keys; without any, those of the section, or how to see all."""
+    if near:
+        return f"did you mean {' or '.join(map(repr, near[:3]))}?"
+    if section and (keys := keys_of(section)):
+        return f"the keys of {'.'.join(section)} are {_listed(keys)}"
+    return "`dapo-mcore config --only-values examples/quickstart.yaml` prints all keys"
+
+
+def _how_to_set(section: Sequence[str]) -> str:
+    off = ", or null to turn it off" if NoneType in options(kind_of(section)) else ""
+    if keys := keys_of(section):
+        return f"set its keys ({_listed(keys)}) as {'.'.join(section)}.{keys[0]}=…{off}"
+    return f"set names in it as {'.'.join(section)}.NAME=…, or {{}} for none{off}"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
+    return ", ".join(keys[:_MOST_KEYS]) + more
+
+
+def _shown(value: Any) -> str:
+    """repr, but short for values of any size."""
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlevel = 2
+    try:
+        return short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(value).__name__}"

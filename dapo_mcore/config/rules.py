@@ -1,0 +1,159 @@
+"""The rules that hold between the configuration's sections, checked once at start.
+
+Change here: a rule. Each raises ValueError with the numbers, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dapo_mcore.config.schema import Config
+
+
+def _check_batch(c: Config) -> None:
+    train, mini = c.sampling.train_batch_prompts, c.batch.mini_batch_prompts
+    if train % mini:
+        divisors = ", ".join(str(d) for d in range(1, train + 1) if train % d == 0)
+        raise ValueError(
+            f"batch.mini_batch_prompts {mini} does not divide sampling.train_batch_prompts {train}; use one of {divisors}"
+        )
+    if c.parallel.sequence_parallel and c.parallel.tensor_parallel == 1:
+        raise ValueError(
+            "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1; set sequence_parallel false"
+        )
+
+
+def _check_tokens(c: Config) -> None:
+    longest = c.longest_sequence
+    budget, context = c.batch.max_tokens, c.parallel.context_parallel
+    if longest > budget * context:
+        raise ValueError(
+            f"the longest sequence is data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{c.rollout.max_response_tokens} = {longest} tokens, but a micro-batch holds batch.max_tokens {budget} × "
+            f"context_parallel {context} = {budget * context}; raise batch.max_tokens to {-(-longest // context)} "
+            f"or shorten the prompts or responses"
+        )
+
+
+def _check_overlong(c: Config) -> None:
+    overlong, limit = c.reward.overlong, c.rollout.max_response_tokens
+    longest = overlong.max_length or limit
+    if overlong.penalty and overlong.cache > longest:
+        raise ValueError(
+            f"reward.overlong.cache {overlong.cache} exceeds the maximal length {longest}; "
+            f"it is the width in tokens of the window before that length: use at most {longest}"
+        )
+
+
+def _check_algo(c: Config) -> None:
+    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
+        raise ValueError(
+            "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
+            "the engine's mismatch and would count it twice; use tis.mode mask or off"
+        )
+    if c.algo.tis.mode == "mask" and c.algo.tis.cap < 1:
+        raise ValueError(
+            f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
+            "use a cap of at least 1"
+        )
+    if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
+        raise ValueError(
+            "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
+        )
+    if c.optimizer.min_lr > c.optimizer.lr:
+        raise ValueError(
+            f"optimizer.min_lr {c.optimizer.min_lr} is above optimizer.lr {c.optimizer.lr}, which decays to it; lower min_lr"
+        )
+    if c.model.overrides and c.model.init != "random":
+        raise ValueError(
+            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
+        )
+
+
+def _check_sampling(c: Config) -> None:
+    s, size = c.sampling, c.rollout.group_size
+    if s.style == "filter" and size < 2:
+        raise ValueError(
+            f"sampling.style filter keeps groups whose answers vary, but rollout.group_size is {size}; "
+            f"use at least 2, or sampling.style none"
+        )
+    if s.style == "resample" and s.max_samples_per_prompt < size:
+        raise ValueError(
+            f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
+            f"raise it to at least {size}"
+        )
+
+
+def _check_generation(c: Config) -> None:
+    """Modes that need servers, and modes that train on older weights' samples."""
+    ahead, on_full = c.rollout.async_steps, c.sampling.on_full
+    modes = {
+        "rollout.async_steps 1": ahead,
+        f"sampling.on_full {on_full}": on_full != "wait",
+        "sampling.max_in_flight_groups": c.sampling.max_in_flight_groups,
+    }
+    mode = next((name for name, on in modes.items() if on), None)
+    if mode and c.rollout.engine != "sglang":
+        raise ValueError(
+            f"{mode} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
+            "trainer's own process; choose sglang or leave the default"
+        )
+    if ahead and c.rollout.sglang.colocated:
+        raise ValueError(
+            "rollout.async_steps 1 generates beside training, but rollout.sglang.colocated gives the GPUs to one of both at "
+            "a time; set async_steps 0, or colocated false with servers on GPUs of their own"
+        )
+    if (ahead or on_full == "keep") and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
+        raise ValueError(
+            f"{mode} trains on samples of weights one version older or more; correct for it with algo.tis.mode truncate or "
+            "mask, or with algo.old_logprobs rollout"
+        )
+    if ahead and not c.reward.num_workers:
+        raise ValueError(
+            "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 (the default of math_dapo) would run "
+            "the reward function in a thread of the trainer and hold it up; use at least 1"
+        )
+    if c.sampling.max_staleness < ahead:
+        raise ValueError(
+            f"sampling.max_staleness {c.sampling.max_staleness} is below rollout.async_steps {ahead}: every group would "
+            f"be dropped as stale; use at least {ahead}, or {ahead + 1} to carry surplus as well"
+        )
+
+
+def _check_keep(c: Config) -> None:
+    s, ahead = c.sampling, c.rollout.async_steps
+    if s.on_full != "keep":
+        return
+    steps = s.max_staleness - ahead
+    if steps < 1:
+        raise ValueError(
+            f"sampling.on_full keep goes on with groups under newer weights, but max_staleness {s.max_staleness} with "
+            f"rollout.async_steps {ahead} lets none live that long; use at least {ahead + 1}"
+        )
+    key = "gen_batch_prompts" if s.style == "filter" else "train_batch_prompts"
+    most = steps * getattr(s, key)
+    if s.max_in_flight_groups and s.max_in_flight_groups > most:
+        raise ValueError(
+            f"sampling.max_in_flight_groups {s.max_in_flight_groups} with on_full keep: more than {key} {getattr(s, key)} × "
+            f"(max_staleness {s.max_staleness} - async_steps {ahead}) = {most} groups in flight would be too old before they "
+            f"are trained on; use at most {most}, or raise max_staleness"
+        )
+    if not s.carry_surplus:
+        raise ValueError(
+            "sampling.on_full keep waits for groups so that none is lost, but carry_surplus false throws away what a step has "
+            "beyond its batch; leave carry_surplus true, or set on_full wait"
+        )
+    if c.rollout.sglang.colocated:
+        raise ValueError(
+            "sampling.on_full keep leaves requests at the servers, but with rollout.sglang.colocated these give up their memory "
+            "while the actor trains; set on_full wait, or colocated false with servers on GPUs of their own"
+        )
+    if c.rollout.sglang.router_url:
+        raise ValueError(
+            "sampling.on_full keep must know which server works on a request, for when its update fails, and "
+            "rollout.sglang.router_url hides that; leave router_url out: the run spreads requests over urls by itself"
+        )
+
+
+RULES = (_check_batch, _check_tokens, _check_overlong, _check_algo, _check_sampling, _check_generation, _check_keep)

@@ -1,0 +1,180 @@
+"""The section `rollout.sglang`: which SGLang servers generate, how they are spoken to, and how weights reach them.
+
+Change here: what a user may set about servers, and the rules inside the section. SGLang's own options stay upstream:
+`server_args` passes them through.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dapo_mcore.config.values import Count, FilePath, Seconds, Section
+
+EVERYWHERE = ("", "0.0.0.0", "::", "*")
+_OWNED_MODEL_ARGS = {"model-path", "model", "tokenizer-path", "skip-tokenizer-init", "load-format", "dtype"}
+_OWNED_PLACE_ARGS = {"device", "tp-size", "tensor-parallel-size", "tp", "base-gpu-id", "host", "port"}
+_OWNED_OTHER_ARGS = {"api-key", "admin-api-key", "config", "enable-memory-saver", "weight-version", "help"}
+OWNED_ARGS = _OWNED_MODEL_ARGS | _OWNED_PLACE_ARGS | _OWNED_OTHER_ARGS
+
+
+class SGLangConfig(Section):
+    """Servers are either started here (`num_servers`) or given (`urls`)."""
+
+    urls: list[str] = Field(default_factory=list)
+    """Servers that run already, as `http://host:port`. Empty: start num_servers."""
+    router_url: str | None = None
+    """SGLang's router in front of `urls`: generation goes through it, weights go to the servers themselves."""
+    key_file: FilePath | None = None
+    """JSON file of mode 0600 with `api_key` and `admin_key` of the servers at `urls`; null: they ask for none. Servers
+    started here get random keys, in servers/keys.json of the run's folder."""
+
+    placement: Literal["local", "ray"] = "local"
+    """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
+    ray_address: str | None = None
+    """placement ray, here or of rewards: the address of a cluster whose nodes were started with RAY_AUTH_MODE=token and
+    RAY_worker_niceness=0; null starts one on this machine."""
+    num_servers: Count = 1
+    """How many to start; with `urls`, as many as these."""
+    python: FilePath | None = None
+    """Interpreter of the environment that has SGLang; null: the trainer's own."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    tensor_parallel: Count = 1
+    """GPUs of one server."""
+    first_gpu: int | None = Field(None, ge=0, le=10_000)
+    """placement local: servers get this GPU of the machine and the next ones. null: those after the trainer's processes on
+    it, or the same ones when colocated."""
+    colocated: bool = False
+    """Servers and trainer share GPUs and take turns: servers give up their memory while the actor trains, and the actor
+    waits in host memory while they generate. `server_args: {mem-fraction-static: …}` may then be high."""
+    host: str = "127.0.0.1"
+    """Address that servers started here listen on: loopback or the cluster's interface, never all of them; `node` is each
+    Ray node's own address."""
+    base_port: int | None = Field(None, ge=1, le=65535)
+    """Server i listens on base_port + i; null: free ports."""
+    server_args: dict[str, Any] = Field(default_factory=dict)
+    """More options of `sglang.launch_server`, without the dashes: {mem-fraction-static: 0.8}. true sets a flag, a list gives
+    several values, null leaves an option of ours to SGLang."""
+    start_timeout_s: Seconds = 900.0
+    restart_budget: int = Field(3, ge=0, le=1_000_000)
+    """Restarts of servers during a run, over all servers. A server that fails three times in a row at the same place is not
+    started again whatever is left."""
+
+    max_in_flight: Count = 1024
+    """Requests that one server holds at a time."""
+    max_attempts: Count = 6
+    """Tries of one sample, first included."""
+    connect_timeout_s: Seconds = 10.0
+    read_timeout_s: Seconds = 60.0
+    """From the first byte of an answer to its last."""
+    request_timeout_s: Seconds = 3600.0
+    """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between."""
+    health_interval_s: Seconds = 10.0
+    health_timeout_s: Seconds = 30.0
+
+    sync: Literal["disk", "distributed", "tensor"] = "disk"
+    """How weights reach the servers: safetensors in `sync_dir`, a broadcast from rank 0 (NCCL, gloo on CPUs), or memory
+    of rank 0 that servers on its machine open (tensor: CUDA IPC, /dev/shm on CPUs)."""
+    sync_dir: FilePath = "/dev/shm"
+    """sync disk: a folder that every server sees under the same path."""
+    sync_host: str = "127.0.0.1"
+    """sync distributed: the trainer's address, as the servers reach it."""
+    servers_per_group: Count | None = None
+    """sync distributed: servers that receive one broadcast together; null: all. Each group costs the trainer a pass of the
+    weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
+    verify_sync: Literal["off", "servers"] = "off"
+    """servers: after each sync the servers are asked for checksums of their weights, and those that differ from most of the
+    others are taken out; a re-synced server must show what was agreed on. Needs GPUs, or SGLang 0.5.23."""
+    quantize: Literal["none", "fp8"] = "none"
+    """fp8: projections are sent and served in FP8 with a scale for each 128 × 128 tile (needs bf16 and a GPU with FP8; Llama and
+    Mistral are refused, since SGLang drops their scales). Servers at `urls` must have been started from a config.json with
+    SGLang's block FP8 `quantization_config`."""
+    bucket_mib: int = Field(512, ge=1, le=1_000_000)
+    """A sync needs at most twice this (from 128 up), or twice the largest tensor, of extra memory on rank 0, where a layer's
+    matrices are small beside these."""
+    sync_timeout_s: Seconds = 600.0
+    """Limit of each step of a sync on each server."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_urls(cls, values: Any) -> Any:
+        """`num_servers` from `urls` where it is not set."""
+        urls = values.get("urls") if isinstance(values, dict) else None
+        return {"num_servers": len(urls), **values} if urls and isinstance(urls, list) else values
+
+    @field_validator("server_args")
+    @classmethod
+    def _are_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """By the names that SGLang's help gives, whatever dashes or underscores they were written with."""
+        options = {name.lstrip("-").replace("_", "-"): setting for name, setting in value.items()}
+        if len(options) < len(value):
+            raise ValueError(f"server_args names one option twice: {', '.join(value)}")
+        owned = sorted(options.keys() & OWNED_ARGS)
+        if owned:
+            raise ValueError(
+                f"server_args holds {', '.join(owned)}, which dapo_mcore sets; use the keys of rollout.sglang instead"
+            )
+        return options
+
+    @field_validator("host", "sync_host")
+    @classmethod
+    def _names_one_interface(cls, value: str) -> str:
+        if value in EVERYWHERE:
+            raise ValueError(
+                f"{value!r} stands for every interface, and SGLang's admin calls would be open to the network; "
+                "use 127.0.0.1 or the address of the cluster's interface"
+            )
+        return value
+
+    @field_validator("urls", "router_url")
+    @classmethod
+    def _are_urls(cls, value: list[str] | str | None) -> list[str] | str | None:
+        for url in value if isinstance(value, list) else [value] if value else []:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is not a URL; write http://host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SGLangConfig:
+        if self.urls and self.num_servers != len(self.urls):
+            raise ValueError(
+                f"num_servers is {self.num_servers}, but urls names {len(self.urls)} servers that run already, and none "
+                "is started beside them; leave num_servers out, or urls to start servers"
+            )
+        if self.router_url and not self.urls:
+            raise ValueError(
+                "router_url needs urls: the router cannot update weights, so list the servers behind it as well"
+            )
+        if self.router_url and self.verify_sync != "off":
+            raise ValueError(
+                "verify_sync servers does not go with router_url: a server found to hold other weights is taken out, but the "
+                "router would go on asking it"
+            )
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"urls names {len(self.urls)} servers, but only {len(set(self.urls))} different ones")
+        if (self.host == "node") != (self.placement == "ray" and self.ray_address is not None):
+            raise ValueError(
+                f"host {self.host} does not go with placement {self.placement} and ray_address {self.ray_address}: servers "
+                "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
+            )
+        if self.quantize == "fp8" and self.sync == "distributed" and self.device == "cpu":
+            raise ValueError(
+                "quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk or tensor"
+            )
+        if self.colocated and self.urls:
+            raise ValueError(
+                f"colocated needs servers that the run starts, since it must end one that keeps its memory, but urls names "
+                f"{len(self.urls)}; set num_servers instead"
+            )
+        if self.colocated and self.sync == "distributed" and self.device == "cuda":
+            raise ValueError(
+                "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; sync by tensor or disk"
+            )
+        if self.sync == "tensor" and self.placement == "ray" and self.ray_address is not None:
+            raise ValueError(
+                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address "
+                f"{self.ray_address} spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, "
+                "or sync distributed"
+            )
+        return self

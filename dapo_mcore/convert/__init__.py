@@ -1,0 +1,1 @@
+"""Conversion of model folders between Hugging Face and Megatron, restartable and verified. The command is tools/convert.py."""

@@ -1,0 +1,1 @@
+"""Model folders on disk: Hugging Face's and Megatron's, and their file formats. Knows no running model."""

@@ -1,0 +1,79 @@
+"""A Megatron checkpoint seen as Hugging Face tensors: one that convert.py made, or one of a training run.
+
+Change here: what such a folder is. Names and places are mapping.py's, bytes torch_dist.py's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dapo_mcore.architecture.mapping import Parameter, checkpoint_place, hf_shapes, merged_rows, parameters
+from dapo_mcore.architecture.shape import WeightShape
+from dapo_mcore.errors import CheckpointError
+from dapo_mcore.model_files.torch_dist import DistributedReader, is_checkpoint
+
+MEGATRON = "megatron"
+"""The subfolder that holds the checkpoint itself; config.json and the tokenizer lie beside it."""
+
+
+def is_megatron_folder(folder: Path) -> bool:
+    return is_checkpoint(folder / MEGATRON)
+
+
+class MegatronReader:
+    """The checkpoint's weights by HF name and slice; whatever mesh it was saved from. Reads only the chunks it needs.
+
+    Raises CheckpointError where a tensor is missing or has not the shape that the config implies.
+    """
+
+    def __init__(self, folder: Path, shape: WeightShape):
+        self.folder = folder
+        self.store = DistributedReader(folder / MEGATRON)
+        self._shape = shape
+        self._of = {name: (parameter, i) for parameter in parameters(shape) for i, name in enumerate(parameter.hf)}
+        for parameter in parameters(shape):
+            self._check(parameter)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        parameter, source = self._find(name)
+        return hf_shapes(parameter, self._shape)[source]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.store.dtype(checkpoint_place(self._find(name)[0], self._shape).key)
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The tensor, or its slice [start, stop) along `dim`. Don't write into it: tensors may share memory."""
+        parameter, source = self._find(name)
+        region = [(start, stop) if axis == dim else (0, size) for axis, size in enumerate(self.shape(name))]
+        ranges = merged_rows(parameter, source, *region[0], self._shape)
+        parts = [self._block(parameter, [rows, *region[1:]]) for rows in ranges or [(0, 0)]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _find(self, name: str) -> tuple[Parameter, int]:
+        if name not in self._of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; it does not fit its config.json")
+        return self._of[name]
+
+    def _block(self, parameter: Parameter, region: list[tuple[int, int]]) -> Tensor:
+        """A block of the merged parameter, [start, stop) along each of its dims."""
+        key, offset, _ = checkpoint_place(parameter, self._shape)
+        starts, sizes = [start for start, _ in region], [stop - start for start, stop in region]
+        return self.store.read(key, [*offset, *starts], [*[1] * len(offset), *sizes]).reshape(sizes)
+
+    def _check(self, parameter: Parameter) -> None:
+        key, _, size = checkpoint_place(parameter, self._shape)
+        shapes = hf_shapes(parameter, self._shape)
+        rows, stored = sum(own[0] for own in shapes), self.store.size(key)
+        wanted = (*size, rows, *shapes[0][1:])
+        padded = parameter.rule.is_vocab and len(stored) == 2 and stored[0] >= rows and stored[1:] == wanted[1:]
+        if stored != wanted and not padded:
+            raise CheckpointError(
+                f"{self.folder / MEGATRON}: {key} is {list(stored)}, but config.json implies {list(wanted)}: they disagree"
+            )

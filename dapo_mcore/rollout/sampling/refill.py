@@ -1,0 +1,250 @@
+"""Groups from servers that are kept full: each finished group is scored, judged and replaced at once.
+
+Change here: how many groups are in flight, and what happens to them once there are enough. Whether a group is trained on
+never depends on how soon it finishes, except with sampling.on_full abort: that favours short responses. With keep, how
+soon it finishes decides only in which step it is trained on.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from dapo_mcore.algo.filtering import classify, group_varies
+from dapo_mcore.rollout.sampling.forecast import groups_brought, groups_needed
+from dapo_mcore.rollout.sampling.respond import Responder
+from dapo_mcore.rollout.sampling.step import Step
+from dapo_mcore.rollout.sampling.tending import get_tending
+from dapo_mcore.types import Group, Prompt, Rollout, Sample
+
+_IMAGINED = 16.0
+"""Groups that stand for what the steps before have seen, until the step has seen enough of its own."""
+KEEPS: dict[str, Callable[[Group], bool]] = {
+    "none": lambda group: True,
+    "filter": group_varies,
+    "resample": lambda group: classify(group) == "mixed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A group on its way: the responses it has, and the request for `count` more.
+
+    oldest  no token of the group is of older weights than this version.
+    """
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    count: int
+    oldest: int
+    future: Future[list[Rollout]]
+
+
+@dataclass(frozen=True, slots=True)
+class Refilled:
+    """What a step brought, each list in the order in which its groups were begun.
+
+    groups      to train on.
+    aborted     prompts begun and given up, to be asked again.
+    pending     groups still in flight, for the next step to go on with.
+    kept_ratio  share of groups that the next step may expect to be kept.
+    """
+
+    groups: list[Group]
+    aborted: list[Prompt]
+    pending: list[InFlight]
+    kept_ratio: float
+
+
+class Refill:
+    """Fills the batch of one rollout step, in which `carried` groups are already. `take` gives the next prompts; `pending`
+    is in flight already. `kept_ratio` is that of the step before; None takes the configuration's word."""
+
+    def __init__(
+        self,
+        step: Step,
+        responder: Responder,
+        take: Callable[[int], list[Prompt]],
+        carried: Sequence[Group] = (),
+        pending: Sequence[InFlight] = (),
+        kept_ratio: float | None = None,
+    ):
+        sampling = step.config.sampling
+        self._step, self._responder, self._take, self._carried = step, responder, take, carried
+        self._missing = sampling.train_batch_prompts - len(carried)
+        self._batch = sampling.gen_batch_prompts if sampling.style == "filter" else sampling.train_batch_prompts
+        self._limit = sampling.max_in_flight_groups or self._batch
+        self._on_full = sampling.on_full
+        self._expected = kept_ratio or min(1.0, sampling.train_batch_prompts / sampling.gen_batch_prompts)
+        self._adopted = pending
+        self._in_flight: dict[int, InFlight] = {}
+        self._finished: dict[int, Group] = {}
+        self._kept: dict[int, Group] = {}
+        self._done: SimpleQueue[int] = SimpleQueue()
+        self._num_begun = self._num_good = 0
+        self._load = _Load()
+
+    def run(self) -> Refilled:
+        """At least `missing` groups, unless max_gen_batches batches bring fewer. Whatever raises here ends all requests."""
+        try:
+            with self._responder.waiting():
+                for number, group in enumerate(self._adopted):
+                    self._responder.expect(group.count)
+                    self._watch(number, group)
+                self._fill()
+        except BaseException:
+            self._give_up()
+            raise
+        pending = [self._in_flight[number] for number in sorted(self._in_flight)] if self._on_full == "keep" else []
+        aborted = self._give_up() if self._on_full == "abort" else []
+        self._step.generated += _in_order(self._finished)
+        self._step.num_rounds = self._num_begun / self._batch
+        counts = {"sampling/groups_aborted": float(len(aborted)), "sampling/groups_pending": float(len(pending))}
+        self._step.more |= self._load.stats() | counts
+        return Refilled(_in_order(self._kept), aborted, pending, self._kept_ratio())
+
+    def _fill(self) -> None:
+        """Generates until nothing in flight must be waited for."""
+        self._begin()
+        while self._must_wait():
+            self._receive(self._wait())
+            self._begin()
+
+    def _must_wait(self) -> bool:
+        if not self._enough or self._on_full == "wait":
+            return bool(self._in_flight)
+        return self._on_full == "keep" and any(
+            map(self._too_old_soon, {group.oldest for group in self._in_flight.values()})
+        )
+
+    def _too_old_soon(self, version: int) -> bool:
+        """Whether the steps after this one may be too few for all groups of weights as old as `version`. They are as many as
+        `version` is newer than the oldest allowed."""
+        batch = self._step.config.sampling.train_batch_prompts
+        kept = sum(other <= version for other in self._versions()[batch:])
+        in_flight = sum(group.oldest <= version for group in self._in_flight.values())
+        return kept + groups_brought(in_flight, self._kept_ratio()) > batch * (version - self._step.oldest)
+
+    def _versions(self) -> list[int]:
+        """Of the weights of the groups to train on, in the order in which they are taken."""
+        return sorted(group.weight_version for group in (*self._carried, *self._kept.values()))
+
+    @property
+    def _enough(self) -> bool:
+        return len(self._kept) >= self._missing
+
+    def _begin(self) -> None:
+        """Begins groups until those in flight will very likely suffice, as far as the limits allow; with on_full keep as
+        many as they allow."""
+        missing, room = self._missing - len(self._kept), self._limit - len(self._in_flight)
+        wanted = groups_needed(missing, self._kept_ratio()) - len(self._in_flight)
+        if self._on_full == "keep" and missing > 0:
+            wanted = self._room_to_keep(room)
+        budget = self._step.config.sampling.max_gen_batches * self._batch - self._num_begun
+        for prompt in self._take(max(0, min(wanted, room, budget))):
+            self._ask(len(self._adopted) + self._num_begun, prompt, (), self._step.config.rollout.group_size)
+            self._num_begun += 1
+        self._load.now(len(self._in_flight), self._enough)
+
+    def _room_to_keep(self, room: int) -> int:
+        """How many of `room` more groups can all be trained on, in this step or a later one, before they are too old."""
+        steps = self._responder.weight_version - self._step.oldest + 1
+        space = steps * self._step.config.sampling.train_batch_prompts - len(self._versions())
+        ratio, in_flight = self._kept_ratio(), len(self._in_flight)
+        return bisect_right(range(room), space, key=lambda more: groups_brought(in_flight + more + 1, ratio))
+
+    def _kept_ratio(self) -> float:
+        """Share of groups expected to be kept: this step's so far, to which a few imagined groups are added that are kept as
+        those of the steps before. The configuration's word alone, train_batch_prompts of gen_batch_prompts, may be far off:
+        on easier data each step would begin more groups than can be trained on in time."""
+        if self._step.config.sampling.style != "filter":
+            return 1.0  # a group that is given up is replaced when it is
+        return (self._expected * _IMAGINED + self._num_good) / (_IMAGINED + len(self._finished))
+
+    def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
+        # read before: an update may be under way
+        oldest = min([self._responder.weight_version, *(sample.rollout.weight_version for sample in samples)])
+        future = self._responder.submit([prompt] * count, self._step.next_params())
+        self._watch(number, InFlight(prompt, samples, count, oldest, future))
+
+    def _watch(self, number: int, group: InFlight) -> None:
+        self._in_flight[number] = group
+        done = self._done  # not self: a future may outlive this step
+        group.future.add_done_callback(lambda _: done.put(number))
+
+    def _wait(self) -> list[int]:
+        """The numbers of all groups that are done by now, in order; at least one."""
+        numbers = [get_tending(self._done, self._responder.tend)]
+        with suppress(Empty):
+            while True:
+                numbers.append(self._done.get_nowait())
+        return sorted(numbers)
+
+    def _receive(self, numbers: Sequence[int]) -> None:
+        """Scores what has arrived; each group then is finished, or grows (style resample)."""
+        arrived = [self._in_flight.pop(number) for number in numbers]
+        rollouts = [asked.future.result() for asked in arrived]
+        repeated = [asked.prompt for asked, some in zip(arrived, rollouts) for _ in some]
+        samples = iter(self._responder.score(repeated, [rollout for some in rollouts for rollout in some]))
+        for number, asked, some in zip(numbers, arrived, rollouts):
+            group = Group(asked.prompt, asked.samples + tuple(next(samples) for _ in some))
+            growth = self._step.growth(group) if self._step.config.sampling.style == "resample" else 0
+            if growth:
+                self._step.num_extra += growth
+                self._ask(number, group.prompt, group.samples, growth)
+            else:
+                self._finish(number, group)
+        if len(self._finished) >= self._step.config.sampling.train_batch_prompts:
+            self._step.check_scored(self._finished.values())
+
+    def _finish(self, number: int, group: Group) -> None:
+        self._finished[number] = group
+        if not KEEPS[self._step.config.sampling.style](group):
+            return
+        self._num_good += 1
+        if group.weight_version < self._step.oldest:
+            self._step.num_stale += 1
+        else:
+            self._kept[number] = group
+
+    def _give_up(self) -> list[Prompt]:
+        """Ends all requests; the prompts they were for, in order."""
+        given_up, self._in_flight = self._in_flight, {}
+        for asked in given_up.values():
+            asked.future.cancel()
+        return [given_up[number].prompt for number in sorted(given_up)]
+
+
+class _Load:
+    """How many groups are in flight over time."""
+
+    def __init__(self) -> None:
+        self._start = self._mark = time.monotonic()
+        self._count = self._most = 0
+        self._group_seconds = 0.0
+        self._enough_at: float | None = None
+
+    def now(self, count: int, enough: bool) -> None:
+        """From now on `count` groups are in flight; `enough`: no more are needed."""
+        mark = time.monotonic()
+        self._group_seconds += self._count * (mark - self._mark)
+        self._mark, self._count, self._most = mark, count, max(self._most, count)
+        if enough and self._enough_at is None:
+            self._enough_at = mark
+
+    def stats(self) -> dict[str, float]:
+        seconds = self._mark - self._start
+        return {
+            "sampling/in_flight_max": float(self._most),
+            "sampling/in_flight_mean": self._group_seconds / seconds if seconds else 0.0,
+            "sampling/surplus_wait_s": self._mark - self._enough_at if self._enough_at is not None else 0.0,
+        }
+
+
+def _in_order(groups: dict[int, Group]) -> list[Group]:
+    return [groups[number] for number in sorted(groups)]

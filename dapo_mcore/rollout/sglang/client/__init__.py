@@ -1,0 +1,1 @@
+"""One SGLang server over HTTP: endpoints, answers, versions."""

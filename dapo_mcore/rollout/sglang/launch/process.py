@@ -1,0 +1,148 @@
+"""A server as a child process: start, end, last words.
+
+Change here: how a child is kept from outliving its parent, and how it is ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+STOP_S = 5.0
+"""From the request to end to the end by force."""
+_PR_SET_PDEATHSIG = 1
+_TAIL_BYTES, _TAIL_LINES, _LONGEST_LINE = 65536, 100, 300
+_ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception)\b|: error: ")
+"""The end of a traceback, or a refused option."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class OwnedServer(Protocol):
+    """A server that the run has started and may start again; its URL may then change. See ServerProcess, RayServer."""
+
+    url: str
+
+    @property
+    def alive(self) -> bool: ...
+
+    def restart(self) -> None: ...
+
+    def ask_to_stop(self) -> None: ...
+
+    def stop(self, patience_s: float = STOP_S) -> None: ...
+
+    def last_words(self) -> str: ...
+
+    def last_line(self) -> str: ...
+
+
+class ServerProcess:
+    """One server. It dies with this process, however that ends.
+
+    port  reserved for it, across restarts (see reserve_port).
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        folder: Path,
+        name: str,
+        url: str,
+        port: socket.socket,
+    ):
+        self.url, self._port = url, port
+        self._command, self._environment, self._folder = list(command), environment, folder
+        self._log, self._log_start = folder / f"{name}.log", 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Starts it; it serves when /health says so. Its output goes to the end of the log."""
+        with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def ask_to_stop(self) -> None:
+        if self.alive:
+            self._process.terminate()
+
+    def stop(self, patience_s: float = STOP_S) -> None:
+        """Ends it and its children: politely first, `patience_s` later at once. May be called twice."""
+        if self._process is None:
+            return
+        self.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
+        _kill_group(self._process.pid)
+        self._process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def last_words(self) -> str:
+        """What it wrote last since it was started, for an error message: its last error where there is one near the end,
+        since its other processes go on writing for a while."""
+        lines = self._tail().splitlines()[-_TAIL_LINES:]
+        errors = [number for number, line in enumerate(lines) if _ERROR.search(line)]
+        end = errors[-1] + 1 if errors else len(lines)
+        words = [line.strip()[:_LONGEST_LINE] for line in lines[max(end - 3, 0) : end]]
+        return f"{' | '.join(words) or 'it wrote nothing'} (see {self._log})"
+
+    def last_line(self) -> str:
+        """The last line that it wrote since it was started, or nothing."""
+        lines = self._tail().splitlines()
+        return lines[-1].strip()[:_LONGEST_LINE] if lines else ""
+
+    def _tail(self) -> str:
+        try:
+            with self._log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, size - _TAIL_BYTES))
+                return log.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def stop_servers(servers: Sequence[OwnedServer]) -> None:
+    """Ends them together, in the time that one may take: torchrun kills a trainer that needs 30 s to end."""
+    for server in servers:
+        server.ask_to_stop()
+    end = time.monotonic() + STOP_S
+    for server in servers:
+        server.stop(max(end - time.monotonic(), 0.0))

@@ -1,0 +1,237 @@
+"""SGLang servers of a run: their command, environment, keys and model folder, and what a machine must have for them.
+
+Change here: with which options a server is started. As a process it is process.py, on other nodes ray_servers.py; which
+of them serve is pool.py. The servers' files lie in servers/ of the run's
+folder: keys.json and server-N.yaml (both 0600: the keys are in them, and a command line is public), server-N.args (the
+options on its command line), server-N.log, model/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.client.api import Keys
+from dapo_mcore.rollout.sglang.launch.interpreter import Installed, inspect_environment, python_of
+from dapo_mcore.rollout.sglang.launch.options import command_line
+from dapo_mcore.rollout.sglang.launch.process import ServerProcess
+from dapo_mcore.rollout.sglang.sync.quantize import quantization_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CPU_ARGS = {
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "grammar-backend": "none",
+    "disable-overlap-schedule": True,
+    "max-total-tokens": 65536,
+    "max-running-requests": 256,
+}
+"""What SGLang needs beside `device: cpu` to run without a GPU; its own guess of the cache's size takes most of memory."""
+
+# What a launcher has set for the trainer is not for its servers; PYTHONPATH would let our `kernels/` pose as theirs.
+_NOT_INHERITED = (
+    "PYTHONPATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "TRITON_INTERPRET",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+)
+_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "RAY_")
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What a machine needs to make its servers: plain data, which can be sent there.
+
+    model    content of config.json.
+    dtype    `float32` or `bfloat16`, of weights and arithmetic.
+    folder   for configuration, keys, logs.
+    resumes  requests in flight go on after a weight update, under the new weights.
+    """
+
+    settings: SGLangConfig
+    keys: Keys
+    model: dict[str, Any]
+    dtype: str
+    folder: Path
+    resumes: bool = False
+
+    @classmethod
+    def new(
+        cls,
+        settings: SGLangConfig,
+        hf_config: PretrainedConfig,
+        dtype: str,
+        stop_token_ids: Sequence[int],
+        folder: Path,
+        resumes: bool = False,
+    ) -> ServerPlan:
+        """A plan with fresh random keys. Raises ConfigError for a dtype that does not go with `quantize`."""
+        keys = Keys(secrets.token_hex(32), secrets.token_hex(32))
+        model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
+        if settings.quantize == "fp8":
+            if dtype == "float32":
+                raise ConfigError(
+                    "rollout.sglang.quantize fp8 multiplies in bf16, but model.dtype is fp32; set model.dtype bf16"
+                )
+            model["quantization_config"] = quantization_config()
+        return cls(settings, keys, model, dtype, folder.absolute(), resumes)
+
+    def write_keys(self) -> None:
+        """keys.json, for people who want to ask the servers themselves."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"api_key": self.keys.api, "admin_key": self.keys.admin}
+        write_private(self.folder / "keys.json", json.dumps(content))
+
+    def build(self, number: int, host: str, port: socket.socket, first_gpu: int, sglang: Installed) -> ServerProcess:
+        """Server `number` on a reserved port, not yet started, with its files written.
+
+        Raises ConfigError for a value in `server_args` that its option cannot take.
+        """
+        number_of_port = port.getsockname()[1]
+        arguments = command_line(_options(self, host, number_of_port, first_gpu), sglang.options)
+        _write_model(self.model, self.folder / "model")
+        write_private(self.folder / f"server-{number}.args", "\n".join([*arguments, ""]))
+        keys = self.folder / f"server-{number}.yaml"
+        write_private(keys, yaml.safe_dump({"api-key": self.keys.api, "admin-api-key": self.keys.admin}))
+        command = [python_of(self.settings), "-P", "-m", "sglang.launch_server", *arguments, "--config", str(keys)]
+        environment = _environment(self.settings, sglang.models, self.model["model_type"])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{number_of_port}"
+        return ServerProcess(command, environment, self.folder, f"server-{number}", url, port)
+
+
+def start_servers(plan: ServerPlan) -> list[ServerProcess]:
+    """The servers of a plan as children of this process, starting. They hold random weights until the first update.
+
+    Raises ConfigError: no SGLang, or one out of range, an option that it lacks, no GPU, too few, port taken.
+    """
+    settings = plan.settings
+    sglang = inspect_environment(settings, plan.resumes)
+    first = settings.first_gpu or 0
+    check_devices(settings, settings.num_servers, first)
+    ports = [reserve_port(settings, settings.host, number) for number in range(settings.num_servers)]
+    plan.write_keys()
+    gpus = range(first, first + settings.num_servers * settings.tensor_parallel, settings.tensor_parallel)
+    servers = [plan.build(i, settings.host, port, gpu, sglang) for i, (port, gpu) in enumerate(zip(ports, gpus))]
+    for server in servers:
+        server.start()
+    return servers
+
+
+def read_keys(path: str | None) -> Keys:
+    """The keys in a JSON file {"api_key": …, "admin_key": …} that nobody else can read; none for no path."""
+    if path is None:
+        return Keys()
+    file = Path(path)
+    try:
+        mode = stat.S_IMODE(file.stat().st_mode)
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        keys = Keys(stored.get("api_key"), stored.get("admin_key"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"rollout.sglang.key_file {path}: {error}; it holds api_key and admin_key as JSON") from error
+    if mode & 0o077:
+        raise ConfigError(f"rollout.sglang.key_file {path} has mode {mode:04o}; others could read it: chmod 600 {path}")
+    return keys
+
+
+def _options(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str, Any]:
+    """The server's options but the keys. Weights come by the first update, and tokens need no tokenizer."""
+    settings = plan.settings
+    ours = {
+        "model-path": str(plan.folder / "model"),
+        "load-format": "dummy",
+        "skip-tokenizer-init": True,
+        "dtype": plan.dtype,
+        "device": settings.device,
+        "tp-size": settings.tensor_parallel,
+        "host": host,
+        "port": port,
+        "log-level": "warning",
+    }
+    # on a CPU base-gpu-id would name a NUMA node, and there is no memory saver
+    on_gpu = {"base-gpu-id": first_gpu, "enable-memory-saver": settings.colocated}
+    return ours | (CPU_ARGS if settings.device == "cpu" else on_gpu) | settings.server_args
+
+
+def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _NOT_INHERITED and not name.startswith(_NOT_INHERITED_PREFIXES)
+    }
+    kept["HF_HUB_OFFLINE"] = "1"
+    if settings.device == "cpu":
+        kept["SGLANG_USE_CPU_ENGINE"] = "1"
+        kept["OMP_NUM_THREADS"] = "1"  # more is many times slower for a model small enough for a CPU
+        # importing all of them takes most of a small server's start, and CUDA packages
+        kept["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(name for name in models if name != model_type)
+    return kept
+
+
+def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) -> None:
+    """Nothing; raises ConfigError when this machine has too few GPUs for `num_servers` servers from `first_gpu` on."""
+    if settings.device == "cpu":
+        return
+    import torch  # not above: a Ray actor on a CPU starts in half the time without it
+
+    needed, found = num_servers * settings.tensor_parallel, torch.cuda.device_count()
+    if not found:
+        raise ConfigError(
+            "rollout.sglang.device is cuda, but this machine has no CUDA device; set rollout.sglang.device cpu, or name "
+            "servers on other machines in rollout.sglang.urls"
+        )
+    if first_gpu + needed > found:
+        raise ConfigError(
+            f"rollout.sglang.num_servers {num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} GPUs after "
+            f"the first {first_gpu} of this machine, which has {found}; lower either, start fewer trainer processes here, "
+            "or share GPUs (rollout.sglang.colocated true)"
+        )
+
+
+def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socket:
+    """The port of server `number` on this machine, base_port + number or a free one, bound and kept until it is closed.
+
+    A server takes half a minute to listen, and in that time the kernel gives a port that is merely free to any connection
+    of any process. Bound with SO_REUSEADDR it does not, and the server, which binds so too, can listen on it.
+    Raises ConfigError when somebody listens there.
+    """
+    wanted = settings.base_port + number if settings.base_port else 0
+    port = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        port.bind((host, wanted))
+        return port
+    except (OSError, OverflowError) as error:
+        port.close()
+        raise ConfigError(
+            f"a server cannot listen on rollout.sglang.host {host} port {wanted}: {error}; choose another "
+            "base_port, or leave it null for a free one"
+        ) from error
+
+
+def _write_model(config: dict[str, Any], folder: Path) -> None:
+    """config.json alone. Without generation_config.json the server has no sampling defaults of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_private(path: Path, text: str) -> None:
+    """A new file that only this user can read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

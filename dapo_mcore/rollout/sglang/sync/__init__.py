@@ -1,0 +1,1 @@
+"""Weights to servers: from disk, by broadcast, or by shared memory, in one transaction."""

@@ -1,0 +1,125 @@
+"""This process's end of a process group with rollout servers: rank 0, which sends.
+
+Change here: how torch's group is opened, used and given up. Who is in it is server_group.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from dapo_mcore.architecture.manifest import Bucket
+
+_POLL_S = 0.001
+_ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+
+
+class RootRank:
+    """Rank 0 of a group; SGLang's `init_custom_process_group` is the other ranks' end. `name` is unique in the process.
+
+    `open` and `broadcast` block, so they belong in threads of their own (`in_daemon`); `close` may be called from another
+    one at any time and frees them, on gloo once no send is on its way to a server that is silent.
+    """
+
+    def __init__(self, name: str, host: str, world_size: int, backend: str, timeout: timedelta):
+        self.name, self.world_size, self.backend = name, world_size, backend
+        self._host, self._timeout = host, timeout
+        self._store: dist.TCPStore | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._closed = False
+        # TCPStore by itself listens on every interface
+        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = self._listener.getsockname()[1]
+
+    def open(self) -> None:
+        """Returns when gloo has connected every rank; NCCL connects at the first broadcast. Raises RuntimeError."""
+        rest = dict(world_size=self.world_size, timeout=self._timeout)
+        # The store's server and our own use of it are apart: dropping the server ends every wait for a missing rank.
+        self._store = dist.TCPStore(
+            self._host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=self._listener.detach(),
+            **rest,
+        )
+        if self._closed:
+            raise RuntimeError(f"process group {self.name} was given up")
+        store = c10d.PrefixStore(self.name, dist.TCPStore(self._host, self.port, is_master=False, **rest))
+        backend = c10d.Backend(self.backend)
+        with _outlives_its_peers(self.backend):
+            group, _ = c10d._new_process_group_helper(
+                self.world_size, 0, [], backend, store, group_name=self.name, timeout=self._timeout
+            )
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.world_size)}  # for its destruction
+        self._group = group
+        if self._closed:
+            self.close()
+
+    def broadcast(self, bucket: Bucket) -> None:
+        """Returns when every tensor has been sent. Raises RuntimeError when a rank is gone or silent."""
+        group, tensors = self._group, [tensor.contiguous() for _, tensor in bucket]
+        if group is None:
+            raise RuntimeError(f"process group {self.name} is closed")
+        works = [group.broadcast(tensor, 0) for tensor in tensors]
+        for work in works:
+            work.wait()
+        while not all(work.is_completed() for work in works):  # NCCL's wait only orders the stream
+            if self._closed:
+                raise RuntimeError(f"process group {self.name} was given up")
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Ends the group: ranks that wait in it, here and at the servers, fail. May be called twice."""
+        self._closed, self._store = True, None
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()  # NCCL's kernels; gloo closes its connections with the last reference
+            dist.destroy_process_group(group)
+
+    def close_soon(self) -> threading.Thread:
+        """The same in the thread that is returned: aborting NCCL may take its time."""
+        thread = threading.Thread(target=self.close, name=f"close {self.name}", daemon=True)
+        thread.start()
+        return thread
+
+
+@contextmanager
+def _outlives_its_peers(backend: str) -> Iterator[None]:
+    """NCCL groups made inside abort themselves when a server dies; torch's default, and torchrun's, ends this process."""
+    before = os.environ.get(_ON_ERROR)
+    if backend == "nccl":
+        os.environ[_ON_ERROR] = "2"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_ON_ERROR] = before
+        else:
+            os.environ.pop(_ON_ERROR, None)
+
+
+def in_daemon(call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """What asyncio.to_thread does, in a thread that keeps no process from ending when the call never returns."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=f"group {call.__name__}", daemon=True).start()
+    return asyncio.wrap_future(future)

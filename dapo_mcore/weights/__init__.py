@@ -1,1 +1,0 @@
-"""Weights on the move: names and shapes (mapping), files (hf_io), checkpoints, and sync to rollout engines."""

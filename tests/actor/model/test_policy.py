@@ -1,0 +1,185 @@
+"""Every family on meshes of real processes: logits, gradients and their norm, held to an fp64 run of transformers.
+
+Proves: real megatron-core in fp32 on gloo, with experts as separate MLPs; packed and unpacked micro-batches.
+Does not prove: Transformer Engine's grouped experts, NCCL, bf16.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from tests.actor import families, parity
+from tests.actor.families import FAMILIES, LENGTHS, Problem
+from tests.actor.parity import Mesh
+
+GRADIENT_TOLERANCE = 1e-6  # per tensor, ‖Δ‖₂ / ‖g‖₂
+
+DENSE = ["qwen2", "qwen2, tied", "qwen2, yarn", "qwen3", "llama", "llama, linear", "mistral"]
+EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe, sparse", "deepseek-v3", "deepseek-v3, no groups"]
+
+MESHES = [
+    (Mesh(), [*DENSE, *EXPERTS]),
+    (Mesh(tensor=2, sequence_parallel=True), [*DENSE, *EXPERTS]),
+    (Mesh(tensor=2), ["llama, one key-value head", "mistral"]),
+    (Mesh(pipeline=2), [*DENSE, *EXPERTS]),  # three layers: uneven stages
+    (Mesh(data=2, expert=2), EXPERTS),
+    (Mesh(data=2), EXPERTS),
+    (Mesh(tensor=2, sequence_parallel=True, expert=2), EXPERTS),
+    (Mesh(tensor=2, data=2, sequence_parallel=True, expert=2, expert_tensor=2), EXPERTS),
+    (Mesh(context=2, pipeline=2, expert=2), EXPERTS),
+    (Mesh(pipeline=4), ["qwen2, seven layers"]),
+    (Mesh(tensor=4), ["llama, eight heads", "qwen3", "llama, one key-value head"]),
+    (Mesh(tensor=2, context=2, sequence_parallel=True), ["llama, one key-value head", "qwen3-moe"]),
+]
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> dict[str, str]:
+    folders = {name: tmp_path_factory.mktemp("family") for name in FAMILIES}
+    return {name: str(families.save_problem(name, folder)) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize(("mesh", "names"), MESHES, ids=[str(mesh) for mesh, _ in MESHES])
+def test_logits_and_gradients_equal_the_fp64_run_of_transformers(mesh, names, problems):
+    for row in parity.spawn(compare_all, mesh, {name: problems[name] for name in names}):
+        name = row.pop("name")
+        assert row["logits_max"] <= 2 * row["own_max"], (name, row)
+        assert row["logits_norm"] <= 2 * row["own_norm"], (name, row)
+        assert row["gradient"] <= GRADIENT_TOLERANCE, (name, row)
+        for distributed in (False, True):
+            assert row[f"norm, distributed {distributed}"] <= GRADIENT_TOLERANCE, (name, row)
+
+
+def compare_all(layout: Any, mesh: Mesh, paths: dict[str, str]) -> list[dict[str, Any]]:
+    """Worker."""
+    return [{"name": name} | compare(layout, mesh, families.load_problem(path)) for name, path in paths.items()]
+
+
+def compare(layout: Any, mesh: Mesh, problem: Problem) -> dict[str, Any]:
+    found: dict[str, Any] = {"own_max": problem.errors[0], "own_norm": problem.errors[1]}
+    norm = sum(float(g.square().sum()) for g in problem.gradients.values()) ** 0.5
+    for distributed in (False, True):
+        config = parity.make_config(mesh, optimizer__distributed=distributed, optimizer__clip_grad=norm / 2)
+        policy, outcomes, found_norm = one_step(config, problem, layout)
+        found[f"norm, distributed {distributed}"] = abs(found_norm / norm - 1)
+        if not distributed:  # the other way leaves each rank a shard of the gradients
+            found |= logits_errors(problem, outcomes, layout)
+            found["gradient"] = worst_ratio(gradient_sums(policy, problem, layout, norm / 2 / (norm + 1e-6)), layout)
+    return found
+
+
+def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any], float]:
+    """A gradient step on the problem: the policy, its logits, and the gradient norm."""
+    from dapo_mcore.actor.actor import wrap
+    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.optimizer import Optimizer
+    from dapo_mcore.actor.step import run_micro_batches
+
+    policy = build_model(config, problem.hf_config, layout)
+    families.fill(policy, problem, layout)
+    ddp = wrap(policy, config)
+    optimizer = Optimizer(ddp, config.optimizer, torch.float32)
+    ddp.zero_grad_buffer()
+    batches = [micro_batch(problem, batch, layout) for batch in own_batches(layout)]
+    outcomes = run_micro_batches(ddp, batches, partial(cross_entropy, layout=layout), layout, backward=True)
+    norm = optimizer.prepare()
+    optimizer.step(norm)
+    return policy, outcomes, norm
+
+
+def own_batches(layout: Any) -> list[int]:
+    return [batch for batch in range(len(LENGTHS)) if layout.data == 1 or batch == layout.data_rank]
+
+
+def logits_errors(problem: Problem, outcomes: list[Any], layout: Any) -> dict[str, float]:
+    errors = [
+        out["logits"].double() - problem.logits[batch][held_positions(batch, layout)]
+        for batch, out in zip(own_batches(layout), outcomes)
+    ]
+    largest = torch.tensor([max((float(e.abs().max()) for e in errors), default=0.0)])
+    squares = torch.tensor([sum(float(e.square().sum()) for e in errors) * layout.reports_loss], dtype=torch.float64)
+    return {
+        "logits_max": float(layout.max_over_ranks(largest)),
+        "logits_norm": float(layout.sum_over_ranks(squares)) ** 0.5,
+    }
+
+
+def gradient_sums(policy: Any, problem: Problem, layout: Any, scale: float) -> dict[str, tuple[float, float]]:
+    """Global parameter name → (‖Δ‖², ‖g‖²) of this rank's part, the expected gradient being clipped to `scale` of itself."""
+    sums = {}
+    names = policy.global_parameter_names()
+    for name, parameter in policy.named_parameters():
+        global_name = names[name]
+        expected = scale * families.megatron_part(global_name, problem.gradients, problem.hf_config, layout)
+        delta = parameter.main_grad.double() - expected
+        sums[global_name] = (float(delta.square().sum()), float(expected.square().sum()))
+    return sums
+
+
+def worst_ratio(sums: dict[str, tuple[float, float]], layout: Any) -> float:
+    """The largest ‖Δ‖ / ‖g‖ over parameters, each over all ranks that hold a part of it. An expert that no token chose has no
+    gradient, and must have none here either."""
+    import torch.distributed as dist
+
+    everywhere: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(everywhere, sums, group=layout.control_group)
+    ratios = {}
+    for name in {name for rank in everywhere for name in rank}:
+        wrong, whole = (sum(rank[name][i] for rank in everywhere if name in rank) for i in (0, 1))
+        ratios[name] = (wrong / whole) ** 0.5 if whole else float(wrong > 0)
+    return max(ratios.values())
+
+
+def held_positions(batch: int, layout: Any) -> torch.Tensor:
+    """int64, this context-parallel rank's tokens of a micro-batch, in the order of its hidden states [s, b] flattened."""
+    import numpy as np
+
+    from dapo_mcore.batch.context import zigzag_positions
+
+    held = torch.from_numpy(zigzag_positions(np.array(LENGTHS[batch]), layout.context, layout.context_rank))
+    return held.view(len(LENGTHS[batch]), -1).T.flatten() if batch else held
+
+
+def micro_batch(problem: Problem, batch: int, layout: Any) -> Any:
+    from dapo_mcore.types import MicroBatch
+
+    lengths = torch.tensor(LENGTHS[batch])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    held = held_positions(batch, layout)
+    shape = (1, -1) if batch == 0 else (-1, len(lengths))
+
+    def rectangle(values: torch.Tensor) -> torch.Tensor:
+        found = values[held].view(shape)
+        return found if batch == 0 else found.T.contiguous()
+
+    empty = torch.empty(0)
+    return MicroBatch(
+        tokens=rectangle(problem.tokens[batch]),
+        position_ids=rectangle(positions),
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int() if batch == 0 else None,
+        max_seqlen=int(lengths.max()),
+        rows=held,
+        targets=problem.targets[batch][held],
+        advantages=empty,
+        token_weights=problem.loss_weights[batch][held],
+        rollout_logprobs=empty,
+        sample_ids=empty,
+    )
+
+
+def cross_entropy(policy: Any, hidden: torch.Tensor, batch: Any, layout: Any) -> tuple[torch.Tensor, Any]:
+    """Weighted cross-entropy over whole logits, which every tensor-parallel rank gathers."""
+    from megatron.core.tensor_parallel import mappings
+
+    if policy.config.sequence_parallel:
+        hidden = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
+    shard = hidden.flatten(0, 1) @ policy.head_weight().T
+    logits = mappings.gather_from_tensor_model_parallel_region(shard)[:, : families.VOCAB]
+    logp = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    return -(logp * batch.token_weights).sum(), {"logits": logits.detach()}

@@ -1,0 +1,102 @@
+"""The mesh: its arithmetic without processes, its coordinates and control collectives with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size, fewest_processes
+from dapo_mcore.config.schema import ParallelConfig
+from dapo_mcore.errors import ConfigError
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+
+def test_world_size_that_is_no_multiple_of_the_mesh_is_refused():
+    parallel = ParallelConfig(tensor_parallel=2, pipeline_parallel=2)
+    message = r"world size 6 is not a multiple of tensor_parallel 2 × pipeline_parallel 2 × context_parallel 1 = 4"
+    with pytest.raises(ConfigError, match=message):
+        data_parallel_size(parallel, 6)
+
+
+def test_world_size_that_contradicts_data_parallel_is_refused():
+    parallel = ParallelConfig(tensor_parallel=2, data_parallel=2)
+    with pytest.raises(ConfigError, match=r"world size 2 is not .* × data_parallel 2 = 4; start 4 processes"):
+        data_parallel_size(parallel, 2)
+
+
+def test_what_remains_is_data_parallel():
+    assert data_parallel_size(ParallelConfig(tensor_parallel=2, context_parallel=2), 8) == 2
+
+
+def test_experts_fill_the_same_processes_in_their_own_way():
+    parallel = ParallelConfig(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True, expert_parallel=2)
+    assert expert_data_parallel_size(parallel, 8) == 2  # whole experts: expert_tensor_parallel is 1
+    assert expert_data_parallel_size(parallel.model_copy(update={"expert_tensor_parallel": 2}), 8) == 1
+
+
+def test_world_size_that_is_no_multiple_of_the_experts_mesh_is_refused():
+    parallel = ParallelConfig(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
+    message = (
+        r"world size 2 is not a multiple of expert_parallel 2 × expert_tensor_parallel 2 × pipeline_parallel 1 = 4"
+    )
+    with pytest.raises(ConfigError, match=message):
+        expert_data_parallel_size(parallel, 2)
+
+
+def test_coordinates_of_experts():
+    result = parity.spawn(describe_experts, Mesh(tensor=2, data=2, sequence_parallel=True, expert=2))
+    # expert tensor varies fastest, then expert, then expert data: tensor pairs share the experts of a layer
+    assert result == [[0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]]
+
+
+def test_coordinates_and_control_collectives():
+    result = parity.spawn(describe, Mesh(tensor=2, data=2))
+    # Megatron's order: tensor varies fastest, then context, then data
+    assert result["coordinates"] == [[0, 0], [1, 0], [0, 1], [1, 1]]
+    assert result["reports"] == 2
+    assert (result["sum"], result["maximum"]) == (6.0, 3.0)
+    assert result["object"] == {"from": 0}
+    assert result["replica"] == [7.0, 8.0]
+
+
+def describe(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    """Worker."""
+    coordinates = torch.zeros(4, 2, dtype=torch.int64)
+    coordinates[layout.rank] = torch.tensor([layout.tensor_rank, layout.data_rank])
+    reports = torch.tensor([int(layout.reports_loss)])
+    rank = torch.tensor([float(layout.rank)])
+    seen = torch.zeros(2)
+    for replica, group in enumerate(layout.replica_groups):
+        if group is not None:
+            value = torch.tensor([7.0 + replica]) if layout.is_controller else torch.zeros(1)
+            layout.broadcast(value, group)
+            if replica == layout.data_rank and layout.tensor_rank == 1:
+                seen[replica] = value
+    return {
+        "coordinates": layout.sum_over_ranks(coordinates).tolist(),
+        "reports": int(layout.sum_over_ranks(reports)),
+        "sum": float(layout.sum_over_ranks(rank.clone())),
+        "maximum": float(layout.max_over_ranks(rank.clone())),
+        "object": layout.broadcast_object({"from": layout.rank}),
+        "replica": layout.sum_over_ranks(seen).tolist(),
+    }
+
+
+def describe_experts(layout: Any, mesh: Mesh) -> list[list[int]]:
+    """Worker."""
+    coordinates = torch.zeros(4, 3, dtype=torch.int64)
+    mine = [layout.expert_tensor_rank, layout.expert_rank, layout.expert_data_rank]
+    assert layout.expert_group.size() == layout.expert == 2
+    assert layout.expert_tensor_group.size() == layout.expert_tensor == 1
+    coordinates[layout.rank] = torch.tensor(mine)
+    return layout.sum_over_ranks(coordinates).tolist()
+
+
+def test_the_fewest_processes_fill_both_meshes():
+    assert fewest_processes(ParallelConfig(tensor_parallel=2, context_parallel=3)) == 6
+    assert fewest_processes(ParallelConfig(tensor_parallel=2, expert_parallel=3)) == 6
+    assert fewest_processes(ParallelConfig(pipeline_parallel=2, expert_parallel=4)) == 8
+    assert fewest_processes(ParallelConfig(tensor_parallel=2, data_parallel=5)) == 10

@@ -1,0 +1,294 @@
+"""Saving on one mesh and loading on others: what a rank holds must be, bit for bit, what was saved.
+
+Helpers of test_resharding.py; the workers run in real gloo processes, one start for many meshes. The oracle is gathered by
+another way than a checkpoint: weights by the stream of the weight sync, Adam's moments and fp32 copies through the data-parallel
+buckets of the gradients. Also run as a program, under another version of megatron-core:
+
+    python -m tests.checkpoint.resharding FOLDER '[["tied", {"tensor": 2}, {}], …]'
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+SIZES = dict(
+    vocab_size=65,  # padded: to 72 on one tensor-parallel rank, to 80 on two, to 72 on three
+    hidden_size=48,
+    intermediate_size=60,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=6,
+    max_position_embeddings=64,
+)
+EXPERTS = dict(
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=18,
+    shared_expert_intermediate_size=18,
+    mlp_only_layers=[1],
+    num_hidden_layers=2,
+)
+MODELS = {
+    "tied": ("Qwen2", "fp32", {"tie_word_embeddings": True}),
+    "tied bf16": ("Qwen2", "bf16", {"tie_word_embeddings": True}),
+    "untied bf16": ("Qwen2", "bf16", {"tie_word_embeddings": False}),
+    "experts": ("Qwen2Moe", "fp32", EXPERTS),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a mesh. It saves, then loads its own checkpoint and those of earlier cases with the same model.
+
+    distributed   the distributed optimizer, else the plain one
+    bucket_size   elements of a bucket of gradients; None for one bucket, which is what training has today
+    """
+
+    model: str
+    mesh: Mesh
+    distributed: bool = True
+    bucket_size: int | None = None
+
+    def __str__(self) -> str:
+        kind = "" if self.distributed else " plain"
+        return f"{self.model} {self.mesh}{kind}{' buckets' if self.bucket_size else ''}"
+
+
+def run(cases: Sequence[Case], folder: Path) -> dict[str, list[str]]:
+    """Return {"saved by → loaded by": names of tensors that differ}. Goes on with the checkpoints that `folder` has."""
+    multiprocessing.set_forkserver_preload([f"{parity.__package__}.preload"])
+    for case in cases:
+        (folder / case.model).mkdir(parents=True, exist_ok=True)
+    num_ranks = max(case.mesh.world_size for case in cases)
+    stores = tempfile.mkdtemp(
+        prefix="stores_", dir=folder
+    )  # of this call alone: a store that was used hangs the next group
+    mp.start_processes(_enter, (list(cases), folder, stores), nprocs=num_ranks, start_method="forkserver")
+    return json.loads((folder / "found.json").read_text())
+
+
+def _enter(rank: int, cases: list[Case], folder: Path, stores: str) -> None:
+    from dapo_mcore.actor.parallel import layout as layouts
+
+    os.environ.update(LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    found: dict[str, list[str]] = {}
+    for number, case in enumerate(cases):
+        size = case.mesh.world_size
+        if rank < size:
+            store = f"file://{stores}/{number}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+            layout = layouts.start(_config(case).parallel, seed=0)
+            found |= save_and_load_all(layout, case, folder / case.model)
+            layouts.stop()
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+def save_and_load_all(layout: Any, case: Case, folder: Path) -> dict[str, list[str]]:
+    """Worker: of each pair the tensors that differ, over all ranks."""
+    from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+
+    torch.manual_seed(zlib.crc32(str(case).encode()))
+    actor, earlier = _actor(case, layout), sorted(folder.glob("*/checkpoints"))
+    for update in range(2):
+        _step(actor, update)
+    expected, copies = gathered(actor), local(actor)
+    if layout.is_controller:
+        (folder / str(case)).mkdir()
+        torch.save(expected, folder / str(case) / "expected.pt")
+    state = _train_state(actor.num_updates) if layout.is_controller else None
+    own = save_checkpoint(folder / str(case), actor, state, layout, keep=1)
+    found = {}
+    for path in [*(path / own.name for path in earlier), own]:
+        _spoil(actor)
+        load_checkpoint(path, actor, layout)
+        wrong = _different(gathered(actor), path.parents[1] / "expected.pt", layout)
+        if path == own:
+            wrong += [f"local {name}" for name, value in local(actor).items() if not torch.equal(value, copies[name])]
+        told: list[Any] = [None] * layout.world_size
+        dist.all_gather_object(told, wrong + _torn(actor), group=layout.control_group)
+        found[f"{path.parents[1].name} → {case}"] = [
+            f"rank {r}: {name}" for r, names in enumerate(told) for name in names
+        ]
+    return found
+
+
+def gathered(actor: Any) -> dict[str, torch.Tensor]:
+    """Full tensors by kind and HF name, on rank 0: weights, fp32 copies, both moments, and Adam's steps."""
+    kinds = {"weight": {name: p.detach() for name, p in actor.policy.named_parameters()}, **_optimizer_state(actor)}
+    found = {}
+    for kind, tensors in kinds.items():
+        halves = [_in_dtype(tensor, actor.policy.config.params_dtype) for tensor in tensors.values()]
+        for number, half in enumerate(zip(*halves, strict=True)):
+            whole = parity.gather_named(actor, dict(zip(tensors, half, strict=True)))
+            found |= {f"{kind} {number} {name}": tensor for name, tensor in whole.items()}
+    return found | {"steps": torch.tensor([actor.optimizer.adam_step, actor.num_updates])}
+
+
+def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensor, or where the stream of weights is bf16 both halves of its fp32 bits."""
+    if tensor.dtype == dtype:
+        return [tensor]
+    return [half.contiguous() for half in tensor.contiguous().view(dtype).unflatten(-1, (-1, 2)).unbind(-1)]
+
+
+def _optimizer_state(actor: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """{kind: {local name: whole local tensor}}, from a buffer of gradients' shape that all data-parallel ranks add up in."""
+    parts = actor.optimizer.megatron.chained_optimizers
+    state = {main: values for part in parts for main, values in part.optimizer.state.items()}
+    kinds = ("exp_avg", "exp_avg_sq", *(["param"] if actor.config.model.dtype == "bf16" else []))
+    if not actor.config.optimizer.distributed:
+        mains = {name: getattr(p, "main_param", p) for name, p in actor.policy.named_parameters()}
+        return {kind: {n: m if kind == "param" else state[m][kind] for n, m in mains.items()} for kind in kinds}
+    names = {p: name for name, p in actor.policy.named_parameters()}
+    whole: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
+    for buffer in actor.ddp.buffers + actor.ddp.expert_parallel_buffers:
+        for kind in kinds:
+            flat = torch.zeros(buffer.grad_data.numel())
+            for part in parts:
+                for p, (group, place) in part.model_param_group_index_map.items():
+                    if p in buffer.param_index_map:
+                        main = part.optimizer.param_groups[group]["params"][place]
+                        where = part._get_model_param_range_map(p)["gbuf_world"]
+                        flat[where.start : where.end] = main if kind == "param" else state[main][kind]
+            dist.all_reduce(flat, group=buffer.data_parallel_group)
+            for p, (start, stop, _) in buffer.param_index_map.items():
+                whole[kind][names[p]] = flat[start:stop].view(p.shape)
+    return whole
+
+
+def local(actor: Any) -> dict[str, torch.Tensor]:
+    """Copies of this rank's own tensors; of both of a tied embedding, which only one of is gathered."""
+    found = {name: p.detach() for name, p in actor.policy.named_weights()}
+    found |= {f"state {number}": tensor.detach() for number, tensor in enumerate(actor.optimizer.tensors())}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def _torn(actor: Any) -> list[str]:
+    """Whether the copies of a tied embedding, on the first and on the last stage, differ."""
+    layout = actor.layout
+    if not actor.shape.tied or layout.pipeline == 1:
+        return []
+    kinds = {"weight": dict(actor.policy.named_parameters()), **_optimizer_state(actor)}
+    mine = [
+        kind[name]
+        for kind in kinds.values()
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        if name in kind
+    ]
+    digest = [zlib.crc32(tensor.detach().float().numpy().tobytes()) for tensor in mine]
+    everyone: list[Any] = [None] * layout.pipeline
+    dist.all_gather_object(everyone, digest, group=layout.pipeline_group)
+    return [] if everyone[0] and everyone[0] == everyone[-1] else ["tied embedding"]
+
+
+def _different(found: dict[str, torch.Tensor], expected_path: Path, layout: Any) -> list[str]:
+    if not layout.is_controller:
+        return []
+    expected = torch.load(expected_path)
+    assert expected.keys() == found.keys() and any(name.startswith("exp_avg_sq") for name in found)
+    return [name for name in expected if not _same_bits(expected[name], found[name])]
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _step(actor: Any, update: int) -> None:
+    """An update with made-up gradients, the same on copies of a parameter: no forward pass, so it is cheap on any mesh."""
+    names, layout = actor.policy.global_parameter_names(), actor.layout
+    tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if actor.shape.tied else {}
+    for name, parameter in actor.policy.named_parameters():
+        whole = tied.get(name, names[name])
+        split = getattr(parameter, "tensor_model_parallel", False)
+        rank = layout.expert_tensor_rank if ".experts." in name else layout.tensor_rank if split else 0
+        noise = torch.Generator().manual_seed(zlib.crc32(f"{whole} {rank} {update}".encode()))
+        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=noise))
+    actor.optimizer.step(actor.optimizer.prepare())
+    actor.num_updates += 1
+
+
+def _spoil(actor: Any) -> None:
+    """Nothing of what was there may be left after a load."""
+    with torch.no_grad():
+        for _, weight in actor.policy.named_weights():
+            weight.fill_(torch.nan)
+        for tensor in actor.optimizer.tensors():
+            tensor.fill_(torch.nan)
+
+
+def _actor(case: Case, layout: Any) -> Any:
+    import transformers
+
+    from dapo_mcore.actor import actor as module
+    from dapo_mcore.model_files.hf_folder import RandomReader
+
+    kind, _, own = MODELS[case.model]
+    model = getattr(transformers, f"{kind}Config")(**SIZES | own, architectures=[f"{kind}ForCausalLM"])
+    reader = RandomReader(model, seed=zlib.crc32(str(case).encode()))
+    with _buckets(module, case.bucket_size):
+        return module.Actor(_config(case), model, layout, reader)
+
+
+@contextmanager
+def _buckets(module: Any, size: int | None) -> Iterator[None]:
+    """Gradients in buckets of `size` elements; upstream makes them only where their reduction overlaps the backward pass."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    def wrap(policy: Any, config: Any) -> DistributedDataParallel:
+        options = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            bucket_size=size,
+            use_distributed_optimizer=config.optimizer.distributed,
+        )
+        ddp = DistributedDataParallel(policy.config, options, policy)
+        assert len(ddp.buffers[0].buckets) > 2 or not policy.pre_process, "upstream cuts the first stage alone"
+        return ddp
+
+    original = module.wrap
+    module.wrap = original if size is None else wrap
+    try:
+        yield
+    finally:
+        module.wrap = original
+
+
+def _config(case: Case) -> Any:
+    dtype = MODELS[case.model][1]
+    return parity.make_config(case.mesh, model__dtype=dtype, optimizer__distributed=case.distributed)
+
+
+def _train_state(num_updates: int) -> Any:
+    from dapo_mcore.checkpoint.run_state import TrainState
+
+    return TrainState(1, num_updates, 1, loader={}, sampler={}, sampler_arrays={}, config="")
+
+
+def as_json(cases: Sequence[Case]) -> str:
+    return json.dumps([asdict(case) for case in cases])
+
+
+if __name__ == "__main__":
+    plan = [Case(**entry | {"mesh": Mesh(**entry["mesh"])}) for entry in json.loads(sys.argv[2])]
+    found = run(plan, Path(sys.argv[1]))
+    print(json.dumps({"version": version("megatron-core"), "found": found}))

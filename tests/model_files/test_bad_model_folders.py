@@ -1,0 +1,186 @@
+"""Model folders with one mistake each: a line that names the file, the number and what to do, before anything is built."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dapo_mcore.architecture.reader import read_architecture
+from dapo_mcore.config.schema import ModelConfig
+from dapo_mcore.errors import DapoError
+from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
+from dapo_mcore.model_files.hf_folder import open_stored
+from tests.model_files.character_model import CONFIG
+from tests.model_files.zoo import config_of
+
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def check(folder: Path, **settings: Any) -> None:
+    """All that is known of a model folder before its weights are read."""
+    model = ModelConfig(path=str(folder), **settings)
+    hf_config = load_hf_config(model)
+    read_architecture(hf_config, longest_sequence=64)
+    check_tokenizer_fits(load_tokenizer(model), hf_config)
+    if model.init == "pretrained":
+        open_stored(folder, hf_config)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden 0": ({"hidden_size": 0}, r"hidden_size 0 must be a whole number from 1 to 2147483647; correct the numbers"),
+    "hidden -64": ({"hidden_size": -64}, "hidden_size -64 must be"),
+    "hidden 16.5": ({"hidden_size": 16.5}, r"hidden_size 16\.5 must be a whole number"),
+    "hidden true": ({"hidden_size": True}, "hidden_size True must be"),
+    "hidden huge": ({"hidden_size": 10**30}, f"hidden_size {10**30} must be"),
+    "hidden text": ({"hidden_size": "16"}, "hidden_size '16' must be"),
+    "vocabulary 0": ({"vocab_size": 0}, "vocab_size 0 must be"),
+    "layers 0": ({"num_hidden_layers": 0}, "num_hidden_layers 0 must be"),
+    "heads 0": ({"num_attention_heads": 0}, "num_attention_heads 0 must be"),
+    "key-value heads 0": ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be"),
+    "key-value heads 3": ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    "MLP 0": ({"intermediate_size": 0}, "intermediate_size 0 must be"),
+    "positions 0": ({"max_position_embeddings": 0}, "max_position_embeddings 0 must be"),
+    "eps 0": ({"rms_norm_eps": 0}, "rms_norm_eps 0 must be a finite number above 0"),
+    "eps NaN": ({"rms_norm_eps": float("nan")}, "config.json is not valid JSON: NaN is no number of JSON"),
+    "theta negative": ({"rope_theta": -1e4}, r"rope_theta -10000\.0 must be a finite number above 0"),
+    "theta text": ({"rope_theta": "1e6"}, "rope_theta '1e6' must be"),
+    "two numbers": ({"hidden_size": 0, "vocab_size": -1}, "vocab_size -1 must be .*; hidden_size 0 must be"),
+    "factor 0": ({"rope_scaling": YARN | {"factor": 0}}, r"rope_scaling\.factor 0 must be a finite number above 0"),
+    "scaling text": ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' must be an object"),
+    "unknown rope": ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not supported .*; supported are default"),
+    "yarn without factor": ({"rope_scaling": {"type": "yarn"}}, "factor"),
+    "activation": ({"hidden_act": "swoosh"}, "hidden_act 'swoosh' in config.json is not supported .*; supported is 'silu'"),
+    "unknown keys": ({"a_new_idea": 1, "another": 2}, "a_new_idea 1, another 2 in config.json are not understood"),
+    "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .* dequantize"),
+    "experts 0": (EXPERTS | {"num_experts": 0}, "num_experts 0 must be"),
+    "too many chosen": (EXPERTS | {"num_experts_per_tok": 5}, "num_experts_per_tok 5 exceeds num_experts 4"),
+    "unknown type": ({"model_type": "unheard-of"}, "transformers cannot read .*unheard-of"),
+    "no type": ({"model_type": None}, "transformers cannot read"),
+    "architecture": ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def copy(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def assert_told(folder: Path, message: str, **settings: Any) -> None:
+    with pytest.raises(DapoError, match=message) as caught:
+        check(folder, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_no_model_can_have(case: str, copy: Path) -> None:
+    changes, message = SETTINGS[case]
+    (copy / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    assert_told(copy, message, init="random")
+
+
+def test_overrides_are_held_to_the_same(model_folder: Path) -> None:
+    assert_told(
+        model_folder, "model.overrides over .*: hidden_size 0 must", init="random", overrides={"hidden_size": 0}
+    )
+
+
+TEXT = json.dumps(CONFIG)
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "config.json is not valid JSON"),
+    "no JSON": (b"{hidden_size: 16}", "config.json is not valid JSON: Expecting property name"),
+    "a list": (b"[]", "config.json must hold a JSON object, not a list"),
+    "a key twice": (TEXT.replace("{", '{"vocab_size": 64, ', 1).encode(), "'vocab_size' is given twice"),
+    "UTF-16": (TEXT.encode("utf-16"), "config.json is UTF-16; save it as plain UTF-8"),
+    "byte order mark": (
+        codecs.BOM_UTF8 + TEXT.encode(),
+        "config.json is UTF-8 with a byte order mark; save it as plain",
+    ),
+    "Latin-1": (b'{"note": "caf\xe9"}', "config.json is not UTF-8: byte 13 is 0xe9; save it as UTF-8"),
+    "nested": (b'{"a":' * 100_000, "config.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_config_json_that_is_no_json(case: str, copy: Path) -> None:
+    raw, message = FILES[case]
+    (copy / "config.json").write_bytes(raw)
+    assert_told(copy, message, init="random")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+TOKENIZERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (without_tokenizer, "no tokenizer can be loaded from .*; it needs tokenizer.json"),
+    "truncated": (lambda folder: os.truncate(folder / "tokenizer.json", 200), "no tokenizer can be loaded from"),
+    "larger than the model": (
+        lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 50})),
+        "has id 99, but the model has vocab_size 50; use the model's own tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_tokenizers_that_cannot_be_used(case: str, copy: Path) -> None:
+    damage, message = TOKENIZERS[case]
+    damage(copy)
+    assert_told(copy, message, init="random")
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with weights in two files, too."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    AutoModelForCausalLM.from_config(config_of("qwen2", vocab_size=128)).save_pretrained(folder, max_shard_size="50KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model_folder / name, folder / name)
+    check(folder)
+    return folder
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def add_tensor(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    save_file({"surplus": torch.ones(2)}, folder / "surplus.safetensors")
+    index["weight_map"]["surplus"] = "surplus.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "header": (lambda folder: os.truncate(first_shard(folder), 20), "is truncated: its header .*; fetch it again"),
+    "data": (
+        lambda folder: os.truncate(first_shard(folder), 20_000),
+        "is truncated: .* ends at byte .*; fetch it again",
+    ),
+    "missing shard": (lambda folder: first_shard(folder).unlink(), "is missing; fetch the whole folder again"),
+    "surplus": (add_tensor, "1 tensors that Qwen2ForCausalLM has not, such as surplus"),
+    "no weights": (
+        lambda folder: [path.unlink() for path in folder.glob("model*")],
+        "holds neither model.safetensors nor .*; give a folder with weights, or set model.init random",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_are_not_whole(case: str, whole: Path, tmp_path: Path) -> None:
+    damage, message = WEIGHTS[case]
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    damage(folder)
+    assert_told(folder, message)

@@ -1,0 +1,129 @@
+"""Model folders: what is read, and every way in which one can be unusable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.config.schema import ModelConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
+
+
+def model(folder: Path, **settings) -> ModelConfig:
+    return ModelConfig(path=str(folder), **settings)
+
+
+@pytest.fixture
+def copy(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "copy"))
+
+
+def test_the_stored_architecture(model_folder: Path):
+    config = load_hf_config(model(model_folder))
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("qwen2", 4, 16)
+
+
+def test_overrides_apply_before_derived_fields(copy: Path):
+    stored = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**stored, "layer_types": ["full_attention"] * 4}))
+    config = load_hf_config(model(copy, init="random", overrides={"num_hidden_layers": 2, "rope_theta": 7.0}))
+    assert config.num_hidden_layers == 2
+    assert len(config.layer_types) == 2
+    assert config.rope_parameters["rope_theta"] == 7.0
+    assert config.hidden_size == 16
+
+
+def test_an_override_the_file_does_not_have_but_the_class_does(model_folder: Path):
+    assert load_hf_config(model(model_folder, overrides={"tie_word_embeddings": True})).tie_word_embeddings is True
+
+
+def test_an_unknown_override_names_the_nearest_key(model_folder: Path):
+    with pytest.raises(ConfigError, match=r"'num_layer'.*did you mean 'num_hidden_layers'"):
+        load_hf_config(model(model_folder, overrides={"num_layer": 2}))
+
+
+def test_an_override_of_a_wrong_type_is_refused(model_folder: Path):
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        load_hf_config(model(model_folder, overrides={"num_hidden_layers": "two"}))
+
+
+def test_missing_folder_and_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match="is not a folder"):
+        load_hf_config(model(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="is not a folder"):
+        load_tokenizer(model(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=r"no config\.json.*no files"):
+        load_hf_config(model(tmp_path))
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(model(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no_such_model"}', "{}"])
+def test_a_broken_config_is_refused(copy: Path, content: str):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_hf_config(model(copy))
+
+
+def test_a_broken_tokenizer_is_refused(copy: Path):
+    (copy / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(model(copy))
+
+
+def test_the_two_tokenizer_files_are_enough(copy: Path):
+    (copy / "config.json").unlink()
+    assert load_tokenizer(model(copy)).encode("ab", add_special_tokens=False) == [70, 71]
+
+
+def test_tokenizer_json_wins_over_the_class_of_the_architecture(model_folder: Path):
+    """transformers makes a Qwen2Tokenizer of any folder with model_type qwen2 and would drop what BPE cannot spell."""
+    tokenizer = load_tokenizer(model(model_folder))
+    text = "Answer: 12 + 3\n= 15"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == len(text)
+    assert tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
+
+
+def test_the_real_qwen_tokenizer_stays_qwens(real_data, copy: Path):
+    shutil.copy(real_data("qwen/tokenizer.json"), copy / "tokenizer.json")
+    (copy / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer"}')
+    tokenizer = load_tokenizer(model(copy))
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    assert tokenizer.encode("Answer: 12\n", add_special_tokens=False) == [16141, 25, 220, 16, 17, 198]
+    with pytest.raises(ConfigError, match=r"151645.*vocab_size 128.*at least 151646"):
+        check_tokenizer_fits(tokenizer, load_hf_config(model(copy)))
+
+
+def test_no_eos_token_is_refused(copy: Path):
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ConfigError, match="no EOS token"):
+        load_tokenizer(model(copy))
+
+
+def test_the_vocabulary_must_hold_every_token(model_folder: Path):
+    tokenizer = load_tokenizer(model(model_folder))
+    check_tokenizer_fits(tokenizer, load_hf_config(model(model_folder, overrides={"vocab_size": 100})))
+    with pytest.raises(ConfigError, match=r"'~' has id 99.*vocab_size 99.*at least 100"):
+        check_tokenizer_fits(tokenizer, load_hf_config(model(model_folder, overrides={"vocab_size": 99})))
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(None, (1,)), ({}, (1,)), ({"eos_token_id": 5}, (5, 1)), ({"eos_token_id": [1, 7, 7]}, (1, 7))],
+)
+def test_stop_tokens(copy: Path, stored, expected):
+    if stored is not None:
+        (copy / "generation_config.json").write_text(json.dumps(stored))
+    assert stop_token_ids(model(copy), load_tokenizer(model(copy))) == expected
+
+
+@pytest.mark.parametrize("eos", ["<eos>", [1, None], True, -1])
+def test_stop_tokens_that_are_no_ids_are_refused(copy: Path, eos):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        stop_token_ids(model(copy), load_tokenizer(model(copy)))

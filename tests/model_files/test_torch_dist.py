@@ -1,0 +1,254 @@
+"""Checkpoints without a process group: regions, the bytes on disk, threads, and everything that can be broken."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata
+
+from dapo_mcore.errors import CheckpointError
+from dapo_mcore.model_files.torch_dist import DistributedReader, is_checkpoint, without_crc, write_chunk, write_metadata
+
+GRID = torch.arange(24.0).view(4, 6)
+LAYERS = torch.arange(2 * 3 * 2, dtype=torch.bfloat16).view(2, 3, 2)
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """`grid` in four chunks of 2 × 3, `layers` in two, one a layer, over two files."""
+    folder.mkdir(exist_ok=True)
+    chunks = []
+    with open(folder / "__0_0.distcp", "wb") as file:
+        for row in (0, 2):
+            for column in (0, 3):
+                block = GRID[row : row + 2, column : column + 3]
+                chunks.append(write_chunk(file, "__0_0.distcp", "grid", (row, column), (2, 3), block))
+    with open(folder / "__1_0.distcp", "wb") as file:
+        for layer in (0, 1):
+            chunks.append(write_chunk(file, "__1_0.distcp", "layers", (layer, 0, 0), (1, 3, 2), LAYERS[layer]))
+    dtypes, sizes = {"grid": torch.float32, "layers": torch.bfloat16}, {"grid": (4, 6), "layers": (2, 3, 2)}
+    write_metadata(folder, chunks, dtypes, sizes)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint")
+
+
+def test_what_is_stored(checkpoint: Path) -> None:
+    reader = DistributedReader(checkpoint)
+    assert is_checkpoint(checkpoint) and not is_checkpoint(checkpoint.parent)
+    assert {key: (reader.dtype(key), reader.size(key)) for key in reader.tensors} == {
+        "grid": (torch.float32, (4, 6)),
+        "layers": (torch.bfloat16, (2, 3, 2)),
+    }
+
+
+def test_every_region_of_a_tensor(checkpoint: Path) -> None:
+    reader = DistributedReader(checkpoint)
+    for top in range(4):
+        for left in range(6):
+            for rows in range(1, 5 - top):
+                for columns in range(1, 7 - left):
+                    found = reader.read("grid", [top, left], [rows, columns])
+                    assert torch.equal(found, GRID[top : top + rows, left : left + columns])
+    assert torch.equal(reader.read("layers", [1, 1, 0], [1, 2, 2])[0], LAYERS[1, 1:])
+    assert reader.read("grid", [4, 0], [0, 6]).shape == (0, 6)
+
+
+def test_only_the_chunks_of_a_region_are_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, count = DistributedReader(checkpoint), []
+    original = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: count.append(1) or original(*args, **options))
+    reader.read("grid", [0, 1], [2, 2])
+    reader.read("grid", [1, 0], [1, 3])  # the chunk of before
+    assert len(count) == 1
+    reader.read("grid", [0, 2], [2, 2])
+    assert len(count) == 2
+
+
+def test_threads_have_a_chunk_each(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one for all, a thread could be given the chunk that another has just put in its place."""
+    reader, count = DistributedReader(checkpoint), []
+    original = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: count.append(1) or original(*args, **options))
+    reader.read("grid", [0, 0], [2, 3])
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(reader.read, "grid", [2, 3], [2, 3]).result()
+    assert torch.equal(other, GRID[2:, 3:])
+    assert torch.equal(reader.read("grid", [0, 0], [2, 3]), GRID[:2, :3])
+    assert len(count) == 2
+
+
+def test_torch_reads_it(checkpoint: Path) -> None:
+    state = {"grid": torch.zeros(4, 6), "layers": torch.zeros(2, 3, 2, dtype=torch.bfloat16)}
+    load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    assert torch.equal(state["grid"], GRID) and torch.equal(state["layers"], LAYERS)
+
+
+def test_a_chunk_holds_its_own_elements_alone(tmp_path: Path) -> None:
+    """A slice of a large tensor must not drag the whole of it into the file; neither must a transposed one."""
+    large = torch.zeros(1000, 1000)
+    for block in (large[:2, :3], large[:3, :2].t(), large[0, :6]):
+        write_chunk(file := io.BytesIO(), "name", "key", (0, 0), (2, 3), block)
+        assert len(file.getvalue()) < 3000
+        file.seek(0)
+        assert torch.load(file, weights_only=True).shape == (2, 3)
+
+
+def test_checksums_are_off_only_inside(tmp_path: Path) -> None:
+    assert torch.serialization.get_crc32_options()
+    with pytest.raises(RuntimeError), without_crc():
+        assert not torch.serialization.get_crc32_options()
+        raise RuntimeError
+    assert torch.serialization.get_crc32_options()
+
+
+def test_a_full_disk_is_told_as_such() -> None:
+    """torch's zip writer ends with an error of its own, over what the file said."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > 2000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_chunk(Full(), "name", "key", (0,), (1000,), torch.zeros(1000))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_unknown_tensors_are_named(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no tensor other; it does not fit its config\.json"):
+        DistributedReader(checkpoint).read("other", [0], [1])
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no distributed checkpoint: it lacks \.metadata"):
+        DistributedReader(tmp_path)
+
+
+def test_a_missing_file(checkpoint: Path) -> None:
+    (checkpoint / "__1_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is missing: layers"):
+        DistributedReader(checkpoint)
+
+
+def test_a_truncated_file(checkpoint: Path) -> None:
+    path = checkpoint / "__0_0.distcp"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(
+        CheckpointError, match=rf"__0_0\.distcp is truncated: grid ends at its byte {path.stat().st_size + 1}"
+    ):
+        DistributedReader(checkpoint)
+
+
+def test_a_file_full_of_zeros(checkpoint: Path) -> None:
+    """What some file systems leave after a crash: the right size, nothing in it."""
+    path = checkpoint / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged: grid at byte 0"):
+        DistributedReader(checkpoint).read("grid", [0, 0], [1, 1])
+
+
+def test_chunks_of_another_shape_or_type(checkpoint: Path) -> None:
+    """A file of another checkpoint that happens to be as large."""
+    path = checkpoint / "__1_0.distcp"
+    for stranger in (LAYERS[0].view(1, 2, 3), LAYERS[0].half().view(1, 3, 2), {"a": 1}):
+        length = path.stat().st_size
+        torch.save(stranger, file := io.BytesIO())
+        path.write_bytes(file.getvalue())
+        os.truncate(path, max(length, len(file.getvalue())))
+        reader = DistributedReader(checkpoint)
+        first = next(index for index in reader._places if index.fqn == "layers")
+        reader._places[first].length = len(file.getvalue())
+        with pytest.raises(CheckpointError, match=r"layers at byte 0 is not what \.metadata says"):
+            reader.read("layers", [0, 0, 0], [1, 3, 2])
+
+
+class Evil:
+    """Pickled, it calls os.system."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_runs_a_command_is_refused_and_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: it wants posix\.system"):
+        DistributedReader(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_chunk_that_runs_a_command_is_refused_and_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "__1_0.distcp"
+    length = path.stat().st_size
+    torch.save(Evil(tmp_path / "ran"), file := io.BytesIO())
+    path.write_bytes(file.getvalue())
+    os.truncate(path, max(length, len(file.getvalue())))
+    reader = DistributedReader(checkpoint)
+    for index, place in reader._places.items():
+        if index.fqn == "layers":
+            place.offset, place.length = 0, len(file.getvalue())
+    with pytest.raises(CheckpointError, match="is damaged: layers"):
+        reader.read("layers", [0, 0, 0], [1, 3, 2])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps(Metadata({})), pickle.dumps(SimpleNamespace(a=1))]
+)
+def test_metadata_that_is_something_else(checkpoint: Path, data: bytes) -> None:
+    (checkpoint / ".metadata").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+        DistributedReader(checkpoint)
+
+
+def test_truncated_metadata(checkpoint: Path) -> None:
+    data = (checkpoint / ".metadata").read_bytes()
+    for size in range(0, len(data) - 1, 7):
+        (checkpoint / ".metadata").write_bytes(data[:size])
+        with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+            DistributedReader(checkpoint)
+
+
+def edited(checkpoint: Path, edit: Any) -> Path:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    edit(metadata)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    return checkpoint
+
+
+def test_a_checkpoint_with_a_hole(checkpoint: Path) -> None:
+    edited(checkpoint, lambda metadata: metadata.state_dict_metadata["grid"].chunks.pop())
+    with pytest.raises(CheckpointError, match=r"grid \[4, 6\] is stored as 3 chunks of 18 elements in all, not as 24"):
+        DistributedReader(checkpoint).read("grid", [0, 0], [1, 1])
+
+
+def test_a_chunk_without_a_place(checkpoint: Path) -> None:
+    edited(checkpoint, lambda metadata: metadata.storage_data.popitem())
+    with pytest.raises(CheckpointError, match="does not say where all of layers lies"):
+        DistributedReader(checkpoint)
+
+
+def test_chunks_over_several_layers(tmp_path: Path) -> None:
+    with open(tmp_path / "__0_0.distcp", "wb") as file:
+        chunk = write_chunk(file, "__0_0.distcp", "layers", (0, 0, 0), (2, 3, 2), LAYERS)
+    write_metadata(tmp_path, [chunk], {"layers": torch.bfloat16}, {"layers": (2, 3, 2)})
+    with pytest.raises(
+        CheckpointError, match=r"layers \[2, 3, 2\] .* not as 12 in chunks of one layer and expert each"
+    ):
+        DistributedReader(tmp_path).read("layers", [0, 0, 0], [1, 3, 2])

@@ -1,0 +1,52 @@
+"""What a failing process says, and to whom; statuses after signals are tests/process/test_signals.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from dapo_mcore.process.exit_status import exit_status, is_lost_rank, record_failure
+
+
+def test_torchrun_takes_the_recorded_message_of_the_rank_that_is_the_cause(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert not record_failure("nobody asks")
+    failures = {}
+    for rank, message in {0: "another rank has ended", 5: "no data file at nowhere.jsonl"}.items():
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path := str(tmp_path / f"{rank}.json"))
+        assert record_failure(message, follows=rank == 0)
+        failures[rank] = ProcessFailure(local_rank=rank, pid=7 + rank, exitcode=2, error_file=path)
+    error = ChildFailedError("train", failures)
+    assert error.get_first_failure()[0] == 5
+    assert str(error).rstrip("=\n").endswith("traceback : no data file at nowhere.jsonl")
+
+
+def test_the_loss_of_another_rank_is_told_from_other_errors():
+    assert is_lost_rank(
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
+    )
+    assert not is_lost_rank(RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:9] Timed out waiting 1800000ms"))
+    assert not is_lost_rank(ValueError("Connection closed by peer"))
+
+
+def test_what_the_operating_system_refuses_is_one_line_and_other_errors_keep_their_traceback(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    (tmp_path / "file").touch()
+    assert exit_status(lambda: (tmp_path / "file" / "run").mkdir()) == 2
+    told = (
+        f"error: cannot go on: Not a directory: {tmp_path}/file/run; a file is in the place of a folder: move it away, "
+    )
+    assert capsys.readouterr().err.startswith(told)
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert exit_status(full) == 2
+    assert capsys.readouterr().err.startswith("error: cannot go on: No space left on device; free some space there")
+    with pytest.raises(ConnectionResetError):
+        exit_status(lambda: (_ for _ in ()).throw(ConnectionResetError(errno.ECONNRESET, "reset")))

@@ -1,0 +1,223 @@
+"""How a block ends by a signal: in processes of their own, which a signal may end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.process.signals import Ending
+
+START = """
+import atexit, ctypes, os, signal, sys, threading, time
+from dapo_mcore import ending
+from dapo_mcore.ending import Ending
+from dapo_mcore.exit_status import exit_status
+
+def me(signum):
+    os.kill(os.getpid(), signum)
+
+def clean():
+    me(signal.SIGTERM)
+    time.sleep(0.2)
+    print("clean")
+
+end = Ending(lambda: "go on")
+end.cleanup.callback(lambda: clean())
+def run(body):
+    def work():
+        with end:
+            body()
+    status = exit_status(work)
+    if status:
+        atexit.register(print, "at exit")
+        sys.exit(1)
+"""
+QUIET = (["clean", "at exit"], ["stopped by SIGINT: go on"])
+
+
+def ended(script: str) -> tuple[int, list[str], list[str]]:
+    """Status, standard output and standard error of a process that runs it."""
+    root = str(Path(__file__).parents[2])
+    # Python 3.12 warns at every fork of a process with threads, though the child here only sleeps
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", START + script]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    "body",
+    {
+        "in Python": "me(signal.SIGINT); time.sleep(60)",
+        "leads to another error": """
+            try:
+                me(signal.SIGINT); time.sleep(60)
+            finally:
+                raise RuntimeError("gloo: Connection closed by peer")
+        """,
+        "in a finalizer": """
+            class Finalized:
+                def __del__(self):
+                    me(signal.SIGINT); time.sleep(0.01)
+            Finalized()
+            for _ in range(600):
+                time.sleep(0.1)
+        """,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_the_first_signal_ends_the_block_quietly_and_the_next_ones_change_nothing(body):
+    script = f"def body():\n            {body[1].strip()}\nrun(body)"
+    assert ended(script) == (128 + 2, *QUIET)
+
+
+SAVING = """
+ending.SAME_S = 0.3
+clean = lambda: print("clean", flush=True)
+def body():
+    with end.deferred(lambda: "saves"):
+        print(end.until_asked(lambda: (me(signal.SIGTERM), time.sleep(60))))
+        print(end.until_asked(lambda: "not begun"))
+        me(signal.SIGTERM)  # torchrun passes on what Slurm has sent to all
+        {then}
+        print("saved", flush=True)
+    print("not reached")
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ("time.sleep(0.1)", ["saved"]),
+        ("time.sleep(0.1); raise ending.DapoError('the disk is full')", []),
+        ("time.sleep(0.4); me(signal.SIGINT); time.sleep(60)", []),
+    ],
+    ids=["saved", "not saved", "a second signal ends it at once"],
+)
+def test_a_deferred_signal_interrupts_what_may_be_and_lets_the_rest_be_finished(then, said):
+    status, out, err = ended(SAVING.replace("{then}", then) + "run(body)")
+    assert (status, out) == (128 + 15, ["None", "None", *said, "clean", "at exit"])
+    error = ["error: the disk is full"] if "disk" in then else []
+    assert err == ["SIGTERM: saves", *error, "stopped by SIGTERM: go on"]
+
+
+def test_a_sync_in_the_midst_of_what_is_interrupted_is_finished_first():
+    script = """
+clean = lambda: print("clean", flush=True)
+def sync():
+    with end.uninterrupted():
+        me(signal.SIGINT)
+        print("synced")
+    print("not reached")
+def body():
+    with end.deferred(lambda: "saves"):
+        print(end.until_asked(sync))
+        print("saved")
+run(body)
+"""
+    assert ended(script)[:2] == (128 + 2, ["synced", "None", "saved", "clean", "at exit"])
+
+
+FOLLOWING = """
+ending.SAME_S, ending._LOOK_S = 0.3, 0.05
+import subprocess
+leader = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+atexit.register(leader.kill)
+follower = ending.Following(leader.pid)
+with follower.deferred(lambda: ""):
+    me(signal.SIGTERM)
+    me(signal.SIGTERM)
+    time.sleep(0.5)
+    print("follows", flush=True)
+    {then}
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("then", ["me(signal.SIGINT)", "leader.kill(); leader.wait()"], ids=["second", "leader"])
+def test_another_rank_leaves_the_first_signal_to_rank_0_and_ends_with_it(then):
+    status, out, _ = ended(FOLLOWING.replace("{then}", then))
+    assert (status, out) == (128 + (2 if "SIGINT" in then else 15), ["follows"])
+
+
+def test_a_main_thread_that_does_not_notice_is_ended_for():
+    """It is in a library, which the signal does not wake."""
+    script = """
+ending.NOTICE_S = 0.5
+blocked, sleep = threading.Event(), ctypes.CDLL(None).sleep
+def strike():
+    blocked.wait()
+    time.sleep(0.5)
+    me(signal.SIGTERM)
+def body():
+    threading.Thread(target=strike).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    blocked.set()
+    sleep(60)
+run(body)
+"""
+    assert ended(script) == (128 + 15, ["clean"], ["stopped by SIGTERM: go on"])
+
+
+def test_an_error_is_told_though_a_signal_follows_it():
+    """torchrun sends one as soon as another rank has ended."""
+    status, out, err = ended("def body(): raise ValueError('the cause')\nrun(body)")
+    assert (status, out, err[-1]) == (1, ["clean"], "ValueError: the cause")
+
+
+def test_without_a_signal_all_is_as_before():
+    script = """
+before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook
+clean = lambda: print("clean", flush=True)
+run(lambda: None)
+assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook)
+assert signal.set_wakeup_fd(-1) == -1
+me(signal.SIGTERM)
+time.sleep(60)
+"""
+    assert ended(script) == (-15, ["clean"], [])
+
+
+def test_the_signals_of_a_forked_child_are_its_own():
+    script = """
+ending.NOTICE_S = 0.2
+clean = lambda: print("clean")
+def body():
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        ready, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b"!")
+            time.sleep(60)
+        os.read(ready, 1)
+        os.kill(child, signum)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signum
+    time.sleep(0.5)
+run(body)
+"""
+    assert ended(script) == (0, ["clean"], [])
+
+
+def test_an_ignored_signal_stays_ignored():
+    script = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+clean = lambda: print("clean")
+run(lambda: me(signal.SIGHUP))
+"""
+    assert ended(script) == (0, ["clean"], [])
+
+
+def test_outside_the_main_thread_it_only_cleans_up():
+    done = []
+
+    def work() -> None:
+        with Ending(str) as end:
+            end.cleanup.callback(done.append, "clean")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == ["clean"]

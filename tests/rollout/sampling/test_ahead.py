@@ -1,0 +1,44 @@
+"""One step of work in a thread: handed over once, with its failure."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sampling.ahead import Ahead
+
+
+def test_the_result_is_handed_over_once_and_only_for_its_step():
+    go = threading.Event()
+
+    def work(step: int) -> tuple[int, str]:
+        assert go.wait(10)
+        return step, threading.current_thread().name
+
+    ahead = Ahead(work)
+    assert ahead.take(1) is None and not ahead.running
+    ahead.begin(2)
+    assert ahead.running
+    with pytest.raises(AssertionError, match="step 2 was not taken"):
+        ahead.begin(3)
+    with pytest.raises(AssertionError, match="step 2 was begun, but 3 is asked for"):
+        ahead.take(3)
+    go.set()
+    ahead.wait(lambda: None)
+    assert not ahead.running
+    assert ahead.take(2) == (2, "rollout-ahead")
+    assert ahead.take(3) is None
+
+
+def test_a_failure_waits_for_whoever_takes_the_result():
+    def fail(step: int) -> None:
+        raise RolloutError(f"step {step} is broken")
+
+    ahead = Ahead(fail)
+    ahead.begin(5)
+    ahead.wait(lambda: None)
+    with pytest.raises(RolloutError, match="step 5 is broken"):
+        ahead.take(5)
+    assert ahead.take(6) is None

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from dapo_mcore.rollout.sampling.carry import pack_groups, unpack_groups
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+
+
+def test_version_spans_survive_a_restart():
+    prompt = Prompt("train:0", np.array([1, 2], np.int32), "1+1=", "2")
+    rollout = Rollout(
+        token_ids=np.array([5, 6, 7], np.int32),
+        logprobs=np.array([-1.0, -2.0, -3.0], np.float32),
+        loss_mask=np.ones(3, bool),
+        finish_reason="stop",
+        weight_version=3,
+        version_spans=((0, 3), (2, 4)),
+    )
+    state, arrays = pack_groups([Group(prompt, (Sample(rollout, "2", Score(1.0, 1.0, True)),))])
+    (group,) = unpack_groups(json.loads(json.dumps(state)), arrays, {"train:0": prompt})
+    (sample,) = group.samples
+    assert sample.rollout.version_spans == ((0, 3), (2, 4)) and group.weight_version == 3
+    np.testing.assert_array_equal(sample.rollout.token_ids, rollout.token_ids)

@@ -1,0 +1,375 @@
+"""Random runs of the sampler, in one thread: whatever finishes first, whenever the weights move, wherever it restarts.
+
+A play draws a configuration that the rules allow, a data set and a schedule, all from one seed, and keeps its own account
+of every prompt. Where a step draws groups by a forecast of how many are kept (style filter), luck may cost a group: then
+it must be counted, but not that there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from dapo_mcore.config.schema import Config
+from dapo_mcore.data.loader import PromptLoader
+from dapo_mcore.errors import RewardError, RolloutError
+from dapo_mcore.rollout.sampling.refill import KEEPS, Refill
+from dapo_mcore.rollout.sampling.sampler import Collected, Sampler
+from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams
+from tests.rollout.sampling.test_refill import begun_by
+from tests.rollout.sampling.test_sampler import ScriptedEngine, decode, make_prompts, reward
+
+SCRIPTS = ("RW", "RW", "WR", "RR", "WW", "RRRW", "WWR", "FRW", "FF", "F")
+
+
+@dataclass(eq=False)
+class Request:
+    number: int
+    count: int
+    version: int
+    slow: bool
+    place: int
+    future: Future[list[Rollout]] = field(default_factory=Future)
+
+
+class RandomEngine(ScriptedEngine):
+    """Servers whose requests finish in a random order, in the sampler's own thread, when `advance` is called.
+
+    moves  versions to which the weights may go at any moment while groups are collected.
+    """
+
+    def __init__(self, prompts: list[Prompt], luck: random.Random, version: int, max_lag: int):
+        super().__init__(prompts, version)
+        self.requests: list[Request] = []
+        self.begun: dict[int, int] = {}
+        self.answers: list[Rollout] = []
+        self.moves: list[int] = []
+        self.most = 0
+        self._luck, self._max_lag = luck, max_lag
+        self._eagerness, self._slow = luck.choice((0.1, 0.5, 1.0)), luck.choice((0, 0.2, 0.5))
+        self._early = luck.choice((0, 0, 0.1))
+
+    def submit(self, prompts: list[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
+        (number,) = {int(prompt[0]) for prompt in prompts}
+        self.calls.append((len(prompts), params))
+        slow = self._luck.random() < self._slow
+        request = Request(number, len(prompts), self.weight_version, slow, len(self.calls))
+        self.requests.append(request)
+        self.most = max(self.most, len(self.alive()))
+        self.maybe_move()
+        if self._luck.random() < self._early:
+            self.end(request)
+        return request.future
+
+    def alive(self) -> list[Request]:
+        self.requests = [request for request in self.requests if not request.future.done()]
+        return self.requests
+
+    def maybe_move(self) -> None:
+        if self.moves and self._luck.random() < 0.2:
+            self.move(self.moves.pop(0))
+
+    def move(self, version: int) -> None:
+        assert not self.alive() or self._max_lag, "requests are in flight, and the weights move"
+        self.weight_version = version
+        for request in self.alive():
+            assert version - request.version <= self._max_lag, "a response would be thrown away for its age"
+
+    def advance(self) -> None:
+        """At least one request ends, if there are any."""
+        self.maybe_move()
+        alive = self.alive()
+        ready = [request for request in alive if not request.slow] or alive
+        if self._luck.random() < 0.1:
+            ready = alive
+        chosen = [request for request in ready if self._luck.random() < self._eagerness] or ready[:1]
+        self._luck.shuffle(chosen)
+        for request in chosen:
+            self.end(request)
+
+    def end(self, request: Request) -> None:
+        made = [begun_by(request.version, self._respond(request.number)) for _ in range(request.count)]
+        self.answers += made  # kept, so that no other has its id
+        self.begun |= {id(rollout): request.place for rollout in made}
+        request.future.set_result(made)
+
+
+class BatchEngine(ScriptedEngine):
+    """The same for an engine that generates a batch at a time."""
+
+    def __init__(self, prompts: list[Prompt], luck: random.Random, version: int, max_lag: int):
+        super().__init__(prompts, version)
+        self.moves, self.most = [], 0
+
+    def alive(self) -> list[Request]:
+        return []
+
+    def move(self, version: int) -> None:
+        self.weight_version = version
+
+    def advance(self) -> None: ...
+
+
+def draw_config(luck: random.Random, **fixed: object) -> Config:
+    """A configuration that rules.py allows, with some of the section `sampling` given."""
+    while True:
+        train = luck.randint(1, 5)
+        sampling = {
+            "style": luck.choice(("none", "filter", "resample")),
+            "train_batch_prompts": train,
+            "gen_batch_prompts": luck.randint(1, 3 * train),
+            "max_gen_batches": luck.choice((1, 2, 3, 50)),
+            "on_exhausted": luck.choice(("error", "train_on_what_we_have")),
+            "carry_surplus": luck.random() < 0.8,
+            "max_staleness": luck.randint(0, 3),
+            "max_in_flight_groups": luck.choice((None, luck.randint(1, 12))),
+            "on_full": luck.choice(("wait", "abort", "keep")),
+            "resample_size": luck.randint(1, 3),
+            "max_samples_per_prompt": luck.randint(1, 6),
+        } | fixed
+        try:
+            return Config.model_validate(
+                {
+                    "seed": luck.randint(0, 99),
+                    "model": {"path": "unused"},
+                    "data": {"files": ["unused"]},
+                    "rollout": {
+                        "engine": luck.choice(("sglang", "sglang", "sglang", "embedded")),
+                        "group_size": luck.randint(1, 3),
+                        "max_response_tokens": 64,
+                        "async_steps": luck.randint(0, 1),
+                    },
+                    "reward": {"workers": 1},
+                    "sampling": sampling,
+                    "batch": {"mini_batch_prompts": 1},
+                    "algo": {"old_logprobs": "rollout"},
+                }
+            )
+        except ValidationError:
+            continue
+
+
+class RecordingLoader(PromptLoader):
+    """Remembers what it gave."""
+
+    def __init__(self, prompts: list[Prompt]):
+        self.given: list[str] = []
+        super().__init__(prompts, seed=0, shuffle=False)
+
+    def take(self, n: int) -> list[Prompt]:
+        taken = super().take(n)
+        self.given += [prompt.uid for prompt in taken]
+        return taken
+
+
+def uid_counts(groups: list[Group]) -> Counter[str]:
+    return Counter(group.prompt.uid for group in groups)
+
+
+@dataclass
+class Account:
+    """Every prompt drawn, by what became of it."""
+
+    trained: Counter[str] = field(default_factory=Counter)
+    given_up: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    num_counted: int = 0
+
+    def copy(self) -> Account:
+        return Account(self.trained.copy(), self.given_up.copy(), self.dropped.copy(), self.num_counted)
+
+
+class Play:
+    """A run of some steps as controller.py takes them: with `async_steps` a step is collected beside the training of the
+    one before, and a restart repeats it."""
+
+    def __init__(self, seed: int, num_steps: int = 8, restarts: bool = True, **fixed: object):
+        self.luck = random.Random(seed)
+        self.config = draw_config(self.luck, **fixed)
+        self.restarts = restarts
+        s = self.config.sampling
+        good = self.luck.choice((0.3, 0.7, 1.0))
+        self.all_good = good == 1.0
+        num_prompts = self.luck.choice((7, 400))
+        self.prompts = make_prompts(
+            *[self.luck.choice(SCRIPTS) if self.luck.random() > good else "RW" for _ in range(num_prompts)]
+        )
+        self.lag = self.config.rollout.async_steps
+        self.keeps = s.on_full == "keep"
+        self.num_steps = num_steps
+        self.loader = RecordingLoader(self.prompts)
+        self.account = Account()
+        self.steps: list[Collected] = []
+        self.new_sampler(version=0)
+
+    def new_sampler(self, version: int) -> None:
+        kind = RandomEngine if self.config.rollout.engine == "sglang" else BatchEngine
+        s = self.config.sampling
+        self.engine = kind(self.prompts, self.luck, version, s.max_staleness if self.keeps else 0)
+        self.sampler = Sampler(self.engine, self.loader, reward, decode, self.config)
+
+    def run(self) -> None:
+        ahead: Collected | None = None  # here it is complete before the training of its step begins
+        for step in range(1, self.num_steps + 1):
+            collected = ahead or self.collect(step, lag=0)
+            self.steps.append(collected)
+            position = self.position()
+            ahead = None
+            if self.lag and step < self.num_steps:
+                self.engine.moves = [step] if self.keeps else []
+                ahead = self.collect(step + 1, lag=1)
+                self.engine.moves = []
+            if self.engine.weight_version < step:
+                if self.luck.random() < 0.5 and self.engine.alive():
+                    self.engine.advance()
+                self.engine.move(step)
+            if self.restarts and self.luck.random() < 0.3:
+                self.restart(position, step)
+                ahead = None
+
+    def position(self) -> tuple:
+        state, arrays = self.sampler.state()
+        return json.dumps([self.loader.state(), state]), arrays, self.account.copy(), len(self.loader.given)
+
+    def restart(self, position: tuple, version: int) -> None:
+        stored, arrays, self.account, num_given = position
+        place, state = json.loads(stored)
+        self.loader.load_state(place)
+        self.loader.given = self.loader.given[:num_given]
+        self.new_sampler(version)
+        self.sampler.load_state(state, arrays, {prompt.uid: prompt for prompt in self.prompts})
+        assert json.dumps(self.sampler.state()[0]) == json.dumps(state)
+
+    def collect(self, step: int, lag: int) -> Collected:
+        s = self.config.sampling
+        oldest = self.engine.weight_version + lag - s.max_staleness
+        before = list(self.sampler._carried)
+        collected = self.sampler.collect(step, lag)
+        self.check_batch(collected, oldest)
+        self.check_order(before, collected, oldest)
+        self.note(before, collected, oldest)
+        assert self.engine.most <= self.limit
+        assert self.keeps or not self.engine.alive(), "left in flight"
+        return collected
+
+    @property
+    def batch(self) -> int:
+        s = self.config.sampling
+        return s.gen_batch_prompts if s.style == "filter" else s.train_batch_prompts
+
+    @property
+    def limit(self) -> int:
+        return self.config.sampling.max_in_flight_groups or self.batch
+
+    def check_wait(self, refill: Refill) -> None:
+        """Servers are never left idle while groups are missing."""
+        missing = self.config.sampling.train_batch_prompts - len(refill._carried) - len(refill._kept)
+        budget = self.config.sampling.max_gen_batches * self.batch - refill._num_begun
+        room = self.limit - len(refill._in_flight)
+        assert refill._in_flight, "the sampler waits, and nothing is in flight"
+        assert len(refill._in_flight) >= missing or not room or not budget
+
+    def check_batch(self, collected: Collected, oldest: int) -> None:
+        s, stats, groups = self.config.sampling, collected.stats, collected.groups
+        if len(groups) < s.train_batch_prompts:
+            assert s.on_exhausted == "train_on_what_we_have" and groups
+            assert stats["sampling/gen_batches"] == s.max_gen_batches
+        assert len(groups) <= s.train_batch_prompts
+        versions = [min(sample.rollout.weight_version for sample in group.samples) for group in groups]
+        assert min(versions) >= oldest
+        assert stats["sampling/staleness_max"] == oldest + s.max_staleness - min(versions)
+        assert stats["sampling/groups_kept"] == len(groups)
+        assert stats["sampling/groups_generated"] == len(collected.generated)
+        assert all(KEEPS[s.style](group) for group in groups)
+        most = s.max_samples_per_prompt if s.style == "resample" else self.config.rollout.group_size
+        for group in collected.generated + groups:
+            assert self.config.rollout.group_size <= len(group.samples) <= most
+
+    def fresh(self, groups: list[Group], oldest: int) -> list[Group]:
+        keep = KEEPS[self.config.sampling.style]
+        return [group for group in groups if keep(group) and group.weight_version >= oldest]
+
+    def check_order(self, carried: list[Group], collected: Collected, oldest: int) -> None:
+        """No group is chosen for being sooner done than another that is there."""
+        s = self.config.sampling
+        if isinstance(self.engine, RandomEngine):
+            places = [self.engine.begun[id(group.samples[0].rollout)] for group in collected.generated]
+            assert places == sorted(places), "in the order in which they were begun"
+        groups = sorted(self.fresh(carried + collected.generated, oldest), key=lambda group: group.weight_version)
+        assert collected.groups == groups[: s.train_batch_prompts]
+        assert self.sampler._carried == (groups[s.train_batch_prompts :] if s.carry_surplus else [])
+
+    def note(self, carried: list[Group], collected: Collected, oldest: int) -> None:
+        """Every prompt that was drawn is somewhere, once."""
+        s, account, stats = self.config.sampling, self.account, collected.stats
+        keep, there = KEEPS[s.style], carried + collected.generated
+        good = [group for group in there if keep(group)]
+        fresh = self.fresh(there, oldest)
+        account.trained += uid_counts(collected.groups)
+        account.given_up += uid_counts([group for group in there if not keep(group)])
+        account.dropped += uid_counts([group for group in good if group.weight_version < oldest])
+        assert stats["sampling/groups_stale"] == len(good) - len(fresh)
+        if not s.carry_surplus:
+            account.dropped += uid_counts(
+                sorted(fresh, key=lambda group: group.weight_version)[s.train_batch_prompts :]
+            )
+        state = self.sampler.state()[0]
+        left = Counter(group["uid"] for group in state["groups"]) + Counter(state["again"])
+        assert stats["sampling/surplus_carried"] == len(state["groups"])
+        known = account.trained + account.given_up + account.dropped + left
+        assert known == Counter(self.loader.given)
+        counted = stats["sampling/surplus_dropped"] + sum(
+            group.weight_version < oldest for group in collected.generated if keep(group)
+        )
+        account.num_counted += int(counted)
+        assert account.num_counted == account.dropped.total()
+        certain = s.style != "filter" or (self.all_good and s.gen_batch_prompts <= s.train_batch_prompts)
+        if self.keeps and certain and s.carry_surplus:
+            assert not account.dropped, "lost for its age"
+
+
+def play(seed: int, **fixed: object) -> Play:
+    """A played run. It may end early, by the errors that the documentation names."""
+    made = Play(seed, **fixed)
+    receive = Refill._wait
+
+    def wait(self: Refill) -> list[int]:
+        made.check_wait(self)
+        if self._done.empty():
+            made.engine.advance()
+        assert not self._done.empty(), "nothing finishes that it waits for"
+        return receive(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refill, "_wait", wait)
+        try:
+            made.run()
+        except RolloutError as error:
+            assert "after sampling.max_gen_batches" in str(error), error
+            assert made.config.sampling.on_exhausted == "error" or str(error).startswith("0 of")
+        except RewardError as error:
+            assert "failed on all" in str(error), error
+        except Exception as error:
+            error.add_note(f"seed {seed}: {made.config.sampling}, {made.config.rollout.engine}, lag {made.lag}")
+            raise
+    return made
+
+
+@pytest.mark.parametrize("on_full", ["wait", "abort", "keep"])
+def test_whatever_finishes_first_every_prompt_is_accounted_for(on_full):
+    plays = [play(seed, on_full=on_full) for seed in range(150)]
+    assert sum(len(made.steps) for made in plays) > 600, "most runs must get somewhere"
+
+
+def test_the_same_schedule_brings_the_same_groups():
+    def trained(seed: int) -> list[list[str]]:
+        return [[group.prompt.uid for group in step.groups] for step in play(seed).steps]
+
+    assert [trained(seed) for seed in range(10)] == [trained(seed) for seed in range(10)]

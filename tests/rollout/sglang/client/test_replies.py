@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dapo_mcore.rollout.sglang.client import answer, replies
+from dapo_mcore.rollout.sglang.client.answer import DROP_REASONS, Dropped
+from dapo_mcore.rollout.sglang.client.replies import VersionRule
+from dapo_mcore.types import Rollout
+
+RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
+STOP = 1
+LAGGING = VersionRule(RULE.versions, RULE.current, max_lag=1)
+
+
+def read_reply(reply: Any, rule: VersionRule) -> Rollout:
+    """As it travels."""
+    return replies.read_reply(answer.decode(json.dumps(reply).encode()), rule, [STOP, 2])
+
+
+def reply(*spans: tuple[int, int, str], tokens: tuple[int, ...] = (7, 8, 9), **meta: Any) -> dict[str, Any]:
+    entries = [[-0.5 * (i + 1), token, None] for i, token in enumerate(tokens)]
+    named = [{"start": start, "end": end, "version": version} for start, end, version in spans]
+    return {
+        "output_ids": list(tokens),
+        "meta_info": {
+            "finish_reason": {"type": "stop", "matched": tokens[-1] if tokens else None},
+            "output_token_logprobs": entries,
+            "weight_version": named[-1]["version"] if named else "3-d",
+            **({"weight_versions": named} if named else {}),
+            **meta,
+        },
+    }
+
+
+def test_tokens_and_logprobs_come_from_one_list():
+    rollout = read_reply(reply(), RULE)
+    assert rollout.token_ids.tolist() == [7, 8, 9] and rollout.token_ids.dtype == np.int32
+    assert rollout.logprobs.tolist() == [-0.5, -1.0, -1.5] and rollout.logprobs.dtype == np.float32
+    assert rollout.loss_mask.tolist() == [True] * 3
+    assert (rollout.finish_reason, rollout.weight_version, rollout.version_spans) == ("stop", 3, ())
+
+
+def test_a_response_with_a_stop_token_at_the_length_limit_has_ended_by_itself():
+    """SGLang up to 0.5.17 tells `length`, and the reward would take it for cut."""
+    for end, reason in ((STOP, "stop"), (9, "length")):
+        rollout = read_reply(reply(tokens=(7, 8, end), finish_reason={"type": "length", "length": 3}), RULE)
+        assert rollout.finish_reason == reason and rollout.token_ids.tolist() == [7, 8, end]
+
+
+def test_one_span_is_one_version():
+    assert read_reply(reply((0, 3, "3-d")), RULE).version_spans == ()
+
+
+def test_spans_within_the_lag_are_recorded_and_the_oldest_version_counts():
+    rollout = read_reply(reply((0, 1, "2-b"), (1, 3, "3-d")), LAGGING)
+    assert rollout.weight_version == 2 and rollout.version_spans == ((0, 2), (1, 3))
+
+
+DROPPED = {
+    "aborted": [reply(finish_reason={"type": "abort", "message": "Aborted"})],
+    "stale_version": [
+        reply(weight_version="2-b"),
+        reply(weight_version="3-c"),  # another sync of the same version number holds other weights
+    ],
+    "unknown_version": [reply(weight_version="default"), reply((0, 3, "9-z"))],
+    "mixed_versions": [reply((0, 1, "2-b"), (1, 3, "3-d")), reply((0, 1, "3-c"), (1, 3, "3-d"))],
+    "malformed": [
+        None,
+        [],
+        "<html>",
+        {},
+        {"meta_info": None},
+        reply(tokens=()),
+        reply(finish_reason={"type": "error"}),
+        reply(finish_reason=None),
+        reply(output_token_logprobs=[[None, 7, None]] * 3),
+        reply(output_token_logprobs=[[float("nan"), t, None] for t in (7, 8, 9)]),
+        reply(output_token_logprobs=[[-1.0, t, None] for t in (7, 8, 5)]),
+        reply(output_token_logprobs=[[-1.0, 2**40, None]] * 3),
+        reply((0, 2, "3-d")),
+        reply((1, 3, "3-d")),
+        reply((0, 1, "3-d"), (2, 3, "3-d")),
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "answer"), [(reason, a) for reason, answers in DROPPED.items() for a in answers])
+def test_a_doubtful_answer_is_dropped_whole_for_a_reason(reason, answer):
+    with pytest.raises(Dropped) as caught:
+        read_reply(answer, RULE)
+    assert caught.value.reason == reason
+
+
+def test_every_reason_is_tried():
+    assert set(DROPPED) == set(DROP_REASONS)
+
+
+def test_the_lag_has_an_end_and_does_not_reach_another_sync_of_the_same_version():
+    for tag in ("1-a", "3-c"):
+        with pytest.raises(Dropped, match="stale_version"):
+            read_reply(reply((0, 3, tag)), LAGGING)
+
+
+def test_older_weights_are_believed_only_where_every_token_tells_its_own():
+    with pytest.raises(Dropped, match="unknown_version: the answer does not tell"):
+        read_reply(reply(weight_version="3-d"), LAGGING)
+
+
+def test_an_answer_that_was_aborted_before_its_first_token_needs_none():
+    aborted = {"meta_info": {"finish_reason": {"type": "abort", "message": "in the queue"}}}
+    with pytest.raises(Dropped, match="aborted: in the queue"):
+        read_reply(aborted, RULE)

@@ -1,0 +1,67 @@
+"""Two fake servers by actors on a local Ray cluster, through the same engine and the same faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+from importlib.util import find_spec
+
+import pytest
+
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.process.ray_cluster import connect
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import engine, params, prompts, weights
+from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+
+# not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the engine sets it
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
+
+
+def test_actors_serve_survive_kill_9_and_end_with_the_engine(tmp_path):
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with engine(tmp_path, placement="ray", num_servers=2) as made:
+        assert signal.getsignal(signal.SIGTERM) == on_sigterm
+        assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        made.update_weights(weights(0), version=1)
+        first, second = servers(made)
+        asked = prompts(40)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        os.kill(told(first)["pid"], signal.SIGKILL)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        all_serve(made)
+        order(second, "die", where="/update_weights_from_disk")
+        made.update_weights(weights(1), version=2)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+        all_serve(made)
+        assert made.metrics()["rollout/server_restarts"] == 2
+        assert {told(server)["weight_version"] for server in servers(made)} == {made._tag}
+        import ray
+
+        ray.kill(made._processes[0]._actor)  # its node is lost, and the server with it
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+        all_serve(made)
+        pids = [process.pid for process in made._processes]
+    assert not ray.is_initialized()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_an_error_on_a_node_is_the_error_of_the_run(tmp_path):
+    with (
+        pytest.raises(ConfigError, match=r"has SGLang 0\.5\.14, but weight updates need at least 0\.5\.15"),
+        engine(tmp_path, placement="ray", python=fake_python(tmp_path, "0.5.14")),
+    ):
+        pass
+    import ray
+
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_without_a_token_is_refused(monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"would run code for anyone who reaches it; start it with RAY_AUTH_MODE=token"
+    ):
+        connect("10.0.0.1:6379")

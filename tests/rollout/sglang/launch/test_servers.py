@@ -1,0 +1,296 @@
+"""Servers and settings that a run cannot use: each ends at start with the numbers, the rule and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.client import versions
+from dapo_mcore.rollout.sglang.client.http import allow_open_files
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.launch import servers
+from dapo_mcore.rollout.sglang.launch.process import STOP_S
+from dapo_mcore.rollout.sglang.sync.disk import DiskTransfer
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, settings, tiny_config, wait_for
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Raw]:
+    folder = tmp_path_factory.mktemp("running")
+    with bare_server(fake_python(folder), folder / "servers") as raw:
+        yield raw
+
+
+def key_file(folder: Path, api: str | None, admin: str | None, mode: int = 0o600) -> str:
+    path = folder / "keys.json"
+    path.write_text(json.dumps({"api_key": api, "admin_key": admin}))
+    path.chmod(mode)
+    return str(path)
+
+
+def attach(folder: Path, url: str, hf_config: Any = None, **changes: Any) -> None:
+    """An engine on a given server, closed again."""
+    given = settings(Path(sys.executable), urls=[url], **changes)
+    common = dict(stop_token_ids=(STOP,), dtype=torch.float32, folder=folder / "other")
+    SGLangEngine(given, hf_config or tiny_config(), **common).close()
+
+
+def test_a_given_server_is_accepted_with_its_keys(running, tmp_path):
+    attach(tmp_path, running.url, key_file=key_file(tmp_path, running.keys.api, running.keys.admin))
+
+
+@pytest.mark.parametrize(
+    ("api", "admin"), [(None, None), ("wrong", "wrong"), ("right", "wrong"), ("right", "right api")]
+)
+def test_a_refused_key_is_explained(running, tmp_path, api, admin):
+    right = {"right": running.keys.api, "right api": running.keys.api}
+    keys = key_file(tmp_path, right.get(api, api), right.get(admin, admin))
+    with pytest.raises(
+        ConfigError, match=r"refused with HTTP 401: Unauthorized; give the server's api_key and admin_key"
+    ):
+        attach(tmp_path, running.url, key_file=keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(vocab_size=96), "serves a model with vocab_size 64 .*, but model.path has 96"),
+        (dict(hidden_size=32), "serves a model with hidden_size 64 .*, but model.path has 32"),
+    ],
+)
+def test_another_model_on_the_server_is_refused(running, tmp_path, changes, message):
+    keys = key_file(tmp_path, running.keys.api, running.keys.admin)
+    with pytest.raises(ConfigError, match=message):
+        attach(tmp_path, running.url, tiny_config(**changes), key_file=keys)
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        told = f"no SGLang server answers: {url}.*; start it, or correct rollout.sglang.urls"
+        with pytest.raises(ConfigError, match=told):
+            attach(tmp_path, url)
+
+
+def test_a_given_server_that_is_too_old_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "OLDEST", (0, 0, 1))
+    with bare_server(fake_python(tmp_path, "0.5.9"), tmp_path / "servers") as old:
+        monkeypatch.setattr(versions, "OLDEST", (0, 5, 15))
+        with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.9, but weight updates need at least 0\.5\.15"):
+            attach(tmp_path, old.url, key_file=key_file(tmp_path, old.keys.api, old.keys.admin))
+
+
+def start(folder: Path, **changes: Any) -> None:
+    with engine(folder, **changes):
+        pass
+
+
+def test_an_environment_with_an_old_sglang_or_none_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.14, but weight updates need at least 0\.5\.15"):
+        start(tmp_path, python=fake_python(tmp_path, "0.5.14"))
+    with pytest.raises(ConfigError, match="has no SGLang; give the interpreter of an environment that has it"):
+        start(tmp_path, python=sys.executable)
+    with pytest.raises(ConfigError, match=r"cannot be asked for SGLang.*No such file"):
+        start(tmp_path, python=tmp_path / "nowhere")
+    assert not (tmp_path / "servers").exists()
+
+
+def test_an_option_that_sglang_lacks_is_refused_with_the_nearest_before_anything_starts(tmp_path):
+    """The same message at once, not 28 s later from a server; what only SGLang's parser knows is asked of it."""
+    told = r"server_args holds mem-fraction, no-such, but SGLang 0\.5\.21 of .* mem-fraction: mem-fraction-static; no-such: "
+    with pytest.raises(ConfigError, match=told):
+        start(tmp_path, server_args={"mem_fraction": 0.8, "no-such": 1, "of-a-plugin": 1})
+    with pytest.raises(ConfigError, match="disable-cuda-graph takes true or false, not 'decode'"):
+        start(tmp_path, server_args={"disable-cuda-graph": "decode"})
+    assert not list(tmp_path.glob("servers/*.log"))
+
+
+def test_every_kind_of_option_reaches_the_server(tmp_path):
+    """Also those that SGLang refuses in its YAML, which is why only the keys are in there."""
+    given = {"--mem_fraction_static": -0.5, "disable-cuda-graph": True, "cuda-graph-bs-decode": [1, 2]}
+    given |= {"lora-strict-loading": False, "log-level": "error", "max-running-requests": None}
+    with engine(tmp_path, server_args=given | {"max-total-tokens": 100}):
+        written = (tmp_path / "servers/server-0.args").read_text().splitlines()
+    expected = ["--log-level=error", "--max-total-tokens=100", "--mem-fraction-static=-0.5", "--disable-cuda-graph"]
+    assert set(expected) < set(written) and "--no-lora-strict-loading" in written
+    assert written[written.index("--cuda-graph-bs-decode") :][:3] == ["--cuda-graph-bs-decode", "1", "2"]
+    assert not any("max-running-requests" in word for word in written)
+
+
+def test_a_taken_port_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"host 127.0.0.1 port {port}: .*in use.*; choose another base_port"):
+            start(tmp_path, base_port=port)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_machine_without_a_gpu_needs_device_cpu(tmp_path):
+    with pytest.raises(ConfigError, match=r"no CUDA device; set rollout\.sglang\.device cpu"):
+        start(tmp_path, device="cuda")
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=2)
+    with pytest.raises(ConfigError, match=r"num_servers 3 × tensor_parallel 4 = 12 GPUs after the first 0 of .* has 8"):
+        servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=3)
+    with pytest.raises(ConfigError, match=r"= 4 GPUs after the first 6 of this machine, which has 8; .*colocated true"):
+        servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=1, first_gpu=6)
+
+
+def test_a_server_that_ends_while_it_starts_leaves_its_last_words(tmp_path):
+    script = fake_python(tmp_path)
+    fails = """if [ "$2" = -m ]; then echo "no such flag" >&2; exit 1; fi\n"""
+    script.write_text(script.read_text().replace("FAKE_VERSION", f"{fails}FAKE_VERSION", 1))
+    with pytest.raises(ConfigError, match=r"ended while it started: no such flag \(see .*server-0.log\)"):
+        start(tmp_path, python=script)
+
+
+def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
+    with engine(tmp_path, num_servers=2) as made:
+        folder = tmp_path / "servers"
+        private = ["keys.json", *(f"server-{number}.{kind}" for number in range(2) for kind in ("yaml", "args", "log"))]
+        assert {stat.S_IMODE((folder / name).stat().st_mode) for name in private} == {0o600}
+        keys = json.loads((folder / "keys.json").read_text())
+        assert len(set(keys.values())) == 2 and min(map(len, keys.values())) >= 32
+        command = Path(f"/proc/{made._processes[0].pid}/cmdline").read_text()
+        assert "launch_server" in command and not any(key in command for key in keys.values())
+        arguments = (folder / "server-1.args").read_text().splitlines()
+        assert {"--host=127.0.0.1", "--load-format=dummy", "--skip-tokenizer-init"} <= set(arguments)
+        assert {"--attention-backend=torch_native", "--max-total-tokens=40000"} <= set(arguments)
+        assert set(yaml.safe_load((folder / "server-1.yaml").read_text())) == {"api-key", "admin-api-key"}
+        assert json.loads((folder / "model/config.json").read_text())["eos_token_id"] == [STOP]
+
+
+def test_servers_inherit_neither_the_launcher_nor_the_source_tree(monkeypatch):
+    hidden = {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "TRITON_INTERPRET", "RAY_AUTH_TOKEN"}
+    for name in hidden:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    environment = servers._environment(SGLangConfig(device="cpu"), ["llama", "qwen2"], "qwen2")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["OMP_NUM_THREADS"] == "1"
+    assert environment["SGLANG_DISABLED_MODEL_ARCHS"] == "llama"
+    assert not hidden & set(environment)
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"mode 0644; others could read it: chmod 600"):
+        servers.read_keys(key_file(tmp_path, "a", "b", mode=0o644))
+    with pytest.raises(ConfigError, match="it holds api_key and admin_key as JSON"):
+        servers.read_keys(str(tmp_path / "none.json"))
+
+
+def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"two versions of the model need 2000000\.0 GiB; choose a larger folder"):
+        DiskTransfer(tmp_path / "weights", 10**6 * 2**30)
+
+
+def test_the_limit_of_open_files_is_raised_or_explained():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        allow_open_files(400)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 400 + 256
+        with pytest.raises(ConfigError, match=f"need {hard + 256} open files, but this process may open {hard}"):
+            allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+BAD_SETTINGS = {
+    "every interface": dict(host="0.0.0.0"),
+    "is not a URL": dict(urls=["127.0.0.1:30000"]),
+    "only 1 different": dict(urls=["http://a:1", "http://a:1"]),
+    "router_url needs urls": dict(router_url="http://a:1"),
+    "verify_sync servers does not go with router_url": dict(
+        urls=["http://a:1"], router_url="http://b:1", verify_sync="servers"
+    ),
+    "num_servers is 3, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=3),
+    "num_servers is 1, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=1),
+    "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
+    "host node does not go with placement local": dict(host="node"),
+    "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
+    "server_args holds api-key, tp-size": dict(server_args={"api_key": "x", "--tp-size": 2}),
+    "server_args names one option twice: max_x, max-x": dict(server_args={"max_x": 1, "max-x": 2}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_settings_that_contradict_themselves_are_refused(message):
+    with pytest.raises(ValidationError, match=message):
+        SGLangConfig.model_validate(BAD_SETTINGS[message])
+
+
+def test_servers_that_are_given_are_counted():
+    urls = ["http://a:1", "http://a:2"]
+    given = SGLangConfig(urls=urls)
+    assert given.num_servers == 2 and SGLangConfig().num_servers == 1
+    assert given == SGLangConfig(urls=urls, num_servers=2) == SGLangConfig.model_validate(given.model_dump())
+
+
+def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():
+    with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
+        for _ in range(2):
+            with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+                stranger.bind(port.getsockname())
+            socket.create_server(port.getsockname()).close()
+
+
+def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_DEAF", "1")
+    with engine(tmp_path, num_servers=4) as made:
+        pids = [process.pid for process in made._processes]
+        start = time.monotonic()
+        made.close()
+        assert time.monotonic() - start < 3 * STOP_S
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
+    """The second server ends while the first one is up."""
+    script, was_up = fake_python(tmp_path), tmp_path / "up"
+    fails = f"""case "$*" in *server-1.yaml*) while [ ! -e "{was_up}" ]; do sleep 0.1; done; exit 1;; esac\n"""
+    script.write_text(script.read_text().replace("FAKE_VERSION", f"{fails}FAKE_VERSION", 1))
+    first = tmp_path / "servers/server-0.yaml"
+
+    def tell_when_up() -> None:
+        wait_for(lambda: first.exists() and _running(first), 60)
+        was_up.touch()
+
+    watcher = threading.Thread(target=tell_when_up)
+    watcher.start()
+    with pytest.raises(ConfigError, match="ended while it started"):
+        start(tmp_path, python=script, num_servers=2)
+    watcher.join()
+    assert was_up.exists() and not _running(first)
+
+
+def _running(file: Path) -> bool:
+    """Whether a process has `file` on its command line."""
+    return any(str(file) in _command(pid) for pid in os.listdir("/proc") if pid.isdigit())
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,136 @@
+"""Servers that confirm a sync and hold other bytes: found, taken out, and not believed before they agree.
+
+Before 0.5.23 a real server without CUDA refuses to tell checksums; with the one call that needs CUDA stubbed it tells them,
+of CPU tensors, so the answer's form and what it depends on are held on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.client.api import ServerApi
+from dapo_mcore.rollout.sglang.client.http import HttpClient
+from dapo_mcore.rollout.sglang.client.loop_thread import LoopThread
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import Raw, bare_server, engine, params, prompts, real_python, wait_for, weights
+from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+
+NUM_TENSORS = len(list(weights(0)))
+KINDS = ["0.5.21", "0.5.23", pytest.param("real", marks=pytest.mark.sglang)]
+
+
+def with_cuda_stubbed(python: Path, folder: Path) -> Path:
+    """An interpreter whose torch thinks that CUDA has nothing left to do."""
+    stub = "import torch\ntorch.cuda.synchronize = lambda *_: None\n"
+    (folder / "sitecustomize.py").write_text(stub)
+    script = folder / "python-stubbed"
+    # -P keeps the working directory out, not PYTHONPATH
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{python}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request, tmp_path_factory) -> Iterator[Raw]:
+    folder = tmp_path_factory.mktemp(request.param)
+    real = request.param == "real"
+    python = with_cuda_stubbed(real_python(), folder) if real else fake_python(folder, request.param, checksums=True)
+    with bare_server(python, folder / "servers") as raw:
+        yield raw
+
+
+def checksums(server: Raw) -> dict[str, str] | None:
+    """As the engine reads them."""
+    loop = LoopThread("test")
+
+    async def ask() -> dict[str, str] | None:
+        http = HttpClient(10.0, 10.0)
+        try:
+            return await ServerApi(http, server.url, server.keys, 60.0).checksums()
+        finally:
+            await http.close()
+
+    try:
+        return loop.run(ask())
+    finally:
+        loop.close()
+
+
+def test_checksums_follow_the_weights_of_every_parameter(server: Raw, tmp_path) -> None:
+    seen = []
+    for seed in (1, 2, 1):
+        folder = tmp_path / f"{len(seen)}"
+        folder.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in weights(seed)}, folder / "0.safetensors")
+        body = {"model_path": str(folder), "load_format": "safetensors", "weight_version": f"{len(seen)}"}
+        assert server.post("/update_weights_from_disk", body)[0] == 200
+        seen.append(checksums(server))
+    first, second, again = seen
+    assert first == again and first.keys() == second.keys() and len(first) >= 15
+    matrices = [name for name in first if "norm" not in name and "bias" not in name]  # equal in every tiny model
+    assert "0:model.embed_tokens.weight" in matrices and all(first[name] != second[name] for name in matrices)
+    assert server.post("/weights_checker", {"action": "checksum"}, key="api")[0] == 401
+
+
+@pytest.mark.parametrize(("version", "tells"), [("0.5.21", False), ("0.5.23", True)])
+def test_a_server_without_cuda_tells_from_0_5_23_on(version: str, tells: bool, tmp_path) -> None:
+    with bare_server(fake_python(tmp_path, version), tmp_path / "servers") as raw:
+        assert (checksums(raw) is not None) == tells
+
+
+def verified(folder: Path, **changes):
+    return engine(folder, python=fake_python(folder, checksums=True), verify_sync="servers", **changes)
+
+
+def test_the_one_of_three_that_holds_other_weights_is_taken_out_until_it_agrees(tmp_path):
+    with verified(tmp_path, num_servers=3) as made:
+        made.update_weights(weights(0), version=1)
+        assert made.metrics()["sync/servers_verified"] == 3
+        wrong = servers(made)[1]
+        order(wrong, "flip", where="weights", count=2)  # the re-sync is wrong, too
+        made.update_weights(weights(1), version=2)
+        assert [member.state for member in made._fleet.members][::2] == ["serving", "serving"]
+        wait_for(lambda: f"differs in 1 of {NUM_TENSORS} weights" in made._fleet.members[1].problem)
+        asked = prompts(30)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+        all_serve(made)
+        assert told(wrong)["weights"] == pytest.approx(told(servers(made)[0])["weights"])
+        assert made.metrics()["rollout/servers_excluded"] == 2
+
+
+def test_two_that_differ_both_take_the_weights_again(tmp_path):
+    with verified(tmp_path, num_servers=2) as made:
+        order(servers(made)[0], "flip", where="weights")
+        made.update_weights(weights(1), version=1)
+        all_serve(made)
+        assert told(servers(made)[0])["weights"] == pytest.approx(told(servers(made)[1])["weights"])
+        assert made.metrics()["rollout/servers_excluded"] == 2
+
+
+def test_a_server_alone_is_held_to_what_it_told_when_it_is_resynced(tmp_path):
+    with verified(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        assert made.metrics()["sync/servers_verified"] == 0
+        (server,) = servers(made)
+        order(server, "flip", where="weights")
+        made._loop.run(_doubt(made))
+        all_serve(made)
+        numbers = made.metrics()
+        assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/servers_resynced"] == 1
+
+
+async def _doubt(made) -> None:
+    made._fleet.suspect(made._fleet.members[0], "an answer by unknown weights", reload=True)
+
+
+@pytest.mark.parametrize("version", ["0.5.21", "0.5.15"])
+def test_servers_that_cannot_tell_are_refused_at_start(tmp_path, version):
+    python = fake_python(tmp_path, version)
+    refused = pytest.raises(ConfigError, match=r"tells no checksums .*set verify_sync off")
+    with refused, engine(tmp_path, python=python, num_servers=2, verify_sync="servers"):
+        pass

@@ -1,0 +1,201 @@
+"""SGLang's router in front of given servers: the real one (from the environment of the real servers) before fake servers,
+and before a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from aiohttp import web
+
+from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.client.api import Keys, ServerApi
+from dapo_mcore.rollout.sglang.client.http import HttpClient
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.launch.probe import probe_router
+from dapo_mcore.rollout.sglang.launch.servers import reserve_port
+from tests.rollout.sglang.fake_server import fake_python
+from tests.rollout.sglang.serving import (
+    FAST,
+    STOP,
+    Raw,
+    engine,
+    params,
+    prompts,
+    real_python,
+    tiny_config,
+    wait_for,
+    weights,
+)  # fmt: skip
+from tests.rollout.sglang.test_engine import assert_whole, order, pace, servers, told
+
+
+@contextmanager
+def routed(
+    folder: Path, python: Path | None = None, num_servers: int = 2
+) -> Iterator[tuple[SGLangEngine, subprocess.Popen]]:
+    """An engine that generates through the real router, and the router; somebody else started the servers."""
+    with engine(folder, python=python, num_servers=num_servers, health_timeout_s=2.0) as outer:
+        urls = [process.url for process in outer._processes]
+        with real_router(folder, urls, outer._fleet.members[0].api._keys) as (url, router):
+            keys = str(folder / "servers/keys.json")
+            settings = outer._settings.model_copy(update=dict(urls=urls, router_url=url, key_file=keys))
+            made = SGLangEngine(
+                settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=folder / "b"
+            )
+            try:
+                yield made, router
+            finally:
+                made.close()
+
+
+@contextmanager
+def real_router(folder: Path, urls: list[str], keys: Keys) -> Iterator[tuple[str, subprocess.Popen]]:
+    python = real_python()
+    with reserve_port(SGLangConfig(), "127.0.0.1", 0) as port, reserve_port(SGLangConfig(), "127.0.0.1", 0) as metrics:
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        options = {"host": "127.0.0.1", "port": port.getsockname()[1], "prometheus-port": metrics.getsockname()[1]}
+        options |= {"api-key": keys.api, "policy": "round_robin", "worker-startup-check-interval": 1}
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        command = [str(python), "-P", "-m", "sglang_router.launch_router", *words, "--worker-urls", *urls]
+        log = folder / "router.log"
+        with open(log, "wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            wait_for(lambda: knows(Raw(url, keys), len(urls)), 60, log.read_text)
+            yield url, process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def knows(router: Raw, num_workers: int) -> bool:
+    try:
+        status, answer = router.get("/workers")
+        return status == 200 and sum(worker["is_healthy"] for worker in answer["workers"]) == num_workers
+    except OSError:
+        return False
+
+
+@pytest.mark.sglang
+def test_the_router_spreads_samples_and_every_server_follows_the_weights(tmp_path):
+    with routed(tmp_path) as (made, _):
+        for version in (1, 2):
+            made.update_weights(weights(version), version=version)
+            asked = prompts(6)
+            assert_whole(made.generate(asked, params(8)), asked, 8, version=version)
+        assert [told(server)["counts"]["generated"] for server in servers(made)] == [6, 6]
+        assert made.metrics()["rollout/retries"] == 0
+
+
+@pytest.mark.sglang
+def test_requests_that_are_given_up_end_on_the_servers_behind_the_router(tmp_path):
+    with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as (made, _):
+        made.update_weights(weights(0), version=1)
+        future = made.submit(prompts(4), params(400))
+        wait_for(lambda: [told(server)["running"] for server in servers(made)] == [2, 2])
+        future.cancel()
+        wait_for(lambda: [told(server)["running"] for server in servers(made)] == [0, 0])
+        wait_for(lambda: [told(server)["counts"].get("aborts") for server in servers(made)] == [4, 4])
+
+
+@pytest.mark.sglang
+def test_a_router_that_hangs_is_noticed_and_asked_again(tmp_path):
+    with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as (made, router):
+        made.update_weights(weights(0), version=1)
+        asked = prompts(4)
+        future = made.submit(asked, params(400))
+        wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 4)
+        router.send_signal(signal.SIGSTOP)
+        wait_for(lambda: made._counts["retries"], 30)  # request_timeout_s is 60
+        router.send_signal(signal.SIGCONT)
+        pace(made, FAST)
+        assert_whole(future.result(), asked, 400, version=1)
+
+
+@pytest.mark.sglang
+def test_what_a_failing_server_behind_the_router_owes_is_made_by_the_other(tmp_path):
+    with routed(tmp_path) as (made, _):
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "status", value=500, count=3)
+        asked = prompts(8)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+@pytest.mark.sglang
+def test_a_real_server_behind_the_router_generates_by_the_weights_it_was_given(tmp_path):
+    with routed(tmp_path, real_python(), num_servers=1) as (made, _):
+        for version in (1, 2):
+            made.update_weights(weights(version), version=version)
+            rollouts = made.generate(prompts(4), params(8))
+            assert [rollout.weight_version for rollout in rollouts] == [version] * 4
+
+
+URLS = ["http://a:1", "http://b:2/"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (["http://a:1", "http://b:2@0", "http://b:2@1"], None),
+        (
+            ["http://a:1", "http://b:2", "http://c:3"],
+            r"to 1 servers that .* does not list \(http://c:3\), and not to 0",
+        ),
+        (["http://a:1"], r"to 0 servers .* \(none\), and not to 1 that it does \(http://b:2\); list the same servers"),
+        (None, None),
+    ],
+)
+def test_a_router_and_the_urls_name_the_same_servers(workers, message):
+    if message is None:
+        ask(workers)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            ask(workers)
+
+
+def ask(workers: list[str] | None) -> None:
+    """Probes a router that tells its workers, or has no such call."""
+
+    async def tell(request: web.Request) -> web.Response:
+        return web.json_response({"workers": [{"url": url} for url in workers]})
+
+    async def run() -> None:
+        app = web.Application()
+        if workers is not None:
+            app.router.add_get("/workers", tell)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        client = HttpClient(30.0, 30.0)
+        try:
+            await probe_router(router_at(client, runner.addresses[0][1]), URLS)
+        finally:
+            await client.close()
+            await runner.cleanup()
+
+    asyncio.run(run())
+
+
+def router_at(client: HttpClient, port: int) -> ServerApi:
+    return ServerApi(client, f"http://127.0.0.1:{port}", Keys(), 30.0)
+
+
+def test_a_router_that_is_not_there_is_named():
+    async def run(port: int) -> None:
+        client = HttpClient(30.0, 30.0)
+        try:
+            await probe_router(router_at(client, port), URLS)
+        finally:
+            await client.close()
+
+    message = r"no router answers: .*; start it, or correct rollout\.sglang\.router_url"
+    with reserve_port(SGLangConfig(), "127.0.0.1", 0) as port, pytest.raises(ConfigError, match=message):
+        asyncio.run(run(port.getsockname()[1]))

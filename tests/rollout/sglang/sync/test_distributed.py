@@ -1,0 +1,311 @@
+"""Broadcasts to groups of fake servers: one pass of the weights for all, and what a death in the middle of it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
+from dapo_mcore.observe.progress import Progress
+from dapo_mcore.rollout.sglang.client.http import RequestFailed
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.sync.distributed import check_sync_host
+from dapo_mcore.rollout.sglang.sync.process_group import RootRank
+from dapo_mcore.rollout.sglang.sync.server_group import ServerGroup
+from tests.rollout.sglang.fake_server import fake_python, gated
+from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
+from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
+
+NUM_TENSORS = len(list(weights(0)))
+
+
+@pytest.fixture
+def broadcasts(monkeypatch) -> list[str]:
+    """The name of the group of every broadcast that this process begins."""
+    begun: list[str] = []
+    real = RootRank.broadcast
+
+    def counted(self: RootRank, bucket: Any) -> None:
+        begun.append(self.name)
+        real(self, bucket)
+
+    monkeypatch.setattr(RootRank, "broadcast", counted)
+    return begun
+
+
+def assert_holds(server: Raw, seed: int, tag: str) -> None:
+    now = told(server)
+    assert now["weight_version"] == tag and not now["session"]
+    assert now["weights"] == pytest.approx({n: float(t.sum()) for n, t in weights(seed)}, rel=1e-4, abs=1e-4)
+
+
+def sync(made: SGLangEngine, seed: int, version: int) -> int:
+    """How many times it was broken, as actor/weight_stream.py repeats it."""
+    for broken in range(3):
+        left = weights(seed)
+        try:
+            made.update_weights(left, version)
+            return broken
+        except UpdateBroken:
+            assert made.weight_version < version and deque(left) == deque()
+    raise AssertionError("broken three times")
+
+
+def states(made: SGLangEngine) -> list[str]:
+    return [member.state for member in made._fleet.members]
+
+
+def sent_bytes() -> int:
+    """Bytes that this process has written, gloo's sockets included."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
+
+
+@pytest.mark.parametrize("per_group, num_groups, passes", [(None, 1, 2), (1, 3, 3)])
+def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts, per_group, num_groups, passes):
+    """gloo reaches three others from one rank in two rounds of a binomial tree; from NCCL's ring the bytes leave once."""
+    with engine(tmp_path, num_servers=3, sync="distributed", servers_per_group=per_group) as made:
+        bucket_a_tensor(made)
+        for version in (1, 2):
+            before = sent_bytes()
+            made.update_weights(weights(version), version)
+            sent = sent_bytes() - before
+            for server in servers(made):
+                assert_holds(server, seed=version, tag=made._tag)
+        assert len(broadcasts) == 2 * num_groups * NUM_TENSORS
+        assert len(set(broadcasts)) == num_groups, "an update without faults makes no new groups"
+        assert [len(told(server)["groups"]) for server in servers(made)] == [1, 1, 1]
+        numbers = made.metrics()
+        assert sent / numbers["sync/bytes"] == pytest.approx(passes, rel=0.15) and numbers["sync/repeats"] == 0
+
+
+@pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group"])
+def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_path, fault, broadcasts):
+    python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
+    with engine(tmp_path, python=python, num_servers=3, sync="distributed", restart_budget=1) as made:
+        bucket_a_tensor(made)
+        if "init" not in fault:
+            made.update_weights(weights(0), version=1)
+        gate.touch()
+        order(servers(made)[1], "die", where=fault)
+        assert sync(made, seed=1, version=2) == 1
+        assert states(made)[::2] == ["serving", "serving"] and states(made)[1] != "serving"
+        for server in servers(made)[::2]:
+            assert_holds(server, seed=1, tag=made._tag)
+            assert len(told(server)["groups"]) == 1, "the broken group has left the server"
+        asked = prompts(30)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+        numbers = made.metrics()
+        assert numbers["sync/repeats"] == 1 and numbers["rollout/servers_serving"] == 2
+        gate.unlink()
+        wait_for(lambda: states(made)[1] == "waiting")
+        broadcasts.clear()
+        assert sync(made, seed=3, version=3) == 0
+        assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == 1
+        for server in servers(made):
+            assert_holds(server, seed=3, tag=made._tag)
+            assert len(told(server)["groups"]) == 1
+        assert made.metrics()["sync/repeats"] == 0
+
+
+def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tmp_path):
+    with engine(tmp_path, num_servers=4, sync="distributed", servers_per_group=2) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400)
+        assert sync(made, seed=1, version=2) == 0
+        assert states(made)[2:] == ["serving", "serving"]
+        wait_for(lambda: states(made)[:2] == ["waiting", "waiting"])
+        assert sync(made, seed=2, version=3) == 0 and states(made) == ["serving"] * 4
+        for server in servers(made):
+            assert_holds(server, seed=2, tag=made._tag)
+            assert len(told(server)["groups"]) == 1
+
+
+def test_servers_of_their_own_groups_that_all_fail_and_are_well_take_the_repeat(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed", servers_per_group=1) as made:
+        made.update_weights(weights(0), version=1)
+        for server in servers(made):
+            order(server, "status", where="/update_weights_from_distributed", value=500)
+        assert sync(made, seed=1, version=2) == 1
+        assert states(made) == ["serving", "serving"]
+        assert made.metrics()["sync/repeats"] == 1
+
+
+def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the_weights(tmp_path):
+    """The last repeat is made to each server alone; the one that refused three times is started again."""
+    python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
+    with engine(tmp_path, python=python, num_servers=3, sync="distributed") as made:
+        gate.touch()
+        order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400, count=100)
+        assert sync(made, seed=1, version=1) == 2
+        assert states(made)[1:] == ["serving"] * 2 and states(made)[0] != "serving"
+        for server in servers(made)[1:]:
+            assert_holds(server, seed=1, tag=made._tag)
+        asked = prompts(10)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        gate.unlink()
+        wait_for(lambda: states(made)[0] == "waiting")
+        assert sync(made, seed=3, version=2) == 0
+        assert states(made) == ["serving"] * 3
+        assert [len(told(server)["groups"]) for server in servers(made)] == [1] * 3
+
+
+def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tmp_path, broadcasts):
+    with engine(tmp_path, num_servers=3, sync="distributed", health_interval_s=60.0) as made:
+        made.update_weights(weights(0), version=1)
+        os.kill(told(servers(made)[2])["pid"], signal.SIGKILL)
+        assert sync(made, seed=1, version=2) == 0
+        assert states(made)[:2] == ["serving", "serving"] and len(set(broadcasts)) == 2
+        assert [len(told(server)["groups"]) for server in servers(made)[:2]] == [1, 1]
+
+
+@pytest.mark.parametrize("noticed, interval_s", [("by its health", 0.2), ("by an answer", 60.0)])
+def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_path, noticed, interval_s):
+    more = dict(sync="distributed", python=sys.executable, health_interval_s=interval_s)
+    with engine(tmp_path, num_servers=2) as owner:
+        restarted = owner._processes[0]
+        more |= dict(urls=[process.url for process in owner._processes], key_file=str(tmp_path / "servers/keys.json"))
+        with engine(tmp_path / "other", **more) as made:
+            made.update_weights(weights(0), version=1)
+            restarted.restart()
+            if noticed == "by an answer":
+                wait_for(lambda: is_up(Raw(restarted.url)))
+                made._loop.run(_doubt(made))
+            wait_for(lambda: states(made) == ["waiting", "serving"])
+            assert sync(made, seed=1, version=2) == 0, "it does not break the group that it is no longer in"
+            assert states(made) == ["serving", "serving"]
+            assert_holds(servers(made)[0], seed=1, tag=made._tag)
+
+
+async def _doubt(made: SGLangEngine) -> None:
+    made._fleet.suspect(made._fleet.members[0], "an answer by unknown weights", reload=True)
+
+
+def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=6.0, health_timeout_s=1.0) as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "hang", where="/update_weights_from_distributed")
+        assert sync(made, seed=1, version=2) == 1
+        assert "serving" in states(made)
+        asked = prompts(10)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
+
+
+def test_servers_on_other_machines_need_the_trainers_address(tmp_path):
+    here, far = ["http://127.0.0.1:30000", "http://localhost:30001"], "http://192.0.2.7:30000"
+    told = rf"sync_host localhost, .* 1 of 3 servers are on others: {far}; set sync_host to the trainer's address"
+    check_sync_host("localhost", here)
+    check_sync_host("10.0.0.3", [far])
+    with pytest.raises(ConfigError, match=told):
+        check_sync_host("localhost", [*here, far])
+    given = dict(python=sys.executable, sync="distributed", urls=[far], connect_timeout_s=120.0)
+    with pytest.raises(ConfigError, match=r"sync_host 127\.0\.0\.1"), engine(tmp_path, **given):
+        pass
+
+
+def test_closing_waits_until_the_groups_have_ended(tmp_path, monkeypatch):
+    """A process that exits before ends by SIGABRT."""
+    ended: list[str] = []
+    real = RootRank.close
+
+    def slow(self: RootRank) -> None:
+        time.sleep(0.5)
+        real(self)
+        ended.append(self.name)
+
+    monkeypatch.setattr(RootRank, "close", slow)
+    with engine(tmp_path, num_servers=2, sync="distributed", servers_per_group=1) as made:
+        made.update_weights(weights(0), version=1)
+        made.close()
+        assert len(ended) == 2
+    assert len(ended) == 2, "closing twice does nothing"
+
+
+def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights_and_the_error_says_so(tmp_path):
+    with engine(tmp_path, sync="distributed") as made:
+        made.update_weights(weights(0), version=1)
+        order(servers(made)[0], "die", where="/generate")
+        with pytest.raises(RolloutError, match=r"only without the weights: 1 \(another update brings them\)"):
+            made.generate(prompts(3), params(16))
+        assert made.starving
+        made.update_weights(weights(1), version=2)
+        asked = prompts(3)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+
+
+def test_requests_wait_for_the_weights_where_somebody_brings_them_to_servers_that_starve(tmp_path, capsys):
+    with engine(tmp_path, sync="distributed", progress=Progress("run", 1)) as made:
+        made.update_weights(weights(0), version=1)
+        fed: list[bool] = []
+
+        def feed() -> None:
+            fed.append(made.starving)
+            made.update_weights(weights(0), version=1)
+
+        made.on_starving = feed
+        order(servers(made)[0], "die", where="/generate", after=2)
+        asked = prompts(3)
+        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+        assert fed == [True] and not made.starving
+        numbers = made.metrics()
+        assert numbers["rollout/server_restarts"] == 1 and 1 <= numbers["rollout/retries"] <= 3
+        assert numbers["rollout/dropped_stale_version"] == numbers["rollout/dropped_unknown_version"] == 0
+        told = capsys.readouterr().out
+        url = re.escape(made._fleet.members[0].api.url)
+        assert re.search(r"rollout server \S+ is out: .*\n", told)
+        assert re.search(rf"rollout server {url} is well again, and waits for the next weight sync\n", told)
+        assert re.search(rf"rollout server {url} serves again after \d+ s\n", told)
+
+
+def test_a_server_that_never_comes_back_ends_requests_that_wait_for_weights(tmp_path):
+    with engine(tmp_path, sync="distributed", restart_budget=0) as made:
+        made.update_weights(weights(0), version=1)
+        made.on_starving = lambda: pytest.fail("there is nobody to feed")
+        order(servers(made)[0], "die", where="/generate")
+        with pytest.raises(RolloutError, match=r"none of 1 rollout servers can serve .* lost"):
+            made.generate(prompts(3), params(16))
+
+
+def test_when_nobody_comes_back_the_error_is_final(tmp_path):
+    with engine(tmp_path, num_servers=2, sync="distributed", restart_budget=0) as made:
+        made.update_weights(weights(0), version=1)
+        for server in servers(made):
+            order(server, "die", where="bucket 1")
+        with pytest.raises(RolloutError, match="none of 2 rollout servers can serve") as caught:
+            sync(made, seed=1, version=2)
+        assert not isinstance(caught.value, UpdateBroken) and made.weight_version == 1
+
+
+@pytest.mark.parametrize("fails", ["before", "as well"])
+def test_a_step_whose_time_is_up_as_a_call_of_it_fails_ends_the_group_and_says_nothing(monkeypatch, fails):
+    """Calls to servers and the steps that make them have the same limit, sync_timeout_s."""
+    closed, complaints = [], []
+    monkeypatch.setattr(ServerGroup, "close", lambda self: closed.append(self))
+
+    async def call() -> None:
+        with suppress(asyncio.CancelledError):  # what aiohttp makes of it when its own time is up
+            await asyncio.sleep(0 if fails == "before" else 60)
+        raise RequestFailed("no whole answer within 4 s")
+
+    async def step() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        group = ServerGroup((), "127.0.0.1", "gloo", timedelta(seconds=1))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(group._all(call(), patience_s=60), 0.1)
+        assert closed == [group]
+        await asyncio.sleep(0.01)
+
+    asyncio.run(step())
+    gc.collect()
+    assert complaints == []
