@@ -38,8 +38,8 @@ def check_run(config: Config, processes: int | None = None) -> None:
 def check_contents(config: Config) -> list[str]:
     """Return what a run says about its data, read up to 1,000 prompts a set. Raise the DapoError it would end with.
 
-    Looks into what a run reads whole as it starts: rows, the headers of weights, the reward function, and the checkpoint
-    that it would resume.
+    Looks into what a run reads whole as it starts: rows, the headers of weights, the reward function, the options of this
+    machine's SGLang, and the checkpoint that it would resume.
     """
     from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
@@ -53,6 +53,8 @@ def check_contents(config: Config) -> list[str]:
         open_stored(Path(config.model.path), hf_config)
     if config.reward.placement == "local":
         _load_reward(config)
+    if config.rollout.engine == "sglang":
+        _check_servers(config, hf_config.architectures[0])
     if (checkpoint := _resumed(config)) is not None:
         check_stored(checkpoint)
     data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)
@@ -115,6 +117,23 @@ def describe_step(config: Config) -> str:
 
 def _load_reward(config: Config) -> None:
     build_judge(config.reward.function, config.reward.adapter, config.reward.strict_box)
+
+
+def _check_servers(config: Config, architecture: str) -> None:
+    """Hold the settings of SGLang servers against the model and, where this machine starts them, against its SGLang."""
+    from dapo_mcore.rollout.sglang.interpreter import inspect_environment
+    from dapo_mcore.rollout.sglang.options import command_line
+    from dapo_mcore.rollout.sglang.quantize import check_architecture
+    from dapo_mcore.rollout.sglang.servers import read_keys
+
+    settings = config.rollout.sglang
+    if settings.quantize == "fp8":
+        check_architecture(architecture)
+    if settings.urls:
+        read_keys(settings.key_file)
+    elif settings.placement == "local" or settings.ray_address is None:
+        found = inspect_environment(settings, resumes=config.sampling.on_full == "keep")
+        command_line(settings.server_args, found.options)
 
 
 def _check_model(config: Config, processes: int | None) -> None:

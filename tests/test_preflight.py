@@ -77,6 +77,21 @@ def model_key(**changes: object) -> Callable[[], None]:
     return lambda: change_json("model/config.json", changes)
 
 
+def sglang(version: str | None) -> Callable[[], None]:
+    """Makes an interpreter that tells the SGLang of its environment."""
+    options = {"mem-fraction-static": "one", "disable-radix-cache": "flag"}
+    told = json.dumps({"version": version, "models": [], "options": options})
+
+    def make() -> None:
+        Path("python").write_text(f"#!/bin/sh\necho '{told}'\n")
+        Path("python").chmod(0o755)
+
+    return make
+
+
+SERVERS = ["rollout.engine=sglang", "rollout.sglang.python=./python"]
+
+
 def void(_: object) -> None: ...
 
 
@@ -109,6 +124,33 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
         nothing,
         ["rollout.engine=sglang", "rollout.sglang.python=./p"],
         "rollout.sglang.python ./p is no program",
+    ),
+    # servers
+    "no SGLang": (sglang(None), SERVERS, "python has no SGLang; give the interpreter of an environment that has it"),
+    "an option that SGLang lacks": (
+        sglang("0.5.21"),
+        [*SERVERS, "rollout.sglang.server_args={mem-fraction: 0.5}"],
+        "python has no such options; the nearest ones: mem-fraction: mem-fraction-static",
+    ),
+    "an option's value": (
+        sglang("0.5.21"),
+        [*SERVERS, "rollout.sglang.server_args={disable-radix-cache: 3}"],
+        "server_args: disable-radix-cache takes true or false, not 3",
+    ),
+    "an SGLang that cannot resume": (
+        sglang("0.5.20"),
+        [*SERVERS, "sampling.on_full=keep", "algo.tis.mode=truncate"],
+        "sampling.on_full keep needs 0.5.21 or newer",
+    ),
+    "open keys": (
+        text("keys.json", "{}"),
+        ["rollout.engine=sglang", "rollout.sglang.urls=[http://h:1]", "rollout.sglang.key_file=keys.json"],
+        "others could read it: chmod 600 keys.json",
+    ),
+    "an architecture in FP8": (
+        model_key(architectures=["LlamaForCausalLM"], model_type="llama"),
+        ["rollout.engine=sglang", "rollout.sglang.quantize=fp8", "model.dtype=bf16"],
+        "rollout.sglang.quantize fp8 does not go with LlamaForCausalLM",
     ),
     # meshes
     "heads": (
@@ -304,6 +346,15 @@ def test_a_good_configuration_is_told_and_printed(task: Path, capsys: pytest.Cap
         "# eval.sets.held: 4 rows gave 4 prompts",
         "# a rollout step generates 4 prompts × 4 = 16 responses of up to 16 tokens, and trains on 4 × 4 in 2 updates",
     ]
+
+
+def test_servers_that_fit_and_those_of_other_machines_are_no_mistake(task: Path) -> None:
+    sglang("0.5.21")()
+    assert main(["config", "run.yaml", *SERVERS, "rollout.sglang.server_args={mem_fraction_static: 0.5}"]) == 0
+    Path("python").write_text("not asked")
+    cluster = ["placement=ray", "ray_address=h:1", "host=node"]
+    for elsewhere in (["urls=[http://h:1]"], cluster):
+        assert main(["config", "run.yaml", *SERVERS, *(f"rollout.sglang.{setting}" for setting in elsewhere)]) == 0
 
 
 # status and message of calls of train, and whether torch was imported by then
