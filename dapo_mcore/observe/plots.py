@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dapo_mcore.observe.sinks import read_metrics
+from dapo_mcore.errors import DataError
+from dapo_mcore.observe.sinks import METRICS_FILE, read_metrics
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart with every common form of colour blindness."""
@@ -125,14 +126,14 @@ PANELS = (
 
 
 def plot_run(run_dir: Path, out: Path | None = None) -> Path:
-    """The PNG written: `out`, or plot.png in the run's folder. Raises DataError when the run has no metrics."""
+    """The PNG written: `out`, or plot.png in the run's folder. Raises DataError when the run has no step yet."""
     run_dir = Path(run_dir)
     return plot_runs([run_dir], out or run_dir / "plot.png")
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
     """The PNG written to `out`. Several runs share every panel, one colour each, showing the panel's first curve."""
-    runs = {name: read_metrics(folder) for name, folder in zip(_names(run_dirs), run_dirs)}
+    runs = {name: _read_steps(folder) for name, folder in zip(_names(run_dirs), run_dirs)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(15.5, 7.2), layout="constrained")
         figure.get_layout_engine().set(wspace=0.04, hspace=0.05)
@@ -152,6 +153,16 @@ def smooth(values: np.ndarray) -> np.ndarray:
     sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
     counts = np.convolve(known.astype(np.float64), window, mode="same")
     return np.where(known, sums / np.maximum(counts, 1.0), np.nan)
+
+
+def _read_steps(run_dir: Path) -> Run:
+    run = read_metrics(run_dir)
+    if not any(record["step"] for record in run):
+        raise DataError(
+            f"{METRICS_FILE} in {run_dir} has 0 rollout steps, and a plot needs at least 1; wait for the run's first step, or "
+            f"leave the run out"
+        )
+    return run
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:

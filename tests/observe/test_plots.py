@@ -64,6 +64,19 @@ def test_a_folder_without_metrics_is_an_error(tmp_path: Path) -> None:
         plot_run(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 0, "val/a/mean@8": 0.3}\n'])
+def test_a_run_without_a_step_is_an_error_and_leaves_no_plot(tmp_path: Path, content: str) -> None:
+    started = fake_run(tmp_path / "started", 2)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text(content)
+    told = r"metrics\.jsonl in .*new has 0 rollout steps, and a plot needs at least 1; wait for"
+    with pytest.raises(DataError, match=told):
+        plot_run(tmp_path / "new")
+    with pytest.raises(DataError, match=told):
+        plot_runs([started, tmp_path / "new"], tmp_path / "compare.png")
+    assert list(tmp_path.rglob("*.png")) == []
+
+
 def test_a_panel_without_numbers_says_so(axes) -> None:
     _draw_panel(axes, PANELS[0], {"run": [{"step": 1, "actor/loss": math.nan}]})
     assert [text.get_text() for text in axes.texts] == ["not recorded"]
