@@ -26,6 +26,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     number = next(_asked)
     return float(number % 2 if number < int(os.environ["WRONG_FROM"]) else 0)
 """
+DISAGREE = "WARNING: rollout engine and trainer disagree"
 ASYNC = [
     "warm_start=null",
     "eval.sets={}",
@@ -116,7 +117,8 @@ def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_
     assert all(1 <= row["sampling/staleness_max"] <= 2 and row["sampling/groups_stale"] == 0 for row in rows[1:])
     assert all(row["time/generate_s"] > 0 and row["time/wait_s"] >= 0 for row in rows)
     assert all(0 < row["sampling/in_flight_mean"] <= row["sampling/in_flight_max"] <= 3 for row in rows)
-    assert all(0 < row["mismatch/logprob_diff_mean"] <= row["mismatch/logprob_diff_max"] for row in rows)
+    assert all(0.1 < row["mismatch/logprob_diff_mean"] <= row["mismatch/logprob_diff_max"] for row in rows)
+    assert done.stdout.count(DISAGREE) == 1, "told once, at the first step"
     assert len({uid for groups in steps.values() for uid in groups}) == 16, "no prompt is trained on twice"
 
     # the checkpoint of step 2 was written when the groups of step 3 were there and not trained on
@@ -124,6 +126,7 @@ def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_
         shutil.rmtree(task / f"runs/ahead/checkpoints/step_{step:06d}")
     again = run(task, python, "ahead", "num_rollout_steps=4")
     assert again.returncode == 0 and "resumed after rollout step 2" in again.stdout, again.stdout + again.stderr
+    assert again.stdout.count(DISAGREE) == 1, "told again at a new start"
     resumed = trained(task, "ahead")
     assert {step: set(groups) for step, groups in resumed.items()} == {s: set(groups) for s, groups in steps.items()}
     assert max(resumed[3].values()) == 2, "asked again, of the newest weights"

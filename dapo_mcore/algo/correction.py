@@ -16,6 +16,8 @@ from dapo_mcore.errors import RolloutError
 LOG_RATIO_LIMIT = 20.0
 BINS_PER_DECADE = 40
 FIRST_DECADE, LAST_DECADE = -7, 2
+LARGEST_USUAL_MISMATCH = 0.1
+"""Nats. bf16 on both sides gives a mean of about 1e-2; other weights on the server give tenths and more."""
 
 
 def importance_weights(
@@ -147,6 +149,23 @@ def check_mismatch(metrics: Mapping[str, float], limit: float | None) -> None:
         f"{metrics['mismatch/logprob_diff_mean']:.3g} nats, p99 {metrics['mismatch/logprob_diff_p99']:.3g}, maximum "
         f"{metrics['mismatch/logprob_diff_max']:.3g}, and k3 KL {metrics['mismatch/k3_kl']:.3g}, but algo.max_mismatch "
         f"allows a mean of {limit:g}; compare dtypes, temperature and weights of the two, or raise the limit"
+    )
+
+
+def mismatch_warning(metrics: Mapping[str, float]) -> str | None:
+    """Return a line about a mean |Δ log p| that rounding cannot explain, None where it is usual or was not measured.
+
+    metrics  of mismatch_metrics among others, from a step whose samples are all of the actor's own weights.
+    """
+    mean = metrics.get("mismatch/logprob_diff_mean", 0.0)
+    if mean <= LARGEST_USUAL_MISMATCH:
+        return None
+    return (
+        f"WARNING: rollout engine and trainer disagree about the same tokens: mean |log-prob difference| is {mean:.3g} nats, "
+        f"p99 {metrics['mismatch/logprob_diff_p99']:.3g}, and more than {LARGEST_USUAL_MISMATCH:g} is hardly rounding, so "
+        f"training may be off-policy from the start; usual causes: weights that the server did not load (an output head, for "
+        f"instance), another dtype or model config on the server, FP8; algo.max_mismatch={LARGEST_USUAL_MISMATCH:g} ends a "
+        f"run instead"
     )
 
 

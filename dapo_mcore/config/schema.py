@@ -251,7 +251,8 @@ class AlgoConfig(Section):
     old_logprobs: Literal["actor", "rollout"] = "actor"
     max_mismatch: float | None = Field(None, gt=0)
     """A larger mean |log-prob of actor - of rollout engine| of a step's loss tokens, in nats, ends the run before it trains
-    on them. The actor then scores every step, also with old_logprobs=rollout."""
+    on them. The actor then scores every step, also with old_logprobs=rollout. Where it
+    scores, a mean above 0.1 at the first step after a start gives a warning."""
     kl: KLConfig = KLConfig()
     tis: TISConfig = TISConfig()
 

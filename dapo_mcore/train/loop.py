@@ -23,6 +23,7 @@ from dapo_mcore.actor.parallel import layout as layouts
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
+from dapo_mcore.algo.correction import mismatch_warning
 from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.config.schema import Config
@@ -134,6 +135,8 @@ class Run:
             metrics = self._train_step(step)
             if metrics is None:
                 return self._stop_after(step - 1)
+            if step == first and (warning := mismatch_warning(metrics)):  # later steps may have older samples
+                self.progress.line(warning)
             if self._evaluates(step):
                 metrics |= self._attended(lambda c, step=step: c.evaluate(step)) or {}
             # recorded before it is saved: a run killed in between repeats the step instead of losing its row

@@ -13,6 +13,7 @@ from dapo_mcore.algo.correction import (
     importance_weights,
     mismatch_metrics,
     mismatch_stats,
+    mismatch_warning,
 )
 from dapo_mcore.config.file import parse_config
 from dapo_mcore.errors import ConfigError, RolloutError
@@ -120,6 +121,29 @@ def test_a_mismatch_beyond_the_limit_is_an_error_that_names_the_numbers():
     broken = mismatch_metrics(mismatch_stats(torch.tensor([float("nan")]), torch.zeros(1)))
     with pytest.raises(RolloutError, match="mean nan nats"):
         check_mismatch(broken, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("distances", "told"),
+    [
+        ([0.1, 0.1], None),  # as much as is usual
+        ([0.0, 0.24], "mean |log-prob difference| is 0.12 nats, p99 0.24, and more than 0.1 is"),
+        ([float("nan")], "is nan nats"),
+        ([], None),  # a step without loss tokens
+    ],
+)
+def test_a_mismatch_that_is_no_rounding_is_told_in_one_line_with_the_limit_to_set(distances, told):
+    actor = torch.tensor(distances, dtype=torch.float64)
+    warning = mismatch_warning({"tis/weight_mean_after": 1.0, **mismatch_metrics(mismatch_stats(actor, 0 * actor))})
+    if told is None:
+        assert warning is None
+        return
+    assert told in warning and "algo.max_mismatch=0.1" in warning and "\n" not in warning
+    assert all(cause in warning for cause in ("weights that the server did not load", "dtype", "FP8"))
+
+
+def test_where_the_mismatch_was_not_measured_nothing_is_told():
+    assert mismatch_warning({"actor/loss": 1.0}) is None
 
 
 def sample_logprobs(num_tokens=20_000):
