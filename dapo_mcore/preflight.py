@@ -123,8 +123,8 @@ def _check_servers(config: Config, architecture: str) -> None:
     """Hold the settings of SGLang servers against the model and, where this machine starts them, against its SGLang."""
     from dapo_mcore.rollout.sglang.launch.interpreter import inspect_environment
     from dapo_mcore.rollout.sglang.launch.options import command_line
-    from dapo_mcore.rollout.sglang.sync.quantize import check_architecture
     from dapo_mcore.rollout.sglang.launch.servers import read_keys
+    from dapo_mcore.rollout.sglang.sync.quantize import check_architecture
 
     settings = config.rollout.sglang
     if settings.quantize == "fp8":

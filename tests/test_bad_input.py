@@ -58,6 +58,13 @@ OVERRIDES = {
     "batch.packing=maybe": "batch.packing: Input should be a valid boolean, unable to interpret input (got 'maybe')",
     "data.files=[]": "data.files: List should have at least 1 item",
     "data.system_prompt=null data.prompt_key=null": "data.prompt_key: Input should be a valid string (got None)",
+    # wording of prompts
+    "data.answer_pattern=####": "data.answer_pattern: this pattern has no group; put parentheses around the answer: '#### (.+)' (got '####')",
+    "data.answer_pattern=(": "data.answer_pattern: this is no regular expression: missing ), unterminated subpattern",
+    "data.prompt_template=Q": "data.prompt_template: this template does not contain {prompt}, the place of the row's prompt; add it (got 'Q')",
+    "data.system_prompt=S": "data: system_prompt needs a chat template; set chat_template, or drop the prompt",
+    "data.chat_template=true data.add_bos=true": "data: add_bos is for plain text; a chat template writes its own BOS",
+    "eval.sets.a.files=a eval.sets.a.answer_pattern=x": "eval.sets.a.answer_pattern: this pattern has no group",
     # keys
     "group_size=4": "unknown key 'group_size'; did you mean 'rollout.group_size'?",
     "algo.kl_coef=0.1": "unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?",
@@ -148,6 +155,7 @@ def test_a_mistake_in_an_override(overrides: str, tmp_path: Path, capsys: pytest
     message = mistake(["config", str(tmp_path / "run.yaml"), *arguments], capsys)
     assert OVERRIDES[overrides] in message
     assert len(message.splitlines()) == 1
+    assert mistake(["config", "--only-values", str(tmp_path / "run.yaml"), *arguments], capsys) == message
 
 
 @pytest.mark.parametrize("case", FILES)

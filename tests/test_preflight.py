@@ -241,13 +241,6 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
         ["data.answer_pattern=#### (.+)"],
         "train.jsonl row 1: data.answer_pattern '#### (.+)' does not occur",
     ),
-    "no group": (nothing, ["data.answer_pattern=####"], "data.answer_pattern '####' has no group"),
-    "a template without a place": (
-        nothing,
-        ["data.prompt_template=Q"],
-        "data.prompt_template 'Q' does not contain {prompt}",
-    ),
-    "a system prompt in plain text": (nothing, ["data.system_prompt=S"], "data.system_prompt needs a chat template"),
     "another format": (text("train.jsonl", b"PAR1xxxxPAR1"), [], "train.jsonl is not JSONL"),
     "a long prompt": (
         row("train.jsonl", prompt="1" * 17, answer="1"),

@@ -15,11 +15,13 @@ from pydantic import Field, field_validator, model_validator
 from dapo_mcore.config.rules import RULES
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.config.values import (
+    AnswerPattern,
     Count,
     FilePath,
     FilePaths,
     LearningRate,
     Name,
+    PromptTemplate,
     Seconds,
     Section,
     Seed,
@@ -87,11 +89,11 @@ class DataConfig(Section):
     """A column with text, or with a chat: [{role, content}, …]."""
     answer_key: str = "reward_model.ground_truth"
     """A column name; dots descend into nested objects."""
-    answer_pattern: Text | None = None
+    answer_pattern: AnswerPattern | None = None
     """Regular expression whose first group is the answer, for instance `#### (.+)` for GSM8K."""
     source_key: str | None = "data_source"
     """The column that reward functions dispatch on. Only the default one may be absent."""
-    prompt_template: Text = "{prompt}"
+    prompt_template: PromptTemplate = "{prompt}"
     """Text around a plain-text prompt; {prompt} is replaced."""
     chat_template: bool | FilePath = False
     """True: the tokenizer's own (`default` where it has several); the name of one of these; a path: that Jinja file; False:
@@ -105,6 +107,14 @@ class DataConfig(Section):
     deduplicate: bool = True
     shuffle: bool = True
     limit: Steps | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> DataConfig:
+        if self.system_prompt is not None and self.chat_template is False:
+            raise ValueError("system_prompt needs a chat template; set chat_template, or drop the prompt")
+        if self.add_bos and self.chat_template is not False:
+            raise ValueError("add_bos is for plain text; a chat template writes its own BOS: set add_bos false")
+        return self
 
 
 class RolloutConfig(Section):

@@ -77,6 +77,22 @@ def _expanded(path: str) -> str:
     return full
 
 
+def _checked_pattern(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"this is no regular expression: {error}") from error
+    if not groups:
+        raise ValueError("this pattern has no group; put parentheses around the answer: '#### (.+)'")
+    return pattern
+
+
+def _checked_template(template: str) -> str:
+    if "{prompt}" not in template:
+        raise ValueError("this template does not contain {prompt}, the place of the row's prompt; add it")
+    return template
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -88,6 +104,10 @@ FilePath = Annotated[str, AfterValidator(_expanded)]
 FilePaths = Annotated[list[FilePath], Field(min_length=1), BeforeValidator(_listed)]
 """One path or several."""
 Text = Annotated[str, Prose]
+AnswerPattern = Annotated[Text, AfterValidator(_checked_pattern)]
+"""A regular expression with a group."""
+PromptTemplate = Annotated[Text, AfterValidator(_checked_template)]
+"""Text with a place for the prompt."""
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]

@@ -43,8 +43,6 @@ class PromptRenderer:
             raise ConfigError(
                 f"{section}.add_bos is true, but the tokenizer has no BOS token; set {section}.add_bos false"
             )
-        if "{prompt}" not in config.prompt_template:
-            raise ConfigError(f"{section}.prompt_template {config.prompt_template!r} does not contain {{prompt}}")
 
     def render(self, prompt: Any, where: str) -> tuple[str, np.ndarray]:
         """The text and its token ids, int32 [T], T >= 1.
@@ -153,15 +151,7 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str | None:
     """The Jinja source, or None for plain text."""
     if config.chat_template is False:
-        if config.system_prompt is not None:
-            raise ConfigError(
-                f"{section}.system_prompt needs a chat template; set {section}.chat_template, or drop the prompt"
-            )
         return None
-    if config.add_bos:
-        raise ConfigError(
-            f"{section}.add_bos is for plain text; a chat template writes its own BOS: set {section}.add_bos false"
-        )
     stored = tokenizer.chat_template
     named = stored if isinstance(stored, Mapping) else {} if stored is None else {"default": stored}
     name = "default" if config.chat_template is True else config.chat_template

@@ -17,7 +17,7 @@ from dapo_mcore.config.schema import DataConfig
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.data.identity import numbered, prompt_uid
 from dapo_mcore.data.rows import Row, lookup, read_rows
-from dapo_mcore.errors import ConfigError, DataError
+from dapo_mcore.errors import DataError
 from dapo_mcore.types import Prompt
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section
 
     With `limit`, reading stops once that many prompts are there. Raises DataError for an unreadable file, a bad row
     (unless on_bad_row is skip), a long prompt (when on_long_prompt is error), no prompt at all, or none that is not cut;
-    ConfigError for settings that cannot work, such as an answer_pattern without a group.
+    ConfigError for settings that do not go with the tokenizer.
     """
     return _Loading(config, tokenizer, section).run()
 
@@ -109,7 +109,7 @@ class _Loading:
         self.tokenizer = tokenizer
         self.section = section
         self.renderer = PromptRenderer(config, tokenizer, section)
-        self.pattern = _compiled(config.answer_pattern, section)
+        self.pattern = config.answer_pattern and re.compile(config.answer_pattern)
         self.answers: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
         self.uids: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -240,20 +240,6 @@ class _Loading:
         uid = prompt_uid(prompt)
         self.uids[uid] += 1
         return replace(prompt, uid=numbered(uid, self.uids[uid]))
-
-
-def _compiled(pattern: str | None, section: str) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{section}.answer_pattern {pattern!r} is no regular expression: {error}") from error
-    if compiled.groups < 1:
-        raise ConfigError(
-            f"{section}.answer_pattern {pattern!r} has no group; put parentheses around the answer: '#### (.+)'"
-        )
-    return compiled
 
 
 def _required(row: Row, key: str, setting: str) -> Any:

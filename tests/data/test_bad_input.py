@@ -180,15 +180,11 @@ SECTION = "warm_start.choose"
         ({"q": "x"}, {}),
         ({"q": ["x"], "a": 1}, {}),
         ({"q": "x", "a": 1}, {"answer_pattern": "#(.)"}),
-        ({"q": "x", "a": 1}, {"answer_pattern": "#."}),
         ({"q": "xyz", "a": 1}, {"max_prompt_tokens": 2, "on_long_prompt": "error"}),
         ({"q": "xyz", "a": 1}, {"max_prompt_tokens": 2}),
         ({"q": "xyz", "a": 1}, {"max_prompt_tokens": 2, "on_long_prompt": "drop"}),
         ({"q": "x", "a": 1}, {"chat_template": True}),
         ({"q": "x", "a": 1}, {"chat_template": "absent"}),
-        ({"q": "x", "a": 1}, {"system_prompt": "be kind"}),
-        ({"q": "x", "a": 1}, {"chat_template": True, "add_bos": True}),
-        ({"q": "x", "a": 1}, {"prompt_template": "no place"}),
     ],
 )
 def test_messages_name_the_section_whose_key_must_change(load, row: dict, settings: dict):

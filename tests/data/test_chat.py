@@ -98,9 +98,6 @@ def test_prompts_that_are_no_text(tokenizer):
     [
         ({"chat_template": True}, "the tokenizer has none"),
         ({"chat_template": "absent.jinja"}, "is not a file"),
-        ({"system_prompt": "be kind"}, "needs a chat template"),
-        ({"chat_template": True, "add_bos": True}, "for plain text"),
-        ({"prompt_template": "no place"}, "does not contain {prompt}"),
     ],
 )
 def test_settings_that_contradict(tokenizer, settings, message):
