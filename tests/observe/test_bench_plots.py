@@ -9,7 +9,15 @@ import pytest
 from matplotlib.figure import Figure
 
 from dapo_mcore.errors import DataError
-from dapo_mcore.observe.bench_plots import _draw_time, _groups, _styles, plot_bench, plot_benches
+from dapo_mcore.observe.bench_plots import (
+    _draw_time,
+    _groups,
+    _label_points,
+    _styles,
+    _trade_off,
+    plot_bench,
+    plot_benches,
+)
 from tests.observe.test_plots import png_size
 
 
@@ -46,6 +54,8 @@ SHAPES = [
 def test_one_column_a_model_and_split_and_a_row_for_memory_where_measured(tmp_path: Path) -> None:
     with_memory = plot_bench(write(tmp_path / "a.json", SHAPES), tmp_path / "new" / "a.png")
     without = plot_bench(write(tmp_path / "b.json", [shape(256, [row("ours", 2.5)])]), tmp_path / "b.png")
+    one_size = plot_bench(write(tmp_path / "c.json", SHAPES[:1]), tmp_path / "c.png")
+    assert png_size(one_size)[1] < png_size(with_memory)[1], "time against memory"
     assert png_size(with_memory)[0] == png_size(without)[0] and png_size(with_memory)[1] > png_size(without)[1]
 
 
@@ -58,6 +68,30 @@ def test_times_are_drawn_over_those_of_the_gemms_by_tokens() -> None:
     assert roofline == [(256, 1.0), (512, 1.0)]
     assert ours == [(256, 1.25), (512, 1.5)] and other == [(512, 2.5)]
     assert [text.get_text() for text in axes.texts] == ["2 ms", "2 ms"]
+
+
+def test_every_contender_has_a_colour_of_its_own_and_ours_are_thick() -> None:
+    names = [*(f"ours {n}" for n in range(5)), *(f"other {n}" for n in range(9))]
+    styles = _styles([shape(256, [row(name, 1.0) for name in names])])
+    assert len({style["color"] for style in styles.values()}) == 14
+    assert min(styles[name]["linewidth"] for name in names[:5]) > max(styles[name]["linewidth"] for name in names[5:])
+
+
+def test_one_size_is_drawn_as_time_against_memory_with_ours_joined_and_names_that_hide_nothing() -> None:
+    rows = [row("ours, 4", 3.0, 2048.0), row("ours, 2", 3.2, 1024.0), row("x", 3.0, 2050.0), row("y", 8.0, 512.0)]
+    rows += [row("slow", 12.0, 2048.0), row("absent", None), row("ours, 3", 3.1, 1500.0)]
+    shapes = [shape(256, rows)]
+    figure = _trade_off(_groups(shapes), _styles(shapes))
+    _label_points(figure)
+    (axes,) = figure.axes
+    joined = next(line for line in axes.lines if len(line.get_xdata()) == 3)
+    assert [*zip(joined.get_xdata(), joined.get_ydata())] == [(1.0, 1.6), (1500 / 1024, 1.55), (2.0, 1.5)]
+    names = [text for text in axes.texts if text.xycoords == "data"]
+    assert [name.get_text() for name in names[:2]] == ["ours, 4, 3 ms", "ours, 2, 3.2 ms"] and len(names) == 6
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes), "each overlaps itself alone"
+    points = axes.transData.transform([name.xy for name in names])
+    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_each_file_gets_a_png_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
