@@ -64,7 +64,7 @@ def plot_bench(file: Path, out: Path) -> Path:
     """
     bench = read_bench(file)
     groups, styles = _groups(bench["shapes"]), _styles(bench["shapes"])
-    one_size = _has_memory(bench["shapes"]) and all(len(shapes) == 1 for shapes in groups.values())
+    one_size = all(len(shapes) == 1 and _has_memory(shapes) for shapes in groups.values())
     with matplotlib.rc_context(STYLE):
         figure = (_trade_off if one_size else _by_tokens)(groups, styles)
         figure.suptitle(_heading(bench), fontsize=12, x=0.01, ha="left")
