@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.rollout.sglang.serving import wait_for
 from tests.test_train import ROOT, SMALL, metrics, stable, task  # noqa: F401  the fixture is used by name
 
 # runs in one process, as importing takes longer. A case is overrides, and perhaps a signal in the midst of a step's
@@ -98,3 +100,46 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
     assert [stable(row) for row in whole] == [stable(row) for row in parts]
     final = "hf/final/model.safetensors"
     assert (task / "runs/whole" / final).read_bytes() == (task / "runs/stopped" / final).read_bytes()
+
+
+# the process group is never made, as if a rank were missing
+WAITS = """
+import os, signal, sys, time
+from dapo_mcore.train.__main__ import main
+from dapo_mcore.train import loop
+loop.layouts.start = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
+sys.exit(main())
+"""
+
+
+def has_reader(fifo: Path) -> bool:
+    try:
+        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # stays open, so that the reader waits for what is never written
+    except OSError:
+        return False
+    return True
+
+
+def test_a_signal_at_the_start_leaves_one_line_and_the_documented_status(task, tmp_path):  # noqa: F811
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    os.mkfifo(tmp_path / "run.yaml")
+    reading = subprocess.Popen(
+        [sys.executable, "-m", "dapo_mcore.train", str(tmp_path / "run.yaml")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: reading.poll() is not None or has_reader(tmp_path / "run.yaml"), 60)
+    reading.send_signal(signal.SIGINT)
+    assert reading.communicate(timeout=60)[1] == "stopped by SIGINT before the first step; nothing to save\n"
+    assert reading.returncode == 130
+    waiting = subprocess.run(
+        [sys.executable, "-c", WAITS, str(ROOT / "examples/quickstart.yaml"), *SMALL, *OPTIONS],
+        cwd=task,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert waiting.returncode == 143
+    assert waiting.stderr == "stopped by SIGTERM before the first step; nothing to save\n"

@@ -3,6 +3,7 @@
 Change here: which signals end a run, what the first and a second one do, and how long the main thread may take to notice
 one. What is saved then is train/loop.py; what the process says and returns is exit_status.py.
 
+    `nothing_begun`      the start: a signal ends the process at once
     outside `deferred`   a signal ends the run at once
     inside               the first signal asks the run to stop: what `until_asked` runs is interrupted, everything else is
                          finished; a second signal ends the run at once
@@ -46,6 +47,24 @@ class Interrupted(KeyboardInterrupt):
     def status(self) -> int:
         """The exit status by which shells tell such an end."""
         return 128 + self.signum
+
+
+@contextmanager
+def nothing_begun() -> Iterator[None]:
+    """Let a signal inside the block, in which nothing is made that must be saved or cleaned up, end the process at once: on
+    rank 0 with one line and status 128 + n, elsewhere as if nobody listened."""
+
+    def hear(signum: int) -> None:
+        name = signal.Signals(signum).name
+        print(f"stopped by {name} before the first step; nothing to save", file=sys.stderr, flush=True)
+        os._exit(Interrupted(signum).status)
+
+    listens = os.environ.get("RANK", "0") == "0" and _in_main_thread()
+    stop = _listen(lambda *_: None, hear) if listens else lambda: None
+    try:
+        yield
+    finally:
+        stop()
 
 
 class Ending:

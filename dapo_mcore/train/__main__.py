@@ -2,7 +2,7 @@
 torchrun as one process.
 
 The configuration is read, and what it names is checked, before the loop is imported: torch and Megatron take up to a minute,
-and a typo is told at once.
+and a typo is told at once. Nearly all is imported where a signal ends the process with one line.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import dapo_mcore.process.environment  # noqa: F401  before torch is imported
-from dapo_mcore.config.file import load_config, repeated_overrides
-from dapo_mcore.preflight import check_run, describe_step
 from dapo_mcore.process.exit_status import exit_status
-from dapo_mcore.process.launcher import check_launcher
+from dapo_mcore.process.signals import nothing_begun
+
+if TYPE_CHECKING:
+    from dapo_mcore.config.schema import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(path: str, overrides: Sequence[str]) -> None:
+    with nothing_begun():
+        config = _checked(path, overrides)
+        from dapo_mcore.train.loop import train
+
+    train(config)
+
+
+def _checked(path: str, overrides: Sequence[str]) -> Config:
+    """Return the configuration. Raise the DapoError that the run would end with as far as it can be known here."""
+    from dapo_mcore.config.file import load_config, repeated_overrides
+    from dapo_mcore.preflight import check_run, describe_step
+    from dapo_mcore.process.launcher import check_launcher
+
     config = load_config(path, overrides)
     check_launcher(os.environ)
     if os.environ.get("RANK", "0") == "0":
@@ -36,9 +51,7 @@ def _train(path: str, overrides: Sequence[str]) -> None:
             print(f"note: {note}")
         check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
         print(describe_step(config), flush=True)
-    from dapo_mcore.train.loop import train
-
-    train(config)
+    return config
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.launcher import patience, watch_launcher
 from dapo_mcore.process.run_lock import RunLock
-from dapo_mcore.process.signals import Ending, Following, Interrupted
+from dapo_mcore.process.signals import Ending, Following, Interrupted, nothing_begun
 from dapo_mcore.warm_start import warm_start
 
 
@@ -45,8 +45,9 @@ def train(config: Config) -> None:
 
     Raises Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see signals.py).
     """
-    layout = layouts.start(config.parallel, config.seed)
-    ending = _ending(config, layout)
+    with nothing_begun():  # ranks wait here for each other
+        layout = layouts.start(config.parallel, config.seed)
+        ending = _ending(config, layout)
     try:
         with ending:
             watch_launcher(os.environ, lambda: ending.end_now("torchrun is gone, so its ranks end"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -72,6 +73,23 @@ def ended(script: str) -> tuple[int, list[str], list[str]]:
 def test_the_first_signal_ends_the_block_quietly_and_the_next_ones_change_nothing(body):
     script = f"def body():\n            {body[1].strip()}\nrun(body)"
     assert ended(script) == (128 + 2, *QUIET)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_before_anything_is_begun_a_signal_ends_the_process_at_once_with_one_line(name):
+    script = f"""
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def work():
+    with ending.nothing_begun():
+        pass
+    with ending.nothing_begun():
+        threading.Timer(0.1, me, [signal.{name}]).start()
+        threading.Lock().acquire(), threading.Event().wait(60)
+exit_status(work)
+"""
+    number = getattr(signal, name)
+    assert ended(script) == (128 + number, [], [f"stopped by {name} before the first step; nothing to save"])
+    assert ended(f"import os; os.environ['RANK'] = '1'\n{script}") == (-number, [], [])
 
 
 SAVING = """
