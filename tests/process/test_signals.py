@@ -15,7 +15,7 @@ from dapo_mcore.process.signals import Ending
 START = """
 import atexit, ctypes, os, signal, sys, threading, time
 from dapo_mcore import ending
-from dapo_mcore.ending import Ending
+from dapo_mcore.process.signals import Ending
 from dapo_mcore.exit_status import exit_status
 
 def me(signum):
