@@ -13,7 +13,7 @@ from tests.test_train import ROOT, SMALL, metrics, task  # noqa: F401  the fixtu
 # runs in one process, as importing takes longer. Files cannot grow beyond 10 bytes from the named call on
 RUNS = """
 import json, os, resource, sys
-from dapo_mcore.actor import layout
+from dapo_mcore.actor.parallel import layout
 from dapo_mcore.controller import Controller
 from dapo_mcore.train import loop
 from dapo_mcore.train.__main__ import main

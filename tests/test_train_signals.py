@@ -17,7 +17,7 @@ from tests.test_train import ROOT, SMALL, metrics, stable, task  # noqa: F401  t
 RUNS = """
 import json, os, signal, sys
 from pathlib import Path
-from dapo_mcore.actor import layout
+from dapo_mcore.actor.parallel import layout
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.controller import Controller
 from dapo_mcore.rollout.embedded import EmbeddedEngine

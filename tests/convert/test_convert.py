@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_in_the_middle(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dapo_mcore.weights.convert import Cut, hf_to_mcore
+from dapo_mcore.convert.convert import Cut, hf_to_mcore
 
 class Killing:
     left = 60

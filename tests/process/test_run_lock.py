@@ -18,7 +18,7 @@ from dapo_mcore.process.run_lock import LOCK, STALE_S, RunLock
 HOLD = """
 import sys
 from pathlib import Path
-from dapo_mcore.run_lock import RunLock
+from dapo_mcore.process.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

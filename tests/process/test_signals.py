@@ -14,9 +14,9 @@ from dapo_mcore.process.signals import Ending
 
 START = """
 import atexit, ctypes, os, signal, sys, threading, time
-from dapo_mcore import ending
+from dapo_mcore.process import signals as ending
 from dapo_mcore.process.signals import Ending
-from dapo_mcore.exit_status import exit_status
+from dapo_mcore.process.exit_status import exit_status
 
 def me(signum):
     os.kill(os.getpid(), signum)
