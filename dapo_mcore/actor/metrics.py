@@ -21,7 +21,7 @@ def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.T
     """One micro-batch's sums and maxima over this rank's loss rows, as fp64 vectors in the order of SUMS and MAXIMA;
     behind them, those of the distance to the rollout engine's log-probs (MismatchStats)."""
     new = output.logprobs.double()
-    drift = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
+    old_minus_new = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
     sums = torch.stack(
         [
             new.new_tensor(float(new.numel())),
@@ -31,7 +31,7 @@ def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.T
             output.clipped_low.double().sum(),
             output.clipped_high.double().sum(),
             output.clipped_dual.double().sum(),
-            (drift.exp() - 1 - drift).sum(),  # k3: always ≥ 0
+            old_minus_new.sum(),
             output.kl.double().sum(),
         ]
     )

@@ -1,0 +1,30 @@
+"""Sums over loss tokens against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import torch
+from dapo_mcore.kernels.policy_loss.reference import PolicyHeadOutput
+
+from dapo_mcore.actor.metrics import SUMS, token_sums
+from dapo_mcore.types import MicroBatch
+
+
+def test_ppo_kl_is_old_minus_new_log_prob_as_in_verl() -> None:
+    """Old -1 and -3, new -2 and -2.5: (1 - 0.5) summed. A token that became likelier counts negative."""
+    new, none = torch.tensor([-2.0, -2.5]), torch.zeros(2)
+    output = PolicyHeadOutput(torch.tensor(0.0), new, none, torch.ones(2), *[none.bool()] * 3, kl=none)
+    batch = MicroBatch(
+        tokens=torch.zeros(1, 3, dtype=torch.int64),
+        position_ids=torch.arange(3)[None],
+        cu_seqlens=None,
+        max_seqlen=3,
+        rows=torch.tensor([0, 1]),
+        targets=torch.zeros(2, dtype=torch.int64),
+        advantages=none,
+        token_weights=none,
+        rollout_logprobs=new,
+        sample_ids=torch.zeros(2, dtype=torch.int64),
+        old_logprobs=torch.tensor([-1.0, -3.0]),
+    )
+    sums = dict(zip(SUMS, token_sums(output, batch)["sums"].tolist(), strict=False))
+    assert (sums["tokens"], sums["nll"], sums["ppo_kl"]) == (2.0, 4.5, 0.5)
