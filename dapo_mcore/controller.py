@@ -71,8 +71,7 @@ class Controller:
             progress.line(line)
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
         self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle)
-        ray_address = config.rollout.sglang.ray_address
-        self.reward = build_reward(config.reward, config.rollout.max_response_tokens, ray_address)
+        self.reward = build_reward(config.reward, config.rollout.max_response_tokens, config.ray.address)
         # a rollout beside training has a thread of its own, and so its own clock and line on the screen
         beside = config.rollout.async_steps > 0
         self.rollout_progress = progress.beside() if beside else progress

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
-from dapo_mcore.config.schema import Config, DataConfig
+from dapo_mcore.config.schema import Config
+from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError
 from dapo_mcore.observe.sinks import check_wandb
@@ -131,7 +132,7 @@ def _check_servers(config: Config, architecture: str) -> None:
         check_architecture(architecture)
     if settings.urls:
         read_keys(settings.key_file)
-    elif settings.placement == "local" or settings.ray_address is None:
+    elif settings.placement == "local" or config.ray.address is None:
         found = inspect_environment(settings, resumes=config.sampling.on_full == "keep")
         command_line(settings.server_args, found.options)
 

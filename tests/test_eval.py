@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dapo_mcore.config.schema import EvalConfig
+from dapo_mcore.config.sections import EvalConfig
 from dapo_mcore.errors import DataError
 from dapo_mcore.eval import evaluate, majority_is_right, set_metrics
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score

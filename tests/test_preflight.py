@@ -345,9 +345,9 @@ def test_servers_that_fit_and_those_of_other_machines_are_no_mistake(task: Path)
     sglang("0.5.21")()
     assert main(["config", "run.yaml", *SERVERS, "rollout.sglang.server_args={mem_fraction_static: 0.5}"]) == 0
     Path("python").write_text("not asked")
-    cluster = ["placement=ray", "ray_address=h:1", "host=node"]
-    for elsewhere in (["urls=[http://h:1]"], cluster):
-        assert main(["config", "run.yaml", *SERVERS, *(f"rollout.sglang.{setting}" for setting in elsewhere)]) == 0
+    cluster = ["rollout.sglang.placement=ray", "rollout.sglang.host=node", "ray.address=h:1"]
+    for elsewhere in (["rollout.sglang.urls=[http://h:1]"], cluster):
+        assert main(["config", "run.yaml", *SERVERS, *elsewhere]) == 0
 
 
 # status and message of calls of train, and whether torch was imported by then

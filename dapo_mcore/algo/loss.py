@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dapo_mcore.config.schema import LossMode
+from dapo_mcore.config.sections import LossMode
 
 
 def sample_weights(

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config.keys import (
+    OLD_KEYS,
     is_section,
     is_text,
     keys_of,
@@ -193,6 +194,9 @@ def _explain(item: Mapping[str, Any]) -> str:
     where = shortened(".".join(path), 100)
     if item["type"] == "missing":
         return f"{where} is missing; it has no default"
+    if item["type"] == "extra_forbidden" and (new := OLD_KEYS.get(".".join(path))):
+        section, _, key = new.rpartition(".")
+        return f"{where} is now {new}: set {key} in the section {section} and delete the old key"
     if item["type"] == "extra_forbidden":
         near = nearest_section(path) if isinstance(item["input"], dict) else nearest_keys(path)
         return f"unknown key {where!r}; {_did_you_mean(near, path[:-1])}"

@@ -20,6 +20,8 @@ _NEAR_SECTION = 0.6
 _LONGEST_KEY = 64
 _SAY_LITTLE = frozenset({"enable", "mode", "name", "path", "type"})
 """Last names that mean something else in every section."""
+OLD_KEYS = {"rollout.sglang.ray_address": "ray.address"}
+"""Each key that has been renamed or moved, with its new name."""
 _OTHER_NAMES = {
     "n": "rollout.group_size",
     "train_batch_size": "sampling.train_batch_prompts",
@@ -81,7 +83,7 @@ def is_text(kind: Any) -> bool:
 
 
 def is_prose(kind: Any) -> bool:
-    """Return True for a type marked as text for people or models (config_types.Prose)."""
+    """Return True for a type marked as text for people or models (values.Prose)."""
     if get_origin(kind) is Annotated:
         inner, *marks = get_args(kind)
         return Prose in marks or is_prose(inner)

@@ -1,358 +1,32 @@
-"""The configuration: frozen typed sections, checked once at start. Reading files is file.py.
+"""The configuration of a run: all its sections, and the rules that hold between them. Reading files is file.py.
 
-Change here: what a user may set, and its default. Rules between sections: rules.py.
-Megatron's own options stay upstream: the `megatron` section passes them through (see actor/model/policy.py).
-Nothing downstream fills in a default; a section that reaches a stage is complete.
+Change here: a new section, or a rule between sections. Each rule raises ValueError with the numbers, the rule and the remedy.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from dapo_mcore.config.rules import RULES
-from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.config.values import (
-    AnswerPattern,
-    Count,
-    FilePath,
-    FilePaths,
-    LearningRate,
-    Name,
-    PromptTemplate,
-    Seconds,
-    Section,
-    Seed,
-    Steps,
-    Temperature,
-    Text,
-    Tokens,
+from dapo_mcore.config.sections import (
+    AlgoConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObserveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RayConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    WarmStartConfig,
 )
-
-LossMode = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
-]
-
-
-class ModelConfig(Section):
-    """The policy: a Hugging Face folder, and how Megatron builds it."""
-
-    path: FilePath
-    """Folder with config.json, tokenizer files and (for init=pretrained) safetensors."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` draws weights from `seed` with the config's initializer_range: for tests and for the quickstart."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Keys of config.json to replace, for instance {num_hidden_layers: 2}; only with init=random."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """`auto` takes Transformer Engine where it is installed and a GPU is present, else the local layers."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    trust_remote_code: bool = False
-
-
-class ParallelConfig(Section):
-    """The process mesh. World size = tensor · pipeline · context · data; data is what remains.
-
-    The experts of an MoE model have their own mesh over the same processes: world size = expert_tensor · expert ·
-    pipeline · expert data, where expert data is what remains.
-    """
-
-    tensor_parallel: Count = 1
-    pipeline_parallel: Count = 1
-    context_parallel: Count = 1
-    data_parallel: Count | None = None
-    """Only a check: when given, the world size must be exactly the product."""
-    expert_parallel: Count = 1
-    """Ranks over which the experts of a layer are distributed."""
-    expert_tensor_parallel: Count | None = None
-    """Ranks that share one expert. None: tensor_parallel while expert_parallel is 1, else 1 (whole experts)."""
-    sequence_parallel: bool = False
-    timeout_minutes: int = Field(240, ge=1, le=30 * 1440)
-    """Collectives wait this long: it must outlast the longest rollout."""
-    check_replicas: bool = True
-    """Compare checksums of the weights that several ranks hold, after the gradient steps of every rollout step; a
-    difference ends the run."""
-
-    @property
-    def expert_tensor_size(self) -> int:
-        """expert_tensor_parallel with its default filled in."""
-        return self.expert_tensor_parallel or (self.tensor_parallel if self.expert_parallel == 1 else 1)
-
-
-class DataConfig(Section):
-    """Training prompts: JSONL or parquet rows, rendered to tokens."""
-
-    files: FilePaths
-    prompt_key: str = "prompt"
-    """A column with text, or with a chat: [{role, content}, …]."""
-    answer_key: str = "reward_model.ground_truth"
-    """A column name; dots descend into nested objects."""
-    answer_pattern: AnswerPattern | None = None
-    """Regular expression whose first group is the answer, for instance `#### (.+)` for GSM8K."""
-    source_key: str | None = "data_source"
-    """The column that reward functions dispatch on. Only the default one may be absent."""
-    prompt_template: PromptTemplate = "{prompt}"
-    """Text around a plain-text prompt; {prompt} is replaced."""
-    chat_template: bool | FilePath = False
-    """True: the tokenizer's own (`default` where it has several); the name of one of these; a path: that Jinja file; False:
-    plain text."""
-    system_prompt: Text | None = None
-    add_bos: bool = False
-    """Plain text only: put the tokenizer's BOS token first."""
-    max_prompt_tokens: Tokens = 2048
-    on_long_prompt: Literal["truncate_left", "drop", "error"] = "truncate_left"
-    on_bad_row: Literal["error", "skip"] = "error"
-    deduplicate: bool = True
-    shuffle: bool = True
-    limit: Steps | None = None
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> DataConfig:
-        if self.system_prompt is not None and self.chat_template is False:
-            raise ValueError("system_prompt needs a chat template; set chat_template, or drop the prompt")
-        if self.add_bos and self.chat_template is not False:
-            raise ValueError("add_bos is for plain text; a chat template writes its own BOS: set add_bos false")
-        return self
-
-
-class RolloutConfig(Section):
-    """Generation: the engine and the sampling law of training rollouts."""
-
-    engine: Literal["embedded", "sglang"] = "embedded"
-    """`embedded` generates in the controller's process; `sglang` on servers."""
-    group_size: Count = 16
-    """Responses a prompt (G, verl's n)."""
-    max_response_tokens: Tokens = 20480
-    temperature: Temperature = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1)
-    """Draw from the k most probable tokens; -1: from all."""
-    max_batch: Count = 1024
-    """Embedded engine: sequences decoded at once."""
-    async_steps: int = Field(0, ge=0, le=1)
-    """1: servers generate the next step's groups while the ranks train on this step's, which are one version older."""
-    num_threads: Count | None = None
-    """Embedded engine: CPU threads while generating; None takes all cores."""
-    sglang: SGLangConfig = SGLangConfig()
-
-    @field_validator("top_k")
-    @classmethod
-    def _draws_from_something(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("top_k 0 leaves no token to draw; use -1 for all of them, or at least 1")
-        return value
-
-
-class SamplingConfig(Section):
-    """Which groups a rollout step trains on: dynamic sampling (paper section 3.2)."""
-
-    style: Literal["none", "filter", "resample"] = "filter"
-    train_batch_prompts: Count = 512
-    """Groups trained on per rollout step."""
-    gen_batch_prompts: Count = 1536
-    """Prompts generated at a time by filter-and-refill."""
-    max_gen_batches: Count = 10
-    on_exhausted: Literal["error", "train_on_what_we_have"] = "error"
-    carry_surplus: bool = True
-    max_staleness: int = Field(1, ge=0, le=1000)
-    """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
-    max_in_flight_groups: Count | None = None
-    """Engine `sglang`: groups in work at a time; null: gen_batch_prompts, or train_batch_prompts where nothing is filtered."""
-    on_full: Literal["wait", "abort", "keep"] = "wait"
-    """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus; `abort` them and ask
-    their prompts again in the next step, which is sooner done, but favours short responses; or `keep` them in flight
-    across the weight update, to go on under the new weights (partial rollouts). Waited for are then only groups that later
-    steps could not train on for their age (max_staleness), so that no response is lost for being long."""
-    resample_size: Count = 1
-    """Style `resample`: responses added to a uniform group in one round."""
-    max_samples_per_prompt: Count = 64
-    """Style `resample`: where a group that never varies is given up."""
-
-
-class OverlongConfig(Section):
-    """Soft overlong punishment (paper eq. 13) and overlong filtering."""
-
-    penalty: bool = False
-    max_length: Tokens | None = None
-    """L_max in response tokens; None means rollout.max_response_tokens."""
-    cache: Tokens = 4096
-    """L_cache in tokens: the penalty grows from 0 to -factor over the last `cache` tokens."""
-    factor: float = Field(1.0, gt=0, le=1000)
-    filter: bool = False
-    """Mask the tokens of truncated responses out of the loss."""
-
-
-class RewardConfig(Section):
-    """Scoring of one response."""
-
-    function: FilePath = "math_dapo"
-    """`math_dapo`, `math_verify`, or an import path `package.module:function` / `path/to/file.py:function`.
-
-    `math_dapo` is the paper's rule, as in verl: the text after `Answer:` in normal form. It takes `Answer: 1, 2` for 12 and
-    `Answer: 3 = 12`, too, and does not take `**Answer: 12**`, `\\(12\\)` and `12.0`, which chat models like to write.
-    `math_verify` asks Hugging Face's grader, which compares values, where that rule says no (extra `math`)."""
-    adapter: Literal["verl", "trl"] = "verl"
-    """Calling convention of an imported function."""
-    strict_box: bool = False
-    """Of math_dapo: compare the last \\boxed{} of the last 100 characters literally."""
-    workers: int | None = Field(None, ge=0, le=10_000)
-    """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process, without one, where a
-    function that hangs holds up the run for ever. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
-    placement: Literal["local", "ray"] = "local"
-    """Where they are: on this machine, or on the nodes of the Ray cluster at rollout.sglang.ray_address."""
-    timeout_seconds: Seconds = 30.0
-    on_failure: Literal["mask", "value"] = "mask"
-    """A failed score leaves statistics and loss (`mask`), or becomes `failure_value`; it is counted either way. A step of
-    which every score failed ends the run."""
-    failure_value: float = Field(-1.0, ge=-1000, le=1000)
-    overlong: OverlongConfig = OverlongConfig()
-
-    @property
-    def num_workers(self) -> int:
-        """`workers` with its default filled in."""
-        return int(self.function != "math_dapo") if self.workers is None else self.workers
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> RewardConfig:
-        if self.placement == "ray" and not self.num_workers:
-            raise ValueError("placement ray needs workers of at least 1: 0 scores in the controller process")
-        if self.function == "math_verify" and not self.num_workers:
-            raise ValueError(
-                "function math_verify needs workers of at least 1: it may take for ever, and only they have a deadline"
-            )
-        if self.strict_box and self.function != "math_dapo":
-            raise ValueError(f"strict_box is a form of function math_dapo, not of {self.function}; drop one of the two")
-        return self
-
-
-class KLConfig(Section):
-    """KL to the frozen starting policy. Off by default, as in the paper."""
-
-    coef: float = Field(0.0, ge=0, le=1000)
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of single tokens, as in verl: k3 is cut at 10 nats, with its gradient (kernels/policy_loss/reference.py)."""
-    place: Literal["loss", "reward"] = "loss"
-
-
-class TISConfig(Section):
-    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form, whose
-    masked tokens stay in the count that the loss is divided by (algo/correction.py)."""
-
-    mode: Literal["off", "truncate", "mask"] = "off"
-    cap: float = Field(2.0, gt=0)
-
-
-class AlgoConfig(Section):
-    """The objective. Defaults are the paper's."""
-
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.28, ge=0)
-    dual_clip: float | None = Field(None, gt=1)
-    loss_mode: LossMode = "token-mean"
-    loss_length: int | None = Field(None, ge=1)
-    """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length
-    alone); None means rollout.max_response_tokens."""
-    advantage_std: Literal["unbiased", "biased", "none"] = "unbiased"
-    advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
-    advantage_eps: float = Field(1e-6, ge=0, le=1)
-    entropy_coef: float = Field(0.0, ge=0, le=10)
-    old_logprobs: Literal["actor", "rollout"] = "actor"
-    max_mismatch: float | None = Field(None, gt=0)
-    """A larger mean |log-prob of actor - of rollout engine| of a step's loss tokens, in nats, ends the run before it trains
-    on them. The actor then scores every step, also with old_logprobs=rollout. Where it
-    scores, a mean above 0.1 at the first step after a start gives a warning."""
-    kl: KLConfig = KLConfig()
-    tis: TISConfig = TISConfig()
-
-
-class BatchConfig(Section):
-    """How a rollout step's groups become gradient steps and micro-batches."""
-
-    mini_batch_prompts: Count = 32
-    """Groups per gradient step; train_batch_prompts / mini_batch_prompts gradient steps per rollout step."""
-    max_tokens: Tokens = 22528
-    """Token budget of one micro-batch on one context-parallel rank."""
-    packing: bool = True
-    """False: right-padded rectangles instead of packed (THD) sequences."""
-    epochs: int = Field(1, ge=1, le=1000)
-    shuffle: bool = True
-    head_chunk_tokens: Tokens = 1024
-    """Rows of the policy head projected to the vocabulary at a time."""
-    head_eager_grad: bool = True
-    """Add the output matrix's gradient to Megatron's fp32 main_grad in the forward pass: saves a copy of that matrix and,
-    in bf16, a rounding. False keeps it until the backward pass."""
-
-
-class OptimizerConfig(Section):
-    """AdamW as Megatron runs it. Warm-up and decay are counted in gradient steps."""
-
-    lr: LearningRate = 1e-6
-    min_lr: float = Field(0.0, ge=0, le=1)
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = Field(10, ge=0, le=1_000_000_000)
-    decay_updates: Steps | None = None
-    """Length of the cosine; required by schedule=cosine."""
-    weight_decay: float = Field(0.1, ge=0, le=10)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, le=1)
-    clip_grad: float = Field(1.0, ge=0)
-    max_skipped_updates: int = Field(10, ge=1)
-    """A gradient that is not finite skips its gradient step; so many skipped steps in a row end the run."""
-    distributed: bool = True
-    """Shard optimizer state over data-parallel ranks."""
-
-
-class EvalConfig(Section):
-    """mean@k on held-out prompts, by the training rollout path."""
-
-    sets: dict[Name, DataConfig] = Field(default_factory=dict)
-    every: Steps = 5
-    at_start: bool = True
-    samples_per_prompt: Count = 8
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: Seed = 777
-
-
-class CheckpointConfig(Section):
-    """Saving, resuming and exporting. Steps are rollout steps."""
-
-    every: int | None = Field(None, ge=1)
-    """Save every so many steps; null: only as `at_end` says."""
-    at_end: bool = True
-    """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
-    keep: int = Field(2, ge=1)
-    resume: Literal["auto", "never"] = "auto"
-    export_every: Steps | None = None
-    export_at_end: bool = True
-
-
-class ObserveConfig(Section):
-    """What a run writes beside its weights."""
-
-    tensorboard: bool = True
-    wandb_project: str | None = Field(None, min_length=1, max_length=128)
-    samples_per_step: int = Field(4, ge=0, le=1_000_000)
-    plot_at_end: bool = True
-
-
-class WarmStartConfig(Section):
-    """Supervised steps on demonstrations, through the same actor, before the first rollout step."""
-
-    files: FilePaths
-    """JSONL with `prompt` and `response`."""
-    batch_size: Count = 128
-    max_updates: Steps = 300
-    lr: LearningRate = 3e-3
-    warmup_updates: int = Field(20, ge=0, le=1_000_000_000)
-    weight_decay: float = Field(0.01, ge=0, le=10)
-    stop_at: float | None = Field(None, gt=0, le=1)
-    """Stop once this pass rate is reached on `choose` (measured every `check_every` updates)."""
-    check_every: Steps = 10
-    choose: DataConfig | None = None
+from dapo_mcore.config.values import FilePath, Name, Section, Seed, Steps
 
 
 class Config(Section):
@@ -368,6 +42,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
+    ray: RayConfig = RayConfig()
     algo: AlgoConfig = AlgoConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -393,3 +68,176 @@ class Config(Section):
         for rule in RULES:
             rule(self)
         return self
+
+
+def _check_batch(c: Config) -> None:
+    train, mini = c.sampling.train_batch_prompts, c.batch.mini_batch_prompts
+    if train % mini:
+        divisors = ", ".join(str(d) for d in range(1, train + 1) if train % d == 0)
+        raise ValueError(
+            f"batch.mini_batch_prompts {mini} does not divide sampling.train_batch_prompts {train}; use one of {divisors}"
+        )
+    if c.parallel.sequence_parallel and c.parallel.tensor_parallel == 1:
+        raise ValueError(
+            "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1; set sequence_parallel false"
+        )
+
+
+def _check_tokens(c: Config) -> None:
+    longest = c.longest_sequence
+    budget, context = c.batch.max_tokens, c.parallel.context_parallel
+    if longest > budget * context:
+        raise ValueError(
+            f"the longest sequence is data.max_prompt_tokens {c.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{c.rollout.max_response_tokens} = {longest} tokens, but a micro-batch holds batch.max_tokens {budget} × "
+            f"context_parallel {context} = {budget * context}; raise batch.max_tokens to {-(-longest // context)} "
+            f"or shorten the prompts or responses"
+        )
+
+
+def _check_overlong(c: Config) -> None:
+    overlong, limit = c.reward.overlong, c.rollout.max_response_tokens
+    longest = overlong.max_length or limit
+    if overlong.penalty and overlong.cache > longest:
+        raise ValueError(
+            f"reward.overlong.cache {overlong.cache} exceeds the maximal length {longest}; "
+            f"it is the width in tokens of the window before that length: use at most {longest}"
+        )
+
+
+def _check_algo(c: Config) -> None:
+    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
+        raise ValueError(
+            "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
+            "the engine's mismatch and would count it twice; use tis.mode mask or off"
+        )
+    if c.algo.tis.mode == "mask" and c.algo.tis.cap < 1:
+        raise ValueError(
+            f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
+            "use a cap of at least 1"
+        )
+    if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
+        raise ValueError(
+            "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
+        )
+    if c.optimizer.min_lr > c.optimizer.lr:
+        raise ValueError(
+            f"optimizer.min_lr {c.optimizer.min_lr} is above optimizer.lr {c.optimizer.lr}, which decays to it; lower min_lr"
+        )
+    if c.model.overrides and c.model.init != "random":
+        raise ValueError(
+            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
+        )
+
+
+def _check_sampling(c: Config) -> None:
+    s, size = c.sampling, c.rollout.group_size
+    if s.style == "filter" and size < 2:
+        raise ValueError(
+            f"sampling.style filter keeps groups whose answers vary, but rollout.group_size is {size}; "
+            f"use at least 2, or sampling.style none"
+        )
+    if s.style == "resample" and s.max_samples_per_prompt < size:
+        raise ValueError(
+            f"sampling.max_samples_per_prompt {s.max_samples_per_prompt} is below rollout.group_size {size}; "
+            f"raise it to at least {size}"
+        )
+
+
+def _check_generation(c: Config) -> None:
+    """Modes that need servers, and modes that train on older weights' samples."""
+    ahead, on_full = c.rollout.async_steps, c.sampling.on_full
+    modes = {
+        "rollout.async_steps 1": ahead,
+        f"sampling.on_full {on_full}": on_full != "wait",
+        "sampling.max_in_flight_groups": c.sampling.max_in_flight_groups,
+    }
+    mode = next((name for name, on in modes.items() if on), None)
+    if mode and c.rollout.engine != "sglang":
+        raise ValueError(
+            f"{mode} needs rollout.engine sglang: the {c.rollout.engine} engine generates a batch at a time in the "
+            "trainer's own process; choose sglang or leave the default"
+        )
+    if ahead and c.rollout.sglang.colocated:
+        raise ValueError(
+            "rollout.async_steps 1 generates beside training, but rollout.sglang.colocated gives the GPUs to one of both at "
+            "a time; set async_steps 0, or colocated false with servers on GPUs of their own"
+        )
+    if (ahead or on_full == "keep") and c.algo.old_logprobs == "actor" and c.algo.tis.mode == "off":
+        raise ValueError(
+            f"{mode} trains on samples of weights one version older or more; correct for it with algo.tis.mode truncate or "
+            "mask, or with algo.old_logprobs rollout"
+        )
+    if ahead and not c.reward.num_workers:
+        raise ValueError(
+            "rollout.async_steps 1 scores while the ranks train, but reward.workers 0 (the default of math_dapo) would run "
+            "the reward function in a thread of the trainer and hold it up; use at least 1"
+        )
+    if c.sampling.max_staleness < ahead:
+        raise ValueError(
+            f"sampling.max_staleness {c.sampling.max_staleness} is below rollout.async_steps {ahead}: every group would "
+            f"be dropped as stale; use at least {ahead}, or {ahead + 1} to carry surplus as well"
+        )
+
+
+def _check_keep(c: Config) -> None:
+    s, ahead = c.sampling, c.rollout.async_steps
+    if s.on_full != "keep":
+        return
+    steps = s.max_staleness - ahead
+    if steps < 1:
+        raise ValueError(
+            f"sampling.on_full keep goes on with groups under newer weights, but max_staleness {s.max_staleness} with "
+            f"rollout.async_steps {ahead} lets none live that long; use at least {ahead + 1}"
+        )
+    key = "gen_batch_prompts" if s.style == "filter" else "train_batch_prompts"
+    most = steps * getattr(s, key)
+    if s.max_in_flight_groups and s.max_in_flight_groups > most:
+        raise ValueError(
+            f"sampling.max_in_flight_groups {s.max_in_flight_groups} with on_full keep: more than {key} {getattr(s, key)} × "
+            f"(max_staleness {s.max_staleness} - async_steps {ahead}) = {most} groups in flight would be too old before they "
+            f"are trained on; use at most {most}, or raise max_staleness"
+        )
+    if not s.carry_surplus:
+        raise ValueError(
+            "sampling.on_full keep waits for groups so that none is lost, but carry_surplus false throws away what a step has "
+            "beyond its batch; leave carry_surplus true, or set on_full wait"
+        )
+    if c.rollout.sglang.colocated:
+        raise ValueError(
+            "sampling.on_full keep leaves requests at the servers, but with rollout.sglang.colocated these give up their memory "
+            "while the actor trains; set on_full wait, or colocated false with servers on GPUs of their own"
+        )
+    if c.rollout.sglang.router_url:
+        raise ValueError(
+            "sampling.on_full keep must know which server works on a request, for when its update fails, and "
+            "rollout.sglang.router_url hides that; leave router_url out: the run spreads requests over urls by itself"
+        )
+
+
+def _check_ray(c: Config) -> None:
+    servers, address = c.rollout.sglang, c.ray.address
+    on_nodes = servers.placement == "ray" and address is not None
+    if (servers.host == "node") != on_nodes:
+        raise ValueError(
+            f"rollout.sglang.host {servers.host} does not go with rollout.sglang.placement {servers.placement} and ray.address "
+            f"{address}: set host node for servers on a cluster's nodes, which are reached at each node's own address, and an "
+            "address of this machine for servers on it"
+        )
+    if servers.sync == "tensor" and on_nodes:
+        raise ValueError(
+            f"rollout.sglang.sync tensor hands over memory of rank 0's machine, but placement ray with ray.address {address} "
+            f"spreads num_servers {servers.num_servers} over a cluster's nodes; use placement local, or sync distributed"
+        )
+
+
+RULES = (
+    _check_batch,
+    _check_tokens,
+    _check_overlong,
+    _check_algo,
+    _check_sampling,
+    _check_generation,
+    _check_keep,
+    _check_ray,
+)

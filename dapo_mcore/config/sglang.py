@@ -32,9 +32,6 @@ class SGLangConfig(Section):
 
     placement: Literal["local", "ray"] = "local"
     """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
-    ray_address: str | None = None
-    """placement ray, here or of rewards: the address of a cluster whose nodes were started with RAY_AUTH_MODE=token and
-    RAY_worker_niceness=0; null starts one on this machine."""
     num_servers: Count = 1
     """How many to start; with `urls`, as many as these."""
     python: FilePath | None = None
@@ -153,11 +150,6 @@ class SGLangConfig(Section):
             )
         if len(set(self.urls)) < len(self.urls):
             raise ValueError(f"urls names {len(self.urls)} servers, but only {len(set(self.urls))} different ones")
-        if (self.host == "node") != (self.placement == "ray" and self.ray_address is not None):
-            raise ValueError(
-                f"host {self.host} does not go with placement {self.placement} and ray_address {self.ray_address}: servers "
-                "on a cluster's nodes are reached at each node's own address (host node), those here at this machine's"
-            )
         if self.quantize == "fp8" and self.sync == "distributed" and self.device == "cpu":
             raise ValueError(
                 "quantize fp8 with sync distributed needs device cuda: gloo cannot send FP8; sync by disk or tensor"
@@ -170,11 +162,5 @@ class SGLangConfig(Section):
         if self.colocated and self.sync == "distributed" and self.device == "cuda":
             raise ValueError(
                 "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; sync by tensor or disk"
-            )
-        if self.sync == "tensor" and self.placement == "ray" and self.ray_address is not None:
-            raise ValueError(
-                f"sync tensor hands over memory of rank 0's machine, but placement ray with ray_address "
-                f"{self.ray_address} spreads num_servers {self.num_servers} over a cluster's nodes; use placement local, "
-                "or sync distributed"
             )
         return self

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dapo_mcore.config.schema import Config, DataConfig
+from dapo_mcore.config.schema import Config
+from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.demonstrations import Demonstration, load_demonstrations
 from dapo_mcore.data.prompts import PromptSet, load_prompts
 from dapo_mcore.errors import DataError

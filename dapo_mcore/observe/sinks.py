@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dapo_mcore.config.schema import ObserveConfig
+from dapo_mcore.config.sections import ObserveConfig
 from dapo_mcore.errors import ConfigError, DataError, output_error
 
 METRICS_FILE = "metrics.jsonl"

@@ -44,7 +44,7 @@ def connect(address: str | None) -> Callable[[], None]:
         with _sigterm_kept():
             ray.init(**where, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        raise ConfigError(f"the Ray cluster at rollout.sglang.ray_address {address} cannot be used: {error}") from error
+        raise ConfigError(f"the Ray cluster at ray.address {address} cannot be used: {error}") from error
     return ray.shutdown
 
 

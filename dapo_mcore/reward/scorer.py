@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dapo_mcore.config.schema import RewardConfig
+from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.overlong import soft_overlong_penalty
 from dapo_mcore.reward.plugins import build_judge

@@ -48,6 +48,7 @@ def build_engine(
             folder=config.run_dir / SERVERS,
             max_lag=config.sampling.max_staleness if config.sampling.on_full == "keep" else 0,
             progress=progress,
+            ray_address=config.ray.address,
         )
     return EmbeddedEngine(
         hf_config,

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from dapo_mcore.architecture import families as weight_table
 from dapo_mcore.architecture.reader import FAMILIES, Architecture, read_architecture
-from dapo_mcore.config.schema import ModelConfig
+from dapo_mcore.config.sections import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.hf_config import load_hf_config
 from tests.actor import families

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config.file import dump_config, load_config, parse_config, record_config, repeated_overrides
+from dapo_mcore.config.keys import OLD_KEYS, keys_of
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError
 
@@ -101,6 +102,18 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message
 def test_an_unknown_key_names_the_nearest_known_one(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(file, [override])
+
+
+@pytest.mark.parametrize("old", OLD_KEYS)
+def test_an_old_key_names_the_new_one_and_its_section(file: Path, old: str) -> None:
+    new = OLD_KEYS[old]
+    *section, key = new.split(".")
+    assert key in keys_of(section)
+    with pytest.raises(ConfigError) as error:
+        load_config(file, [f"{old}=x"])
+    assert (
+        str(error.value) == f"{old} is now {new}: set {key} in the section {'.'.join(section)} and delete the old key"
+    )
 
 
 def test_each_key_of_an_unknown_section_is_named(file: Path) -> None:
@@ -203,6 +216,17 @@ RULES: list[tuple[list[str], str]] = [
 ]
 
 
+CLUSTER = ["rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"]
+RULES += [
+    (CLUSTER, "host 127.0.0.1 does not go with rollout.sglang.placement ray and ray.address 10.0.0.1:6379"),
+    (["rollout.sglang.host=node"], "host node does not go with rollout.sglang.placement local and ray.address None"),
+    (
+        [*CLUSTER, "rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: ray}"],
+        "ray.address 10.0.0.1:6379 spreads num_servers 4 over a cluster's nodes; use placement local, or sync distributed",
+    ),
+]
+
+
 @pytest.mark.parametrize(("overrides", "message"), RULES)
 def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -226,6 +250,8 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         [*KEEP, "sampling.max_in_flight_groups=1536"],
         [*KEEP, *AHEAD, "sampling.max_staleness=2"],
         ["rollout.engine=sglang", "sampling.on_full=keep", "algo.tis.mode=mask"],
+        [*CLUSTER, "rollout.sglang.host=node", "rollout.sglang.sync=distributed"],
+        ["rollout.sglang.placement=ray", "rollout.sglang.sync=tensor"],
     ],
 )
 def test_the_remedy_of_each_rule_works(file: Path, overrides: list[str]) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dapo_mcore.config.schema import DataConfig
+from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data import chat
 from dapo_mcore.data.prompts import PromptSet, load_prompts
 from dapo_mcore.data.rows import check_files

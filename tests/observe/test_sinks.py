@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dapo_mcore.config.schema import ObserveConfig
+from dapo_mcore.config.sections import ObserveConfig
 from dapo_mcore.errors import ConfigError, DataError
 from dapo_mcore.observe.sinks import MetricSinks, check_services, json_line, read_metrics
 

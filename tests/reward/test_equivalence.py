@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic import ValidationError
 
-from dapo_mcore.config.schema import RewardConfig
+from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.explain import explain, explain_other

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dapo_mcore.config.schema import RewardConfig
+from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.errors import ConfigError, RewardError
 from dapo_mcore.reward import ray_pool
 from dapo_mcore.reward.attempt import Attempt

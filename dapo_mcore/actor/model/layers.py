@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dapo_mcore.actor.model.attention import CoreAttention
 from dapo_mcore.actor.model.latent import LatentAttention, WholeLinear, use_whole_linear
 from dapo_mcore.actor.model.norm import RMSNorm
-from dapo_mcore.config.schema import ModelConfig
+from dapo_mcore.config.sections import ModelConfig
 from dapo_mcore.errors import ConfigError
 
 

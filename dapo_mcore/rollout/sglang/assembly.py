@@ -41,10 +41,10 @@ def new_transfer(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, fold
     return DiskTransfer(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 
 
-def start_planned(plan: ServerPlan) -> tuple[Sequence[OwnedServer], Callable[[], None]]:
+def start_planned(plan: ServerPlan, ray_address: str | None) -> tuple[Sequence[OwnedServer], Callable[[], None]]:
     """The servers of the plan, which start now, and what ends the connection to those that own them."""
     if plan.settings.placement == "ray":
-        return start_ray_servers(plan)
+        return start_ray_servers(plan, ray_address)
     return start_servers(plan), lambda: None
 
 

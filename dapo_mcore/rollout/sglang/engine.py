@@ -65,6 +65,7 @@ class SGLangEngine:
     max_lag         0: nothing may be in flight when weights move, but what waits for them. Else requests begun by `submit`
                     go on under the new weights, and no token may be more versions than this behind the newest.
     progress        shows the servers' start.
+    ray_address     of the Ray cluster that servers with placement ray start on; None: a cluster of this machine.
 
     Not repeatable: batches form by arrival. Raises ConfigError when a server cannot be started or used.
     `on_progress`, when set, is called with 1 for each finished sample.
@@ -80,6 +81,7 @@ class SGLangEngine:
         folder: Path,
         max_lag: int = 0,
         progress: NullProgress | None = None,
+        ray_address: str | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
         self.on_starving: Callable[[], None] | None = None
@@ -112,7 +114,7 @@ class SGLangEngine:
                 if not settings.urls:
                     name = str(dtype).removeprefix("torch.")
                     plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, resumes=max_lag > 0)
-                    self._processes, self._disconnect = start_planned(plan)
+                    self._processes, self._disconnect = start_planned(plan, ray_address)
                     keys = plan.keys
                 self._fleet = self._loop.run(self._open(keys, hf_config, startup))
             if settings.colocated:

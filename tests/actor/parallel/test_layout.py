@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size, fewest_processes
-from dapo_mcore.config.schema import ParallelConfig
+from dapo_mcore.config.sections import ParallelConfig
 from dapo_mcore.errors import ConfigError
 from tests.actor import parity
 from tests.actor.parity import Mesh

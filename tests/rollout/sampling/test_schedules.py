@@ -118,7 +118,7 @@ class BatchEngine(ScriptedEngine):
 
 
 def draw_config(luck: random.Random, **fixed: object) -> Config:
-    """A configuration that rules.py allows, with some of the section `sampling` given."""
+    """A configuration that the rules of config/schema.py allow, with some of the section `sampling` given."""
     while True:
         train = luck.randint(1, 5)
         sampling = {

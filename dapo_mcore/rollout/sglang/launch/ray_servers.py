@@ -136,12 +136,12 @@ class _Host:
             self._server.stop()
 
 
-def start_ray_servers(plan: ServerPlan) -> tuple[list[RayServer], Callable[[], None]]:
+def start_ray_servers(plan: ServerPlan, address: str | None) -> tuple[list[RayServer], Callable[[], None]]:
     """The servers of a plan on the cluster, starting, and what disconnects from the cluster at the end.
 
     Raises ConfigError: Ray missing, cluster out of reach or without a token, no room, or as start_servers.
     """
-    disconnect = connect(plan.settings.ray_address)
+    disconnect = connect(address)
     servers = [RayServer(plan, number, plan.settings.start_timeout_s) for number in range(plan.settings.num_servers)]
     try:
         for server in servers:

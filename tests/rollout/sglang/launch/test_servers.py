@@ -226,8 +226,6 @@ BAD_SETTINGS = {
     ),
     "num_servers is 3, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=3),
     "num_servers is 1, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=1),
-    "host 127.0.0.1 does not go with placement ray": dict(placement="ray", ray_address="10.0.0.1:6379"),
-    "host node does not go with placement local": dict(host="node"),
     "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
     "server_args holds api-key, tp-size": dict(server_args={"api_key": "x", "--tp-size": 2}),
     "server_args names one option twice: max_x, max-x": dict(server_args={"max_x": 1, "max-x": 2}),

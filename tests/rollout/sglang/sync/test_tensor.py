@@ -18,7 +18,6 @@ import torch
 from torch.multiprocessing import reductions
 
 from dapo_mcore.architecture.manifest import Bucket, buckets
-from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.sync import shared_bucket
@@ -299,13 +298,6 @@ def test_servers_on_other_machines_are_refused_at_the_start():
         ConfigError, match=rf"1 of 4 servers are not at an address of it: {far}; .* or sync distributed"
     ):
         TensorTransfer([*urls, far], 0)
-
-
-def test_servers_spread_over_a_cluster_are_refused_by_the_config():
-    cluster = dict(placement="ray", ray_address="10.0.0.1:6379", host="node", num_servers=4)
-    with pytest.raises(ValueError, match=r"ray_address 10.0.0.1:6379 spreads num_servers 4 .* or sync distributed"):
-        SGLangConfig(sync="tensor", **cluster)
-    SGLangConfig(sync="tensor", placement="ray")
 
 
 def test_the_arguments_of_a_cuda_handle_are_where_they_are_taken_from():
