@@ -1,0 +1,103 @@
+"""Every command of every page is one that runs: pages are read, and each command is held against what it starts.
+
+Change here: a new command that pages may show. Commands are the lines that are indented by four spaces, or in a bash block.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore import cli
+from dapo_mcore.config.file import load_config
+from dapo_mcore.observe import bench_plots, plots
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
+WORDS = (
+    "torchrun",
+    "python",
+    "python3",
+    "dapo-mcore",
+    "pytest",
+    "tools/",
+    "pip",
+    "OMP_NUM_THREADS",
+    ".venv/",
+    "sbatch",
+)
+STANDS_FOR_ONE_OF_YOURS = {"my.yaml": "examples/gsm8k.yaml", "CONFIG.yaml": "examples/gsm8k.yaml"}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command of a page, without the environment before it and the remark behind it."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    fenced = re.findall(r"```bash\n(.*?)```", text, re.S)
+    indented = re.findall(r"^    (?! )(.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    for line in [line for block in fenced for line in block.splitlines()] + indented:
+        for part in line.split(" && "):
+            words = shlex.split(part, comments=" #" in part)
+            while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+                words = words[1:]
+            if words and words[0].startswith(WORDS):
+                yield [word.removeprefix(".venv/bin/") for word in words]
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def check_train(words: list[str]) -> None:
+    config, *overrides = words[words.index("dapo_mcore.train") + 1 :]
+    load_config(ROOT / STANDS_FOR_ONE_OF_YOURS.get(config, config), overrides)
+
+
+def check_tool(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run what needs no files; of the rest only the arguments are read."""
+    command, arguments = words[1], [STANDS_FOR_ONE_OF_YOURS.get(word, word) for word in words[2:]]
+    if command == "config":
+        arguments.append("--only-values")
+    for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):
+        monkeypatch.setattr(module, name, lambda *given, **more: [ROOT])
+    assert cli.main([command, *arguments]) == 0, capsys.readouterr().err
+
+
+def check_convert(words: list[str]) -> None:
+    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools/convert.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._parser().parse_args(words)
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words)[:80] for _, words in COMMANDS])
+def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    program = words[0]
+    if "dapo_mcore.train" in words:
+        check_train(words)
+    elif program == "dapo-mcore":
+        check_tool(words, monkeypatch, capsys)
+    elif program == "pytest" or words[1:3] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
+    elif words[:2] == ["python", "tools/convert.py"]:
+        check_convert(words[2:])
+    elif program in ("python", "python3") and words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
+    elif program.startswith("tools/"):
+        assert (ROOT / program).stat().st_mode & 0o100, f"{program} is not executable"
+    else:
+        assert words[:2] in (["pip", "install"], ["python3", "-m"]), f"{page}: no test knows {' '.join(words)}"
+
+
+def test_pages_name_files_that_exist():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        named = re.findall(r"`((?:dapo_mcore|kernels|tests|tools|examples)/[\w./-]+)`", text)
+        missing = [name for name in linked if not (page.parent / name).exists()]
+        missing += [name for name in named if not (ROOT / name).exists()]
+        assert not missing, f"{page.relative_to(ROOT)} names {missing}"
