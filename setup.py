@@ -10,7 +10,7 @@ MATH = "math-verify[antlr4_13_2]>=0.8,<0.10"
 
 setup(
     name="dapo_mcore",
-    version="0.1.0",
+    version="0.2.0",
     description="A Megatron-core training backend for DAPO: one code path from a laptop's CPU to a GPU cluster",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -45,7 +45,6 @@ setup(
         ],
         "sglang": ["sglang>=0.5.15,<0.5.24"],
         "ray": ["ray>=2.52"],
-        "dali": ["nvidia-dali-cuda130>=2.0"],
         "math": [MATH],
         "wandb": ["wandb>=0.18"],
         "mbridge": ["mbridge==0.15.1", "einops>=0.7"],

@@ -288,12 +288,3 @@ class RewardFunction(Protocol):
     """Scores samples in order; one failure never takes another sample down."""
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]: ...
-
-
-class WeightSource(Protocol):
-    """Yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it (messages inside).
-
-    empty  makes the memory of large tensors; see ReceivingEngine.
-    """
-
-    def __call__(self, empty: Empty = torch.empty) -> Iterator[tuple[str, torch.Tensor]]: ...

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,11 +39,11 @@ from dapo_mcore.checkpoint.run_folder import (
     partial_path,
     remove,
     step_of,
-    sync_to_disk,
 )
 from dapo_mcore.checkpoint.run_state import ARRAYS_FILE, FORMAT, STATE_FILE, RunState, TrainState, write_state
 from dapo_mcore.checkpoint.stored import damage_named, read_stored
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError
+from dapo_mcore.model_files.disk import sync_to_disk
 from dapo_mcore.model_files.megatron_folder import MEGATRON
 from dapo_mcore.model_files.side_files import write_model_files
 from dapo_mcore.model_files.torch_dist import DistributedReader, StoredChunk, without_crc, write_chunk, write_metadata
@@ -117,12 +116,12 @@ def _write_blocks(folder: Path, megatron: Path, actor: Actor) -> Written:
     blocks = [block for block in actor_blocks(actor) if block.is_written]
     name, chunks = f"__{actor.layout.rank}_0.distcp", []
     if blocks:
-        with _disk_errors_named(folder), without_crc(), open(megatron / name, "wb") as file:
-            for block in blocks:
-                sizes = tuple(block.data.shape)
-                chunks.append(write_chunk(file, name, block.key, block.offsets, sizes, block.data.cpu()))
-            file.flush()
-            os.fsync(file.fileno())
+        with _disk_errors_named(folder), without_crc():
+            with open(megatron / name, "wb") as file:
+                for block in blocks:
+                    sizes = tuple(block.data.shape)
+                    chunks.append(write_chunk(file, name, block.key, block.offsets, sizes, block.data.cpu()))
+            sync_to_disk(megatron / name)
     return chunks, {block.key: (block.data.dtype, tuple(block.size)) for block in blocks}
 
 

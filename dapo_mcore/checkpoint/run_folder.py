@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from dapo_mcore.model_files.disk import sync_to_disk
+
 _DELETED = ".deleted"
 
 
@@ -73,15 +75,6 @@ def remove(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Flush a file, or a folder's entries, so that a later rename cannot reach the disk before them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

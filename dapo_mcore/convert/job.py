@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.model_files.disk import sync_to_disk
 
 JOURNAL = ".job.json"
 
@@ -151,7 +152,7 @@ class Job:
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
         note = file.write(unfinished, report)
-        _flush(unfinished)
+        sync_to_disk(unfinished)
         os.replace(unfinished, path)
         return file.name, note
 
@@ -163,9 +164,9 @@ class Job:
     def _finish(self) -> None:
         (self.partial / JOURNAL).unlink(missing_ok=True)
         for path in self.partial.rglob("*"):
-            _flush(path)
+            sync_to_disk(path)
         os.rename(self.partial, self.out)
-        _flush(self.out.parent)
+        sync_to_disk(self.out.parent)
 
 
 @contextmanager
@@ -178,14 +179,5 @@ def _lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise CheckpointError(f"another process writes to {folder}; wait for it, or give another folder") from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _flush(path: Path) -> None:
-    """Brings a file, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -41,7 +41,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if raw.startswith(mark):
             raise ConfigError(f"{path} is {encoding}; save it as plain UTF-8, which transformers reads")
     try:
-        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated, parse_constant=_refuse_constant)
+        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; save it as UTF-8"
@@ -91,8 +91,9 @@ def _too_many_chosen(settings: dict[str, Any]) -> Iterator[str]:
             yield f"{part} {chosen} exceeds {whole} {available}"
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object. Raises ValueError for a key given twice, of which Python would keep the last without a word."""
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object from its pairs (json's object_pairs_hook). Raise ValueError for a key given twice: Python alone
+    would keep the last one."""
     if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
         raise ValueError(f"{repeated[0]!r} is given twice")
     return dict(pairs)

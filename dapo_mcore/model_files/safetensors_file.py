@@ -12,16 +12,17 @@ import ctypes
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.model_files.config_json import without_repeats
+from dapo_mcore.model_files.disk import sync_to_disk
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -95,7 +96,7 @@ class SafetensorsFile:
                 f"{self.path} is truncated: its header does not fit into {self._size} bytes; fetch it again"
             )
         try:
-            header = json.loads(self._file.read(length), object_pairs_hook=_unrepeated)
+            header = json.loads(self._file.read(length), object_pairs_hook=without_repeats)
             header.pop("__metadata__", None)
             tensors = {name: _parse(name, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,20 +152,13 @@ class SafetensorsWriter:
         _write(self._file, memoryview((ctypes.c_ubyte * raw.numel()).from_address(raw.data_ptr())).cast("B"))
 
     def close(self) -> None:
-        """Flushes the file to disk."""
-        with self._file:
-            if self._left:
-                raise CheckpointError(
-                    f"{self.path} lacks {len(self._left)} of its tensors: {', '.join(list(self._left)[:3])} …"
-                )
-            os.fsync(self._file.fileno())
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The JSON object. Raises ValueError for a key given twice, of which JSON would silently keep the last."""
-    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"{repeated[0]} is given twice")
-    return dict(pairs)
+        """Close the file and wait until it is on disk. Raise CheckpointError if a tensor was not written."""
+        self._file.close()
+        if self._left:
+            raise CheckpointError(
+                f"{self.path} lacks {len(self._left)} of its tensors: {', '.join(list(self._left)[:3])} …"
+            )
+        sync_to_disk(self.path)
 
 
 def _parse(name: str, entry: dict) -> TensorInfo:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
+from dapo_mcore.model_files.disk import sync_to_disk
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -302,7 +302,5 @@ def _narrow(tensor: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Te
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    sync_to_disk(path)

@@ -159,7 +159,7 @@ def header(**changes: object) -> bytes:
         (header(data_offsets=[-8, 0]), "needs 8 bytes"),
         (header(shape=[-2, -1]), "shape"),
         (header(shape=["2"]), "TypeError"),
-        (b'{"a": 1, "a": 2}', "a is given twice"),
+        (b'{"a": 1, "a": 2}', "'a' is given twice"),
     ],
 )
 def test_broken_headers(tmp_path: Path, text: bytes, told: str) -> None:

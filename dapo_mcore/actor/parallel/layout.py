@@ -64,7 +64,6 @@ class Layout:
     expert_group: dist.ProcessGroup
     copies_group: dist.ProcessGroup
     expert_copies_group: dist.ProcessGroup
-    pipeline_ranks: tuple[int, ...]
     control_group: dist.ProcessGroup
     replica_groups: tuple[dist.ProcessGroup | None, ...]
 
@@ -164,12 +163,6 @@ class Layout:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def controller_first(self, action: Callable[[], None]) -> None:
-        """Runs `action` on rank 0 while the others wait."""
-        if self.is_controller:
-            action()
-        self.barrier()
-
 
 def num_local_ranks() -> int:
     """Processes of the job on this machine; 1 without torchrun."""
@@ -233,7 +226,6 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
         expert_group=parallel_state.get_expert_model_parallel_group(),
         copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         expert_copies_group=parallel_state.get_expert_data_parallel_group(),
-        pipeline_ranks=tuple(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())),
         control_group=control,
         replica_groups=_replica_groups(data, data_rank, control, timeout),
     )

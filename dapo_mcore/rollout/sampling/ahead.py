@@ -24,11 +24,6 @@ class Ahead(Generic[T]):
         self._future: Future[T] = Future()
 
     @property
-    def step(self) -> int | None:
-        """The step that was begun and not taken."""
-        return self._step
-
-    @property
     def running(self) -> bool:
         return self._step is not None and not self._future.done()
 
