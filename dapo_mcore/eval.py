@@ -64,7 +64,7 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
     mean@k           mean accuracy of the samples (for AIME with k = 32 the paper's avg@32).
     best@k           share of prompts with at least one right sample.
     maj@k            share of prompts whose most frequent answer is right; absent where the reward names no answer at all.
-    response_length  tokens; truncated_ratio: share of samples cut at the length limit.
+    response_length  tokens; clip_ratio: share of samples truncated at the length limit.
     failures         samples whose scoring failed. They count as wrong above, so a number other than 0 means that the
                      accuracies are too low, not that the model is bad.
     """
@@ -78,7 +78,7 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
         f"best@{k}": float(correct.max(axis=1).mean()),
         **majority,
         "response_length": float(np.mean([len(sample.rollout.token_ids) for sample in samples])),
-        "truncated_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
+        "clip_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
         "failures": float(sum(sample.score.failure is not None for sample in samples)),
     }
 

@@ -56,7 +56,7 @@ def test_set_metrics_by_hand():
         "best@4": 1.0,
         "maj@4": 0.5,
         "response_length": 4.0,
-        "truncated_ratio": 0.5,
+        "clip_ratio": 0.5,
         "failures": 1.0,
     }
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dapo_mcore.observe.metrics import describe
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "rollout.group_size=4",
@@ -82,6 +84,7 @@ def test_a_run_over_two_processes_writes_all_that_it_promises(task):
     folder = task / "runs/pair"
     rows = metrics(task, "pair")
     assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {name for row in rows for name in row if describe(name) is None} == {"step"}
     assert rows[0]["val/heldout/mean@2"] >= 0
     assert rows[2]["updates"] == 4
     assert rows[1]["actor/first_update_ratio_deviation"] == 0.0

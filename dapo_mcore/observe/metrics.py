@@ -1,7 +1,7 @@
-"""Every metric of a run, and the ones computed from groups.
+"""The table of every metric that a run writes, and the metrics that are computed from groups.
 
-Change here: what a metric is called, its unit and its meaning (METRICS is the one table; sinks, live view, plots and
-docs use its names), and the statistics of rewards and response lengths.
+Change here: a metric's name, unit and meaning (METRICS; sinks, live view and plots use its names), and the statistics of
+rewards and response lengths. A renamed metric keeps its old name in OLD_NAMES. README.md lists the names of verl and slime.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,64 +18,74 @@ if TYPE_CHECKING:  # types imports torch, which reading or plotting metrics does
     from dapo_mcore.types import Group, Sample
 
 
-_UNPARSED = ("", "[INVALID]")  # the second is what verl's math_dapo, and ours, calls a response without an answer
+_UNPARSED = ("", "[INVALID]")  # math_dapo, verl's and ours, gives the second to a response without an answer
 
 
 class Metric(NamedTuple):
-    """What one number of a rollout step is. The unit is empty where there is none."""
+    """The unit of a metric (empty if it has none) and what it measures over one rollout step."""
 
     unit: str
     meaning: str
 
 
 METRICS: dict[str, Metric] = {
-    "reward/mean": Metric("", "score plus overlong penalty, mean over generated samples that were scored"),
-    "reward/std": Metric("", "population standard deviation of the same"),
-    "reward/score_mean": Metric("", "raw score of the answer, without the penalty"),
-    "reward/overlong_penalty_mean": Metric("", "soft overlong punishment, 0 or negative"),
+    "reward/mean": Metric("", "score plus overlong penalty, mean over the generated samples that were scored"),
+    "reward/std": Metric("", "population standard deviation of the reward over the same samples"),
+    "reward/score_mean": Metric("", "score of the answer without the penalty, mean over the same samples"),
+    "reward/overlong_penalty_mean": Metric("", "soft overlong penalty (0 or negative), mean over the same samples"),
     "reward/acc": Metric("fraction", "correct answers among generated samples that were scored"),
     "reward/acc_kept": Metric("fraction", "correct answers among the scored samples of kept groups"),
     "reward/failures": Metric(
-        "samples", "generated samples whose scoring failed (time-out, exception, NaN), masked or not"
+        "samples", "generated samples whose scoring failed (timeout, exception, NaN), masked or not"
     ),
     "reward/groups_one_scored": Metric(
-        "groups", "trained groups of several samples of which one was scored: it has no baseline, so its advantage is 0"
+        "groups", "trained groups with several samples but one score: without a baseline that sample has advantage 0"
     ),
-    "reward/unparsed_ratio": Metric("fraction", "scored samples from which the reward function extracted no answer"),
-    "response_length/mean": Metric("tokens", "response length of generated samples, tool output included"),
+    "reward/unparsed_ratio": Metric("fraction", "scored samples in which the reward function found no answer"),
+    "response_length/mean": Metric("tokens", "response length of generated samples, with tool output, mean"),
     "response_length/max": Metric("tokens", "longest response"),
     "response_length/min": Metric("tokens", "shortest response"),
-    "response_length/truncated_ratio": Metric("fraction", "responses cut at rollout.max_response_tokens"),
+    "response_length/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
     "sampling/groups_generated": Metric("groups", "groups finished in this step"),
     "sampling/groups_kept": Metric("groups", "groups trained on"),
-    "sampling/groups_all_right": Metric("groups", "groups without signal: every answer right"),
-    "sampling/groups_all_wrong": Metric("groups", "groups without signal: every answer wrong"),
-    "sampling/kept_ratio": Metric("fraction", "groups whose answers vary among groups generated"),
-    "sampling/gen_batches": Metric("batches", "generation rounds, or groups begun over the size of one"),
+    "sampling/groups_all_right": Metric("groups", "groups in which every answer is right: they give no gradient"),
+    "sampling/groups_all_wrong": Metric("groups", "groups in which every answer is wrong: they give no gradient"),
+    "sampling/kept_ratio": Metric("fraction", "groups with right and wrong answers, among the groups generated"),
+    "sampling/gen_batches": Metric(
+        "batches", "generation batches; with continuous generation, groups begun / gen_batch_prompts"
+    ),
     "sampling/generated_tokens": Metric("tokens", "response tokens generated in this step"),
-    "sampling/surplus_reused": Metric("groups", "groups trained on that an earlier step had generated"),
-    "sampling/surplus_carried": Metric("groups", "good groups beyond the training batch, kept for the next step"),
-    "sampling/surplus_dropped": Metric("groups", "carried groups that became too stale, or surplus thrown away"),
+    "sampling/surplus_reused": Metric("groups", "trained groups that an earlier step generated"),
+    "sampling/surplus_carried": Metric(
+        "groups", "surplus groups with right and wrong answers, carried to the next step"
+    ),
+    "sampling/surplus_dropped": Metric(
+        "groups", "carried groups that became too stale, and surplus groups that were not carried"
+    ),
     "sampling/groups_stale": Metric(
-        "groups", "groups dropped because they were older than sampling.max_staleness allows"
+        "groups", "groups dropped because their weights were older than sampling.max_staleness allows"
     ),
-    "sampling/groups_aborted": Metric("groups", "groups ended unfinished by sampling.on_full abort; asked again later"),
+    "sampling/groups_aborted": Metric(
+        "groups", "groups that sampling.on_full abort ended unfinished; their prompts are generated again later"
+    ),
     "sampling/groups_pending": Metric(
-        "groups", "groups in flight at the end of the step, which sampling.on_full keep goes on with in the next"
+        "groups", "groups in flight at the end of the step; sampling.on_full keep finishes them in the next step"
     ),
-    "sampling/in_flight_mean": Metric("groups", "groups that servers worked on, mean over the time of generation"),
-    "sampling/in_flight_max": Metric("groups", "the most of them"),
-    "sampling/surplus_wait_s": Metric("s", "wait for groups in flight after enough were kept"),
+    "sampling/in_flight_mean": Metric("groups", "groups in flight on the servers, mean over the generation time"),
+    "sampling/in_flight_max": Metric("groups", "groups in flight on the servers, maximum"),
+    "sampling/surplus_wait_s": Metric("s", "time spent waiting for groups in flight after the batch was full"),
     "sampling/staleness_mean": Metric(
-        "versions", "versions of trained groups behind the policy that trains on them, mean"
+        "versions", "weight versions between a trained group's oldest token and the policy that trains on it, mean"
     ),
-    "sampling/staleness_max": Metric("versions", "maximum of the same"),
-    "sampling/token_staleness_mean": Metric("versions", "the same of each token of these groups by itself, mean"),
-    "sampling/samples_resumed": Metric("samples", "trained responses that weights of several versions generated"),
-    "sampling/resample_rate": Metric("fraction", "responses added to uniform groups, among all responses generated"),
+    "sampling/staleness_max": Metric("versions", "the same, maximum over trained groups"),
+    "sampling/token_staleness_mean": Metric("versions", "the same for each token of these groups, mean"),
+    "sampling/samples_resumed": Metric("samples", "trained responses that several weight versions generated"),
+    "sampling/resample_rate": Metric(
+        "fraction", "responses added to groups whose answers did not vary, among all responses generated"
+    ),
     "sampling/samples_generated": Metric("samples", "responses generated in this step"),
-    "actor/loss": Metric("", "policy loss as optimised, mean over the step's updates"),
-    "actor/skipped_updates": Metric("updates", "gradient steps left out because the gradient was not finite"),
+    "actor/loss": Metric("", "loss as optimised (policy term, KL and entropy bonus), mean over the step's updates"),
+    "actor/skipped_updates": Metric("updates", "gradient steps skipped because the gradient was not finite"),
     "actor/nll": Metric("nats", "negative log-prob of the loss tokens, mean"),
     "actor/entropy": Metric("nats", "entropy of the policy, mean over loss tokens"),
     "actor/grad_norm": Metric("", "gradient norm before clipping, mean over the step's updates"),
@@ -82,91 +93,116 @@ METRICS: dict[str, Metric] = {
     "actor/clip_low": Metric("fraction", "loss tokens whose gradient the lower clip removed"),
     "actor/clip_high": Metric("fraction", "loss tokens whose gradient the upper clip removed"),
     "actor/clip_dual": Metric("fraction", "loss tokens whose loss the dual clip capped"),
-    "actor/ppo_kl": Metric("nats", "mean of old minus new log-prob over loss tokens"),
+    "actor/ppo_kl": Metric("nats", "old minus new log-prob, mean over loss tokens; may be negative"),
     "actor/ratio_max_deviation": Metric("", "largest |ratio - 1| of the step"),
-    "actor/first_update_ratio_deviation": Metric("", "largest |ratio - 1| before the first update; 0 in exact maths"),
-    "actor/ref_kl": Metric("nats", "KL to the starting policy, by algo.kl.estimator"),
-    "mismatch/logprob_diff_mean": Metric("nats", "|log-prob of actor - of rollout engine|, mean over loss tokens"),
-    "mismatch/logprob_diff_p99": Metric("nats", "99th percentile of the same, from a histogram: at most 6 % too high"),
-    "mismatch/logprob_diff_max": Metric("nats", "maximum of the same"),
+    "actor/first_update_ratio_deviation": Metric("", "largest |ratio - 1| before the first update; 0 but for rounding"),
+    "actor/ref_kl": Metric(
+        "nats", "reference KL: KL(policy ‖ reference policy) by algo.kl.estimator, mean over loss tokens"
+    ),
+    "mismatch/logprob_diff_mean": Metric("nats", "|actor's log-prob - rollout engine's|, mean over loss tokens"),
+    "mismatch/logprob_diff_p99": Metric("nats", "the same, 99th percentile, from a histogram: at most 6 % too high"),
+    "mismatch/logprob_diff_max": Metric("nats", "the same, maximum"),
     "mismatch/k3_kl": Metric("nats", "k3 estimate of KL(rollout engine ‖ actor) over loss tokens"),
-    "mismatch/from_<size>": Metric("fraction", "loss tokens by the same, in decades: from this size to ten times it"),
+    "mismatch/from_<size>": Metric("fraction", "loss tokens whose |difference| is between this size and ten times it"),
     "tis/weight_mean_before": Metric(
-        "", "importance weight exp(actor's log-prob - engine's), mean over loss tokens, before algo.tis cuts it"
+        "", "importance weight exp(actor's log-prob - engine's) before algo.tis limits it, mean over loss tokens"
     ),
-    "tis/weight_mean_after": Metric("", "the weight that multiplies a token's loss, mean over loss tokens"),
-    "tis/truncated_ratio": Metric("fraction", "loss tokens whose weight algo.tis cut to the cap, or masked"),
+    "tis/weight_mean_after": Metric(
+        "", "the weight after algo.tis, which multiplies a token's loss, mean over loss tokens"
+    ),
+    "tis/truncated_ratio": Metric("fraction", "loss tokens whose weight algo.tis truncated to the cap, or masked"),
     "tis/effective_sample_size": Metric(
-        "fraction", "(Σw)² / (N·Σw²) of these weights over N loss tokens: 1 where all weigh the same"
+        "fraction", "(Σw)² / (N·Σw²) of the weights after algo.tis over N loss tokens: 1 if all are equal"
     ),
-    "rollout/servers_serving": Metric("servers", "rollout servers that hold the current weights and take requests"),
-    "rollout/retries": Metric("requests", "tries of a sample beyond its first"),
-    "rollout/dropped_aborted": Metric("answers", "partial answers of aborted requests, dropped whole and asked again"),
-    "rollout/dropped_stale_version": Metric("answers", "answers made by older weights than allowed, dropped"),
-    "rollout/dropped_mixed_versions": Metric("answers", "answers during which the weights changed, dropped"),
-    "rollout/dropped_unknown_version": Metric("answers", "answers made by weights that this run did not send, dropped"),
-    "rollout/dropped_malformed": Metric("answers", "answers without usable tokens or log-probs, dropped"),
+    "rollout/servers_serving": Metric("servers", "rollout servers that have the current weights and take requests"),
+    "rollout/retries": Metric("requests", "attempts to generate a sample after its first"),
+    "rollout/dropped_aborted": Metric(
+        "responses", "partial responses of aborted requests, dropped and generated again"
+    ),
+    "rollout/dropped_stale_version": Metric("responses", "responses of older weights than allowed, dropped"),
+    "rollout/dropped_mixed_versions": Metric("responses", "responses during which the weights changed, dropped"),
+    "rollout/dropped_unknown_version": Metric("responses", "responses of weights that this run did not send, dropped"),
+    "rollout/dropped_malformed": Metric("responses", "responses without usable tokens or log-probs, dropped"),
     "rollout/servers_suspected": Metric("times", "servers taken out because a request or a health check failed"),
     "rollout/servers_excluded": Metric("times", "servers taken out because a weight update failed on them"),
-    "rollout/servers_resynced": Metric("times", "servers that took the current weights before they served again"),
+    "rollout/servers_resynced": Metric("times", "servers that got the current weights before they served again"),
     "rollout/server_restarts": Metric("times", "servers started again"),
-    "sync/write_s": Metric("s", "writing weights to rollout.sglang.sync_dir, gathering included"),
-    "sync/load_s": Metric("s", "servers loading them from there"),
-    "sync/broadcast_s": Metric("s", "broadcasting weights to the servers, gathering included"),
-    "sync/tensor_s": Metric("s", "servers copying weights from rank 0's memory, gathering included"),
+    "sync/write_s": Metric("s", "gathering the weights and writing them to rollout.sglang.sync_dir"),
+    "sync/load_s": Metric("s", "servers loading the weights from rollout.sglang.sync_dir"),
+    "sync/broadcast_s": Metric("s", "gathering the weights and broadcasting them to the servers"),
+    "sync/tensor_s": Metric("s", "gathering the weights, and servers copying them from rank 0's memory"),
     "sync/bytes": Metric("bytes", "weights sent to each server"),
-    "sync/repeats": Metric("times", "syncs begun again because a server's death broke the broadcast for all"),
+    "sync/repeats": Metric("times", "syncs repeated because a server died during the broadcast"),
     "sync/weights_lost": Metric(
-        "times", "syncs in the middle of generation, because the only servers had died and were back without weights"
+        "times", "extra syncs during generation, because all servers had died and restarted without weights"
     ),
-    "sync/servers_verified": Metric("servers", "servers whose weights' checksums were compared with another server's"),
-    "sync/gb_per_s": Metric("GB/s", "sync/bytes over the time of the whole sync"),
-    "sync/release_s": Metric("s", "colocated: servers giving up their memory, which sync/handover_s includes"),
-    "sync/resume_s": Metric("s", "colocated: servers taking it back, which sync/handover_s includes"),
+    "sync/servers_verified": Metric("servers", "servers whose weight checksums were compared with another server's"),
+    "sync/gb_per_s": Metric("GB/s", "sync/bytes / time of the whole sync"),
+    "sync/release_s": Metric("s", "colocated: servers releasing their memory, part of sync/handover_s"),
+    "sync/resume_s": Metric("s", "colocated: servers allocating it again, part of sync/handover_s"),
     "sync/handover_s": Metric(
-        "s", "colocated: memory given up and taken by trainer and servers, the sync itself aside"
+        "s", "colocated: trainer and servers releasing and allocating memory, without the sync itself"
     ),
-    "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) over time/step_s"),
-    "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens generated, over time/generate_s"),
+    "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) / time/step_s, over all GPUs"),
+    "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens generated / time/generate_s"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
     "updates": Metric("updates", "gradient steps since the start of the run"),
     "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
     "time/step_s": Metric(
         "s",
-        "wall time of the rollout step: generation, training, sync and between them; not start, evaluation and saving",
+        "wall time of the whole rollout step, without start, evaluation and saving",
     ),
     "time/<phase>_s": Metric(
         "s",
-        "wall time of generate, reward, filter, logprob, train, wait or sync; with rollout.async_steps the first two "
-        "pass beside the step before, which waits for what is left of them",
+        "wall time of generate, reward, filter, logprob, train, wait or sync; with rollout.async_steps, generate and "
+        "reward run during the step before, and wait is the rest of them",
     ),
     "time/start_s": Metric(
         "s",
-        "before the first step, in the run's first row: servers, weights, warm start, the first sync or the checkpoint",
+        "before the first step, in the run's first row: servers, weights, warm start, first sync, loading a checkpoint",
     ),
-    "time/eval_s": Metric("s", "evaluation after the step"),
-    "time/save_s": Metric("s", "writing the checkpoint or export of the step before"),
-    "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples a problem"),
-    "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k"),
+    "time/eval_s": Metric("s", "evaluation after the rollout step"),
+    "time/save_s": Metric("s", "writing the checkpoint or export of the previous step"),
+    "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples per problem"),
+    "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k samples"),
     "val/<set>/maj@<k>": Metric(
-        "fraction", "problems whose most frequent answer among k is right; absent where the reward names none"
+        "fraction",
+        "problems whose most frequent answer among k samples is right; absent if the reward function names no answer",
     ),
     "val/<set>/response_length": Metric("tokens", "mean response length on a validation set"),
-    "val/<set>/truncated_ratio": Metric("fraction", "responses cut at the length limit"),
+    "val/<set>/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
     "val/<set>/failures": Metric("samples", "samples whose scoring failed; they count as wrong"),
 }
 
 
+OLD_NAMES = {
+    "response_length/truncated_ratio": "response_length/clip_ratio",
+    "val/<set>/truncated_ratio": "val/<set>/clip_ratio",
+}
+"""Names in the files of older versions, and today's."""
+
+
 def describe(name: str) -> Metric | None:
-    """The table's entry for a metric's name (`val/aime/mean@32` finds `val/<set>/mean@<k>`), None when unlisted."""
+    """Return the table's entry for a metric (`val/aime/mean@32` finds `val/<set>/mean@<k>`), None if it is not listed."""
     return METRICS.get(name) or next((METRICS[key] for key, pattern in _PATTERNS if pattern.fullmatch(name)), None)
 
 
-def group_metrics(generated: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
-    """The `reward/…` and `response_length/…` metrics of one rollout step.
+@cache
+def current_name(name: str) -> str:
+    """Return today's name of a metric that an older version may have written."""
+    for old, new in OLD_NAMES.items():
+        if match := _pattern(old).fullmatch(name):
+            return re.sub(r"<\w+>", lambda _: match[1], new)
+    return name
 
-    `generated` are all groups of the step, `kept` the ones it trains on. Samples out of the statistics (Sample.scored)
-    count only in `reward/failures` and the lengths. A statistic over no sample is NaN.
+
+def group_metrics(generated: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
+    """Return the `reward/…` and `response_length/…` metrics of one rollout step.
+
+    generated  all groups of the step.
+    kept       the groups that the step trains on.
+    Samples that are not scored (Sample.scored) count only in `reward/failures` and the lengths. A statistic over no sample
+    is NaN.
     """
     samples = _samples(generated)
     return {
@@ -197,7 +233,7 @@ def _length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "response_length/mean": _mean(lengths),
         "response_length/max": float(max(lengths, default=math.nan)),
         "response_length/min": float(min(lengths, default=math.nan)),
-        "response_length/truncated_ratio": _mean([sample.rollout.truncated for sample in samples]),
+        "response_length/clip_ratio": _mean([sample.rollout.truncated for sample in samples]),
     }
 
 
@@ -218,8 +254,8 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    """`val/<set>/mean@<k>` as a regular expression; a placeholder stands for one path segment's text."""
-    return re.compile(r"[^/@]+".join(re.escape(part) for part in re.split(r"<\w+>", name)))
+    """Return `val/<set>/mean@<k>` as a regular expression. A placeholder is a group that matches part of one segment."""
+    return re.compile(r"([^/@]+)".join(re.escape(part) for part in re.split(r"<\w+>", name)))
 
 
 _PATTERNS = [(name, _pattern(name)) for name in METRICS if "<" in name]

@@ -99,7 +99,7 @@ PANELS = (
     Panel(
         "Response length",
         "tokens",
-        (Curve("response_length/mean", "mean"), Curve("response_length/truncated_ratio", "truncated", twin=True)),
+        (Curve("response_length/mean", "mean"), Curve("response_length/clip_ratio", "truncated", twin=True)),
         alone="mean tokens",
         twin_unit="truncated fraction",
         fraction=True,

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from dapo_mcore.config.sections import ObserveConfig
 from dapo_mcore.errors import ConfigError, DataError, output_error
+from dapo_mcore.observe.metrics import current_name
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -198,15 +199,18 @@ class WandbSink:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The steps of a run in file order, each with `step` and its metrics; what was NaN or infinite reads as NaN.
+    """Return the steps of a run in file order, each with `step` and its metrics under today's names (metrics.OLD_NAMES).
 
-    A broken last line (a run that was killed, or is writing now) is left out.
-    Raises DataError when there is no metrics.jsonl, or when another line is broken.
+    NaN and infinities read as NaN. A broken last line (the run was killed, or is writing now) is left out.
+    Raise DataError if there is no metrics.jsonl, or if another line is broken.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise DataError(f"no {METRICS_FILE} in {run_dir}; give the folder of a run (output_dir/name of its config)")
-    return [{k: math.nan if v is None else v for k, v in record.items()} for record in _read_records(path)]
+    return [
+        {current_name(name): math.nan if value is None else value for name, value in record.items()}
+        for record in _read_records(path)
+    ]
 
 
 def json_line(record: Mapping[str, Any]) -> str:

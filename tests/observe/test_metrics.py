@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dapo_mcore.observe.metrics import METRICS, describe, group_metrics
+from dapo_mcore.observe.metrics import METRICS, OLD_NAMES, current_name, describe, group_metrics
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
@@ -50,7 +50,7 @@ def test_statistics_of_two_groups_by_hand() -> None:
             "response_length/mean": 5.2,
             "response_length/max": 10.0,
             "response_length/min": 2.0,
-            "response_length/truncated_ratio": 0.2,
+            "response_length/clip_ratio": 0.2,
         }
     )
     assert all(type(value) is float for value in metrics.values())
@@ -89,9 +89,26 @@ def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:
     for path in (Path(__file__).parents[2] / "dapo_mcore").rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         named |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    named = {name for name in named if metric.fullmatch(name)}
+    named = {name for name in named - set(OLD_NAMES) if metric.fullmatch(name)}
     assert "actor/entropy" in named, "the search found nothing"
     assert sorted(name for name in named if describe(name) is None) == []
+
+
+def test_the_readme_compares_names_that_exist_with_those_of_verl() -> None:
+    readme = (Path(__file__).parents[2] / "dapo_mcore/observe/README.md").read_text(encoding="utf-8")
+    rows = [row.split("|") for row in readme.partition("| here | verl |")[2].splitlines()[2:] if row]
+    ours = {name for row in rows for name in re.findall("`([^`]+)`", row[1])}
+    assert [name for name in sorted(ours) if describe(name) is None] == ["step"]
+    shared = {row[1].strip(" `") for row in rows if row[1] == row[2]}
+    assert {"response_length/clip_ratio", "actor/ppo_kl"} < shared
+
+
+def test_old_names_lead_to_names_in_the_table() -> None:
+    assert set(OLD_NAMES.values()) <= set(METRICS) and not set(OLD_NAMES) & set(METRICS)
+    assert current_name("response_length/truncated_ratio") == "response_length/clip_ratio"
+    assert current_name("val/aime24/truncated_ratio") == "val/aime24/clip_ratio"
+    for kept in ("tis/truncated_ratio", "val/a/b/truncated_ratio", "step"):
+        assert current_name(kept) == kept
 
 
 @pytest.mark.parametrize(

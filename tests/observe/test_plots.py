@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dapo_mcore.algo.correction import mismatch_metrics, mismatch_stats
 from dapo_mcore.errors import DataError
-from dapo_mcore.observe.metrics import describe
+from dapo_mcore.observe.metrics import current_name, describe
 from dapo_mcore.observe.plots import PANELS, _draw_panel, plot_run, plot_runs, smooth
 from dapo_mcore.observe.sinks import json_line
 
@@ -50,6 +50,13 @@ def test_a_run_of_any_length_and_any_keys_gives_one_png(tmp_path: Path, steps: i
     path = plot_run(fake_run(tmp_path / "run", steps, keys))
     assert path == tmp_path / "run" / "plot.png"
     assert png_size(path) == (1860, 864)
+
+
+def test_a_run_of_an_older_version_gives_the_same_picture(tmp_path: Path) -> None:
+    old_keys = ["response_length/mean", "response_length/truncated_ratio"]
+    old = plot_run(fake_run(tmp_path / "old/run", 3, old_keys)).read_bytes()
+    assert old == plot_run(fake_run(tmp_path / "new/run", 3, list(map(current_name, old_keys)))).read_bytes()
+    assert old != plot_run(fake_run(tmp_path / "without/run", 3, old_keys[:1])).read_bytes()
 
 
 def test_runs_are_compared_in_one_png_even_with_equal_folder_names(tmp_path: Path) -> None:

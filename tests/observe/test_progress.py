@@ -64,10 +64,8 @@ def test_an_evaluations_line() -> None:
 
 
 def test_an_evaluation_shows_failures_only_when_there_are_some() -> None:
-    line = eval_line(
-        0, {"val/a/truncated_ratio": 0.25, "val/a/failures": 3.0, "val/b/mean@1": 1.0, "val/b/failures": 0.0}
-    )
-    assert line == "eval after step 0 | a truncated_ratio 0.250 failures 3 | b mean@1 1.000"
+    line = eval_line(0, {"val/a/clip_ratio": 0.25, "val/a/failures": 3.0, "val/b/mean@1": 1.0, "val/b/failures": 0.0})
+    assert line == "eval after step 0 | a clip_ratio 0.250 failures 3 | b mean@1 1.000"
 
 
 def test_a_pipe_gets_one_unbroken_line_a_step_and_nothing_for_phases() -> None:

@@ -42,6 +42,13 @@ def test_a_line_is_readable_before_the_run_ends(tmp_path: Path) -> None:
     sinks.close()
 
 
+def test_metrics_of_an_older_version_read_under_their_names_of_today(tmp_path: Path) -> None:
+    old = {"step": 1, "response_length/truncated_ratio": 0.5, "val/a/truncated_ratio": 0.25, "tis/truncated_ratio": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json_line(old))
+    new = {"step": 1, "response_length/clip_ratio": 0.5, "val/a/clip_ratio": 0.25, "tis/truncated_ratio": 0.1}
+    assert read_metrics(tmp_path) == [new]
+
+
 def test_what_json_lacks_is_null_and_reads_as_nan(tmp_path: Path) -> None:
     with MetricSinks(tmp_path, JSONL_ONLY) as sinks:
         sinks.write(1, {"a": math.nan, "b": math.inf, "c": np.float32(0.5), "d": np.int64(3)})
