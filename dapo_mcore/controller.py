@@ -1,8 +1,8 @@
 """Rank 0's side of a run: prompts, rollouts, rewards, evaluation, and everything a run writes or shows.
 
 Change here: what happens on the controller between two gradient phases. It owns no weights of the actor; train/loop.py
-connects the two sides. It takes part in no collective, but where its servers have lost the weights while it waits for them:
-then all ranks give them again (handover.py).
+connects the two sides. It takes part in no collective. If servers lose the weights while it waits for them, its request waits,
+and handover.py syncs again with all ranks.
 """
 
 from __future__ import annotations
@@ -162,13 +162,13 @@ class Controller:
         return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
 
     def finish_rollout(self) -> None:
-        """Returns once weights may move: when nothing is generated any more, or at once with sampling.on_full keep.
+        """Wait until weights may be updated: when nothing is generated any more, or at once with sampling.on_full keep.
 
-        A rollout that failed beside training raises in `rollout`, when this step is trained, recorded and saved. One whose
-        servers have lost the weights goes on with the next.
+        A rollout that failed during training raises in `rollout`, once this step is trained, recorded and saved. If the
+        servers have lost the weights, the rollout goes on with the next ones, so do not wait for it.
         """
         if self.config.sampling.on_full != "keep":
-            self._wait_for_rollout(lambda: self.engine.starving)
+            self._wait_for_rollout(unless=lambda: self.engine.weights_lost)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report.
@@ -262,12 +262,12 @@ class Controller:
             rows.update(_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
 
-    def _wait_for_rollout(self, tend: Callable[[], bool | None] | None = None) -> None:
-        """Returns when nothing is generated ahead; or when `tend`, the engine's by default, says True."""
+    def _wait_for_rollout(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """Wait until no rollout is running ahead, or `unless()` is True."""
         if self.ahead.running:
             self.progress.phase("wait")
         with self.timer.phase("wait") if self.config.rollout.async_steps else nullcontext():
-            self.ahead.wait(tend or (lambda: self.engine.tend()))
+            self.ahead.wait(unless)
 
     def _collect(self, step: int, lag: int) -> tuple[Collected, dict[str, float]]:
         """The groups of a step, and the times of the phases that took place beside training."""

@@ -1,8 +1,7 @@
-"""The border between training and generation: weights cross it, and where both share GPUs, so does their memory.
+"""The border between training and generation: weights cross it, and if both share GPUs, so does their memory.
 
-Change here: when weights are given, again where servers have lost them while they generated, and the order in which
-trainer and servers give up and take memory. What is moved is actor/memory.py and the engine's business. With
-rollout.sglang.colocated:
+Change here: when weights are synced, also if servers lose them while they generate; and the order in which trainer and servers
+release and take memory. actor/memory.py and the engine move the memory itself. With rollout.sglang.colocated:
 
     servers generate ── release: all ──────────────→ actor takes everything back ── train
     actor's state to the host ── servers take their weights' memory ── sync
@@ -14,10 +13,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Thread, current_thread, main_thread
-from typing import TypeVar
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from functools import partial
+from threading import Thread
+from typing import Any, Literal, TypeVar
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.memory import ActorMemory
@@ -27,15 +27,21 @@ from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.types import ColocatedEngine, ContinuousEngine, ReceivingEngine, RolloutEngine
 
 T = TypeVar("T")
-REPEATS = 2
-"""Of a sync that broke off: a third failure in a row is no accident."""
+News = Literal["done", "weights lost"]
+NUM_REPEATS = 2
+"""Repeats of a broken sync: a third failure in a row is no accident."""
+_LOOK_S = 0.2
+_CANCEL_S = 5.0
+"""Seconds that a cancelled action gets to end. It may be scoring samples, which is not cancelled."""
 
 
 class Handover:
-    """Every rank calls its methods. Training comes first. `engine` is rank 0's, None elsewhere.
+    """Weight syncs and, with `colocated`, turns on shared GPUs. Every rank calls its methods. Training comes first.
 
-    Without `colocated`, both sides keep their memory, and only weights cross. `uninterrupted` holds off what may interrupt
-    the action of `attend`, while all ranks sync in the midst of it.
+    engine       on rank 0, None elsewhere.
+    colocated    actor and engine share GPUs. If not, both keep their memory, and only weights cross.
+    until_asked  runs a function in the main thread and returns its result, or None if a signal asks the run to stop. See
+                 process/signals.py.
     """
 
     def __init__(
@@ -45,94 +51,108 @@ class Handover:
         layout: Layout,
         *,
         colocated: bool,
-        uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext,
+        until_asked: Callable[[Callable[[], Any]], Any] = lambda action: action(),
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.stream = WeightStream(actor.policy, actor.shape, layout)
         self._engine, self._layout = engine, layout
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
-        self._uninterrupted = uninterrupted
+        self._until_asked = until_asked
         self._clock, self._seconds = clock, 0.0
-        self._attending: Thread | None = None
-        self._num_repeats = 0
-        if isinstance(engine, ContinuousEngine):
-            engine.on_starving = self._feed
+        self._num_weights_lost = 0
 
     def to_training(self) -> None:
-        """The actor may be used from here on, and the engine not. Does nothing when that is so already."""
+        """Let the actor be used from here on, and the engine not. Does nothing if that is so already."""
         if self._memory is None or self._training:
             return
         with self._timed():
             self._take_devices()
 
     def to_rollout(self, version: int) -> None:
-        """The engine has the actor's weights as `version` and may generate; where GPUs are shared, the actor may not be
-        used any more."""
+        """Give the engine the actor's weights as `version` and let it generate. If GPUs are shared, the actor must not be used
+        any more.
+
+        Raise RolloutError on every rank if no server takes the weights. Collective: see `sync_weights`.
+        """
         self._version = version
         if self._memory is None:
             self._sync(version)
             return
         with self._timed():
             self._give_devices(version)
-            if not self._resume():  # the only servers died in training, and what they missed is not kept
+            if not self._resume():  # all servers died in training, and the weights that they missed are not kept
                 self._take_devices()
                 self._give_devices(version)
                 self._on_engine(lambda engine: engine.resume())
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """The actor may be used inside, to save or export it; then the engine generates with the weights that it had."""
+        """Let the actor be used in the block, to save or export it. Then the engine generates with the weights that it had."""
         self.to_training()
         yield
         if self._memory is not None:  # the servers have lost theirs
             self.to_rollout(self._version)
 
-    def attend(self, action: Callable[[], T]) -> T:
-        """What `action` returns, which generates on rank 0 and does nothing elsewhere. Raises on every rank what rank 0 raises.
+    def attend(self, action: Callable[[], T]) -> T | None:
+        """Return what `action` returns, or None if a signal asks the run to stop. It may generate on rank 0, and must do
+        nothing elsewhere. Raise on every rank what it raises on rank 0.
 
-        When no server has the weights any more (the only one died, say, and is back), every rank gives them again. Requests
-        wait for that, so nothing that was generated is lost.
+        If no server has the weights any more (for example, the only one was restarted), all ranks sync them again. Requests
+        wait for that, so nothing that was generated is lost. For this, rank 0 runs the action in another thread.
+        Collective: one gloo broadcast per sync and two at the end.
         """
-        if self._layout.is_controller:
-            return self._attended(action)
-        while self._layout.broadcast_object(None):
-            self._give_again()
-        return self._layout.on_controller_or_raise(action)
-
-    def pop_metrics(self) -> dict[str, float]:
-        """`sync/weights_lost`, how often no server had the weights any more since the last call; where GPUs are shared also
-        `sync/handover_s`, the time that this has cost, the syncs themselves aside."""
-        counts, self._num_repeats = {"sync/weights_lost": float(self._num_repeats)}, 0
-        seconds, self._seconds = self._seconds, 0.0
-        return counts if self._memory is None else {**counts, "sync/handover_s": seconds}
-
-    def _attended(self, action: Callable[[], T]) -> T:
-        outcome: Future[T] = Future()
-        self._attending = current_thread()
-        try:
-            outcome.set_result(action())
-        except Exception as error:
-            if self._attending is None:  # the others have heard, and wait no more
-                raise
-            outcome.set_exception(error)
-        self._attending = None
+        if not self._layout.is_controller:
+            while self._layout.broadcast_object(None):
+                self._sync_again()
+            return self._layout.on_controller_or_raise(action)
+        watches = isinstance(self._engine, ContinuousEngine)
+        outcome = self._watched(action) if watches else _outcome(partial(self._until_asked, action))
         self._layout.broadcast_object(False)
         return self._layout.on_controller_or_raise(outcome.result)
 
-    def _feed(self) -> None:
-        """On rank 0. Only while the other ranks attend: a rollout beside training waits until they do."""
-        assert self._attending or current_thread() is not main_thread(), "nobody would attend: generate inside `attend`"
-        if self._attending is not current_thread():
-            return
-        with self._uninterrupted():
-            self._attending = None
-            self._layout.broadcast_object(True)
-            self._give_again()
-            self._attending = current_thread()
+    def pop_metrics(self) -> dict[str, float]:
+        """Return `sync/weights_lost`, how often no server had the weights any more since the last call. If GPUs are shared,
+        also `sync/handover_s`, the time that taking turns has cost besides the syncs."""
+        counts, self._num_weights_lost = {"sync/weights_lost": float(self._num_weights_lost)}, 0
+        seconds, self._seconds = self._seconds, 0.0
+        return counts if self._memory is None else {**counts, "sync/handover_s": seconds}
 
-    def _give_again(self) -> None:
-        self._num_repeats += 1
+    def _watched(self, action: Callable[[], T]) -> Future[T | None]:
+        """Run the action in another thread and return its outcome. Meanwhile sync again whenever the weights are lost.
+
+        Signals reach the main thread. `until_asked` covers only the waiting, so no sync is interrupted.
+        """
+        outcome: Future[T | None] = Future()
+        thread = Thread(target=_run, args=(action, outcome), name="attended", daemon=True)
+        try:
+            news = self._until_asked(partial(self._start, thread, outcome))
+            while news == "weights lost":
+                self._layout.broadcast_object(True)
+                self._sync_again()
+                news = self._until_asked(partial(self._wait_for_news, outcome))
+        except BaseException:
+            self._engine.cancel_requests()
+            raise
+        if news == "done":
+            return outcome
+        self._engine.cancel_requests()
+        if thread.ident is not None:
+            thread.join(_CANCEL_S)
+        return _outcome(lambda: None)
+
+    def _start(self, thread: Thread, outcome: Future[Any]) -> News:
+        thread.start()
+        return self._wait_for_news(outcome)
+
+    def _wait_for_news(self, outcome: Future[Any]) -> News:
+        while not wait([outcome], _LOOK_S).done:
+            if self._engine.weights_lost:
+                return "weights lost"
+        return "done"
+
+    def _sync_again(self) -> None:
+        self._num_weights_lost += 1
         self.to_training()
         self.to_rollout(self._version)
 
@@ -161,7 +181,7 @@ class Handover:
         self._layout.on_controller_or_raise(lambda: sync_weights(self.stream, self._engine, version))
 
     def _resume(self) -> bool:
-        """False, on every rank, when no server generates, but another sync would find some that are well again."""
+        """Return False, on every rank, if no server generates but another sync would find some that are healthy again."""
 
         def resume(engine: ColocatedEngine) -> bool:
             try:
@@ -177,13 +197,13 @@ class Handover:
 
 
 def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: int) -> None:
-    """Gives the engine on rank 0 the actor's current weights as `version`. Every rank must call it.
+    """Give the engine on rank 0 the actor's current weights as `version`. Every rank must call it.
 
-    Repeated up to REPEATS times when the engine says that another try may succeed. Other errors are raised on rank 0.
-    Collective: the stream's messages, and a broadcast over the control group.
+    Repeat up to NUM_REPEATS times if the engine says that another try may succeed. Raise other errors on rank 0.
+    Collective: the stream's messages, and one broadcast per try over the control group.
     """
     problem: Exception | None = None
-    for repeats_left in reversed(range(1 + REPEATS)):
+    for repeats_left in reversed(range(1 + NUM_REPEATS)):
         problem = _give(stream, engine, version)
         again = isinstance(problem, UpdateBroken) and repeats_left > 0
         if not stream.layout.broadcast_object(again):
@@ -193,7 +213,7 @@ def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: in
 
 
 def _give(stream: WeightStream, engine: RolloutEngine | None, version: int) -> Exception | None:
-    """What went wrong at the engine, so that every rank can be told first."""
+    """Send the stream once. Return what went wrong at the engine, so that every rank can be told first."""
     if engine is None:
         deque(stream(), maxlen=0)
         return None
@@ -202,3 +222,20 @@ def _give(stream: WeightStream, engine: RolloutEngine | None, version: int) -> E
     except Exception as error:
         return error
     return None
+
+
+def _outcome(action: Callable[[], T]) -> Future[T]:
+    """Call the action and return a future with its result or its exception."""
+    outcome: Future[T] = Future()
+    try:
+        outcome.set_result(action())
+    except Exception as error:
+        outcome.set_exception(error)
+    return outcome
+
+
+def _run(action: Callable[[], T], outcome: Future[T]) -> None:
+    try:
+        outcome.set_result(action())
+    except BaseException as error:  # whoever waits must learn of it, whatever it is
+        outcome.set_exception(error)

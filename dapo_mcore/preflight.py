@@ -122,10 +122,9 @@ def _load_reward(config: Config) -> None:
 
 def _check_servers(config: Config, architecture: str) -> None:
     """Hold the settings of SGLang servers against the model and, where this machine starts them, against its SGLang."""
-    from dapo_mcore.rollout.sglang.launch.interpreter import inspect_environment
-    from dapo_mcore.rollout.sglang.launch.options import command_line
+    from dapo_mcore.rollout.sglang.launch.interpreter import command_line, inspect_environment
     from dapo_mcore.rollout.sglang.launch.servers import read_keys
-    from dapo_mcore.rollout.sglang.sync.quantize import check_architecture
+    from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture
 
     settings = config.rollout.sglang
     if settings.quantize == "fp8":
@@ -133,7 +132,7 @@ def _check_servers(config: Config, architecture: str) -> None:
     if settings.urls:
         read_keys(settings.key_file)
     elif settings.placement == "local" or config.ray.address is None:
-        found = inspect_environment(settings, resumes=config.sampling.on_full == "keep")
+        found = inspect_environment(settings, continues_requests=config.sampling.on_full == "keep")
         command_line(settings.server_args, found.options)
 
 

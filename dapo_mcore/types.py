@@ -232,27 +232,27 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class ContinuousEngine(RolloutEngine, Protocol):
-    """An engine whose capacity is shared by requests that come and go, so that a finished one can be replaced at once.
+    """An engine whose requests come and go independently, so that a finished one can be replaced at once.
 
-    Its servers may lose the weights: they are `starving` when none has them, but some only lack them. Then `on_starving`,
-    where it is set, is called from `tend` and must update the weights again; requests wait for that.
+    Its servers may lose the weights. Requests then wait for the next `update_weights`, and fail with RolloutError if none
+    comes in time.
     """
 
-    on_starving: Callable[[], None] | None
-
     def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
-        """What `generate` does, begun and not waited for. Cancelling the future ends its requests.
+        """Start what `generate` does and return its future. Cancelling the future aborts its requests.
 
-        Weights must not move before every future is done, unless the engine resumes requests under new weights
-        (sampling.on_full keep), or its servers starve: the requests that then wait are made by the new ones.
+        Do not update weights before every future is done, unless the engine continues requests under new weights
+        (sampling.on_full keep), or `weights_lost`: the requests that wait then are made by the new weights.
         """
         ...
 
     @property
-    def starving(self) -> bool: ...
+    def weights_lost(self) -> bool:
+        """True if no server has the weights any more, but another `update_weights` can give them to some."""
+        ...
 
-    def tend(self) -> None:
-        """Whoever waits for responses calls it now and then, in any thread."""
+    def cancel_requests(self) -> None:
+        """Cancel all requests and take no new ones: whoever waits for one gets CancelledError."""
         ...
 
 
@@ -270,17 +270,17 @@ class ReceivingEngine(RolloutEngine, Protocol):
 
 
 class ColocatedEngine(RolloutEngine, Protocol):
-    """An engine on the actor's devices, with which it takes turns.
+    """An engine on the actor's devices. Both take turns.
 
-    release → (training) → update_weights, which takes memory for weights alone → resume → generate.
+    release → (training) → update_weights, which takes memory for the weights only → resume → generate.
     """
 
     def release(self) -> None:
-        """Gives up all device memory, weights included. Nothing may be generated until `resume`."""
+        """Release all device memory, weights included. Nothing can be generated until `resume`."""
         ...
 
     def resume(self) -> None:
-        """Takes the rest of its memory, after `update_weights`, and generates."""
+        """Take the rest of the memory, after `update_weights`, and generate."""
         ...
 
 

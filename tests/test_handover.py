@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from threading import Thread
+import os
+import signal
+import threading
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 import torch
 
 from dapo_mcore.errors import DapoError, RolloutError, UpdateBroken
+from dapo_mcore.process.signals import Ending, Interrupted
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -30,9 +33,8 @@ def test_servers_that_were_lost_in_training_get_the_weights_once_they_are_back()
     assert told["handover_s"] == 3.0 + 1.0 + 3.0  # resumed in vain, released, resumed; the syncs are not in it
 
 
-def test_servers_that_starve_get_the_weights_from_all_ranks_while_they_are_attended() -> None:
+def test_servers_that_lose_the_weights_get_them_from_all_ranks_while_they_are_attended() -> None:
     told = parity.spawn(attend, Mesh(tensor=2))
-    # fed once by the attending thread; another thread's tend waits for it
     assert told == {"calls": ["update 3", "update 3"], "answer": "answer", "elsewhere": [None], "weights_lost": 1.0}
 
 
@@ -40,6 +42,14 @@ def test_what_fails_while_it_is_attended_fails_on_every_rank() -> None:
     told = parity.spawn(attend_failures, Mesh(tensor=2))
     assert told["here"] == ["no answers", "nobody takes them"]
     assert told["there"] == [["rank 0 failed: no answers", "rank 0 failed: nobody takes them"]]
+    assert told["cancelled"], "requests would wait for weights that never come"
+
+
+def test_a_signal_lets_a_sync_finish_and_ends_the_requests_that_wait_for_it() -> None:
+    """And nothing else is begun."""
+    told = parity.spawn(attend_until_a_signal, Mesh(tensor=2))
+    assert told["calls"] == ["update 0", "update 0", "synced", "cancelled"]
+    assert told["answers"] == [None, None] and told["elsewhere"] == [[None, None]]
 
 
 class Engine:
@@ -68,37 +78,55 @@ class Engine:
             raise UpdateBroken("nobody serves")
 
 
-class StarvingEngine(Engine):
-    """What it asks of one on servers, which here have lost the weights until the next update; or refuse it."""
+class ForgetfulEngine(Engine):
+    """What it asks of one on servers. These lose the weights when they generate, until the next update; or refuse it.
 
-    def __init__(self, refuses: bool = False):
+    signals_in_sync  another sync is hit by SIGINT.
+    """
+
+    def __init__(self, refuses: bool = False, signals_in_sync: bool = False):
         super().__init__()
-        self.on_starving: Callable[[], None] | None = None
-        self.starving, self._refuses = False, refuses
+        self.weights_lost, self._refuses, self._signals = False, refuses, signals_in_sync
+        self._changed = threading.Condition()
+        self.cancelled = False
 
     def update_weights(self, weights: Any, version: int) -> None:
         super().update_weights(weights, version)
-        if self.starving and self._refuses:
+        if self.weights_lost and self._refuses:
             raise RolloutError("nobody takes them")
-        self.starving = False
+        if self.weights_lost and self._signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.calls.append("synced")
+            return
+        with self._changed:
+            self.weights_lost = False
+            self._changed.notify_all()
 
-    def tend(self) -> None:
-        if self.starving:
-            self.on_starving()
+    def generate(self, *_: Any) -> Any:
+        self.weights_lost = True
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled or not self.weights_lost, 60)
+        if self.cancelled:
+            self.calls.append("cancelled")
+            raise CancelledError
+        return "answer"
 
-    def generate(self, *_: Any) -> Any: ...
+    def cancel_requests(self) -> None:
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
 
     submit = metrics = close = generate
     weight_version = 0
 
 
-def handover(layout: Any, mesh: Mesh, engine: Engine, colocated: bool = True) -> Any:
+def handover(layout: Any, mesh: Mesh, engine: Engine, colocated: bool = True, **more: Any) -> Any:
     from dapo_mcore.handover import Handover
 
     config = parity.make_config(mesh)
     actor = parity.build_actor(config, layout)
     theirs = engine if layout.is_controller else None
-    return config, actor, Handover(actor, theirs, layout, colocated=colocated, clock=lambda: engine.now)
+    return config, actor, Handover(actor, theirs, layout, colocated=colocated, clock=lambda: engine.now, **more)
 
 
 def gathered(layout: Any, value: Any) -> list[Any]:
@@ -109,34 +137,17 @@ def gathered(layout: Any, value: Any) -> list[Any]:
 
 
 def attend(layout: Any, mesh: Mesh) -> dict[str, Any]:
-    engine = StarvingEngine()
+    engine = ForgetfulEngine()
     _, _, turns = handover(layout, mesh, engine, colocated=False)
     turns.to_rollout(version=3)
-
-    def generate() -> str | None:
-        if not layout.is_controller:
-            return None
-        engine.starving = True
-        beside = Thread(target=engine.tend)
-        beside.start()
-        beside.join(10)
-        assert engine.starving and len(engine.calls) == 1
-        engine.tend()
-        assert not engine.starving
-        return "answer"
-
-    answer = turns.attend(generate)
-    engine.starving = True
-    if layout.is_controller:
-        with pytest.raises(AssertionError, match="nobody would attend"):
-            engine.tend()
+    answer = turns.attend(lambda: engine.generate() if layout.is_controller else None)
     elsewhere = gathered(layout, answer)
     lost = turns.pop_metrics()["sync/weights_lost"]
     return {"calls": engine.calls, "answer": answer, "elsewhere": elsewhere, "weights_lost": lost}
 
 
 def attend_failures(layout: Any, mesh: Mesh) -> dict[str, Any]:
-    engine = StarvingEngine(refuses=True)
+    engine = ForgetfulEngine(refuses=True)
     _, _, turns = handover(layout, mesh, engine, colocated=False)
     turns.to_rollout(version=0)
 
@@ -144,17 +155,30 @@ def attend_failures(layout: Any, mesh: Mesh) -> dict[str, Any]:
         if layout.is_controller:
             raise RolloutError("no answers")
 
-    def starve() -> None:
-        if layout.is_controller:
-            engine.starving = True
-            engine.tend()
-
     told = []
-    for action in (fail, starve):
+    for action in (fail, lambda: engine.generate() if layout.is_controller else None):
         with pytest.raises(DapoError) as caught:
             turns.attend(action)
         told.append(str(caught.value))
-    return {"here": told, "there": gathered(layout, told)}
+    return {"here": told, "there": gathered(layout, told), "cancelled": engine.cancelled}
+
+
+def attend_until_a_signal(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    """Worker: rank 0 gets SIGINT in the midst of a sync; the servers then still lack the weights."""
+    engine = ForgetfulEngine(signals_in_sync=True)
+    ending = Ending(lambda: "go on")
+    until_asked = ending.until_asked if layout.is_controller else None
+    _, _, turns = handover(layout, mesh, engine, colocated=False, until_asked=until_asked)
+    turns.to_rollout(version=0)
+    action = lambda: engine.generate() if layout.is_controller else None  # noqa: E731
+    if not layout.is_controller:
+        answers = [turns.attend(action), turns.attend(action)]
+        gathered(layout, answers)
+        return {}
+    with pytest.raises(Interrupted), ending, ending.deferred(lambda: "saves"):
+        answers = [turns.attend(action), turns.attend(action)]
+        told = {"calls": engine.calls, "answers": answers, "elsewhere": gathered(layout, answers)}
+    return told
 
 
 def train(layout: Any, mesh: Mesh) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_RESUMPTION
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_CONTINUED_REQUESTS
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import real_python, real_version
 from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
@@ -85,7 +85,7 @@ def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again
 
 @pytest.mark.parametrize("server", ["fake", pytest.param("real", marks=pytest.mark.sglang)])
 def test_beside_training_the_weights_move_while_the_next_step_is_generated(task, python, server):  # noqa: F811
-    if server == "real" and real_version() < FIRST_WITH_RESUMPTION:
+    if server == "real" and real_version() < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version of SGLang is refused: tests/rollout/sglang/test_real_resume.py")
     name, served = f"beside-{server}", real_python() if server == "real" else python
     done = run(task, python, name, *KEEP, "rollout.async_steps=1", server=served)

@@ -132,17 +132,6 @@ class Ending:
             self._raised = False
             return None
 
-    @contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        """Put the interruption of `until_asked` off until the end of the block."""
-        before, self._interruptible = self._interruptible, False
-        try:
-            yield
-        finally:
-            self._interruptible = before
-        if before and self.signum is not None:
-            raise Interrupted(self.signum)
-
     def end_now(self, why: str) -> None:
         """Clean up and end the process with status 1, from a thread beside the main one."""
         with self._once:
@@ -242,11 +231,6 @@ class Following:
     def until_asked(self, action: Callable[[], T]) -> T | None:
         """Return `action()`."""
         return action()
-
-    @contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        """Run the block."""
-        yield
 
     def end_now(self, why: str) -> None:
         """End the process with status 1, a little after rank 0, which says why."""

@@ -104,9 +104,7 @@ class Run:
             self.learner = Learner(self.actor, pad_token(tokenizer))
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
             engine = self.controller and self.controller.engine
-            self.handover = Handover(
-                self.actor, engine, layout, colocated=shared, uninterrupted=self.ending.uninterrupted
-            )
+            self.handover = Handover(self.actor, engine, layout, colocated=shared, until_asked=self.ending.until_asked)
 
     def loop(self) -> None:
         """Run all rollout steps and export the model. Raises Interrupted if a signal has ended them early."""
@@ -295,10 +293,9 @@ class Run:
         return self.timer.phase(name)
 
     def _attended(self, action: Callable[[Controller], Any]) -> Any:
-        """Do what generates on rank 0, until a signal asks the run to stop: then return None. Meanwhile every rank is there to
-        sync weights again."""
-        act = partial(action, self.controller)
-        return self.handover.attend(lambda: self.ending.until_asked(act) if self.controller else None)
+        """Return what the action returns, which generates on rank 0, or None if a signal asks the run to stop. Meanwhile every
+        rank is ready to sync weights again."""
+        return self.handover.attend(lambda: action(self.controller) if self.controller else None)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
         return self.layout.on_controller_or_raise(lambda: action(self.controller) if self.controller else None)

@@ -122,23 +122,6 @@ def test_a_deferred_signal_interrupts_what_may_be_and_lets_the_rest_be_finished(
     assert err == ["SIGTERM: saves", *error, "stopped by SIGTERM: go on"]
 
 
-def test_a_sync_in_the_midst_of_what_is_interrupted_is_finished_first():
-    script = """
-clean = lambda: print("clean", flush=True)
-def sync():
-    with end.uninterrupted():
-        me(signal.SIGINT)
-        print("synced")
-    print("not reached")
-def body():
-    with end.deferred(lambda: "saves"):
-        print(end.until_asked(sync))
-        print("saved")
-run(body)
-"""
-    assert ended(script)[:2] == (128 + 2, ["synced", "None", "saved", "clean", "at exit"])
-
-
 FOLLOWING = """
 ending.SAME_S, ending._LOOK_S = 0.3, 0.05
 import subprocess

@@ -1,4 +1,4 @@
-"""Work for the next step beside the training of this one: one thread, one step ahead.
+"""Work for the next step during the training of this one: one thread, one step ahead.
 
 Change here: how the controller's background thread is started and waited for. What it does is the caller's.
 """
@@ -6,13 +6,12 @@ Change here: how the controller's background thread is started and waited for. W
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Generic, TypeVar
 
-from dapo_mcore.rollout.sampling.tending import wait_tending
-
 T = TypeVar("T")
+_LOOK_S = 0.2
 
 
 class Ahead(Generic[T]):
@@ -28,18 +27,21 @@ class Ahead(Generic[T]):
         return self._step is not None and not self._future.done()
 
     def begin(self, step: int) -> None:
-        """Starts `work(step)` in a thread, which does not keep a failing process alive."""
+        """Start `work(step)` in a daemon thread: it does not keep a failing process alive."""
         assert self._step is None, f"step {self._step} was not taken yet"
         self._step, self._future = step, Future()
         Thread(target=self._run, args=(step, self._future), name="rollout-ahead", daemon=True).start()
 
-    def wait(self, tend: Callable[[], bool | None]) -> None:
-        """Returns once the work that was begun, if any, has ended, or `tend` says True; `take` tells how it ended."""
-        if self._step is not None:
-            wait_tending(self._future, tend)
+    def wait(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """Wait until no work is running, or `unless()` is True; it is asked every _LOOK_S seconds.
+
+        Does not raise what the work raises; `take` does.
+        """
+        while self.running and not unless():
+            wait([self._future], _LOOK_S)
 
     def take(self, step: int) -> T | None:
-        """The result for `step` once it is there, None when it was not begun. Raises what the work raised."""
+        """Wait for the result of `step` and return it, or None if it was not begun. Raise what the work raises."""
         if self._step is None:
             return None
         assert self._step == step, f"step {self._step} was begun, but {step} is asked for"
@@ -49,5 +51,5 @@ class Ahead(Generic[T]):
     def _run(self, step: int, future: Future[T]) -> None:
         try:
             future.set_result(self._work(step))
-        except BaseException as error:  # whoever waits must hear of it, whatever it is
+        except BaseException as error:  # whoever waits must learn of it, whatever it is
             future.set_exception(error)

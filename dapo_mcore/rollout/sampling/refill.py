@@ -19,7 +19,6 @@ from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.rollout.sampling.forecast import groups_brought, groups_needed
 from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.step import Step
-from dapo_mcore.rollout.sampling.tending import get_tending
 from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
 _IMAGINED = 16.0
@@ -179,7 +178,7 @@ class Refill:
 
     def _wait(self) -> list[int]:
         """The numbers of all groups that are done by now, in order; at least one."""
-        numbers = [get_tending(self._done, self._responder.tend)]
+        numbers = [self._done.get()]
         with suppress(Empty):
             while True:
                 numbers.append(self._done.get_nowait())

@@ -61,10 +61,6 @@ class Responder:
         self.expect(len(prompts))
         return self._engine.submit([prompt.token_ids for prompt in prompts], params)
 
-    def tend(self) -> None:
-        """To be called while submitted responses are waited for."""
-        self._engine.tend()
-
     def expect(self, count: int) -> None:
         """Shows that so many more responses are waited for."""
         self._progress.more(count)

@@ -1,17 +1,13 @@
-"""SGLang servers: started, spoken to, kept in step with the weights, and replaced when they die.
+"""The rollout engine on SGLang servers. README.md in this folder explains it to users.
 
-engine → assembly → probe                   the parts at start, each server checked
-engine → startup                            servers' start, as it is shown
-engine → replies                            samples: asked for, checked, retried
-engine → transfer (disk, broadcast, tensor) weights: one transaction over the fleet
-broadcast, tensor → stream                  one bucket is sent while the next is gathered
-broadcast → server_group → process_group    servers that receive one broadcast together
-fleet → roster                              who serves, and what the screen tells of it
-fleet → checksums                           whether servers hold the same weights
-fleet → member → server_api → http          who serves, and how it is spoken to
-servers → process, ray_servers              servers of the run's own
-servers → interpreter → installed           the SGLang that they run
-servers, interpreter → options              what the user passes on to them
-servers, probe, server_api → versions       what each version of SGLang can do
-broadcast, tensor → address                 which servers are on this machine
+Each folder imports only those before it:
+
+    client    one server over HTTP: endpoints, answers, versions          a new SGLang: client/api.py, client/versions.py
+    launch    starting servers here or by Ray                             options of a server: launch/servers.py
+    pool      which servers serve, move to new weights, come back         when a server is given up: pool/recovery.py
+    sync      how weights reach them: disk, distributed, tensor           a new way: a Sender (sync/sender.py)
+    assembly  the parts of an engine, each server checked at start        a new condition on servers
+    engine    samples asked for, checked and retried; weights sent        what becomes of a failed sample
+
+One weight sync: handover.py → engine.update_weights → pool.update (a transaction) and a sender → client/api.py → client/http.py
 """

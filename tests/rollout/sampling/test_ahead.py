@@ -26,10 +26,21 @@ def test_the_result_is_handed_over_once_and_only_for_its_step():
     with pytest.raises(AssertionError, match="step 2 was begun, but 3 is asked for"):
         ahead.take(3)
     go.set()
-    ahead.wait(lambda: None)
+    ahead.wait()
     assert not ahead.running
     assert ahead.take(2) == (2, "rollout-ahead")
     assert ahead.take(3) is None
+
+
+def test_a_wait_ends_early_when_it_is_told_to():
+    go = threading.Event()
+    ahead = Ahead(lambda step: go.wait(10))
+    ahead.wait(unless=lambda: pytest.fail("nothing is running"))
+    ahead.begin(1)
+    ahead.wait(unless=lambda: True)
+    assert ahead.running
+    go.set()
+    assert ahead.take(1)
 
 
 def test_a_failure_waits_for_whoever_takes_the_result():
@@ -38,7 +49,7 @@ def test_a_failure_waits_for_whoever_takes_the_result():
 
     ahead = Ahead(fail)
     ahead.begin(5)
-    ahead.wait(lambda: None)
+    ahead.wait()
     with pytest.raises(RolloutError, match="step 5 is broken"):
         ahead.take(5)
     assert ahead.take(6) is None

@@ -33,9 +33,9 @@ class ScriptedEngine:
         self.calls.append((len(prompts), params))
         return [self._respond(int(prompt[0])) for prompt in prompts]
 
-    on_starving, starving = None, False
+    weights_lost = False
 
-    def tend(self) -> None: ...
+    def cancel_requests(self) -> None: ...
 
     def update_weights(self, weights: object, version: int) -> None: ...
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_RESUMPTION
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_CONTINUED_REQUESTS
 from tests.rollout.sglang.serving import KINDS, Raw, bare_server, interpreter
 
 
@@ -23,6 +23,6 @@ def server(request, tmp_path_factory) -> Iterator[Raw]:
 @pytest.fixture
 def resuming(server: Raw) -> Raw:
     """A server on which requests live through updates; why older ones are refused, test_server_rules.py shows at its end."""
-    if server.sglang < FIRST_WITH_RESUMPTION:
+    if server.sglang < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("no request lives through an update before SGLang 0.5.21, and a run that needs it is refused")
     return server

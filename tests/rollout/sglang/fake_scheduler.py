@@ -13,10 +13,10 @@ from typing import Any
 from aiohttp import web
 
 from dapo_mcore.rollout.sglang.client.versions import (
-    FIRST_WITH_RESUMPTION,
+    FIRST_WITH_CONTINUED_REQUESTS,
     FIRST_WITH_SPANS,
     FIRST_WITH_STOP_AT_LIMIT,
-    Version,
+    SGLangVersion,
 )
 
 TICK_S = 0.02
@@ -38,7 +38,7 @@ class Scheduler:
 
     def __init__(
         self,
-        version: Version,
+        version: SGLangVersion,
         vocab: int,
         context: int,
         cache: int,
@@ -162,5 +162,5 @@ class Scheduler:
         return web.Response(text="Cache flushed.\n" if done else "Flush cache failed.\n", status=200 if done else 400)
 
     def flushed(self) -> bool:
-        resumes = self.paused_mode == "retract" and self.version >= FIRST_WITH_RESUMPTION
+        resumes = self.paused_mode == "retract" and self.version >= FIRST_WITH_CONTINUED_REQUESTS
         return resumes or (not self.running and time.monotonic() > self.busy_until)

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.rollout.sglang.client.api import Keys
-from dapo_mcore.rollout.sglang.client.versions import Version, parse_version
+from dapo_mcore.rollout.sglang.client.versions import SGLangVersion, parse_version
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch.process import stop_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, start_servers
-from dapo_mcore.types import SamplingParams
+from dapo_mcore.types import Rollout, SamplingParams
 from tests.rollout.sglang.fake_server import fake_python
 
 ENVIRONMENT = "DAPO_MCORE_SGLANG"
@@ -45,7 +46,7 @@ def real_python() -> Path:
     return Path(folder) / "bin/python"
 
 
-def real_version() -> Version:
+def real_version() -> SGLangVersion:
     """Of SGLang in that environment."""
     ask = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
     return parse_version(subprocess.check_output([real_python(), "-P", "-c", ask], text=True))
@@ -79,10 +80,10 @@ def weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def settings(python: Path, **changes: Any) -> SGLangConfig:
-    """Settings of a test: short patience, so that faults are noticed in seconds."""
-    patience = dict(health_interval_s=0.5, health_timeout_s=5.0, start_timeout_s=240.0, sync_timeout_s=30.0)
+    """Settings of a test: short timeouts, so that faults are noticed in seconds."""
+    timeouts = dict(health_interval_s=0.5, health_timeout_s=5.0, start_timeout_s=240.0, sync_timeout_s=30.0)
     limits = dict(request_timeout_s=60.0, read_timeout_s=2.0, bucket_mib=1, server_args={"max-total-tokens": 40000})
-    return SGLangConfig.model_validate({"python": str(python), "device": "cpu", **patience, **limits, **changes})
+    return SGLangConfig.model_validate({"python": str(python), "device": "cpu", **timeouts, **limits, **changes})
 
 
 @contextmanager
@@ -138,7 +139,7 @@ class Raw:
         self.post("/fake", {"tokens_per_s": tokens_per_s})
 
     @cached_property
-    def sglang(self) -> Version:
+    def sglang(self) -> SGLangVersion:
         return parse_version(self.get("/server_info")[1]["version"])
 
     def version(self) -> str:
@@ -217,6 +218,57 @@ def is_up(raw: Raw) -> bool:
         return raw.get("/health")[0] == 200
     except OSError:
         return False
+
+
+def servers(made: SGLangEngine) -> list[Raw]:
+    """The servers of an engine, by plain HTTP."""
+    return [Raw(server.url, server.client._keys) for server in made._pool.servers]
+
+
+def order(server: Raw, kind: str, **fault: Any) -> None:
+    """Make something go wrong at a fake server; see fake_server.Fault."""
+    assert server.post("/fake", {"kind": kind, **fault})[0] == 200
+
+
+def pace(made: SGLangEngine, tokens_per_s: float) -> None:
+    """Set the speed of every fake server that is there."""
+    for server in servers(made):
+        with suppress(OSError):
+            server.pace(tokens_per_s)
+
+
+def told(server: Raw) -> dict[str, Any]:
+    """What a fake server has seen and holds."""
+    return server.get("/fake")[1]
+
+
+def bucket_a_tensor(made: SGLangEngine) -> None:
+    """Send each tensor in a bucket of its own from now on."""
+    made._bucket_bytes = 0
+
+
+def generate_and_sync_again(
+    made: SGLangEngine, asked: list[np.ndarray], law: SamplingParams, sync: Callable[[], None]
+) -> list[Rollout]:
+    """What `generate` returns. Meanwhile `sync` is called whenever the servers have lost the weights, as handover.py does."""
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(made.generate, asked, law)
+        while not wait([future], 0.1).done:
+            if made.weights_lost:
+                sync()
+    return future.result()
+
+
+def shared_files(pid: int | None = None) -> list[str]:
+    """What torch has named in shared memory for a process, this one by default."""
+    return [path.name for path in Path("/dev/shm").glob(f"torch_{pid or os.getpid()}_*")]
+
+
+def gathered(made: SGLangEngine, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, each in memory that servers open as it is."""
+    made._bucket_bytes = made._sender._bucket_bytes = 0
+    for name, tensor in weights(seed):
+        yield name, made.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
 def _decoded(raw: bytes) -> Any:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.types import Rollout
+from tests.rollout.sglang.asserts import alive, all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     CONTEXT,
@@ -28,44 +27,17 @@ from tests.rollout.sglang.serving import (
     STOP,
     VOCAB,
     Raw,
+    bucket_a_tensor,
     engine,
+    order,
     params,
     prompts,
+    servers,
     tiny_config,
+    told,
     wait_for,
     weights,
 )
-
-
-def servers(made: SGLangEngine) -> list[Raw]:
-    return [Raw(member.api.url, member.api._keys) for member in made._fleet.members]
-
-
-def order(server: Raw, kind: str, **fault: Any) -> None:
-    assert server.post("/fake", {"kind": kind, **fault})[0] == 200
-
-
-def pace(made: SGLangEngine, tokens_per_s: float) -> None:
-    """Of every server that is there."""
-    for server in servers(made):
-        with suppress(OSError):
-            server.pace(tokens_per_s)
-
-
-def told(server: Raw) -> dict[str, Any]:
-    return server.get("/fake")[1]
-
-
-def all_serve(made: SGLangEngine) -> None:
-    wait_for(lambda: len(made._fleet.serving) == len(made._fleet.members), otherwise=made._fleet._roster.describe)
-
-
-def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:
-    """Every prompt has its own response, whole, by the given weights alone."""
-    assert len(rollouts) == len(asked)
-    for rollout, prompt in zip(rollouts, asked):
-        assert rollout.token_ids.tolist() == np.resize(prompt, length).tolist()
-        assert rollout.weight_version == version and rollout.version_spans == () and rollout.finish_reason == "length"
 
 
 def test_samples_come_back_in_order_with_tokens_and_logprobs(tmp_path):
@@ -99,9 +71,9 @@ def test_every_server_takes_every_tensor_of_the_stream(tmp_path, sync):
         assert numbers["sync/bytes"] == sum(tensor.nbytes for _, tensor in weights(0))
         assert numbers["sync/gb_per_s"] > 0 and numbers["rollout/servers_serving"] == 2
         if sync == "disk":
-            assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
+            assert [path.name for path in made._sender.root.iterdir()] == [made._served_version]
     if sync == "disk":
-        assert not made._transfer.root.exists()
+        assert not made._sender.root.exists()
 
 
 def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
@@ -121,10 +93,6 @@ def test_an_update_that_follows_the_last_answer_at_once_kills_no_server(tmp_path
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
         made.update_weights(iter(new), version=2)
         assert made.metrics()["rollout/servers_excluded"] == 0
-
-
-def bucket_a_tensor(made: SGLangEngine) -> None:
-    made._bucket_bytes = 0
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.20"])
@@ -156,7 +124,7 @@ def test_a_server_that_fails_mid_generation_costs_no_sample(tmp_path, fault):
         numbers = made.metrics()
         assert numbers["rollout/retries"] >= 5 and numbers["rollout/servers_suspected"] >= 1
         all_serve(made)
-        assert told(first)["weight_version"] == told(second)["weight_version"] == made._tag
+        assert told(first)["weight_version"] == told(second)["weight_version"] == made._served_version
         later = made.metrics()
         restarts = numbers["rollout/server_restarts"] + later["rollout/server_restarts"]
         resyncs = numbers["rollout/servers_resynced"] + later["rollout/servers_resynced"]
@@ -237,9 +205,9 @@ def edited_versions(reason: str, old: str, new: str) -> dict[str, Any]:
 def test_samples_of_other_weights_never_reach_the_trainer(tmp_path, reason):
     with engine(tmp_path, num_servers=2) as made:
         made.update_weights(weights(0), version=1)
-        old = made._tag
+        old = made._served_version
         made.update_weights(weights(1), version=2)
-        order(servers(made)[0], "edit", value=edited_versions(reason, old, made._tag), count=4)
+        order(servers(made)[0], "edit", value=edited_versions(reason, old, made._served_version), count=4)
         asked = prompts(40)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         numbers = made.metrics()
@@ -262,7 +230,7 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
             with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
                 made.update_weights(left, version=2)
         assert list(left) == [] and made.weight_version == 1
-        assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
+        assert [path.name for path in made._sender.root.iterdir()] == [made._served_version]
         asked = prompts(2)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
 
@@ -271,7 +239,7 @@ def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, 
     """As on NFS while a server has a file of it open."""
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
-        first = made._tag
+        first = made._served_version
 
         def busy(path: Path, ignore_errors: bool = False) -> None:
             if path.name == first and not ignore_errors:
@@ -280,10 +248,10 @@ def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr("dapo_mcore.rollout.sglang.sync.disk.shutil.rmtree", busy)
             made.update_weights(weights(1), version=2)
-        second = made._tag
-        assert made.weight_version == 2 and {p.name for p in made._transfer.root.iterdir()} == {first, second}
+        second = made._served_version
+        assert made.weight_version == 2 and {p.name for p in made._sender.root.iterdir()} == {first, second}
         made.update_weights(weights(2), version=3)
-        assert [path.name for path in made._transfer.root.iterdir()] == [made._tag]
+        assert [path.name for path in made._sender.root.iterdir()] == [made._served_version]
 
 
 def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
@@ -296,7 +264,7 @@ def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_pa
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         assert made.metrics()["rollout/servers_excluded"] == 1
         all_serve(made)
-        assert told(first)["weight_version"] == made._tag
+        assert told(first)["weight_version"] == made._served_version
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
@@ -311,10 +279,10 @@ def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_ser
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         if sync == "distributed":  # nothing is kept to catch up with: it waits for the next update
-            wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"])
+            wait_for(lambda: [s.state for s in made._pool.servers] == ["waiting", "serving"])
             made.update_weights(weights(3), version=3)
         all_serve(made)
-        assert told(first)["weight_version"] == told(second)["weight_version"] == made._tag
+        assert told(first)["weight_version"] == told(second)["weight_version"] == made._served_version
         assert told(first)["weights"] == pytest.approx(told(second)["weights"])
         numbers = made.metrics()
         assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/server_restarts"] == 1
@@ -344,7 +312,7 @@ def test_the_restart_budget_is_a_limit(tmp_path):
         for _ in range(2):
             all_serve(made)
             os.killpg(made._processes[0].pid, signal.SIGKILL)
-            wait_for(lambda: not made._fleet.serving)
+            wait_for(lambda: not made._pool.serving)
         with pytest.raises(RolloutError, match=r"all 1 restarts .* are spent"):
             made.generate(prompts(2), params(8))
 
@@ -428,7 +396,7 @@ def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
             asked = prompts(5)
             assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
             assert [told(server)["counts"].get("generated", 0) for server in servers(made)] == [5, 0]
-            assert {told(server)["weight_version"] for server in servers(made)} == {made._tag}
+            assert {told(server)["weight_version"] for server in servers(made)} == {made._served_version}
         finally:
             made.close()
         assert all(process.alive for process in outer._processes)
@@ -445,7 +413,7 @@ def test_a_server_behind_a_router_may_fail_often_when_it_works_between(tmp_path)
                 made.update_weights(weights(0), version=2 * version)
                 all_serve(made)
                 made.update_weights(weights(0), version=2 * version + 1)
-                assert made._fleet.members[1].state == "serving"
+                assert made._pool.servers[1].state == "serving"
 
 
 def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
@@ -470,8 +438,8 @@ def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
         order(server, "hang", where="/update_weights_from_disk", count=100)
         order(server, "edit", value={"weight_version": "default", "weight_versions": None})
         future = made.submit(prompts(1), params(8))
-        member = made._fleet.members[0]
-        wait_for(lambda: "within 3 s" in member.problem, otherwise=lambda: member.problem)
+        state = made._pool.servers[0]
+        wait_for(lambda: "within 3 s" in state.problem, otherwise=lambda: state.problem)
         future.cancel()
 
 
@@ -490,14 +458,6 @@ def test_a_killed_trainer_takes_its_servers_along(tmp_path):
     wait_for(lambda: not alive(pid))
 
 
-def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_server_restarted_between_broadcasts_takes_part_in_the_next_one(tmp_path):
     with engine(tmp_path, num_servers=2, sync="distributed") as made:
         made.update_weights(weights(0), version=1)
@@ -505,6 +465,6 @@ def test_a_server_restarted_between_broadcasts_takes_part_in_the_next_one(tmp_pa
         os.kill(told(first)["pid"], signal.SIGKILL)
         asked = prompts(20)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        wait_for(lambda: made._fleet.members[0].state == "waiting")
+        wait_for(lambda: made._pool.servers[0].state == "waiting")
         made.update_weights(weights(1), version=2)
-        assert len(made._fleet.serving) == 2 and made.metrics()["rollout/servers_excluded"] == 0
+        assert len(made._pool.serving) == 2 and made.metrics()["rollout/servers_excluded"] == 0

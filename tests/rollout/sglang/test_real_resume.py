@@ -10,15 +10,24 @@ import pytest
 import torch
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_RESUMPTION
+from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_CONTINUED_REQUESTS
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.sync.distributed import BroadcastTransfer
-from dapo_mcore.rollout.sglang.sync.tensor import TensorTransfer
+from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender
+from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
 from dapo_mcore.types import Rollout
-from tests.rollout.sglang.serving import engine, params, prompts, real_python, real_version, tiny_model, weights
-from tests.rollout.sglang.sync.test_tensor import assert_an_error_where_memory_cannot_be_opened, gathered, shared_files
-from tests.rollout.sglang.test_engine import bucket_a_tensor
-from tests.rollout.sglang.test_real_server import assert_follows
+from tests.rollout.sglang.asserts import assert_an_error_where_memory_cannot_be_opened, assert_follows
+from tests.rollout.sglang.serving import (
+    bucket_a_tensor,
+    engine,
+    gathered,
+    params,
+    prompts,
+    real_python,
+    real_version,
+    shared_files,
+    tiny_model,
+    weights,
+)
 
 PATIENCE = dict(health_interval_s=5.0, health_timeout_s=30.0, sync_timeout_s=60.0)
 pytestmark = pytest.mark.sglang
@@ -26,14 +35,14 @@ pytestmark = pytest.mark.sglang
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Iterator[SGLangEngine]:
-    if real_version() < FIRST_WITH_RESUMPTION:
+    if real_version() < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version is refused, as the first test shows")
     with engine(tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, **PATIENCE) as started:
         yield started
 
 
 def test_a_version_on_which_no_request_lives_through_an_update_is_refused(tmp_path):
-    if real_version() >= FIRST_WITH_RESUMPTION:
+    if real_version() >= FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version has it, as the other tests show")
     refused = pytest.raises(
         ConfigError, match=r"on_full keep needs 0\.5\.21 or newer: update SGLang, or set on_full wait"
@@ -50,16 +59,16 @@ def reference(prompt: np.ndarray, rollout: Rollout, seed: int) -> torch.Tensor:
 
 
 OTHER_WAYS = {
-    "distributed": lambda: BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60),
-    "tensor": lambda: TensorTransfer([], bucket_bytes=1 << 19),
+    "distributed": lambda: DistributedSender("127.0.0.1", "gloo", timeout_s=60),
+    "tensor": lambda: TensorSender([], bucket_bytes=1 << 19),
 }
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
 def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
     if sync in OTHER_WAYS:
-        made._transfer.close()
-        made._transfer, made._fleet.resync = OTHER_WAYS[sync](), None
+        made._sender.close()
+        made._sender, made._pool._recovery.reload = OTHER_WAYS[sync](), None
     first = made.weight_version + 1
     made.update_weights(weights(seed=first), first)
     asked = prompts(64)  # most responses stop early
@@ -111,5 +120,5 @@ def test_by_memory_it_takes_a_bucket_a_tensor_and_nothing_is_left(made):
 
 
 def test_the_last_it_ends_where_it_cannot_open_the_memory(made, monkeypatch):
-    made._fleet._restarts_left = 0
+    made._pool._recovery._restarts_left = 0
     assert_an_error_where_memory_cannot_be_opened(made, monkeypatch)

@@ -12,22 +12,22 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
 
 from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.pool.server import Member
-from dapo_mcore.rollout.sglang.sync.distributed import BroadcastTransfer
-from dapo_mcore.types import Rollout, SamplingParams
+from dapo_mcore.rollout.sglang.pool.server import Server
+from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender
+from dapo_mcore.types import SamplingParams
+from tests.rollout.sglang.asserts import assert_follows, mismatch
 from tests.rollout.sglang.serving import (
     STOP,
     engine,
+    generate_and_sync_again,
     params,
     prompts,
     real_python,
     tiny_config,
-    tiny_model,
     wait_for,
     weights,
 )
@@ -47,46 +47,26 @@ def sync(made: SGLangEngine, seed: int) -> None:
     made.update_weights(weights(seed), made.weight_version + 1)
 
 
-def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temperature: float = 1.0) -> float:
-    """The largest difference between the servers' log-probs and those of Hugging Face's model in fp64."""
-    model, worst = tiny_model(seed).double(), 0.0
-    for prompt, rollout in zip(asked, rollouts, strict=True):
-        ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
-        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
-        expected = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
-        worst = max(worst, (torch.from_numpy(rollout.logprobs) - expected).abs().max().item())
-    return worst
-
-
-def assert_follows(made: SGLangEngine, seed: int, count: int = 16) -> None:
-    """Every server answers with these weights, and the old ones would have shown."""
-    asked = prompts(count)
-    rollouts = made.generate(asked, params(24))
-    assert mismatch(rollouts, asked, seed) <= 1e-5
-    assert mismatch(rollouts, asked, seed + 1) > 0.1
-    assert {rollout.weight_version for rollout in rollouts} == {made.weight_version}
-
-
 def both_serve(made: SGLangEngine) -> None:
-    wait_for(lambda: len(made._fleet.serving) == 2, 240, made._fleet._roster.describe)
+    wait_for(lambda: len(made._pool.serving) == 2, 240, made._pool._states.describe)
 
 
 @contextmanager
-def killing(member: Member, call: str, at: int = 1) -> Iterator[None]:
-    """kill -9 of the member's server just as it is asked for the `at`-th `call`."""
-    real, calls = getattr(member.api, call), []
+def killing(server: Server, call: str, at: int = 1) -> Iterator[None]:
+    """kill -9 of the server just as it is asked for the `at`-th `call`."""
+    real, calls = getattr(server.client, call), []
 
     async def wrapped(*arguments, **named):
         calls.append(call)
         if len(calls) == at:
-            os.killpg(member.process.pid, signal.SIGKILL)
+            os.killpg(server.process.pid, signal.SIGKILL)
         return await real(*arguments, **named)
 
-    setattr(member.api, call, wrapped)
+    setattr(server.client, call, wrapped)
     try:
         yield
     finally:
-        delattr(member.api, call)
+        delattr(server.client, call)
     assert len(calls) >= at
 
 
@@ -123,7 +103,7 @@ def test_aborted_answers_are_asked_for_again(made):
     asked = prompts(32)
     future = made.submit(asked, params(300))
     while not (made._counts["dropped_aborted"] or future.done()):  # one that comes before the requests ends none
-        made._loop.run(made._fleet.members[0].api.abort())
+        made._loop.run(made._pool.servers[0].client.abort_request())
     rollouts = future.result()
     assert mismatch(rollouts, asked, seed=2) <= 1e-5
     assert made.metrics()["rollout/dropped_aborted"] > 0
@@ -132,7 +112,7 @@ def test_aborted_answers_are_asked_for_again(made):
 
 def test_kill_9_during_generation_costs_no_sample(made):
     asked = prompts(48)
-    with killing(made._fleet.members[0], "generate", at=20):
+    with killing(made._pool.servers[0], "generate", at=20):
         rollouts = made.generate(asked, params(64))
     assert mismatch(rollouts, asked, seed=2) <= 1e-5
     numbers = made.metrics()
@@ -143,62 +123,60 @@ def test_kill_9_during_generation_costs_no_sample(made):
 
 
 def test_kill_9_during_a_sync_from_disk_leaves_the_survivor_and_resyncs_the_other(made):
-    with killing(made._fleet.members[1], "load_from_disk"):
+    with killing(made._pool.servers[1], "update_weights_from_disk"):
         sync(made, seed=4)
-    assert made._fleet.members[0].state == "serving" and made._fleet.members[1].state in ("out", "down")
+    assert made._pool.servers[0].state == "serving" and made._pool.servers[1].state in ("out", "down")
     assert_follows(made, seed=4)
     both_serve(made)
     assert_follows(made, seed=4)
 
 
 def test_one_broadcast_to_both_is_followed(made):
-    made._transfer.close()
-    made._transfer, made._fleet.resync = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60), None
+    made._sender.close()
+    made._sender, made._pool._recovery.reload = DistributedSender("127.0.0.1", "gloo", timeout_s=60), None
     sync(made, seed=6)
     assert_follows(made, seed=6)
     made._bucket_bytes = 0  # a bucket a tensor
     sync(made, seed=8)
     assert_follows(made, seed=8)
-    assert [len(group.members) for group in made._transfer._groups] == [2]
+    assert [len(group.servers) for group in made._sender._groups] == [2]
     print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
 
 
 def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_next(made):
     before = made.weight_version
     with (
-        killing(made._fleet.members[0], "receive", at=5),
+        killing(made._pool.servers[0], "update_weights_from_distributed", at=5),
         pytest.raises(UpdateBroken, match="only without the weights: 1 "),
     ):
         sync(made, seed=10)
-    assert made.weight_version == before and not made._fleet.serving
+    assert made.weight_version == before and not made._pool.serving
     sync(made, seed=10)  # what all ranks do then
-    assert made._fleet.members[1].state == "serving" and made._fleet.members[0].state != "serving"
+    assert made._pool.servers[1].state == "serving" and made._pool.servers[0].state != "serving"
     assert_follows(made, seed=10)
     assert made.metrics()["sync/repeats"] == 1
-    wait_for(lambda: made._fleet.members[0].state == "waiting", 240)
+    wait_for(lambda: made._pool.servers[0].state == "waiting", 240)
     sync(made, seed=12)
     both_serve(made)
     assert_follows(made, seed=12)
-    assert [len(group.members) for group in made._transfer._groups] == [2]
+    assert [len(group.servers) for group in made._sender._groups] == [2]
 
 
 def test_kill_9_of_all_servers_during_generation_waits_for_the_weights(made):
     """The next test's broadcast to both finds them as they are left here."""
-    made.on_starving = lambda: sync(made, seed=12)
     asked = prompts(48)
-    with killing(made._fleet.members[0], "generate", at=20), killing(made._fleet.members[1], "generate", at=20):
-        rollouts = made.generate(asked, params(64))
-    made.on_starving = None
+    with killing(made._pool.servers[0], "generate", at=20), killing(made._pool.servers[1], "generate", at=20):
+        rollouts = generate_and_sync_again(made, asked, params(64), lambda: sync(made, seed=12))
     assert mismatch(rollouts, asked, seed=12) <= 1e-5
-    wait_for(lambda: all(member.state in ("serving", "waiting") for member in made._fleet.members), 240)
+    wait_for(lambda: all(server.state in ("serving", "waiting") for server in made._pool.servers), 240)
     sync(made, seed=12)
     both_serve(made)
 
 
 def test_kill_9_in_a_group_of_its_own_costs_no_repeat(made):
-    made._transfer.close()
-    made._transfer = BroadcastTransfer("127.0.0.1", "gloo", timeout_s=60, servers_per_group=1)
-    with killing(made._fleet.members[0], "receive", at=5):
+    made._sender.close()
+    made._sender = DistributedSender("127.0.0.1", "gloo", timeout_s=60, servers_per_group=1)
+    with killing(made._pool.servers[0], "update_weights_from_distributed", at=5):
         sync(made, seed=14)
-    assert made._fleet.members[1].state == "serving" and made._fleet.members[0].state != "serving"
+    assert made._pool.servers[1].state == "serving" and made._pool.servers[0].state != "serving"
     assert_follows(made, seed=14)

@@ -15,6 +15,7 @@ import torch
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
+from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     FAST,
@@ -22,13 +23,16 @@ from tests.rollout.sglang.serving import (
     STOP,
     bare_server,
     engine,
+    order,
+    pace,
     params,
     prompts,
+    servers,
     tiny_config,
+    told,
     wait_for,
     weights,
 )
-from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, pace, servers, told
 
 LENGTH = 300
 
@@ -154,11 +158,11 @@ def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python)
     """Evaluation, beside requests in flight."""
     with engine(tmp_path, python=python, max_lag=1) as made:
         made.update_weights(weights(0), version=1)
-        old = made._tag
+        old = made._served_version
         pending = in_flight(made, prompts(2))
         made.update_weights(iter(NEW), version=2)
-        spans = [{"version": old, "start": 0, "end": 3}, {"version": made._tag, "start": 3, "end": 8}]
-        order(servers(made)[0], "edit", value={"weight_version": made._tag, "weight_versions": spans})
+        spans = [{"version": old, "start": 0, "end": 3}, {"version": made._served_version, "start": 3, "end": 8}]
+        order(servers(made)[0], "edit", value={"weight_version": made._served_version, "weight_versions": spans})
         asked = prompts(5)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         assert made.metrics()["rollout/dropped_mixed_versions"] == 1

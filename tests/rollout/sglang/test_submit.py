@@ -8,13 +8,13 @@ from concurrent.futures import CancelledError
 import pytest
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.client.api import Keys, ServerApi
-from dapo_mcore.rollout.sglang.pool.pool import Fleet
-from dapo_mcore.rollout.sglang.pool.server import Member, Patience
+from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient
+from dapo_mcore.rollout.sglang.pool.pool import ServerPool
+from dapo_mcore.rollout.sglang.pool.server import PoolSettings, Server
 from dapo_mcore.types import ContinuousEngine
+from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import FAST, SLOW, engine, params, prompts, wait_for, weights
-from tests.rollout.sglang.test_engine import assert_whole, pace, servers, told
+from tests.rollout.sglang.serving import FAST, SLOW, engine, pace, params, prompts, servers, told, wait_for, weights
 
 
 def test_submitted_groups_are_generated_side_by_side(tmp_path):
@@ -56,20 +56,20 @@ def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
     """Python's Condition forgets it before 3.13: with all others waiting, too, nothing would ever go on."""
 
     async def ends_within(seconds: float) -> None:
-        member = Member(ServerApi(None, "http://127.0.0.1:1", Keys(), 1.0), state="serving")
-        limits = dict(max_in_flight=1, health_interval_s=60.0, health_timeout_s=1.0)
-        fleet = Fleet([member], Patience(**limits, start_timeout_s=1.0, step_timeout_s=1.0, restart_budget=0))
+        server = Server(ServerClient(None, "http://127.0.0.1:1", Keys(), 1.0), state="serving")
+        limits = dict(max_in_flight=1, health_interval_s=60.0, health_timeout_s=1.0, weights_timeout_s=1.0)
+        pool = ServerPool([server], PoolSettings(**limits, start_timeout_s=1.0, step_timeout_s=1.0, restart_budget=0))
         answered = asyncio.Event()
-        running = asyncio.create_task(fleet.call(await fleet.acquire(), answered.wait()))
+        running = asyncio.create_task(pool.call(await pool.acquire(), answered.wait()))
         await asyncio.sleep(0)
-        told, next_one = asyncio.create_task(fleet.acquire()), asyncio.create_task(fleet.acquire())
+        told, next_one = asyncio.create_task(pool.acquire()), asyncio.create_task(pool.acquire())
         await asyncio.sleep(0)
         answered.set()
-        while not fleet._changed._waiters[0].done():
+        while not pool._states.changed._waiters[0].done():
             await asyncio.sleep(0)
         told.cancel()
-        assert await asyncio.wait_for(next_one, seconds) is member
+        assert await asyncio.wait_for(next_one, seconds) is server
         await running
-        await fleet.close()
+        await pool.close()
 
     asyncio.run(ends_within(5.0))

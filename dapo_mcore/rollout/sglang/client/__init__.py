@@ -1,1 +1,1 @@
-"""One SGLang server over HTTP: endpoints, answers, versions."""
+"""One SGLang server over HTTP: its endpoints, its answers, its versions, and the thread that the requests run in."""

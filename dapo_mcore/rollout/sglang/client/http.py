@@ -1,6 +1,6 @@
-"""JSON over HTTP through one connection pool, for thousands of requests in flight.
+"""JSON over HTTP through one connection pool, for thousands of requests in flight, and the thread that its event loop runs in.
 
-Change here: pooling, limits, and which answers mean that another try may succeed. What is said is api.py.
+Change here: pooling, limits, and which HTTP answers are worth another try. The endpoints are in api.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 
 import aiohttp
@@ -16,26 +18,19 @@ import msgspec
 
 from dapo_mcore.errors import ConfigError, RolloutError
 
-# uvicorn closes a connection that was idle for 5 s; one that we close first is never found dead by the next request.
+# uvicorn closes a connection that was idle for 5 s. We close it earlier, so that no request finds a dead connection.
 _KEEP_ALIVE_S = 2.0
-_SPARE_FILES = 256
+_NUM_SPARE_FILES = 256
 _MAX_BYTES = 64 << 20
-
-
-def decode_json(raw: bytes | bytearray) -> Any:
-    """What the JSON holds; the text where it is none."""
-    try:
-        return json.loads(raw) if raw else None
-    except ValueError:
-        return raw.decode(errors="replace")
+_CANCEL_S = 10.0
 
 
 class RequestFailed(RolloutError):
-    """Nobody answered, or too late, or with a server error: another try, or another server, may succeed."""
+    """The server did not answer in time, or answered with a server error. A retry may succeed, here or elsewhere."""
 
 
 class RequestRefused(RolloutError):
-    """The server understood and said no (HTTP 4xx): the same request would be refused again."""
+    """The server answered HTTP 4xx. It would refuse the same request again."""
 
     def __init__(self, url: str, status: int, message: str):
         super().__init__(f"{url} refused with HTTP {status}: {message}")
@@ -43,13 +38,13 @@ class RequestRefused(RolloutError):
 
 
 class HttpClient:
-    """Use it inside one event loop, and close it there."""
+    """A connection pool. Use and close it inside one event loop."""
 
     def __init__(self, connect_timeout_s: float, read_timeout_s: float):
         self._connect_timeout_s, self._read_timeout_s = connect_timeout_s, read_timeout_s
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector)
-        self._turn = asyncio.Lock()
+        self._decoding = asyncio.Lock()
 
     async def call(
         self,
@@ -58,14 +53,16 @@ class HttpClient:
         body: Any = None,
         key: str | None = None,
         timeout_s: float = 60.0,
-        decode: Callable[[bytearray], Any] = decode_json,
+        decode: Callable[[bytearray], Any] | None = None,
         max_bytes: int = _MAX_BYTES,
     ) -> Any:
-        """What `decode` makes of the answer.
+        """Send one request and return the decoded answer.
 
-        timeout_s runs from sending to the end of the answer; the answer itself may take read_timeout_s, so a server that
-        drips is given up, and one whose answer is longer than max_bytes. Raises RequestFailed, RequestRefused, and what
-        `decode` raises.
+        timeout_s  limit from sending the request to the end of the answer. The answer itself may take read_timeout_s at
+                   most, so a server that sends byte by byte is given up.
+        decode     turns the answer's bytes into the result; decode_json by default.
+        max_bytes  a longer answer is given up.
+        Raise RequestFailed, RequestRefused, or what `decode` raises.
         """
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else msgspec.json.encode(body)
@@ -81,27 +78,81 @@ class HttpClient:
         except (aiohttp.ClientError, OSError) as error:
             raise RequestFailed(f"{url}: {error or type(error).__name__}") from error
         if response.status >= 400:
-            raise _refusal(url, response.status, decode_json(raw))
-        async with self._turn:  # one in each turn of the loop: others must not wait while thousands are decoded
-            await asyncio.sleep(0)
-            return decode(raw)
+            raise _error(url, response.status, decode_json(raw))
+        async with self._decoding:
+            await asyncio.sleep(0)  # decode one answer per turn of the loop: other tasks run in between
+            return (decode or decode_json)(raw)
 
     async def close(self) -> None:
         await self._session.close()
 
 
-def allow_open_files(connections: int) -> None:
-    """Raises this process's soft limit of open files to what `connections` need; ConfigError where it may not."""
-    needed = connections + _SPARE_FILES
+class LoopThread:
+    """Runs coroutines for other threads until it is closed."""
+
+    def __init__(self, name: str):
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start the coroutine in the loop and return its future at once."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Wait for the coroutine and return its result. If the wait is interrupted, the coroutine is cancelled."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def cancel_all(self) -> None:
+        """Cancel every coroutine that still runs, and wait up to _CANCEL_S for them to end."""
+        self.run(_cancel_others())
+
+    def close(self) -> None:
+        """Cancel what still runs and stop the loop. May be called twice."""
+        if self._loop.is_closed():
+            return
+        self.cancel_all()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def decode_json(raw: bytes | bytearray) -> Any:
+    """Return the decoded JSON, the text if it is not JSON, or None if it is empty."""
+    try:
+        return json.loads(raw) if raw else None
+    except ValueError:
+        return raw.decode(errors="replace")
+
+
+def allow_open_files(num_connections: int) -> None:
+    """Raise this process's soft limit of open files to what the connections need.
+
+    Raise ConfigError if the hard limit is too low.
+    """
+    needed = num_connections + _NUM_SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= needed or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"{connections} requests in flight need {needed} open files, but this process may open {hard} (ulimit -Hn); "
-            f"lower rollout.sglang.max_in_flight or raise the limit"
+            f"{num_connections} requests in flight need {needed} open files, but this process may open {hard} "
+            "(ulimit -Hn); lower rollout.sglang.max_in_flight or raise the limit"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=_CANCEL_S)
 
 
 async def _read(url: str, response: aiohttp.ClientResponse, max_bytes: int) -> bytearray:
@@ -114,7 +165,7 @@ async def _read(url: str, response: aiohttp.ClientResponse, max_bytes: int) -> b
     return raw
 
 
-def _refusal(url: str, status: int, answer: Any) -> RolloutError:
+def _error(url: str, status: int, answer: Any) -> RolloutError:
     message = _message(answer)
     if status >= 500 or status in (408, 429):
         return RequestFailed(f"{url} answered HTTP {status}: {message}")
@@ -122,7 +173,7 @@ def _refusal(url: str, status: int, answer: Any) -> RolloutError:
 
 
 def _message(answer: Any) -> str:
-    """SGLang says what is wrong as {"error": {"message": …}}, {"error": …}, {"message": …} or plain text."""
+    """Return SGLang's error text, which is {"error": {"message": …}}, {"error": …}, {"message": …} or plain text."""
     if isinstance(answer, dict):
         inner = answer.get("error", answer.get("message", answer))
         answer = inner.get("message", inner) if isinstance(inner, dict) else inner

@@ -1,1 +1,1 @@
-"""Starting SGLang servers here or by Ray, and what each must show before it is used."""
+"""Starting SGLang servers: their command line, model folder and keys, as child processes here or by Ray on other nodes."""

@@ -1,8 +1,8 @@
-"""What an environment has of SGLang, printed as JSON: its version, its model modules, and the options of its server.
+"""A program that prints as JSON what an environment has of SGLang: its version, its model modules, its server options.
 
-Change here: how SGLang's sources declare an option. This is a program for the server's interpreter, which may be of another
-environment: it needs the standard library alone. Importing SGLang's own parser takes 5 to 10 s, reading its source a
-fraction of one; `--registered` asks the parser.
+Change here: how SGLang's sources declare an option. The interpreter that runs this may be in another environment, so it
+needs the standard library alone. Importing SGLang's own parser takes 5 to 10 s, reading its source a fraction of one;
+`--registered` asks the parser.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _WITHOUT_VALUE = ("store_true'", "StoreTrueAction", "StoreConstAction", "Depreca
 
 
 def declared_options(package: Path) -> dict[str, str]:
-    """The options that the source of the package `sglang` declares, without dashes, and what each takes.
+    """Return the options that the source of the package `sglang` declares, without dashes, with the kind of each.
 
-    flag  nothing. pair  nothing, and `--no-…` says false. one  a value. many  one value or more.
+    flag  takes no value. pair  takes none, and `--no-…` means false. one  takes a value. many  takes one or more.
     """
     files = [package / "srt/server_args.py", *sorted((package / "srt/arg_groups").rglob("*.py"))]
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
@@ -30,7 +30,7 @@ def declared_options(package: Path) -> dict[str, str]:
 
 
 def registered_options() -> dict[str, str]:
-    """The same, of SGLang's own parser."""
+    """Return the same from SGLang's own parser."""
     import argparse
 
     from sglang.srt.server_args import ServerArgs
@@ -47,7 +47,7 @@ def registered_options() -> dict[str, str]:
 
 
 def _options(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Those of a field `name: A[type, "help" or Arg(…), …]`, or of a call of add_argument."""
+    """Yield the options of a field `name: A[type, "help" or Arg(…), …]`, or of a call of add_argument."""
     match node:
         case ast.AnnAssign(ast.Name(name), ast.Subscript(ast.Name("A" | "Annotated"), ast.Tuple([kind, *metadata]))):
             calls = [m for m in metadata if isinstance(m, ast.Call) and ast.unparse(m.func) == "Arg"]
@@ -62,7 +62,7 @@ def _options(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def _strings(node: ast.AST | None) -> list[str]:
-    """The options that are written out below a node."""
+    """Return the options that are written out below a node."""
     constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)] if node else []
     return [value for value in constants if isinstance(value, str) and value.startswith("--")]
 

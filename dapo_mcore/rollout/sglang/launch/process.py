@@ -1,4 +1,4 @@
-"""A server as a child process: start, end, last words.
+"""A server as a child process: how it starts and ends, and what it wrote last.
 
 Change here: how a child is kept from outliving its parent, and how it is ended.
 """
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Protocol
 
 STOP_S = 5.0
-"""From the request to end to the end by force."""
+"""Seconds from SIGTERM to SIGKILL."""
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES, _TAIL_LINES, _LONGEST_LINE = 65536, 100, 300
 _ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception)\b|: error: ")
-"""The end of a traceback, or a refused option."""
+"""The last line of a traceback, or a refused option."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class OwnedServer(Protocol):
-    """A server that the run has started and may start again; its URL may then change. See ServerProcess, RayServer."""
+class LaunchedServer(Protocol):
+    """A server that the run has started and may restart: a ServerProcess or a RayServer. A restart may change its URL."""
 
     url: str
 
@@ -38,7 +38,7 @@ class OwnedServer(Protocol):
 
     def ask_to_stop(self) -> None: ...
 
-    def stop(self, patience_s: float = STOP_S) -> None: ...
+    def stop(self, timeout_s: float = STOP_S) -> None: ...
 
     def last_words(self) -> str: ...
 
@@ -46,9 +46,9 @@ class OwnedServer(Protocol):
 
 
 class ServerProcess:
-    """One server. It dies with this process, however that ends.
+    """One server. It is killed when this process ends, however that happens.
 
-    port  reserved for it, across restarts (see reserve_port).
+    port  reserved for the server, also across restarts (see servers.reserve_port).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ServerProcess:
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        """Starts it; it serves when /health says so. Its output goes to the end of the log."""
+        """Start the server; it can serve once /health says so. Its output is appended to the log."""
         with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -92,13 +92,13 @@ class ServerProcess:
         if self.alive:
             self._process.terminate()
 
-    def stop(self, patience_s: float = STOP_S) -> None:
-        """Ends it and its children: politely first, `patience_s` later at once. May be called twice."""
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """Send SIGTERM, and `timeout_s` later SIGKILL to the server and its children. May be called twice."""
         if self._process is None:
             return
         self.ask_to_stop()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience_s)
+            self._process.wait(timeout_s)
         _kill_group(self._process.pid)
         self._process.wait()
 
@@ -107,8 +107,10 @@ class ServerProcess:
         self.start()
 
     def last_words(self) -> str:
-        """What it wrote last since it was started, for an error message: its last error where there is one near the end,
-        since its other processes go on writing for a while."""
+        """Return what the server wrote last since its start, for an error message.
+
+        If one of the last lines is an error, return that one: the server's other processes go on writing for a while.
+        """
         lines = self._tail().splitlines()[-_TAIL_LINES:]
         errors = [number for number, line in enumerate(lines) if _ERROR.search(line)]
         end = errors[-1] + 1 if errors else len(lines)
@@ -116,7 +118,7 @@ class ServerProcess:
         return f"{' | '.join(words) or 'it wrote nothing'} (see {self._log})"
 
     def last_line(self) -> str:
-        """The last line that it wrote since it was started, or nothing."""
+        """Return the last line that the server wrote since its start, or an empty text."""
         lines = self._tail().splitlines()
         return lines[-1].strip()[:_LONGEST_LINE] if lines else ""
 
@@ -139,8 +141,8 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def stop_servers(servers: Sequence[OwnedServer]) -> None:
-    """Ends them together, in the time that one may take: torchrun kills a trainer that needs 30 s to end."""
+def stop_servers(servers: Sequence[LaunchedServer]) -> None:
+    """Stop all servers at once, within STOP_S together: torchrun kills a trainer that takes 30 s to end."""
     for server in servers:
         server.ask_to_stop()
     end = time.monotonic() + STOP_S

@@ -1,6 +1,6 @@
-"""SGLang servers on the nodes of a Ray cluster: one actor a server, which starts it beside itself and watches it.
+"""SGLang servers on the nodes of a Ray cluster. One actor per server starts it on the actor's node and watches it.
 
-Change here: how servers are placed on nodes. The processes are process.py's; the fleet cannot tell the two apart.
+Change here: how servers are placed on nodes. The processes are those of process.py, and the pool treats both alike.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, check_devices, 
 
 _ANSWER_TIMEOUT_S = 30.0
 _STOP_ANSWER_S = 10.0
-"""What the answer to `stop` may take longer than stopping does."""
+"""Seconds that the answer to `stop` may take beyond the stopping itself."""
 
 
 class RayServer:
-    """One server through its actor, with the methods of ServerProcess. A lost actor is a dead server; `restart` makes a
-    new actor, perhaps on another node, so the URL may change."""
+    """One server through its actor, with the methods of ServerProcess.
+
+    A lost actor counts as a dead server. `restart` makes a new actor, perhaps on another node, so the URL may change.
+    """
 
     def __init__(self, plan: ServerPlan, number: int, timeout_s: float):
         self._plan, self._number, self._timeout_s = plan, number, timeout_s
@@ -37,7 +39,7 @@ class RayServer:
         return self._ask("pid", otherwise=None)
 
     def create(self) -> None:
-        """Asks the cluster for a place; `wait_until_started` waits for it."""
+        """Ask the cluster for a place and return at once; `wait_until_started` waits for it."""
         import ray
 
         settings = self._plan.settings
@@ -46,7 +48,7 @@ class RayServer:
         self._actor = actor.remote(self._plan, self._number)
 
     def wait_until_started(self) -> None:
-        """Raises ConfigError when the cluster has no room, or the node cannot run a server."""
+        """Wait until the actor has started the server. Raise ConfigError if the cluster has no room or the node cannot run it."""
         import ray
 
         try:
@@ -73,10 +75,10 @@ class RayServer:
         if self._actor is not None and ray.is_initialized():
             self._actor.stop.remote()
 
-    def stop(self, patience_s: float = STOP_S) -> None:
+    def stop(self, timeout_s: float = STOP_S) -> None:
         import ray
 
-        self._ask("stop", otherwise=None, timeout_s=patience_s + _STOP_ANSWER_S)
+        self._ask("stop", otherwise=None, timeout_s=timeout_s + _STOP_ANSWER_S)
         if self._actor is not None and ray.is_initialized():
             ray.kill(self._actor)
         self._actor = None
@@ -99,19 +101,19 @@ class RayServer:
 
 
 class _Host:
-    """The actor: runs on the server's node and is its parent process."""
+    """The actor. It runs on the server's node and is the server's parent process."""
 
     def __init__(self, plan: ServerPlan, number: int):
         self._plan, self._number = plan, number
         self._server: ServerProcess | None = None
 
     def start(self) -> str:
-        """The URL of the server, which is starting."""
+        """Start the server and return its URL."""
         import ray
 
         settings = self._plan.settings
         host = ray.util.get_node_ip_address() if settings.host == "node" else settings.host
-        sglang = inspect_environment(settings, self._plan.resumes)
+        sglang = inspect_environment(settings, self._plan.continues_requests)
         check_devices(settings, num_servers=1)  # Ray shows an actor its own GPUs alone, from number 0
         self._plan.folder.mkdir(parents=True, exist_ok=True)
         port = reserve_port(settings, host, self._number)
@@ -137,9 +139,9 @@ class _Host:
 
 
 def start_ray_servers(plan: ServerPlan, address: str | None) -> tuple[list[RayServer], Callable[[], None]]:
-    """The servers of a plan on the cluster, starting, and what disconnects from the cluster at the end.
+    """Start the plan's servers on the cluster. Return them, and a function that disconnects from the cluster.
 
-    Raises ConfigError: Ray missing, cluster out of reach or without a token, no room, or as start_servers.
+    Raise ConfigError if Ray is missing, the cluster is out of reach or has no token or no room, or as start_servers does.
     """
     disconnect = connect(address)
     servers = [RayServer(plan, number, plan.settings.start_timeout_s) for number in range(plan.settings.num_servers)]

@@ -1,9 +1,9 @@
-"""SGLang servers of a run: their command, environment, keys and model folder, and what a machine must have for them.
+"""The SGLang servers that a run starts: command line, environment, keys and model folder, and the devices they need.
 
-Change here: with which options a server is started. As a process it is process.py, on other nodes ray_servers.py; which
-of them serve is pool.py. The servers' files lie in servers/ of the run's
-folder: keys.json and server-N.yaml (both 0600: the keys are in them, and a command line is public), server-N.args (the
-options on its command line), server-N.log, model/.
+Change here: with which options a server is started. The process itself is in process.py, servers on other nodes are in
+ray_servers.py. The run's folder has these files of the servers in servers/: keys.json and server-N.yaml (both of mode 0600:
+they hold the keys, and everybody can see a command line), server-N.args (the options on the command line), server-N.log and
+model/.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ import yaml
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.client.api import Keys
-from dapo_mcore.rollout.sglang.launch.interpreter import Installed, inspect_environment, python_of
-from dapo_mcore.rollout.sglang.launch.options import command_line
+from dapo_mcore.rollout.sglang.launch.interpreter import Installed, command_line, inspect_environment, python_of
 from dapo_mcore.rollout.sglang.launch.process import ServerProcess
-from dapo_mcore.rollout.sglang.sync.quantize import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,9 +37,11 @@ CPU_ARGS = {
     "max-total-tokens": 65536,
     "max-running-requests": 256,
 }
-"""What SGLang needs beside `device: cpu` to run without a GPU; its own guess of the cache's size takes most of memory."""
+"""Options that SGLang needs besides `device: cpu` to run without a GPU. Its own guess of the cache size takes most of memory."""
+FP8_BLOCK = 128
+"""Rows and columns of a block of an FP8 matrix that share one scale."""
 
-# What a launcher has set for the trainer is not for its servers; PYTHONPATH would let our `kernels/` pose as theirs.
+# A launcher sets these for the trainer, not for its servers. PYTHONPATH would let our `kernels/` shadow theirs.
 _NOT_INHERITED = (
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",
@@ -56,12 +56,12 @@ _NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What a machine needs to make its servers: plain data, which can be sent there.
+    """What a machine needs to start its servers: plain data that can be sent there.
 
-    model    content of config.json.
-    dtype    `float32` or `bfloat16`, of weights and arithmetic.
-    folder   for configuration, keys, logs.
-    resumes  requests in flight go on after a weight update, under the new weights.
+    model               content of config.json.
+    dtype               `float32` or `bfloat16`, of weights and arithmetic.
+    folder              for configuration, keys and logs.
+    continues_requests  requests in flight must continue after a weight update.
     """
 
     settings: SGLangConfig
@@ -69,7 +69,7 @@ class ServerPlan:
     model: dict[str, Any]
     dtype: str
     folder: Path
-    resumes: bool = False
+    continues_requests: bool = False
 
     @classmethod
     def new(
@@ -79,9 +79,9 @@ class ServerPlan:
         dtype: str,
         stop_token_ids: Sequence[int],
         folder: Path,
-        resumes: bool = False,
+        continues_requests: bool = False,
     ) -> ServerPlan:
-        """A plan with fresh random keys. Raises ConfigError for a dtype that does not go with `quantize`."""
+        """Return a plan with new random keys. Raise ConfigError if the dtype does not go with `quantize`."""
         keys = Keys(secrets.token_hex(32), secrets.token_hex(32))
         model = {**hf_config.to_dict(), "eos_token_id": list(stop_token_ids), "architectures": hf_config.architectures}
         if settings.quantize == "fp8":
@@ -90,18 +90,18 @@ class ServerPlan:
                     "rollout.sglang.quantize fp8 multiplies in bf16, but model.dtype is fp32; set model.dtype bf16"
                 )
             model["quantization_config"] = quantization_config()
-        return cls(settings, keys, model, dtype, folder.absolute(), resumes)
+        return cls(settings, keys, model, dtype, folder.absolute(), continues_requests)
 
     def write_keys(self) -> None:
-        """keys.json, for people who want to ask the servers themselves."""
+        """Write keys.json, for people who want to call the servers themselves."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"api_key": self.keys.api, "admin_key": self.keys.admin}
         write_private(self.folder / "keys.json", json.dumps(content))
 
     def build(self, number: int, host: str, port: socket.socket, first_gpu: int, sglang: Installed) -> ServerProcess:
-        """Server `number` on a reserved port, not yet started, with its files written.
+        """Return server `number` on a reserved port, with its files written, not yet started.
 
-        Raises ConfigError for a value in `server_args` that its option cannot take.
+        Raise ConfigError for a value in `server_args` that its option cannot take.
         """
         number_of_port = port.getsockname()[1]
         arguments = command_line(_options(self, host, number_of_port, first_gpu), sglang.options)
@@ -116,12 +116,12 @@ class ServerPlan:
 
 
 def start_servers(plan: ServerPlan) -> list[ServerProcess]:
-    """The servers of a plan as children of this process, starting. They hold random weights until the first update.
+    """Start the plan's servers as children of this process. They hold random weights until the first update.
 
-    Raises ConfigError: no SGLang, or one out of range, an option that it lacks, no GPU, too few, port taken.
+    Raise ConfigError if SGLang is missing or too old, lacks an option, too few GPUs are there, or a port is taken.
     """
     settings = plan.settings
-    sglang = inspect_environment(settings, plan.resumes)
+    sglang = inspect_environment(settings, plan.continues_requests)
     first = settings.first_gpu or 0
     check_devices(settings, settings.num_servers, first)
     ports = [reserve_port(settings, settings.host, number) for number in range(settings.num_servers)]
@@ -134,7 +134,10 @@ def start_servers(plan: ServerPlan) -> list[ServerProcess]:
 
 
 def read_keys(path: str | None) -> Keys:
-    """The keys in a JSON file {"api_key": …, "admin_key": …} that nobody else can read; none for no path."""
+    """Return the keys in a JSON file {"api_key": …, "admin_key": …}, or no keys without a path.
+
+    Raise ConfigError if others can read the file, or it cannot be read.
+    """
     if path is None:
         return Keys()
     file = Path(path)
@@ -149,8 +152,21 @@ def read_keys(path: str | None) -> Keys:
     return keys
 
 
+def quantization_config() -> dict[str, Any]:
+    """Return `quantization_config` of a config.json for FP8: SGLang then keeps projections in FP8, everything else as it is.
+
+    The server quantises activations itself, with one scale for each token and 128 channels.
+    """
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    }
+
+
 def _options(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str, Any]:
-    """The server's options but the keys. Weights come by the first update, and tokens need no tokenizer."""
+    """Return the server's options except the keys. The first update brings its weights, and tokens need no tokenizer."""
     settings = plan.settings
     ours = {
         "model-path": str(plan.folder / "model"),
@@ -184,7 +200,7 @@ def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str)
 
 
 def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) -> None:
-    """Nothing; raises ConfigError when this machine has too few GPUs for `num_servers` servers from `first_gpu` on."""
+    """Raise ConfigError if this machine has too few GPUs for `num_servers` servers from `first_gpu` on."""
     if settings.device == "cpu":
         return
     import torch  # not above: a Ray actor on a CPU starts in half the time without it
@@ -204,11 +220,11 @@ def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) 
 
 
 def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socket:
-    """The port of server `number` on this machine, base_port + number or a free one, bound and kept until it is closed.
+    """Bind the port of server `number` on this machine, base_port + number or a free one. It is ours until it is closed.
 
-    A server takes half a minute to listen, and in that time the kernel gives a port that is merely free to any connection
-    of any process. Bound with SO_REUSEADDR it does not, and the server, which binds so too, can listen on it.
-    Raises ConfigError when somebody listens there.
+    A server takes half a minute to listen. Meanwhile the kernel may give a free port to any connection of any process. It
+    does not give away a bound one, and with SO_REUSEADDR here and there the server can still listen on it.
+    Raise ConfigError if another process listens there.
     """
     wanted = settings.base_port + number if settings.base_port else 0
     port = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -225,13 +241,13 @@ def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socke
 
 
 def _write_model(config: dict[str, Any], folder: Path) -> None:
-    """config.json alone. Without generation_config.json the server has no sampling defaults of its own."""
+    """Write config.json alone. Without generation_config.json the server has no sampling defaults of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def write_private(path: Path, text: str) -> None:
-    """A new file that only this user can read."""
+    """Write a new file that only this user can read."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)

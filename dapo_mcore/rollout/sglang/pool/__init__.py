@@ -1,1 +1,1 @@
-"""The servers of a run: who serves, and how a failed one comes back."""
+"""The servers of a run: which of them serve, how they move to new weights together, and how a failed one comes back."""

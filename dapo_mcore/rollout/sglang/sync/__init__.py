@@ -1,1 +1,1 @@
-"""Weights to servers: from disk, by broadcast, or by shared memory, in one transaction."""
+"""How new weights reach the servers: from disk, by a broadcast, or by shared memory, and in which form."""

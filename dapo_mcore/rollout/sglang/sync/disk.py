@@ -1,12 +1,11 @@
-"""The weight stream to servers by files that they load.
+"""Weights to servers by files that they load.
 
-Change here: how a version lies on disk, and when it is deleted. Fleet.update makes it a transaction.
+Change here: how weights lie on disk, and when they are deleted.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,26 +15,27 @@ import torch
 from dapo_mcore.architecture.manifest import Bucket
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.model_files.safetensors_file import SafetensorsWriter, TensorInfo
-from dapo_mcore.rollout.sglang.client.loop_thread import LoopThread
-from dapo_mcore.rollout.sglang.pool.pool import Fleet
-from dapo_mcore.rollout.sglang.pool.server import Member
-from dapo_mcore.rollout.sglang.pool.transaction import Transaction
+from dapo_mcore.rollout.sglang.pool.server import Server
+from dapo_mcore.rollout.sglang.pool.update import Transaction
+from dapo_mcore.rollout.sglang.sync.sender import Buckets
 
 GIB = 2**30
 
 
-class DiskTransfer:
-    """Weights as safetensors in a folder that the servers see too, kept for servers that come back.
+class DiskSender:
+    """Writes weights as safetensors into a folder that the servers see too, and keeps them for servers that come back.
 
-    root/TAG.partial is written bucket by bucket, renamed when whole, loaded by every server, and deleted once the next
-    version is served. Two versions of the model must fit; ConfigError where they do not.
+    root/WEIGHT_VERSION.partial is written bucket by bucket while the servers still generate, and renamed when it is whole.
+    Then every server loads it. It is deleted once the next weights are served. The folder must hold two versions of the
+    model. Raise ConfigError if it cannot.
     """
 
+    stage_metric, update_metric = "sync/write_s", "sync/load_s"
     empty = staticmethod(torch.empty)
 
     def __init__(self, root: Path, num_bytes: int):
         self.root = root
-        shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(root, ignore_errors=True)  # left by a run that was killed
         try:
             root.mkdir(mode=0o700, parents=True)
             free = shutil.disk_usage(root).free
@@ -47,38 +47,23 @@ class DiskTransfer:
                 f"need {2 * num_bytes / GIB:.1f} GiB; choose a larger folder, or sync distributed"
             )
 
-    def send(
-        self, buckets: Iterator[tuple[Bucket, bool]], tag: str, fleet: Fleet, loop: LoopThread
-    ) -> dict[str, float]:
-        """Metrics of the update that gave every serving server the stream's weights."""
-        start = time.perf_counter()
-        num_bytes = self._write(buckets, tag)
-        written = time.perf_counter()
-        loop.run(fleet.update(tag, self._load_everywhere))
-        for folder in self.root.iterdir():
-            if folder.name != tag:  # NFS keeps a file that a server has open: then the next update deletes it
-                shutil.rmtree(folder, ignore_errors=True)
-        return {"sync/write_s": written - start, "sync/load_s": time.perf_counter() - written, "sync/bytes": num_bytes}
+    def stage(self, buckets: Iterator[tuple[Bucket, bool]], weight_version: str) -> Iterator[tuple[Path, bool]]:
+        """Write all buckets, each while the next one is gathered, and return their folder as the only item.
 
-    async def resync(self, member: Member, tag: str) -> None:
-        await member.api.load_from_disk(str(self.root / tag), tag)
-
-    def close(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
-
-    def _write(self, buckets: Iterator[tuple[Bucket, bool]], tag: str) -> float:
-        unfinished = self.root / f"{tag}.partial"
+        Raise RolloutError if the disk is full.
+        """
+        unfinished, folder = self.root / f"{weight_version}.partial", self.root / weight_version
         num_bytes, written = 0, None
         try:
             unfinished.mkdir()
-            with ThreadPoolExecutor(1) as writer:  # one bucket is written while the next is gathered
+            with ThreadPoolExecutor(1) as writer:
                 for number, (bucket, _) in enumerate(buckets):
                     if written is not None:
                         written.result()
                     written = writer.submit(_write_file, unfinished / f"{number:05d}.safetensors", bucket)
                     num_bytes += sum(tensor.nbytes for _, tensor in bucket)
                 written.result()
-            unfinished.rename(self.root / tag)
+            unfinished.rename(folder)
         except OSError as error:
             raise RolloutError(
                 f"weights cannot be written to rollout.sglang.sync_dir: {error}; after {num_bytes / GIB:.2f} GiB, "
@@ -86,10 +71,29 @@ class DiskTransfer:
             ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        return float(num_bytes)
+        return iter([(folder, True)])
 
-    async def _load_everywhere(self, transaction: Transaction) -> None:
-        await transaction.each("load", lambda m: self.resync(m, transaction.tag))
+    def pack(self, folder: Path) -> Path:
+        return folder
+
+    async def send(self, update: Transaction, buckets: Buckets[Path]) -> None:
+        """Make every server load the folder."""
+        async for folder, weight_version in buckets:
+            await update.each("load", lambda s: s.client.update_weights_from_disk(str(folder), weight_version))  # noqa: B023
+
+    async def reload(self, server: Server, weight_version: str) -> None:
+        await server.client.update_weights_from_disk(str(self.root / weight_version), weight_version)
+
+    def finish(self, weight_version: str | None) -> None:
+        """Delete all weights but those that are served now."""
+        if weight_version is None:
+            return
+        for folder in self.root.iterdir():
+            if folder.name != weight_version:  # NFS keeps a file that a server has open: the next update deletes it
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
 def _write_file(path: Path, bucket: Bucket) -> None:

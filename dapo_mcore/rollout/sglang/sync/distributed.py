@@ -1,42 +1,40 @@
-"""The weight stream to servers by a broadcast that they receive, over NCCL or gloo.
+"""Weights to servers by broadcasts from this process, over NCCL or gloo.
 
-Change here: which servers receive together. The groups are server_group.py; stream.py overlaps gathering and sending;
-Fleet.update makes it a transaction.
+Change here: which servers receive together, and how a group of them joins, receives and breaks off. torch's process group is
+in process_group.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from dapo_mcore.architecture.manifest import Bucket
-from dapo_mcore.errors import ConfigError, UpdateBroken
-from dapo_mcore.rollout.sglang.client.address import elsewhere, is_loopback
-from dapo_mcore.rollout.sglang.client.loop_thread import LoopThread
-from dapo_mcore.rollout.sglang.pool.pool import Fleet
-from dapo_mcore.rollout.sglang.pool.server import Member
-from dapo_mcore.rollout.sglang.pool.transaction import Transaction
-from dapo_mcore.rollout.sglang.sync.server_group import ServerGroup
-from dapo_mcore.rollout.sglang.sync.stream import Parcels, send_stream
+from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.rollout.sglang.client.http import RequestFailed, RequestRefused
+from dapo_mcore.rollout.sglang.pool.server import Server
+from dapo_mcore.rollout.sglang.pool.update import Transaction
+from dapo_mcore.rollout.sglang.sync.process_group import RootRank, in_daemon
+from dapo_mcore.rollout.sglang.sync.sender import Buckets, is_loopback, on_other_machines
 
 _CLOSE_S = 5.0
-_TOGETHER = 2
-"""Tries of an update before each server is on its own, as the last try of actor/weight_stream.py then is."""
-
-Part = tuple[Member, ...]
-"""Members that receive together."""
+_LOOK_S = 1.0
+_CONNECT_S = 1.0
+_NUM_BROKEN_TOGETHER = 2
+"""After as many broken updates in a row, each server gets a group of its own: the last repeat (handover.NUM_REPEATS)."""
 
 
 def check_sync_host(host: str, urls: Sequence[str]) -> None:
-    """Nothing; raises ConfigError when servers at `urls` would look for the trainer on their own machines: they would
-    try for sync_timeout_s."""
-    if is_loopback(host) and (strangers := elsewhere(urls)):
+    """Raise ConfigError if servers at `urls` would look for the trainer on their own machines, in vain for sync_timeout_s."""
+    if is_loopback(host) and (strangers := on_other_machines(urls)):
         raise ConfigError(
             f"rollout.sglang.sync distributed gives servers the address sync_host {host}, by which only this machine "
             f"reaches the trainer, but {len(strangers)} of {len(urls)} servers are on others: {', '.join(strangers)}; set "
@@ -44,90 +42,182 @@ def check_sync_host(host: str, urls: Sequence[str]) -> None:
         )
 
 
-class BroadcastTransfer:
-    """Weights by broadcasts from this process, one for each group of servers.
+class DistributedSender:
+    """Sends one broadcast of each bucket to each group of servers.
 
-    Nothing is kept, so a server that was out gets weights at the next update. The gather of a bucket overlaps with the
-    sending of the one before it: two buckets are in memory. A group lasts as long as its servers are the same and well.
+    Weights are not kept, so a server that was out gets weights at the next update. Gathering a bucket overlaps with sending
+    the one before it: two buckets are in memory. A group lasts as long as its servers stay the same and well.
 
-    servers_per_group   None for all: the most servers for one pass of the weights. A server that dies or refuses breaks the
-                        broadcast for its whole group; when that leaves no server, the fleet raises UpdateBroken. Broken
-                        twice in a row, the update is tried with each server in a group of its own.
+    servers_per_group   the most servers that receive one broadcast; None for all. A server that dies or refuses breaks the
+                        broadcast for its whole group. If no server is left then, the update is broken, and all ranks repeat
+                        it. After two broken updates in a row each server gets a group of its own.
     """
 
-    resync = None
+    stage_metric, update_metric = None, "sync/broadcast_s"
+    reload = None
     empty = staticmethod(torch.empty)
 
     def __init__(
         self, host: str, backend: Literal["nccl", "gloo"], timeout_s: float, servers_per_group: int | None = None
     ):
         self._host, self._backend, self._timeout = host, backend, timedelta(seconds=timeout_s)
-        self._servers_per_group, self._num_broken = servers_per_group, 0
-        self._groups: list[ServerGroup] = []
-        self._dropped: list[ServerGroup] = []
+        self._servers_per_group = servers_per_group
+        self._groups: list[BroadcastGroup] = []
+        self._dropped: list[BroadcastGroup] = []
         self._joining = asyncio.Lock()
 
-    def send(
-        self, buckets: Iterator[tuple[Bucket, bool]], tag: str, fleet: Fleet, loop: LoopThread
-    ) -> dict[str, float]:
-        """Metrics of the update that gave every serving server the stream's weights."""
-        start = time.perf_counter()
-        try:
-            num_bytes = send_stream(buckets, tag, fleet, loop, partial(self._broadcast, fleet))
-        except UpdateBroken:
-            self._num_broken += 1
-            raise
-        self._num_broken = 0
-        return {"sync/broadcast_s": time.perf_counter() - start, "sync/bytes": num_bytes}
+    def stage(self, buckets: Iterator[tuple[Bucket, bool]], weight_version: str) -> Iterator[tuple[Bucket, bool]]:
+        return buckets
+
+    def pack(self, bucket: Bucket) -> Bucket:
+        return bucket
+
+    async def send(self, update: Transaction, buckets: Buckets[Bucket]) -> None:
+        """Regroup the servers if needed, then broadcast each bucket to all groups at once."""
+        await self._regroup(update)
+        await update.together("begin", {group.servers: group.begin() for group in self._whole_groups()})
+        async for bucket, final_version in buckets:
+            works = {group.servers: group.send(bucket, final_version) for group in self._whole_groups()}
+            await update.together("receive", works)
+            if not update.servers:
+                break
+        await update.each("end", lambda s: s.client.end_weight_update())
+
+    def finish(self, weight_version: str | None) -> None: ...
 
     def close(self) -> None:
-        """Waits a while for the groups to end: a process that exits in the middle of that is aborted by C++."""
+        """End all groups, and wait a few seconds for that: C++ aborts a process that exits in the middle of it."""
         groups, self._groups = self._groups, []
         end = time.monotonic() + _CLOSE_S
         for thread in [group.close() for group in groups]:
             thread.join(max(end - time.monotonic(), 0.0))
 
-    async def _broadcast(self, fleet: Fleet, transaction: Transaction, parcels: Parcels[Bucket]) -> None:
-        await self._regroup(fleet.members, transaction)
-        await transaction.parts("begin", {group.members: group.begin() for group in self._receiving()})
-        async for bucket, version in parcels:
-            await transaction.parts("receive", {g.members: g.send(bucket, version) for g in self._receiving()})
-            if not transaction.members:
-                break
-        await transaction.each("end", lambda m: m.api.end_update())
-
-    def _receiving(self) -> list[ServerGroup]:
+    def _whole_groups(self) -> list[BroadcastGroup]:
         return [group for group in self._groups if group.is_whole]
 
-    async def _regroup(self, everybody: list[Member], transaction: Transaction) -> None:
-        """Groups of exactly the members that take part: those that still fit are kept."""
-        parts = self._parts(everybody, transaction.members)
-        kept = [group for group in self._receiving() if group.members in parts]
+    async def _regroup(self, update: Transaction) -> None:
+        """Make groups of exactly the servers in the update. Groups that still fit are kept."""
+        wanted = self._partition(update)
+        kept = [group for group in self._whole_groups() if group.servers in wanted]
         for group in self._groups:
             if group not in kept:
                 group.close()
                 self._dropped.append(group)
         self._groups = kept
-        await transaction.each("leave", self._leave)
-        self._dropped = [group for group in self._dropped if group.remain]
-        grouped = {group.members for group in kept}
-        new = [part for part in self._parts(everybody, transaction.members) if part not in grouped]
-        await transaction.parts("join", {part: self._join(part) for part in new})
+        await update.each("leave", self._leave)
+        self._dropped = [group for group in self._dropped if group.still_in]
+        existing = {group.servers for group in kept}
+        new = [servers for servers in self._partition(update) if servers not in existing]
+        await update.together("join", {servers: self._join(servers) for servers in new})
 
-    def _parts(self, everybody: list[Member], taking_part: list[Member]) -> list[Part]:
-        """By place in the fleet, so that one server's absence changes its own part alone."""
-        size = 1 if self._num_broken >= _TOGETHER else self._servers_per_group or len(everybody)
+    def _partition(self, update: Transaction) -> list[tuple[Server, ...]]:
+        """Return the servers of each group. They are cut by their place in the pool, so that the absence of one server
+        changes its own group only."""
+        everybody = update.pool
+        size = 1 if update.num_broken >= _NUM_BROKEN_TOGETHER else self._servers_per_group or len(everybody)
         parts = [everybody[start : start + size] for start in range(0, len(everybody), size)]
-        present = [tuple(member for member in part if member in taking_part) for part in parts]
+        present = [tuple(server for server in part if server in update.servers) for part in parts]
         return [part for part in present if part]
 
-    async def _leave(self, member: Member) -> None:
+    async def _leave(self, server: Server) -> None:
         for group in self._dropped:
-            if member in group.remain:
-                await group.leave(member)
+            if server in group.still_in:
+                await group.leave(server)
 
-    async def _join(self, part: Part) -> None:
+    async def _join(self, servers: tuple[Server, ...]) -> None:
         async with self._joining:  # torch registers groups in tables without a lock
-            group = ServerGroup(part, self._host, self._backend, self._timeout)
+            group = BroadcastGroup(servers, self._host, self._backend, self._timeout)
             self._groups.append(group)
             await group.join()
+
+
+class BroadcastGroup:
+    """Servers that receive a broadcast together. This process is rank 0, and the servers' ranks follow in order.
+
+    A broadcast cannot leave a rank out, so the group fails as one. A server that is taken out loses its `broadcast_group`.
+
+    still_in  servers that may still have the group, which costs them memory, until they have left it.
+    """
+
+    def __init__(self, servers: tuple[Server, ...], host: str, backend: str, timeout: timedelta):
+        self.servers, self.still_in = servers, set(servers)
+        self._host = host
+        world_size = 1 + sum(server.num_ranks for server in servers)
+        self._root = RootRank(f"weights-{secrets.token_hex(4)}", host, world_size, backend, timeout)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(server.broadcast_group is self for server in self.servers)
+
+    async def join(self) -> None:
+        """Connect this process and all servers."""
+        root, calls, offset = self._root, [], 1
+        for server in self.servers:
+            place = (root.name, self._host, root.port, offset, root.world_size, root.backend)
+            calls.append(server.client.init_weights_update_group(*place))
+            offset += server.num_ranks
+        await self._all(in_daemon(root.open), *calls, delay_s=_CONNECT_S)
+        for server in self.servers:
+            server.broadcast_group = self
+
+    async def begin(self) -> None:
+        """Open an update at every server."""
+        await self._all(*(server.client.begin_weight_update() for server in self.servers))
+
+    async def send(self, bucket: Bucket, final_version: str | None) -> None:
+        """Broadcast one bucket. The last one brings the weight_version."""
+        name = self._root.name
+        calls = [s.client.update_weights_from_distributed(bucket, name, final_version) for s in self.servers]
+        await self._all(in_daemon(self._root.broadcast, bucket), *calls)
+
+    async def leave(self, server: Server) -> None:
+        """Remove the group from the server. A server that was restarted does not have it any more and refuses."""
+        with suppress(RequestRefused):
+            await server.client.destroy_weights_update_group(self._root.name)
+        self.still_in.discard(server)
+
+    def close(self) -> threading.Thread:
+        """End our side in a thread, since NCCL may take its time. This ends every wait of the servers, too."""
+        return self._root.close_soon()
+
+    async def _all(self, *works: Awaitable[Any], delay_s: float = 0.0) -> None:
+        """Await all. Raise RequestFailed if one fails or a server's process ends, and give the group up: the other ranks may
+        wait for the lost one for ever. `delay_s`  time for the others to get to that wait before the group is closed."""
+        tasks = [asyncio.ensure_future(work) for work in works]
+        everything, death = asyncio.create_task(_gather(tasks)), asyncio.create_task(self._watch_processes())
+        for task in (everything, death):
+            task.add_done_callback(_retrieve_error)  # nobody asks one that fails while it is cancelled
+        try:
+            done, _ = await asyncio.wait({everything, death}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except (RolloutError, RuntimeError) as error:  # torch raises RuntimeError for a rank that is gone or silent
+            try:
+                await asyncio.sleep(delay_s)
+            finally:  # the step's time may be up meanwhile
+                self.close()
+            urls = ", ".join(server.url for server in self.servers)
+            raise RequestFailed(f"the broadcast to {urls} broke off: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for task in (everything, *tasks, death):
+                task.cancel()
+
+    async def _watch_processes(self) -> None:
+        """Raise RequestFailed if a server's process ends. Its connections may not show it, if a whole node is gone."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for server in self.servers:
+                if not await server.is_alive():
+                    raise RequestFailed(f"{server.url} has ended")
+
+
+async def _gather(tasks: list[asyncio.Future[Any]]) -> None:
+    await asyncio.gather(*tasks)
+
+
+def _retrieve_error(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -1,6 +1,6 @@
 """This process's end of a process group with rollout servers: rank 0, which sends.
 
-Change here: how torch's group is opened, used and given up. Who is in it is server_group.py.
+Change here: how torch's group is opened, used and given up. Which servers are in it is in distributed.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class RootRank:
-    """Rank 0 of a group; SGLang's `init_custom_process_group` is the other ranks' end. `name` is unique in the process.
+    """Rank 0 of a group. SGLang's `init_custom_process_group` makes the other ranks. `name` is unique in the process.
 
-    `open` and `broadcast` block, so they belong in threads of their own (`in_daemon`); `close` may be called from another
-    one at any time and frees them, on gloo once no send is on its way to a server that is silent.
+    `open` and `broadcast` block, so run them in threads of their own (`in_daemon`). `close` may be called from another
+    thread at any time and ends them; on gloo only once no send is on its way to a silent server.
     """
 
     def __init__(self, name: str, host: str, world_size: int, backend: str, timeout: timedelta):
@@ -43,9 +43,9 @@ class RootRank:
         self.port = self._listener.getsockname()[1]
 
     def open(self) -> None:
-        """Returns when gloo has connected every rank; NCCL connects at the first broadcast. Raises RuntimeError."""
+        """Wait until gloo has connected every rank; NCCL connects at the first broadcast. Raise RuntimeError if one fails."""
         rest = dict(world_size=self.world_size, timeout=self._timeout)
-        # The store's server and our own use of it are apart: dropping the server ends every wait for a missing rank.
+        # The store's server and our client of it are separate: dropping the server ends every wait for a missing rank.
         self._store = dist.TCPStore(
             self._host,
             self.port,
@@ -68,7 +68,10 @@ class RootRank:
             self.close()
 
     def broadcast(self, bucket: Bucket) -> None:
-        """Returns when every tensor has been sent. Raises RuntimeError when a rank is gone or silent."""
+        """Send every tensor and wait until that is done. Raise RuntimeError if a rank is gone or silent.
+
+        Collective: one broadcast per tensor over this group.
+        """
         group, tensors = self._group, [tensor.contiguous() for _, tensor in bucket]
         if group is None:
             raise RuntimeError(f"process group {self.name} is closed")
@@ -81,7 +84,7 @@ class RootRank:
             time.sleep(_POLL_S)
 
     def close(self) -> None:
-        """Ends the group: ranks that wait in it, here and at the servers, fail. May be called twice."""
+        """End the group: calls that wait in it, here and at the servers, fail. May be called twice."""
         self._closed, self._store = True, None
         group, self._group = self._group, None
         if group is not None:
@@ -89,7 +92,7 @@ class RootRank:
             dist.destroy_process_group(group)
 
     def close_soon(self) -> threading.Thread:
-        """The same in the thread that is returned: aborting NCCL may take its time."""
+        """Close in a new thread and return that thread: aborting NCCL may take its time."""
         thread = threading.Thread(target=self.close, name=f"close {self.name}", daemon=True)
         thread.start()
         return thread
@@ -97,7 +100,7 @@ class RootRank:
 
 @contextmanager
 def _outlives_its_peers(backend: str) -> Iterator[None]:
-    """NCCL groups made inside abort themselves when a server dies; torch's default, and torchrun's, ends this process."""
+    """Let NCCL groups that are made inside abort themselves if a server dies. By torch's default this process would end."""
     before = os.environ.get(_ON_ERROR)
     if backend == "nccl":
         os.environ[_ON_ERROR] = "2"
@@ -111,7 +114,7 @@ def _outlives_its_peers(backend: str) -> Iterator[None]:
 
 
 def in_daemon(call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-    """What asyncio.to_thread does, in a thread that keeps no process from ending when the call never returns."""
+    """Run the call like asyncio.to_thread, but in a daemon thread: a call that never returns must not keep the process alive."""
     future: Future[Any] = Future()
 
     def run() -> None:

@@ -1,7 +1,7 @@
-"""A bucket of weights in one piece of memory that other processes of this machine open by a handle: CUDA IPC on a GPU,
-POSIX shared memory on a CPU.
+"""A bucket of weights in one piece of memory that other processes of this machine can open: CUDA IPC memory on a GPU, POSIX
+shared memory on a CPU.
 
-Change here: how memory is shared, and what a handle says. When a bucket may go is tensor.py's.
+Change here: how memory is shared, and what a handle contains. tensor.py decides when a bucket is given back.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from dapo_mcore.errors import RolloutError
 _ALIGNMENT = 256  # views of any dtype, and loads of any width
 _SHARED_MEMORY = Path("/dev/shm")
 _MIB = 2**20
-# among the arguments of rebuild_cuda_tensor; SGLang's utils/patch_torch.py counts on the first, too
+# positions in the arguments of rebuild_cuda_tensor; SGLang's utils/patch_torch.py relies on the first, too
 _DEVICE, _COUNTER = 6, slice(11, 13)
 _NO_COUNTER = (b"/dapo_mcore_counts_no_openers", 0)
 
 
 class SharedBucket:
-    """A copy of a bucket's tensors, on the first one's device; the bucket is emptied.
+    """A copy of a bucket's tensors in shared memory, on the device of the first tensor. The bucket is emptied.
 
-    used  a bucket that nobody reads any more: its memory is taken where it fits, given back where it does not. On a
-          CPU, new shared memory costs several times the copy.
-    own   storages from `shareable_bytes`: a contiguous tensor that lies in one and is alone in its bucket is shared as it
-          is.
+    used  a bucket that nobody reads any more. Its memory is used again if the size fits, and given back if not: on a CPU,
+          new shared memory costs several times the copy.
+    own   storages made by `shareable_bytes`. A contiguous tensor in one of them that is alone in its bucket is shared
+          without a copy.
 
-    A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors
-    in them, built from names that SGLang's unpickler admits. The sender needs torch alone. With a handle for each
-    tensor instead, torch would make and open hundreds of IPC events and counters.
+    A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors in
+    them. It uses only names that SGLang's unpickler admits, and making it needs only torch. One handle per bucket is enough;
+    with one per tensor, torch would make and open hundreds of IPC events and counters.
     """
 
     def __init__(self, bucket: Bucket, used: SharedBucket | None = None, own: Container[torch.UntypedStorage] = ()):
@@ -66,19 +66,19 @@ class SharedBucket:
             torch.cuda.current_stream(self._memory.data.device).synchronize()
 
     def handle(self) -> str:
-        """What one process needs to open the bucket once, in base64."""
+        """Return what one process needs to open the bucket once, in base64."""
         content = {"flattened_tensor": self._memory.opening(), "metadata": self._table}
         return base64.b64encode(pickle.dumps(content)).decode()
 
     def close(self) -> None:
-        """Gives the memory back; a process that has it open keeps it (CPU) or must not read it any more (GPU)."""
+        """Give the memory back. A process that has it open keeps it (CPU) or must not read it any more (GPU)."""
         self._memory.close()
 
 
 def shareable_bytes(num_bytes: int, device: torch.device) -> Tensor:
-    """Flat uint8 memory, uninitialized, that others can open once a SharedBucket has it; dropped before, it is gone.
+    """Return flat uninitialized uint8 memory. Others can open it once a SharedBucket has it; until then, dropping it frees it.
 
-    Raises RolloutError where /dev/shm has no room for it.
+    Raise RolloutError if /dev/shm has no room for it.
     """
     if device.type != "cpu":
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -88,7 +88,7 @@ def shareable_bytes(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def _reserve(storage: torch.UntypedStorage) -> None:
-    """Otherwise a full /dev/shm would kill this process by SIGBUS as it writes."""
+    """Allocate the storage's pages now. Otherwise a full /dev/shm would kill this process by SIGBUS when it writes."""
     path = _path(storage)
     file = os.open(path, os.O_RDWR)
     try:
@@ -107,8 +107,11 @@ def _reserve(storage: torch.UntypedStorage) -> None:
 
 
 def _delete_ourselves(storage: torch.UntypedStorage) -> None:
-    """torch counts users in the file and lets the last one delete it. A server that dies is never counted out, so we
-    delete it; counted in once more, nobody else does."""
+    """Keep torch from deleting the storage's file, since we delete it ourselves.
+
+    torch counts users in the file, and the last one deletes it. A server that dies is never counted out. We count one more
+    user, so the count never gets to 0.
+    """
     storage._shared_incref()
 
 
@@ -118,7 +121,7 @@ def _path(storage: torch.UntypedStorage) -> Path:
 
 
 def _memory(num_bytes: int, device: torch.device, used: SharedBucket | None) -> _HostMemory | _CudaMemory:
-    """That of `used`, or new; an embedding's is not kept for ordinary buckets."""
+    """Return the memory of `used` or new memory. The large memory of an embedding is not kept for ordinary buckets."""
     if used is not None:
         data = used._memory.data
         if data.device == device and num_bytes <= data.nbytes <= 2 * num_bytes:
@@ -132,7 +135,7 @@ def _shared(data: Tensor) -> _HostMemory | _CudaMemory:
 
 
 class _Call:
-    """Pickles as the call of a function, which happens where it is unpickled."""
+    """Pickles as a function call, which is made where it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         self._call = (function, arguments)
@@ -142,10 +145,10 @@ class _Call:
 
 
 class _HostMemory:
-    """Named shared memory, opened by the way that torch calls `file_system`, without choosing it for this process.
+    """Named shared memory, as of torch's `file_system` strategy, without choosing that strategy for this process.
 
-    Its file goes when this is closed, or let go. Where the process is killed, torch's `torch_shm_manager` deletes it
-    within seconds after the last server that had opened it has ended, too; what kills both leaves the file.
+    Its file is deleted when this object is closed or dropped. If the process is killed, torch's `torch_shm_manager` deletes
+    it within seconds after the last server that had opened it has ended. If both are killed, the file stays.
     """
 
     def __init__(self, data: Tensor):
@@ -155,7 +158,7 @@ class _HostMemory:
         self._delete = weakref.finalize(self, _path(self._storage).unlink, missing_ok=True)
 
     def opening(self) -> _Call:
-        self._storage._shared_incref()  # whoever opens it takes one off
+        self._storage._shared_incref()  # the process that opens it counts itself out once
         size = self._storage.nbytes()
         untyped = _Call(reductions.rebuild_storage_filename, torch.UntypedStorage, self._manager, self._name, size)
         storage = _Call(reductions.rebuild_typed_storage, untyped, torch.uint8)
@@ -168,19 +171,19 @@ class _HostMemory:
 
 
 class _CudaMemory:
-    """Memory of the caching allocator, shared by CUDA IPC."""
+    """Memory of torch's caching allocator, shared by CUDA IPC."""
 
     def __init__(self, data: Tensor):
         self.data = data
-        # once: torch chains a counter to the memory each time, and an event
+        # only once: each call adds a counter and an event to the memory
         rebuild, arguments = reductions.reduce_tensor(self.data)
         arguments = list(arguments)
         # torch frees the memory when its counter of openers is 0. An opener that dies never counts itself out, so we
-        # count it out now. Others would then count below 0, which is a huge number to torch (uint64), and the memory
-        # would stay for ever: they get the name of no counter, and torch passes over one that it cannot open.
+        # count it out now. Others would then count below 0, a huge number for torch (uint64), and the memory would never
+        # be freed. So they get the name of a counter that does not exist: torch ignores one that it cannot open.
         torch.UntypedStorage._release_ipc_counter_cuda(*arguments[_COUNTER])
         arguments[_COUNTER] = _NO_COUNTER
-        # the opener may number its GPUs in another way; SGLang finds a device by its UUID
+        # the opener may number its GPUs differently; SGLang finds a device by its UUID
         arguments[_DEVICE] = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
         self._opening = _Call(rebuild, *arguments)
 

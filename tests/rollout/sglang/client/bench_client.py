@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.model_files.peak_memory import PeakMemory
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import engine, params, tiny_config
-from tests.rollout.sglang.test_engine import order, servers
+from tests.rollout.sglang.serving import engine, order, params, servers, tiny_config
 
 pytestmark = pytest.mark.bench
 

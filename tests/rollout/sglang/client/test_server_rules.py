@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dapo_mcore.rollout.sglang.client.versions import (
     FIRST_WITH_CHECKSUMS_ON_CPUS,
-    FIRST_WITH_RESUMPTION,
+    FIRST_WITH_CONTINUED_REQUESTS,
     FIRST_WITH_SPANS,
     FIRST_WITH_STOP_AT_LIMIT,
     OLDEST,
@@ -279,7 +279,7 @@ def test_without_cuda_it_tells_no_checksums_of_its_weights_before_0_5_23(server:
 
 def test_the_cache_can_be_flushed_while_requests_wait_retracted_from_0_5_21_on(server: Raw, checkpoints) -> None:
     """Why no request lives through an update before: a flush is refused, and an update that flushes kills the server."""
-    resumes = server.sglang >= FIRST_WITH_RESUMPTION
+    resumes = server.sglang >= FIRST_WITH_CONTINUED_REQUESTS
     with server.in_flight(LONG) as box:
         server.post("/pause_generation", {"mode": "retract"})
         assert server.post("/flush_cache")[0] == (200 if resumes else 400)

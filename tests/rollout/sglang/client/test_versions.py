@@ -19,7 +19,7 @@ def test_a_version_too_old_for_the_run_is_refused_with_the_remedy():
         check_version(version, "here")
     with pytest.raises(ConfigError, match=r"here has SGLang 0\.5\.14, but .* at least 0\.5\.15; install a newer one"):
         check_version((0, 5, 14), "here")
-    check_version((0, 5, 21), "here", resumes=True)
+    check_version((0, 5, 21), "here", continues_requests=True)
     refused = r"here has SGLang 0\.5\.20, .*on_full keep needs 0\.5\.21 or newer: update SGLang, or set on_full wait"
     with pytest.raises(ConfigError, match=refused):
-        check_version((0, 5, 20), "here", resumes=True)
+        check_version((0, 5, 20), "here", continues_requests=True)

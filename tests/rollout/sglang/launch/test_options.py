@@ -6,7 +6,7 @@ import pytest
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.launch.installed import declared_options
-from dapo_mcore.rollout.sglang.launch.options import check_names, command_line
+from dapo_mcore.rollout.sglang.launch.interpreter import check_names, command_line
 
 KINDS = {"a": "one", "many": "many", "flag": "flag", "pair": "pair"}
 

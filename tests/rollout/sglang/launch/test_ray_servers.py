@@ -10,9 +10,9 @@ import pytest
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.process.ray_cluster import connect
+from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import engine, params, prompts, weights
-from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+from tests.rollout.sglang.serving import engine, order, params, prompts, servers, told, weights
 
 # not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the engine sets it
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
@@ -35,7 +35,7 @@ def test_actors_serve_survive_kill_9_and_end_with_the_engine(tmp_path):
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         all_serve(made)
         assert made.metrics()["rollout/server_restarts"] == 2
-        assert {told(server)["weight_version"] for server in servers(made)} == {made._tag}
+        assert {told(server)["weight_version"] for server in servers(made)} == {made._served_version}
         import ray
 
         ray.kill(made._processes[0]._actor)  # its node is lost, and the server with it

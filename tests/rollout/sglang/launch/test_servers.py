@@ -25,7 +25,7 @@ from dapo_mcore.rollout.sglang.client.http import allow_open_files
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch import servers
 from dapo_mcore.rollout.sglang.launch.process import STOP_S
-from dapo_mcore.rollout.sglang.sync.disk import DiskTransfer
+from dapo_mcore.rollout.sglang.sync.disk import DiskSender
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, settings, tiny_config, wait_for
 
@@ -199,7 +199,7 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path):
 
 def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"two versions of the model need 2000000\.0 GiB; choose a larger folder"):
-        DiskTransfer(tmp_path / "weights", 10**6 * 2**30)
+        DiskSender(tmp_path / "weights", 10**6 * 2**30)
 
 
 def test_the_limit_of_open_files_is_raised_or_explained():

@@ -15,8 +15,8 @@ from rich.console import Console
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.observe.progress import Progress
+from dapo_mcore.rollout.sglang.assembly import shown_startup
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.launch.startup import shown_startup
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import STOP, settings, tiny_config
 

@@ -23,9 +23,19 @@ from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.rollout.sglang import engine as engine_module
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
+from tests.rollout.sglang.asserts import alive, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import engine, params, prompts, tiny_config, wait_for
-from tests.rollout.sglang.test_engine import alive, assert_whole, bucket_a_tensor, order, servers, told
+from tests.rollout.sglang.serving import (
+    bucket_a_tensor,
+    engine,
+    order,
+    params,
+    prompts,
+    servers,
+    tiny_config,
+    told,
+    wait_for,
+)
 
 SHAPES = WeightManifest.of_config(tiny_config()).shapes
 CALLS = ["/pause_generation", "/continue_generation", "/model_info", "/abort_request"]
@@ -36,7 +46,7 @@ SYNC_CALLS = {
                     "/update_weights_from_distributed", "/destroy_weights_update_group", "bucket 2"],
     "tensor": ["/begin_weight_update", "/end_weight_update", "/update_weights_from_tensor", "bucket 2"],
 }  # fmt: skip
-PATIENCE = dict(
+TIMEOUTS = dict(
     health_interval_s=0.3,
     health_timeout_s=3.0,
     start_timeout_s=120.0,
@@ -59,8 +69,7 @@ class Chaos:
 
     def __init__(self, made: SGLangEngine, luck: random.Random, sync: str, lag: int):
         self.made, self.luck, self.sync, self.lag = made, luck, sync, lag
-        self.version, self.num_broken, self.num_lies, self.num_fed = 0, 0, 0, 0
-        made.on_starving = self.feed
+        self.version, self.num_broken, self.num_lies, self.num_synced_again = 0, 0, 0, 0
 
     def trouble(self, count: int, moments: list[str]) -> None:
         for _ in range(count):
@@ -99,9 +108,9 @@ class Chaos:
         self.bring(self.version + 1)
         self.check_servers()
 
-    def feed(self) -> None:
-        """The version that they had; who waits for answers comes here."""
-        self.num_fed += 1
+    def sync_again(self) -> None:
+        """The version that they had."""
+        self.num_synced_again += 1
         if self.made._settings.colocated:
             self.made.release()
         self.bring(self.version)
@@ -141,17 +150,17 @@ class Chaos:
 
     def check_servers(self) -> None:
         """Whoever serves has exactly the weights of now."""
-        tag = self.made._tag
+        tag = self.made._served_version
         assert self.made.weight_version == self.version
-        for member, server in zip(self.made._fleet.members, servers(self.made)):
-            pid = member.process.pid
-            if member.state != "serving":
+        for server, raw in zip(self.made._pool.servers, servers(self.made)):
+            pid = server.process.pid
+            if server.state != "serving":
                 continue
             try:
-                now = told(server)
+                now = told(raw)
             except OSError:  # it has died since
                 continue
-            if member.state == "serving" and member.process.pid == pid:
+            if server.state == "serving" and server.process.pid == pid:
                 assert now["weight_version"] == tag and not now["session"], now
                 sums = {name: shape.numel() * float(self.version) for name, shape in SHAPES.items()}
                 assert now["weights"] == pytest.approx(sums)
@@ -180,9 +189,9 @@ class Chaos:
     def result(self, future: Future[list[Rollout]]) -> list[Rollout]:
         end = time.monotonic() + LONGEST_S
         while not future.done():
-            assert time.monotonic() < end, self.made._fleet._roster.describe()
-            if self.lag:
-                self.made.tend()
+            assert time.monotonic() < end, self.made._pool._states.describe()
+            if self.made.weights_lost:
+                self.sync_again()
             wait([future], 0.1)
         return future.result()
 
@@ -211,7 +220,7 @@ def play(folder: Path, seed: int, sync: str, lag: int, colocated: bool = False, 
     """A run: rounds of generation and updates; then it is closed, all servers well again or in the middle of trouble."""
     luck, threads = random.Random(seed), set(threading.enumerate())
     python = fake_python(folder, tokens_per_s=luck.choice((400, 2000)), start_s=luck.choice((0, 1)))
-    options = dict(sync=sync, max_lag=lag, python=python, num_servers=3, colocated=colocated, **PATIENCE)
+    options = dict(sync=sync, max_lag=lag, python=python, num_servers=3, colocated=colocated, **TIMEOUTS)
     options["max_in_flight"] = luck.choice((3, 1024))
     if sync == "distributed":
         options["servers_per_group"] = luck.choice((1, 2, None))
@@ -250,13 +259,13 @@ def recover(chaos: Chaos) -> None:
     made = chaos.made
 
     def all_serve() -> bool:
-        states = {member.state for member in made._fleet.members}
+        states = {server.state for server in made._pool.servers}
         if states == {"serving", "waiting"}:
             chaos.release()
             chaos.update()
         return states == {"serving"}
 
-    wait_for(all_serve, LONGEST_S, made._fleet._roster.describe)
+    wait_for(all_serve, LONGEST_S, made._pool._states.describe)
     chaos.check_servers()
 
 

@@ -13,12 +13,23 @@ import pytest
 from safetensors.torch import save_file
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.client.api import ServerApi
-from dapo_mcore.rollout.sglang.client.http import HttpClient
-from dapo_mcore.rollout.sglang.client.loop_thread import LoopThread
+from dapo_mcore.rollout.sglang.client.api import ServerClient
+from dapo_mcore.rollout.sglang.client.http import HttpClient, LoopThread
+from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import Raw, bare_server, engine, params, prompts, real_python, wait_for, weights
-from tests.rollout.sglang.test_engine import all_serve, assert_whole, order, servers, told
+from tests.rollout.sglang.serving import (
+    Raw,
+    bare_server,
+    engine,
+    order,
+    params,
+    prompts,
+    real_python,
+    servers,
+    told,
+    wait_for,
+    weights,
+)
 
 NUM_TENSORS = len(list(weights(0)))
 KINDS = ["0.5.21", "0.5.23", pytest.param("real", marks=pytest.mark.sglang)]
@@ -51,7 +62,7 @@ def checksums(server: Raw) -> dict[str, str] | None:
     async def ask() -> dict[str, str] | None:
         http = HttpClient(10.0, 10.0)
         try:
-            return await ServerApi(http, server.url, server.keys, 60.0).checksums()
+            return await ServerClient(http, server.url, server.keys, 60.0).weights_checker()
         finally:
             await http.close()
 
@@ -94,8 +105,8 @@ def test_the_one_of_three_that_holds_other_weights_is_taken_out_until_it_agrees(
         wrong = servers(made)[1]
         order(wrong, "flip", where="weights", count=2)  # the re-sync is wrong, too
         made.update_weights(weights(1), version=2)
-        assert [member.state for member in made._fleet.members][::2] == ["serving", "serving"]
-        wait_for(lambda: f"differs in 1 of {NUM_TENSORS} weights" in made._fleet.members[1].problem)
+        assert [server.state for server in made._pool.servers][::2] == ["serving", "serving"]
+        wait_for(lambda: f"differs in 1 of {NUM_TENSORS} weights" in made._pool.servers[1].problem)
         asked = prompts(30)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         all_serve(made)
@@ -125,7 +136,7 @@ def test_a_server_alone_is_held_to_what_it_told_when_it_is_resynced(tmp_path):
 
 
 async def _doubt(made) -> None:
-    made._fleet.suspect(made._fleet.members[0], "an answer by unknown weights", reload=True)
+    made._pool.suspect(made._pool.servers[0], "an answer by unknown weights", reload=True)
 
 
 @pytest.mark.parametrize("version", ["0.5.21", "0.5.15"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
+from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import FAST, engine, params, prompts, wait_for, weights
-from tests.rollout.sglang.test_engine import assert_whole, pace, servers, told
+from tests.rollout.sglang.serving import FAST, engine, pace, params, prompts, servers, told, wait_for, weights
 
 IN_FLIGHT = 2048
 

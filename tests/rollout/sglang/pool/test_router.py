@@ -16,25 +16,29 @@ from aiohttp import web
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.client.api import Keys, ServerApi
+from dapo_mcore.rollout.sglang.assembly import probe_router
+from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient
 from dapo_mcore.rollout.sglang.client.http import HttpClient
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.launch.probe import probe_router
 from dapo_mcore.rollout.sglang.launch.servers import reserve_port
+from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     FAST,
     STOP,
     Raw,
     engine,
+    order,
+    pace,
     params,
     prompts,
     real_python,
+    servers,
     tiny_config,
+    told,
     wait_for,
     weights,
-)  # fmt: skip
-from tests.rollout.sglang.test_engine import assert_whole, order, pace, servers, told
+)
 
 
 @contextmanager
@@ -44,7 +48,7 @@ def routed(
     """An engine that generates through the real router, and the router; somebody else started the servers."""
     with engine(folder, python=python, num_servers=num_servers, health_timeout_s=2.0) as outer:
         urls = [process.url for process in outer._processes]
-        with real_router(folder, urls, outer._fleet.members[0].api._keys) as (url, router):
+        with real_router(folder, urls, outer._pool.servers[0].client._keys) as (url, router):
             keys = str(folder / "servers/keys.json")
             settings = outer._settings.model_copy(update=dict(urls=urls, router_url=url, key_file=keys))
             made = SGLangEngine(
@@ -184,8 +188,8 @@ def ask(workers: list[str] | None) -> None:
     asyncio.run(run())
 
 
-def router_at(client: HttpClient, port: int) -> ServerApi:
-    return ServerApi(client, f"http://127.0.0.1:{port}", Keys(), 30.0)
+def router_at(client: HttpClient, port: int) -> ServerClient:
+    return ServerClient(client, f"http://127.0.0.1:{port}", Keys(), 30.0)
 
 
 def test_a_router_that_is_not_there_is_named():

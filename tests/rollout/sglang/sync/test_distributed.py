@@ -20,12 +20,24 @@ from dapo_mcore.errors import ConfigError, RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import Progress
 from dapo_mcore.rollout.sglang.client.http import RequestFailed
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.sync.distributed import check_sync_host
+from dapo_mcore.rollout.sglang.sync.distributed import BroadcastGroup, check_sync_host
 from dapo_mcore.rollout.sglang.sync.process_group import RootRank
-from dapo_mcore.rollout.sglang.sync.server_group import ServerGroup
+from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python, gated
-from tests.rollout.sglang.serving import Raw, engine, is_up, params, prompts, wait_for, weights
-from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
+from tests.rollout.sglang.serving import (
+    Raw,
+    bucket_a_tensor,
+    engine,
+    generate_and_sync_again,
+    is_up,
+    order,
+    params,
+    prompts,
+    servers,
+    told,
+    wait_for,
+    weights,
+)
 
 NUM_TENSORS = len(list(weights(0)))
 
@@ -63,7 +75,7 @@ def sync(made: SGLangEngine, seed: int, version: int) -> int:
 
 
 def states(made: SGLangEngine) -> list[str]:
-    return [member.state for member in made._fleet.members]
+    return [server.state for server in made._pool.servers]
 
 
 def sent_bytes() -> int:
@@ -82,7 +94,7 @@ def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts
             made.update_weights(weights(version), version)
             sent = sent_bytes() - before
             for server in servers(made):
-                assert_holds(server, seed=version, tag=made._tag)
+                assert_holds(server, seed=version, tag=made._served_version)
         assert len(broadcasts) == 2 * num_groups * NUM_TENSORS
         assert len(set(broadcasts)) == num_groups, "an update without faults makes no new groups"
         assert [len(told(server)["groups"]) for server in servers(made)] == [1, 1, 1]
@@ -102,7 +114,7 @@ def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_pat
         assert sync(made, seed=1, version=2) == 1
         assert states(made)[::2] == ["serving", "serving"] and states(made)[1] != "serving"
         for server in servers(made)[::2]:
-            assert_holds(server, seed=1, tag=made._tag)
+            assert_holds(server, seed=1, tag=made._served_version)
             assert len(told(server)["groups"]) == 1, "the broken group has left the server"
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
@@ -114,7 +126,7 @@ def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_pat
         assert sync(made, seed=3, version=3) == 0
         assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == 1
         for server in servers(made):
-            assert_holds(server, seed=3, tag=made._tag)
+            assert_holds(server, seed=3, tag=made._served_version)
             assert len(told(server)["groups"]) == 1
         assert made.metrics()["sync/repeats"] == 0
 
@@ -128,7 +140,7 @@ def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tm
         wait_for(lambda: states(made)[:2] == ["waiting", "waiting"])
         assert sync(made, seed=2, version=3) == 0 and states(made) == ["serving"] * 4
         for server in servers(made):
-            assert_holds(server, seed=2, tag=made._tag)
+            assert_holds(server, seed=2, tag=made._served_version)
             assert len(told(server)["groups"]) == 1
 
 
@@ -151,7 +163,7 @@ def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the
         assert sync(made, seed=1, version=1) == 2
         assert states(made)[1:] == ["serving"] * 2 and states(made)[0] != "serving"
         for server in servers(made)[1:]:
-            assert_holds(server, seed=1, tag=made._tag)
+            assert_holds(server, seed=1, tag=made._served_version)
         asked = prompts(10)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
         gate.unlink()
@@ -185,11 +197,11 @@ def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_pat
             wait_for(lambda: states(made) == ["waiting", "serving"])
             assert sync(made, seed=1, version=2) == 0, "it does not break the group that it is no longer in"
             assert states(made) == ["serving", "serving"]
-            assert_holds(servers(made)[0], seed=1, tag=made._tag)
+            assert_holds(servers(made)[0], seed=1, tag=made._served_version)
 
 
 async def _doubt(made: SGLangEngine) -> None:
-    made._fleet.suspect(made._fleet.members[0], "an answer by unknown weights", reload=True)
+    made._pool.suspect(made._pool.servers[0], "an answer by unknown weights", reload=True)
 
 
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
@@ -233,36 +245,36 @@ def test_closing_waits_until_the_groups_have_ended(tmp_path, monkeypatch):
 
 
 def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights_and_the_error_says_so(tmp_path):
-    with engine(tmp_path, sync="distributed") as made:
+    with engine(tmp_path, sync="distributed", request_timeout_s=2.0) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="/generate")
-        with pytest.raises(RolloutError, match=r"only without the weights: 1 \(another update brings them\)"):
+        expected = r"only without the weights: 1 \(another update brings them\), and none came within 2 s"
+        with pytest.raises(RolloutError, match=expected):
             made.generate(prompts(3), params(16))
-        assert made.starving
+        assert made.weights_lost
         made.update_weights(weights(1), version=2)
         asked = prompts(3)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
 
 
-def test_requests_wait_for_the_weights_where_somebody_brings_them_to_servers_that_starve(tmp_path, capsys):
+def test_requests_wait_for_the_weights_that_servers_have_lost(tmp_path, capsys):
     with engine(tmp_path, sync="distributed", progress=Progress("run", 1)) as made:
         made.update_weights(weights(0), version=1)
-        fed: list[bool] = []
+        synced: list[bool] = []
 
-        def feed() -> None:
-            fed.append(made.starving)
+        def sync_again() -> None:
+            synced.append(made.weights_lost)
             made.update_weights(weights(0), version=1)
 
-        made.on_starving = feed
         order(servers(made)[0], "die", where="/generate", after=2)
         asked = prompts(3)
-        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        assert fed == [True] and not made.starving
+        assert_whole(generate_and_sync_again(made, asked, params(16), sync_again), asked, 16, version=1)
+        assert synced == [True] and not made.weights_lost
         numbers = made.metrics()
         assert numbers["rollout/server_restarts"] == 1 and 1 <= numbers["rollout/retries"] <= 3
         assert numbers["rollout/dropped_stale_version"] == numbers["rollout/dropped_unknown_version"] == 0
         told = capsys.readouterr().out
-        url = re.escape(made._fleet.members[0].api.url)
+        url = re.escape(made._pool.servers[0].url)
         assert re.search(r"rollout server \S+ is out: .*\n", told)
         assert re.search(rf"rollout server {url} is well again, and waits for the next weight sync\n", told)
         assert re.search(rf"rollout server {url} serves again after \d+ s\n", told)
@@ -271,10 +283,9 @@ def test_requests_wait_for_the_weights_where_somebody_brings_them_to_servers_tha
 def test_a_server_that_never_comes_back_ends_requests_that_wait_for_weights(tmp_path):
     with engine(tmp_path, sync="distributed", restart_budget=0) as made:
         made.update_weights(weights(0), version=1)
-        made.on_starving = lambda: pytest.fail("there is nobody to feed")
         order(servers(made)[0], "die", where="/generate")
         with pytest.raises(RolloutError, match=r"none of 1 rollout servers can serve .* lost"):
-            made.generate(prompts(3), params(16))
+            generate_and_sync_again(made, prompts(3), params(16), lambda: pytest.fail("no server can take them"))
 
 
 def test_when_nobody_comes_back_the_error_is_final(tmp_path):
@@ -291,7 +302,7 @@ def test_when_nobody_comes_back_the_error_is_final(tmp_path):
 def test_a_step_whose_time_is_up_as_a_call_of_it_fails_ends_the_group_and_says_nothing(monkeypatch, fails):
     """Calls to servers and the steps that make them have the same limit, sync_timeout_s."""
     closed, complaints = [], []
-    monkeypatch.setattr(ServerGroup, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(BroadcastGroup, "close", lambda self: closed.append(self))
 
     async def call() -> None:
         with suppress(asyncio.CancelledError):  # what aiohttp makes of it when its own time is up
@@ -300,9 +311,9 @@ def test_a_step_whose_time_is_up_as_a_call_of_it_fails_ends_the_group_and_says_n
 
     async def step() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
-        group = ServerGroup((), "127.0.0.1", "gloo", timedelta(seconds=1))
+        group = BroadcastGroup((), "127.0.0.1", "gloo", timedelta(seconds=1))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(group._all(call(), patience_s=60), 0.1)
+            await asyncio.wait_for(group._all(call(), delay_s=60), 0.1)
         assert closed == [group]
         await asyncio.sleep(0.01)
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,40 +20,32 @@ from dapo_mcore.architecture.manifest import Bucket, buckets
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.sync import shared_bucket
-from dapo_mcore.rollout.sglang.sync.quantize import quantized
 from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket
-from dapo_mcore.rollout.sglang.sync.tensor import TensorTransfer
+from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
+from dapo_mcore.rollout.sglang.sync.weight_format import quantized
+from tests.rollout.sglang.asserts import assert_an_error_where_memory_cannot_be_opened, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.fake_weights import Unpickler
 from tests.rollout.sglang.serving import (
     STOP,
+    bucket_a_tensor,
     engine,
+    gathered,
+    order,
     params,
     prompts,
+    servers,
     settings,
+    shared_files,
     tiny_config,
+    told,
     wait_for,
     weights,
 )
-from tests.rollout.sglang.test_engine import assert_whole, bucket_a_tensor, order, servers, told
-
-SHARED_MEMORY = Path("/dev/shm")
-
-
-def shared_files(pid: int | None = None) -> list[str]:
-    """What torch has named in shared memory for a process, this one by default."""
-    return [path.name for path in SHARED_MEMORY.glob(f"torch_{pid or os.getpid()}_*")]
 
 
 def sums(stream: Iterator[tuple[str, torch.Tensor]]) -> dict[str, float]:
     return {name: tensor.float().sum().item() for name, tensor in stream}
-
-
-def gathered(made: SGLangEngine, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, each in memory that servers open as it is."""
-    made._bucket_bytes = made._transfer._bucket_bytes = 0
-    for name, tensor in weights(seed):
-        yield name, made.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
 def opened(shared: SharedBucket) -> Bucket:
@@ -139,7 +130,7 @@ def test_every_rank_takes_every_tensor_in_many_buckets_and_nothing_is_left(tmp_p
         made.update_weights(weights(2), version=1)
         for server in servers(made):
             now = told(server)
-            assert now["weight_version"] == made._tag and not now["session"]
+            assert now["weight_version"] == made._served_version and not now["session"]
             assert now["counts"]["buckets"] == 1 + len(list(weights(2)))
             assert now["weights"] == pytest.approx(sums(weights(2)), rel=1e-4, abs=1e-4)
         numbers = made.metrics()
@@ -183,25 +174,10 @@ def test_a_server_that_dies_at_a_bucket_is_left_out_and_the_others_go_on(tmp_pat
         assert shared_files() == []
         asked = prompts(10)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
-        wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting", "serving"])
+        wait_for(lambda: [s.state for s in made._pool.servers] == ["waiting", "serving"])
         made.update_weights(weights(3), version=3)
-        assert len(made._fleet.serving) == 2 and shared_files() == []
+        assert len(made._pool.serving) == 2 and shared_files() == []
         assert told(first)["weights"] == pytest.approx(told(second)["weights"])
-
-
-def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in another container: the name means nothing there, and the server ends."""
-    real, version = shared_bucket._HostMemory.opening, made.weight_version
-
-    def elsewhere(self: shared_bucket._HostMemory) -> shared_bucket._Call:
-        self._name = b"/torch_of_another_container"
-        return real(self)
-
-    monkeypatch.setattr(shared_bucket._HostMemory, "opening", elsewhere)
-    left = weights(0)
-    with pytest.raises(RolloutError, match=r"none of 1 .*weight update, open: .*same user on the same machine"):
-        made.update_weights(left, version=version + 1)
-    assert list(left) == [] and made.weight_version == version and shared_files() == []
 
 
 def test_servers_that_cannot_open_the_memory_are_an_error_with_the_remedy(tmp_path, monkeypatch):
@@ -217,7 +193,7 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
         with pytest.raises(RolloutError, match="lacks 1 of"):
             made.update_weights(iter(whole[:-1]), version=2)
         assert made.weight_version == 1 and shared_files() == []
-        wait_for(lambda: [m.state for m in made._fleet.members] == ["waiting"])
+        wait_for(lambda: [s.state for s in made._pool.servers] == ["waiting"])
         made.update_weights(iter(whole), version=2)
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(iter(whole)), rel=1e-4, abs=1e-4)
 
@@ -225,16 +201,17 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
 @pytest.mark.parametrize("num_read", [0, 1])
 def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
     """The answer for it vouches for one rank's copy, the answer for the one after it for every rank's."""
-    transfer, before = TensorTransfer([], 0), None
+    sender, before = TensorSender([], 0), None
+    sender._num_read = num_read
     for number, (bucket, _) in enumerate(buckets(weights(0), 0)):
         tensors = list(bucket)
-        shared = transfer._share(bucket, num_read)
+        shared = sender.pack(bucket)
         assert len(shared_files()) == min(number, num_read) + 1
         for expected, found in [(tensors, shared)] + ([before] if before and num_read else []):
             for (name, tensor), (opened_name, opened_tensor) in zip(expected, opened(found), strict=True):
                 assert name == opened_name and torch.equal(tensor, opened_tensor)
         before = tensors, shared
-    transfer.close()
+    sender.close()
     assert shared_files() == []
 
 
@@ -251,53 +228,53 @@ def test_memory_is_used_again_where_it_fits():
     assert shared_files() == []
 
 
-def tensors_to_gather(transfer: TensorTransfer) -> dict[str, torch.Tensor]:
+def tensors_to_gather(sender: TensorSender) -> dict[str, torch.Tensor]:
     """One larger than a bucket, with rows that are not in it, and one that is not."""
     sizes = {"large": (33, 8), "small": (32, 8)}
-    made = {name: transfer.empty(s, dtype=torch.float32, device=torch.device("cpu")) for name, s in sizes.items()}
+    made = {name: sender.empty(s, dtype=torch.float32, device=torch.device("cpu")) for name, s in sizes.items()}
     return {name: tensor.fill_(2.0)[:-1] for name, tensor in made.items()}
 
 
 def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
-    transfer = TensorTransfer([], bucket_bytes=32 * 8 * 4)
-    tensors = tensors_to_gather(transfer)
+    sender = TensorSender([], bucket_bytes=32 * 8 * 4)
+    tensors = tensors_to_gather(sender)
     (file,) = shared_files()
     for name, is_in_place in {"large": True, "small": False}.items():
-        shared = transfer._share([(name, tensors[name])], num_read=0)
+        shared = sender.pack([(name, tensors[name])])
         assert (shared._memory.data.data_ptr() == tensors[name].data_ptr()) == is_in_place
         assert (shared_files() == [file]) == is_in_place and len(shared_files()) == 1
         ((found, tensor),) = opened(shared)
         assert found == name and tensor.shape == tensors.pop(name).shape and tensor.eq(2.0).all()
-        transfer.close()
+        sender.close()
     assert shared_files() == []
 
 
 def test_memory_of_a_tensor_that_is_never_sent_goes_with_it():
-    transfer = TensorTransfer([], bucket_bytes=32 * 8 * 4)
-    tensors = tensors_to_gather(transfer)
-    assert len(shared_files()) == len(transfer._own) == 1
+    sender = TensorSender([], bucket_bytes=32 * 8 * 4)
+    tensors = tensors_to_gather(sender)
+    assert len(shared_files()) == len(sender._own) == 1
     del tensors["large"]
-    assert shared_files() == [] and len(transfer._own) == 0
+    assert shared_files() == [] and len(sender._own) == 0
 
 
 def test_a_gather_goes_on_in_other_memory_where_dev_shm_is_full(full_dev_shm):
     """It could not be drained if it stopped; sharing the tensor tells."""
-    transfer = TensorTransfer([], bucket_bytes=32 * 8 * 4)
-    tensors = tensors_to_gather(transfer)
+    sender = TensorSender([], bucket_bytes=32 * 8 * 4)
+    tensors = tensors_to_gather(sender)
     assert shared_files() == [] and tensors["large"].eq(2.0).all()
     with pytest.raises(RolloutError, match="shared memory for a bucket"):
-        transfer._share([("large", tensors["large"])], num_read=0)
+        sender.pack([("large", tensors["large"])])
     assert shared_files() == []
 
 
 def test_servers_on_other_machines_are_refused_at_the_start():
     urls = ["http://127.0.0.1:30000", "http://localhost:30001", "http://[::1]:30002"]
-    TensorTransfer(urls, 0)
+    TensorSender(urls, 0)
     far = "http://192.0.2.7:30000"
     with pytest.raises(
         ConfigError, match=rf"1 of 4 servers are not at an address of it: {far}; .* or sync distributed"
     ):
-        TensorTransfer([*urls, far], 0)
+        TensorSender([*urls, far], 0)
 
 
 def test_the_arguments_of_a_cuda_handle_are_where_they_are_taken_from():

@@ -1,4 +1,5 @@
-"""The FP8 stream: what is quantised under which name, how far it is off, and that it reaches servers."""
+"""The stream as SGLang loads it: heads of tied models, and FP8: what is quantised under which name, how far it is off, and
+that it reaches servers."""
 
 from __future__ import annotations
 
@@ -20,13 +21,52 @@ from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.launch.servers import ServerPlan
-from dapo_mcore.rollout.sglang.sync import quantize
-from dapo_mcore.rollout.sglang.sync.heads import with_heads
-from dapo_mcore.rollout.sglang.sync.quantize import quantized, with_cache_scales
+from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, quantization_config
+from dapo_mcore.rollout.sglang.sync import weight_format
+from dapo_mcore.rollout.sglang.sync.weight_format import quantized, with_cache_scales, with_heads
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, real_python, settings, tiny_config, weights
-from tests.rollout.sglang.test_engine import servers, told
+from tests.rollout.sglang.serving import (
+    CONTEXT,
+    STOP,
+    VOCAB,
+    engine,
+    real_python,
+    servers,
+    settings,
+    tiny_config,
+    told,
+    weights,
+)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {HEAD: EMBEDDING}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "expected"),
+    [
+        ("Qwen3MoeForCausalLM", TIED, [(EMBEDDING, 0), (HEAD, 0), ("model.norm.weight", 2)]),
+        ("Qwen3MoeForCausalLM", {}, [(EMBEDDING, 0), (HEAD, 1), ("model.norm.weight", 2)]),
+        ("Qwen3ForCausalLM", TIED, [(EMBEDDING, 0), (HEAD, 1), ("model.norm.weight", 2)]),
+    ],
+)
+def test_a_tied_head_is_the_embedding_where_sglang_keeps_both(architecture, tied, expected):
+    stream = [(EMBEDDING, torch.tensor([0])), (HEAD, torch.tensor([1])), ("model.norm.weight", torch.tensor([2]))]
+    assert [(name, tensor.item()) for name, tensor in with_heads(iter(stream), architecture, tied)] == expected
+
+
+def test_servers_of_a_tied_moe_model_get_a_head(tmp_path):
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    more = dict(num_key_value_heads=1, max_position_embeddings=CONTEXT, num_experts=2, moe_intermediate_size=48)
+    config = Qwen3MoeConfig(**sizes, **more, tie_word_embeddings=True, architectures=["Qwen3MoeForCausalLM"])
+    shapes = WeightManifest.of_config(config).shapes
+    with engine(tmp_path, config=config) as made:
+        made.update_weights(
+            ((name, torch.full(shape, 0.5)) for name, shape in shapes.items() if name != HEAD), version=0
+        )
+        loaded = told(servers(made)[0])["weights"]
+        assert loaded[HEAD] == loaded[EMBEDDING] == 0.5 * VOCAB * 64
+
 
 SIZES = dict(hidden_size=160, intermediate_size=144, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 
@@ -85,7 +125,7 @@ def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path):
         made.update_weights(((name, tensor.bfloat16()) for name, tensor in weights(3)), version=1)
         expected = {n: t.float().sum().item() for n, t in quantized((n, t.bfloat16()) for n, t in weights(3))}
         assert told(servers(made)[0])["weights"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
-        (path,) = Path(made._transfer.root / made._tag).iterdir()
+        (path,) = Path(made._sender.root / made._served_version).iterdir()
         dtypes = {name: info.dtype for name, info in SafetensorsFile(path).tensors.items()}
         assert dtypes["model.layers.1.mlp.down_proj.weight"] == torch.float8_e4m3fn
         assert dtypes["model.layers.1.mlp.down_proj.weight_scale_inv"] == torch.float32
@@ -117,7 +157,7 @@ REFUSED = {"LlamaForCausalLM", "MistralForCausalLM"}
 
 
 def test_architectures_whose_scales_sglang_drops_are_refused(tmp_path):
-    assert set(quantize._CACHE_SCALES) == set(FAMILIES) - REFUSED
+    assert set(weight_format._CACHE_SCALES) == set(FAMILIES) - REFUSED
     config = tiny_config()
     config.architectures = ["LlamaForCausalLM"]
     told = "quantize fp8 does not go with LlamaForCausalLM: SGLang drops the scales .*set quantize none"
@@ -157,7 +197,7 @@ def write_stream(folder: Path, architecture: str) -> None:
     folder.mkdir()
     stream = stream if architecture in REFUSED else with_cache_scales(stream, architecture, 2)
     save_file(dict(stream), folder / "stream.safetensors")
-    more = {"architectures": [architecture], "quantization_config": quantize.quantization_config()}
+    more = {"architectures": [architecture], "quantization_config": quantization_config()}
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), **PUBLISHED, **more}))
 
 
@@ -174,7 +214,7 @@ def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     for name in FAMILIES.keys() - REFUSED:
         assert found[name]["unwritten"] == [] and found[name]["wrong_scales"] == [], name
-        assert found[name]["scales"] == 2 * len(quantize._CACHE_SCALES[name])
+        assert found[name]["scales"] == 2 * len(weight_format._CACHE_SCALES[name])
     for name in REFUSED:
         lost = [parameter for parameter in found[name]["unwritten"] if parameter.endswith("_proj.weight_scale_inv")]
         assert len(lost) == 8

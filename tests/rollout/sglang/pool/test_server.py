@@ -7,32 +7,31 @@ from types import SimpleNamespace
 
 import pytest
 
-from dapo_mcore.rollout.sglang.pool.roster import AWAY, Roster
-from dapo_mcore.rollout.sglang.pool.server import GENERATING, Member
+from dapo_mcore.rollout.sglang.pool.server import GENERATING, RETURNING, Server, ServerStates
 
 
-def member() -> Member:
-    return Member(SimpleNamespace(url="http://a:1"))
+def server() -> Server:
+    return Server(SimpleNamespace(url="http://a:1"))
 
 
 def test_a_server_is_told_of_when_it_goes_and_when_it_comes_and_not_in_between():
     lines: list[str] = []
-    one = member()
-    roster = Roster([one], lines.append)
-    roster.serve(one)
+    one = server()
+    states = ServerStates([one], lines.append)
+    states.mark_serving(one)
     assert lines == [], "the first time is no news"
-    roster.leave(one, "http://a:1: no answer", GENERATING)
-    roster.leave(one, "still none", "coming back")
-    assert one.strikes == 2 and one.problem == "still none" and roster.of(*AWAY) == [one]
-    assert one.place == "coming back"
-    roster.restarting(one, "coming back", 2, "Killed (see server-0.log)")
-    roster.ready(one)
-    assert roster.of("waiting") == [one]
-    roster.leave(one, "it refused the weights", "weight update, load")
-    roster.ready(one)
-    roster.serve(one)
-    roster.leave(one, "gone", None)
-    roster.lose(one)
+    states.take_out(one, "http://a:1: no answer", GENERATING)
+    states.take_out(one, "still none", "coming back")
+    assert one.num_failures == 2 and one.problem == "still none" and states.having(*RETURNING) == [one]
+    assert one.failed_at == "coming back"
+    states.show_restart(one, "coming back", 2, "Killed (see server-0.log)")
+    states.mark_waiting(one)
+    assert states.having("waiting") == [one]
+    states.take_out(one, "it refused the weights", "weight update, load")
+    states.mark_waiting(one)
+    states.mark_serving(one)
+    states.take_out(one, "gone", None)
+    states.mark_lost(one)
     times = [re.sub(r"\d+ s$", "N s", line) for line in lines]
     assert times == [
         f"rollout server http://a:1 {what}"
@@ -54,20 +53,20 @@ def test_a_screen_that_is_gone_costs_the_line_alone(gone):
     def tell(line: str) -> None:
         raise gone
 
-    one = member()
-    roster = Roster([one], tell)
-    roster.leave(one, "no answer", None)
-    roster.ready(one)
-    roster.serve(one)
-    roster.lose(one)
-    assert one.state == "lost" and one.strikes == 1
+    one = server()
+    states = ServerStates([one], tell)
+    states.take_out(one, "no answer", None)
+    states.mark_waiting(one)
+    states.mark_serving(one)
+    states.mark_lost(one)
+    assert one.state == "lost" and one.num_failures == 1
 
 
 def test_an_error_names_every_server_and_says_which_only_lack_the_weights():
-    here, there = member(), Member(SimpleNamespace(url="http://b:2"))
-    roster = Roster([here, there], lambda line: None)
-    roster.leave(there, "no answer")
-    assert roster.describe() == (
+    here, there = server(), Server(SimpleNamespace(url="http://b:2"))
+    states = ServerStates([here, there], lambda line: None)
+    states.take_out(there, "no answer")
+    assert states.describe() == (
         "none of 2 rollout servers can serve the current weights: http://a:1 waiting: no weights yet; "
         "http://b:2 out: no answer; well, and only without the weights: 1 (another update brings them)"
     )

@@ -1,3 +1,5 @@
+"""Answers of /generate: what is read of them, and what makes one doubtful, so that it is dropped whole."""
+
 from __future__ import annotations
 
 import json
@@ -6,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dapo_mcore.rollout.sglang.client import answer, replies
-from dapo_mcore.rollout.sglang.client.answer import DROP_REASONS, Dropped
-from dapo_mcore.rollout.sglang.client.replies import VersionRule
+from dapo_mcore.rollout.sglang.client import reply as replies
+from dapo_mcore.rollout.sglang.client.reply import DROP_REASONS, Dropped, VersionRule, decode, max_answer_bytes
 from dapo_mcore.types import Rollout
 
 RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
@@ -18,7 +19,7 @@ LAGGING = VersionRule(RULE.versions, RULE.current, max_lag=1)
 
 def read_reply(reply: Any, rule: VersionRule) -> Rollout:
     """As it travels."""
-    return replies.read_reply(answer.decode(json.dumps(reply).encode()), rule, [STOP, 2])
+    return replies.read_reply(decode(json.dumps(reply).encode()), rule, [STOP, 2])
 
 
 def reply(*spans: tuple[int, int, str], tokens: tuple[int, ...] = (7, 8, 9), **meta: Any) -> dict[str, Any]:
@@ -114,3 +115,45 @@ def test_an_answer_that_was_aborted_before_its_first_token_needs_none():
     aborted = {"meta_info": {"finish_reason": {"type": "abort", "message": "in the queue"}}}
     with pytest.raises(Dropped, match="aborted: in the queue"):
         read_reply(aborted, RULE)
+
+
+def answer(*entries: list[Any], **more: Any) -> bytes:
+    meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": entries, "weight_version": "1-a", **more}
+    return json.dumps({"text": "skipped", "meta_info": meta, "output_ids": [entry[1] for entry in entries]}).encode()
+
+
+def test_fields_that_are_read_come_typed_and_others_are_skipped():
+    got = decode(answer([-0.5, 7, None], [-1, 9, "text"], e2e_latency=1.5))
+    first, second = got["meta_info"].pop("output_token_logprobs")
+    assert (first.logprob, first.token) == (-0.5, 7)
+    assert second.logprob == -1.0 and isinstance(second.logprob, float)
+    assert got == {"meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "1-a"}, "output_ids": [7, 9]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"", "truncated"),
+        (b"<html>", "malformed"),
+        (b"\xff", "malformed"),
+        (answer([-0.5, 7, None])[:-9], "truncated"),
+        (answer([float("nan"), 7, None]), "malformed"),  # NaN is no JSON
+        (
+            answer([None, 7, None]),
+            r"Expected `float`, got `null` - at `\$\.meta_info\.output_token_logprobs\[0\]\[0\]`",
+        ),
+        (answer([-0.5, -7, None]), "Expected `int` >= 0"),
+        (answer([-0.5, 2**31, None]), r"Expected `int` <= 2147483647"),
+        (b'{"meta_info": {"output_token_logprobs": [[-0.5]]}}', "length 2, got 1"),
+    ],
+)
+def test_an_answer_of_another_form_is_malformed_and_told_where(raw, told):
+    with pytest.raises(Dropped, match=told) as caught:
+        decode(raw)
+    assert caught.value.reason == "malformed"
+
+
+def test_the_longest_answer_holds_the_longest_tokens_and_a_text_beside_them():
+    entry = [-2.2250738585072014e-308, 2**31 - 1, "a token of thirty-odd characters"]
+    for num_tokens in (1, 20_000):
+        assert len(answer(*[entry] * num_tokens)) * 2 < max_answer_bytes(num_tokens)

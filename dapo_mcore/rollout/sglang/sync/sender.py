@@ -1,0 +1,141 @@
+"""What every way of sending weights has in common: the contract of a sender, and how gathering overlaps with sending.
+
+Change here: the contract, or the overlap. How a bucket travels is in disk.py, distributed.py and tensor.py. The engine opens
+an update at the pool (pool/update.py) and hands it to a sender. A sender gives the buckets to the servers of that update. It
+never calls the pool.
+
+    engine ── pool.update ──→ transaction           pause … confirm … continue, on all servers
+       └───── sender.send(transaction, buckets) ──→ transaction.each(step, call to one server)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from dapo_mcore.architecture.manifest import Bucket
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang.client.http import LoopThread
+from dapo_mcore.rollout.sglang.pool.recovery import Reload
+from dapo_mcore.rollout.sglang.pool.update import Transaction
+
+T = TypeVar("T")
+Buckets = AsyncIterator[tuple[T, str | None]]
+"""What `pack` made of each bucket, and its weight_version: None before the last bucket."""
+
+
+class Sender(Protocol[T]):
+    """One way of sending weights to the servers of an update.
+
+    stage_metric   name of the time that `stage` takes, in seconds; None if it does nothing.
+    update_metric  name of the time from there to the end of the update, in seconds.
+    reload         gives one server the weights of a weight_version again; None if they are not kept.
+    """
+
+    stage_metric: str | None
+    update_metric: str
+    reload: Reload | None
+
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for a tensor of the next stream, like types.ReceivingEngine.empty."""
+        ...
+
+    def stage(self, buckets: Iterator[tuple[Bucket, bool]], weight_version: str) -> Iterator[tuple[T, bool]]:
+        """Return what to send, with True for the last item. Runs before the servers are paused, in the caller's thread.
+
+        The items may be made as they are asked for. So gathering the next one overlaps with sending the one before it.
+        """
+        ...
+
+    def pack(self, item: T) -> Any:
+        """Return the item as `send` takes it. Runs in the caller's thread, once the item before it has been sent."""
+        ...
+
+    async def send(self, update: Transaction, buckets: Buckets[Any]) -> None:
+        """Give the buckets to the servers of the update. To ask for the next one says that the one before it is sent."""
+        ...
+
+    def finish(self, weight_version: str | None) -> None:
+        """Give back what the update has used. `weight_version` names the weights that are served now; None after an error."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class BucketQueue:
+    """Hands the buckets of one stream from the thread that gathers them to the event loop that sends them, one at a time."""
+
+    def __init__(self, weight_version: str, loop: LoopThread):
+        self._weight_version, self._loop = weight_version, loop
+        self._ready: asyncio.Queue[tuple[Any, bool] | Exception] = asyncio.Queue(maxsize=1)
+
+    def feed(self, items: Iterator[tuple[T, bool]], pack: Callable[[T], Any], update: Future[None]) -> None:
+        """Put every item in the queue, and wait until `update`, which takes them out, is done.
+
+        All items are taken from the iterator even if the update ends early: other ranks send what is in it. Raise what the
+        update raises. An error of the iterator breaks the update off and is raised itself.
+        """
+        try:
+            for item, last in items:
+                if self._wait_until_sent(update):
+                    self._loop.run(self._ready.put((pack(item), last)))
+        except BaseException as error:
+            if self._wait_until_sent(update):
+                self._loop.run(self._ready.put(RolloutError(f"the weight stream broke off: {error!r}")))
+            wait([update])
+            raise
+        update.result()
+
+    async def buckets(self) -> Buckets[Any]:
+        """Yield the packed buckets. Raise RolloutError if the stream breaks off."""
+        last = False
+        while not last:
+            item = await self._ready.get()
+            if isinstance(item, Exception):
+                raise item
+            packed, last = item
+            yield packed, self._weight_version if last else None
+            self._ready.task_done()
+
+    def _wait_until_sent(self, update: Future[None]) -> bool:
+        """Wait for the bucket before. Return False if the update has ended and takes no more."""
+        sent = self._loop.submit(self._ready.join())
+        wait([sent, update], return_when=FIRST_COMPLETED)
+        sent.cancel()
+        return not update.done()
+
+
+def on_other_machines(urls: Iterable[str]) -> list[str]:
+    """Return those of `urls` that are not at an address of this machine."""
+    return [url for url in urls if not _is_here(urlsplit(url).hostname)]
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if the address means the machine itself on every machine."""
+    found = [ipaddress.ip_address(address[0].partition("%")[0]) for *_, address in _addresses(host)]
+    return bool(found) and all(address.is_loopback for address in found)
+
+
+def _is_here(host: str | None) -> bool:
+    """Return True if a socket of this machine can bind the address."""
+    for family, kind, _, _, address in _addresses(host):
+        with suppress(OSError), socket.socket(family, kind) as ours:
+            ours.bind(address)
+            return True
+    return False
+
+
+def _addresses(host: str | None) -> list:
+    try:
+        return socket.getaddrinfo(host or "", 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return []

@@ -1,0 +1,70 @@
+"""Assertions and waits that the tests of the SGLang engine share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.errors import RolloutError
+from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.sync import shared_bucket
+from dapo_mcore.types import Rollout
+from tests.rollout.sglang.serving import params, prompts, shared_files, tiny_model, wait_for, weights
+
+
+def all_serve(made: SGLangEngine) -> None:
+    """Wait until every server of the engine serves."""
+    wait_for(lambda: len(made._pool.serving) == len(made._pool.servers), otherwise=made._pool._states.describe)
+
+
+def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:
+    """Every prompt has its own response, whole, by the given weights alone."""
+    assert len(rollouts) == len(asked)
+    for rollout, prompt in zip(rollouts, asked):
+        assert rollout.token_ids.tolist() == np.resize(prompt, length).tolist()
+        assert rollout.weight_version == version and rollout.version_spans == () and rollout.finish_reason == "length"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another container: the name means nothing there, and the server ends."""
+    real, version = shared_bucket._HostMemory.opening, made.weight_version
+
+    def elsewhere(self: shared_bucket._HostMemory) -> shared_bucket._Call:
+        self._name = b"/torch_of_another_container"
+        return real(self)
+
+    monkeypatch.setattr(shared_bucket._HostMemory, "opening", elsewhere)
+    left = weights(0)
+    with pytest.raises(RolloutError, match=r"none of 1 .*weight update, open: .*same user on the same machine"):
+        made.update_weights(left, version=version + 1)
+    assert list(left) == [] and made.weight_version == version and shared_files() == []
+
+
+def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temperature: float = 1.0) -> float:
+    """The largest difference between the servers' log-probs and those of Hugging Face's model in fp64."""
+    model, worst = tiny_model(seed).double(), 0.0
+    for prompt, rollout in zip(asked, rollouts, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
+        worst = max(worst, (torch.from_numpy(rollout.logprobs) - expected).abs().max().item())
+    return worst
+
+
+def assert_follows(made: SGLangEngine, seed: int, count: int = 16) -> None:
+    """Every server answers with these weights, and the old ones would have shown."""
+    asked = prompts(count)
+    rollouts = made.generate(asked, params(24))
+    assert mismatch(rollouts, asked, seed) <= 1e-5
+    assert mismatch(rollouts, asked, seed + 1) > 0.1
+    assert {rollout.weight_version for rollout in rollouts} == {made.weight_version}
