@@ -86,7 +86,7 @@ def test_carried_answers_follow_their_prompts_through_changed_data(task: Path): 
     assert answered[0] == answered[1]
 
     assert "(still 12 prompts, but of other content or order)" in told["reworded"]
-    assert "carried groups dropped: no training prompt has their tokens" in told["reworded"]
+    assert "carried groups dropped: the training data no longer contain their prompts" in told["reworded"]
     assert all(s["prompt"].startswith("0+") and s["weight_version"] == 1 for s in step["reworded"])
 
 

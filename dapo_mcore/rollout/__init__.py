@@ -1,1 +1,4 @@
-"""Rollouts: engines that generate, and the sampler that turns prompts into the groups a step trains on."""
+"""Rollouts: the engines that generate responses, and the sampler that chooses the groups a step trains on.
+
+Change here: a new engine (build.py, types.RolloutEngine). sampling/ is the same for every engine.
+"""

@@ -18,7 +18,7 @@ from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 
 SERVERS = "servers"
-"""Folder of a run for its rollout servers' logs and keys."""
+"""Folder inside a run's folder for the logs and keys of its rollout servers."""
 
 
 def build_engine(
@@ -30,15 +30,15 @@ def build_engine(
     num_local_ranks: int,
     progress: NullProgress,
 ) -> Any:
-    """The engine, a types.RolloutEngine with `on_progress`; SGLang servers are up when it returns.
+    """Return the engine, a types.RolloutEngine with `on_progress`. SGLang servers are ready when it returns.
 
-    num_local_ranks  the trainer's processes on this machine, each with a GPU of its own where there are GPUs.
-    progress         shows the servers' start.
-    Raises ConfigError when servers cannot be started or used.
+    num_local_ranks  number of trainer processes on this machine, each with its own GPU if there are GPUs.
+    progress         shows how the servers start.
+    Raise ConfigError if servers cannot be started or used.
     """
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     if config.rollout.engine == "sglang":
-        from dapo_mcore.rollout.sglang.engine import SGLangEngine  # its HTTP client is of no use to the embedded engine
+        from dapo_mcore.rollout.sglang.engine import SGLangEngine  # the embedded engine does not need its HTTP client
 
         return SGLangEngine(
             _placed(config.rollout.sglang, num_local_ranks),
@@ -62,7 +62,7 @@ def build_engine(
 
 
 def _placed(settings: SGLangConfig, num_local_ranks: int) -> SGLangConfig:
-    """The settings with the servers' first GPU decided."""
+    """Return the settings with `first_gpu` set: after the trainer's GPUs, or at 0 if colocated."""
     if settings.first_gpu is not None:
         return settings
     return settings.model_copy(update={"first_gpu": 0 if settings.colocated else num_local_ranks})

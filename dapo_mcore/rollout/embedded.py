@@ -1,8 +1,8 @@
 """The in-process rollout engine: a transformers model and a batched decode loop, for CPUs and small models.
 
-Change here: how the embedded engine batches, decodes and takes weights. The sampling law is in draw.py.
-It speaks the same protocol and eats the same weight stream as a server engine, so that a run on a laptop goes through
-the code that a cluster runs.
+Change here: how the embedded engine batches, decodes, samples (temperature, top-k, top-p) and loads weights.
+It has the interface of a server engine and reads the same weight stream, so a run on a laptop uses the code that a
+cluster runs.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from dapo_mcore.architecture.hf_views import hf_views
 from dapo_mcore.architecture.manifest import WeightManifest
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.draw import draw_tokens
 from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.types import Rollout, SamplingParams
 
-# Dropping finished rows copies the whole cache, computing them wastes their share: copy once a quarter is finished.
+# Dropping finished rows copies the whole cache, and computing them is wasted: drop them once a quarter is finished.
 _COMPACT_BELOW = 0.75
+_LARGEST_UNIFORM = 1.0 - 2.0**-40  # keeps `uniform * total` below the total after rounding
 
 
 class EmbeddedEngine:
-    """Generates with a transformers causal language model that has no weights until `update_weights` brings some.
+    """A transformers causal language model that generates. It has no weights before the first `update_weights`.
 
-    hf_config       architecture; built in `dtype` on `device`.
-    stop_token_ids  any of them ends a response and is its last token.
+    hf_config       architecture; the model is built in `dtype` on `device`.
+    stop_token_ids  each of them ends a response and is its last token.
     pad_token_id    fills the left of shorter prompts; attention never sees it.
-    max_batch       sequences decoded at once.
-    num_threads     CPU threads during `generate` only; None takes all cores this process may use.
+    max_batch       number of sequences decoded at once.
+    num_threads     CPU threads during `generate` only; None takes all cores that this process may use.
 
-    Repeatable: equal weights, prompts (and their order), parameters, `max_batch`, number of threads and torch build give
-    equal rollouts. The random numbers depend on the seed and a row's place in its batch alone; the number of threads
-    only enters through the rounding of matrix products, which may flip a draw that lies on a border.
+    Repeatable: equal weights, prompts (in equal order), parameters, `max_batch`, number of threads and torch build give
+    equal rollouts. The random numbers depend only on the seed and a row's index in its batch. The number of threads
+    changes the rounding of matrix products, which may change a token whose uniform lies on a boundary.
 
-    `on_progress`, when set, is called with the number of sequences that have just finished: `progress.advance` fits.
+    `on_progress`, if set, is called with the number of sequences that have just finished.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EmbeddedEngine:
         self.on_progress: Callable[[int], None] | None = None
         self._device, self._max_batch, self._pad = torch.device(device), max_batch, pad_token_id
         self._num_threads = num_threads or _available_cores()
-        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; don't consume the caller's RNG
+        with torch.random.fork_rng(devices=[]):  # keeps the caller's RNG: the initial weights are discarded
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=dtype)
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab, self._context = model.config.vocab_size, model.config.max_position_embeddings
@@ -68,20 +68,19 @@ class EmbeddedEngine:
 
     @property
     def weight_version(self) -> int:
-        """The version of the last `update_weights`; -1 before the first, and after one that failed."""
+        """Return the version of the last `update_weights`; -1 before the first, and after one that failed."""
         return self._version
 
     def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
-        """One response for each entry of `prompts` (int32 [T] each), in order.
+        """Return one response for each entry of `prompts` (int32 [T] each), in order.
 
-        Raises RolloutError before the first weights, for an empty prompt, an unknown token, or a prompt that leaves no
-        room for `params.max_new_tokens` in the model's positions.
+        Raise RolloutError before the first weights, and for a prompt that `check_prompts` refuses.
         """
         self._check(prompts, params)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         responses = _Responses.empty(len(prompts), params.max_new_tokens, self._device)
         generator = torch.Generator(self._device).manual_seed(params.seed)
-        # Neighbours of equal length need neither padding nor a mask, which makes attention about twice as fast.
+        # Prompts of equal length need no padding and no mask, which makes attention about twice as fast.
         order = np.argsort(lengths, kind="stable")
         with _cpu_threads(self._num_threads), torch.inference_mode():
             for start in range(0, len(order), self._max_batch):
@@ -90,11 +89,11 @@ class EmbeddedEngine:
         return responses.as_rollouts(self._version)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Takes every HF-named tensor of the stream in place, then moves to `version`.
+        """Copy every HF-named tensor of the stream into the model, then set the weight version to `version`.
 
-        A tied output head may be absent from the stream; when present it must equal the embedding. Raises RolloutError
-        naming unexpected, repeated, missing and misshapen tensors. After any error the engine has no weights, and refuses
-        to generate, until it has taken a whole stream. Memory beside the model: a tied head, where the stream has one.
+        A tied output head may be missing in the stream; if it is there, it must equal the embedding. Raise RolloutError
+        that names unexpected, repeated, missing and misshapen tensors. After an error the engine has no weights and
+        refuses to generate until it gets a whole stream. Extra memory: a tied head, if the stream has one.
         """
         self._version, heads = -1, {}
         for name, tensor in self._manifest.checked(weights, version):
@@ -111,14 +110,14 @@ class EmbeddedEngine:
         self._version = version
 
     def metrics(self) -> dict[str, float]:
-        """Nothing: there is no server to count."""
+        """Return {}: there are no servers to report about."""
         return {}
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no process to end."""
 
     def _stop_table(self, stop_token_ids: tuple[int, ...]) -> Tensor:
-        """bool [V]: a look-up is cheaper than a comparison with every stop token."""
+        """Return bool [V], True for stop tokens: one look-up is cheaper than a comparison with each of them."""
         for name, token in [("pad_token_id", self._pad), *(("stop token", token) for token in stop_token_ids)]:
             if not 0 <= token < self._vocab:
                 raise RolloutError(f"{name} {token} is outside the model's vocabulary of {self._vocab} tokens")
@@ -128,11 +127,11 @@ class EmbeddedEngine:
 
     def _check(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
         if self._version < 0:
-            raise RolloutError("the embedded engine has no whole weights; call update_weights before generate")
+            raise RolloutError("the embedded engine has no complete weights; call update_weights before generate")
         check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
 
     def _prefill(self, prompts: Sequence[np.ndarray], rows: np.ndarray) -> _Batch:
-        """The decoding state after the prompts. Each distinct prompt is computed once, however often it is sampled."""
+        """Return the decoding state after the prompts. Each distinct prompt is computed once."""
         distinct: dict[bytes, int] = {}
         chosen = [np.asarray(prompts[row], dtype=np.int64) for row in rows]
         which = torch.tensor([distinct.setdefault(ids.tobytes(), len(distinct)) for ids in chosen], device=self._device)
@@ -147,11 +146,11 @@ class EmbeddedEngine:
         return batch
 
     def _decode(self, batch: _Batch, params: SamplingParams, generator: torch.Generator, responses: _Responses) -> None:
-        """Decodes until every row has stopped or is full, and writes tokens and log-probs into `responses`."""
+        """Decode until every row has stopped or is full, and write tokens and log-probs into `responses`."""
         size = len(batch.rows)
         alive, num_alive = torch.ones(size, dtype=torch.bool, device=self._device), size
         for step in range(params.max_new_tokens):
-            # One number for every row of the batch, finished or not: a row's draws don't depend on its neighbours' ends.
+            # One number for every row, finished or not: a row's tokens do not depend on when other rows finish.
             uniforms = torch.rand(size, dtype=torch.float64, generator=generator, device=self._device)
             tokens, logprobs = draw_tokens(batch.logits, uniforms[batch.slots], params)
             stopped = self._is_stop[tokens]
@@ -170,7 +169,7 @@ class EmbeddedEngine:
             batch.logits = self._forward(tokens[:, None], batch.cache, batch.mask, batch.positions)
 
     def _forward(self, ids: Tensor, cache: DynamicCache, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Logits [B, V] of the last position; `cache` grows by the columns of `ids`."""
+        """Return the logits [B, V] of the last position. `cache` grows by the columns of `ids`."""
         return self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -183,7 +182,7 @@ class EmbeddedEngine:
 
 @dataclass
 class _Batch:
-    """Rows being decoded. `rows` index the call's prompts, `slots` the batch as it began; mask None means no padding."""
+    """Rows being decoded. `rows` are indices of the call's prompts, `slots` of the whole batch; mask None: no padding."""
 
     rows: Tensor
     slots: Tensor
@@ -193,7 +192,7 @@ class _Batch:
     positions: Tensor | None
 
     def select(self, index: Tensor, rows: Tensor) -> None:
-        """Keeps entries `index` of the model's state and entries `rows` of the bookkeeping."""
+        """Keep entries `index` of the model's state and entries `rows` of the index tensors."""
         self.cache.batch_select_indices(index)
         self.logits = self.logits[index]
         self.rows, self.slots = self.rows[rows], self.slots[rows]
@@ -201,7 +200,7 @@ class _Batch:
             self.mask, self.positions = self.mask[index], self.positions[index]
 
     def extend_mask(self) -> None:
-        """Makes room for one more token in a padded batch."""
+        """Extend mask and positions of a padded batch by one token."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
             self.positions = self.positions[:, -1:] + 1
@@ -209,7 +208,7 @@ class _Batch:
 
 @dataclass
 class _Responses:
-    """The results of one call, written in place: tokens and logprobs [B, max_new_tokens], lengths and stopped [B]."""
+    """Results of one call, written in place: tokens and logprobs [B, max_new_tokens], lengths and stopped [B]."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -226,7 +225,7 @@ class _Responses:
         )
 
     def write(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor, alive: Tensor, stopped: Tensor) -> None:
-        """Records a step. What a finished row goes on writing lies beyond its length and is cut off at the end."""
+        """Write one decoding step. What a finished row still writes lies beyond its length and is dropped."""
         self.tokens[rows, step] = tokens.int()
         self.logprobs[rows, step] = logprobs
         self.lengths[rows] += alive
@@ -247,7 +246,7 @@ class _Responses:
 
 
 def _pad_left(prompts: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor | None]:
-    """Token ids int64 [B, T] and their mask int64 [B, T], or None for the mask when all lengths are equal."""
+    """Return token ids int64 [B, T] and their mask int64 [B, T], or None for the mask if all lengths are equal."""
     width = max(map(len, prompts))
     ids = np.full((len(prompts), width), pad, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -269,3 +268,41 @@ def _cpu_threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Return one token per row, int64 [B], drawn from softmax(logits / temperature), and its log-prob, float32 [B].
+
+    logits    [B, V], any float type; the arithmetic is fp32, the cumulative sum fp64.
+    uniforms  float64 [B] in [0, 1): row b's token is the inverse of its cumulative distribution at uniforms[b], so a
+              row's token does not depend on the other rows of the batch.
+    Temperature first, then top-k, then top-p on what is left, as in vLLM and transformers. Log-probs are those before
+    top-k and top-p, as SGLang reports them. Temperature 0 takes the largest logit, with its log-prob at temperature 1.
+    """
+    if params.temperature == 0:
+        logprobs = logits.float().log_softmax(-1)
+        tokens = logprobs.argmax(-1)
+    else:
+        logprobs = (logits.float() / params.temperature).log_softmax(-1)
+        tokens = _invert(_restrict(logprobs.exp(), params.top_k, params.top_p), uniforms)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    cumulative = weights.double().cumsum(-1)
+    points = uniforms.clamp(max=_LARGEST_UNIFORM)[:, None] * cumulative[:, -1:]
+    # right=True: the first token whose cumulative weight exceeds the point, so never one of weight 0.
+    return torch.searchsorted(cumulative, points, right=True)[:, 0]
+
+
+def _restrict(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Return `probs` [B, V] with 0 for tokens outside top-k (off below 1) and top-p (off at 1). Not renormalised."""
+    if top_k < 1 and top_p >= 1:
+        return probs
+    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    if top_k > 0:
+        ordered[:, top_k:] = 0
+    before = ordered.cumsum(-1) - ordered
+    # The most likely token has nothing before it, so it always stays.
+    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(probs).scatter_(-1, tokens, ordered)

@@ -1,6 +1,6 @@
-"""Groups as JSON and flat arrays, and back: how carried-over groups survive a restart.
+"""Groups as JSON and flat arrays and back, so that carried groups survive a restart.
 
-Change here: the stored form of a group. Prompts are stored by uid, which follows their content, and found again by it.
+Change here: the stored form of a group. A prompt is stored by its uid, which depends on its content alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
 def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A JSON-ready description of the groups, and their token data.
+    """Return a JSON-ready description of the groups, and arrays with their tokens.
 
-    Arrays: token_ids int32 [T], logprobs float32 [T], loss_mask bool [T], all samples concatenated, and offsets
-    int64 [B+1]. `unpack_groups` restores them exactly.
+    Arrays: token_ids int32 [T], logprobs float32 [T], loss_mask bool [T] of all samples concatenated, and offsets
+    int64 [B+1]. `unpack_groups` restores the groups exactly.
     """
     rollouts = [sample.rollout for group in groups for sample in group.samples]
     arrays = {
@@ -31,7 +31,7 @@ def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, np.n
 
 
 def unpack_groups(state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> list[Group]:
-    """Return the groups that `pack_groups` stored, without those whose prompt is not in `prompts` (by uid) any more."""
+    """Return the groups that `pack_groups` stored, without those whose prompt uid is no longer in `prompts`."""
     spans = zip(arrays["offsets"][:-1].tolist(), arrays["offsets"][1:].tolist())
     stored = [
         (described["uid"], tuple(_restore(sample, arrays, *next(spans)) for sample in described["samples"]))

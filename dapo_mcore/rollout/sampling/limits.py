@@ -1,6 +1,6 @@
-"""What a model can be asked to continue; checked before an engine sees a prompt.
+"""Limits of prompts, checked before an engine gets them.
 
-Change here: limits on prompts that every engine has. SGLang 0.5.21 dies of a token outside the vocabulary.
+Change here: limits that hold for every engine. SGLang 0.5.21 crashes on a token outside the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dapo_mcore.errors import RolloutError
 
 
 def check_prompts(prompts: Sequence[np.ndarray], max_new_tokens: int, vocab_size: int, context: int) -> None:
-    """Nothing; raises RolloutError for an empty prompt, one without room for `max_new_tokens`, or an unknown token."""
+    """Raise RolloutError for an empty prompt, one without room for `max_new_tokens`, or an unknown token."""
     if not len(prompts):
         return
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)

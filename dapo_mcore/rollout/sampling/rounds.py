@@ -1,7 +1,7 @@
-"""Groups in rounds, for an engine that generates a batch at a time: a round ends with its longest response.
+"""Generation in rounds, for an engine that generates one batch at a time: a round ends with its longest response.
 
-Change here: what one round of each sampling style brings. Rounds repeat bitwise on an engine that does;
-refill.py keeps servers full instead.
+Change here: what one round of each sampling style generates. A repeatable engine gives bitwise repeatable rounds.
+refill.py does the same for servers, which it keeps full.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dapo_mcore.rollout.sampling.step import Step
 from dapo_mcore.types import Group, Prompt, Sample
 
 Take = Callable[[int], list[Prompt]]
-"""The next so many prompts to ask."""
+"""Returns the next `n` prompts to generate for."""
 
 
 def play_rounds(step: Step, responder: Responder, take: Take, missing: int) -> list[Group]:
-    """At least `missing` groups to train on, in prompt order, unless max_gen_batches rounds bring fewer."""
+    """Return at least `missing` groups to train on, in prompt order, or fewer after max_gen_batches rounds."""
     rounds, kept = _Rounds(step, responder, take), []
     style = {"none": rounds.none, "filter": rounds.filter, "resample": rounds.resample}[step.config.sampling.style]
     while len(kept) < missing and step.num_rounds < step.config.sampling.max_gen_batches:
@@ -35,12 +35,12 @@ class _Rounds:
         return self._finish(self._new_groups(missing))
 
     def filter(self, missing: int) -> list[Group]:
-        """Filter and refill (paper, verl): a whole generation batch; the groups that vary, perhaps more than `missing`."""
+        """Generate a whole batch and return the groups that vary, perhaps more than `missing` (paper, verl)."""
         groups = self._finish(self._new_groups(self._step.config.sampling.gen_batch_prompts))
         return [group for group in groups if group_varies(group)]
 
     def resample(self, missing: int) -> list[Group]:
-        """Per-prompt resampling: uniform groups grow until they vary or are given up. Enlarged groups are kept whole."""
+        """Generate groups and add responses to each until it varies or is full. Return those that vary, whole."""
         groups = self._new_groups(missing)
         while growing := [index for index, group in enumerate(groups) if self._step.growth(group)]:
             enlarged = self._enlarge([groups[index] for index in growing])
@@ -49,13 +49,13 @@ class _Rounds:
         return [group for group in self._finish(groups) if classify(group) == "mixed"]
 
     def _new_groups(self, num_prompts: int) -> list[Group]:
-        """Begins a round: group_size responses to each of the next prompts."""
+        """Begin a round: generate group_size responses for each of the next prompts."""
         self._step.num_rounds += 1
         prompts = self._take(num_prompts)
         return self._responder.groups(prompts, self._step.config.rollout.group_size, self._step.next_params())
 
     def _enlarge(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with `growth` more responses each, all generated in one call."""
+        """Return the groups with `growth` more responses each, all generated in one call."""
         growth = self._step.growth
         repeated = [group.prompt for group in groups for _ in range(growth(group))]
         self._step.num_extra += len(repeated)
@@ -63,7 +63,7 @@ class _Rounds:
         return [Group(g.prompt, g.samples + _next(samples, growth(g))) for g in groups]
 
     def _finish(self, groups: list[Group]) -> list[Group]:
-        """Records a round's groups in their final size."""
+        """Record a round's groups once they have their final size, and return them."""
         self._step.generated += groups
         return groups
 

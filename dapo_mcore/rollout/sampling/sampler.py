@@ -1,10 +1,10 @@
-"""One rollout step's groups: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
+"""Dynamic sampling: the groups that a rollout step trains on (DAPO, arXiv 2503.14476, section 3.2).
 
-Change here: which groups a step trains on, and what happens to the rest. How they are generated is rounds.py and
-refill.py; what it means to vary, algo/filtering.py.
-Groups are always taken in prompt order, never in the order they finish, which would favour short responses; with
-sampling.on_full keep, those of the oldest weights come first. Unlike verl, groups beyond the training batch are carried to
-the next step while their weights are fresh enough.
+Change here: which groups a step trains on, and what happens to the others. rounds.py and refill.py generate them;
+algo/filtering.py defines when a group varies.
+Groups are taken in prompt order, never in the order in which they finish, which would favour short responses. With
+sampling.on_full keep, groups of the oldest weights come first. Unlike verl, groups beyond the training batch are carried
+to the next step while their weights are fresh enough.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from dapo_mcore.rollout.sampling.carry import pack_groups, unpack_groups
 from dapo_mcore.rollout.sampling.refill import InFlight, Refill
 from dapo_mcore.rollout.sampling.respond import Decode, Responder
 from dapo_mcore.rollout.sampling.rounds import play_rounds
-from dapo_mcore.rollout.sampling.staleness import staleness_stats
-from dapo_mcore.rollout.sampling.step import Step
+from dapo_mcore.rollout.sampling.step import Step, staleness_stats
 from dapo_mcore.types import ContinuousEngine, Group, Prompt, RewardFunction, RolloutEngine
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one rollout step brought.
+    """The result of one rollout step.
 
-    groups     to train on, in prompt order; groups of older weights, as those carried from the step before, come first.
-    generated  every group finished in this step, trained on or not: what reward and length metrics are about.
+    groups     the groups to train on, in prompt order; those of older weights, such as carried ones, come first.
+    generated  all groups finished in this step, trained on or not. Reward and length metrics are about these.
     stats      the `sampling/…` metrics.
     """
 
@@ -44,7 +43,7 @@ class Collected:
 
 
 class NothingVaries(RolloutError):
-    """Too few groups vary to train on. `collected.generated` are those that the step has, to be looked at."""
+    """Too few groups vary to train on. `collected.generated` are the groups that the step generated."""
 
     def __init__(self, message: str, collected: Collected):
         super().__init__(message)
@@ -53,19 +52,19 @@ class NothingVaries(RolloutError):
 
 @dataclass(frozen=True, slots=True)
 class SamplerState:
-    """What a sampler holds between two steps, by reference: groups carried over, and prompts to ask again."""
+    """State of a sampler between two steps, by reference: carried groups, and prompts to generate for again."""
 
     carried: Sequence[Group]
     again: Sequence[Prompt]
 
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return JSON-ready values and arrays: with the loader's state, all that a resumed run needs."""
+        """Return JSON-ready values and arrays. With the loader's state they are all that a resumed run needs."""
         state, arrays = pack_groups(self.carried)
         return {**state, "again": [prompt.uid for prompt in self.again]}, arrays
 
 
 class Sampler:
-    """Draws prompts, generates and scores responses, and chooses the groups to train on."""
+    """Takes prompts, generates and scores responses, and chooses the groups to train on."""
 
     def __init__(
         self,
@@ -86,11 +85,11 @@ class Sampler:
         self._kept_ratio: float | None = None
 
     def collect(self, step: int, lag: int = 0) -> Collected:
-        """The groups of rollout step `step`; train_batch_prompts of them, unless sampling.on_exhausted allows fewer.
+        """Return the groups of rollout step `step`: train_batch_prompts, or fewer if sampling.on_exhausted allows it.
 
-        lag  weight versions by which the trained policy will be ahead of the engine's when it trains on the groups.
-        Engine seeds derive from (config.seed, step, call), so a resumed run repeats the step on an engine that is
-        repeatable. Raises NothingVaries when max_gen_batches rounds do not bring enough groups that vary.
+        lag  weight versions by which the policy that trains on the groups is ahead of the engine's weights.
+        The engine's seeds depend on (config.seed, step, call), so a resumed run repeats the step on a repeatable engine.
+        Raise NothingVaries if too few groups vary after max_gen_batches rounds.
         """
         sampling = self._config.sampling
         trained = self._engine.weight_version + lag
@@ -99,7 +98,7 @@ class Sampler:
         this.num_stale = num_stale = len(self._carried) - len(kept)
         carried = {id(group) for group in kept}
         kept += self._generate(this, kept)
-        kept.sort(key=lambda group: group.weight_version)  # only with on_full keep are they not in this order already
+        kept.sort(key=lambda group: group.weight_version)  # without on_full keep they already are in this order
         groups, surplus = kept[: sampling.train_batch_prompts], kept[sampling.train_batch_prompts :]
         if len(groups) < sampling.train_batch_prompts:
             self._check_exhausted(len(groups), this)
@@ -114,33 +113,37 @@ class Sampler:
         return Collected(groups, this.generated, stats)
 
     def snapshot(self) -> SamplerState:
-        """Return the state of now; nothing is copied. A resumed run asks the prompts of pending groups again, and learns anew
-        how many are kept."""
+        """Return the current state; nothing is copied.
+
+        A resumed run generates for the prompts of pending groups again, and estimates anew how many groups are kept.
+        """
         return SamplerState(self._carried, [*(group.prompt for group in self._pending), *self._again])
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the snapshot of now as JSON-ready values and arrays."""
+        """Return the current snapshot as JSON-ready values and arrays."""
         return self.snapshot().pack()
 
     def load_state(self, state: dict[str, Any], arrays: dict[str, np.ndarray], prompts: Mapping[str, Prompt]) -> str:
-        """Restore `state()`, with the training prompts by uid, and return what could not be restored, or nothing.
+        """Restore what `state()` returned. Return one line about what was lost, empty if nothing was.
 
-        Work on a prompt that is not among them is dropped: its responses answer something that is not asked any more.
+        prompts  the training prompts by uid. Groups of a prompt that is not among them are dropped: it has left the data.
         """
         self._carried = unpack_groups(state, arrays, prompts)
         self._again = [prompts[uid] for uid in state["again"] if uid in prompts]
         found = {
             "carried groups": (state["groups"], self._carried),
-            "prompts to ask again": (state["again"], self._again),
+            "prompts to generate again": (state["again"], self._again),
         }
         lost = [f"{len(a) - len(b)} of {len(a)} {what}" for what, (a, b) in found.items() if len(b) < len(a)]
         if not lost:
             return ""
-        return f"{' and '.join(lost)} dropped: no training prompt has their tokens, answer and columns any more"
+        return f"{' and '.join(lost)} dropped: the training data no longer contain their prompts"
 
     def _generate(self, this: Step, carried: list[Group]) -> list[Group]:
-        """New groups that fill the batch beside `carried`, as far as the limits allow; without a new request when it is full.
-        Which metrics a step has depends on the engine alone."""
+        """Return new groups that fill the batch together with `carried`, as far as the limits allow.
+
+        This runs even when nothing is missing, so that which metrics a step has depends on the engine alone.
+        """
         if not isinstance(self._engine, ContinuousEngine):
             missing = self._config.sampling.train_batch_prompts - len(carried)
             return play_rounds(this, self._responder, self._take, missing)
@@ -150,7 +153,7 @@ class Sampler:
         return refilled.groups
 
     def _take(self, count: int) -> list[Prompt]:
-        """The next prompts: first those whose responses were aborted."""
+        """Return the next `count` prompts, first those whose responses were aborted."""
         again, self._again = self._again[:count], self._again[count:]
         return again + self._loader.take(count - len(again))
 

@@ -1,12 +1,12 @@
-"""What one rollout step has generated: the seeds of its calls, its counts and its metrics.
+"""The record of one rollout step: the seeds of its calls, what it generated, and the metrics about that.
 
-Change here: what is counted about a step, however its groups were generated (rounds.py, refill.py).
+Change here: what is counted about a step, whether rounds.py or refill.py generates its groups.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,19 +14,19 @@ import numpy as np
 from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import RewardError
-from dapo_mcore.types import Group, SamplingParams
+from dapo_mcore.types import Group, Rollout, SamplingParams
 
 
 @dataclass
 class Step:
-    """The ledger of rollout step `number`.
+    """What rollout step `number` has generated so far.
 
-    oldest      the oldest weight version that a group may have and be trained on.
-    generated   every group finished in this step, in prompt order.
-    num_rounds  generation batches begun.
-    num_extra   responses added to uniform groups.
-    num_stale   groups older than `oldest`, dropped.
-    more        metrics of one way of generating alone.
+    oldest      the oldest weight version of a group that may be trained on.
+    generated   all groups finished in this step, in prompt order.
+    num_rounds  number of generation batches begun.
+    num_extra   number of responses added to groups whose answers did not vary.
+    num_stale   number of groups dropped because they are older than `oldest`.
+    more        metrics that only refill.py has.
     """
 
     config: Config
@@ -40,13 +40,13 @@ class Step:
     more: dict[str, float] = field(default_factory=dict)
 
     def growth(self, group: Group) -> int:
-        """How many responses to add to a group: 0 when it varies or has reached max_samples_per_prompt."""
+        """Return how many responses to add to a group: 0 if it varies or has max_samples_per_prompt."""
         sampling = self.config.sampling
         room = sampling.max_samples_per_prompt - len(group.samples)
         return 0 if classify(group) == "mixed" else min(sampling.resample_size, room)
 
     def next_params(self) -> SamplingParams:
-        """The sampling law with the next call's own seed."""
+        """Return the sampling parameters with a new seed for the next call."""
         rollout = self.config.rollout
         entropy = [self.config.seed % 2**64, self.number, self.num_calls]
         self.num_calls += 1
@@ -59,7 +59,7 @@ class Step:
         )
 
     def check_scored(self, groups: Iterable[Group]) -> None:
-        """Raise RewardError where scoring failed for every sample of `groups`: nothing can be learned from failures."""
+        """Raise RewardError if scoring failed for every sample of `groups`: there is nothing to learn from."""
         failures = []
         for sample in (sample for group in groups for sample in group.samples):
             if sample.score.failure is None:
@@ -72,7 +72,7 @@ class Step:
             )
 
     def stats(self) -> dict[str, float]:
-        """The `sampling/…` metrics of generation. A ratio over nothing is NaN: every group may have been carried over."""
+        """Return the `sampling/…` metrics of generation. A ratio over nothing is NaN: all groups may be carried ones."""
         kinds = Counter(classify(group) for group in self.generated)
         samples = [sample for group in self.generated for sample in group.samples]
         return {
@@ -89,12 +89,35 @@ class Step:
         }
 
     def summary(self) -> str:
-        """What was generated, for an error message."""
+        """Return what was generated, for an error message."""
         kinds = Counter(classify(group) for group in self.generated)
         return (
             f"{len(self.generated)} groups: {kinds['mixed']} varied, {kinds['all_right']} all right, "
             f"{kinds['all_wrong']} all wrong, {kinds['unscored']} without any score"
         )
+
+
+def staleness_stats(groups: Sequence[Group], trained: int) -> dict[str, float]:
+    """Return the `sampling/…` metrics about how old the weights are that generated `groups` (at least one token in all).
+
+    trained  weight version of the policy that trains on the groups. A group is as old as its oldest token.
+    """
+    ages = [trained - group.weight_version for group in groups]
+    rollouts = [sample.rollout for group in groups for sample in group.samples]
+    num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    return {
+        "sampling/staleness_mean": sum(ages) / len(ages),
+        "sampling/staleness_max": float(max(ages)),
+        "sampling/token_staleness_mean": trained - sum(map(_version_sum, rollouts)) / num_tokens,
+        "sampling/samples_resumed": float(sum(bool(rollout.version_spans) for rollout in rollouts)),
+    }
+
+
+def _version_sum(rollout: Rollout) -> int:
+    """Return the sum of the weight versions that generated each token."""
+    spans = rollout.version_spans or ((0, rollout.weight_version),)
+    ends = [*(start for start, _ in spans[1:]), len(rollout.token_ids)]
+    return sum((end - start) * version for (start, version), end in zip(spans, ends, strict=True))
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -359,7 +359,9 @@ def test_work_on_prompts_that_left_the_data_is_dropped_and_counted():
     state["again"] = ["train:1", "train:0"]
     resumed, _ = make_sampler(prompts, config)
     line = resumed.load_state(state, arrays, {prompt.uid: prompt for prompt in (prompts[0], prompts[2])})
-    assert line.startswith("2 of 3 carried groups and 1 of 2 prompts to ask again dropped: no training prompt has")
+    assert line.startswith(
+        "2 of 3 carried groups and 1 of 2 prompts to generate again dropped: the training data no longer contain their prompts"
+    )
     (kept,), (theirs,) = resumed.collect(step=1).groups, [g for g in sampler._carried if g.prompt is prompts[2]]
     assert kept.prompt is prompts[2]
     for ours, other in zip(kept.samples, theirs.samples, strict=True):

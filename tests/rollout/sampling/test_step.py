@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dapo_mcore.rollout.sampling.staleness import staleness_stats
+from dapo_mcore.rollout.sampling.step import staleness_stats
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
