@@ -44,14 +44,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the data stand after a rollout step. Holds references, so it costs nothing to keep."""
+    """The data position after a rollout step. It holds references, so keeping it costs nothing."""
 
     loader: dict[str, Any]
     sampler: SamplerState
 
 
 class Controller:
-    """Built at start, so that bad data, rewards or models fail before anything is trained."""
+    """Prompts, reward, engine and sampler of a run. Building it finds bad data, rewards and models before anything is trained."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Controller:
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
         self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle)
         self.reward = build_reward(config.reward, config.rollout.max_response_tokens, config.ray.address)
-        # a rollout beside training has a thread of its own, and so its own clock and line on the screen
+        # a rollout beside training runs in its own thread, so it has its own timer and its own line on the screen
         beside = config.rollout.async_steps > 0
         self.rollout_progress = progress.beside() if beside else progress
         self.rollout_timer = PhaseTimer() if beside else timer
@@ -97,28 +97,28 @@ class Controller:
         self.num_failures = 0
 
     def open_run(self, resume_step: int | None) -> None:
-        """Starts (or continues) the run's folder. A fresh run moves an older folder of its name aside."""
+        """Open the run's folder, or continue it after `resume_step`. A new run moves an older folder of its name aside."""
         run_dir = self.config.run_dir
         if resume_step is None and (aside := _move_aside(run_dir)) is not None:
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
-        # after step 0 the evaluation of the start is repeated, and its row written again
+        # after step 0 the first evaluation is repeated, and its row is written again
         self.sinks = MetricSinks(run_dir, self.config.observe, resume_step or None, self.progress.line)
         self.positions = {resume_step or 0: self._position()}
         if (before := record_config(self.config, run_dir, resume_step or 0)) is not None:
             self.progress.line(f"the configuration has changed: {before} held until rollout step {resume_step or 0}")
 
     def train_state(self, step: int, num_updates: int) -> TrainState:
-        """Return where the run stands after rollout step `step`, for a checkpoint: the last step, or while one is collected
-        or not yet trained on, the one before it.
+        """Return the controller's part of a checkpoint after rollout step `step`: the last step, or the one before it while the
+        last is not trained yet.
 
-        Groups collected ahead are not in it: a resumed run asks their prompts again, of newer weights.
+        Groups that were generated ahead are left out: a resumed run generates them again with newer weights.
         """
         position = self.positions[step]
         sampler, arrays = position.sampler.pack()
         return TrainState(
             step=step,
             num_updates=num_updates,
-            weight_version=step,  # what a resumed run syncs first; this one may have left the last sync out
+            weight_version=step,  # a resumed run syncs this version first, even if this run skipped its last sync
             loader=position.loader,
             sampler=sampler,
             sampler_arrays=arrays,
@@ -126,9 +126,9 @@ class Controller:
         )
 
     def resume(self, state: TrainState) -> None:
-        """Continues the run that `state` was taken from; later metrics of that run are dropped.
+        """Continue the run of the checkpoint `state`, and drop metrics of later steps.
 
-        Raises CheckpointError, before anything is changed, where the export at the end would find its place taken.
+        Raise CheckpointError, before anything is changed, if the final export could not replace what is in its folder.
         """
         if self.config.checkpoint.export_at_end:
             check_replaceable(final_export(self.config))
@@ -140,11 +140,11 @@ class Controller:
             self.progress.line(f"warning: {line}")
 
     def decode(self, token_ids: Any) -> str:
-        """Text of a response without special tokens, as reward functions expect it."""
+        """Return the text of a response without special tokens, as reward functions expect it."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def rollout(self, step: int) -> TrainBatch:
-        """The samples to train on: prompts → rollout → reward → filter (refill).
+        """Return the samples to train on: prompts → rollout → reward → filter (refill).
 
         With rollout.async_steps, those that were collected beside the step before; then the next step's are begun, with
         the weights that the engine holds until `finish_rollout`. With sampling.on_full keep they may go on under newer ones.
@@ -171,9 +171,9 @@ class Controller:
             self._wait_for_rollout(unless=lambda: self.engine.weights_lost)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """`val/…` metrics with the weights that the engine holds; shown, and kept for the final report.
+        """Return the `val/…` metrics of the engine's current weights. Show them, and keep them for the final report.
 
-        The servers may still work on groups of the next step.
+        Servers may still work on groups of the next step.
         """
         if not self.eval_sets:
             return {}
@@ -194,14 +194,14 @@ class Controller:
         return self.last_eval.metrics
 
     def make_up_evaluation(self, step: int) -> None:
-        """Evaluate after step `step` if its row lacks that: a signal has ended the run before or in the midst of it."""
+        """Evaluate after step `step` if its row has no evaluation, because a signal ended the run before."""
         assert self.sinks is not None
         rows = [row for row in read_metrics(self.config.run_dir) if row["step"] == step]
         if self.eval_sets and rows and not any(name.startswith("val/") for name in rows[-1]):
             self.sinks.amend(step, self.evaluate(step))
 
     def record_start(self) -> None:
-        """Evaluates the policy before the first rollout step, as step 0 of the metrics, with the time of the start."""
+        """Evaluate the policy before the first rollout step. Write the result as step 0 of the metrics, with the start's time."""
         metrics = self.evaluate(step=0)
         if metrics:
             assert self.sinks is not None
@@ -210,7 +210,7 @@ class Controller:
             self.sinks.write(0, metrics | times)
 
     def pass_rate(self, prompts: Sequence[Prompt], seed: int) -> float:
-        """Share of right answers, one sample a prompt, under the training sampling law."""
+        """Return the share of right answers with one sample per prompt, sampled as in training."""
         rollout = self.config.rollout
         params = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, seed)
         rollouts = self.engine.generate([prompt.token_ids for prompt in prompts], params)
@@ -218,7 +218,7 @@ class Controller:
         return sum(score.acc for score in scores) / len(scores)
 
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
-        """Writes and shows one rollout step."""
+        """Write and show the metrics and samples of one rollout step."""
         assert self.collected is not None and self.sinks is not None
         self._tell_failures()
         times = self.timer.pop() | self.rollout_times
@@ -237,7 +237,7 @@ class Controller:
         self.progress.step_done(step, row)
 
     def _record_untrained(self, step: int, collected: Collected) -> None:
-        """Write what a step has generated that ends the run, for people to see why."""
+        """Write what was generated in a step that ends the run, so that people can see why it ended."""
         assert self.sinks is not None
         self.sinks.write(step, {**group_metrics(collected.generated, []), **collected.stats})
         self._show_samples(step, collected.generated)
@@ -247,7 +247,7 @@ class Controller:
         attempt("write samples", lambda: write_samples(folder, step, groups, count), self.progress.line)
 
     def finish(self, export: Path | None) -> None:
-        """Closes the run: the plot, and a closing report with sample answers."""
+        """Close the run: draw the plot, and print a report with sample answers."""
         run_dir = self.config.run_dir
         self.close()
         rows = {"metrics": str(run_dir / "metrics.jsonl"), "samples": str(run_dir / "samples")}
@@ -270,7 +270,7 @@ class Controller:
             self.ahead.wait(unless)
 
     def _collect(self, step: int, lag: int) -> tuple[Collected, dict[str, float]]:
-        """The groups of a step, and the times of the phases that took place beside training."""
+        """Return the groups of a step, and the times of the phases that ran beside training."""
         collected = self.sampler.collect(step, lag)
         if self.rollout_timer is self.timer:
             return collected, {}
@@ -282,7 +282,7 @@ class Controller:
         return Position(self.loader.state(), self.sampler.snapshot())
 
     def _tell_failures(self) -> None:
-        """Says on the screen when samples could not be scored, and why the first could not."""
+        """Report on the screen how many samples could not be scored, and why the first could not."""
         assert self.collected is not None
         samples = [sample for group in self.collected.generated for sample in group.samples]
         failures = [sample.score.failure for sample in samples if sample.score.failure is not None]
@@ -291,7 +291,7 @@ class Controller:
             self.progress.line(f"reward failed on {len(failures)} of {len(samples)} samples; the first: {failures[0]}")
 
     def close(self) -> None:
-        """Ends workers and servers, and the run's files. May be called twice."""
+        """Stop workers and servers, and close the run's files. May be called twice."""
         self.engine.close()
         self.reward.close()
         if self.sinks is not None:
@@ -299,12 +299,12 @@ class Controller:
 
 
 def final_export(config: Config) -> Path:
-    """The folder of the model that a run ends with."""
+    """Return the folder of the final export."""
     return config.run_dir / "hf" / "final"
 
 
 def finished_step(config: Config) -> int | None:
-    """Return the last rollout step of a run that a resume would find nothing to do for; None of any other."""
+    """Return the last rollout step of a finished run, for which a resume has nothing to do; else None."""
     if config.checkpoint.resume != "auto":
         return None
     path = latest_checkpoint(config.run_dir)
@@ -316,7 +316,7 @@ def finished_step(config: Config) -> int | None:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The id that fills padding; its value never reaches a loss or an attended position."""
+    """Return the padding token. No loss and no attended position ever reads it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -334,7 +334,7 @@ def _throughput(collected: Collected, times: dict[str, float]) -> dict[str, floa
 
 
 def _answers(groups: dict[str, list[Group]], count: int = 4) -> dict[str, str]:
-    """A few sample answers of each evaluation set, for people to read."""
+    """Return a few sample answers of each evaluation set, for people."""
     rows = {}
     for name, prompts in groups.items():
         for group in prompts[:count]:
@@ -352,9 +352,9 @@ def _short(text: str, limit: int = 80) -> str:
 
 
 def _move_aside(run_dir: Path) -> Path | None:
-    """Move an earlier run aside and return where it went; None where a start came to nothing or never was.
+    """Move the results of an earlier run aside and return their new folder; None if there are none.
 
-    This run's lock stays, and the folder its servers have started in.
+    This run's lock stays, and so does the folder of its servers.
     """
     if not _has_results(run_dir):
         return None

@@ -1,7 +1,7 @@
 """The records that cross stage borders, and the protocols of replaceable stages.
 
-Change here: what one stage tells the next. Token data is flat numpy, never a Python list per token.
-Letters of shapes everywhere: P prompts, G group size, B samples, T tokens, V vocabulary, H hidden.
+Change here: the fields that one stage hands to the next. Token data is flat numpy, never a Python list per token.
+Letters in shapes, everywhere: P prompts, G group size, B samples, T tokens, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ FinishReason = Literal["stop", "length", "abort"]
 class Prompt:
     """One question, rendered to tokens.
 
-    uid        names the prompt by its content (data/identity.py), unique in its set: a group finds its prompt again by it
-               after a restart, also where rows have moved.
-    token_ids  int32 [T], what the engine is given: `[1, 50, 12]`.
-    text       the same, as a person reads it.
-    answer     ground truth handed to the reward function.
+    uid        identifies the prompt by its content (data/identity.py), unique in its set: after a restart a group finds its
+               prompt by the uid, even if rows have moved.
+    token_ids  int32 [T], the input of the engine: `[1, 50, 12]`.
+    text       the same prompt as text, for people.
+    answer     ground truth for the reward function.
     source     name of the data set, for reward functions that dispatch on it.
     extra      the row's columns without the prompt; the answer column holds `answer`.
-    messages   the prompt as the row has it where that is a chat, [{role, content}, …]; else None.
-    row        where it was read, for people: `train.jsonl row 18`.
+    messages   the chat of the row, [{role, content}, …], or None for a plain-text prompt.
+    row        file and row, for messages: `train.jsonl row 18`.
     """
 
     uid: str
@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The sampling law of one call. `seed` makes a call repeatable; temperature 0 is greedy (evaluation only)."""
+    """How one call samples. `seed` makes the call repeatable; temperature 0 is greedy (evaluation only)."""
 
     temperature: float
     top_p: float
@@ -62,9 +62,9 @@ class Rollout:
                     top_p and top_k), as the engine computed it; 0 where loss_mask is False.
     loss_mask       bool [T]; False on tokens the policy did not write (tool output).
     finish_reason   `stop`, `length` (truncated) or `abort`.
-    weight_version  version of the weights that produced every token; the oldest, when several did.
-    version_spans   empty when one version produced all tokens; else (first token, version) of each stretch, in order:
-                    ((0, 3), (17, 4)) says that version 4 took over at token 17.
+    weight_version  version of the weights that produced the tokens; the oldest if there were several.
+    version_spans   empty if one version produced all tokens; else (first token, version) of each span, in order:
+                    ((0, 3), (17, 4)) says that version 4 produced the tokens from 17 on.
     """
 
     token_ids: np.ndarray
@@ -81,16 +81,16 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The outcome of scoring one response.
+    """The score of one response.
 
-    reward    what the advantage is computed from: score + penalty.
+    reward    score + penalty; the advantage is computed from it.
     score     raw reward of the answer, for instance +1 or -1.
     penalty   soft overlong punishment, 0 or negative.
-    acc       raw correctness, the metric of dynamic sampling; never contains the penalty.
-    pred      what was extracted from the response, for people to read.
-    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`); then `acc` is False, and the sample is
-              out of statistics and loss unless the configuration gives failures a value.
-    masked    True when the sample must leave group statistics and loss because scoring failed.
+    acc       raw correctness, which dynamic sampling looks at; never contains the penalty.
+    pred      the answer that was extracted from the response, for people.
+    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`). Then `acc` is False, and statistics and loss
+              leave the sample out unless the configuration gives failures a value.
+    masked    True if group statistics and loss leave the sample out because scoring failed.
     """
 
     reward: float
@@ -112,13 +112,13 @@ class Sample:
 
     @property
     def scored(self) -> bool:
-        """True when the sample counts: scoring did not fail, and generation was not aborted."""
+        """True if the sample counts: scoring did not fail, and generation was not aborted."""
         return not self.score.masked and self.rollout.finish_reason != "abort"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All responses to one prompt. Example: G = 2, accuracies (True, False): it varies, so it can teach."""
+    """All responses to one prompt. Example: with G = 2 and accuracies (True, False) the group varies, so it is trained on."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
@@ -131,14 +131,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """One rollout step's samples as flat arrays (host memory), prompt and response back to back.
+    """The samples of one rollout step as flat arrays in host memory. Each sample is its prompt followed by its response.
 
     tokens            int32 [T]   all samples concatenated; sample b is tokens[offsets[b]:offsets[b + 1]].
-    loss_mask         bool  [T]   True on tokens whose log-prob is trained; always False on prompts.
+    loss_mask         bool  [T]   True on loss tokens; always False on prompts.
     rollout_logprobs  float32 [T] the engine's log-probs, 0 where loss_mask is False.
     offsets           int64 [B+1]
     rewards           float64 [B]
-    group_ids         int64 [B]   equal numbers are one group; groups are contiguous.
+    group_ids         int64 [B]   samples of one group have the same number and are contiguous.
     in_statistics     bool [B]    False for a sample whose scoring failed.
     Example: two samples of lengths 5 and 3 have offsets [0, 5, 8].
     """
@@ -157,32 +157,32 @@ class TrainBatch:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [B], tokens of prompt and response."""
+        """int64 [B], number of prompt and response tokens."""
         return np.diff(self.offsets)
 
     @property
     def num_loss_tokens(self) -> np.ndarray:
-        """int64 [B], tokens of each sample that are trained."""
+        """int64 [B], number of loss tokens of each sample."""
         return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass of one context-parallel rank reads.
+    """The input of one forward pass on one context-parallel rank.
 
     tokens, position_ids   int64 [b, s]; packed (THD): b = 1 and s = this rank's share of the pack.
     cu_seqlens             int32 [n+1], boundaries of the whole padded sequences before the context-parallel split; None
-                           when not packed.
+                           if not packed.
     max_seqlen             longest padded sequence, in tokens.
-    rows                   int64 [L], the positions that predict a loss token, indexing hidden states [s, b, H] flattened
+    rows                   int64 [L], positions that predict a loss token: indices into the hidden states [s, b, H], flattened
                            to [s·b, H].
-    targets                int64 [L], the token each row predicts.
+    targets                int64 [L], the token that each row predicts.
     advantages             float32 [L]
     token_weights          float32 [L], see algo/loss.py; the loss is the weighted sum over rows.
     rollout_logprobs       float32 [L]
-    sample_ids             int64 [L], which sample of the TrainBatch a row belongs to.
+    sample_ids             int64 [L], the sample of the TrainBatch that each row belongs to.
     old_logprobs, ref_logprobs  float32 [L] or None until scored.
-    All row tensors hold this context-parallel rank's rows only.
+    Row tensors hold the rows of this context-parallel rank only.
     """
 
     tokens: torch.Tensor
@@ -199,34 +199,34 @@ class MicroBatch:
     ref_logprobs: torch.Tensor | None = None
 
     def with_(self, **changes: Any) -> MicroBatch:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return replace(self, **changes)
 
 
 class RolloutEngine(Protocol):
-    """Generates responses with versioned weights. Lives on rank 0."""
+    """Generates responses with weights that have a version. Exists on rank 0 only."""
 
     @property
     def weight_version(self) -> int: ...
 
     def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
-        """One response for each entry of `prompts` (int32 [T] each; repeat a prompt to sample it again), in order."""
+        """Return one response for each entry of `prompts` (int32 [T] each), in order. Repeat a prompt to sample it again."""
         ...
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Takes every HF-named tensor of the stream, then moves to `version`; after an error it generates nothing until a
-        whole stream came.
+        """Load every HF-named tensor of the stream as weight version `version`. After an error, generate nothing until a whole
+        stream has been loaded.
 
-        The stream is drained in any case, since other ranks send what is in it. Its tensors keep their values meanwhile.
+        Drain the stream in any case, because other ranks send it. Its tensors keep their values meanwhile.
         """
         ...
 
     def metrics(self) -> dict[str, float]:
-        """`rollout/…` and `sync/…` metrics since the last call; see observe/metrics.py."""
+        """Return the `rollout/…` and `sync/…` metrics since the last call; see observe/metrics.py."""
         ...
 
     def close(self) -> None:
-        """Ends what the engine has started. May be called twice."""
+        """Stop everything that the engine has started. May be called twice."""
         ...
 
 
@@ -257,15 +257,15 @@ class ContinuousEngine(RolloutEngine, Protocol):
 
 
 Empty = Callable[..., torch.Tensor]
-"""Makes a tensor as torch.empty does: called with a shape, `dtype` and `device`."""
+"""Creates a tensor as torch.empty does, from a shape, `dtype` and `device`."""
 
 
 @runtime_checkable
 class ReceivingEngine(RolloutEngine, Protocol):
-    """An engine that says where a tensor is best gathered: it may send a large one on from there without a copy."""
+    """An engine that provides the memory in which a tensor is gathered, so that it can pass on a large one without a copy."""
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for one tensor of the next `update_weights`, as torch.empty. A tensor may also lie elsewhere."""
+        """Return memory for one tensor of the next `update_weights`, as torch.empty does. Its use is optional."""
         ...
 
 
@@ -285,6 +285,6 @@ class ColocatedEngine(RolloutEngine, Protocol):
 
 
 class RewardFunction(Protocol):
-    """Scores samples in order; one failure never takes another sample down."""
+    """Scores samples in order. The failure of one sample never affects another."""
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]: ...

@@ -2,8 +2,10 @@
 
     prompts → rollout → reward → filter (refill) → scatter → score → gradient steps → weight sync → next
 
-Every rank runs the same loop. Rank 0 is also the controller, which rolls out, rewards, evaluates and reports; the others
-wait for its samples.
+Every rank runs the same loop. Rank 0 is also the controller: it generates, scores, evaluates and reports. The other
+ranks wait for its samples.
+
+Change here: the order of the stages. What a stage does is in its own folder.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from dapo_mcore.warm_start import warm_start
 def train(config: Config) -> None:
     """Run from start or resume to export. Every rank of the job must call it.
 
-    Raises Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see signals.py).
+    Raise Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see process/signals.py).
     """
     with nothing_begun():  # ranks wait here for each other
         layout = layouts.start(config.parallel, config.seed)
@@ -87,10 +89,10 @@ def _how_to_go_on(config: Config) -> str:
 
 
 class Run:
-    """Everything one rank holds during a run; `loop` is the run."""
+    """Everything that one rank holds during a run. `loop` runs it."""
 
     def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | Following):
-        """`ending` is told of all that must be cleaned up as soon as it is there: building may fail, on any rank."""
+        """Register with `ending` what must be cleaned up as soon as it exists, because building may fail on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.ending = ending
         self.saved_step, self.save_s = -1, None
@@ -107,10 +109,10 @@ class Run:
             self.handover = Handover(self.actor, engine, layout, colocated=shared, until_asked=self.ending.until_asked)
 
     def loop(self) -> None:
-        """Run all rollout steps and export the model. Raises Interrupted if a signal has ended them early."""
+        """Run all rollout steps and export the model. Raise Interrupted if a signal has stopped them early."""
         with self._phase("start"):
             first = self._resume_or_start()
-        # what would not be saved is not worth waiting for
+        # without a save there is nothing to wait for
         with self.ending.deferred(self._notice) if self.config.checkpoint.at_end else nullcontext():
             signum = self._steps(first)
         if signum is not None:
@@ -149,11 +151,11 @@ class Run:
         return step % self.config.eval.every == 0 or step == self.config.num_rollout_steps
 
     def _train_step(self, step: int) -> dict[str, float] | None:
-        """Run one rollout step: rollout, gradient steps, weight sync. Return its metrics, or None if a signal has asked the
-        run to stop before anything was trained. Asked later, it leaves out the sync, which a resume makes up for.
+        """Run one rollout step: rollout, gradient steps, weight sync. Return its metrics, or None if a signal stops the run
+        before anything was trained. After a later signal the sync is left out; a resumed run does it first.
 
-        With rollout.async_steps the next step's rollout goes on beside the gradient steps, and is waited for before the sync,
-        unless sampling.on_full keep lets requests live on under the new weights.
+        With rollout.async_steps the next step is generated beside the gradient steps. The sync waits for it, unless requests
+        may continue under new weights (sampling.on_full keep).
         """
         config = self.config
         batch = self._attended(lambda c: c.rollout(step))
@@ -181,7 +183,7 @@ class Run:
         return update_metrics(updates) | scored.metrics | self.handover.pop_metrics()
 
     def _signal(self) -> int | None:
-        """Return the signal that has asked rank 0 to stop, on every rank. Collective: one gloo broadcast."""
+        """Return on every rank the signal that stops the run, or None. Collective: one gloo broadcast."""
         return self.layout.broadcast_object(self.ending.signum)
 
     def _notice(self) -> str:
@@ -192,8 +194,8 @@ class Run:
         )
 
     def _stop_after(self, step: int) -> int | None:
-        """Save rollout step `step`, unless it is, and return the signal that asks for it. Before step 1 only a warm start is
-        worth a checkpoint."""
+        """Save rollout step `step` if it is not saved yet, and return the signal. Before step 1 a checkpoint is written only after
+        a warm start."""
         if step > self.saved_step and (step or self.config.warm_start):
             with self._phase("save"):
                 self.handover.to_training()
@@ -209,7 +211,7 @@ class Run:
             )
 
     def _resume_or_start(self) -> int:
-        """The number of the first rollout step to run, with weights, data position and engine in place for it."""
+        """Load or start the run, and return the number of the first rollout step to run."""
         path = latest_checkpoint(self.config.run_dir) if self.config.checkpoint.resume == "auto" else None
         path = self.layout.broadcast_object(path)
         if path is None:
@@ -264,7 +266,7 @@ class Run:
         self.saved_step, self.save_s = step, time.monotonic() - start
 
     def _export(self, folder: Path, step: int) -> Path:
-        """Writes an HF folder; every rank takes part in gathering the weights."""
+        """Write an HF folder. Collective: every rank sends its part of the weights to rank 0."""
         if self.layout.is_controller:
             self._write_export(folder, step)
         else:
@@ -293,8 +295,8 @@ class Run:
         return self.timer.phase(name)
 
     def _attended(self, action: Callable[[Controller], Any]) -> Any:
-        """Return what the action returns, which generates on rank 0, or None if a signal asks the run to stop. Meanwhile every
-        rank is ready to sync weights again."""
+        """Run an action that may generate on rank 0, and return its result, or None if a signal stops the run. Meanwhile all ranks
+        can sync weights again if servers lose them."""
         return self.handover.attend(lambda: action(self.controller) if self.controller else None)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
