@@ -66,7 +66,8 @@ class SGLangConfig(Section):
     read_timeout_s: Seconds = 60.0
     """From the first byte of an answer to its last."""
     request_timeout_s: Seconds = 3600.0
-    """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between."""
+    """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between. Also how
+    long a request waits for the next sync, training included, when no server has the weights any more."""
     health_interval_s: Seconds = 10.0
     health_timeout_s: Seconds = 30.0
 

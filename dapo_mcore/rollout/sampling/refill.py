@@ -1,8 +1,8 @@
 """Groups from servers that are kept full: each finished group is scored, judged and replaced at once.
 
-Change here: how many groups are in flight, and what happens to them once there are enough. Whether a group is trained on
-never depends on how soon it finishes, except with sampling.on_full abort: that favours short responses. With keep, how
-soon it finishes decides only in which step it is trained on.
+Change here: how many groups are in flight, and what happens to them once there are enough. Whether a group is trained on never
+depends on how soon it finishes, except with sampling.on_full abort, which favours short responses. With keep, it only decides
+in which step the group is trained on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dapo_mcore.rollout.sampling.step import Step
 from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
 _IMAGINED = 16.0
-"""Groups that stand for what the steps before have seen, until the step has seen enough of its own."""
+"""Weight of the steps before, in groups, in the estimate of how many groups are kept."""
 KEEPS: dict[str, Callable[[Group], bool]] = {
     "none": lambda group: True,
     "filter": group_varies,
@@ -32,9 +32,9 @@ KEEPS: dict[str, Callable[[Group], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A group on its way: the responses it has, and the request for `count` more.
+    """A group in flight: the responses that it has, and the request for `count` more.
 
-    oldest  no token of the group is of older weights than this version.
+    oldest  version of weights; no token of the group is made by older ones.
     """
 
     prompt: Prompt
@@ -46,12 +46,12 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Refilled:
-    """What a step brought, each list in the order in which its groups were begun.
+    """The result of a step. Each list is in the order in which its groups were begun.
 
     groups      to train on.
-    aborted     prompts begun and given up, to be asked again.
-    pending     groups still in flight, for the next step to go on with.
-    kept_ratio  share of groups that the next step may expect to be kept.
+    aborted     prompts whose groups were given up; a later step asks them again.
+    pending     groups still in flight; the next step goes on with them.
+    kept_ratio  share of groups that the next step may expect to keep.
     """
 
     groups: list[Group]
@@ -61,8 +61,13 @@ class Refilled:
 
 
 class Refill:
-    """Fills the batch of one rollout step, in which `carried` groups are already. `take` gives the next prompts; `pending`
-    is in flight already. `kept_ratio` is that of the step before; None takes the configuration's word."""
+    """Fills the batch of one rollout step.
+
+    take        returns the next prompts.
+    carried     groups of earlier steps that are in the batch already.
+    pending     groups that are in flight already.
+    kept_ratio  of the step before; None estimates it from the configuration.
+    """
 
     def __init__(
         self,
@@ -89,7 +94,7 @@ class Refill:
         self._load = _Load()
 
     def run(self) -> Refilled:
-        """At least `missing` groups, unless max_gen_batches batches bring fewer. Whatever raises here ends all requests."""
+        """Return at least the missing groups, unless max_gen_batches batches bring fewer. An error aborts all requests."""
         try:
             with self._responder.waiting():
                 for number, group in enumerate(self._adopted):
@@ -108,7 +113,7 @@ class Refill:
         return Refilled(_in_order(self._kept), aborted, pending, self._kept_ratio())
 
     def _fill(self) -> None:
-        """Generates until nothing in flight must be waited for."""
+        """Generate until no group in flight must be waited for."""
         self._begin()
         while self._must_wait():
             self._receive(self._wait())
@@ -122,15 +127,17 @@ class Refill:
         )
 
     def _too_old_soon(self, version: int) -> bool:
-        """Whether the steps after this one may be too few for all groups of weights as old as `version`. They are as many as
-        `version` is newer than the oldest allowed."""
+        """Return True if the following steps may be too few to train on all groups of weights as old as `version`.
+
+        Such groups may be used in as many steps as `version` is newer than the oldest allowed version.
+        """
         batch = self._step.config.sampling.train_batch_prompts
         kept = sum(other <= version for other in self._versions()[batch:])
         in_flight = sum(group.oldest <= version for group in self._in_flight.values())
         return kept + groups_brought(in_flight, self._kept_ratio()) > batch * (version - self._step.oldest)
 
     def _versions(self) -> list[int]:
-        """Of the weights of the groups to train on, in the order in which they are taken."""
+        """Return the weight version of each group to train on, oldest first, as they are taken."""
         return sorted(group.weight_version for group in (*self._carried, *self._kept.values()))
 
     @property
@@ -138,8 +145,7 @@ class Refill:
         return len(self._kept) >= self._missing
 
     def _begin(self) -> None:
-        """Begins groups until those in flight will very likely suffice, as far as the limits allow; with on_full keep as
-        many as they allow."""
+        """Begin groups until those in flight very likely suffice, within the limits; with on_full keep as many as they allow."""
         missing, room = self._missing - len(self._kept), self._limit - len(self._in_flight)
         wanted = groups_needed(missing, self._kept_ratio()) - len(self._in_flight)
         if self._on_full == "keep" and missing > 0:
@@ -151,22 +157,25 @@ class Refill:
         self._load.now(len(self._in_flight), self._enough)
 
     def _room_to_keep(self, room: int) -> int:
-        """How many of `room` more groups can all be trained on, in this step or a later one, before they are too old."""
+        """Return how many of `room` more groups can be trained on, now or in a later step, before they are too old."""
         steps = self._responder.weight_version - self._step.oldest + 1
         space = steps * self._step.config.sampling.train_batch_prompts - len(self._versions())
         ratio, in_flight = self._kept_ratio(), len(self._in_flight)
         return bisect_right(range(room), space, key=lambda more: groups_brought(in_flight + more + 1, ratio))
 
     def _kept_ratio(self) -> float:
-        """Share of groups expected to be kept: this step's so far, to which a few imagined groups are added that are kept as
-        those of the steps before. The configuration's word alone, train_batch_prompts of gen_batch_prompts, may be far off:
-        on easier data each step would begin more groups than can be trained on in time."""
+        """Return the expected share of groups that are kept: that of this step so far, together with a few imagined groups with
+        the share of the steps before.
+
+        train_batch_prompts / gen_batch_prompts of the configuration alone may be far off: on easier data each step would begin
+        more groups than can be trained on in time.
+        """
         if self._step.config.sampling.style != "filter":
             return 1.0  # a group that is given up is replaced when it is
         return (self._expected * _IMAGINED + self._num_good) / (_IMAGINED + len(self._finished))
 
     def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
-        # read before: an update may be under way
+        # read before the request is sent: an update may be under way
         oldest = min([self._responder.weight_version, *(sample.rollout.weight_version for sample in samples)])
         future = self._responder.submit([prompt] * count, self._step.next_params())
         self._watch(number, InFlight(prompt, samples, count, oldest, future))
@@ -177,7 +186,7 @@ class Refill:
         group.future.add_done_callback(lambda _: done.put(number))
 
     def _wait(self) -> list[int]:
-        """The numbers of all groups that are done by now, in order; at least one."""
+        """Wait for a group, and return the numbers of all groups that are done by then, in order."""
         numbers = [self._done.get()]
         with suppress(Empty):
             while True:
@@ -185,7 +194,7 @@ class Refill:
         return sorted(numbers)
 
     def _receive(self, numbers: Sequence[int]) -> None:
-        """Scores what has arrived; each group then is finished, or grows (style resample)."""
+        """Score the groups that have arrived. Each is then finished, or grows (style resample)."""
         arrived = [self._in_flight.pop(number) for number in numbers]
         rollouts = [asked.future.result() for asked in arrived]
         repeated = [asked.prompt for asked, some in zip(arrived, rollouts) for _ in some]
@@ -212,7 +221,7 @@ class Refill:
             self._kept[number] = group
 
     def _give_up(self) -> list[Prompt]:
-        """Ends all requests; the prompts they were for, in order."""
+        """Abort all requests and return their prompts in the order in which they were begun."""
         given_up, self._in_flight = self._in_flight, {}
         for asked in given_up.values():
             asked.future.cancel()
@@ -220,7 +229,7 @@ class Refill:
 
 
 class _Load:
-    """How many groups are in flight over time."""
+    """The number of groups in flight over time."""
 
     def __init__(self) -> None:
         self._start = self._mark = time.monotonic()
@@ -229,7 +238,7 @@ class _Load:
         self._enough_at: float | None = None
 
     def now(self, count: int, enough: bool) -> None:
-        """From now on `count` groups are in flight; `enough`: no more are needed."""
+        """Note that `count` groups are in flight from now on, and whether they are enough."""
         mark = time.monotonic()
         self._group_seconds += self._count * (mark - self._mark)
         self._mark, self._count, self._most = mark, count, max(self._most, count)

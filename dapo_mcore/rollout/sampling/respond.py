@@ -39,16 +39,16 @@ class Responder:
 
     @property
     def weight_version(self) -> int:
-        """The engine's."""
+        """The engine's weight version."""
         return self._engine.weight_version
 
     def groups(self, prompts: Sequence[Prompt], size: int, params: SamplingParams) -> list[Group]:
-        """One group of `size` responses for each prompt, in order."""
+        """Return one group of `size` responses for each prompt, in order."""
         samples = self.samples([prompt for prompt in prompts for _ in range(size)], params)
         return [Group(prompt, tuple(samples[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)]
 
     def samples(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Sample]:
-        """One scored response for each entry of `prompts`, in order; repeat a prompt to sample it again."""
+        """Return one scored response for each entry of `prompts`, in order; repeat a prompt to sample it again."""
         self._progress.phase("generate", total=len(prompts))
         with self._timer.phase("generate"):
             rollouts = self._engine.generate([prompt.token_ids for prompt in prompts], params)
@@ -57,23 +57,23 @@ class Responder:
         return self.score(prompts, rollouts)
 
     def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Rollout]]:
-        """Begins one response for each entry of `prompts` on a ContinuousEngine; `score` makes samples of them."""
+        """Start one response for each entry of `prompts` on a ContinuousEngine; `score` makes samples of them."""
         self.expect(len(prompts))
         return self._engine.submit([prompt.token_ids for prompt in prompts], params)
 
     def expect(self, count: int) -> None:
-        """Shows that so many more responses are waited for."""
+        """Show that `count` more responses are expected."""
         self._progress.more(count)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The phase `generate` of responses that are submitted inside the block."""
+        """Time and show the phase `generate` of the responses that are submitted in the block."""
         self._progress.phase("generate", total=0)
         with self._timer.phase("generate"):
             yield
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
-        """The rollouts of `prompts`, decoded and scored, in order."""
+        """Return the rollouts of `prompts`, decoded and scored, in order."""
         with self._timer.phase("reward"):
             texts = [self._decode(rollout.token_ids) for rollout in rollouts]
             scores = self._reward(prompts, rollouts, texts)
