@@ -52,6 +52,22 @@ def test_a_cancelled_group_leaves_its_server_and_the_others_alone(tmp_path):
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
 
 
+def test_after_all_requests_were_cancelled_their_servers_are_idle_and_no_new_ones_are_taken(tmp_path):
+    with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
+        made.update_weights(weights(0), version=1)
+        (server,) = servers(made)
+        futures = [made.submit(prompts(2), params(400)), made.submit(prompts(2), params(400))]
+        wait_for(lambda: told(server)["running"] == 4)
+        made.cancel_requests()
+        for future in futures:
+            with pytest.raises(CancelledError):
+                future.result()
+        wait_for(lambda: told(server)["running"] == 0)
+        with pytest.raises(CancelledError):
+            made.generate(prompts(1), params(8))
+        assert told(server)["counts"]["generated"] == 4
+
+
 def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
     """Python's Condition forgets it before 3.13: with all others waiting, too, nothing would ever go on."""
 
