@@ -1,1 +1,4 @@
-"""The objective: advantages, which groups teach, token weights, mismatch correction, KL. Pure functions on arrays."""
+"""The objective: advantages, dynamic sampling's test, token weights, mismatch correction, KL in the reward.
+
+Change here: the mathematics, as pure functions on arrays. The loss of a single token is in kernels/policy_loss.
+"""

@@ -1,6 +1,6 @@
 """Group-relative advantages.
 
-Change here: baseline and scale of a reward inside its group. Groups are told apart by number, never by equal text.
+Change here: baseline and scale of a reward inside its group. A group is known by its number, never by its text.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ def group_advantages(
     baseline: Literal["mean", "leave-one-out"] = "mean",
     eps: float = 1e-6,
 ) -> np.ndarray:
-    """float64 [B], the advantage `(R - baseline) / (std + eps)` of every sample (DAPO, arXiv 2503.14476, eq. 9).
+    """Return float64 [B], the advantage `(R - baseline) / (std + eps)` of every sample (DAPO, arXiv 2503.14476, eq. 9).
 
-    rewards        float64 [B], overlong penalty included; anything (NaN too) where in_statistics is False.
+    rewards        float64 [B], with the overlong penalty; may be NaN where in_statistics is False.
     group_ids      int64 [B], equal numbers are one group, in any order.
-    in_statistics  bool [B]; a sample that is out gets 0 and does not touch its group.
-    std            divisor n - 1 (`unbiased`, as verl), n (`biased`), or no scaling and no eps at all (`none`).
+    in_statistics  bool [B]; a sample with False gets 0 and does not change its group.
+    std            divisor n - 1 (`unbiased`, as verl), n (`biased`), or neither scaling nor eps (`none`).
     baseline       the group's mean, or the mean of the *other* samples; std is always that of the whole group.
 
-    A group sampled with size one has baseline 0 and std 1, as in verl. Of a larger group a single valid sample gets 0:
-    without the others it has no baseline, and its raw reward would say nothing about it (verl fails no sample, so it has
-    no such group). A uniform group gets exactly 0, even when eps is 0.
+    A group sampled with size one has baseline 0 and std 1, as in verl. The only valid sample of a larger group gets 0:
+    it has no baseline without the others (in verl no sample can fail, so it has no such group). A group of equal
+    rewards gets exactly 0, even if eps is 0.
     Example: rewards [1, 1, -1, -1] in one group have mean 0 and std 1.1547, so advantages ±0.8660.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)

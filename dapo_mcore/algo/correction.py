@@ -1,6 +1,6 @@
-"""The gap between the engine that sampled and the actor that trains: its correction and its measurement.
+"""Mismatch between the rollout engine, which samples, and the actor, which trains: its correction and its metrics.
 
-Change here: importance weights of the mismatch, and what is reported about it.
+Change here: the importance weights against the mismatch, and what is reported about it.
 """
 
 from __future__ import annotations
@@ -17,61 +17,61 @@ LOG_RATIO_LIMIT = 20.0
 BINS_PER_DECADE = 40
 FIRST_DECADE, LAST_DECADE = -7, 2
 LARGEST_USUAL_MISMATCH = 0.1
-"""Nats. bf16 on both sides gives a mean of about 1e-2; other weights on the server give tenths and more."""
+"""Nats. bf16 on both sides gives a mean of about 1e-2; wrong weights on a server give 0.1 and more."""
 
 
 def importance_weights(
     old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["off", "truncate", "mask"], cap: float
 ) -> torch.Tensor | None:
-    """float32 tensor of the inputs' shape that multiplies token weights, detached; None when the mode is off.
+    """Return the weights that multiply the policy term, float32 of the inputs' shape, detached; None if the mode is off.
 
     With w = exp(old - rollout), the exponent clamped to ±20:
       truncate  min(w, cap)                       truncated importance sampling (TIS)
-      mask      1 where 1/cap ≤ w ≤ cap, else 0   tokens the engine and the actor disagree on teach nothing
-    The weights multiply the policy term only. A masked token stays in the count that the loss is divided by, since token
-    weights are known before any log-prob is; verl (rollout_rs, 0.9.1) takes it out of the response mask, and so out of
-    the count, the KL and the entropy, too. With few tokens masked the difference is that share of the gradient.
-    `old_logprobs` are the actor's. With algo.old_logprobs=rollout there are none: hand in the fresh log-probs of the
-    forward pass (mask only).
+      mask      1 where 1/cap ≤ w ≤ cap, else 0   tokens on which engine and actor disagree have no gradient
+    The weights do not multiply the KL and the entropy. A masked token still counts in the loss's divisor, because token
+    weights are computed before any log-prob. verl 0.9.1 (rollout_rs) removes it from the response mask, so also from the
+    divisor, the KL and the entropy; this changes the gradient by the share of masked tokens.
+    `old_logprobs` are the actor's. With algo.old_logprobs=rollout there are none: pass the log-probs of the training
+    forward pass (mode mask only).
     """
     if mode == "off":
         return None
     log_ratio = _log_ratio(old_logprobs, rollout_logprobs)
     if mode == "truncate":
         return log_ratio.exp().clamp(max=cap)
-    # Compared in logarithms: exact at the limits, and the same rule on both sides.
+    # The comparison of logarithms is exact at the limits, and symmetric.
     return (log_ratio.abs() <= torch.tensor(cap, dtype=log_ratio.dtype).log().to(log_ratio.device)).to(log_ratio.dtype)
 
 
 def importance_sums(
     old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["truncate", "mask"], cap: float
 ) -> torch.Tensor:
-    """float64 [5] over one rank's loss tokens: their number, Σ exp(old - rollout), Σ w, Σ w² and the number of tokens
-    that were cut or masked, w being what `importance_weights` gives. Ranks combine them by an all-reduce with SUM.
+    """Return float64 [5] over one rank's loss tokens: their number, Σ exp(old - rollout), Σ w, Σ w², and the number of
+    truncated or masked tokens; w is what `importance_weights` returns. Ranks combine them by an all-reduce with SUM.
 
     Example: ratios 1 and 4, truncated at 2, give [2, 5, 3, 5, 1].
     """
     ratios = _log_ratio(old_logprobs, rollout_logprobs).exp()
     weights = importance_weights(old_logprobs, rollout_logprobs, mode, cap)
-    cut = weights < ratios if mode == "truncate" else weights == 0
+    limited = weights < ratios if mode == "truncate" else weights == 0
     ratios, weights = ratios.double(), weights.double()
     count = weights.new_tensor(weights.numel())
-    return torch.stack([count, ratios.sum(), weights.sum(), weights.square().sum(), cut.sum().double()])
+    return torch.stack([count, ratios.sum(), weights.sum(), weights.square().sum(), limited.sum().double()])
 
 
 def importance_metrics(sums: torch.Tensor) -> dict[str, float]:
-    """What the correction does to the N loss tokens that `importance_sums` were added up over; {} for none.
+    """Return the `tis/…` metrics of the `importance_sums` of N loss tokens; {} if N is 0.
 
-    The effective sample size is (Σ w)² / (N Σ w²): 1 where all tokens weigh the same, 1/N where one has all the weight.
+    The effective sample size is (Σ w)² / (N Σ w²): 1 if all weights are equal, 1/N if one token has all the weight.
     Source: Kish, Survey Sampling (1965).
     """
-    count, ratios, weights, squares, cut = sums.tolist()
+    count, ratios, weights, squares, limited = sums.tolist()
     if count == 0:
         return {}
     return {
         "tis/weight_mean_before": ratios / count,
         "tis/weight_mean_after": weights / count,
-        "tis/truncated_ratio": cut / count,
+        "tis/truncated_ratio": limited / count,
         "tis/effective_sample_size": weights**2 / (count * squares) if squares else 0.0,
     }
 
@@ -93,10 +93,10 @@ class MismatchStats:
 
 
 def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> MismatchStats:
-    """Statistics of one rank's loss tokens (float [L] each; L may be 0), on the inputs' device."""
+    """Return the statistics of one rank's loss tokens (float [L] each; L may be 0), on the inputs' device."""
     log_ratio = _log_ratio(actor_logprobs, rollout_logprobs).double()
     distance = (actor_logprobs - rollout_logprobs).detach().double().abs()
-    # Tokens come from the engine, so this estimates KL(engine ‖ actor).
+    # The engine sampled the tokens, so this estimates KL(engine ‖ actor).
     k3 = (log_ratio.expm1() - log_ratio).sum()
     edges = _bin_edges(distance.device)
     histogram = torch.bincount(torch.bucketize(distance, edges), minlength=len(edges) + 1)
@@ -106,11 +106,11 @@ def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor)
 
 
 def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
-    """Mean, 99th percentile, maximum and histogram of |Δ log p|, and the k3 KL(engine ‖ actor), over all tokens; {} for none.
+    """Return mean, 99th percentile, maximum and histogram of |Δ log p|, and the k3 estimate of KL(engine ‖ actor), over
+    all loss tokens; {} if there are none.
 
-    The percentile is the upper edge of its histogram bin, so it may overstate by up to 6 % and never understates
-    (below 1e-7 it is 1e-7, above 100 the maximum, and never more than the maximum). The histogram is shares of tokens by
-    decade, see `histogram_shares`.
+    The percentile is the upper edge of its histogram bin: up to 6 % too high, never too low, 1e-7 for anything smaller, and at most
+    the maximum. For the histogram see `histogram_shares`.
     """
     distance_sum, k3_sum, count = total.sums[:3].tolist()
     if count == 0:
@@ -126,9 +126,9 @@ def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
 
 
 def histogram_shares(histogram: torch.Tensor) -> dict[str, float]:
-    """Share of tokens in each decade of |Δ log p|, adding up to 1; `mismatch/from_1e-3` is of those in (1e-3, 1e-2].
+    """Return the share of tokens in each decade of |Δ log p|; `mismatch/from_1e-3` is the share in (1e-3, 1e-2].
 
-    `from_0` ends at the first decade, and the last decade has no end.
+    The shares sum to 1. `from_0` ends where the first decade begins, and the last decade has no upper end.
     """
     decades = range(FIRST_DECADE, LAST_DECADE + 1)
     inner = histogram[1:-1].reshape(-1, BINS_PER_DECADE).sum(1)
@@ -138,9 +138,9 @@ def histogram_shares(histogram: torch.Tensor) -> dict[str, float]:
 
 
 def check_mismatch(metrics: Mapping[str, float], limit: float | None) -> None:
-    """Nothing; raises RolloutError when the mean |Δ log p| exceeds `limit` (algo.max_mismatch) or is no number.
+    """Raise RolloutError if the mean |Δ log p| exceeds `limit` (algo.max_mismatch) or is NaN.
 
-    metrics  of mismatch_metrics; {} when there were no loss tokens.
+    metrics  what mismatch_metrics returned; {} if there were no loss tokens.
     """
     if limit is None or not metrics or metrics["mismatch/logprob_diff_mean"] <= limit:
         return
@@ -153,9 +153,9 @@ def check_mismatch(metrics: Mapping[str, float], limit: float | None) -> None:
 
 
 def mismatch_warning(metrics: Mapping[str, float]) -> str | None:
-    """Return a line about a mean |Δ log p| that rounding cannot explain, None where it is usual or was not measured.
+    """Return a warning if rounding cannot explain the mean |Δ log p|; None if it is usual or was not measured.
 
-    metrics  of mismatch_metrics among others, from a step whose samples are all of the actor's own weights.
+    metrics  those of a step whose samples were all generated with the actor's current weights.
     """
     mean = metrics.get("mismatch/logprob_diff_mean", 0.0)
     if mean <= LARGEST_USUAL_MISMATCH:
@@ -179,7 +179,7 @@ def _bin_edges(device: torch.device) -> torch.Tensor:
 
 
 def _percentile(histogram: torch.Tensor, fraction: float) -> float:
-    """Upper edge of the bin in which `fraction` of the tokens is reached."""
+    """Return the upper edge of the first bin up to which at least `fraction` of the tokens lie."""
     reached = histogram.cumsum(0)
     bin_index = int(torch.searchsorted(reached, fraction * reached[-1]))
     edges = _bin_edges(histogram.device)

@@ -1,7 +1,7 @@
-"""Which groups can teach: the test of dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
+"""The test of dynamic sampling: a group gives a gradient only if its answers vary (DAPO, arXiv 2503.14476, section 3.2).
 
-Change here: what it means for a group to vary. The metric is raw correctness, never the shaped reward: with the
-overlong penalty inside, uniformly wrong groups of different lengths would vary, be kept, and teach only brevity.
+Change here: when a group varies. The test is on raw correctness, never on the shaped reward: with the overlong penalty,
+groups of wrong answers of different lengths would vary, and the policy would learn only to be short.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ GroupKind = Literal["mixed", "all_right", "all_wrong", "unscored"]
 
 
 def group_varies(group: Group) -> bool:
-    """True when right and wrong answers are both present among the group's scored samples.
+    """Return True if the group's scored samples have both right and wrong answers.
 
-    A prompt that was sampled once (G = 1) has no group to vary in and is kept when it was scored, as in verl. One scored
-    sample left of a larger group does not vary: its baseline would be 0 instead of what its lost siblings earned.
+    A group of size one is kept if it was scored, as in verl. A larger group with one scored sample does not vary: that
+    sample has no baseline.
     """
     kind = classify(group)
     return kind == "mixed" or (len(group.samples) == 1 and kind != "unscored")
 
 
 def classify(group: Group) -> GroupKind:
-    """What the scored samples have in common: `mixed`, `all_right`, `all_wrong`, or `unscored` when there are none."""
+    """Return `mixed`, `all_right` or `all_wrong` for the scored samples, `unscored` if there are none."""
     outcomes = {bool(sample.score.acc) for sample in group.samples if sample.scored}
     if not outcomes:
         return "unscored"

@@ -1,7 +1,7 @@
-"""KL to the reference policy inside the reward. Off by default, as in the paper.
+"""Reference KL inside the reward: KL(π_θ ‖ π_ref), estimated on tokens that π_θ sampled. Off by default, as in the paper.
 
-Change here: how a sample's KL enters its reward. What one token's estimate is, in the loss and in the reward alike, is
-kl_terms of kernels/policy_loss/reference.py.
+Change here: how a sample's KL changes its reward. The estimators k1, k2 and k3 of one token are kl_terms in
+kernels/policy_loss/reference.py, for the loss and for the reward.
 """
 
 from __future__ import annotations
@@ -10,5 +10,5 @@ import numpy as np
 
 
 def penalised_rewards(rewards: np.ndarray, kl_sums: np.ndarray, coef: float) -> np.ndarray:
-    """float64 [B], rewards minus coef times each sample's KL summed over its loss tokens (nats)."""
+    """Return float64 [B]: the rewards minus coef times each sample's KL, summed over its loss tokens (nats)."""
     return np.asarray(rewards, np.float64) - coef * np.asarray(kl_sums, np.float64)

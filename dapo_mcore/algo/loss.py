@@ -1,9 +1,9 @@
-"""Token weights: the whole of loss normalisation.
+"""Token weights: all of the loss normalisation.
 
-Change here: how a mini-batch's token losses become one number. Kernels own the per-token formula; every mode below is
-only a weight, so that loss = Σ weight · token_loss over all loss tokens of the mini-batch, wherever they live. The
-weights are known before the first forward and need no collective: micro-batch size, packing, tensor, pipeline, context
-and data parallelism cannot change the objective (the compatibility mode `token-mean-microbatch` is the exception).
+Change here: how the token losses of a mini-batch become one number. The kernels compute each token's loss; every mode
+below is only a weight, and loss = Σ weight · token_loss over all loss tokens of the mini-batch on all ranks. The weights
+are known before the first forward pass and need no collective. So micro-batch size, packing, and tensor, pipeline,
+context and data parallelism cannot change the objective (except in the compatibility mode `token-mean-microbatch`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def sample_weights(
     micro_batch_ids: np.ndarray | None = None,
     loss_length: int | None = None,
 ) -> np.ndarray:
-    """float64 [n], the weight of each loss token of every sample of one mini-batch (all data-parallel ranks together).
+    """Return float64 [n], the weight of each loss token of each sample of a mini-batch (of all data-parallel ranks).
 
-    num_loss_tokens  int64 [n], n_b below. N = Σ n_b, counted exactly and clamped to 1 once, here.
-    micro_batch_ids  int64 [n], for token-mean-microbatch; numbers are unique over data-parallel ranks.
+    num_loss_tokens  int64 [n], n_b below. N = Σ n_b, an exact count, at least 1.
+    micro_batch_ids  int64 [n], for token-mean-microbatch; unique over data-parallel ranks.
     loss_length      the constant of seq-mean-token-sum-norm, in tokens.
 
     With S the number of samples that have a loss token:
@@ -33,13 +33,13 @@ def sample_weights(
       seq-mean-token-sum-norm  1 / (S · loss_length)    Dr. GRPO
       token-mean-microbatch    (samples in the micro-batch / n) / (loss tokens in the micro-batch)
 
-    Beside agg_loss of verl 0.9.1 (trainer/ppo/core_algos.py): the same in all four modes, but S counts no sample without
-    a loss token, where verl's trainer divides by all sequences of the mini-batch. verl up to 0.7 divided
-    seq-mean-token-sum-norm by the length alone: its learning rates belong to a gradient S times as large.
+    The first four equal agg_loss of verl 0.9.1 (trainer/ppo/core_algos.py), except that S does not count samples without
+    a loss token; verl's trainer divides by all sequences of the mini-batch. verl up to 0.7 divided
+    seq-mean-token-sum-norm by the length alone, so its learning rates are for a gradient S times as large.
 
-    A sample without loss tokens gets 0 and counts nowhere. token-mean-microbatch alone counts it as a sequence, because
-    it repeats verl at 4f80e46 (workers/actor/dp_actor.py), the code of the published run; long answers in a short
-    micro-batch weigh less there, so choose it only to compare.
+    A sample without loss tokens gets 0 and is not counted, except in token-mean-microbatch. That mode repeats verl at
+    4f80e46 (workers/actor/dp_actor.py), the code of the published run. A token's weight there depends on its
+    micro-batch, so use it only to compare.
     """
     tokens = np.asarray(num_loss_tokens, dtype=np.int64)
     trained = tokens > 0

@@ -1,1 +1,4 @@
-"""From groups of responses to what one forward pass reads: flat batch, plan, context-parallel split, micro-batch."""
+"""From groups of responses to the tensors of one forward pass: flat batch, micro-batch plan, context-parallel split.
+
+Change here: how samples are divided among gradient steps, ranks and micro-batches, and how a micro-batch is laid out.
+"""

@@ -1,6 +1,7 @@
-"""Groups of responses to flat arrays.
+"""Groups of responses as flat arrays.
 
-Change here: which tokens of a response are trained. Samples that must not teach keep their place and lose their mask.
+Change here: which tokens of a response are trained on. A sample that is not trained on stays in the batch without a loss
+mask.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dapo_mcore.types import Group, Sample, TrainBatch
 
 
 def to_train_batch(groups: Sequence[Group], *, overlong_filter: bool) -> TrainBatch:
-    """The samples of `groups`, in order, as one flat batch; group_ids are 0, 1, … in the order given.
+    """Return the samples of `groups`, in order, as one flat batch; group_ids are 0, 1, … in that order.
 
-    A sample whose scoring failed, or whose generation was aborted, leaves statistics and loss. A truncated one leaves
-    the loss when `overlong_filter` is set (DAPO's overlong filtering) and always stays in the statistics.
-    Raises DataError for an empty prompt: the first response token would have nothing to be predicted from.
+    A sample whose scoring failed or whose generation was aborted is left out of statistics and loss. A truncated sample
+    is left out of the loss if `overlong_filter` is set (DAPO's overlong filtering), never out of the statistics.
+    Raise DataError for an empty prompt: the first response token could not be predicted from anything.
     """
     rows = [(group.prompt.token_ids, sample) for group in groups for sample in group.samples]
     offsets = _offsets(np.array([len(prompt) + len(sample.rollout.token_ids) for prompt, sample in rows], np.int64))
@@ -39,13 +40,13 @@ def to_train_batch(groups: Sequence[Group], *, overlong_filter: bool) -> TrainBa
 
 
 def select(batch: TrainBatch, samples: Sequence[int] | np.ndarray) -> TrainBatch:
-    """The given samples of `batch`, in the order given, as a batch of their own; group_ids keep their numbers."""
+    """Return the given samples of `batch`, in the given order, as a new batch; group_ids keep their numbers."""
     samples = np.asarray(samples, dtype=np.int64)
-    places = [slice(batch.offsets[sample], batch.offsets[sample + 1]) for sample in samples]
+    spans = [slice(batch.offsets[sample], batch.offsets[sample + 1]) for sample in samples]
     return TrainBatch(
-        tokens=_join(batch.tokens, places),
-        loss_mask=_join(batch.loss_mask, places),
-        rollout_logprobs=_join(batch.rollout_logprobs, places),
+        tokens=_join(batch.tokens, spans),
+        loss_mask=_join(batch.loss_mask, spans),
+        rollout_logprobs=_join(batch.rollout_logprobs, spans),
         offsets=_offsets(batch.lengths[samples]),
         rewards=batch.rewards[samples],
         group_ids=batch.group_ids[samples],
@@ -53,11 +54,11 @@ def select(batch: TrainBatch, samples: Sequence[int] | np.ndarray) -> TrainBatch
     )
 
 
-def _write(batch: TrainBatch, prompt: np.ndarray, sample: Sample, place: slice, overlong_filter: bool) -> None:
+def _write(batch: TrainBatch, prompt: np.ndarray, sample: Sample, span: slice, overlong_filter: bool) -> None:
     rollout = sample.rollout
     assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.loss_mask), "ragged rollout"
-    response = slice(place.start + len(prompt), place.stop)
-    batch.tokens[place.start : response.start] = prompt
+    response = slice(span.start + len(prompt), span.stop)
+    batch.tokens[span.start : response.start] = prompt
     batch.tokens[response] = rollout.token_ids
     if sample.scored and not (overlong_filter and rollout.truncated):
         batch.loss_mask[response] = rollout.loss_mask
@@ -68,6 +69,6 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def _join(flat: np.ndarray, places: list[slice]) -> np.ndarray:
-    """One copy and no index per token: a rollout step can hold 10⁸ tokens."""
-    return np.concatenate([flat[:0], *(flat[place] for place in places)])
+def _join(flat: np.ndarray, spans: list[slice]) -> np.ndarray:
+    """Concatenate slices, without an index per token: a rollout step can have 10⁸ tokens."""
+    return np.concatenate([flat[:0], *(flat[span] for span in spans)])

@@ -1,8 +1,8 @@
-"""The zigzag layout of context parallelism, for sequences one by one or packed.
+"""The zigzag split of context parallelism, for single or packed sequences.
 
-Change here: which positions a context-parallel rank holds. The layout is that of Megatron-core's
-`get_batch_on_this_cp_rank` and Transformer Engine's `thd_get_partitioned_indices`: a sequence is cut into 2·CP equal
-chunks and rank r holds chunks r and 2·CP - 1 - r, so that causal attention costs every rank the same.
+Change here: which positions a context-parallel rank has. The split is that of Megatron-core's
+`get_batch_on_this_cp_rank` and Transformer Engine's `thd_get_partitioned_indices`: a sequence has 2·CP equal chunks, and
+rank r gets chunks r and 2·CP - 1 - r, so that causal attention costs every rank the same.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 def sequence_multiple(context_parallel: int) -> int:
-    """What a sequence's length must be a multiple of: 2·CP, or 1 without context parallelism."""
+    """Return the number that must divide a sequence's length: 2·CP, or 1 without context parallelism."""
     return 2 * context_parallel if context_parallel > 1 else 1
 
 
 def pack_multiple(context_parallel: int, tensor_multiple: int) -> int:
-    """What a pack's length must be a multiple of, so that each rank's share is a multiple of `tensor_multiple`."""
+    """Return the number that must divide a pack's length, so that `tensor_multiple` divides each rank's share."""
     return math.lcm(sequence_multiple(context_parallel), context_parallel * tensor_multiple)
 
 
 def round_up(length: Length, multiple: int) -> Length:
-    """The smallest multiple that is at least `length` (tokens)."""
+    """Return the smallest multiple of `multiple` that is at least `length` (tokens)."""
     return -(-length // multiple) * multiple
 
 
 def padded_length(length: Length, context_parallel: int) -> Length:
-    """Tokens a sequence takes once padded for the zigzag; int or int64 array."""
+    """Return a sequence's length in tokens after padding for the zigzag; int or int64 array."""
     return round_up(length, sequence_multiple(context_parallel))
 
 
 def zigzag_positions(padded_lengths: np.ndarray, context_parallel: int, rank: int) -> np.ndarray:
-    """int64 [Σ lengths / CP], the positions of the whole pack that `rank` holds, in its order.
+    """Return int64 [Σ lengths / CP], the positions of the whole pack that `rank` has, in its order.
 
-    padded_lengths  int64 [n], multiples of 2·CP; each sequence is zigzagged by itself.
+    padded_lengths  int64 [n], multiples of 2·CP; each sequence is split separately.
     Example: one sequence of 8 over CP 2 gives rank 0 [0, 1, 6, 7] and rank 1 [2, 3, 4, 5].
     """
     lengths = np.asarray(padded_lengths, dtype=np.int64)
@@ -57,9 +57,9 @@ def zigzag_positions(padded_lengths: np.ndarray, context_parallel: int, rank: in
 
 
 def undo_zigzag(parts: Sequence[Array], padded_lengths: np.ndarray, context_parallel: int) -> Array:
-    """[Σ lengths, …], the whole pack from the ranks' shares [Σ lengths / CP, …] in rank order; numpy or torch.
+    """Return the whole pack [Σ lengths, …] from the ranks' shares [Σ lengths / CP, …] in rank order; numpy or torch.
 
-    The inverse of taking `zigzag_positions`; differentiable for tensors.
+    This is the inverse of indexing with `zigzag_positions`, and differentiable for tensors.
     """
     held = [zigzag_positions(padded_lengths, context_parallel, rank) for rank in range(context_parallel)]
     where = np.argsort(np.concatenate(held))

@@ -27,15 +27,15 @@ def build_micro_batch(
     packing: bool,
     pad_token: int,
 ) -> MicroBatch:
-    """What `context_rank` reads of the given samples of `batch`; see MicroBatch for shapes. Host tensors.
+    """Return the micro-batch of the given samples of `batch` for `context_rank`, as CPU tensors; see MicroBatch for shapes.
 
-    advantages, weights  float64 [B], of every sample of the batch; each of a sample's loss tokens takes its sample's.
-    tensor_multiple      a rank's share of tokens is a multiple of it: TP with sequence parallelism, else 1.
-    packing              True: sequences back to back, each padded to 2·CP, and one dummy sequence of `pad_token` at the
-                         end where alignment needs it; its boundary is in cu_seqlens. False: a right-padded rectangle.
+    advantages, weights  float64 [B], one per sample of the batch, used for each of its loss tokens.
+    tensor_multiple      divides a rank's number of tokens: TP with sequence parallelism, else 1.
+    packing              True: sequences back to back, each padded to 2·CP, and a dummy sequence of `pad_token` at the end
+                         if alignment needs it, with a boundary in cu_seqlens. False: a right-padded rectangle.
 
-    Position t predicts token t + 1: a row stands at t where the loss mask is set at t + 1. Without samples the result is
-    the smallest dummy that runs (no rows), for a rank that has nothing left while its peers still communicate.
+    Position t predicts token t + 1, so a row is at t if the loss mask is set at t + 1. Without samples, return the
+    smallest micro-batch that runs (no rows): a rank without work must still join its peers' collectives.
     Example: tokens [5, 6, 7], mask [F, F, T], CP 1: rows [1], targets [7].
     """
     samples = np.asarray(samples, dtype=np.int64)
@@ -71,7 +71,7 @@ def build_micro_batch(
 
 
 def _packed(lengths: np.ndarray, context_parallel: int, multiple: int) -> np.ndarray:
-    """int64 [n] or [n + 1], padded length of each sequence and of the dummy that aligns the pack."""
+    """Return int64 [n] or [n + 1], the padded length of each sequence and of the dummy that aligns the pack."""
     padded = padded_length(lengths, context_parallel)
     total = int(padded.sum())
     dummy = round_up(max(total, 1), multiple) - total
@@ -79,15 +79,15 @@ def _packed(lengths: np.ndarray, context_parallel: int, multiple: int) -> np.nda
 
 
 def _rectangle(lengths: np.ndarray, multiple: int) -> np.ndarray:
-    """int64 [max(n, 1)], the one padded length, for every sequence."""
+    """Return int64 [max(n, 1)], the same padded length for every sequence."""
     longest = int(lengths.max(initial=1))
     return np.full(max(len(lengths), 1), round_up(longest, multiple), dtype=np.int64)
 
 
 def _rows(predicting: np.ndarray, held: np.ndarray, num_tokens: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the flattened hidden states [s, b, H], and bool: which entries of `predicting` this rank holds.
+    """Return rows of the flattened hidden states [s, b, H], and bool: which entries of `predicting` this rank has.
 
-    predicting, held  positions of the whole layout, where sequences lie one after the other.
+    predicting, held  positions in the whole micro-batch, sequences one after the other.
     """
     local = np.full(num_tokens, -1, dtype=np.int64)
     local[held] = np.arange(len(held))

@@ -1,6 +1,6 @@
-"""Which samples are trained together: gradient steps, data-parallel ranks, micro-batches.
+"""Division of samples into gradient steps, data-parallel ranks and micro-batches.
 
-Change here: how work is divided. The gradient does not depend on it (algo/loss.py); speed and memory do.
+Change here: how work is divided. Speed and memory depend on it, the gradient does not (algo/loss.py).
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from dapo_mcore.batch.context import pack_multiple, padded_length, round_up
 from dapo_mcore.errors import ConfigError
 
 Plan = list[list[list[int]]]
-"""[data-parallel rank][micro-batch] → sample positions."""
+"""Sample indices by [data-parallel rank][micro-batch]."""
 
 CROSSOVER_TOKENS = 65_536.0
 """Sequence length at which causal attention costs as much as all matrix products of a layer: about 12 times the hidden
-size (2·H·len against 24·H² operations a token), 61k for Qwen2.5-32B."""
+size (2·H·len against 24·H² operations per token), 61k for Qwen2.5-32B."""
 
 
 def split_mini_batches(
     group_ids: np.ndarray, mini_batch_prompts: int, seed: int | None = None, *, allow_ragged: bool = False
 ) -> list[np.ndarray]:
-    """int64 arrays, the sample indices of each gradient step; every sample once, groups kept whole.
+    """Return int64 arrays, the sample indices of each gradient step. Each sample occurs once, and groups stay whole.
 
     group_ids           int64 [B], equal numbers are one group.
     mini_batch_prompts  groups per gradient step.
     seed                shuffles whole groups; None keeps their order of appearance.
     allow_ragged        for a step with too few groups: ceil(groups / mini_batch_prompts) gradient steps whose numbers
-                        of groups differ by at most one, instead of a last one that is nearly empty.
-    Raises ConfigError when mini_batch_prompts does not divide the number of groups and allow_ragged is False.
+                        of groups differ by at most one, so that the last one is not nearly empty.
+    Raise ConfigError if mini_batch_prompts does not divide the number of groups and allow_ragged is False.
     """
     _, first, group = np.unique(group_ids, return_index=True, return_inverse=True)
     num_groups = len(first)
@@ -58,17 +58,17 @@ def plan_micro_batches(
     packing: bool = True,
     crossover_tokens: float = CROSSOVER_TOKENS,
 ) -> Plan:
-    """Sample positions of one mini-batch, indexed [data-parallel rank][micro-batch]; every position once.
+    """Return the sample indices of one mini-batch by [data-parallel rank][micro-batch]; each index occurs once.
 
     lengths           int64 [n], tokens of each sample, prompt and response.
-    max_tokens        budget of a micro-batch on one context-parallel rank, rounded up to whole aligned shares, so that a
-                      sample of max_tokens · CP tokens fits. Packed, padded lengths count; otherwise rectangles do.
-    align             multiple of a rank's share (tensor_multiple of `build_micro_batch`).
-    crossover_tokens  cost of a sample is len · (1 + len / crossover_tokens), in proportion to its FLOPs.
+    max_tokens        tokens of a micro-batch on one context-parallel rank, rounded up to an aligned share, so that a
+                      sample of max_tokens · CP tokens fits. With packing padded lengths count, otherwise rectangles.
+    align             divides a rank's number of tokens (tensor_multiple of `build_micro_batch`).
+    crossover_tokens  a sample costs len · (1 + len / crossover_tokens), in proportion to its FLOPs.
 
-    Ranks are balanced first, by cost, then each rank's micro-batches. All ranks get the same number of micro-batches,
-    the costliest first, so that what runs together is alike; some may be empty lists (see `build_micro_batch`).
-    Deterministic: every rank computes the same plan. Raises ConfigError for a sample over the budget.
+    First ranks are balanced by cost, then each rank's micro-batches. All ranks get the same number of micro-batches, the
+    most expensive first, so that those that run at the same time are alike; some may be empty (`build_micro_batch`).
+    Deterministic: every rank computes the same plan. Raise ConfigError for a sample that exceeds the budget.
     """
     padded = padded_length(np.asarray(lengths, dtype=np.int64), context_parallel)
     multiple = pack_multiple(context_parallel, align)
@@ -87,7 +87,7 @@ def plan_micro_batches(
 
 
 def micro_batch_ids(plan: Plan, num_samples: int) -> np.ndarray:
-    """int64 [num_samples], a number for each sample's micro-batch, unique over data-parallel ranks."""
+    """Return int64 [num_samples], the number of each sample's micro-batch, unique over data-parallel ranks."""
     ids = np.zeros(num_samples, dtype=np.int64)
     for number, samples in enumerate(samples for rank in plan for samples in rank):
         ids[samples] = number
@@ -95,10 +95,10 @@ def micro_batch_ids(plan: Plan, num_samples: int) -> np.ndarray:
 
 
 def largest_differencing(costs: np.ndarray, num_parts: int) -> list[list[int]]:
-    """Indices of `costs` in `num_parts` lists of nearly equal sums, the largest sum first; lists may be empty.
+    """Return the indices of `costs` in `num_parts` lists of nearly equal sums, largest sum first; lists may be empty.
 
-    Karmarkar and Karp, "The Differencing Method of Set Partitioning" (1982): time and again, of the two partial
-    partitions with the widest spread, the largest part of one joins the smallest of the other. O(n · parts).
+    Source: Karmarkar and Karp, "The Differencing Method of Set Partitioning" (1982). Each step merges the two partial
+    partitions with the largest spread: the largest part of one joins the smallest of the other. O(n · parts).
     """
     heap = [(-cost, i, [(cost, i)]) for i, cost in enumerate(np.asarray(costs, dtype=np.float64).tolist())]
     heapq.heapify(heap)
@@ -124,14 +124,14 @@ def _check_budget(lengths: np.ndarray, padded: np.ndarray, budget: int, max_toke
 
 
 def _merge(wide: list[tuple], narrow: list[tuple], num_parts: int) -> list[tuple]:
-    """Parts (sum, tree), largest first, of two partial partitions; empty parts are not stored."""
+    """Return the parts (sum, tree), largest first, of two merged partitions; empty parts are not stored."""
     alone = num_parts - len(narrow)
     joined = [(a + b, (left, right)) for (a, left), (b, right) in zip(wide[alone:], reversed(narrow))]
     return sorted(wide[:alone] + joined + narrow[: num_parts - len(wide)], key=itemgetter(0), reverse=True)
 
 
 def _leaves(tree: int | tuple) -> list[int]:
-    """Sorted leaves of nested pairs, without recursion: a tree may be as deep as it has leaves."""
+    """Return the sorted leaves of nested pairs, without recursion: a tree may be as deep as it has leaves."""
     found, open_nodes = [], [tree]
     while open_nodes:
         node = open_nodes.pop()
@@ -143,7 +143,7 @@ def _leaves(tree: int | tuple) -> list[int]:
 
 
 def _first_fit(samples: Sequence[int], padded: np.ndarray, budget: int) -> list[list[int]]:
-    """First-fit decreasing: the longest sample first, each into the first pack with room."""
+    """Return packs by first-fit decreasing: the longest sample first, each into the first pack with room."""
     free = np.full(len(samples), budget, dtype=np.int64)
     parts: list[list[int]] = []
     for sample in sorted(samples, key=lambda sample: -padded[sample]):
@@ -156,7 +156,7 @@ def _first_fit(samples: Sequence[int], padded: np.ndarray, budget: int) -> list[
 
 
 def _rectangles(samples: Sequence[int], padded: np.ndarray, budget: int, multiple: int) -> list[list[int]]:
-    """Longest first, so that neighbours are alike and a rectangle wastes little."""
+    """Return rectangles, the longest samples first: samples of similar length waste little padding."""
     order = sorted(samples, key=lambda sample: -padded[sample])
     parts = []
     while order:
@@ -169,7 +169,7 @@ def _rectangles(samples: Sequence[int], padded: np.ndarray, budget: int, multipl
 def _balanced(
     fitted: list[list[int]], padded: np.ndarray, costs: np.ndarray, budget: int, num_parts: int
 ) -> list[list[int]]:
-    """The samples of `fitted` in `num_parts` packs of nearly equal cost, or of nearly equal length, whichever fits."""
+    """Return the samples of `fitted` in `num_parts` packs of equal cost if they fit, else of equal length."""
     samples = np.array(sorted(sample for part in fitted for sample in part), dtype=np.int64)
     for weight in (costs, padded):
         parts = [samples[part] for part in largest_differencing(weight[samples], num_parts)]
@@ -179,6 +179,6 @@ def _balanced(
 
 
 def _in_order(parts: list[list[int]], costs: np.ndarray, num_parts: int) -> list[list[int]]:
-    """Costliest micro-batch first, samples ascending, filled up with empty micro-batches."""
+    """Return the most expensive micro-batch first, samples ascending, and empty ones up to `num_parts`."""
     ordered = sorted(map(sorted, parts), key=lambda part: (-costs[part].sum(), part))
     return ordered + [[] for _ in range(num_parts - len(parts))]

@@ -1,6 +1,6 @@
 """Index arithmetic over sequences laid back to back.
 
-Change here: nothing of policy; this replaces Python lists per token by one vectorised gather.
+Change here: index arithmetic only. It keeps Python loops over tokens out of the project.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def ragged_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64 [Σ lengths], the ranges start, start + 1, … of each length, concatenated.
+    """Return int64 [Σ lengths], the ranges start, start + 1, … of the given lengths, concatenated.
 
     Example: starts [10, 4], lengths [3, 2] give [10, 11, 12, 4, 5].
     """
