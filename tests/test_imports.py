@@ -226,7 +226,7 @@ def test_a_planted_violation_is_found(module: str, source: str, rule: str) -> No
         ("dapo_mcore.actor.parallel.layout", "from megatron.core import parallel_state"),
         ("dapo_mcore.actor.head", "from dapo_mcore.kernels.policy_head import head_logprobs"),
         ("dapo_mcore.actor.weight_stream", "from dapo_mcore.architecture.mapping import table"),
-        ("dapo_mcore.kernels.policy_loss.kernel", "import torch\nimport triton\nfrom .reference import loss"),
+        ("dapo_mcore.kernels.policy_loss.kernel", "import torch\nimport triton\nfrom .torch_path import loss"),
         ("dapo_mcore.train", "from dapo_mcore.actor.actor import Actor\nimport megatron.core"),
         ("dapo_mcore.rollout.sglang", "import sglang"),
         ("dapo_mcore.data.loader", "from dapo_mcore.errors import DataError\nimport numpy, torch"),

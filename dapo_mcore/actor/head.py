@@ -10,7 +10,13 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from dapo_mcore.actor.model.policy import PolicyModel
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.config.schema import Config
-from dapo_mcore.kernels.policy_head import PolicyHeadOutput, linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_head import (
+    Objective,
+    PolicyHeadOutput,
+    TokenInputs,
+    linear_logprobs,
+    linear_policy_loss,
+)
 from dapo_mcore.types import MicroBatch
 
 
@@ -23,7 +29,15 @@ class Head:
     """
 
     def __init__(self, config: Config, layout: Layout, vocab_size: int):
-        self.algo = config.algo
+        algo = config.algo
+        self.objective = Objective(
+            algo.clip_low,
+            algo.clip_high,
+            algo.dual_clip,
+            algo.kl.coef if algo.kl.place == "loss" else 0.0,
+            algo.kl.estimator,
+            algo.entropy_coef,
+        )
         self.sequence_parallel = config.parallel.sequence_parallel
         self.eager_grad = config.batch.head_eager_grad
         self.reduce_hidden_grad = True
@@ -38,22 +52,12 @@ class Head:
         self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch, tis_weights: torch.Tensor | None
     ) -> PolicyHeadOutput:
         """The weighted sum of token losses over this rank's rows, differentiable; hidden [s, b, H]."""
-        algo = self.algo
         return linear_policy_loss(
             self._rows(hidden, batch),
             model.head_weight(),
             batch.targets,
-            advantages=batch.advantages,
-            token_weights=batch.token_weights,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            tis_weights=tis_weights,
-            clip_low=algo.clip_low,
-            clip_high=algo.clip_high,
-            dual_clip=algo.dual_clip,
-            kl_coef=algo.kl.coef if algo.kl.place == "loss" else 0.0,
-            kl_estimator=algo.kl.estimator,
-            entropy_coef=algo.entropy_coef,
+            TokenInputs(batch.advantages, batch.token_weights, batch.old_logprobs, batch.ref_logprobs, tis_weights),
+            self.objective,
             **self._gradients(model),
             **self.common,
         )
@@ -64,8 +68,8 @@ class Head:
             self._rows(hidden, batch),
             model.head_weight(),
             batch.targets,
-            advantages=torch.ones_like(batch.token_weights),
-            token_weights=batch.token_weights,
+            TokenInputs(torch.ones_like(batch.token_weights), batch.token_weights),
+            Objective(),
             **self._gradients(model),
             **self.common | {"temperature": 1.0},
         )

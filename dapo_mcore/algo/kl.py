@@ -1,7 +1,7 @@
 """Reference KL inside the reward: KL(π_θ ‖ π_ref), estimated on tokens that π_θ sampled. Off by default, as in the paper.
 
 Change here: how a sample's KL changes its reward. The estimators k1, k2 and k3 of one token are kl_terms in
-kernels/policy_loss/reference.py, for the loss and for the reward.
+kernels/policy_loss/torch_path.py, for the loss and for the reward.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class KLConfig(Section):
 
     coef: float = Field(0.0, ge=0, le=1000)
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of single tokens, as in verl: k3 is cut at 10 nats, with its gradient (kernels/policy_loss/reference.py)."""
+    """Of single tokens, as in verl: k3 is cut at 10 nats, with its gradient (kernels/policy_loss/torch_path.py)."""
     place: Literal["loss", "reward"] = "loss"
 
 

@@ -1,8 +1,8 @@
-"""GPU kernels and their PyTorch references, one package an operation: `policy_head`, `policy_loss`.
+"""GPU kernels and the same operations in PyTorch: the packages `policy_head`, `policy_loss` and `fp8_quant`.
 
-Change nothing here: the packages live in the folder `kernels/` at the top of the repository and are installed under this
-name. In a bare checkout, which nobody installed, that folder is found through `__path__`.
-They import torch (and Triton where it is there) and nothing of dapo_mcore, so that they can be lifted out.
+Change here: nothing. The packages are in the folder `kernels/` of the repository and are installed under this name. In a
+checkout that is not installed, `__path__` finds that folder.
+The packages import torch, and Triton if it is installed, but nothing else of dapo_mcore: they can be used alone.
 """
 
 from pathlib import Path

@@ -1,12 +1,12 @@
 """FP8 (e4m3) quantisation of weights for an FP8 rollout engine, and of activations by row.
 
-Change here: what is accepted, what a wrong argument is told, and which implementation runs. The mathematics is in
-reference.py (any device); kernel.py is the same in Triton, for CUDA tensors where Triton is installed.
+Change here: which arguments are accepted, their errors, and which implementation runs: kernel.py (Triton) for CUDA
+tensors where Triton is installed, otherwise torch_path.py (any device). The two agree bitwise.
 
-A group (a tile, or a row) with largest magnitude a stores x · (448 / a), rounded to the nearest e4m3 number, of two
-equally near the even one, and the scale a / 448 to multiply by: |error| <= 2^-4 · |x|, or a · 2^-10 / 448 where that is
-more. Scales are never below 2^-126, so that a group of zeros gives zeros. A group that holds an infinity or NaN becomes
-NaN as a whole, scale and codes: e4m3fn has no infinity, and a broken weight must not look like a weight.
+A group (a tile or a row) with largest magnitude a stores x · (448 / a), rounded to the nearest e4m3 number (ties to
+even), and the scale a / 448 to multiply by. |error| <= 2^-4 · |x|, or a · 2^-10 / 448 if that is larger.
+Scales are at least 2^-126, so a group of zeros gives zeros. If a group holds an infinity or NaN, its scale and all its
+codes become NaN: e4m3fn has no infinity, and a broken weight must not look like a weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import reference
+from . import torch_path
 
 __all__ = ["dequantize_blocks", "dequantize_rows", "quantize_blocks", "quantize_rows"]
 
@@ -26,12 +26,12 @@ BLOCKS = (16, 32, 64, 128)
 
 @torch.no_grad()
 def quantize_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn [N, K], fp32 [ceil(N/block), ceil(K/block)]): `weight` and `weight_scale_inv` of a checkpoint.
+    """Return float8_e4m3fn [N, K] and fp32 scales [ceil(N/block), ceil(K/block)], named `weight_scale_inv` in checkpoints.
 
-    weight   [N, K] in bf16, fp16 or fp32, elements of a row adjacent; rows may lie apart (a slice of columns).
+    weight   [N, K] in bf16, fp16 or fp32, elements of a row adjacent; rows may be strided (a slice of columns).
     block    side of the square tiles that share a scale: 16, 32, 64 or 128. The last tiles may be smaller.
     No collective: quantise whole matrices, or shards whose borders are multiples of `block`.
-    Raises ValueError for a shape, dtype or layout that does not fit.
+    Raises ValueError if the shape, dtype or strides do not fit.
     Source: the layout of DeepSeek-V3's inference/kernel.py and of SGLang's `weight_block_size: [128, 128]`.
     """
     _check_block(block)
@@ -41,9 +41,9 @@ def quantize_blocks(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn [N, K], fp32 [N, 1]): one scale a row, that is an output channel of a weight or a token.
+    """Return float8_e4m3fn [N, K] and fp32 [N, 1]: one scale per row (output channel of a weight, or token).
 
-    Argument and errors as in quantize_blocks.
+    Argument and errors are those of quantize_blocks.
     """
     _check_matrix("x", x)
     return _implementation(x).quantize_rows(x)
@@ -51,26 +51,29 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dequantize_blocks(quantized: Tensor, scale_inv: Tensor, block: int = 128, dtype: torch.dtype = torch.float32):
-    """[N, K] in `dtype`: each element times its tile's scale, in fp32. For checks: it expands the scales to [N, K].
+    """Return [N, K] in `dtype`: each element times its tile's scale, in fp32. For checks: it expands the scales to [N, K].
 
-    Raises ValueError when the scales are not those of [N, K] in tiles of `block`.
+    Raises ValueError unless the scales are those of [N, K] in tiles of `block`.
     """
     _check_block(block)
     _check_scales(quantized, scale_inv, [-(-size // block) for size in quantized.shape])
-    return reference.dequantize_blocks(quantized, scale_inv, block).to(dtype)
+    return torch_path.dequantize_blocks(quantized, scale_inv, block).to(dtype)
 
 
 @torch.no_grad()
 def dequantize_rows(quantized: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[N, K] in `dtype`: each element times its row's scale, in fp32. Raises ValueError unless the scales are [N, 1]."""
+    """Return [N, K] in `dtype`: each element times its row's scale, in fp32.
+
+    Raises ValueError unless the scales are [N, 1].
+    """
     _check_scales(quantized, scale_inv, [len(quantized), 1])
-    return reference.dequantize_rows(quantized, scale_inv).to(dtype)
+    return torch_path.dequantize_rows(quantized, scale_inv).to(dtype)
 
 
 def _implementation(x: Tensor):
-    """The module that does the work: kernel for a CUDA tensor where Triton is installed, else reference."""
+    """Return the module that quantises `x`."""
     if not x.is_cuda or find_spec("triton") is None:
-        return reference
+        return torch_path
     from . import kernel
 
     return kernel

@@ -1,7 +1,7 @@
-"""What the policy head computes, in its plainest form: the whole [T, V] logits, the papers' formulas, and autograd.
+"""The definition of the policy head: the whole [T, V] logits, the formulas of the papers, and autograd.
 
-Change here: the definition. It is no choice for training: written apart from the closed forms of policy_loss/, which it
-checks, it is what tests and benchmark hold every other path to, in fp64.
+Change here: the definition. Training never uses it. Tests and the benchmark compare every other path with it in fp64;
+it shares no formula with policy_loss/, so that it can check those closed forms.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def linear_policy_loss(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> PolicyHeadOutput:
-    """The output of the package's linear_policy_loss, on one rank, in the dtype of `hidden` [T, H] and `weight` [V, H].
+    """Return the output of the package's linear_policy_loss, on one rank, in the dtype of `hidden` and `weight`.
 
-    `loss` is differentiable with respect to hidden and weight by autograd. Memory: several [T, V] tensors.
+    hidden [T, H], weight [V, H]. `loss` is differentiable with respect to both by autograd. Memory: several [T, V] tensors.
     Sources: DAPO (arXiv 2503.14476) eq. 8; dual clip (arXiv 1912.09729); http://joschu.net/blog/kl-approx.html.
     """
-    everywhere = (hidden @ weight[:vocab_size].t() / temperature).log_softmax(-1)  # [T, V]
-    logprobs = everywhere.gather(1, targets[:, None])[:, 0]
-    entropy = -(everywhere.exp() * everywhere).sum(-1)
+    distribution = (hidden @ weight[:vocab_size].t() / temperature).log_softmax(-1)  # [T, V]
+    logprobs = distribution.gather(1, targets[:, None])[:, 0]
+    entropy = -(distribution.exp() * distribution).sum(-1)
     return loss_of_tokens(logprobs, entropy, tokens, objective)
 
 
 def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objective: Objective) -> PolicyHeadOutput:
-    """The output for given `logprobs` and `entropy` [T], in their dtype; `loss` is differentiable with respect to both."""
+    """Return the output for given `logprobs` and `entropy` [T], in their dtype; `loss` is differentiable to both."""
     advantages, low, high = tokens.advantages, 1 - objective.clip_low, 1 + objective.clip_high
     old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     ratio = (logprobs - old).clamp(-20, 20).exp()
@@ -57,6 +57,6 @@ def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objec
 
 
 def _kl(x: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(policy ‖ reference) of single tokens from x = logp - ref; k3 at most 10, as in verl."""
+    """Return estimates of KL(π_θ‖π_ref) per token from x = log π_θ - log π_ref; k3 is at most 10, as in verl."""
     bounded = x.clamp(-20, 20)
     return {"k1": x, "k2": x**2 / 2, "k3": ((-bounded).exp() - 1 + bounded).clamp(max=10)}[estimator]

@@ -1,6 +1,6 @@
-"""A loss whose gradients are ready: it hands them to autograd.
+"""Hand gradients that the forward pass has computed to autograd.
 
-Change here: how gradients made in the forward pass reach their inputs.
+Change here: how such gradients reach their inputs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 def with_gradients(
     loss: Tensor, inputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], *, reuse: bool = False
 ) -> Tensor:
-    """The same scalar, on the graph of `inputs`: its backward pass gives them `gradients` times the incoming one.
+    """Return the scalar `loss` on the graph of `inputs`; its backward pass gives them `gradients` · incoming gradient.
 
-    gradients  one for each input, of its shape and dtype; None for an input that wants none.
-    reuse      multiplies in the gradients' own memory, and so allows one backward pass only.
+    gradients  one per input, of its shape and dtype; None for an input that needs none.
+    reuse      multiplies in the gradients' own memory. Only one backward pass is possible then.
     """
     return _ReadyGradients.apply(loss, reuse, *inputs, *gradients)
 

@@ -1,9 +1,9 @@
-"""The DAPO loss in Triton: from log-probs, and from vocabulary-parallel logits with their gradient in the same memory.
+"""The DAPO loss in Triton: from log-probs, or from vocabulary-parallel logits with the gradient in the same memory.
 
-Change here: how kernels are launched, and which program does what; a row's softmax is in row_softmax.py, a token's
-formula in token_terms.py. One program owns one row of logits: no atomics, every sum in a fixed order, the same bits
-each time. A row is read twice and written once; where the vocabulary is split, an all-gather of the rows' statistics
-lies between the two readings.
+Change here: how kernels are launched, and how the work is divided. row_softmax.py has the softmax of a row,
+token_terms.py the formula of a token. One program owns one row of logits: there are no atomics, every sum has a fixed
+order, and equal inputs give equal bits. A row is read twice and written once; if the vocabulary is split, an all-gather of
+the rows' statistics comes between the two reads.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import Objective, PolicyHeadOutput, TokenInputs, TokenTerms
+from .records import Objective, PolicyHeadOutput, TokenInputs, TokenTerms
 from .row_softmax import at_peak, gradient_row, local_target, merged_statistics, row_softmax, row_statistics, zero_row
 from .shard import VocabShard
 from .token_terms import token_terms
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Columns that a program handles at a time, when it sums and when it writes gradients, with 16 warps: no more than 64
-# registers a thread, so that two programs fit on a multiprocessor and their loads overlap. The two must differ: with
-# equal ones the compiler gives both loops one layout, the one that the gradient's type wants, and the scoring pass,
-# which has no gradient, would add in another order than the training pass.
+# Columns per step of the loop that sums and of the loop that writes gradients. With 16 warps a thread needs at most 64
+# registers, so two programs fit on a multiprocessor and their loads overlap. The two numbers must differ: with equal ones
+# the compiler gives both loops the layout of the gradient's dtype. The scoring pass, which has no gradient, would then
+# add in another order than the training pass.
 SUM_BLOCK = 4096
 GRADIENT_BLOCK = 8192
-# Without fusion of multiply and add a formula rounds alike in every kernel: scoring and training agree to the bit.
+# Without fused multiply-add a formula rounds equally in every kernel: scoring and training agree bitwise.
 ROW_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 BLOCK_TOKENS = 256
 TOKEN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -37,7 +37,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Constants(NamedTuple):
-    """An Objective as the kernels take it: None compiles a term away."""
+    """The Objective in the form of the kernels: None compiles a term away."""
 
     ratio_low: float
     ratio_high: float
@@ -52,7 +52,7 @@ class Constants(NamedTuple):
 
 
 def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) -> TokenTerms:
-    """As reference.token_losses, for fp32 `logprobs` [T]."""
+    """Return torch_path.token_losses for fp32 `logprobs` [T]."""
     fields = logprobs.new_empty(7, len(logprobs))
     if len(logprobs):
         token_losses_kernel[(triton.cdiv(len(logprobs), BLOCK_TOKENS),)](
@@ -70,7 +70,7 @@ def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) ->
 
 
 def score(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
-    """As reference.score; leaves `logits` as they are."""
+    """Return torch_path.score, but leave `logits` unchanged."""
     fields = _launch(logits, targets, TokenInputs(None, None), Objective(), shard, temperature, None)
     return fields[1], fields[2]
 
@@ -86,7 +86,7 @@ def differentiate(
     *,
     keep_logits: bool = False,
 ) -> tuple[PolicyHeadOutput, Tensor | None]:
-    """As reference.differentiate, for fp32 or bf16 `logits`."""
+    """Return torch_path.differentiate for fp32 or bf16 `logits`."""
     grad = None
     if grad_dtype is not None:
         shared = not keep_logits and grad_dtype.itemsize <= logits.dtype.itemsize
@@ -97,10 +97,10 @@ def differentiate(
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, V_local] in `dtype`, no wider than that of `logits`, in the memory of `logits`.
+    """Return a view [n, V_local] in `dtype` of the memory of `logits`; `dtype` must not be wider than theirs.
 
-    A narrower one takes the end of each row, so that a program that goes through a row from its end writes only
-    where it has read.
+    A narrower view takes the end of each row. A program that processes a row from its end then writes only where it has
+    already read.
     """
     if dtype == logits.dtype:
         return logits
@@ -109,7 +109,7 @@ def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _overlap(grad: Tensor | None, logits: Tensor) -> bool:
-    """Whether `grad` is a narrower view of the memory of `logits`."""
+    """Return True if `grad` is a narrower view of the memory of `logits`."""
     if grad is None or grad.dtype == logits.dtype:
         return False
     return grad.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
@@ -128,7 +128,7 @@ def _launch(
     temperature: float,
     grad: Tensor | None,
 ) -> Tensor:
-    """The fields of PolicyHeadOutput [8, n] in fp32 (of scores only 1 and 2), with the gradient written to `grad`."""
+    """Return the fields of PolicyHeadOutput as fp32 [8, n] and write the gradient to `grad`. Scoring sets only 1 and 2."""
     num_rows, num_columns = logits.shape
     fields = logits.new_empty(8, num_rows, dtype=torch.float32)
     if num_rows == 0:
@@ -160,7 +160,7 @@ def _launch(
 
 
 def _all_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> Tensor | None:
-    """[R, 4, n] in fp32: each rank's row_statistics; None for one rank, whose rows need no second launch."""
+    """Return row_statistics of all ranks, fp32 [R, 4, n]; None for one rank, which needs no second launch."""
     if shard.num_ranks == 1:
         return None
     statistics = logits.new_empty(4, len(logits), dtype=torch.float32)
@@ -181,7 +181,7 @@ def _all_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, temperat
 
 @triton.jit
 def token_losses_kernel(logprobs, tokens, objective, fields, num_tokens, KL: tl.constexpr, BLOCK: tl.constexpr):
-    """`fields` [7, T]: those of TokenTerms, loss and derivative times the token weight."""
+    """Write the fields of TokenTerms to `fields` [7, T], with loss and derivative times the token weight."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_tokens
     logprob = tl.load(logprobs + at, mask=mask, other=0.0)
@@ -200,7 +200,7 @@ def token_losses_kernel(logprobs, tokens, objective, fields, num_tokens, KL: tl.
 def row_statistics_kernel(
     logits, row_stride, num_real, targets, start, inverse_temperature, statistics, num_rows, BLOCK: tl.constexpr
 ):
-    """`statistics` [4, n] of this rank's columns, as row_statistics returns them."""
+    """Write row_statistics of this rank's columns to `statistics` [4, n]."""
     row = tl.program_id(0).to(tl.int64)
     target = local_target(targets, row, start, num_real)
     top, total, weighted, target_logit = row_statistics(
@@ -234,10 +234,11 @@ def row_losses_kernel(
     BLOCK: tl.constexpr,
     GRADIENT_BLOCK: tl.constexpr,
 ):
-    """`fields` [8, n] of PolicyHeadOutput and, unless None, `grad` [n, num_columns]; empty `tokens`: only the score.
+    """Write PolicyHeadOutput to `fields` [8, n] and the gradient to `grad` [n, num_columns] unless it is None.
 
-    statistics  [R, 4, n] of all ranks; None: computed here, of the one rank there is.
-    SHARED_ROWS says that `grad` lies in the rows of `logits` in a narrower type (see gradient_view).
+    With empty `tokens` only log-prob and entropy are written.
+    statistics   [R, 4, n] of all ranks; None for one rank, whose statistics are computed here.
+    SHARED_ROWS  `grad` lies in the rows of `logits` in a narrower dtype (see gradient_view).
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
@@ -263,12 +264,12 @@ def row_losses_kernel(
             bonus = 0.0
             if objective.entropy_coef is not None:
                 bonus = objective.entropy_coef * weight * inverse_temperature
-            # d loss / d logit = exp · (constant + rate · (logit - peak)); the target's: 1 - p would cancel
+            # d loss / d logit = exp · (constant + rate · (logit - peak)), but for the target 1 - p would cancel
             at_target = (slope * others + bonus * (target_share - target_exp * mean)) / total
             constant = (-slope - bonus * mean) / total
             rate = bonus * inverse_temperature / total
             grad += row * grad_stride
-            tl.debug_barrier()  # every warp has read the target's logit before one writes
+            tl.debug_barrier()  # every warp must read the target's logit before one writes
             if (slope == 0) & (bonus == 0):
                 zero_row(grad, num_columns, GRADIENT_BLOCK)
             else:
@@ -280,7 +281,7 @@ def row_losses_kernel(
 
 @triton.jit
 def store_loss(fields, num_rows, row, logprob, entropy, tokens, objective, KL: tl.constexpr):
-    """Writes a token's loss and what belongs to it; returns its weight, and d loss / d logprob without that weight."""
+    """Write a token's loss and other fields. Return its weight, and d loss / d logprob without that weight."""
     weight = tl.load(tokens.token_weights + row)
     loss, slope, ratio, low, high, dual, kl = token_terms(logprob, tokens, row, None, objective, KL)
     if objective.entropy_coef is not None:

@@ -1,6 +1,6 @@
-"""The softmax of one row of logits, and its gradient, in Triton: parts of the kernels in kernel.py.
+"""The softmax of one row of logits and its gradient in Triton: parts of the kernels in kernel.py.
 
-Change here: how the GPU computes what softmax.py defines.
+Change here: how the GPU computes the softmax of softmax.py.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ import triton.language as tl
 
 from .token_terms import log1p
 
-# Stands for -inf: exp gives 0 all the same, and 0 · x stays 0 where 0 · -inf would be nan.
+# Replaces -inf: exp still gives 0, but 0 · x is 0 where 0 · -inf would be nan.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def local_target(targets, row, start, num_real):
-    """The target's column on this rank, -1 if it is not here."""
+    """Return the target's column on this rank, or -1 if another rank has it."""
     target = tl.load(targets + row) - start
     return tl.where((target >= 0) & (target < num_real), target, -1)
 
 
 @triton.jit
 def load_logits(logits, columns, num_real):
-    """fp32, with LOWEST for padding and for anything below it; nan stays nan."""
+    """Return logits in fp32, at least LOWEST, and LOWEST in padded columns; nan stays nan."""
     x = tl.load(logits + columns, mask=columns < num_real, other=float("-inf")).to(tl.float32)
     return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def row_statistics(logits, num_real, target, scale, BLOCK: tl.constexpr):
-    """Of one row without its target: max, Σ e, Σ e · (logit - max) with e = 2^(scale · (logit - max)); the target's.
+    """Return max, Σ e, Σ e · (logit - max) of one row without its target, and the target's logit.
 
-    Each lane keeps its own three sums until the end, so the loop has no barrier; one exponential a column serves both
-    cases, a new maximum (the sums shrink) and none (the summand does). The target is left out so that 1 - p keeps its
-    digits. Of a rank without real columns, max is LOWEST. The target's logit is -inf where it is not here.
+    e = 2^(scale · (logit - max)). Each lane keeps its own three sums until the end, so the loop has no barrier. One
+    exponential per column serves both cases: with a new maximum it shrinks the sums, otherwise the summand. The target
+    is left out so that 1 - p keeps its digits. The max of a rank without real columns is LOWEST. The target's logit is
+    -inf if another rank has it.
     """
     target_logit = tl.load(logits + target, mask=target >= 0, other=float("-inf")).to(tl.float32)
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -56,7 +57,7 @@ def row_statistics(logits, num_real, target, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def at_peak(top, total, weighted, peak, scale):
-    """Σ e and Σ e · (logit - max) counted from a larger maximum."""
+    """Return Σ e and Σ e · (logit - peak) for a larger maximum `peak`."""
     step = top - peak
     decay = tl.exp2(step * scale)
     return decay * total, decay * (weighted + step * total)
@@ -64,7 +65,7 @@ def at_peak(top, total, weighted, peak, scale):
 
 @triton.jit
 def merged_statistics(statistics, num_rows, num_ranks, scale):
-    """Largest logit, Σ e and Σ e · (logit - largest) without the target, and the target's logit, over all ranks."""
+    """Return, over all ranks, the largest logit, Σ e and Σ e · (logit - largest) without the target, and its logit."""
     top = tl.load(statistics)
     target_logit = tl.load(statistics + 3 * num_rows)
     for rank in range(1, num_ranks):
@@ -85,13 +86,13 @@ def merged_statistics(statistics, num_rows, num_ranks, scale):
 
 @triton.jit
 def row_softmax(peak, others, distance, target_logit, inverse_temperature):
-    """Of merged statistics: log-prob, entropy, Σ exp, mean, and the target's exp and share in the mean.
+    """Return log-prob, entropy, Σ exp, mean, and the target's exp and share in the mean, from merged statistics.
 
-    exp and mean are of logits over temperature, counted from the largest.
+    exp and mean are of (logit - largest) / temperature.
     """
     target_z = (target_logit - peak) * inverse_temperature
     target_exp = tl.exp(target_z)
-    # 0 · -inf would be nan: a target outside the vocabulary has no share in the mean
+    # A target outside the vocabulary has no share in the mean; 0 · -inf would be nan.
     target_share = tl.where(target_exp == 0, 0.0, target_exp * target_z)
     total = others + target_exp
     mean = (distance * inverse_temperature + target_share) / total
@@ -105,13 +106,13 @@ def gradient_row(
     logits, grad, num_columns, num_real, target, at_target, peak, scale, constant, rate,
     ENTROPY: tl.constexpr, SHARED_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes a row of `grad` from its end: what was read last, in row_statistics, may still be in the L2 cache."""
+    """Write a row of `grad` from its end: the columns that row_statistics read last may still be in the L2 cache."""
     num_blocks = tl.cdiv(num_columns, BLOCK)
     for step in range(num_blocks):
         columns = (num_blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         x = load_logits(logits, columns, num_real) - peak
         if SHARED_ROWS:
-            tl.debug_barrier()  # all warps have read this block before one of them writes over it
+            tl.debug_barrier()  # all warps must read this block before one of them overwrites it
         value = tl.exp2(x * scale)
         if ENTROPY:
             value *= tl.fma(x, rate, constant)

@@ -1,4 +1,4 @@
-"""The part of the vocabulary that one tensor-parallel rank holds, and the collectives that join the parts.
+"""The part of the vocabulary that a tensor-parallel rank holds, and the collectives over the parts.
 
 Change here: how the vocabulary is split over ranks.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """Where this rank's columns lie: ids start … start + num_real - 1; columns from num_real on are padding."""
+    """Range of this rank's columns: token ids start … start + num_real - 1. Columns from num_real on are padding."""
 
     start: int
     num_real: int
@@ -23,9 +23,9 @@ class VocabShard:
 
     @classmethod
     def of(cls, num_columns: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
-        """The shard of this rank of `group`, each of whose ranks holds `num_columns` columns, padding at the end.
+        """Return this rank's shard. Each rank of `group` holds `num_columns` columns; padding is at the end.
 
-        Raises ValueError for a vocab_size that the columns of all ranks cannot hold.
+        Raises ValueError if vocab_size exceeds the columns of all ranks.
         """
         rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         padded = num_ranks * num_columns
@@ -39,7 +39,7 @@ class VocabShard:
         return cls(start, num_real, group, num_ranks)
 
     def all_gather(self, statistics: Tensor) -> Tensor:
-        """[R, 4, n]: the ranks' [4, n] in rank order. No collective for one rank or for no tokens."""
+        """Return [R, 4, n], the [4, n] of all ranks in rank order. No collective for one rank or for no tokens."""
         if self.num_ranks == 1 or statistics.numel() == 0:
             return statistics[None]
         gathered = statistics.new_empty(self.num_ranks * len(statistics), statistics.shape[1])
@@ -47,12 +47,12 @@ class VocabShard:
         return gathered.view(self.num_ranks, *statistics.shape)
 
     def start_sum(self, partial: Tensor) -> dist.Work | None:
-        """Starts to replace `partial` [n, H] by its sum over the ranks; None for one rank or no rows.
+        """Start to replace `partial` [n, H] by its sum over the ranks. Return None for one rank or no rows.
 
-        Collective: one asynchronous all-reduce; `partial` holds the sum once the result's wait() has returned. Under
-        sequence parallelism a rank keeps only its own rows, but neighbouring rows mostly have one owner, so a chunk's
-        reduce-scatter would run through the links of one rank. By arithmetic an all-reduce over 8 ranks takes a fifth
-        of the time of the matrix product that it hides under (V 152,064, 400 GB/s), so there is nothing to save.
+        Collective: one asynchronous all-reduce; `partial` holds the sum after wait() of the result has returned.
+        Why no reduce-scatter under sequence parallelism, where a rank keeps only its own rows: neighbouring rows mostly
+        have one owner, so a chunk's reduce-scatter would use the links of one rank. Computed, not measured: over 8 ranks
+        the all-reduce takes a fifth of the time of the matrix product that overlaps it (V 152,064, 400 GB/s).
         """
         if self.num_ranks == 1 or partial.numel() == 0:
             return None
@@ -60,13 +60,13 @@ class VocabShard:
 
 
 def check_targets(targets: Tensor, num_tokens: int, device: torch.device, vocab_size: int) -> None:
-    """Raises ValueError unless `targets` is int64 [num_tokens] on `device` and, on the CPU, below vocab_size."""
+    """Raise ValueError unless `targets` is int64 [num_tokens] on `device` and, on the CPU, below vocab_size."""
     if targets.shape != (num_tokens,) or targets.dtype != torch.int64 or targets.device != device:
         raise ValueError(
             f"targets must be int64 [{num_tokens}] on {device}, one for each row, "
             f"got {targets.dtype} {list(targets.shape)} on {targets.device}"
         )
-    # Looking at values would stall a GPU's stream; there a bad target shows as log-prob -inf.
+    # Reading the values would stall a GPU's stream. There the log-prob of a wrong target is -inf.
     if targets.is_cpu and len(targets):
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= vocab_size:

@@ -1,6 +1,6 @@
-"""A vocabulary-parallel softmax with its gradient in plain PyTorch, exact for confident tokens.
+"""A vocabulary-parallel softmax and its gradient in PyTorch, exact for confident tokens.
 
-Change here: how logits become log-probs, entropies and gradients; row_softmax.py does the same in Triton.
+Change here: how log-probs, entropies and gradients follow from logits; row_softmax.py repeats it in Triton.
 Letters: n tokens, V_local columns of this rank, R tensor-parallel ranks.
 """
 
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from .shard import VocabShard
 
-# Stands for -inf in padded columns: exp gives 0 all the same, and 0 · x stays 0 where 0 · -inf would be nan.
+# Replaces -inf in padded columns: exp still gives 0, but 0 · x is 0 where 0 · -inf would be nan.
 PADDED_LOGIT = -1e30
 
 
 class Softmax(NamedTuple):
-    """A chunk's softmax over the whole vocabulary. `max` is a row's largest logit over all ranks.
+    """Softmax of a chunk over the whole vocabulary. `max` is a row's largest logit over all ranks.
 
-    shifted, exps   [n, V_local] logit - this rank's max, and its exp, except 0 in the target's column.
+    shifted, exps   [n, V_local] logit - this rank's max, and its exp; exp is 0 in the target's column.
     offset          [n] this rank's max - max.
-    column, owned   [n, 1] the target's column on this rank, and bool: whether it is here at all (else column is 0).
+    column, owned   [n, 1] the target's column on this rank (0 if another rank has it), and bool: this rank has it.
     target          [n] target logit - max.
     others, total   [n] Σ exp(logit - max) without and with the target.
     mean            [n] expectation of logit - max under the policy.
+    logprobs, entropy  [n] in nats.
     """
 
     shifted: Tensor
@@ -42,12 +43,12 @@ class Softmax(NamedTuple):
 
 
 def target_softmax(logits: Tensor, targets: Tensor, shard: VocabShard) -> Softmax:
-    """The softmax of a chunk's `logits` [n, V_local], which it overwrites, and log-probs of `targets` [n] (global ids).
+    """Return the softmax of a chunk's `logits` [n, V_local] and the log-probs of `targets` [n] (global ids).
 
-    One all-gather of [4, n] statistics over `shard.group`, summed in rank order: every rank gets the same bits.
-    The target is kept out of the sum of exponentials, so that 1 - p = others / total, and with it log p and its
-    gradient, stays exact to rounding for confident tokens, where p itself rounds to 1.
-    A target outside the vocabulary gets log-prob -inf.
+    Overwrites `logits`. Collective: one all-gather of [4, n] statistics over `shard.group`, summed in rank order, so all
+    ranks get the same bits. The sum of exponentials leaves the target out. So 1 - p = others / total, log p and its
+    gradient stay exact to rounding for confident tokens, whose p rounds to 1.
+    The log-prob of a target outside the vocabulary is -inf.
     """
     column = (targets - shard.start)[:, None]
     owned = (column >= 0) & (column < shard.num_real)
@@ -65,7 +66,7 @@ def target_softmax(logits: Tensor, targets: Tensor, shard: VocabShard) -> Softma
     offsets = maxima - top
     scales = offsets.exp()
     others = (scales * sums).sum(0)
-    target = target_logits.amax(0) - top  # one rank has it, the others say -inf
+    target = target_logits.amax(0) - top  # -inf on every rank but one
     target_exp = target.exp()
     total = others + target_exp
     mean = ((scales * (weighted + offsets * sums)).sum(0) + target_exp * target.clamp(min=PADDED_LOGIT)) / total
@@ -78,9 +79,10 @@ def target_softmax(logits: Tensor, targets: Tensor, shard: VocabShard) -> Softma
 
 
 def logit_gradient(softmax: Softmax, grad_logprobs: Tensor, entropy_slope: Tensor | None) -> Tensor:
-    """d loss / d logits [n, V_local], over softmax.exps, of loss = Σ grad_logprobs·logp - Σ entropy_slope·entropy.
+    """Return d loss / d logits [n, V_local] of loss = Σ grad_logprobs·logp - Σ entropy_slope·entropy.
 
-    Target column: grad · (1 - p) = grad · others / total, where 1 - p would cancel; elsewhere: -grad · p.
+    Overwrites softmax.exps. Target column: grad · (1 - p) = grad · others / total, because 1 - p would cancel; other
+    columns: -grad · p.
     Entropy: d(-entropy) / d logit = p · (log p + entropy) = p · (logit - max - mean).
     """
     per_exp = -grad_logprobs / softmax.total
@@ -99,5 +101,5 @@ def logit_gradient(softmax: Softmax, grad_logprobs: Tensor, entropy_slope: Tenso
 
 
 def _write_target(chunk: Tensor, column: Tensor, owned: Tensor, value: Tensor) -> None:
-    """Sets the target's column of `chunk` [n, V_local] to `value` [n] in the rows whose target this rank holds."""
+    """Set the target's column of `chunk` [n, V_local] to `value` [n], in the rows whose target this rank holds."""
     chunk.scatter_(1, column, torch.where(owned, value[:, None], chunk.gather(1, column)))

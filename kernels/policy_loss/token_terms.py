@@ -1,6 +1,6 @@
-"""The DAPO objective of single tokens in Triton, for the kernels in kernel.py: of one token, or of a block of them.
+"""The DAPO objective of one token, or of a block of tokens, in Triton: a part of the kernels in kernel.py.
 
-Change here: nothing alone. The formula is that of reference.policy_loss_terms; a change there is made here, too.
+Change here: only together with torch_path.policy_loss_terms, whose formula this file repeats.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG_RATIO_LIMIT = tl.constexpr(20.0)
-K3_LIMIT = tl.constexpr(10.0)
+from . import records
+
+LOG_RATIO_LIMIT = tl.constexpr(records.LOG_RATIO_LIMIT)
+K3_LIMIT = tl.constexpr(records.K3_LIMIT)
 
 
 @triton.jit
 def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
-    """The fields of TokenTerms for the tokens `at`: the formula of reference.policy_loss_terms."""
+    """Return the fields of TokenTerms for the tokens `at`, by the formula of torch_path.policy_loss_terms."""
     advantage = tl.load(tokens.advantages + at, mask=mask)
     if tokens.old_logprobs is None:
         log_ratio = logprob - logprob
@@ -49,7 +51,7 @@ def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
 
 @triton.jit
 def kl_terms(log_ratio, KL: tl.constexpr):
-    """The formula of reference.kl_terms."""
+    """Return torch_path.kl_terms."""
     if KL == "k1":
         return log_ratio, tl.zeros_like(log_ratio) + 1.0
     elif KL == "k2":
@@ -64,13 +66,13 @@ def kl_terms(log_ratio, KL: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """Exact to rounding for small x, where 1 + x is not: the quotient takes the rounding of 1 + x out again (Kahan)."""
+    """Return log(1 + x), exact to rounding for small x: the quotient removes the rounding of 1 + x (Kahan)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
 
 
 @triton.jit
 def expm1(x):
-    """Exact to rounding for small x, by the same trick."""
+    """Return exp(x) - 1, exact to rounding for small x in the same way."""
     u = tl.exp(x)
     return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, (u - 1.0) * x / tl.log(u)))

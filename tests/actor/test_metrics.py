@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from dapo_mcore.kernels.policy_loss.reference import PolicyHeadOutput
+from dapo_mcore.kernels.policy_loss import PolicyHeadOutput
 
 from dapo_mcore.actor.metrics import SUMS, token_sums
 from dapo_mcore.types import MicroBatch

@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel for sm_90 as production launches it, without a GPU, and prints a JSON line for each.
+"""Compile every Triton kernel for sm_90 without a GPU, with the arguments of production, and print a JSON line for each.
 
-Run with TRITON_INTERPRET unset; test_ahead_of_time.py does. The launch functions of the packages are called on tensors
-without memory, and a launch only compiles: so argument types, alignments and options are those of production.
-Add here: a call for each launch function of a new package, with every specialisation that production uses.
+Change here: add a call per launch function of a new package, with every specialisation that production uses.
+test_ahead_of_time.py runs this with TRITON_INTERPRET unset. It calls the launch functions of the packages on tensors
+without memory, and a launch only compiles. So argument types, alignments and options are those of production.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENS, VOCABULARY = 4096, 152_064
 
 
 class NoDevice:
-    """A driver for compiling only: it names the target, and has no device to launch on."""
+    """Triton driver that names the target for compilation and has no device."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
@@ -53,7 +53,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 class ShardOfOne(VocabShard):
-    """A shard whose other ranks are not there: the all-gather only has the right shape."""
+    """Shard without the other ranks: its all-gather returns the right shape only."""
 
     def all_gather(self, statistics: torch.Tensor) -> torch.Tensor:
         return statistics.new_empty(self.num_ranks, *statistics.shape)
@@ -73,9 +73,9 @@ OBJECTIVES = {
     "dual clip, KL k2": (Objective(dual_clip=10.0, kl_coef=0.1, kl_estimator="k2"), token_inputs(ref=True)),
     "entropy, dual clip, KL k3, TIS": EVERYTHING,
 }
-# logits, gradient: bf16 training, fp32 training, bf16 logits on request
+# dtypes of logits and gradient: bf16 training, fp32 training, bf16 training with bf16 logits
 DTYPES = ((torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16))
-# of a rank, real ones, ranks: one rank; a shard of eight with padding; a width that nothing divides
+# columns of a rank, without padding, ranks: one rank; a shard of eight with padding; an odd width
 COLUMNS = ((VOCABULARY, VOCABULARY, 1), (VOCABULARY // 8, VOCABULARY // 8 - 100, 8), (1003, 1001, 1))
 
 
@@ -106,7 +106,7 @@ CALLS = (policy_loss_calls, fp8_quant_calls)
 
 
 def kernels() -> set[str]:
-    """Names of all @triton.jit functions that no other one calls: the others are parts of kernels."""
+    """Return the names of all @triton.jit functions that no other one calls; the called ones are parts of kernels."""
     package = dapo_mcore.kernels
     found, called = set(), set()
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -118,7 +118,7 @@ def kernels() -> set[str]:
 
 
 def parts(kernel: triton.JITFunction) -> list[triton.JITFunction]:
-    """The @triton.jit functions that this one calls by name."""
+    """Return the @triton.jit functions that this one calls by name."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
     names = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     candidates = (kernel.fn.__globals__.get(name) for name in names)
@@ -129,8 +129,8 @@ def full_name(kernel: triton.JITFunction) -> str:
     return f"{kernel.fn.__module__.removeprefix(dapo_mcore.kernels.__name__ + '.')}.{kernel.fn.__name__}"
 
 
-def resources(ptx: str, *, fuse: bool) -> dict[str, int]:
-    """What ptxas says of a kernel, when called as Triton calls it: registers a thread, bytes spilled."""
+def resources(ptx: str) -> dict[str, int]:
+    """Return registers per thread and spilled bytes of a kernel, as reported by ptxas with Triton's options."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
@@ -150,19 +150,19 @@ def resources(ptx: str, *, fuse: bool) -> dict[str, int]:
 
 
 def sum_layouts(ttgir: str) -> list[str]:
-    """How each sum over a row is spread over threads, which decides the order of its additions."""
+    """Return how each sum over a row is distributed over threads, which determines the order of its additions."""
     aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     return [aliases[name] for name in re.findall(r"\}\) : \(tensor<\d+xf32, (#\w+)>", ttgir)]
 
 
 def accesses(ptx: str) -> str:
-    """The kernel's global reads (r), writes (w) and barriers (b) in the order of its code."""
+    """Return the kernel's global reads (r), writes (w) and barriers (b) in the order of its code."""
     letters = {"ld.global": "r", "st.global": "w", "bar.sync": "b"}
     return "".join(letters[found] for found in re.findall(r"ld\.global|st\.global|bar\.sync", ptx))
 
 
 def compile_all() -> Iterator[dict[str, object]]:
-    """A record for each different compiled kernel."""
+    """Yield a record per different compiled kernel."""
     triton.runtime.driver.set_active(NoDevice())
     launched: list[tuple[triton.JITFunction, object]] = []
 
@@ -183,7 +183,7 @@ def compile_all() -> Iterator[dict[str, object]]:
                         "case": case,
                         "warps": compiled.metadata.num_warps,
                         "shared": compiled.metadata.shared,
-                        **resources(compiled.asm["ptx"], fuse=compiled.metadata.enable_fp_fusion),
+                        **resources(compiled.asm["ptx"]),
                         "sum_layouts": sum_layouts(compiled.asm["ttgir"]),
                         "accesses": accesses(compiled.asm["ptx"]),
                     }

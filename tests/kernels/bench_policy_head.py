@@ -1,9 +1,9 @@
-"""The policy head against everybody else: time, memory and error. Run: pytest -m bench tests/kernels
+"""The policy head compared with other packages: time, memory and error. Run: pytest -m bench tests/kernels
 
-On a GPU the real shapes, or some of them with -k, as in -k "32B-TP1"; on a CPU small ones, to see that everything works.
-The JSON goes to a temporary folder, or to the one that DAPO_MCORE_BENCH_RESULTS names: kernels/results, for a result to
-keep. Opponents are optional; one that is absent or fails stays in the table with its reason. When our own gradients are
-not those of fp64, nothing is measured. A TP8 shard is one rank's part of the vocabulary, without the collective.
+A GPU measures the real shapes, or some of them with -k, as in -k "32B-TP1"; a CPU small ones, as a check of the benchmark.
+The JSON goes to a temporary folder, or to $DAPO_MCORE_BENCH_RESULTS (kernels/results for a result to keep). The other
+packages are optional; the table shows why one that is missing or fails has no numbers. If our own gradients differ from
+fp64, nothing is measured. A TP8 shard is one rank's part of the vocabulary, without the collective.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SHAPES, PASS_SHAPES, PASS_ROWS, CHECK_SHAPE = (
     if GPU
     else (problem.CPU_SHAPES, problem.CPU_SHAPES[:1], 64, problem.CPU_CHECK)
 )
-# Rounding gradients to bf16 costs 1.6e-3, rounding logits 5e-3; cut-cross-entropy leaves gradients out on purpose.
+# Rounding gradients to bf16 costs 1.6e-3, rounding logits 5e-3; cut-cross-entropy leaves small gradients out.
 OUR_TOLERANCE, TOLERANCE = (4e-3, 5e-2) if GPU else (1e-5, 1e-5)
 
 
 @pytest.fixture(scope="module")
 def checked() -> dict[str, Row]:
-    """Every contender on the check shape."""
+    """Check every contender on the check shape."""
     given = make_problem(CHECK_SHAPE, DTYPE, DEVICE, seed=0, clipped_every=8)
     return check_all(CONTENDERS, given, OUR_TOLERANCE, TOLERANCE)
 
@@ -50,7 +50,7 @@ def report(checked, tmp_path_factory) -> Report:
 
 @pytest.fixture
 def show(capsys) -> Callable[..., None]:
-    """Prints past pytest's capture."""
+    """Return a function that prints past pytest's capture."""
 
     def print_now(*tables: object) -> None:
         with capsys.disabled():
@@ -72,7 +72,7 @@ def test_forward_and_backward(shape, checked, report, show):
 
 
 @pytest.mark.parametrize("shape", PASS_SHAPES, ids=str)
-def test_passes_that_are_bound_by_memory(shape, report, show):
+def test_memory_bound_passes(shape, report, show):
     passes = list(measure_passes(shape, PASS_ROWS, DTYPE, DEVICE))
     report.add_passes(passes)
     show(pass_table(passes, report.copy_gb_s))

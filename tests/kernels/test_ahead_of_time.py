@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_90, without a GPU, spills nothing, and sums alike in scoring and in training."""
+"""Every Triton kernel compiles for sm_90 without a GPU, spills no registers, and sums equally in scoring and training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    """A record for each compiled kernel, then the names of all kernels there are; from a process of its own.
+    """Return a record per compiled kernel, then the names of all kernels, from a separate process.
 
-    There TRITON_INTERPRET is unset: with it, as in the other tests of kernels, nothing would be compiled.
+    TRITON_INTERPRET is unset there: the other kernel tests set it, and then nothing would be compiled.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -30,7 +30,7 @@ def records() -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_no_kernel_is_forgotten(records):
+def test_every_kernel_is_compiled(records):
     *compiled, last = records
     assert set(last["kernels"]) == {record["kernel"] for record in compiled}, "see CALLS in ahead_of_time.py"
 
@@ -44,13 +44,13 @@ def test_no_kernel_spills_registers(records, capsys):
 
 
 def test_a_gradient_in_the_memory_of_wider_logits_is_written_after_every_warp_has_read(records):
-    """The loop that ends the kernel: a block's reads, a barrier, its writes."""
+    """The last loop of the kernel has the reads of a block, a barrier, and its writes."""
     shared = [r for r in records[:-1] if "float32: gradient in bfloat16" in r["case"]]
     assert len(shared) >= 8 and all(re.search(r"wbw*(r+b+w+)+$", r["accesses"]) for r in shared), shared
 
 
 def test_scoring_adds_in_the_order_of_training(records):
-    """Else log-probs would differ in their last bits between the two passes, on a GPU only, and the ratio from 1."""
+    """Otherwise, on a GPU, the log-probs of the two passes would differ in their last bits, and the ratio from 1."""
     rows = [r for r in records[:-1] if r["kernel"] == "policy_loss.kernel.row_losses_kernel" and r["sum_layouts"]]
     orders: dict[str, set[str]] = {}
     for record in rows:

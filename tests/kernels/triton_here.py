@@ -1,4 +1,4 @@
-"""Where Triton kernels run in this test process: compiled on a GPU, else in Triton's interpreter, else not at all."""
+"""How Triton kernels run in this test process: compiled on a GPU, otherwise in the interpreter, or why not at all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def _obstacle() -> str | None:
     except PackageNotFoundError as missing:
         return f"needs {missing.name}"
     if DEVICE == "cpu" and triton < (3, 7) and numpy >= (2, 4):
-        return f"the interpreter of Triton {version('triton')} fails with numpy {version('numpy')}; take Triton >= 3.7"
+        return f"the interpreter of Triton {version('triton')} fails with numpy {version('numpy')}; use Triton >= 3.7"
     return None
 
 
 UNAVAILABLE = _obstacle()
-IMPLEMENTATIONS = ["reference"] if UNAVAILABLE else ["reference", "triton"]
+IMPLEMENTATIONS = ["torch"] if UNAVAILABLE else ["torch", "triton"]

@@ -1,7 +1,7 @@
-"""Everybody who can turn hidden states into the DAPO loss and its gradients, as functions Problem -> Answer.
+"""Implementations of the DAPO loss and its gradients from hidden states, as functions Problem -> Answer.
 
-Change here: add a contender by one function and one line in CONTENDERS. Packages are imported inside, so that one that
-is absent is that contender's failure, shown in the table, and not the benchmark's.
+Change here: add a contender with one function and one line in CONTENDERS. Functions import their packages themselves, so a
+missing package fails that contender, shown in the table, and not the benchmark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_policy_loss
+from dapo_mcore.kernels.policy_head import Objective, TokenInputs, chunk_tokens_for, linear_policy_loss
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
@@ -27,11 +27,11 @@ TORCH_CHUNK = 2048
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A name and a function.
+    """An implementation with its name.
 
-    on_policy   it knows no old log-probs: it computes less, and is checked against that.
-    gpu_only    without a GPU it cannot run, or compiles for longer than all the rest takes.
-    ours        it is part of this project: when it is wrong, nothing is reported.
+    on_policy   takes no old log-probs: it computes less, and is checked against the on-policy answer.
+    gpu_only    cannot run without a GPU, or compiles there for longer than all other contenders take.
+    ours        part of this project: if it is wrong, nothing is reported.
     """
 
     name: str
@@ -51,13 +51,13 @@ def ours(p: Problem, workspace_bytes: float) -> Answer:
 
 
 def ours_eager(p: Problem, workspace_bytes: float, logits_dtype: torch.dtype = torch.float32) -> Answer:
-    """The gradient to weight is added to main_grad, as in Megatron: what earlier calls left there stays."""
+    """Add the gradient to weight to main_grad, as in Megatron; the values of earlier calls stay there."""
     loss = _policy_loss(p, workspace_bytes, logits_dtype, main_grad=p.main_grad)
     return Answer(loss.detach(), *torch.autograd.grad(loss, p.hidden), p.main_grad)
 
 
 def naive(p: Problem) -> Answer:
-    """The textbook: the whole [T, V] in fp32."""
+    """Compute the whole [T, V] in fp32, as in a textbook."""
     return answer_of(token_mean_loss(_logprobs(p.hidden, p.weight, p.targets), p), p)
 
 
@@ -66,14 +66,14 @@ def compiled(p: Problem) -> Answer:
 
 
 def chunked(p: Problem) -> Answer:
-    """A chunk of tokens at a time, its logits computed again in the backward pass."""
+    """Compute a chunk of tokens at a time, and its logits again in the backward pass."""
     parts = zip(p.hidden.split(TORCH_CHUNK), p.targets.split(TORCH_CHUNK))
     logprobs = [checkpoint(_logprobs, hidden, p.weight, targets, use_reentrant=False) for hidden, targets in parts]
     return answer_of(token_mean_loss(torch.cat(logprobs), p), p)
 
 
 def liger_grpo(p: Problem) -> Answer:
-    """From logits, which it overwrites with their gradient."""
+    """Compute from logits, which the kernel overwrites with their gradient."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     loss, _ = triton_grpo_loss(
@@ -112,7 +112,7 @@ def verl(p: Problem) -> Answer:
 
 
 def cut_cross_entropy(p: Problem) -> Answer:
-    """As it comes: its default leaves out gradients that it deems small."""
+    """Use the defaults, which leave out gradients below a threshold."""
     from cut_cross_entropy import linear_cross_entropy
 
     return answer_of(token_mean_loss(-linear_cross_entropy(p.hidden, p.weight, p.targets, reduction="none"), p), p)
@@ -134,7 +134,7 @@ CONTENDERS = (
     Contender("ours, eager, 4 GB", partial(ours_eager, workspace_bytes=4e9), ours=True),
     Contender("ours, eager, 2 GB", partial(ours_eager, workspace_bytes=2e9), ours=True),
     Contender("ours, eager, 1 GB", partial(ours_eager, workspace_bytes=1e9), ours=True),
-    # rounds logits as the opponents do, and so is held to their tolerance
+    # rounds logits like the other packages, so their tolerance applies
     Contender(
         "ours, eager, bf16 logits, 4 GB",
         partial(ours_eager, workspace_bytes=4e9, logits_dtype=torch.bfloat16),
@@ -155,27 +155,26 @@ CONTENDERS = (
 def _policy_loss(p: Problem, workspace_bytes: float, logits_dtype: torch.dtype = torch.float32, **options) -> Tensor:
     chunk = chunk_tokens_for(int(workspace_bytes), len(p.weight), logits_dtype)
     weights = torch.full((len(p.hidden),), 1 / len(p.hidden), device=p.hidden.device)
-    out = linear_policy_loss(
-        p.hidden, p.weight, p.targets, advantages=p.advantages, token_weights=weights, old_logprobs=p.old_logprobs,
-        clip_low=CLIP_LOW, clip_high=CLIP_HIGH, chunk_tokens=chunk, logits_dtype=logits_dtype, **options,
-    )  # fmt: skip
-    return out.loss
+    tokens, objective = TokenInputs(p.advantages, weights, p.old_logprobs), Objective(CLIP_LOW, CLIP_HIGH)
+    return linear_policy_loss(
+        p.hidden, p.weight, p.targets, tokens, objective, chunk_tokens=chunk, logits_dtype=logits_dtype, **options
+    ).loss
 
 
 def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """[T], by log_softmax in fp32 (fp64 for fp64) of logits in the inputs' dtype."""
+    """Return log-probs [T] by log_softmax in fp32 (fp64 for fp64) of logits in the inputs' dtype."""
     logits = hidden @ weight.t()
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def _by_sequence(p: Problem, tokens: Tensor) -> Tensor:
-    """[T, …] as [S, T/S, …]."""
+    """Return [T, …] as [S, T/S, …]."""
     return tokens.view(len(p.sequence_advantages), -1, *tokens.shape[1:])
 
 
 def _logits_with_a_spare_row(p: Problem) -> Tensor:
-    """[S, T/S + 1, V]: these kernels ignore the last row of a sequence."""
+    """Return logits [S, T/S + 1, V], because these kernels ignore the last row of a sequence."""
     return pad(_by_sequence(p, p.hidden), (0, 0, 0, 1)) @ p.weight.t()
 
 
@@ -186,9 +185,9 @@ def _compile(function: Callable) -> Callable:
 
 @cache
 def _verl_kernels() -> ModuleType:
-    """verl.utils.kernel.linear_cross_entropy without verl's dependencies: its two files, over stubs of their packages.
+    """Return verl.utils.kernel.linear_cross_entropy, loaded without verl's dependencies over stubs of its packages.
 
-    Raises ModuleNotFoundError when verl is not installed.
+    Raises ModuleNotFoundError if verl is not installed.
     """
     spec = importlib.util.find_spec("verl")  # does not run verl/__init__.py
     if spec is None:

@@ -1,6 +1,6 @@
-"""Who may be timed, and how each did: a contender is first held to fp64, and then measured.
+"""Check each contender against fp64, then measure those that are right.
 
-Change here: what counts as right, and what becomes of one that fails.
+Change here: which errors are accepted, and how a failure is reported.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from tests.kernels.bench.measure import peak_bytes, relative_error, time_calls, 
 from tests.kernels.bench.problem import Problem, exact_answer
 from tests.kernels.bench.report import Errors, Row
 
-Outcome = Errors | str
-"""How far off a contender is, or why it cannot be measured."""
-
 
 def check_all(
     contenders: Sequence[Contender], given: Problem, our_tolerance: float, tolerance: float
 ) -> dict[str, Row]:
-    """A row for each contender: its errors, and the failure when there is one.
+    """Return a row per contender, with its errors and its failure if there is one.
 
-    Raises AssertionError when one of ours is off by more than `our_tolerance`: then nothing is worth measuring.
+    Raises AssertionError if one of ours is off by more than `our_tolerance`: nothing is measured then.
     """
     rows = {c.name: check(c, given, our_tolerance if c.ours else tolerance) for c in contenders}
     wrong = [
@@ -37,7 +34,7 @@ def check_all(
 
 
 def check(contender: Contender, given: Problem, tolerance: float) -> Row:
-    """Its errors against fp64, and the failure: an exception, or gradients off by more than `tolerance`."""
+    """Return the errors against fp64, and the failure: an exception, or gradients off by more than `tolerance`."""
     given = given.on_policy() if contender.on_policy else given
     exact = exact_answer(given)
     given.main_grad.zero_()
@@ -55,7 +52,7 @@ def check(contender: Contender, given: Problem, tolerance: float) -> Row:
 
 
 def measure(contender: Contender, problems: Sequence[Problem], checked: Row) -> Row:
-    """`checked` with time and peak memory, unless it has failed already or fails now."""
+    """Return `checked` with time and peak memory, unless it has failed already or fails now."""
     if checked.failure:
         return checked
     if contender.on_policy:

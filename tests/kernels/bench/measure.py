@@ -1,7 +1,7 @@
-"""Times, peak memory and the machine's own ceilings: how anything here is measured.
+"""Measure times, peak memory and the machine's ceilings.
 
-Change here: how often is measured, and by which clock. Every call works on other inputs than the one before, out of as
-many as together exceed the L2 cache; inputs are random, because a GPU multiplies zeros faster.
+Change here: the number of repetitions and the clock. Calls rotate over as many inputs as exceed the L2 cache together.
+Inputs are random, because a GPU multiplies zeros faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Input = TypeVar("Input")
 
 
 class Timing(NamedTuple):
-    """Milliseconds of `repeats` calls: median, and the quantiles 0.2 and 0.8."""
+    """Median and the quantiles 0.2 and 0.8 of `repeats` calls, in milliseconds."""
 
     median: float
     p20: float
@@ -36,9 +36,9 @@ class Timing(NamedTuple):
 def time_calls(
     call: Callable[[Input], object], inputs: Sequence[Input], prepare: Callable[[Input], object] = id
 ) -> Timing:
-    """Timing of `call` on the `inputs` in turn, after a warm-up; `prepare` runs before each call, untimed.
+    """Time `call` on the `inputs` in turn, after a warm-up. `prepare` runs before each call and is not timed.
 
-    As many calls as fit into SECONDS, but FEWEST at least and MOST at most. CUDA events on a GPU, else a wall clock.
+    Makes as many calls as fit into SECONDS, from FEWEST to MOST. Uses CUDA events on a GPU, otherwise the wall clock.
     """
     turn = cycle(inputs)
 
@@ -55,7 +55,7 @@ def time_calls(
 
 
 def peak_bytes(call: Callable[[], object]) -> int | None:
-    """Device memory that `call` took at most beyond what was there, its results included; None without a GPU."""
+    """Return the peak of device memory that `call` adds, its results included; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
@@ -67,14 +67,14 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
 
 
 def num_copies(num_bytes: int, device: torch.device) -> int:
-    """How many inputs of `num_bytes` to rotate; on a CPU two, which show that nothing is remembered."""
+    """Return how many inputs of `num_bytes` to rotate over; two on a CPU, so that no call can reuse a result."""
     return max(2, -(-ROTATED_BYTES // num_bytes)) if device.type == "cuda" else 2
 
 
 def three_gemms(problems: Sequence[Problem]) -> Timing:
-    """The head's floor: logits, gradient to hidden and gradient to weight by the vendor's library, and nothing else.
+    """Time the lower bound of the head: logits, gradient to hidden and gradient to weight by the vendor's library alone.
 
-    In the inputs' dtype throughout, GEMM_CHUNK tokens at a time, each product written once: the least there can be.
+    Works in the inputs' dtype, GEMM_CHUNK tokens at a time, and writes each product once.
     """
     hidden, weight = problems[0].hidden.detach(), problems[0].weight.detach()
     rows = min(GEMM_CHUNK, len(hidden))
@@ -92,7 +92,7 @@ def three_gemms(problems: Sequence[Problem]) -> Timing:
 
 
 def copy_gb_s(device: torch.device) -> float:
-    """Bandwidth of a device copy, bytes read plus bytes written."""
+    """Return the bandwidth of a device copy in 1e9 bytes per second, read and written bytes together."""
     size = COPIED_BYTES if device.type == "cuda" else COPIED_BYTES >> 8
     pairs = [(torch.randn(size // 4, device=device), torch.empty(size // 4, device=device)) for _ in range(2)]
     timing = time_calls(lambda pair: pair[1].copy_(pair[0]), pairs)
@@ -113,11 +113,11 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """‖ours - exact‖₂ / ‖exact‖₂."""
+    """Return ‖ours - exact‖₂ / ‖exact‖₂."""
     return ((ours.double() - exact).norm() / exact.norm()).item()
 
 
 def worst_row_error(ours: Tensor, exact: Tensor) -> float:
-    """The largest ‖Δ‖₂ / ‖exact‖₂ of a row; of a row that is exactly zero, infinity unless ours is as well."""
+    """Return the largest ‖Δ‖₂ / ‖exact‖₂ of a row; infinity for an exactly zero row unless ours is zero too."""
     wrong, size = (ours.double() - exact).norm(dim=1), exact.norm(dim=1)
     return torch.where(wrong == 0, 0.0, wrong / size).max().item()

@@ -1,6 +1,6 @@
-"""Kernels that are bound by memory, against a device copy measured in the same run.
+"""Bandwidth of the memory-bound kernels, compared with a device copy in the same run.
 
-Change here: which kernels, and the bytes that each asks for. Read twice counts twice, though the second may come from L2.
+Change here: which kernels, and how many bytes each requests. A second read counts, although it may come from L2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.kernels.bench.problem import Shape
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One kernel on one shape: `num_bytes` read and written by a call."""
+    """Timing of one kernel on one shape; a call reads and writes `num_bytes`."""
 
     name: str
     timing: Timing
@@ -32,7 +32,7 @@ class Pass:
 
 
 def measure_passes(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Pass]:
-    """The loss's pass over [rows, V] logits, fp32 and `dtype`; FP8 quantisation of a [V, H] weight in `dtype`."""
+    """Measure the loss over [rows, V] logits in fp32 and `dtype`, and FP8 quantisation of a [V, H] weight in `dtype`."""
     for logits_dtype in dict.fromkeys((torch.float32, dtype)):
         yield policy_loss_pass(rows, shape.vocab, logits_dtype, dtype, device)
     size = shape.vocab * shape.hidden
@@ -47,7 +47,7 @@ def measure_passes(shape: Shape, rows: int, dtype: torch.dtype, device: torch.de
 def policy_loss_pass(
     rows: int, vocab: int, logits_dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device
 ) -> Pass:
-    """Logits to losses and gradient, in place: two readings and one writing. No row is clipped, which would be less."""
+    """Measure logits to losses and gradient, in place: two reads and one write. No row is clipped, which would be cheaper."""
     ones, targets = torch.ones(rows, device=device), torch.randint(0, vocab, (rows,), device=device)
     tokens, shard = TokenInputs(ones, ones / rows), VocabShard.of(vocab, None, None)
     fresh = (2 * torch.randn(rows, vocab, device=device)).to(logits_dtype)

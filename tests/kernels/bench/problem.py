@@ -1,7 +1,7 @@
-"""What every contender computes: shapes, inputs, the loss of the log-probs, and the exact answer in fp64.
+"""The task of every contender: shapes, inputs, the loss of the log-probs, and the exact answer in fp64.
 
-Change here: the shapes, and how hard the tokens are. One problem: S sequences of T/S loss tokens each, one advantage a
-sequence (Liger's and fla's kernels take no other), token-mean DAPO loss with clip 0.2 / 0.28, temperature 1, no KL.
+Change here: the shapes and the distribution of tokens. A problem has S sequences of T/S loss tokens and one advantage per
+sequence (Liger's and fla's kernels take no other), a token-mean DAPO loss with clip 0.2 / 0.28, temperature 1, no KL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GPU_TOKENS = (4_096, 20_480, 65_536)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Tokens T, hidden size H, and the vocabulary rows of one of `tensor_parallel` ranks."""
+    """Number of tokens T, hidden size H, and vocabulary rows of one of `tensor_parallel` ranks."""
 
     model: str
     tensor_parallel: int
@@ -60,7 +60,7 @@ class Problem:
 
     @property
     def advantages(self) -> Tensor:
-        """[T] fp32: each token has its sequence's advantage."""
+        """Return fp32 [T], the advantage of each token's sequence."""
         return self.sequence_advantages.repeat_interleave(len(self.hidden) // len(self.sequence_advantages))
 
     def on_policy(self) -> Problem:
@@ -77,10 +77,10 @@ class Answer:
 
 
 def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, clipped_every: int) -> Problem:
-    """Random inputs of `shape`: every third token is confident, 1 - p down to about 1e-5, as most of a rollout's are.
+    """Return random inputs of `shape`. Every third token is confident, 1 - p down to about 1e-5, like most in a rollout.
 
-    Ratios are near 0.95 or 1.05; every `clipped_every`-th is beyond a clip bound. None lies close to one, where the
-    rounding of logits would decide on which side a token falls.
+    Ratios are near 0.95 or 1.05; every `clipped_every`-th is beyond a clip bound. No ratio is close to a bound, where the
+    rounding of logits would decide whether a token is clipped.
     """
     g = torch.Generator(device).manual_seed(seed)
     normal = lambda *size: torch.randn(*size, generator=g, device=device)  # noqa: E731
@@ -101,7 +101,7 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, seed: i
 
 
 def fp32_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """fp32 [T], from fp32 logits chunk by chunk (products of bf16 numbers, exact in fp32)."""
+    """Return fp32 [T] from fp32 logits, chunk by chunk (products of bf16 numbers are exact in fp32)."""
     parts = []
     for rows in torch.arange(len(hidden)).split(chunk):
         logits = hidden[rows[0] : rows[-1] + 1].float() @ weight.float().t()
@@ -110,14 +110,14 @@ def fp32_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 
 
 
 def token_mean_loss(logprobs: Tensor, problem: Problem) -> Tensor:
-    """Σ_t max(-A·r, -A·clip(r)) / T of `logprobs` [T]: DAPO, arXiv 2503.14476 eq. 8, as in the paper."""
+    """Return Σ_t max(-A·r, -A·clip(r)) / T of `logprobs` [T], as in DAPO, arXiv 2503.14476 eq. 8."""
     old = logprobs.detach() if problem.old_logprobs is None else problem.old_logprobs
     ratio, advantages = (logprobs - old).exp(), problem.advantages
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)).mean()
 
 
 def exact_answer(p: Problem) -> Answer:
-    """The definition's answer in fp64, from the whole [T, V] logits."""
+    """Return the definition's answer in fp64, from the whole [T, V] logits."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (p.hidden, p.weight))
     tokens = TokenInputs(p.advantages, hidden.new_full((len(hidden),), 1 / len(hidden)), p.old_logprobs)
     out = reference.linear_policy_loss(hidden, weight, p.targets, tokens, Objective(CLIP_LOW, CLIP_HIGH))
@@ -125,5 +125,5 @@ def exact_answer(p: Problem) -> Answer:
 
 
 def answer_of(loss: Tensor, problem: Problem) -> Answer:
-    """The backward pass."""
+    """Run the backward pass and return loss and gradients."""
     return Answer(loss.detach(), *torch.autograd.grad(loss, (problem.hidden, problem.weight)))

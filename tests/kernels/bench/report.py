@@ -1,6 +1,6 @@
-"""What was measured: a JSON file that is rewritten after every shape, and tables.
+"""Results of the benchmark: a JSON file, written again after every shape, and tables.
 
-Change here: the columns, and the file's format, which dapo_mcore/observe/bench_plots.py reads.
+Change here: the columns, and the format of the file, which dapo_mcore/observe/bench_plots.py reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNITS = {
     "peak_mib": "device memory beyond the inputs and main_grad, results included, MiB",
     "gemms_ms": "logits, gradient to hidden and to weight by the vendor's library alone, milliseconds",
     "errors": "against fp64 on the check shape: ‖Δ‖₂/‖exact‖₂ of the gradients, worst_token of one row of hidden's",
-    "gb_s": "bytes asked for by a call over its median time, 1e9 bytes a second",
+    "gb_s": "bytes requested by a call / its median time, 1e9 bytes per second",
 }
 
 
@@ -44,7 +44,7 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A contender on a shape: measured, or with the reason why not."""
+    """Measurement of a contender on a shape, or the reason why there is none."""
 
     contender: str
     ms: Timing | None = None
@@ -54,10 +54,10 @@ class Row:
 
 
 class Report:
-    """Collects shapes and passes into `path`.
+    """Results of shapes and passes, kept in the file `path`.
 
-    A file of the same machine, commit and versions is continued, so that a long benchmark can be run in parts; what is
-    measured again replaces the old number. Any other file is replaced.
+    A file of the same machine, commit and versions is extended, so that a long benchmark can run in parts; a shape that is
+    measured again replaces its old result. Any other file is replaced.
     """
 
     def __init__(self, path: Path, device: torch.device, copy_gb_s: float) -> None:
@@ -104,7 +104,7 @@ def shape_table(shape: Shape, gemms: Timing, rows: Sequence[Row]) -> Table:
 
 
 def pass_table(passes: Iterable[Pass], copy_gb_s: float) -> Table:
-    table = Table(title=f"bound by memory; device copy {copy_gb_s:.4g} GB/s", title_justify="left")
+    table = Table(title=f"memory-bound; device copy {copy_gb_s:.4g} GB/s", title_justify="left")
     table.add_column("pass")
     for heading in ("ms", "p20-p80", "GB/s", "of copy"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -114,7 +114,7 @@ def pass_table(passes: Iterable[Pass], copy_gb_s: float) -> Table:
 
 
 def results_file(device: torch.device, fallback: Path) -> Path:
-    """<machine>-<date>.json in the folder that DAPO_MCORE_BENCH_RESULTS names, else in `fallback`."""
+    """Return the path <machine>-<date>.json in the folder $DAPO_MCORE_BENCH_RESULTS, or in `fallback` if it is not set."""
     folder = Path(os.environ.get(RESULTS_VARIABLE) or fallback)
     return folder / f"{machine_name(device)}-{datetime.now(UTC):%Y-%m-%d}.json"
 
@@ -125,9 +125,9 @@ def machine_name(device: torch.device) -> str:
 
 
 def git_commit() -> str:
-    """What the variable says, since a copied .git may be of another commit; else the commit, with -dirty if the tree differs."""
-    if told := os.environ.get(COMMIT_VARIABLE):
-        return told
+    """Return $DAPO_MCORE_BENCH_COMMIT (for a tree without its .git), or the commit, with -dirty if files were changed."""
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"

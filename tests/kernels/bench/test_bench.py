@@ -1,4 +1,4 @@
-"""The benchmark's own honesty: wrong answers are not timed, files are not mixed, errors are what they say."""
+"""The benchmark itself: it does not time wrong answers or mix files, and its error measures are right."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_check_has_confident_and_clipped_tokens(given):
     assert sizes[sizes > 0].min() < 1e-3 * sizes.max()
 
 
-def test_a_wrong_opponent_is_shown_with_its_error_and_not_timed(given):
+def test_a_wrong_contender_is_shown_with_its_error_and_not_timed(given):
     row = check(Contender("x", slightly_wrong), given, tolerance=1e-4)
     assert row.errors.grad_weight == pytest.approx(1e-3, rel=0.01) and "wrong" in row.failure
     assert measure(Contender("x", slightly_wrong), [given], row).ms is None
@@ -55,7 +55,7 @@ def test_nothing_is_reported_when_ours_is_wrong(given):
     assert check_all(contenders[:1], given, 1e-4, 1e-4)["torch"].failure is None
 
 
-def test_a_failing_opponent_stays_in_the_table_with_one_line(given):
+def test_a_failing_contender_keeps_its_row_with_one_line(given):
     contenders = [Contender("broken", broken), Contender("chunks", chunked), Contender("late", naive, gpu_only=True)]
     rows = check_all(contenders, given, 1e-4, 1e-4)
     assert [rows[name].failure for name in ("broken", "chunks", "late")] == [
@@ -73,7 +73,7 @@ def test_inputs_take_turns_and_are_prepared():
     assert seen == prepared and seen[:4] == ["a", "b", "a", "b"] and timing.repeats <= len(seen)
 
 
-def test_the_worst_row_counts_and_a_row_that_should_be_zero():
+def test_the_worst_row_counts_and_an_exactly_zero_row():
     exact = torch.tensor([[3.0, 4.0], [0.0, 1e-6], [0.0, 0.0]], dtype=torch.float64)
     assert worst_row_error(exact + torch.tensor([[0.0, 0.5], [0.0, 1e-6], [0.0, 0.0]]), exact) == pytest.approx(1)
     assert worst_row_error(exact + torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1e-9]]), exact) == math.inf

@@ -1,4 +1,4 @@
-"""The Triton quantiser against the reference, bit by bit: in Triton's interpreter, or on a GPU where there is one."""
+"""FP8 quantisation in Triton equals PyTorch bitwise: compiled on a GPU, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dapo_mcore.kernels.fp8_quant import quantize_blocks, quantize_rows, reference
+from dapo_mcore.kernels.fp8_quant import quantize_blocks, quantize_rows, torch_path
 
 pytest.importorskip("triton")
 from dapo_mcore.kernels.fp8_quant import kernel
@@ -15,16 +15,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def same_bits(ours, expected) -> bool:
-    """Codes and scales alike; a NaN scale is like another."""
+    """Return True if codes and scales are equal; any NaN scale equals any other."""
     codes, scales = ours[0].view(torch.uint8).cpu(), ours[1].cpu()
     expected_codes, expected_scales = expected[0].view(torch.uint8).cpu(), expected[1].cpu()
     return torch.equal(codes, expected_codes) and torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1))
 
 
 def every(dtype: torch.dtype) -> torch.Tensor:
-    """[32, n]: all numbers of a 16-bit type up to 448, in rows that hold 448, so that they are scaled by exactly 1.
+    """Return [32, n]: all numbers of a 16-bit dtype up to 448. Each row also holds 448, so its scale is exactly 1.
 
-    Without bf16's subnormals, which Triton's interpreter reads wrongly; they round to 0.
+    bf16's subnormals are left out: Triton's interpreter reads them wrongly. They would round to 0.
     """
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[(x.abs() <= 448) & ((x == 0) | (x.abs() >= 2.0**-126))]
@@ -38,28 +38,28 @@ def ragged(rows: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_rounds_as_in_the_reference(dtype):
+def test_every_number_rounds_as_in_the_torch_path(dtype):
     x = every(dtype)
-    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), reference.quantize_rows(x))
+    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), torch_path.quantize_rows(x))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (3, 2500)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_ragged_rows(shape, dtype):
     x = ragged(*shape).to(dtype)
-    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), reference.quantize_rows(x))
+    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), torch_path.quantize_rows(x))
 
 
 @pytest.mark.parametrize(("shape", "block"), [((1, 1), 128), ((130, 140), 128), ((50, 70), 32)], ids=str)
 def test_ragged_tiles(shape, block):
     x = ragged(*shape).to(torch.bfloat16)
-    assert same_bits(kernel.quantize_blocks(x.to(DEVICE), block), reference.quantize_blocks(x, block))
+    assert same_bits(kernel.quantize_blocks(x.to(DEVICE), block), torch_path.quantize_blocks(x, block))
 
 
-def test_rows_that_lie_apart():
+def test_strided_rows():
     x = ragged(20, 90)[:, 10:57].to(DEVICE)
-    assert same_bits(kernel.quantize_rows(x), reference.quantize_rows(x))
-    assert same_bits(kernel.quantize_blocks(x, 16), reference.quantize_blocks(x, 16))
+    assert same_bits(kernel.quantize_rows(x), torch_path.quantize_rows(x))
+    assert same_bits(kernel.quantize_blocks(x, 16), torch_path.quantize_blocks(x, 16))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -67,8 +67,8 @@ def test_a_broken_weight_breaks_its_group_and_no_other(bad):
     x = ragged(20, 40)
     x[3, 17] = bad
     for ours, expected in (
-        (kernel.quantize_rows(x.to(DEVICE)), reference.quantize_rows(x)),
-        (kernel.quantize_blocks(x.to(DEVICE), 16), reference.quantize_blocks(x, 16)),
+        (kernel.quantize_rows(x.to(DEVICE)), torch_path.quantize_rows(x)),
+        (kernel.quantize_blocks(x.to(DEVICE), 16), torch_path.quantize_blocks(x, 16)),
     ):
         assert same_bits(ours, expected)
         assert ours[1].isnan().sum() == 1
@@ -76,7 +76,7 @@ def test_a_broken_weight_breaks_its_group_and_no_other(bad):
 
 def test_zeros_and_both_ends_of_fp32():
     x = torch.tensor([[0.0, -0.0, 0.0], [3e38, -1e-45, 1.0], [1e-45, 0.0, 0.0], [2.0**-126, -(2.0**-130), 2.0**-137]])
-    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), reference.quantize_rows(x))
+    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), torch_path.quantize_rows(x))
 
 
 def test_rows_too_far_apart_for_offsets_of_32_bits_are_refused():
@@ -87,7 +87,7 @@ def test_rows_too_far_apart_for_offsets_of_32_bits_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_kernel_is_what_runs_and_gives_the_cpu_s_bits():
+def test_a_gpu_runs_the_kernel_and_gives_the_bits_of_the_cpu():
     x = ragged(1000, 1003).to(torch.bfloat16)
     for quantize in (quantize_blocks, quantize_rows):
         assert same_bits(quantize(x.cuda()), quantize(x))

@@ -1,32 +1,31 @@
-"""Policy head problems, and their solution by the definition (policy_head/reference.py) in fp64.
+"""Inputs for the policy head's tests, and the expected output from the definition (policy_head/reference.py) in fp64.
 
-Change here: what the tests of the policy head are given, and how closely they compare.
+Change here: the inputs and the tolerances of the comparison.
 """
 
 from __future__ import annotations
 
 import torch
-from dapo_mcore.kernels.policy_head import linear_policy_loss, reference
-from dapo_mcore.kernels.policy_loss import Objective, TokenInputs
+from dapo_mcore.kernels.policy_head import reference
+
+from tests.kernels.keywords import linear_policy_loss, split
 
 EVERYTHING = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7}
-# options that say how to compute and leave the result alone
-MEANS = ("chunk_tokens", "logits_dtype", "implementation", "main_grad", "grad_scale")
+# options that change how the result is computed, but not the result
+METHOD = ("chunk_tokens", "logits_dtype", "implementation", "main_grad", "grad_scale")
 
 
-def exact(hidden, weight, targets, *, temperature=1.0, vocab_size=None, **options):
-    """The definition's output and both gradients, in fp64."""
+def exact(hidden, weight, targets, **options):
+    """Return the definition's output and both gradients, in fp64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    tokens = TokenInputs(*(options.pop(name, None) for name in TokenInputs._fields))
-    out = reference.linear_policy_loss(
-        hidden, weight, targets, tokens, Objective(**options), temperature=temperature, vocab_size=vocab_size
-    )
+    tokens, objective, rest = split(options)
+    out = reference.linear_policy_loss(hidden, weight, targets, tokens, objective, **rest)
     out.loss.backward()
     return out, hidden.grad, weight.grad
 
 
 def problem(tokens, vocab=37, width=24, dtype=torch.float64, vocab_size=None, seed=0, device="cpu"):
-    """hidden, weight, targets and per-token inputs, with ratios on both sides of every clip."""
+    """Return hidden, weight, targets and inputs per token, with ratios on both sides of every clip bound."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     hidden, weight = normal(tokens, width).to(dtype), (normal(vocab, width) * 2 / width**0.5).to(dtype)
@@ -44,7 +43,7 @@ def problem(tokens, vocab=37, width=24, dtype=torch.float64, vocab_size=None, se
 
 
 def confident(doubt, device="cpu", vocab=33, width=8):
-    """One token whose target has probability 1 - doubt: hidden, weight, targets, inputs."""
+    """Return hidden, weight, targets and inputs of one token whose target has probability 1 - doubt."""
     weight = torch.randn(vocab, width, generator=torch.Generator().manual_seed(0))
     weight[:, 0] = 0
     weight[5] = torch.eye(width)[0]
@@ -54,7 +53,7 @@ def confident(doubt, device="cpu", vocab=33, width=8):
 
 
 def run(hidden, weight, targets, **options):
-    """The output and both gradients."""
+    """Return the output and both gradients."""
     hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     out = linear_policy_loss(hidden, weight, targets, **options)
     out.loss.backward()
@@ -62,8 +61,8 @@ def run(hidden, weight, targets, **options):
 
 
 def problem_of(options):
-    """The options that change the result."""
-    return {name: value for name, value in options.items() if name not in MEANS}
+    """Return the options that change the result."""
+    return {name: value for name, value in options.items() if name not in METHOD}
 
 
 def relative_error(ours, exact) -> float:
@@ -71,15 +70,15 @@ def relative_error(ours, exact) -> float:
 
 
 def check(hidden, weight, targets, tolerance, grad_tolerance=None, **options):
-    """Asserts outputs and gradients of linear_policy_loss: log-probs to 20 · tolerance, gradients to 10 · tolerance.
+    """Check linear_policy_loss against the definition: log-probs to 20 · tolerance, gradients to 10 · tolerance.
 
-    The loss twice: against the formula at the log-probs that were found, where only its own rounding counts; and against
-    the definition, where an error of a log-prob counts as much as the loss depends on that log-prob.
-    Ratios, KL and clip flags in fp64 only: a rounded log-prob may cross a clip bound.
+    The loss is checked twice: against the formula at the log-probs that were found, so only the formula's own rounding
+    counts; and against the definition, where the bound grows with the derivative of the loss to the log-probs.
+    Ratios, KL and clip flags are checked in fp64 only, because a rounded log-prob may cross a clip bound.
     """
     out, *grads = run(hidden, weight, targets, **options)
     definition, *exact_grads = exact(hidden, weight, targets, **problem_of(options))
-    scale = options["token_weights"].double().sum().item() + 1e-300  # losses of single tokens are of order 1
+    scale = options["token_weights"].double().sum().item() + 1e-300  # the loss of one token is of order 1
     at_found, _ = loss_at(out, options)
     assert abs(out.loss.item() - at_found) <= 3 * tolerance * scale
     _, sensitivity = loss_at(definition, options)
@@ -94,20 +93,18 @@ def check(hidden, weight, targets, tolerance, grad_tolerance=None, **options):
 
 
 def loss_at(out, options) -> tuple[float, float]:
-    """The definition's loss at the log-probs and entropies of `out`, and Σ |d loss / d (log-prob, entropy)|, in fp64."""
-    options = problem_of(options)
-    tokens = [options.pop(name, None) for name in TokenInputs._fields]
-    tokens = TokenInputs(*(x if x is None else x.double() for x in tokens))
-    constants = {name: value for name, value in options.items() if name not in ("temperature", "vocab_size")}
+    """Return the definition's loss at the log-probs and entropies of `out`, and Σ |d loss / d (log-prob, entropy)|."""
+    tokens, objective, _ = split(problem_of(options))
+    tokens = type(tokens)(*(x if x is None else x.double() for x in tokens))
     logprobs, entropy = (x.double().detach().requires_grad_() for x in (out.logprobs, out.entropy))
-    loss = reference.loss_of_tokens(logprobs, entropy, tokens, Objective(**constants)).loss
+    loss = reference.loss_of_tokens(logprobs, entropy, tokens, objective).loss
     loss.backward()
     grads = (x.grad for x in (logprobs, entropy) if x.grad is not None)
     return loss.item(), sum(grad.abs().sum().item() for grad in grads)
 
 
 def check_confident(doubt, **options):
-    """Asserts that log-prob, entropy and gradients of a nearly certain token keep five digits."""
+    """Check that log-prob, entropy and gradients of a nearly certain token keep five digits."""
     hidden, weight, targets, inputs = confident(doubt, options.pop("device", "cpu"))
     out, *grads = run(hidden, weight, targets, **inputs, **options)
     definition, *exact_grads = exact(hidden, weight, targets, **inputs, **problem_of(options))

@@ -1,12 +1,13 @@
-"""The policy head chunk by chunk, in plain PyTorch, against its definition in fp64."""
+"""The policy head, chunk by chunk in PyTorch, against its definition in fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kernels.keywords import linear_policy_loss
 from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, problem, relative_error, run
 
 
@@ -59,7 +60,7 @@ def test_all_negative_logits():
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 @pytest.mark.parametrize("doubt", [1e-3, 1e-5, 1e-7, 1e-8, 1e-9])
 def test_confident_tokens_keep_their_gradient(doubt, entropy_coef):
-    """Most RL tokens are nearly certain: at 1 - p = 1e-9 fp32 holds p = 1, yet 1 - p must keep its digits."""
+    """Most RL tokens are nearly certain: at 1 - p = 1e-9 fp32 rounds p to 1, but 1 - p must keep its digits."""
     check_confident(doubt, entropy_coef=entropy_coef)
 
 
@@ -120,7 +121,7 @@ def test_backward_scales_and_only_wanted_gradients_are_made():
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned, and the matrix products."""
+    """Count the elements of the largest tensor that any operation returned, and the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +162,7 @@ def test_memory_is_a_chunk_and_work_is_three_products():
         ({"chunk_tokens": 0}, "chunk_tokens 0 must be at least 1"),
     ],
 )
-def test_wrong_arguments_are_told_what_is_wrong(changes, message):
+def test_wrong_arguments_raise_errors_that_explain(changes, message):
     arguments = {
         "hidden": torch.zeros(4, 2),
         "weight": torch.zeros(6, 2),

@@ -1,14 +1,15 @@
-"""The policy head on its Triton kernels against fp64: compiled where there is a GPU, else in Triton's interpreter.
+"""The policy head in Triton against fp64: compiled on a GPU, otherwise in Triton's interpreter.
 
-The interpreter does not prove: races between threads, bf16 rounding, the GPU's approximate exponential.
+The interpreter does not show races between threads, bf16 rounding or the GPU's approximate exponential.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_head import linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_head import linear_logprobs
 
+from tests.kernels.keywords import linear_policy_loss
 from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, problem, run
 from tests.kernels.triton_here import DEVICE, UNAVAILABLE
 
@@ -18,12 +19,12 @@ from dapo_mcore.kernels.policy_loss import kernel
 
 TRITON = {"implementation": "triton"}
 FP32 = {"dtype": torch.float32, "device": DEVICE}
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of branches not taken
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy evaluates both branches
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, the last one partial, in the small vocabularies of these tests (the interpreter: 30 ms a row)."""
+    """Give the small vocabularies of these tests several blocks, the last one partial (the interpreter takes 30 ms per row)."""
     monkeypatch.setattr(kernel, "SUM_BLOCK", 16)
     monkeypatch.setattr(kernel, "GRADIENT_BLOCK", 32)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -111,17 +112,17 @@ def test_masked_rows_give_no_gradient_and_the_others_the_same():
     torch.testing.assert_close(grad[1::2], alone, rtol=1e-6, atol=1e-9)
 
 
-def test_a_broken_hidden_state_shows():
+def test_a_nan_in_a_hidden_state_reaches_the_loss():
     hidden, weight, targets, inputs = problem(4, **FP32)
     hidden[2, 3] = float("nan")
     out, grad, _ = run(hidden, weight, targets, **inputs, **EVERYTHING, **TRITON)
     assert out.loss.isnan() and out.logprobs.isnan().tolist() == [False, False, True, False] and grad[2].isnan().all()
 
 
-def test_flags_and_ratio_are_those_of_the_reference():
+def test_flags_and_ratio_equal_those_of_the_torch_path():
     hidden, weight, targets, inputs = problem(40, **FP32)
     ours, *_ = run(hidden, weight, targets, **inputs, **EVERYTHING, **TRITON)
-    theirs, *_ = run(hidden, weight, targets, **inputs, **EVERYTHING, implementation="reference")
+    theirs, *_ = run(hidden, weight, targets, **inputs, **EVERYTHING, implementation="torch")
     for flag in ("clipped_low", "clipped_high", "clipped_dual"):
         assert getattr(ours, flag).any() and torch.equal(getattr(ours, flag), getattr(theirs, flag))
     torch.testing.assert_close(ours.ratio, theirs.ratio, rtol=1e-5, atol=0)
@@ -132,7 +133,7 @@ def test_scratch_memory_full_of_nan_changes_nothing():
     hidden, weight, targets, inputs = problem(12, vocab=50, vocab_size=41, **FP32)
     options = {**inputs, **EVERYTHING, **TRITON, "vocab_size": 41, "chunk_tokens": 8}
     clean, *grads = run(hidden, weight, targets, **options)
-    torch.use_deterministic_algorithms(True)  # fills whatever torch.empty returns with nan
+    torch.use_deterministic_algorithms(True)  # fills the result of torch.empty with nan
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         again, *others = run(hidden, weight, targets, **options)
@@ -158,8 +159,8 @@ def test_chunking_changes_rounding_only():
     whole, *grads = run(hidden, weight, targets, **inputs, **EVERYTHING, **TRITON)
     for chunk_tokens in (1, 7, 8):
         out, *others = run(hidden, weight, targets, chunk_tokens=chunk_tokens, **inputs, **EVERYTHING, **TRITON)
-        for ours, reference in zip([*out, *others], [*whole, *grads]):
-            torch.testing.assert_close(ours, reference, rtol=2e-5, atol=2e-6)
+        for ours, expected in zip([*out, *others], [*whole, *grads]):
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_repeats_bit_by_bit():
@@ -170,7 +171,7 @@ def test_repeats_bit_by_bit():
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
 def test_bf16_inputs(logits_dtype):
-    """On a GPU the products are bf16 with an fp32 result; on the CPU fp32 throughout. bf16 logits cost two digits."""
+    """On a GPU bf16 products have an fp32 result; on the CPU all is fp32. bf16 logits cost two digits."""
     hidden, weight, targets, inputs = problem(16, dtype=torch.bfloat16, device=DEVICE)
     tolerance = (3e-6, 1e-2) if logits_dtype is None else (2e-3, 5e-2)
     del inputs["old_logprobs"], inputs["ref_logprobs"]  # a rounded logit may cross a clip bound

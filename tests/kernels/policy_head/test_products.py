@@ -1,6 +1,6 @@
-"""Products of narrow operands with a wide result: what the CPU does instead, and that a GPU adds in place.
+"""Matrix products with bf16 operands and an fp32 result: the fallback on a CPU, and in-place addition on a GPU.
 
-Does not prove, without a GPU: that torch's CUDA library takes these calls.
+Without a GPU this does not show that torch's CUDA library accepts these calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dapo_mcore.kernels.policy_head import products
 from tests.kernels.policy_head.exact import relative_error
 
 
-def test_a_device_without_wide_products_is_told_by_trying():
+def test_a_cpu_cannot_add_in_place():
     assert not products.adds_in_place(torch.device("cpu"), torch.bfloat16, torch.float32)
 
 
@@ -34,7 +34,7 @@ def test_on_the_cpu_bf16_operands_are_widened_and_others_are_not_copied():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnAGPU:
-    """bf16 operands, fp32 results; the gradient to logits as the kernels leave it: rows of 2V, of which V are used."""
+    """bf16 operands, fp32 results; the gradient to logits is laid out as the kernels write it: rows of 2V, V of them used."""
 
     @pytest.mark.parametrize("vocab", [1, 1003, 4096])
     @pytest.mark.parametrize("tokens", [1, 63, 256])
@@ -63,7 +63,7 @@ class TestOnAGPU:
         products.add_product(total, grad.t(), hidden)
         assert torch.cuda.max_memory_allocated() == before
 
-    def test_where_it_cannot_the_product_is_made_first(self, monkeypatch):
+    def test_without_in_place_addition_the_product_is_computed_first(self, monkeypatch):
         grad, hidden = (torch.randn(256, n, device="cuda", dtype=torch.bfloat16) for n in (1003, 80))
         total = torch.randn(1003, 80, device="cuda")
         expected = total.double() + 0.5 * (grad.double().t() @ hidden.double())

@@ -1,6 +1,6 @@
-"""The definition of the policy head, to which every other path is held, against numbers worked out by hand.
+"""The definition of the policy head against results computed by hand. All other implementations are compared with it.
 
-Two words of probability 1/4 and 3/4: logits 0 and ln 3, made as (0, 2 ln 3) · 1 / temperature 2, and a padding row.
+Two tokens of probability 1/4 and 3/4: logits 0 and ln 3, from weights (0, 2 ln 3), hidden 1, temperature 2; a padding row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LN3, QUARTER, THREE_QUARTERS = log(3), log(1 / 4), log(3 / 4)
 
 
 def solve(ratios, advantages, targets, objective=Objective(), dtype=torch.float64, **more):  # noqa: B008
-    """Output and gradients for tokens whose policy has moved by `ratios`, with weights 1, 2, 3, …"""
+    """Return output and gradients for tokens with the given ratios and with token weights 1, 2, 3, …"""
     number = len(ratios)
     hidden = torch.ones(number, 1, dtype=dtype, requires_grad=True)
     weight = torch.tensor([[0.0], [2 * LN3], [50.0]], dtype=dtype, requires_grad=True)
@@ -32,7 +32,7 @@ def solve(ratios, advantages, targets, objective=Objective(), dtype=torch.float6
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_branch_of_the_objective(dtype):
-    """Clipped high, clipped low, dual clip, and one that learns: losses -1.28, 0.8, 4 and -1."""
+    """Clipped high, clipped low, dual clip, and not clipped: losses -1.28, 0.8, 4 and -1."""
     out, grad_hidden, grad_weight = solve(
         [2.0, 0.5, 3.0, 1.0], [1.0, -1.0, -2.0, 1.0], [0, 0, 0, 1], Objective(dual_clip=2.0), dtype
     )
@@ -50,7 +50,7 @@ def test_every_branch_of_the_objective(dtype):
 @pytest.mark.parametrize(
     ("estimator", "kl", "slope"), [("k1", log(2), 1), ("k2", log(2) ** 2 / 2, log(2)), ("k3", log(2) - 0.5, 0.5)]
 )
-def test_kl_where_the_policy_says_twice_as_much_as_the_reference(estimator, kl, slope):
+def test_kl_where_the_policy_has_twice_the_probability_of_the_reference(estimator, kl, slope):
     objective = Objective(kl_coef=0.1, kl_estimator=estimator)
     out, grad_hidden, _ = solve([1.0], [0.0], [1], objective, ref_logprobs=[THREE_QUARTERS - log(2)])
     assert out.kl.item() == pytest.approx(kl) and out.loss.item() == pytest.approx(0.1 * kl)

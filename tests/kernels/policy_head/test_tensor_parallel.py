@@ -1,6 +1,6 @@
-"""The policy head with its vocabulary split over 1, 2 and 4 ranks (gloo): the same numbers everywhere.
+"""The policy head with its vocabulary split over 1, 2 and 4 ranks (gloo): equal results for every split.
 
-The Triton ranks are compared with plain PyTorch on one rank; where there is a GPU they share it.
+Triton on several ranks is compared with PyTorch on one rank. If there is a GPU, the ranks share it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dapo_mcore.kernels.policy_head import chunks, linear_logprobs, linear_policy_loss
+from dapo_mcore.kernels.policy_head import chunks, linear_logprobs
 from dapo_mcore.kernels.policy_loss.shard import VocabShard
 
+from tests.kernels.keywords import linear_policy_loss
 from tests.kernels.triton_here import DEVICE, IMPLEMENTATIONS
 
 WORLD = 4
 TOKENS, WIDTH = 10, 12
-# padded rows of the whole matrix, true vocabulary: the second leaves padding only on the last of 4 ranks
+# rows of the whole matrix with padding, size of the vocabulary; in the second case the last of 4 ranks has only padding
 VOCABULARIES = [(32, None), (16, 11)]
-KINDS = [("reference", torch.float64), ("reference", torch.float32)]
-if "triton" in IMPLEMENTATIONS:  # in its interpreter, which the ranks' processes find in their environment
+KINDS = [("torch", torch.float64), ("torch", torch.float32)]
+if "triton" in IMPLEMENTATIONS:  # on a CPU in the interpreter: the ranks' processes inherit TRITON_INTERPRET
     KINDS.append(("triton", torch.float32))
 OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.02, "temperature": 0.7, "chunk_tokens": 6}
 
@@ -45,7 +46,7 @@ def problem(rows: int, vocab_size: int | None, dtype: torch.dtype, tokens: int =
 
 
 def run(rows, vocab_size, implementation, dtype, group=None, tokens=TOKENS):
-    """Output fields, this rank's gradients, that to hidden summed over the ranks, and the scoring pass's log-probs."""
+    """Return the output, this rank's gradients, the gradient to hidden summed over ranks, and the scored log-probs."""
     device = DEVICE if implementation == "triton" else "cpu"
     hidden, weight, targets, inputs = problem(rows, vocab_size, dtype, tokens)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
@@ -58,7 +59,7 @@ def run(rows, vocab_size, implementation, dtype, group=None, tokens=TOKENS):
         return out, torch.autograd.grad(out.loss, (hidden, local))
 
     out, (grad_hidden, grad_weight) = gradients()
-    modes = [{}, {}] if implementation == "reference" else []  # the interpreter is slow
+    modes = [{}, {}] if implementation == "torch" else []  # the interpreter is slow
     modes += [{"main_grad": torch.zeros_like(local, dtype=torch.promote_types(dtype, torch.float32))}]
     reduced = [gradients(reduce_hidden_grad=True, **mode)[1][0].cpu() for mode in modes]
     scoring = {name: OPTIONS[name] for name in ("temperature", "chunk_tokens")}
@@ -85,8 +86,8 @@ def worker(rank: int, folder: str) -> None:
         for kind in KINDS
     }
     for size, group in groups.items():
-        results[size, "bf16"] = run(32, None, "reference", torch.bfloat16, group)
-    if rank == 0:  # alone: a collective would wait for the others, and fail
+        results[size, "bf16"] = run(32, None, "torch", torch.bfloat16, group)
+    if rank == 0:  # one rank alone: a collective would wait for the others and fail
         results["empty"] = run(32, None, *KINDS[-1], dist.group.WORLD, tokens=0)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -95,7 +96,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("tensor_parallel"))
-    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by every rank
+    multiprocessing.set_forkserver_preload([__name__])  # imports torch once instead of once per rank
     method = "forkserver" if DEVICE == "cpu" else "spawn"  # CUDA does not outlive a fork
     mp.start_processes(worker, (folder,), nprocs=WORLD, start_method=method)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
@@ -106,11 +107,11 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_split_gives_the_numbers_of_one_rank(results, size, case, kind):
     ranks = [result[size, case, kind] for result in results[:size]]
-    whole = run(*case, "reference", kind[1])
+    whole = run(*case, "torch", kind[1])
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if kind[1] == torch.float64 else {"rtol": 1e-5, "atol": 2e-6}
     for rank in ranks:
-        for ours, reference in zip(rank["fields"], whole["fields"]):
-            torch.testing.assert_close(ours, reference, **tolerance)
+        for ours, expected in zip(rank["fields"], whole["fields"]):
+            torch.testing.assert_close(ours, expected, **tolerance)
         assert torch.equal(rank["scored"], rank["fields"][1])
     torch.testing.assert_close(sum(rank["hidden"] for rank in ranks), whole["hidden"], **tolerance)
     torch.testing.assert_close(torch.cat([rank["weight"] for rank in ranks]), whole["weight"], **tolerance)
@@ -125,15 +126,15 @@ def test_all_ranks_hold_the_same_bits(results, size, kind):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_hidden_gradient_summed_here_is_the_sum_of_the_ranks_own(results, size):
-    """Of two numbers the sum has one rounding, so two ranks give its bits; four may add in another order."""
+def test_the_hidden_gradient_summed_in_the_head_is_the_sum_over_ranks(results, size):
+    """A sum of two numbers is rounded once, so two ranks give equal bits; four may add in another order."""
     cases = [(size, case, kind) for case in VOCABULARIES for kind in KINDS] + [(size, "bf16")]
     for case in cases:
         ranks = [result[case] for result in results[:size]]
         added = sum(rank["hidden"] for rank in ranks[1:]) + ranks[0]["hidden"]
         for rank in ranks:
             for reduced in rank["reduced"]:
-                assert torch.equal(reduced, ranks[0]["reduced"][0]), "every time and on every rank the same bits"
+                assert torch.equal(reduced, ranks[0]["reduced"][0]), "equal bits every time and on every rank"
                 if size == 2:
                     assert torch.equal(reduced, added)
                 tolerance = {"rtol": 2e-2, "atol": 1e-3} if case[-1] == "bf16" else {"rtol": 1e-5, "atol": 1e-6}
@@ -141,7 +142,7 @@ def test_the_hidden_gradient_summed_here_is_the_sum_of_the_ranks_own(results, si
         assert not torch.equal(added, ranks[0]["hidden"])
 
 
-def test_on_one_rank_there_is_nothing_to_sum():
+def test_one_rank_needs_no_sum():
     alone = run(*VOCABULARIES[1], *KINDS[0])
     assert all(torch.equal(reduced, alone["hidden"]) for reduced in alone["reduced"])
 

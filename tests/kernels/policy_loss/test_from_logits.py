@@ -1,11 +1,11 @@
-"""The loss from logits against fp64 autograd, in both implementations, in place and not."""
+"""The loss from logits against autograd in fp64, for both implementations, in place and not in place."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_loss import policy_loss, policy_loss_from_logits
 
+from tests.kernels.keywords import policy_loss, policy_loss_from_logits
 from tests.kernels.triton_here import DEVICE, IMPLEMENTATIONS, UNAVAILABLE
 
 OPTIONS = {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.05}
@@ -22,7 +22,7 @@ def problem(num_tokens=12, vocab=37, dtype=torch.float32):
 
 
 def by_autograd(logits, targets, inputs, temperature, vocab_size):
-    """Loss and gradient in fp64 through log_softmax and the loss from given log-probs."""
+    """Return loss and gradient in fp64, from log_softmax and the loss of given log-probs."""
     logits = logits.detach().double().requires_grad_()
     everywhere = (logits[:, :vocab_size] / temperature).log_softmax(-1)
     entropy = -(everywhere.exp() * everywhere).sum(-1)
@@ -60,7 +60,7 @@ def test_in_place_the_memory_of_the_logits_holds_the_gradient():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_in_place_refuses_whoever_needs_the_logits_or_a_second_backward_pass(implementation):
+def test_in_place_refuses_other_uses_of_the_logits_and_a_second_backward_pass(implementation):
     logits, targets, inputs = problem()
     leaf = logits.clone().requires_grad_()
     given = leaf * 1
@@ -95,7 +95,7 @@ def test_no_tokens(implementation):
         ({"implementation": "cuda"}, "'cuda' is unknown"),
     ],
 )
-def test_wrong_arguments_are_told_what_is_wrong(changes, message):
+def test_wrong_arguments_raise_errors_that_explain(changes, message):
     arguments = {
         "logits": torch.zeros(4, 7),
         "targets": torch.zeros(4, dtype=torch.int64),

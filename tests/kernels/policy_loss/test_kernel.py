@@ -1,4 +1,4 @@
-"""The Triton loss from log-probs and from logits: compiled where there is a GPU, else in Triton's interpreter."""
+"""The Triton loss from log-probs and from logits: compiled on a GPU, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import mmap
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, policy_loss, policy_loss_from_logits, reference
+from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, torch_path
 from dapo_mcore.kernels.policy_loss.shard import VocabShard
 
+from tests.kernels.keywords import policy_loss, policy_loss_from_logits
 from tests.kernels.triton_here import DEVICE, UNAVAILABLE
 
 if UNAVAILABLE:
@@ -17,12 +18,12 @@ from dapo_mcore.kernels.policy_loss import kernel
 
 NO_RESERVE = 0x4000  # Linux; Python names it mmap.MAP_NORESERVE from 3.13 on
 FIELDS = ("loss", "ratio", "clipped_low", "clipped_high", "clipped_dual", "kl")
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of branches not taken
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy evaluates both branches
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, the last one partial, for the small problems of these tests."""
+    """Give the small inputs of these tests several blocks, the last one partial."""
     monkeypatch.setattr(kernel, "SUM_BLOCK", 16)
     monkeypatch.setattr(kernel, "GRADIENT_BLOCK", 32)
     monkeypatch.setattr(kernel, "BLOCK_TOKENS", 32)
@@ -39,7 +40,7 @@ def random_inputs(num: int, seed: int = 0) -> tuple[torch.Tensor, TokenInputs]:
 @pytest.mark.parametrize("num_tokens", [0, 1, 63, 1000])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("dual", [None, 1.5])
-def test_from_logprobs_it_is_the_reference_in_fp64(num_tokens, estimator, dual):
+def test_from_logprobs_it_equals_the_torch_path_in_fp64(num_tokens, estimator, dual):
     logprobs, tokens = random_inputs(num_tokens)
     options = {"dual_clip": dual, "kl_coef": 0.2, "kl_estimator": estimator}
     ours, exact = logprobs.clone().requires_grad_(), logprobs.double().requires_grad_()
@@ -81,11 +82,11 @@ def test_k3_keeps_its_digits_near_zero(x):
     torch.testing.assert_close(terms.grad_logprobs.double(), exact, rtol=3e-6, atol=0)
 
 
-def test_k3_is_cut_at_10_with_its_gradient():
+def test_k3_and_its_gradient_are_clamped_at_10():
     log_ratios = torch.tensor([-1e4, -19.0, -3.0, -2.0, 10.0, 12.0, 1e4, torch.nan], device=DEVICE)
     ones, zeros = torch.ones_like(log_ratios), torch.zeros_like(log_ratios)
     terms = kernel.token_losses(log_ratios, TokenInputs(zeros, ones, None, zeros), Objective(kl_coef=1.0))
-    value, slope = reference.kl_terms(log_ratios.double(), "k3")
+    value, slope = torch_path.kl_terms(log_ratios.double(), "k3")
     assert (value == 10).tolist() == [True, True, True, False, False, True, True, False]
     torch.testing.assert_close(terms.kl.double(), value, rtol=3e-6, atol=0, equal_nan=True)
     torch.testing.assert_close(terms.grad_logprobs.double()[:-1], slope[:-1], rtol=3e-6, atol=0)
@@ -117,7 +118,7 @@ def test_columns_of_minus_infinity_have_no_probability_and_no_gradient(entropy_c
 
 @pytest.mark.parametrize("vocab", [1, 15, 31, 32, 33, 70, 128])
 def test_a_narrower_gradient_fits_into_the_rows_of_the_logits(vocab):
-    """fp16 here stands for bf16, whose rounding the interpreter gets wrong."""
+    """Uses fp16 in place of bf16, which the interpreter rounds wrongly."""
     logits, targets, tokens = logits_problem(4, vocab)
     arguments = targets, tokens, Objective(entropy_coef=0.1), VocabShard.of(vocab, None, None), 0.7
     _, apart = kernel.differentiate(logits.clone(), *arguments, torch.float32)
@@ -136,7 +137,7 @@ def test_a_target_outside_the_vocabulary_has_no_probability():
 
 
 def test_rows_are_addressed_beyond_31_bits():
-    """Row 2 begins 2^31 elements in. Only the few pages that are touched exist."""
+    """Row 2 starts at element 2^31. Only the few pages that are touched use memory."""
     if DEVICE == "cuda":
         memory = torch.empty(2**31 + 64, device=DEVICE)
     else:
@@ -151,12 +152,12 @@ def test_rows_are_addressed_beyond_31_bits():
     assert torch.equal(losses.logprobs, near.logprobs) and torch.equal(grad, near_grad)
 
 
-def test_the_numbers_are_those_of_the_reference_to_rounding():
+def test_the_results_equal_those_of_the_torch_path_to_rounding():
     logits, targets, tokens = logits_problem(12)
     objective = Objective(0.1, 0.3, 1.5, 0.2, "k3", 0.05)
     arguments = targets, tokens, objective, VocabShard.of(70, 66, None), 1.3, torch.float32
     ours, grad = kernel.differentiate(logits.clone(), *[a % 66 if a is targets else a for a in arguments])
-    exact, exact_grad = reference.differentiate(
+    exact, exact_grad = torch_path.differentiate(
         logits.double(), targets % 66, TokenInputs(*(x.double() for x in tokens)), *arguments[2:5], torch.float64
     )
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6)

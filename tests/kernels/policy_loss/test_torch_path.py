@@ -1,4 +1,4 @@
-"""The objective of a token: numbers worked out by hand, and random ones against autograd of the textbook formula."""
+"""The objective per token: results computed by hand, and random inputs against autograd of the textbook formula."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, kl_terms, policy_loss, policy_loss_terms
+from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, kl_terms, policy_loss_terms
+
+from tests.kernels.keywords import policy_loss
 
 # name: probability, old probability, advantage, dual clip → loss, d loss / d logp, flag that is set
 BY_HAND = {
@@ -29,7 +31,7 @@ def f64(*values: float) -> torch.Tensor:
 
 
 def textbook(logprobs, tokens: TokenInputs, c: Objective):
-    """Token losses by the formulas of the papers, for autograd to differentiate."""
+    """Return token losses by the formulas of the papers, for autograd."""
     a, old = tokens.advantages, tokens.old_logprobs
     r = (logprobs - old).clamp(-20, 20).exp()
     loss = torch.maximum(-a * r, -a * r.clamp(1 - c.clip_low, 1 + c.clip_high))
@@ -114,7 +116,7 @@ K3_AT = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_k3_is_cut_at_10_with_its_gradient(dtype):
+def test_k3_and_its_gradient_are_clamped_at_10(dtype):
     log_ratio = torch.tensor(list(K3_AT), dtype=dtype, requires_grad=True)
     value, slope = kl_terms(log_ratio, "k3")
     (by_autograd,) = torch.autograd.grad(value.sum(), log_ratio)
@@ -123,7 +125,7 @@ def test_k3_is_cut_at_10_with_its_gradient(dtype):
     torch.testing.assert_close(by_autograd, expected[:, 1])
 
 
-def test_the_other_estimators_are_not_cut():
+def test_the_other_estimators_are_not_clamped():
     far = f64(-1e3, 1e3)
     assert [term.tolist() for term in kl_terms(far, "k1")] == [[-1e3, 1e3], [1, 1]]
     assert [term.tolist() for term in kl_terms(far, "k2")] == [[5e5, 5e5], [-1e3, 1e3]]
@@ -201,7 +203,7 @@ def test_no_tokens_give_a_zero_loss_on_the_graph():
         ({"kl_estimator": "k4"}, "kl_estimator 'k4' is unknown"),
     ],
 )
-def test_wrong_arguments_are_told_what_is_wrong(changes, message):
+def test_wrong_arguments_raise_errors_that_explain(changes, message):
     arguments = {"logprobs": torch.zeros(2), "advantages": torch.zeros(2), "token_weights": torch.zeros(2)} | changes
     with pytest.raises(ValueError, match=message):
         policy_loss(arguments.pop("logprobs"), **arguments)

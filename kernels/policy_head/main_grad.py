@@ -1,8 +1,8 @@
-"""Eager mode: the weight's gradient goes straight into its fp32 main_grad, in the forward pass.
+"""Eager gradient mode: the forward pass adds the weight's gradient to Megatron's fp32 main_grad.
 
-Change here: when that is allowed, and what autograd and Megatron's DistributedDataParallel are told.
-It saves the [V_local, H] gradient that would wait for the backward pass, and one reading and writing of it. But a
-forward pass then changes main_grad, so it must run exactly once for every backward pass.
+Change here: when this mode is allowed, and which gradient autograd and Megatron's DistributedDataParallel receive.
+It saves a [V_local, H] gradient that would be kept until the backward pass, and one read and write of it. The forward
+pass then changes main_grad, so it must run exactly once per backward pass.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class EagerTarget(NamedTuple):
-    """scale · d loss / d weight is added to `main_grad` [V_local, H]."""
+class MainGradTarget(NamedTuple):
+    """The buffer `main_grad` [V_local, H], to which scale · d loss / d weight is added."""
 
     main_grad: Tensor
     scale: float
 
 
-def eager_target(weight: Tensor, main_grad: Tensor | None, scale: float, dtype: torch.dtype) -> EagerTarget | None:
-    """Where the weight's gradient goes in this forward pass; None outside eager mode.
+def main_grad_target(
+    weight: Tensor, main_grad: Tensor | None, scale: float, dtype: torch.dtype
+) -> MainGradTarget | None:
+    """Check `main_grad`, which must have `dtype`, and return the target; None outside the eager gradient mode.
 
-    `dtype` is what main_grad must be.
-    Raises ValueError for a main_grad that does not fit the weight, RuntimeError where the forward pass may run twice or
-    without a backward pass: under no_grad (also the first pass of a reentrant checkpoint), and while a backward pass
-    runs (a checkpoint's replay).
+    Raises ValueError if main_grad does not fit the weight. Raises RuntimeError if the forward pass may run twice or
+    without a backward pass: under no_grad (also the first pass of a reentrant checkpoint), and during a backward pass
+    (the replay of a checkpoint).
     """
     if main_grad is None:
         if scale != 1.0:
@@ -43,18 +44,18 @@ def eager_target(weight: Tensor, main_grad: Tensor | None, scale: float, dtype: 
     if not weight.requires_grad:
         raise ValueError("main_grad was given, but weight does not require a gradient; leave main_grad out")
     _check_runs_once()
-    return EagerTarget(main_grad.detach(), scale)
+    return MainGradTarget(main_grad.detach(), scale)
 
 
 def with_hidden_gradient(
-    loss: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor | None, eager: EagerTarget
+    loss: Tensor, hidden: Tensor, weight: Tensor, grad_hidden: Tensor | None, target: MainGradTarget
 ) -> Tensor:
-    """The same scalar on the graph: backward gives hidden its gradient and weight a dummy, and tells DDP so.
+    """Return the scalar `loss` on the graph; its backward pass gives hidden its gradient and weight a dummy.
 
-    The incoming gradient must be eager.scale, with which main_grad was written: else ValueError on the CPU, and on a
-    GPU a device-side assertion, which needs no synchronisation.
+    The incoming gradient must equal target.scale, with which main_grad was written. Otherwise the backward pass raises
+    ValueError on the CPU; on a GPU a device-side assertion fails, because that needs no synchronisation.
     """
-    return _EagerLoss.apply(hidden, weight, loss, grad_hidden, eager.scale)
+    return _EagerLoss.apply(hidden, weight, loss, grad_hidden, target.scale)
 
 
 class _EagerLoss(torch.autograd.Function):
@@ -75,10 +76,10 @@ class _EagerLoss(torch.autograd.Function):
 
 
 def _dummy_gradient(weight: Tensor) -> Tensor:
-    """A gradient for autograd to pass on, as in megatron-core 0.16 (tensor_parallel/layers.py): DDP's hooks want one.
+    """Return a gradient for autograd, because DDP's hooks need one (megatron-core 0.16, tensor_parallel/layers.py).
 
-    DDP ignores its value, unless `zero_out_wgrad` says that an embedding shares the weight: then, as for users without
-    DDP, it must be zero.
+    DDP ignores its value, except with `zero_out_wgrad`, which says that an embedding shares the weight. The dummy must be
+    zero then, and also for users without DDP.
     """
     ignored = hasattr(weight, "grad_added_to_main_grad") and not getattr(weight, "zero_out_wgrad", False)
     weight.grad_added_to_main_grad = True
@@ -100,7 +101,9 @@ def _check_runs_once() -> None:
 
 def _check_scale(grad_loss: Tensor, scale: float) -> None:
     same = grad_loss == scale
-    rule = f"eager mode added grad_scale {scale} · d loss / d weight to main_grad, so the loss must receive {scale}"
+    rule = (
+        f"the forward pass added grad_scale {scale} · d loss / d weight to main_grad, so the loss must receive {scale}"
+    )
     if grad_loss.is_cuda:
         torch._assert_async(same, rule)
     elif not same:

@@ -1,4 +1,4 @@
-"""FP8 quantisation on the CPU: the rounding on every bf16 and fp16 number, the scales, and what is refused."""
+"""FP8 quantisation in PyTorch: the rounding of every bf16 and fp16 number, the scales, and the errors."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import math
 import pytest
 import torch
 from dapo_mcore.kernels.fp8_quant import dequantize_blocks, dequantize_rows, quantize_blocks, quantize_rows
-from dapo_mcore.kernels.fp8_quant.reference import e4m3_codes
+from dapo_mcore.kernels.fp8_quant.torch_path import e4m3_codes
 
 FP8 = torch.float8_e4m3fn
 
 
 def every(dtype: torch.dtype) -> torch.Tensor:
-    """All numbers of a 16-bit type up to 464, the last that rounds to 448, as fp32."""
+    """Return all numbers of a 16-bit dtype up to 464, the last that rounds to 448, as fp32."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     return x[x.abs() <= 464]
 
 
 def values() -> torch.Tensor:
-    """The 127 non-negative finite e4m3 numbers in order, fp64: 0, steps of 2^-9 up to 2^-6, then 8 a binade to 448."""
+    """Return the 127 non-negative finite e4m3 numbers in order, fp64: steps of 2^-9 up to 2^-6, then 8 per binade to 448."""
     exponent, mantissa = torch.arange(127) // 8, torch.arange(127) % 8
     steps = torch.where(exponent == 0, mantissa, 8 + mantissa).double()
     return steps * 2.0 ** (exponent.clamp(min=1) - 10).double()
 
 
 def ties() -> torch.Tensor:
-    """Every half-way point between neighbours, and the fp32 numbers just below and above it, both signs."""
+    """Return every midpoint between neighbours, and the fp32 numbers just below and above it, both signs."""
     middle = ((values()[1:] + values()[:-1]) / 2).float()  # exact: one bit more than e4m3's
     near = [middle, torch.nextafter(middle, middle.new_tensor(0.0)), torch.nextafter(middle, middle.new_tensor(500.0))]
     positive = torch.cat(near)
@@ -40,7 +40,7 @@ def test_codes_are_those_of_torch_s_cast(x):
 
 @pytest.mark.parametrize("x", [every(torch.bfloat16), every(torch.float16), ties()], ids=["bf16", "fp16", "ties"])
 def test_codes_are_the_nearest_number_and_the_even_one_of_two(x):
-    """Against a search in fp64 that knows only the list of e4m3 numbers."""
+    """Compares with a search in fp64 over the list of e4m3 numbers."""
     distance = (x.abs().double()[:, None] - values()).abs()  # [n, 127]
     nearest = distance == distance.amin(1, keepdim=True)
     even = torch.arange(127) % 2 == 0
@@ -50,12 +50,12 @@ def test_codes_are_the_nearest_number_and_the_even_one_of_two(x):
 
 def test_every_e4m3_number_keeps_its_code():
     codes = torch.arange(256, dtype=torch.uint8)
-    codes = codes[codes & 0x7F != 0x7F]  # NaN is a matter of the scales
+    codes = codes[codes & 0x7F != 0x7F]  # without NaN
     assert torch.equal(e4m3_codes(codes.view(FP8).float()), codes)
 
 
 def test_a_tile_by_hand():
-    """Largest magnitude 896: scale 2. Halves are 448, 0.5, 18 and 17: 17 is half-way from 16 to 18, 16 is even."""
+    """Largest magnitude 896: scale 2. Scaled: 448, 0.5, -18 and 17; 17 is midway between 16 and 18, and 16 is even."""
     weight = torch.tensor([[896.0, 1.0], [-36.0, 34.0]], dtype=torch.bfloat16)
     quantized, scale_inv = quantize_blocks(weight)
     assert quantized.dtype == FP8 and quantized.float().tolist() == [[448.0, 0.5], [-18.0, 16.0]]
@@ -65,7 +65,7 @@ def test_a_tile_by_hand():
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (130, 257), (63, 1000), (256, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_tile_has_the_scale_and_error_of_its_own_maximum(shape, dtype):
+def test_scale_and_error_of_a_tile_follow_from_its_own_maximum(shape, dtype):
     g = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=g) * torch.randn(shape, generator=g).exp()).to(dtype)
     quantized, scale_inv = quantize_blocks(weight)
@@ -124,7 +124,7 @@ def test_a_broken_weight_breaks_its_tile_and_no_other(bad):
     assert dequantize_blocks(quantized, scale_inv).isnan().sum() == 4 * 128
 
 
-def test_rows_may_lie_apart():
+def test_rows_may_be_strided():
     whole = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
     for quantize in (quantize_blocks, quantize_rows):
         for ours, expected in zip(quantize(whole[:, 8:32]), quantize(whole[:, 8:32].contiguous())):
@@ -151,6 +151,6 @@ def test_rows_may_lie_apart():
         ),
     ],
 )
-def test_wrong_arguments_are_told_what_is_wrong(call, message):
+def test_wrong_arguments_raise_errors_that_explain(call, message):
     with pytest.raises(ValueError, match=message):
         call()

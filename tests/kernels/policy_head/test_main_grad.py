@@ -1,12 +1,12 @@
-"""Eager mode: dW lands in main_grad in the forward pass, once, and Megatron's DistributedDataParallel is told so."""
+"""Eager gradient mode: the forward pass adds dW to main_grad once, and marks it for Megatron's DDP."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from dapo_mcore.kernels.policy_head import linear_policy_loss
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernels.keywords import linear_policy_loss
 from tests.kernels.policy_head.exact import EVERYTHING, problem, run
 from tests.kernels.triton_here import DEVICE, IMPLEMENTATIONS
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def case(request):
-    """hidden, weight as parameters, targets, options; a few tokens, as Triton's interpreter is slow."""
+    """Return hidden and weight as parameters, targets and options; few tokens, because Triton's interpreter is slow."""
     hidden, weight, targets, inputs = problem(10, dtype=torch.float32, device=DEVICE)
     options = {**inputs, **EVERYTHING, "chunk_tokens": 4, "implementation": request.param}
     return torch.nn.Parameter(hidden), torch.nn.Parameter(weight), targets, options
@@ -34,7 +34,7 @@ def test_main_grad_and_hidden_get_the_gradients_of_the_other_mode(case):
 
 
 @pytest.mark.parametrize("scale", [0.25, 1024.0, 0.1])
-def test_a_scaled_loss_needs_the_scale_beforehand(case, scale):
+def test_a_scaled_loss_needs_its_scale_in_the_forward_pass(case, scale):
     hidden, weight, targets, options = case
     _, hidden_grad, weight_grad = run(hidden, weight, targets, **options)
     main_grad = torch.zeros_like(weight)
@@ -44,8 +44,8 @@ def test_a_scaled_loss_needs_the_scale_beforehand(case, scale):
     torch.testing.assert_close(hidden.grad, scale * hidden_grad, rtol=1e-6, atol=0)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="there it is a device-side assertion, which ends the process")
-def test_another_scale_than_promised_fails(case):
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assertion ends the process")
+def test_another_loss_scale_fails(case):
     hidden, weight, targets, options = case
     out = linear_policy_loss(hidden, weight, targets, main_grad=torch.zeros_like(weight), **options)
     with pytest.raises(ValueError, match=r"added grad_scale 1.0 .* must receive 1.0, but got 2.0"):
@@ -62,7 +62,7 @@ def test_refused_without_gradients(case):
 
 @pytest.mark.parametrize(("reentrant", "message"), [(True, r"under torch\.no_grad"), (False, "while a backward pass")])
 def test_refused_under_activation_checkpointing(case, reentrant, message):
-    """A reentrant checkpoint has no gradients in its first pass; the other kind is caught when it replays."""
+    """A reentrant checkpoint has no gradients in its first pass; the other kind is refused in its replay."""
     hidden, weight, targets, options = case
     main_grad = torch.zeros_like(weight)
 
@@ -74,11 +74,11 @@ def test_refused_under_activation_checkpointing(case, reentrant, message):
 
 
 def test_a_shared_embedding_keeps_its_gradient_under_ddp_hooks(case):
-    """DDP's hook, as in megatron-core 0.16, drops weight.grad unless zero_out_wgrad; then the dummy must be zero."""
+    """The DDP hook of megatron-core 0.16 drops weight.grad unless zero_out_wgrad is set; then the dummy must be zero."""
     hidden, weight, targets, options = case
     weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, True
     main_grad = torch.zeros_like(weight)
-    torch.use_deterministic_algorithms(True)  # fills whatever torch.empty returns with nan
+    torch.use_deterministic_algorithms(True)  # fills the result of torch.empty with nan
     try:
         out = linear_policy_loss(hidden, weight, targets, main_grad=main_grad, **options)
         (out.loss + weight[3].sum()).backward()
@@ -107,7 +107,7 @@ def test_no_tokens_leave_main_grad_alone(case):
         ({"grad_scale": 2.0}, "grad_scale 2.0 is for main_grad"),
     ],
 )
-def test_wrong_arguments_are_told_what_is_wrong(changes, message):
+def test_wrong_arguments_raise_errors_that_explain(changes, message):
     hidden, weight, targets, inputs = problem(4, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(hidden, weight.requires_grad_(), targets, **inputs, **changes)
