@@ -1,4 +1,4 @@
-"""The command `dapo-mcore`: one small subcommand per question a user has about a configuration, a reward or a run.
+"""The command `dapo-mcore`: small subcommands about configurations, rewards and runs.
 
 Change here: add a subcommand by writing its two functions and one line in COMMANDS.
 Heavy imports stay inside the functions, so that every subcommand starts quickly.
@@ -20,7 +20,7 @@ from dapo_mcore.errors import ConfigError, DapoError, DataError
 
 
 class Command(NamedTuple):
-    """A subcommand: `add_arguments` fills its parser, `run` does the work and returns the exit code."""
+    """A subcommand: `add_arguments` adds to its parser, `run` does the work and returns the exit code."""
 
     name: str
     help: str
@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 after one message on standard error when the user must change something, 130 after Ctrl-C."""
+    """Run a subcommand. Return 0, 2 after an error message for the user on standard error, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="dapo-mcore", description="Tools around a dapo_mcore training run.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -50,15 +50,18 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="check the mesh for so many (default: the fewest that fit)"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="check the parallel layout for N processes (default: the fewest that fit)",
     )
     parser.add_argument(
-        "--only-values", action="store_true", help="check the values, but no files, model, mesh and data"
+        "--only-values", action="store_true", help="check only the values, not files, model, parallel layout and data"
     )
 
 
 def _config(args: argparse.Namespace) -> int:
-    """Notes go to standard error as YAML comments, so that both streams together are a configuration."""
+    """Print the configuration, and notes as YAML comments on standard error: both streams together are valid YAML."""
     if args.processes is not None and args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: a run has at least 1 process; give how many you will start")
     config = load_config(args.file, args.overrides)

@@ -1,6 +1,6 @@
-"""mean@k, best@k and maj@k on held-out prompts, generated and scored by the path that training uses.
+"""mean@k, best@k and maj@k on validation sets, generated and scored by the same code as in training.
 
-Change here: how an evaluation set becomes numbers.
+Change here: which metrics an evaluation set gives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dapo_mcore.types import Group, Prompt, RewardFunction, RolloutEngine, Sampl
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """metrics: `val/<set>/…`, see set_metrics. groups: each set's prompts with their k samples, to read or to store."""
+    """metrics: `val/<set>/…`, see set_metrics. groups: each set's prompts with their k samples."""
 
     metrics: dict[str, float]
     groups: dict[str, list[Group]]
@@ -35,10 +35,10 @@ def evaluate(
     max_new_tokens: int,
     progress: NullProgress | None = None,
 ) -> EvalResult:
-    """The metrics and samples of every set, with eval_config.samples_per_prompt (k) responses a prompt.
+    """Return the metrics and samples of every set, with eval_config.samples_per_prompt (k) responses per prompt.
 
-    Every set uses the same seed, so a set's result does not depend on which others are evaluated, and successive
-    evaluations differ by the weights alone. Raises DataError for a set without prompts.
+    Every set uses the same seed, so a set's result does not depend on the other sets, and successive evaluations differ
+    only by the weights. Raise DataError for a set without prompts.
     """
     responder = Responder(engine, reward, decode, progress)
     params = SamplingParams(
@@ -59,14 +59,13 @@ def evaluate(
 
 
 def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """The numbers of one set of groups of k samples each; accuracies are means over prompts, in [0, 1].
+    """Return the metrics of one set, groups of k samples each. Accuracies are means over prompts, in [0, 1].
 
     mean@k           mean accuracy of the samples (for AIME with k = 32 the paper's avg@32).
     best@k           share of prompts with at least one right sample.
-    maj@k            share of prompts whose most frequent answer is right; absent where the reward names no answer at all.
+    maj@k            share of prompts whose most frequent answer is right; absent if the reward function names no answer.
     response_length  tokens; clip_ratio: share of samples truncated at the length limit.
-    failures         samples whose scoring failed. They count as wrong above, so a number other than 0 means that the
-                     accuracies are too low, not that the model is bad.
+    failures         samples whose scoring failed. They count as wrong, so if there are any, the accuracies are too low.
     """
     k = len(groups[0].samples)
     correct = np.array([[_right(sample) for sample in group.samples] for group in groups], dtype=np.float64)
@@ -84,9 +83,9 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def majority_is_right(group: Group) -> bool:
-    """True when the most frequent extracted answer is right; the earliest answer wins a tie.
+    """Return True if the most frequent extracted answer is right. In a tie the earliest answer counts.
 
-    Samples without an answer, or whose scoring failed, have no vote; without any vote the prompt counts as wrong.
+    Samples without an answer, or whose scoring failed, have no vote. Without any vote the prompt counts as wrong.
     """
     voters = [sample for sample in group.samples if _has_vote(sample)]
     if not voters:

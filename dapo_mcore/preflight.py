@@ -1,7 +1,7 @@
-"""What can be known about a run before its processes meet: its files, the model's folder, the mesh, the data.
+"""Checks of a run before its processes connect: files, the model's folder, the parallel layout, the data.
 
-Change here: what is checked before a run, by `dapo-mcore config` and by a run's first process. Each rule lives with the part
-of the run that needs it; here they are only called early.
+Change here: what `dapo-mcore config` and a run's first process check. Each rule is defined in the module that needs it;
+this module calls the rules early.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _MOST_ROWS = 1000
 
 
 def check_run(config: Config, processes: int | None = None) -> None:
-    """Raise the DapoError that a run on so many processes (None: on as many as fit) would end with before it starts.
+    """Raise the DapoError that a run with so many processes (None: as many as fit) would raise at its start.
 
-    Imports transformers and torch, but not Megatron. Reads no weights and no rows.
+    This imports transformers and torch, but not Megatron, and reads no weights and no rows.
     """
     check_files_of(config)
-    if ":" not in config.reward.function:  # else users' code, which a run executes in its workers alone
+    if ":" not in config.reward.function:  # otherwise a user's code, which a run executes only in its workers
         _load_reward(config)
     if config.observe.wandb_project:
         check_wandb()
@@ -37,10 +37,10 @@ def check_run(config: Config, processes: int | None = None) -> None:
 
 
 def check_contents(config: Config) -> list[str]:
-    """Return what a run says about its data, read up to 1,000 prompts a set. Raise the DapoError it would end with.
+    """Return what a run prints about its data, for up to 1,000 prompts per set. Raise the DapoError it would raise.
 
-    Looks into what a run reads whole as it starts: rows, the headers of weights, the reward function, the options of this
-    machine's SGLang, and the checkpoint that it would resume.
+    Check what a run reads at its start: rows, headers of weight files, the reward function, the options of this machine's
+    SGLang, and the checkpoint that the run would resume from.
     """
     from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
@@ -59,19 +59,19 @@ def check_contents(config: Config) -> list[str]:
     if (checkpoint := _resumed(config)) is not None:
         check_stored(checkpoint)
     data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)
-    cut = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
+    incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
     return data.lines() + (
-        [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if cut else []
+        [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else []
     )
 
 
 def check_files_of(config: Config) -> None:
-    """Raise a DapoError for files that are named but not there, and for a launcher's variables that make no job."""
+    """Raise a DapoError for named files that do not exist, and for contradictory variables of a launcher."""
     check_launcher(os.environ)
     if not Path(config.model.path, "config.json").is_file():
         from dapo_mcore.model_files.hf_config import load_hf_config
 
-        load_hf_config(config.model)  # which says what is wrong with the folder
+        load_hf_config(config.model)  # raises an error that says what is wrong with the folder
     for name, section in _data_sections(config).items():
         check_files(section.files, name)
     if config.warm_start is not None and _resumed(config) is None:
@@ -88,12 +88,12 @@ def check_files_of(config: Config) -> None:
         )
     if sglang.python is not None and not sglang.urls and shutil.which(sglang.python) is None:
         raise ConfigError(
-            f"rollout.sglang.python {sglang.python} is no program; name the interpreter of the environment with SGLang"
+            f"rollout.sglang.python {sglang.python} is not a program; name the Python of the environment with SGLang"
         )
 
 
 def describe_step(config: Config) -> str:
-    """Return one line about the size of a rollout step, with what to lower where the paper's sizes hold by default."""
+    """Return one line about the size of a rollout step, with the settings that still have the paper's size by default."""
     s, size = config.sampling, config.rollout.group_size
     prompts = s.gen_batch_prompts if s.style == "filter" else s.train_batch_prompts
     updates = s.train_batch_prompts // config.batch.mini_batch_prompts * config.batch.epochs
@@ -121,7 +121,7 @@ def _load_reward(config: Config) -> None:
 
 
 def _check_servers(config: Config, architecture: str) -> None:
-    """Hold the settings of SGLang servers against the model and, where this machine starts them, against its SGLang."""
+    """Check the settings of SGLang servers against the model and, if this machine starts them, against its SGLang."""
     from dapo_mcore.rollout.sglang.launch.interpreter import command_line, inspect_environment
     from dapo_mcore.rollout.sglang.launch.servers import read_keys
     from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture

@@ -1,4 +1,4 @@
-"""Supervised steps on demonstrations, through the same actor and head, until the policy can be told right from wrong.
+"""Supervised training on demonstrations before RL, with the same actor, until the policy is sometimes right.
 
 Change here: what a warm start trains on, and when it stops.
 """
@@ -26,9 +26,10 @@ from dapo_mcore.types import TrainBatch
 def warm_start(
     config: Config, learner: Learner, handover: Handover, controller: Controller | None, layout: Layout
 ) -> None:
-    """Trains until `stop_at` is reached on the choose set, or `max_updates`; then a fresh optimizer, a new reference.
+    """Train until the choose set's pass rate reaches `stop_at`, or for `max_updates` updates.
 
-    The controller is rank 0's; every rank must call this.
+    Then reset the optimizer and take the new policy as the reference. Every rank must call this; `controller` is None
+    on all ranks but 0.
     """
     settings = config.warm_start
     assert settings is not None
@@ -72,7 +73,7 @@ def _optimizer_config(settings: WarmStartConfig, base: OptimizerConfig) -> Optim
 
 
 class _PassRate:
-    """Measures the policy on the choose set, shows it, and says whether it is enough."""
+    """Pass rate of the policy on the choose set, measured and shown every check_every updates."""
 
     def __init__(self, config: Config, settings: WarmStartConfig, controller: Controller):
         self.settings, self.controller, self.seed = settings, controller, config.seed
@@ -90,7 +91,7 @@ class _PassRate:
 
 
 def _batches(rows: Sequence[Demonstration], batch_size: int, seed: int) -> Iterator[TrainBatch]:
-    """The demonstrations in a seeded order without end; those that fill no batch at an epoch's end are left out."""
+    """Yield batches of demonstrations in a seeded order, endlessly. An incomplete batch at an epoch's end is skipped."""
     assert len(rows) >= batch_size, f"{len(rows)} demonstrations make no batch of {batch_size}"
     for epoch in count():
         order = epoch_order(seed, epoch, len(rows))
@@ -99,7 +100,7 @@ def _batches(rows: Sequence[Demonstration], batch_size: int, seed: int) -> Itera
 
 
 def _to_batch(rows: Sequence[Demonstration]) -> TrainBatch:
-    """Every row a group of its own; the loss is on the response."""
+    """Return the rows as a batch, each row its own group, with the loss on the response."""
     parts = [part for row in rows for part in ((row.prompt, False), (row.response, True))]
     tokens = np.concatenate([ids for ids, _ in parts])
     mask = np.concatenate([np.full(len(ids), trained) for ids, trained in parts])

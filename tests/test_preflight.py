@@ -123,7 +123,7 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "no interpreter": (
         nothing,
         ["rollout.engine=sglang", "rollout.sglang.python=./p"],
-        "rollout.sglang.python ./p is no program",
+        "rollout.sglang.python ./p is not a program",
     ),
     # servers
     "no SGLang": (sglang(None), SERVERS, "python has no SGLang; give the interpreter of an environment that has it"),

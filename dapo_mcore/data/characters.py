@@ -1,6 +1,6 @@
-"""Characters that a tokenizer loses: they get no token, or the one that stands for everything unknown.
+"""Characters that a tokenizer loses: it gives them no token, or the unknown token.
 
-Change here: when a character counts as lost. Prompts and demonstrations are both held against it.
+Change here: when a character counts as lost. Prompts and demonstrations are both checked.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IN_NO_TEXT = "\U0010ffff"
-"""A noncharacter, which no vocabulary has: only tokenizers that go down to bytes give it back."""
+"""A noncharacter that is in no vocabulary: only byte-level tokenizers decode it again."""
 _UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")
-"""Unicode's categories of control characters and spaces, which many tokenizers drop on purpose."""
+"""Unicode categories of control characters and spaces, which many tokenizers drop on purpose."""
 
 
 class LostCharacters:
-    """What the texts of one data section lose in the tokenizer. Each distinct character is tried once.
+    """The characters of one data section that the tokenizer loses. Each distinct character is tried once.
 
-    A character counts as lost in a text if it has no token of its own and decoding the text's tokens does not give it back.
-    One that a tokenizer replaces on purpose (lower case, other forms of the same character) has tokens, and is kept.
+    A character counts as lost in a text if it has no token of its own and is not in the decoded text. A character that
+    the tokenizer replaces on purpose (lower case, normalised forms) has tokens and does not count as lost.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -37,10 +37,10 @@ class LostCharacters:
         self._lost: dict[str, None] = {}
         self._num_rows, self._first_row, self._last_row = 0, "", ""
 
-    def look(self, text: str, token_ids: Sequence[int], row: str) -> None:
-        """Take note of what `text` loses as `token_ids`. Raise DataError if nothing of it is left but spaces.
+    def check(self, text: str, token_ids: Sequence[int], row: str) -> None:
+        """Record what `text` loses in `token_ids`. Raise DataError if only spaces are left of it.
 
-        A row may have several texts, looked at one after the other.
+        The texts of one row must be passed one after the other.
         """
         characters = set(text)
         if new := characters - self._tried:
@@ -53,25 +53,25 @@ class LostCharacters:
         if lost and not decoded.strip():
             raise DataError(
                 f"{row}: the tokenizer has no token for any character of the text {text!r:.80}; "
-                "take a tokenizer that knows its script, or correct the row"
+                "use a tokenizer that has its script, or correct the row"
             )
         if lost:
             self._lost.update(dict.fromkeys(lost))
             self._num_rows += row != self._last_row
             self._first_row, self._last_row = self._first_row or row, row
 
-    def told(self, num_rows: int, what: str) -> str:
+    def report(self, num_rows: int, what: str) -> str:
         """Return one line about the losses in `num_rows` rows of `what`, a section of the data; empty if there are none."""
         if not self._lost:
             return ""
         return (
             f"{self._num_rows} of {num_rows} {what} lose characters that the tokenizer has no token for: "
-            f"{shortened(' '.join(self._lost), 60)} (first in {self._first_row}); the model never sees them: take a tokenizer "
+            f"{shortened(' '.join(self._lost), 60)} (first in {self._first_row}); the model never sees them: use a tokenizer "
             "that has them, or reword the rows"
         )
 
     def _is_doubtful(self, character: str) -> bool:
-        """Whether the character by itself has no token, only the unknown one, or tokens of some of its bytes."""
+        """Return True if the character alone has no token, only the unknown token, or tokens of only some of its bytes."""
         if unicodedata.category(character) in _UNSEEN or character == "\ufffd":
             return False
         ids = self._encode(character)
@@ -81,5 +81,7 @@ class LostCharacters:
     def _encode(self, text: str) -> list[int]:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception:  # tokenizers raises just that where a vocabulary of words lacks one and has no unknown token
+        except (
+            Exception
+        ):  # tokenizers raises a bare Exception if a word is not in the vocabulary and there is no unknown token
             return []

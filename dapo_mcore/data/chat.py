@@ -1,6 +1,6 @@
-"""A prompt as text and tokens: plain text in a template, or a chat through a Jinja template.
+"""Prompts as text and tokens: plain text in a template, or a chat rendered by a Jinja template.
 
-Change here: how a row's prompt is worded for the model. Rows are read in prompts.py.
+Change here: how a row's prompt is rendered for the model. prompts.py reads the rows.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE_CPU_S = 10.0
-"""A template that computes longer on one prompt never ends, as far as a run is concerned."""
+"""CPU time for rendering one prompt. A template that takes longer counts as endless."""
 _MOST_CHARACTERS = 10_000_000
 
 
 class PromptRenderer:
-    """Renders prompts by one data section. Raises ConfigError when the section and the tokenizer do not fit.
+    """Renders prompts as one data section says. Raises ConfigError if the section does not fit the tokenizer.
 
-    section  names the keys in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
-    `lost` knows the characters that the rendered texts have lost in the tokenizer so far.
+    section  name of the section in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
+    `lost` collects the characters of the rendered texts that the tokenizer loses.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data"):
@@ -45,11 +45,11 @@ class PromptRenderer:
             )
 
     def render(self, prompt: Any, where: str) -> tuple[str, np.ndarray]:
-        """The text and its token ids, int32 [T], T >= 1.
+        """Return the text and its token ids, int32 [T], T >= 1.
 
-        `prompt` is text or a chat, a list of {role, content}; text under a chat template becomes one user message.
-        `where` names the row in errors. Raises DataError for any other type, a broken chat or a failing template, and
-        ConfigError for a template that does not come to an end.
+        `prompt` is text or a chat, a list of {role, content}. With a chat template, text becomes one user message.
+        `where` names the row in errors. Raise DataError for any other type, a broken chat or a failing template, and
+        ConfigError for a template that does not end.
         """
         if self.template is None:
             text, ids = self._render_plain(prompt, where)
@@ -60,15 +60,15 @@ class PromptRenderer:
         return text, np.asarray(ids, dtype=np.int32)
 
     def encode(self, text: str, where: str) -> list[int]:
-        """The token ids of a text of row `where`, without special tokens of its own.
+        """Return the token ids of a text of row `where`, without adding special tokens.
 
-        Raises DataError for what the tokenizer refuses, and for a text of which it loses everything.
+        Raise DataError for a text that the tokenizer refuses, and for one of which it loses everything.
         """
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # half a surrogate pair; a word that a vocabulary without an unknown token lacks
+        except Exception as error:  # half a surrogate pair; an unknown word without an unknown token
             raise DataError(f"{where}: the text cannot be tokenized: {error}") from error
-        self.lost.look(text, ids, where)
+        self.lost.check(text, ids, where)
         return ids
 
     def _render_plain(self, prompt: Any, where: str) -> tuple[str, list[int]]:
@@ -89,7 +89,7 @@ class PromptRenderer:
             messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
         text = self._apply(messages, where)
         self._check_nothing_left_out(messages, text, where)
-        # The template has written every special token there should be.
+        # The template has already written the special tokens.
         return text, self.encode(text, where)
 
     def _apply(self, messages: list[dict[str, str]], where: str) -> str:
@@ -100,8 +100,8 @@ class PromptRenderer:
                 )
         except TimeoutError as error:
             raise ConfigError(
-                f"{self.section}.chat_template has not come to an end after {_TEMPLATE_CPU_S:g} s of computing on "
-                f"{where}; correct its loops, or give another template"
+                f"{self.section}.chat_template has not ended after {_TEMPLATE_CPU_S:g} s of CPU time on {where}; correct "
+                f"its loops, or use another template"
             ) from error
         except Exception as error:  # a template is a program, and may fail in any way
             told = " ".join(str(error).split()) or type(error).__name__
@@ -114,7 +114,7 @@ class PromptRenderer:
         return text
 
     def _check_nothing_left_out(self, messages: list[dict[str, str]], text: str, where: str) -> None:
-        """Raise DataError for a message that does not change the text: templates pass over roles that they don't know.
+        """Raise DataError for a message that does not change the text: templates skip roles that they do not know.
 
         An earlier answer of the assistant may be left out: templates drop its reasoning.
         """
@@ -131,7 +131,7 @@ class PromptRenderer:
 
 @contextmanager
 def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside the block once this process has computed so long in it; in the main thread only."""
+    """Raise TimeoutError in the block after so much CPU time of this process. Works in the main thread only."""
     if current_thread() is not main_thread():
         yield
         return
@@ -149,7 +149,7 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 
 
 def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str | None:
-    """The Jinja source, or None for plain text."""
+    """Return the Jinja source, or None for plain text."""
     if config.chat_template is False:
         return None
     stored = tokenizer.chat_template

@@ -1,6 +1,6 @@
 """Demonstrations of a warm start: rows of prompt and response as tokens.
 
-Change here: what a demonstration must hold. How the policy is trained on them is warm_start.py.
+Change here: what a demonstration must have. warm_start.py trains the policy on them.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """prompt and response: int32 [T], the response with its end-of-sequence token. row: `demos.jsonl row 3`."""
+    """A prompt and a response, int32 [T] each, the response with its end-of-sequence token. row: `demos.jsonl row 3`."""
 
     prompt: np.ndarray
     response: np.ndarray
     row: str
 
     def __len__(self) -> int:
-        """Tokens of both."""
+        """Return the number of tokens of both."""
         return len(self.prompt) + len(self.response)
 
 
 def load_demonstrations(
     config: Config, tokenizer: PreTrainedTokenizerBase, most: int | None = None
 ) -> tuple[tuple[Demonstration, ...], str]:
-    """The rows of warm_start.files in order, or the first `most`, and what the tokenizer loses of them (empty: nothing);
-    prompts are worded as the data section words them.
+    """Return the rows of warm_start.files in order, and one line about characters that the tokenizer loses (or "").
 
-    Raises DataError for a bad row, and for fewer rows than one update takes.
+    most  read only so many rows, but at least one batch. Prompts are rendered as the data section says.
+    Raise DataError for a bad row, and for fewer rows than warm_start.batch_size.
     """
     settings = config.warm_start
     assert settings is not None
@@ -51,7 +51,7 @@ def load_demonstrations(
             f"warm_start.files hold {len(found)} demonstrations, fewer than warm_start.batch_size {settings.batch_size}; "
             "add rows or lower the batch size"
         )
-    return found, renderer.lost.told(len(found), "demonstrations of warm_start.files")
+    return found, renderer.lost.report(len(found), "demonstrations of warm_start.files")
 
 
 def _demonstration(row: Row, renderer: PromptRenderer) -> Demonstration:

@@ -1,7 +1,7 @@
-"""Who a prompt is: what the actor and the reward see of it, never where it stands in a file.
+"""The identity of a prompt: what the actor and the reward function see of it, not its position in a file.
 
-Change here: what makes two prompts the same. Work that outlives a process (carried groups, prompts to ask again, the
-place in an epoch) is stored under these names, so that it cannot meet another prompt when files or templates change.
+Change here: when two prompts are the same. Checkpoints refer to prompts by these uids (carried groups, prompts to generate
+again, the position in an epoch), so that changed files or templates cannot lead to another prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dapo_mcore.types import Prompt
 
 
 def prompt_uid(prompt: Prompt) -> str:
-    """24 hexadecimal digits that follow from all of the prompt but its uid and row: equal exactly where all is equal."""
+    """Return 24 hexadecimal digits, a hash of all fields of the prompt except uid and row."""
     fields = [prompt.text, prompt.answer, prompt.source, prompt.extra, prompt.messages]
     columns = json.dumps(fields, sort_keys=True, default=str).encode()
     digest = hashlib.blake2b(len(columns).to_bytes(8, "little") + columns, digest_size=12)
@@ -25,10 +25,10 @@ def prompt_uid(prompt: Prompt) -> str:
 
 
 def numbered(uid: str, number: int) -> str:
-    """The uid of the prompt that is the `number`-th of equal content, counted from 1: `3f…`, then `3f…#2`."""
+    """Return the uid of the `number`-th prompt of equal content, counted from 1: `3f…`, then `3f…#2`."""
     return uid if number == 1 else f"{uid}#{number}"
 
 
 def fingerprint(uids: Iterable[str]) -> str:
-    """16 hexadecimal digits that follow from the prompts' contents and their order."""
+    """Return 16 hexadecimal digits, a hash of the prompts' contents and their order."""
     return hashlib.blake2b("\n".join(uids).encode(), digest_size=8).hexdigest()

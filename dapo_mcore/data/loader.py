@@ -1,7 +1,7 @@
-"""Prompts in a seeded order, epoch after epoch, with a position that knows which order it is a place in.
+"""Prompts in a seeded order, epoch after epoch. A stored position also identifies the order that it belongs to.
 
-Change here: the order of training prompts. Resume is exact because the order depends on (seed, epoch) alone,
-never on how many prompts were taken at a time.
+Change here: the order of training prompts. It depends on (seed, epoch) alone, never on how many prompts are taken at a
+time, so a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dapo_mcore.types import Prompt
 
 
 class PromptLoader:
-    """An endless walk over `prompts`. Example: 3 prompts, take(2) twice gives 2 of epoch 0, then 1 and 1 of epoch 1."""
+    """Endless iteration over `prompts`. Example: of 3 prompts, take(2) twice gives 2 of epoch 0, then 1 and 1 of epoch 1."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool):
         if not prompts:
@@ -33,7 +33,7 @@ class PromptLoader:
         self._move_to(epoch=0, offset=0)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts. Crosses as many epoch borders as n asks for."""
+        """Return the next n prompts, across as many epochs as needed."""
         assert n >= 0, n
         taken: list[Prompt] = []
         while len(taken) < n:
@@ -45,15 +45,18 @@ class PromptLoader:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """The position: epoch, and offset in prompts within it (0 <= offset < number of prompts); and what gives the
-        epochs' orders: the prompts in file order, by number and content, and the seed (None: not shuffled)."""
+        """Return the position: the epoch, and the offset in it (0 <= offset < number of prompts).
+
+        `order` identifies the order of the epochs: number and content of the prompts in file order, and the seed (None:
+        not shuffled).
+        """
         return {"epoch": self._epoch, "offset": self._offset, "order": self._order_of}
 
     def load_state(self, state: Mapping[str, Any]) -> str:
-        """Move to a position that `state()` gave, and return why that was impossible, or nothing.
+        """Move to a position from `state()`. Return why that was impossible, or "".
 
-        In another order the offset means other prompts, so a begun epoch is left and the next one begun.
-        Raises CheckpointError for what can be no position.
+        In another order the offset means other prompts, so the rest of a begun epoch is skipped.
+        Raise CheckpointError for a value that cannot be a position.
         """
         epoch, offset, stored = state.get("epoch"), state.get("offset"), state.get("order")
         num_prompts = len(self._prompts) if stored == self._order_of else np.inf
@@ -67,8 +70,8 @@ class PromptLoader:
             return ""
         self._move_to(epoch + (offset > 0), 0)
         return (
-            f"{_difference(stored, self._order_of)}, so the checkpoint's place in the data (epoch {epoch}, prompt {offset}) "
-            f"means nothing here: epoch {self._epoch} of these data begins"
+            f"{_difference(stored, self._order_of)}, so the checkpoint's position (epoch {epoch}, prompt {offset}) does not "
+            f"apply: training starts at epoch {self._epoch} of the new data"
         )
 
     def _move_to(self, epoch: int, offset: int) -> None:
@@ -79,16 +82,16 @@ class PromptLoader:
 
 
 def epoch_order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
-    """int64 [num_prompts], a permutation: the indices sorted by Philox keys of (seed, epoch).
+    """Return int64 [num_prompts], a permutation: the indices sorted by Philox keys of (seed, epoch).
 
-    numpy guarantees raw bit streams across versions, but not Generator.permutation; a resumed run must not depend on it.
+    numpy guarantees raw bit streams across versions, but not Generator.permutation, so a resumed run must not use it.
     """
     keys = np.random.Philox(np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,))).random_raw(num_prompts)
     return np.argsort(keys, kind="stable")
 
 
 def _difference(stored: Any, own: Mapping[str, Any]) -> str:
-    """What has changed between two orders, as the beginning of a sentence."""
+    """Return what has changed between two orders, as the beginning of a sentence."""
     if not isinstance(stored, Mapping):
         return "the checkpoint does not say which training data it belongs to"
     if stored.get("content") == own["content"]:

@@ -1,6 +1,6 @@
 """Prompts from data files: columns picked, rows checked, duplicates removed, rendered to tokens, fitted to a length.
 
-Change here: what a row must hold and what happens to one that does not fit. Formats are in rows.py, wording in chat.py.
+Change here: what a row must have, and what happens to one that does not fit. rows.py reads files, chat.py renders.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 _LARGE_SHARE = 0.1
-"""From here on what becomes of rows that do not fit is told as a warning."""
+"""Share of rows from which on rows that do not fit cause a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The usable prompts of a data section, and what became of the rows.
+    """The usable prompts of a data section, and counts of what happened to its rows.
 
-    section       names the section's keys in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
-    num_rows      = len(prompts) + num_bad_rows + num_duplicates + num_dropped; truncated prompts are among the prompts.
-    longest       tokens of the longest prompt before it was cut or dropped.
-    first_bad_row says where and why, or is empty; so does first_conflict, for prompts with several answers.
-    lost          says which characters the tokenizer loses, in how many prompts; or is empty.
+    section        name of the section in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
+    num_rows       = len(prompts) + num_bad_rows + num_duplicates + num_dropped; truncated prompts are among the prompts.
+    longest        tokens of the longest prompt before truncation.
+    first_bad_row  row and reason, or empty; first_conflict is the same for prompts with several answers.
+    lost           line about characters that the tokenizer loses, or empty.
     """
 
     section: str
@@ -54,7 +54,7 @@ class PromptSet:
     lost: str = ""
 
     def describe(self) -> str:
-        """One line for the log: `data: 960 rows gave 30 prompts (930 duplicates, 2 cut to the longest length)`."""
+        """Return one line: `data: 960 rows gave 30 prompts (930 duplicates, 2 cut on the left to the longest length)`."""
         fates = {
             "bad": self.num_bad_rows,
             "duplicates": self.num_duplicates,
@@ -66,7 +66,7 @@ class PromptSet:
         return f"{line}; first bad row: {self.first_bad_row}" if self.first_bad_row else line
 
     def warnings(self) -> list[str]:
-        """Lines about what is probably a mistake in the data or in the section; usually none."""
+        """Return warnings about probable mistakes in the data or in the section; usually none."""
         name, rendered = self.section, len(self.prompts) + self.num_dropped
         limit = f"longer than {name}.max_prompt_tokens {self.config.max_prompt_tokens} (the longest has {self.longest})"
         lines = []
@@ -92,11 +92,11 @@ class PromptSet:
 
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> PromptSet:
-    """The prompts of `config.files`, in file order, each with a uid that follows its content.
+    """Return the prompts of `config.files` in file order, each with a uid that depends on its content.
 
-    With `limit`, reading stops once that many prompts are there. Raises DataError for an unreadable file, a bad row
-    (unless on_bad_row is skip), a long prompt (when on_long_prompt is error), no prompt at all, or none that is not cut;
-    ConfigError for settings that do not go with the tokenizer.
+    With `limit`, reading stops after that many prompts. Raise DataError for an unreadable file, a bad row (unless
+    on_bad_row is skip), a long prompt (if on_long_prompt is error), no prompt at all, or if all prompts are truncated;
+    ConfigError for settings that do not fit the tokenizer.
     """
     return _Loading(config, tokenizer, section).run()
 
@@ -138,7 +138,7 @@ class _Loading:
             longest=self.longest,
             first_bad_row=self.first_bad_row,
             first_conflict=self.first_conflict,
-            lost=self.renderer.lost.told(len(prompts) + self.counts["dropped"], f"prompts of {self.section}"),
+            lost=self.renderer.lost.report(len(prompts) + self.counts["dropped"], f"prompts of {self.section}"),
         )
         self._check_something_left(result)
         return result
@@ -173,7 +173,7 @@ class _Loading:
         return fitted and self._named(fitted)
 
     def _columns(self, row: Row) -> tuple[Any, str, str]:
-        """Prompt, answer and source. Raises DataError saying what the row lacks."""
+        """Return prompt, answer and source. Raise DataError that says what the row lacks."""
         if row.columns is None:
             raise DataError(f"{row.where}: {row.problem}")
         prompt = _required(row, self.config.prompt_key, f"{self.section}.prompt_key")
@@ -185,7 +185,7 @@ class _Loading:
         return prompt, answer, self._source(row)
 
     def _source(self, row: Row) -> str:
-        """Plain files have no such column, so the default name may be absent; one that was chosen may not."""
+        """Return the row's source. The default column may be missing, one that the user chose may not."""
         key = self.config.source_key
         if key is None:
             return ""
@@ -200,7 +200,7 @@ class _Loading:
         return source or ""
 
     def _is_duplicate(self, prompt: Any, answer: str, where: str) -> bool:
-        """Before rendering: the public DAPO parquet repeats each of its 17k prompts about 100 times."""
+        """Return True if the row repeats an earlier one. The public DAPO parquet has each of 17k prompts about 100 times."""
         content = json.dumps(prompt, sort_keys=True, default=str).encode()
         rows = self.answers[hashlib.blake2b(content, digest_size=16).digest()]
         if answer in rows:
@@ -214,7 +214,7 @@ class _Loading:
         return False
 
     def _extra(self, row: Row, answer: str) -> Mapping[str, Any]:
-        """The columns for reward functions, the answer's in the form that answers are compared with."""
+        """Return the columns for reward functions; the answer's column has the answer after answer_pattern."""
         columns = {key: value for key, value in row.columns.items() if key != self.config.prompt_key}
         return columns | {self.config.answer_key: answer} if self.config.answer_key in columns else columns
 
@@ -236,7 +236,7 @@ class _Loading:
         return replace(prompt, token_ids=token_ids, text=self.tokenizer.decode(token_ids.tolist()))
 
     def _named(self, prompt: Prompt) -> Prompt:
-        """The prompt under its uid, which tells prompts of equal content apart by their number."""
+        """Return the prompt with its uid, which numbers prompts of equal content."""
         uid = prompt_uid(prompt)
         self.uids[uid] += 1
         return replace(prompt, uid=numbered(uid, self.uids[uid]))
@@ -258,7 +258,7 @@ def _no_column(row: Row, key: str, setting: str) -> DataError:
 
 
 def _as_answer(row: Row, value: Any) -> str:
-    """Text or an integer. A float is refused: 45.0 never equals the answer 45, and every response would be wrong."""
+    """Return text or an integer as text. Refuse a float: 45.0 never equals the answer 45, so all responses were wrong."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -267,7 +267,7 @@ def _as_answer(row: Row, value: Any) -> str:
 
 
 def _last_match(row: Row, pattern: re.Pattern[str], answer: str, section: str) -> str:
-    """The first group of the last match, since worked solutions end with their answer."""
+    """Return the first group of the last match, because worked solutions end with their answer."""
     matches = [match.group(1) for match in pattern.finditer(answer)]
     if not matches or matches[-1] is None:
         raise DataError(f"{row.where}: {section}.answer_pattern {pattern.pattern!r} does not occur in {answer[-80:]!r}")

@@ -1,6 +1,6 @@
-"""The rows of JSONL and parquet files, one at a time, each with its place for error messages.
+"""The rows of JSONL and parquet files, one at a time, each with its file and number for error messages.
 
-Change here: which file formats are read. What a row must hold is decided in prompts.py.
+Change here: which file formats are read. prompts.py decides what a row must have.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Row:
 
 
 def read_rows(files: Sequence[str]) -> Iterator[Row]:
-    """Every row of the files in order; blank JSONL lines are no rows, but count as lines.
+    """Yield every row of the files in order. Blank JSONL lines are skipped, but counted as lines.
 
-    Raises DataError for a file that is missing, unreadable or of another format, and for a broken parquet file; a broken
-    JSONL line is yielded.
+    Raise DataError for a file that is missing, unreadable or of another format, and for a broken parquet file. A broken
+    JSONL line is yielded as a Row with a problem.
     """
     for file in files:
         path = Path(file)
@@ -66,7 +66,7 @@ def check_files(files: Sequence[str], section: str) -> None:
 
 
 def lookup(columns: Mapping[str, Any], key: str) -> Any:
-    """The value under a column name, else under a dotted path into nested objects. Raises KeyError when absent."""
+    """Return the value of a column, or of a dotted path into nested objects. Raise KeyError if it is missing."""
     if key in columns:
         return columns[key]
     value: Any = columns
@@ -78,12 +78,12 @@ def lookup(columns: Mapping[str, Any], key: str) -> Any:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    """For what the system refuses: permissions, a name that is too long, a disk that fails."""
+    """Return the error for a file that the system refuses: permissions, a name that is too long, a failing disk."""
     return DataError(f"{path} cannot be read: {error.strerror or error}; check the path and its permissions")
 
 
 def _begin(path: Path) -> bytes:
-    """The file's first four bytes. Raises DataError where there is no file."""
+    """Return the file's first four bytes. Raise DataError if there is no file."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the files in it")
     if not path.is_file():
@@ -93,7 +93,7 @@ def _begin(path: Path) -> bytes:
 
 
 def _hint(begin: bytes) -> str:
-    """What a file is by its first bytes, and what to do, where these are of a known format; else nothing."""
+    """Return what the file is by its first bytes, and what to do about it; empty for an unknown format."""
     return next((f": it {what}" for magic, what in _FORMATS.items() if begin.startswith(magic)), "")
 
 
@@ -117,20 +117,20 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _parse(line: bytes) -> Any:
-    """The value of a line of strict JSON. Raises ValueError, also for what Python's parser lets pass."""
+    """Return the value of a line of strict JSON. Raise ValueError, also for errors that Python's parser accepts."""
     columns = json.loads(
         line.decode("utf-8").rstrip("\r\n"),
         object_pairs_hook=_without_repeats,
         parse_constant=_no_number,
         parse_float=_finite,
     )
-    if b"\\u" in line:  # only an escape can spell half a surrogate pair, which nothing could write or tokenize
+    if b"\\u" in line:  # only an escape can give half a surrogate pair, which cannot be written or tokenized
         json.dumps(columns, ensure_ascii=False).encode("utf-8")
     return columns
 
 
 def _problem(line: bytes, error: Exception) -> str:
-    """The sentence about a line that cannot be parsed."""
+    """Return one sentence about a line that cannot be parsed."""
     if isinstance(error, UnicodeDecodeError):
         return (
             f"byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8; "
@@ -141,10 +141,10 @@ def _problem(line: bytes, error: Exception) -> str:
             f"\\u{ord(error.object[error.start]):04x} is half a surrogate pair, which is no character; "
             "write both halves or neither"
         )
-    # json counts lines within the row, which has but one
+    # json counts lines within the row, which is always line 1
     told = f"{error.msg} (column {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else str(error)
     if line.lstrip().startswith(b"[") and not isinstance(error, RecursionError):
-        return f"not valid JSON: {told}; JSONL has one object a line: convert an array with jq -c '.[]'"
+        return f"not valid JSON: {told}; JSONL has one object per line: convert an array with jq -c '.[]'"
     return f"not valid JSON: {told}"
 
 
@@ -176,7 +176,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for columns in batch.to_pylist():
                     number += 1
                     yield Row(f"{path} row {number}", columns)
-    except Exception as error:  # damaged bytes show as nearly any exception: bad text, dates out of range, no memory
+    except Exception as error:  # damaged bytes cause nearly any exception: bad text, dates out of range, no memory
         told = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{path} cannot be read as parquet after row {number}: {told}{_parquet_hint(_begin(path))}"

@@ -1,6 +1,6 @@
-"""All data of a run, read and held against the model's positions and the batch's budget before anything is built.
+"""All data of a run, read and checked against the model's positions and the micro-batch size before anything is built.
 
-Change here: what a run reads at start, and what must fit. One bad row is found in prompts.py and demonstrations.py.
+Change here: what a run reads at start, and what must fit. prompts.py and demonstrations.py check single rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Training prompts, evaluation sets by name, and a warm start's demonstrations and choose set (none: empty, None).
+    """Training prompts, evaluation sets by name, and the demonstrations and choose set of a warm start, if any.
 
-    lost  says which characters of the demonstrations the tokenizer loses, or is empty; prompt sets have their own.
+    lost  line about characters of the demonstrations that the tokenizer loses, or empty; prompt sets have their own.
     """
 
     train: PromptSet
@@ -35,11 +35,11 @@ class RunData:
 
     @property
     def prompt_sets(self) -> list[PromptSet]:
-        """Every set of prompts, the training prompts first."""
+        """Return all sets of prompts, the training prompts first."""
         return [self.train, *self.evaluation.values(), *([self.choose] if self.choose else [])]
 
     def lines(self) -> list[str]:
-        """What to tell the user: a line a set, and warnings."""
+        """Return the lines to show: one per set, and warnings."""
         told = [line for found in self.prompt_sets for line in (found.describe(), *found.warnings())]
         return [*told, f"warning: {self.lost}"] if self.lost else told
 
@@ -52,10 +52,10 @@ def load_run_data(
     warm_start: bool = True,
     most: int | None = None,
 ) -> RunData:
-    """Read everything that the configuration names; without a warm start's files where `warm_start` is False (on resume).
+    """Read all data that the configuration names; without the warm start's files if `warm_start` is False (on resume).
 
-    most  read at most so many prompts of a set and demonstrations: enough to find a mistake before a run.
-    Raises DataError, with file and row, for what cannot be used, and for what has no room in the model's positions or a
+    most  read at most so many prompts per set and demonstrations: enough to find a mistake before a run.
+    Raise DataError, with file and row, for data that cannot be used or do not fit the model's positions or a
     micro-batch; ConfigError for settings that cannot work.
     """
 
@@ -81,7 +81,7 @@ def load_run_data(
 
 
 def check_prompt_lengths(found: PromptSet, max_response_tokens: int, positions: int) -> None:
-    """Raise DataError for a prompt that with the longest response exceeds the model's positions, naming file and row."""
+    """Raise DataError, with file and row, for a prompt that exceeds the model's positions with the longest response."""
     room = positions - max_response_tokens
     too_long = [prompt for prompt in found.prompts if len(prompt.token_ids) > room]
     if not too_long:
@@ -90,7 +90,7 @@ def check_prompt_lengths(found: PromptSet, max_response_tokens: int, positions: 
     remedies = [f"lower rollout.max_response_tokens to {positions - longest}"] if longest < positions else []
     if room > 0:
         remedies.append(f"set {found.section}.max_prompt_tokens {room} with {found.section}.on_long_prompt drop")
-    remedies.append("take a model with more positions")
+    remedies.append("use a model with more positions")
     raise DataError(
         f"{first.row}: the prompt has {len(first.token_ids)} tokens; with rollout.max_response_tokens {max_response_tokens} "
         f"that is {len(first.token_ids) + max_response_tokens}, but the model has max_position_embeddings {positions} "
@@ -100,7 +100,7 @@ def check_prompt_lengths(found: PromptSet, max_response_tokens: int, positions: 
 
 
 def check_demonstration_lengths(demonstrations: Sequence[Demonstration], config: Config, positions: int) -> None:
-    """Raise DataError, naming file and row, for a demonstration that exceeds the model's positions or a micro-batch."""
+    """Raise DataError, with file and row, for a demonstration that exceeds the model's positions or a micro-batch."""
     if not demonstrations:
         return
     longest = max(demonstrations, key=len)

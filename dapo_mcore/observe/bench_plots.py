@@ -1,7 +1,7 @@
-"""PNG plots of the policy head's benchmark, from the JSON that `pytest -m bench` writes: time and memory by tokens, or,
-of one number of tokens, time against memory.
+"""PNG plots of the policy head's benchmark, from the JSON that `pytest -m bench` writes: time and memory by tokens, or
+time against memory for a single number of tokens.
 
-Change here: what the panels show. The file's format is defined in tests/kernels/bench/report.py.
+Change here: what the panels show. tests/kernels/bench/report.py defines the file's format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dapo_mcore.observe.plots import MARKERS, PALETTE, STYLE
 
 RESULTS = Path("kernels/results")
 COLOURS = (*PALETTE, "#882255", "#44AA99", "#999933", "#332288", "#CC6677", "#117733", "#AA4499", "#777777")
-"""One per contender: Okabe and Ito's, then Tol's muted ones, which differ from them."""
+"""One per contender: Okabe and Ito's colours, then Tol's muted ones."""
 ROOFLINE = {"color": "#222222", "linestyle": "--", "linewidth": 1.6, "label": "three GEMMs alone"}
 _SIDES = (
     ("left", 0),
@@ -39,15 +39,15 @@ _SIDES = (
     ("center", -1),
 )
 _DISTANCES = (14, 24, 36, 50)
-"""Points, from a point of the chart to the middle of its name."""
+"""Distances in points between a point of the chart and the middle of its name, nearest first."""
 Bench = dict[str, Any]
 Shapes = list[dict[str, Any]]
 
 
 def plot_benches(files: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """The PNGs written: beside each JSON file, or `out` for a single one. Without files, all of kernels/results.
+    """Write a PNG beside each JSON file (or `out` for a single file) and return the PNGs. No files: all kernels/results.
 
-    Raises DataError for a file that is not a benchmark's, and when there is none.
+    Raise DataError for a file that is not a benchmark's, and if there is none.
     """
     files = list(files) or sorted(RESULTS.glob("*.json"))
     if not files:
@@ -58,9 +58,9 @@ def plot_benches(files: Sequence[Path], out: Path | None = None) -> list[Path]:
 
 
 def plot_bench(file: Path, out: Path) -> Path:
-    """The PNG `out` of one file: a column for each model and tensor-parallel size.
+    """Write the PNG `out` of one file, with a column per model and tensor-parallel size. Return `out`.
 
-    It shows time above memory, if measured, by tokens; time against memory where every column has one number of tokens.
+    It shows time and, if measured, memory by tokens; if every column has a single number of tokens, time against memory.
     """
     bench = read_bench(file)
     groups, styles = _groups(bench["shapes"]), _styles(bench["shapes"])
@@ -100,7 +100,7 @@ def _trade_off(groups: dict[str, Shapes], styles: dict[str, dict[str, Any]]) -> 
 
 
 def read_bench(file: Path) -> Bench:
-    """The file's content. Raises DataError when it is not a benchmark with at least one shape."""
+    """Return the file's content. Raise DataError if it is not a benchmark with at least one shape."""
     try:
         bench = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,7 +111,7 @@ def read_bench(file: Path) -> Bench:
 
 
 def _groups(shapes: Shapes) -> dict[str, Shapes]:
-    """{"model, TP n": its shapes by tokens}."""
+    """Return {"model, TP n": its shapes, by tokens}."""
     groups: dict[str, Shapes] = {}
     for shape in sorted(shapes, key=lambda shape: (shape["hidden"], shape["tensor_parallel"], shape["tokens"])):
         groups.setdefault(f"{shape['model']}, TP{shape['tensor_parallel']}", []).append(shape)
@@ -123,7 +123,7 @@ def _has_memory(shapes: Shapes) -> bool:
 
 
 def _styles(shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """A line style for each contender that was measured anywhere: a colour of its own, and ours thick."""
+    """Return a line style for each contender that was measured: a different colour each, ours with a thick line."""
     names = dict.fromkeys(row["contender"] for shape in shapes for row in shape["rows"] if row["ms"])
     looks = zip(names, cycle(COLOURS), cycle(MARKERS))
     common = {"markersize": 6, "markeredgecolor": "white"}
@@ -138,13 +138,13 @@ def _is_ours(contender: str) -> bool:
 
 
 def _points(shapes: Shapes, contender: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(tokens, row) where the contender was measured."""
+    """Yield (tokens, row) for each shape for which the contender was measured."""
     for shape in shapes:
         yield from ((shape["tokens"], row) for row in shape["rows"] if row["contender"] == contender and row["ms"])
 
 
 def _draw_time(axes: Axes, shapes: Shapes, styles: dict[str, dict[str, Any]]) -> None:
-    """Time over that of the three products, logarithmic, with the spread as bars; the products' own time in numbers."""
+    """Draw time / time of the three GEMMs on a log scale, with the spread as bars and the GEMMs' time in numbers."""
     floor = {shape["tokens"]: shape["gemms_ms"]["median"] for shape in shapes}
     axes.plot(list(floor), [1.0] * len(floor), **ROOFLINE)
     for tokens, ms in floor.items():
@@ -167,7 +167,7 @@ def _draw_memory(axes: Axes, shapes: Shapes, styles: dict[str, dict[str, Any]]) 
 
 
 def _draw_trade_off(axes: Axes, shape: dict[str, Any], styles: dict[str, dict[str, Any]]) -> None:
-    """Time over that of the three products against peak memory, a named point for each contender; a line joins ours."""
+    """Draw time / time of the three GEMMs against peak memory, a named point per contender. A line joins ours."""
     floor = shape["gemms_ms"]["median"]
     rows = [row for row in shape["rows"] if row["ms"] and row["peak_mib"]]
     places = {row["contender"]: (row["peak_mib"] / 1024, row["ms"]["median"] / floor) for row in rows}
@@ -197,7 +197,7 @@ def _draw_trade_off(axes: Axes, shape: dict[str, Any], styles: dict[str, dict[st
 
 
 def _label_points(figure: Figure) -> None:
-    """Move each point's name to the first place beside it, near ones first, where it hides no name, point, bar or roofline."""
+    """Move each point's name to the nearest position at which it hides no other name, point, bar or roofline."""
     figure.draw_without_rendering()
     for axes in figure.axes:
         labels = [text for text in axes.texts if text.xycoords == "data"]
@@ -211,7 +211,7 @@ def _label_points(figure: Figure) -> None:
 
 
 def _place(label: Annotation, inside: Bbox, taken: Sequence[Bbox]) -> Bbox:
-    """Move a name and return its box. Without a free place it stays at the last one that was tried."""
+    """Move a name and return its box. If no position is free, use the last one."""
     box = label.get_window_extent()
     for distance, (side, height) in product(_DISTANCES, _SIDES):
         label.set(ha=side, va="center", position=({"left": 9, "right": -9, "center": 0}[side], height * distance))

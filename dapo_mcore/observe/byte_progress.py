@@ -1,5 +1,5 @@
-"""The live view of a long copy: bytes, speed and remaining time; a bar on a terminal, elsewhere a line every tenth,
-but at most one a second, and one at the end.
+"""Progress of a long copy: bytes, speed and remaining time. A terminal shows a bar; elsewhere there is one line per tenth,
+at most one per second, and one at the end.
 
 Change here: how it looks.
 """
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 class ByteProgress:
-    """A context manager; `start` tells the total, `advance` what was done. On standard error, so output stays clean."""
+    """A context manager: `start` sets the total, `advance` adds to what is done. It writes to standard error."""
 
     def __init__(self, title: str, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.console = console or Console(stderr=True)
@@ -41,16 +41,16 @@ class ByteProgress:
         self._bar.stop()
 
     def start(self, total: int, done: int) -> None:
-        """`done` bytes were there before; they do not count as speed."""
+        """Start with `total` bytes, of which `done` were copied earlier and do not count for the speed."""
         self._total, self._done, self._first = total, done, done
         self._began = self._told = self._clock()
         self._said = self._tenth()
         self._bar.reset(self._task, total=total, completed=done)
         if done:
-            self.console.print(f"{self._title}: goes on at {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+            self.console.print(f"{self._title}: continues at {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
     def advance(self, num_bytes: int) -> None:
-        """From any thread."""
+        """Add `num_bytes` to what is done. Any thread may call this."""
         with self._lock:
             self._done += num_bytes
             self._bar.advance(self._task, num_bytes)

@@ -22,10 +22,10 @@ from dapo_mcore.errors import DataError
 from dapo_mcore.observe.sinks import METRICS_FILE, read_metrics
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, told apart with every common form of colour blindness."""
+"""Okabe and Ito's colours, distinct with all common forms of colour blindness."""
 MARKERS = ("o", "s", "^", "D", "v")
 SMOOTH_FROM = 30
-"""From this many steps on, a curve is a thin raw line under its moving average over a tenth of the run."""
+"""Number of steps from which on a curve is a thin line under its moving average over a tenth of the run."""
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 12,
@@ -60,12 +60,13 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One of the eight plots. When runs are compared, the first curve stands for the panel, and `alone` is its axis.
+    """One of the eight plots. A comparison of runs shows only the first curve, with `alone` as the axis label.
 
-    `note` is said under the title, for what nobody can guess. `val` adds the markers of every `val/<set>/mean@k`.
-    `floor` makes the axis logarithmic, for quantities that span decades: what is smaller, zero too, is drawn there.
-    `fraction` fixes the axis (the right-hand one, when there is one) to 0…1; `histogram` shades the shares that the
-    metrics of this pattern hold, one a decade of the axis.
+    note       text under the title.
+    val        add markers for every `val/<set>/mean@k`.
+    floor      make the axis logarithmic; smaller values, also zero, are drawn at the floor.
+    fraction   limit the axis (the right-hand one, if there is one) to 0…1.
+    histogram  shade the shares in the metrics of this pattern, one per decade of the axis.
     """
 
     title: str
@@ -126,13 +127,13 @@ PANELS = (
 
 
 def plot_run(run_dir: Path, out: Path | None = None) -> Path:
-    """The PNG written: `out`, or plot.png in the run's folder. Raises DataError when the run has no step yet."""
+    """Write and return `out`, or plot.png in the run's folder. Raise DataError if the run has no step yet."""
     run_dir = Path(run_dir)
     return plot_runs([run_dir], out or run_dir / "plot.png")
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
-    """The PNG written to `out`. Several runs share every panel, one colour each, showing the panel's first curve."""
+    """Write and return `out`. Several runs share each panel, one colour each, with the panel's first curve."""
     runs = {name: _read_steps(folder) for name, folder in zip(_names(run_dirs), run_dirs)}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(15.5, 7.2), layout="constrained")
@@ -147,7 +148,7 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """float64 [N], the centred moving average over a tenth of the run; NaN is left out, and stays NaN."""
+    """Return float64 [N], the centred moving average over a tenth of the run. NaN is ignored, and stays NaN."""
     window = np.ones(max(3, len(values) // 10 | 1))
     known = np.isfinite(values)
     sums = np.convolve(np.where(known, values, 0.0), window, mode="same")
@@ -166,7 +167,7 @@ def _read_steps(run_dir: Path) -> Run:
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """Folder names; whole paths when two are equal."""
+    """Return the folder names, or the whole paths if two names are equal."""
     names = [Path(folder).resolve().name for folder in run_dirs]
     return names if len(set(names)) == len(names) else [str(folder) for folder in run_dirs]
 
@@ -175,7 +176,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
     axes.set_title(panel.title, pad=6 + 10.5 * len(panel.note.splitlines()))
     if panel.note:
         note = axes.text(0, 1.02, panel.note, transform=axes.transAxes, fontsize=8, color="#666666", linespacing=1.15)
-        note.set_in_layout(False)  # it may reach over the panel's right edge
+        note.set_in_layout(False)  # it may extend beyond the panel's right edge
     axes.set_ylabel(panel.unit)
     axes.set_xlabel("rollout step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -193,7 +194,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
 
 
 def _draw_one_run(axes: Axes, panel: Panel, run: Run) -> bool:
-    """True when there was something to draw."""
+    """Draw the panel and return True if it has any data."""
     handles = []
     for curve, colour in zip(panel.curves, PALETTE):
         if _series(run, curve.metric) is None:
@@ -239,7 +240,7 @@ def _draw_curve(axes: Axes, run: Run, metric: str, colour: str, dashed: bool = F
 
 
 def _draw_val(axes: Axes, run: Run, colours: Sequence[str]) -> list[Line2D]:
-    """Draws every validation set's mean@k with markers; returns the lines."""
+    """Draw mean@k of every validation set with markers. Return the lines."""
     names = dict.fromkeys(name for record in run for name in record if name.startswith("val/") and "/mean@" in name)
     lines = []
     for index, name in enumerate(names):
@@ -251,9 +252,9 @@ def _draw_val(axes: Axes, run: Run, colours: Sequence[str]) -> list[Line2D]:
 
 
 def _draw_histogram(axes: Axes, run: Run, prefix: str) -> list[Patch]:
-    """Shades each step's column by the share of tokens in each decade; returns the legend's entry, if there is anything.
+    """Shade each step's column by the share of tokens in each decade. Return the legend's entry, [] without data.
 
-    `<prefix>1e-3` holds the share from 1e-3 to 1e-2; `<prefix>0`, what lies below the first decade, is drawn as one more.
+    `<prefix>1e-3` is the share from 1e-3 to 1e-2. `<prefix>0`, below the first decade, is drawn as one decade more.
     """
     rows = [record for record in run if f"{prefix}0" in record]
     names = sorted(({name for record in rows for name in record if name.startswith(prefix)}), key=_decade_of(prefix))
@@ -275,7 +276,7 @@ def _decade_of(prefix: str) -> Callable[[str], float]:
 
 
 def _explain_markers(axes: Axes) -> None:
-    """A grey legend of what line and markers mean, once for all runs: colours already mean runs."""
+    """Add one grey legend for line and markers of all runs. Colours stand for runs."""
     sets = {str(line.get_label()): line.get_marker() for line in axes.get_lines() if line.get_marker() in MARKERS}
     handles = [Line2D([], [], color="#666666", label="train")]
     handles += [Line2D([], [], color="#666666", marker=marker, label=label) for label, marker in sets.items()]
@@ -294,7 +295,7 @@ def _twin(axes: Axes, panel: Panel, colour: str) -> Axes:
 
 
 def _set_log_scale(axes: Axes, floor: float) -> None:
-    """Logarithmic, with a tick every few powers of ten; the one at the floor says that smaller values lie there."""
+    """Make the axis logarithmic, with a tick every few powers of ten. The tick at the floor has a "≤"."""
 
     def write(value: float, _: int) -> str:
         power = f"10^{{{round(math.log10(value))}}}"
@@ -310,7 +311,7 @@ def _set_log_scale(axes: Axes, floor: float) -> None:
 
 
 def _series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps int64 [N] and values float64 [N] of the lines that hold the metric; None when no value is finite."""
+    """Return steps int64 [N] and values float64 [N] of the rows with the metric; None if no value is finite."""
     points = [(record["step"], record[metric]) for record in run if metric in record]
     if not any(math.isfinite(value) for _, value in points):
         return None
@@ -323,7 +324,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _write_heading(figure: Figure, runs: dict[str, Run]) -> None:
-    """The run's name and size on top; for several runs, the legend."""
+    """Write the run's name and number of steps on top; for several runs, the legend."""
     if len(runs) > 1:
         handles = [
             Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in zip(runs, _colours(len(runs)))

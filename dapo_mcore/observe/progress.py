@@ -1,4 +1,4 @@
-"""The live view of a run: a rich display on a terminal, one readable line a step everywhere else.
+"""The live view of a run: a rich display on a terminal, one line per step everywhere else.
 
 Change here: what a step's line and the table of the last steps show, and how durations and counts are written.
 """
@@ -28,7 +28,7 @@ Metrics = Mapping[str, float]
 
 
 class NullProgress:
-    """The same methods, showing nothing: for every rank but 0."""
+    """The interface of Progress, without any output: for all ranks but 0."""
 
     def __enter__(self) -> NullProgress:
         return self
@@ -56,7 +56,7 @@ class NullProgress:
 
 
 class PhaseLine(NullProgress):
-    """A bar for one phase at a time. Phases of one thread may be advanced by others."""
+    """A bar for one phase at a time. Other threads may advance it."""
 
     def __init__(self, bar: PhaseBar) -> None:
         self._bar, self._lock = bar, threading.Lock()
@@ -64,26 +64,26 @@ class PhaseLine(NullProgress):
         self._total: int | None = None
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Begins a phase, with a bar over `total` items (samples, micro-batches, …) when their number is known."""
+        """Begin a phase, with a bar of `total` items (samples, micro-batches, …) if their number is known."""
         self.clear()
         with self._lock:
             self._task, self._total = self._bar.add_task(name, total=total), total
 
     def advance(self, n: int = 1) -> None:
-        """`n` more items of the current phase are done."""
+        """Add `n` to the finished items of the current phase."""
         with self._lock:
             if self._task is not None:
                 self._bar.advance(self._task, n)
 
     def more(self, n: int) -> None:
-        """`n` items have joined the current phase, which was begun with a total."""
+        """Add `n` to the total of the current phase, which was begun with a total."""
         with self._lock:
             if self._task is not None and self._total is not None:
                 self._total += n
                 self._bar.update(self._task, total=self._total)
 
     def clear(self) -> None:
-        """Ends the phase."""
+        """End the phase."""
         with self._lock:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -91,9 +91,9 @@ class PhaseLine(NullProgress):
 
 
 class Progress(NullProgress):
-    """Shows the run on rank 0's standard output; a context manager around the whole run.
+    """The run's progress on rank 0's standard output, a context manager around the whole run.
 
-    The console decides: a terminal gets the live display, a pipe or a file gets plain lines, flushed one by one.
+    A terminal gets the live display; a pipe or a file gets plain lines, flushed one by one.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Progress(NullProgress):
             self._live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Begins a phase, as PhaseLine does."""
+        """Begin a phase, as PhaseLine does."""
         self._line.phase(name, total)
 
     def advance(self, n: int = 1) -> None:
@@ -147,11 +147,11 @@ class Progress(NullProgress):
         self._line.clear()
 
     def beside(self) -> NullProgress:
-        """A second line of phases, for work of another thread beside the run's own."""
+        """Return a second bar, for the phases of another thread."""
         return PhaseLine(self._bar)
 
     def step_done(self, step: int, metrics: Metrics) -> None:
-        """Rollout step `step` is over. It took its `time/step_s`, or the time since the step before."""
+        """Show the finished rollout step `step`. It took `time/step_s`, or the time since the previous step."""
         now = self._clock()
         between = sum(metrics.get(f"time/{phase}_s", 0.0) for phase in ("eval", "save"))
         self._durations.append(metrics["time/step_s"] + between if "time/step_s" in metrics else now - self._step_start)
@@ -164,17 +164,16 @@ class Progress(NullProgress):
             self.line(step_line(step, self._num_steps, metrics, self._eta()))
 
     def eval_done(self, step: int, metrics: Metrics) -> None:
-        """The evaluation after rollout step `step` (0: before training); printed as a line in both views."""
+        """Print the evaluation after rollout step `step` (0: before training), one line in both views."""
         self._last_val = _val_means(metrics) or self._last_val
         self.line(eval_line(step, metrics))
 
     def line(self, text: str) -> None:
-        """One line of text, above the live display on a terminal."""
+        """Print one line of text, on a terminal above the live display."""
         self._console.print(Text(valid_text(text)), soft_wrap=True)
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
-        """A closing block of `label: value` lines, for instance where checkpoints and plots are; below the live display, which
-        it ends."""
+        """End the live display and print a closing block of `label  value` lines, such as where checkpoints and plots are."""
         self.clear()
         if self._live:
             self._live.stop()
@@ -182,7 +181,7 @@ class Progress(NullProgress):
         self.line("\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]))
 
     def _eta(self) -> float:
-        """Seconds left, by the mean duration of recent steps with evaluation and saving; NaN before the first one."""
+        """Return the estimated seconds left, from recent steps with evaluation and saving; NaN before the first step."""
         if not self._durations:
             return math.nan
         return (self._num_steps - self._step) * sum(self._durations) / len(self._durations)
@@ -200,7 +199,7 @@ class Progress(NullProgress):
 
 
 class Column(NamedTuple):
-    """One number of a step: its heading, how it is written, and its rank when the terminal is narrow (1 stays)."""
+    """One number of a step: its heading, its format, and its rank; on a narrow terminal high ranks are left out."""
 
     heading: str
     rank: int
@@ -208,7 +207,7 @@ class Column(NamedTuple):
 
 
 def step_line(step: int, num_steps: int, metrics: Metrics, eta_s: float) -> str:
-    """`step 12/50 | update 48 | reward 0.41 | … | gen 1.2s train 0.9s | ETA 1m40s`; missing numbers are left out."""
+    """Return `step 12/50 | update 48 | reward 0.41 | … | gen 1.2s train 0.9s | ETA 1m40s`; missing numbers are left out."""
     parts = [f"step {step}/{num_steps}"]
     parts += [f"{c.heading} {text}".strip() for c in _LINE if (text := c.write(metrics))]
     times = [f"{c.heading} {text}" for c in _TIMES if (text := c.write(metrics))]
@@ -217,7 +216,7 @@ def step_line(step: int, num_steps: int, metrics: Metrics, eta_s: float) -> str:
 
 
 def eval_line(step: int, metrics: Metrics) -> str:
-    """`eval after step 12 | aime mean@32 0.312 best@32 0.600 response_length 912`; failures only when there are some."""
+    """Return `eval after step 12 | aime mean@32 0.312 best@32 0.600 response_length 912`; failures only when there are some."""
     sets: dict[str, list[str]] = {}
     for name, value in metrics.items():
         _, dataset, quantity = name.split("/", 2) if name.startswith("val/") else ("", "", "")
@@ -228,7 +227,7 @@ def eval_line(step: int, metrics: Metrics) -> str:
 
 
 def step_table(history: list[tuple[int, Metrics]], width: int) -> Table:
-    """The last steps as a table; the least important columns go when `width` characters are too few."""
+    """Return the last steps as a table of at most `width` characters, without the least important columns if needed."""
     columns = [c for c in (*_LINE, *_VAL, *_TIMES) if any(c.write(metrics) for _, metrics in history)]
     while len(columns) > 1 and sum(_cell_width(c, history) for c in columns) + len("step") > width:
         columns.remove(max(columns, key=lambda c: c.rank))
@@ -242,12 +241,12 @@ def step_table(history: list[tuple[int, Metrics]], width: int) -> Table:
 
 
 def _cell_width(column: Column, history: list[tuple[int, Metrics]]) -> int:
-    """Characters of the widest cell and the gap of two before it."""
+    """Return the characters of the widest cell, plus the gap of two before it."""
     return 2 + max(len(column.heading), *(len(column.write(metrics)) for _, metrics in history))
 
 
 def format_seconds(seconds: float) -> str:
-    """`8s`, `1m40s`, `3h05m`, `2d04h`; `-` for NaN."""
+    """Return `8s`, `1m40s`, `3h05m` or `2d04h`; `-` for NaN."""
     if not math.isfinite(seconds):
         return "-"
     minutes, s = divmod(round(seconds), 60)
@@ -261,7 +260,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(value: float) -> str:
-    """`870`, `5.1k`, `2.3M`."""
+    """Return `870`, `5.1k` or `2.3M`."""
     for limit, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * limit:
             return f"{value / limit:.1f}{suffix}"
@@ -282,7 +281,7 @@ def _kept(metrics: Metrics) -> str:
 
 
 def _failures(metrics: Metrics) -> str:
-    """Samples whose scoring failed; nothing when there are none."""
+    """Return the number of samples whose scoring failed, empty for 0."""
     failures = metrics.get("reward/failures", 0)
     return f"{failures:.0f}" if failures else ""
 

@@ -1,7 +1,6 @@
-"""Sample completions of each rollout step and evaluation, for people to read: samples/step_000012.jsonl, and
-samples/eval/step_000010.jsonl.
+"""Sample completions of rollout steps and evaluations: samples/step_000012.jsonl and samples/eval/step_000010.jsonl.
 
-Change here: which completions are shown, and what is written about each.
+Change here: which completions are written, and what is written about each.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def write_samples(run_dir: Path, step: int, groups: Sequence[Group], count: int) -> Path | None:
-    """The file written with at most `count` completions, None when there is nothing to write."""
+    """Write at most `count` completions. Return the file, None if there is nothing to write."""
     records = [_record(*picked) for picked in pick_samples(groups, count)]
     return _write(Path(run_dir) / "samples" / f"step_{step:06d}.jsonl", records)
 
 
 def write_answers(run_dir: Path, step: int, sets: Mapping[str, Sequence[Group]], count: int) -> Path | None:
-    """Write at most `count` answers to each evaluation set after rollout step `step`. Return the file, None if empty."""
+    """Write at most `count` answers of each evaluation set after rollout step `step`. Return the file, None if empty."""
     records = [{"set": name, **_record(*one)} for name, groups in sets.items() for one in pick_samples(groups, count)]
     return _write(Path(run_dir) / "samples" / "eval" / f"step_{step:06d}.jsonl", records)
 
@@ -38,7 +37,7 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path | None:
 
 
 def pick_samples(groups: Sequence[Group], count: int) -> list[tuple[Prompt, Sample]]:
-    """At most `count` samples: right and wrong alternate while both last, each running over the prompts first."""
+    """Return at most `count` samples, right and wrong alternating as long as there are both, from many prompts first."""
     rounds = zip_longest(*([(group.prompt, sample) for sample in group.samples] for group in groups))
     candidates = [pair for pair in chain.from_iterable(rounds) if pair is not None]
     right = [pair for pair in candidates if pair[1].score.acc]

@@ -1,6 +1,6 @@
-"""Where metrics go: metrics.jsonl (the record everything else reads), TensorBoard, and optionally wandb.
+"""Outputs for metrics: metrics.jsonl (which plots and resumed runs read), TensorBoard, and optionally wandb.
 
-Change here: the file's format, and which services receive the numbers. Only rank 0 opens sinks.
+Change here: the file's format, and which services get the metrics. Only rank 0 opens sinks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Sink(Protocol):
 
 
 class MetricSinks:
-    """The sinks of one run, as one.
+    """All sinks of one run.
 
-    `resume_step` is the last rollout step that the loaded checkpoint holds: later lines are dropped, because those
-    steps are run again. None means a fresh run, which starts with an empty file. `tell` gets warnings: rows that the disk
-    refuses wait in memory, and training goes on without a service that fails.
-    Raises ConfigError when wandb is configured but not installed, before anything is written.
+    resume_step  the last rollout step of the loaded checkpoint. Later rows are dropped, because those steps run again.
+                 None means a new run, which starts with an empty file.
+    tell         gets warnings. Rows that the disk refuses wait in memory; training continues without a failing service.
+    Raises ConfigError if wandb is configured but not installed, before anything is written.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MetricSinks:
             self._services.append(WandbSink(wandb, str(config.wandb_project), run_dir, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of rollout step `step`; call once a step (step 0 is the evaluation before training)."""
+        """Write the metrics of rollout step `step`, once per step (step 0 is the evaluation before training)."""
         numbers = {name: float(value) for name, value in metrics.items()}  # numpy and torch scalars are not JSON
         self._record.write(step, numbers)
         for service in list(self._services):
@@ -74,7 +74,7 @@ class MetricSinks:
                     service.close()
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add what was measured later to the row of rollout step `step`, which is on disk."""
+        """Add later metrics to the row of rollout step `step`, which is already on disk."""
         numbers = {name: float(value) for name, value in metrics.items()}
         self._record.amend(step, numbers)
         for service in self._services:
@@ -94,7 +94,7 @@ class MetricSinks:
 
 
 class JsonlSink:
-    """One JSON object a line, `step` first. A line reaches the operating system whole or is dropped on resume."""
+    """One JSON object per line, `step` first. An incomplete line is dropped on resume."""
 
     def __init__(self, path: Path, resume_step: int | None, tell: Callable[[str], None] = lambda _: None) -> None:
         _keep_until(path, resume_step)
@@ -103,7 +103,7 @@ class JsonlSink:
         self._waiting: list[bytes] = []
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the row. Rows that the disk refuses are kept, and written with the next one that it takes."""
+        """Append the row. Rows that the disk refuses are kept and written with the next row."""
         self._waiting.append(json_line({"step": step, **metrics}).encode())
         self._flush()
 
@@ -113,7 +113,7 @@ class JsonlSink:
         self._file.close()
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Rewrite the file with more in one row."""
+        """Rewrite the file with more metrics in one row."""
         records = [{**row, **metrics} if row["step"] == step else row for row in _read_records(self._path)]
         _replace(self._path, records)
         self._file.close()
@@ -129,12 +129,12 @@ class JsonlSink:
             while data:
                 data = data[self._file.write(data) :]
         except OSError:
-            self._file.truncate(end)  # no half line before the rows to come
+            self._file.truncate(end)  # no partial line before later rows
             raise
 
 
 def attempt(doing: str, action: Callable[[], object], tell: Callable[[str], None]) -> bool:
-    """Do what training can go on without. Return False, after a warning, when the operating system refuses it."""
+    """Call `action`, which training does not need. If the operating system refuses it, warn and return False."""
     try:
         action()
     except OSError as error:
@@ -147,12 +147,12 @@ def attempt(doing: str, action: Callable[[], object], tell: Callable[[str], None
 
 
 class TensorBoardSink:
-    """Event files under `tensorboard/`; on resume, TensorBoard hides the events of the steps that are run again."""
+    """Event files in `tensorboard/`. After a resume, TensorBoard hides the events of the steps that run again."""
 
     name = "TensorBoard"
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds of import, not needed to read metrics
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds, and reading metrics does not need it
 
         self._writer = SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)
         self._hook = threading.excepthook
@@ -170,15 +170,15 @@ class TensorBoardSink:
             threading.excepthook = self._hook
 
     def _on_thread_error(self, failure: Any) -> None:
-        """TensorBoard's thread raises an error that `write` raises as well: one of them is enough."""
+        """Ignore errors of TensorBoard's thread: `write` raises the same error."""
         if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
             self._hook(failure)
 
 
 class WandbSink:
-    """A Weights & Biases run whose id is kept in the run folder, so that a resumed run continues the same page.
+    """A Weights & Biases run. Its id is stored in the run folder, so that a resumed run continues the same page.
 
-    Steps are logged as the metric `rollout_step`: wandb's own counter refuses to go back after a resume.
+    Steps are logged as the metric `rollout_step`: wandb's own counter cannot go back after a resume.
     """
 
     name = "wandb"
@@ -214,14 +214,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """The record as one line of strict JSON in valid text; NaN and infinities, which JSON lacks, become null."""
+    """Return the record as one line of strict JSON in valid text. NaN and infinities become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return valid_text(json.dumps(finite, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def valid_text(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair that stands alone: what responses or rewards hold may have
-    them, and no file or terminal takes them."""
+    """Return the text with U+FFFD for each unpaired surrogate: responses may have them, files and terminals refuse them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -231,14 +230,14 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:  # a cut multi-byte character or a cut object
+        except ValueError as error:  # a truncated character or object
             if number < len(lines):
                 raise DataError(f"{path} line {number} of {len(lines)} is not JSON: {error}; delete it") from error
     return records
 
 
 def _keep_until(path: Path, step: int | None) -> None:
-    """Rewrites the file with the whole lines up to `step`, in one rename."""
+    """Rewrite the file with the complete lines up to `step`, in one rename."""
     records = _read_records(path) if step is not None and path.is_file() else []
     _replace(path, [record for record in records if record["step"] <= step])
 
@@ -250,8 +249,7 @@ def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_services(config: ObserveConfig) -> None:
-    """Raise ConfigError, before anything is built or written, if wandb is configured but not installed, or would ask for a
-    key."""
+    """Raise ConfigError, before anything is built, if wandb is configured but not installed or has no API key."""
     if config.wandb_project is None:
         return
     _import_wandb()
@@ -289,7 +287,7 @@ def _import_wandb() -> Any:
 
 
 def check_wandb() -> None:
-    """Raise ConfigError where wandb is not installed, or has no key for its server and would ask for one."""
+    """Raise ConfigError if wandb is not installed or has no API key for its server."""
     wandb = _import_wandb()
     if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
         raise ConfigError(

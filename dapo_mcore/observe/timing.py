@@ -1,6 +1,6 @@
-"""Wall time of the phases of a rollout step, and of what passes between steps.
+"""Wall time of the phases of a rollout step, and of the phases between steps.
 
-Change here: which phases exist, which are part of a step, and how nested phases share their time.
+Change here: which phases exist, which belong to a step, and how nested phases share their time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 StepPhase = Literal["generate", "reward", "filter", "logprob", "train", "wait", "sync"]
 OtherPhase = Literal["start", "eval", "save"]
-"""Between steps: their time is not the step's."""
+"""Phases between steps. Their time does not count as the step's."""
 Phase = StepPhase | OtherPhase
 OTHER_PHASES: tuple[str, ...] = get_args(OtherPhase)
 PHASES: tuple[str, ...] = (*get_args(StepPhase), *OTHER_PHASES)
@@ -21,8 +21,8 @@ PHASES: tuple[str, ...] = (*get_args(StepPhase), *OTHER_PHASES)
 class PhaseTimer:
     """Seconds spent in each phase since the last `pop`.
 
-    Time belongs to the innermost open phase only, so the phases never sum to more than the step; a repeated phase
-    accumulates. One thread a timer. Example: 3 s in generate, of which 1 s in a nested reward, is generate 2 s and reward 1 s.
+    Time counts for the innermost open phase only, so the phases never sum to more than the step. A repeated phase
+    accumulates. A timer belongs to one thread. Example: 3 s in generate, of which 1 s in a nested reward, is generate 2 s and reward 1 s.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -33,7 +33,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Charges the time of the block to `name`, also when the block raises."""
+        """Add the time of the block to phase `name`, even if the block raises."""
         assert name in PHASES, f"unknown phase {name!r}; phases are {', '.join(PHASES)}"
         self._charge()
         self._open.append(name)
@@ -44,9 +44,9 @@ class PhaseTimer:
             self._open.pop()
 
     def pop(self) -> dict[str, float]:
-        """`time/<phase>_s` of every phase entered and `time/step_s`, all since the last pop; then starts anew.
+        """Return `time/<phase>_s` of every phase and `time/step_s`, all since the last pop, and reset the timer.
 
-        The step's time is all of it, also what no phase was charged with, but for phases between steps.
+        `time/step_s` is the whole time, with time outside any phase, but without the phases between steps.
         """
         self._charge()
         times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
@@ -56,7 +56,7 @@ class PhaseTimer:
         return times
 
     def _charge(self) -> None:
-        """Gives the time since the last event to the innermost open phase."""
+        """Add the time since the last event to the innermost open phase."""
         now = self._clock()
         if self._open:
             name = self._open[-1]

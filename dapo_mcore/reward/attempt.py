@@ -1,6 +1,6 @@
-"""One response to score and what came of it, as plain values that travel to a worker process.
+"""One response to score and the outcome, as plain values that are sent to and from a worker process.
 
-Change here: what a reward function may see, and what counts as a failed score. No torch: workers start in 0.2 s.
+Change here: what a reward function may see, and what counts as a failed score. No torch, so workers start in 0.2 s.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _LONGEST_TEXT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A response beside its question.
+    """A response and its prompt.
 
-    messages   the prompt as the row has it where that is a chat, else None.
+    messages   the prompt as the row has it if it is a chat, else None.
     extra      the row's columns, without the prompt.
     token_ids  int32 [T], response only.
     """
@@ -40,7 +40,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What scoring gave: finite `score`, `acc`, `pred`; or `failure`, why there is none (`nan`, `none`, `timeout`, …)."""
+    """The result of scoring: a finite `score`, `acc`, `pred`; or `failure`, the reason why there is no score."""
 
     score: float = 0.0
     acc: bool = False
@@ -49,14 +49,14 @@ class Outcome:
 
 
 Judge = Callable[[Attempt], Any]
-"""A reward function behind its adapter: returns a number, or a mapping with score and perhaps acc and pred."""
+"""A reward function with one calling convention. It returns a number, or a mapping with score and perhaps acc and pred."""
 
 
 def judged(judge: Judge, attempt: Attempt) -> Outcome:
-    """Call the function once and return the outcome. Whatever it raises becomes an outcome.
+    """Call the function once and return the outcome. Exceptions become outcomes.
 
-    Raise only Interrupted: a signal has ended the run. Exceptions that are no Exception, such as asyncio's CancelledError,
-    a SystemExit or the time-outs of some packages, must not end it.
+    Raise only Interrupted: a signal ends the run. Other BaseExceptions, such as asyncio's CancelledError, SystemExit or
+    the timeouts of some packages, must not end it.
     """
     try:
         return _as_outcome(judge(attempt))
@@ -65,11 +65,11 @@ def judged(judge: Judge, attempt: Attempt) -> Outcome:
     except Interrupted:
         raise
     except BaseException as error:
-        return Outcome(failure=f"exception: {told(error)}")
+        return Outcome(failure=f"exception: {describe_error(error)}")
 
 
-def told(error: BaseException) -> str:
-    """Return `ValueError: no`, on one line and of bounded length, even for an exception whose text cannot be made."""
+def describe_error(error: BaseException) -> str:
+    """Return `ValueError: no`, one line of bounded length, even if the exception's `__str__` raises."""
     try:
         text = str(error)
     except Exception as second:
@@ -78,7 +78,7 @@ def told(error: BaseException) -> str:
 
 
 def _as_outcome(result: Any) -> Outcome:
-    """Without an acc of its own, a response is right when its score is positive."""
+    """Return the outcome of what the function returned. Without `acc`, a response is right if its score is positive."""
     fields = result if isinstance(result, Mapping) else {"score": result}
     if "score" not in fields:
         raise ValueError(f"the reward function gave a dict without 'score'; it has {', '.join(map(str, fields))}")

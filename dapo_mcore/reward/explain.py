@@ -1,6 +1,6 @@
-"""Why a response got its score, step by step, for people who wonder.
+"""Explanation, step by step, of why a response got its score.
 
-Change here: what `dapo-mcore reward-explain` tells. The verdict itself is the reward function's.
+Change here: what `dapo-mcore reward-explain` prints. The reward function itself gives the score.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _GRADERS = ("math_dapo", "math_verify")
 def explain(
     attempt: Attempt, function: str = "math_dapo", adapter: str = "verl", strict_box: bool = False
 ) -> list[str]:
-    """Return a block of lines: the rule, and below it what it looked at, matched and compared, and the score.
+    """Return lines: the rule, the text it searched, what it matched and compared, and the score.
 
-    Of a user's function only the outcome is known. Raise RewardError when it cannot be loaded.
+    For a user's function only the outcome is known. Raise RewardError if the function cannot be loaded.
     """
     outcome = _grade(attempt, function, adapter, strict_box)
     if function not in _GRADERS:
@@ -45,7 +45,7 @@ def explain(
 
 
 def explain_other(attempt: Attempt, function: str) -> list[str]:
-    """Return the block of the built-in grader that `function` is not, one line where it is missing; none for a user's."""
+    """Return the lines of the other built-in grader, or one line if it is not installed; [] for a user's function."""
     if function not in _GRADERS:
         return []
     (other,) = set(_GRADERS) - {function}
@@ -57,7 +57,7 @@ def explain_other(attempt: Attempt, function: str) -> list[str]:
 
 
 def _grade(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> Outcome:
-    """Return the outcome of a function as a run gets it: all but math_dapo have a process with a deadline."""
+    """Return the outcome as a run would get it: every function but math_dapo runs in a process with a deadline."""
     if function == "math_dapo":
         return judged(build_judge(function, adapter, strict_box), attempt)
     pool = RewardPool(1, function, adapter, strict_box, timeout_seconds=_DEADLINE_S)
@@ -84,7 +84,7 @@ def _outcome_lines(attempt: Attempt, outcome: Outcome) -> list[str]:
 
 
 def _value_lines(attempt: Attempt, outcome: Outcome) -> list[str]:
-    """Lines of math_verify, which has told what it took: its process holds the rest."""
+    """Return the lines for math_verify, from its outcome alone: it ran in another process."""
     found = None if outcome.failure or outcome.pred == INVALID else outcome.pred
     if compute_score(attempt.response, attempt.answer)["acc"]:
         matched, how = "what math_dapo takes", "compared as text, as in math_dapo"

@@ -1,13 +1,13 @@
-"""Right or wrong for mathematics with one final answer: `math_dapo`, the rule of the DAPO paper.
+"""The grader `math_dapo`: the rule of the DAPO paper for mathematics with one final answer.
 
-Change here: how an answer is found in a response and brought to normal form.
-Meaning and constants follow verl's utils/reward_score/math_dapo.py, which took its normal form from Minerva
-(arXiv 2206.14858, appendix D.1). Different from verl: a response without an answer is wrong whatever the truth is.
+Change here: how an answer is found in a response and normalised.
+The rule and its constants are those of verl's utils/reward_score/math_dapo.py, whose normalisation comes from Minerva
+(arXiv 2206.14858, appendix D.1). Different from verl: a response without an answer is always wrong.
 
-The rule compares text, so it errs both ways. Right, though it should not be: `Answer: 1, 2` and `Answer: a12` for `12`
-(spaces, commas and the letter a with a space go), and `Answer: 3 = 12` (only what follows the last `=` counts). Wrong,
-though it should not be: what chat models like to write, `**Answer: 12**`, `Answer: \\(12\\)` and `Answer: 12.0`.
-The grader math_verify (equivalence.py) takes these by their value.
+The rule compares text, so it errs both ways. It wrongly accepts `Answer: 1, 2` and `Answer: a 12` for `12` (it removes
+spaces, commas and the letter a before a space), and `Answer: 3 = 12` (it takes what follows the last `=`). It wrongly
+rejects what chat models like to write: `**Answer: 12**`, `Answer: \\(12\\)` and `Answer: 12.0`. The grader
+math_verify (equivalence.py) accepts these by their value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INVALID = "[INVALID]"
 _ANSWER_WINDOW = 300  # characters; the longest answer of MATH-500 has 159
 _BOX_WINDOW = 100
 VALUE_WINDOW = 2000
-"""Characters of a response, from its end, that math_verify searches for an answer; a longer truth it compares as text only."""
+"""Characters at the end of a response that math_verify searches. It compares a longer ground truth only as text."""
 
 # Applied in this order: the articles need the spaces, which a later entry removes.
 _REPLACED = (
@@ -50,7 +50,7 @@ _ROOT = re.compile(r"(sqrt)([^{])")  # \sqrt2 -> \sqrt{2}
 
 
 class MathScore(TypedDict):
-    """score +1.0 or -1.0; acc, right or wrong; pred, the answer that was found, in the form it was compared in."""
+    """score: +1.0 or -1.0. acc: right or wrong. pred: the answer that was found, as it was compared."""
 
     score: float
     acc: bool
@@ -58,10 +58,10 @@ class MathScore(TypedDict):
 
 
 def compute_score(solution_str: str, ground_truth: str, strict_box_verify: bool = False) -> MathScore:
-    """Score of a response: +1 when its answer equals the ground truth, else -1.
+    """Return score +1 if the response's answer equals the ground truth, else -1.
 
-    Looks at the last 300 characters for the last `Answer: …` and compares normal forms. With `strict_box_verify`, looks
-    at the last 100 characters for the last `\\boxed{…}` and compares literally.
+    Take the last `Answer: …` of the last 300 characters and compare normal forms. With `strict_box_verify`, take the
+    last `\\boxed{…}` of the last 100 characters and compare literally.
     """
     if strict_box_verify:
         found = last_boxed(solution_str[-_BOX_WINDOW:])
@@ -93,7 +93,7 @@ def normalize_answer(answer: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _normalized_truth(ground_truth: str) -> str:
-    """A group's samples share one truth, which may be a page of worked solution."""
+    """Return the normal form, cached because the samples of a group share one ground truth, which may be long."""
     return normalize_answer(ground_truth)
 
 
@@ -121,7 +121,7 @@ def _without_box(line: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{…}` holds, braces inside it balanced; None when there is none or it never closes."""
+    """Return the content of the last `\\boxed{…}`, with balanced braces; None if there is none or it never closes."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -1,16 +1,16 @@
-"""Soft overlong punishment: a response pays for the last stretch before the maximal length.
+"""Soft overlong penalty for responses close to the maximum length.
 
-Change here: how length is punished. Masking truncated responses out of the loss is algo's business.
+Change here: how length is penalised. batch/collate.py masks truncated responses out of the loss.
 """
 
 from __future__ import annotations
 
 
 def soft_overlong_penalty(length: int, max_length: int, cache: int, factor: float) -> float:
-    """The penalty, in [-factor, 0] (paper eq. 13).
+    """Return the penalty, in [-factor, 0] (paper eq. 13).
 
     0 up to max_length - cache tokens, then linear down to -factor at max_length and beyond. `length` counts every
-    response token, tool output too. Example: max_length 20480, cache 4096, factor 1: 18432 tokens cost -0.5.
+    response token, also tool output. Example: max_length 20480, cache 4096, factor 1: 18432 tokens cost -0.5.
     """
     over = length - (max_length - cache)
     if over <= 0:

@@ -1,4 +1,4 @@
-"""Reward functions by name: the built-in graders, or a function by import path behind the convention it was written for.
+"""Reward functions by name: the built-in graders, and users' functions by import path with their calling convention.
 
 Change here: another built-in grader, or another calling convention.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from dapo_mcore.errors import RewardError
 from dapo_mcore.process.signals import Interrupted
 from dapo_mcore.reward import math_answer
-from dapo_mcore.reward.attempt import Attempt, Judge, told
+from dapo_mcore.reward.attempt import Attempt, Judge, describe_error
 
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 _OF_TRLS_TRAINER = ("trainer_state", "log_extra", "log_metric", "environments")
@@ -27,7 +27,7 @@ _OF_TRLS_TRAINER = ("trainer_state", "log_extra", "log_metric", "environments")
 def build_judge(function: str, adapter: str, strict_box: bool) -> Judge:
     """Return the reward function of the configuration as a Judge.
 
-    Raise RewardError when it cannot be loaded, or does not take the arguments of its convention.
+    Raise RewardError if it cannot be loaded, or does not take the arguments of its convention.
     """
     if function == "math_dapo":
         return lambda attempt: math_answer.compute_score(attempt.response, attempt.answer, strict_box)
@@ -47,13 +47,13 @@ def _math_verify() -> Judge:
         from dapo_mcore.reward import equivalence
     except ImportError as error:
         raise RewardError(
-            f"reward.function math_verify needs the package math-verify ({told(error)}): pip install math-verify[antlr4_13_2]"
+            f"reward.function math_verify needs the package math-verify ({describe_error(error)}): pip install math-verify[antlr4_13_2]"
         ) from error
     return lambda attempt: equivalence.compute_score(attempt.response, attempt.answer)
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function that `package.module:function` or `path/to/file.py:function` names. Raises RewardError."""
+    """Return the function of `package.module:function` or `path/to/file.py:function`. Raise RewardError if it fails."""
     place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
         raise RewardError(
@@ -64,8 +64,8 @@ def load_function(spec: str) -> Callable[..., Any]:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Interrupted:
         raise
-    except BaseException as error:  # whatever the user's module does while it is imported
-        raise RewardError(f"reward.function {spec!r}: {place} cannot be imported: {told(error)}") from error
+    except BaseException as error:  # the user's module may raise anything
+        raise RewardError(f"reward.function {spec!r}: {place} cannot be imported: {describe_error(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         own = (
@@ -82,8 +82,8 @@ def load_function(spec: str) -> Callable[..., Any]:
 def as_verl(function: Callable[..., Any]) -> Judge:
     """Return a Judge that calls `compute_score(data_source, solution_str, ground_truth, extra_info)`, all by name.
 
-    extra_info is the row's own extra_info column when it has one, else all its columns but the prompt. An `async def` is
-    awaited. Raise TypeError when the function does not take these four arguments, or needs more.
+    extra_info is the row's extra_info column if it has one, else all its columns but the prompt. An `async def` is
+    awaited. Raise TypeError if the function does not take these four arguments, or needs more.
     """
     _check_call(function, _VERL)
     call = _to_its_end(function)
@@ -103,13 +103,13 @@ def as_verl(function: Callable[..., Any]) -> Judge:
 def as_trl(function: Callable[..., Any]) -> Judge:
     """Return a Judge that calls `f(prompts, completions, completion_ids, **columns)` with lists of one sample.
 
-    It takes the one number of the list that the function returns; None there, TRL's way to skip a sample, is a failure.
-    As in TRL's GRPOTrainer (0.2x to 1.16): where the row's prompt is a chat, a prompt is its messages and a completion is
-    `[{"role": "assistant", "content": …}]`, else both are text; every column of the row is a list under its own name; an
-    `async def` is awaited. Different: text prompts are as rendered, by data.prompt_template too; the answer column holds
-    the answer, after data.answer_pattern, and is offered as `answer` and `ground_truth` as well; a function without
-    **kwargs gets only what it names. TRL's trainer_state, log_extra, log_metric and environments do not exist here.
-    Raise TypeError when the function takes no completions, or cannot do without one of the last four.
+    The function returns a list with one number. None, with which TRL skips a sample, is a failure here.
+    As in TRL's GRPOTrainer (0.2x to 1.16): if the row's prompt is a chat, `prompts` has its messages and `completions`
+    `[{"role": "assistant", "content": …}]`, else both are text; each column of the row is a list with its own name; an
+    `async def` is awaited. Different: text prompts are rendered, with data.prompt_template; the answer column has the
+    answer after data.answer_pattern, which is also passed as `answer` and `ground_truth`; a function without **kwargs
+    gets only the arguments that it names. TRL's trainer_state, log_extra, log_metric and environments do not exist here.
+    Raise TypeError if the function takes no completions, or requires one of these four.
     """
     parameters = _parameters(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -146,7 +146,7 @@ def _trl_columns(attempt: Attempt) -> dict[str, Any]:
 
 
 def _check_call(function: Callable[..., Any], names: tuple[str, ...]) -> None:
-    """Raise TypeError when the function cannot be called with arguments of these names."""
+    """Raise TypeError if the function cannot be called with arguments of these names."""
     signature = inspect.Signature(_parameters(function))
     try:
         signature.bind(**dict.fromkeys(names))
@@ -156,7 +156,7 @@ def _check_call(function: Callable[..., Any], names: tuple[str, ...]) -> None:
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the function's parameters; of one that does not tell them, such as some in C, those of **kwargs."""
+    """Return the function's parameters; **kwargs if it has no signature, as some C functions."""
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -164,7 +164,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _to_its_end(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, awaited where it is async. All calls share an event loop: a client may live in it."""
+    """Return the function, awaited if it is async. All calls share one event loop: a client may be bound to it."""
     runner = asyncio.Runner()
 
     def call(**arguments: Any) -> Any:
@@ -180,6 +180,6 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"reward_plugin_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module

@@ -1,7 +1,7 @@
-"""A pool of reward processes: a worker that hangs or dies costs the one attempt it was on, and is replaced.
+"""A pool of reward processes. A worker that hangs or dies loses only its current attempt, and is replaced.
 
-Change here: how workers are started, watched and killed. What they do is in worker.py.
-Workers are plain subprocesses, not multiprocessing children: those would import the trainer's main module again.
+Change here: how workers are started, watched and killed. worker.py runs inside them.
+Workers are plain subprocesses: multiprocessing children would import the trainer's main module again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from dapo_mcore.reward.attempt import Attempt, Outcome
 from dapo_mcore.reward.worker import LATE_EXIT_CODE
 
 START_SECONDS = 180.0
-"""Of a worker to be ready: importing a plug-in may pull in torch or sympy from a cold network disk."""
+"""Timeout for a worker's start: a user's function may import torch or sympy from a cold network disk."""
 HOPELESS = 8
-"""Attempts that may be lost before the first one comes back: a step has thousands, each with a deadline of 30 s."""
+"""Number of attempts that may fail before any succeeds: a step has thousands, each with a timeout of 30 s."""
 
 
 class RewardPool:
-    """`num_workers` processes. Raises RewardError at once when the function cannot be loaded.
+    """`num_workers` reward processes. Raises RewardError at once if the function cannot be loaded.
 
-    So it does where the first HOPELESS attempts all hang, or all end their process.
+    Raises RewardError also if the first HOPELESS attempts all hang or end their process.
     """
 
     def __init__(self, num_workers: int, function: str, adapter: str, strict_box: bool, timeout_seconds: float):
@@ -56,20 +56,20 @@ class RewardPool:
             raise
 
     def score(self, attempts: Sequence[Attempt]) -> list[Outcome]:
-        """One outcome an attempt, in order. The clock of an attempt starts when a worker gets it.
+        """Return one outcome per attempt, in order. An attempt's timeout starts when a worker gets it.
 
-        Raises RewardError when a worker cannot be replaced. An interrupted call closes the pool.
+        Raise RewardError if a worker cannot be replaced. An interrupted call closes the pool.
         """
         assert self._workers, "the pool is closed"
         try:
             outcomes = self._outcomes(attempts)
         except BaseException:
-            self.close()  # workers still hold attempts of this call, whose outcomes the next call must not see
+            self.close()  # the next call must not get the outcomes of this call's attempts
             raise
         return [outcomes[index] for index in range(len(attempts))]
 
     def close(self) -> None:
-        """Ends every worker. May be called twice."""
+        """End every worker. May be called twice."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
@@ -87,13 +87,13 @@ class RewardPool:
     def _give(self, worker: _Worker, waiting: deque[int], attempts: Sequence[Attempt]) -> None:
         try:
             worker.submit(waiting[0], attempts[waiting[0]], self._timeout_seconds)
-        except OSError:  # it died while idle, which is no fault of this attempt
+        except OSError:  # it died while idle, so this attempt is not the cause
             self._replace(worker)
         else:
             waiting.popleft()
 
     def _listen(self, outcomes: dict[int, Outcome]) -> None:
-        """Waits for the next message or deadline and takes everything that is due."""
+        """Wait for the next message or deadline, then handle all that have come."""
         by_connection = {worker.connection: worker for worker in self._workers if not worker.idle}
         next_deadline = min(worker.deadline for worker in by_connection.values())
         for connection in wait(list(by_connection), timeout=max(0.0, next_deadline - time.monotonic())):
@@ -121,7 +121,7 @@ class RewardPool:
         if not worker.ready:
             raise RewardError(
                 f"a reward process for {self._arguments['function']!r} did not start: {failure} "
-                f"(it has {START_SECONDS:.0f} s); what it printed is above"
+                f"(timeout {START_SECONDS:.0f} s); its output is above"
             )
         assert worker.index is not None
         outcomes[worker.index] = Outcome(failure=failure)
@@ -140,20 +140,20 @@ class RewardPool:
 
 
 class _Worker:
-    """One process and our end of its pipe. `index` is the attempt it is on; idle means ready and on none."""
+    """One process and our end of its pipe. `index` is its current attempt; idle means ready and without an attempt."""
 
     def __init__(self, arguments: dict[str, Any]):
         self.connection, theirs = Pipe(duplex=True)
         self.index: int | None = None
         self.ready = False
         self.deadline = time.monotonic() + START_SECONDS
-        with theirs:  # closed here, so that the pipe ends when the process does
+        with theirs:  # closed here, so that the pipe closes when the process ends
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "dapo_mcore.reward.worker", str(theirs.fileno()), json.dumps(arguments)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_environment(),
-                start_new_session=True,  # one signal reaches the processes it may have started; Ctrl-C does not
+                start_new_session=True,  # a signal to the group ends its children too; Ctrl-C does not reach it
             )
 
     @property
@@ -161,14 +161,14 @@ class _Worker:
         return self.ready and self.index is None
 
     def submit(self, index: int, attempt: Attempt, timeout_seconds: float) -> None:
-        """Raises OSError when the process is gone."""
+        """Send the attempt to the process. Raise OSError if the process has ended."""
         self.connection.send(attempt)
         self.index = index
         self.deadline = time.monotonic() + timeout_seconds
 
     def ending(self) -> str:
-        """Why the pipe has ended. A late worker ends itself where we are held up for longer than its grace."""
-        code = None  # of a process that lives on without its pipe
+        """Return why the pipe has closed. A late worker ends itself if this process is delayed beyond its grace period."""
+        code = None  # if the process still runs without its pipe
         with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(timeout=1.0)
         if code == LATE_EXIT_CODE and time.monotonic() >= self.deadline:
@@ -177,15 +177,15 @@ class _Worker:
 
     def kill(self) -> None:
         self.connection.close()
-        with suppress(ProcessLookupError):  # it has ended and been waited for
+        with suppress(ProcessLookupError):  # it has already ended
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with our import path and one thread a worker: n workers with all cores each would fight.
+    """Return our environment with our import path and one thread per worker, so that workers do not compete for cores.
 
-    Without the token of a Ray cluster: reward functions read what a model has written.
+    The token of a Ray cluster is removed: reward functions handle text that a model wrote.
     """
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return {"OMP_NUM_THREADS": "1", **without_ray(dict(os.environ)), "PYTHONPATH": path}

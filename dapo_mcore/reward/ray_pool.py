@@ -1,7 +1,7 @@
-"""A reward pool over the nodes of a Ray cluster: one actor a worker, which keeps a pool of one process beside itself.
+"""A reward pool on the nodes of a Ray cluster: one actor per worker, each with a RewardPool of one process.
 
-Change here: how attempts are spread over nodes, and what a lost node costs. Deadlines, and attempts that kill their
-process, are pool.py's, on the actor's node.
+Change here: how attempts are spread over nodes, and what happens when a node is lost. The RewardPool on the actor's node
+handles timeouts and attempts that kill their process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dapo_mcore.reward.pool import START_SECONDS, RewardPool
 _LARGEST_CHUNK = 16
 _CHUNKS_A_WORKER = 4
 _LOSSES = 3
-"""Nodes that may be lost over the same attempts before those count as failed; over the start of one worker, the run."""
+"""Number of lost nodes after which the attempts they worked on count as failed, or a worker's start fails the run."""
 
 
 class _Job(NamedTuple):
-    """What a worker does: attempts by their number, or none while it starts. `losses` nodes were lost over it."""
+    """A worker's current attempts by index; none while it starts. `losses` nodes were lost during this job."""
 
     worker: int
     indices: tuple[int, ...] = ()
@@ -32,7 +32,7 @@ class _Job(NamedTuple):
 class RayRewardPool:
     """`num_workers` workers on the cluster, with the interface of RewardPool.
 
-    Raises RewardError when the function cannot be loaded on a node, ConfigError when the cluster has no room.
+    Raises RewardError if the function cannot be loaded on a node, ConfigError if the cluster has too few CPUs.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RayRewardPool:
             raise
 
     def score(self, attempts: Sequence[Attempt]) -> list[Outcome]:
-        """One outcome an attempt, in order. Raises RewardError when no worker can be had. An interrupted call closes."""
+        """Return one outcome per attempt, in order. Raise RewardError if there is no worker. An interrupted call closes."""
         assert self._actors, "the pool is closed"
         try:
             outcomes = self._outcomes(attempts)
@@ -68,7 +68,7 @@ class RayRewardPool:
         return [outcomes[index] for index in range(len(attempts))]
 
     def close(self) -> None:
-        """Ends the actors and their processes. May be called twice."""
+        """End the actors and their processes. May be called twice."""
         import ray
 
         if ray.is_initialized():
@@ -78,7 +78,7 @@ class RayRewardPool:
         self._disconnect()
 
     def _start(self, number: int) -> Any:
-        """Places worker `number`; what is returned is ready when the worker is."""
+        """Start worker `number` on a node. Return a Ray reference that is ready when the worker is."""
         import ray
 
         actor = ray.remote(_Host).options(num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0)
@@ -90,7 +90,7 @@ class RayRewardPool:
         indices = range(len(attempts))
         waiting = deque(_Job(-1, tuple(indices[start : start + size])) for start in range(0, len(attempts), size or 1))
         outcomes: dict[int, Outcome] = {}
-        running = self._starting  # workers that a lost node left to be placed again
+        running = self._starting  # workers that restart after a lost node
         while len(outcomes) < len(attempts):
             busy = {job.worker for job in running.values()}
             for worker in set(range(len(self._actors))) - busy:
@@ -102,7 +102,7 @@ class RayRewardPool:
         return outcomes
 
     def _finish(self, running: dict[Any, _Job], waiting: deque[_Job], outcomes: dict[int, Outcome]) -> None:
-        """Takes what is done next; the work of a lost node goes back to the others."""
+        """Wait for the next finished job and take its outcomes. Jobs of a lost node go to the other workers."""
         import ray
 
         longest_s = START_SECONDS + _LARGEST_CHUNK * self._timeout_seconds
@@ -120,7 +120,7 @@ class RayRewardPool:
     def _replace(
         self, job: _Job, problem: str, running: dict[Any, _Job], waiting: deque[_Job], outcomes: dict[int, Outcome]
     ) -> None:
-        """A new actor for one that was lost over `job`."""
+        """Start a new actor for one that was lost during `job`."""
         spent = job.losses >= _LOSSES
         if spent and not job.indices:
             raise RewardError(f"reward worker {job.worker} was lost {_LOSSES} times while it started: {problem}")
@@ -132,7 +132,7 @@ class RayRewardPool:
 
 
 class _Host:
-    """The actor."""
+    """The Ray actor: a RewardPool of one process."""
 
     def __init__(self, *arguments: Any):
         self._arguments = arguments

@@ -1,6 +1,6 @@
-"""Scores of responses: the reward function's outcome, the overlong penalty, and what a failure becomes.
+"""Scores of responses, from the reward function's outcome, the overlong penalty and reward.on_failure.
 
-Change here: how outcome, length and failure policy combine into a Score.
+Change here: how these are combined into a Score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dapo_mcore.types import Prompt, Rollout, Score
 
 
 class Scorer:
-    """A types.RewardFunction; close() ends its workers. Made by build_reward."""
+    """A types.RewardFunction, built by build_reward. close() ends its workers."""
 
     def __init__(self, config: RewardConfig, max_response_tokens: int, ray_address: str | None = None):
         self._config = config
@@ -32,7 +32,7 @@ class Scorer:
             self._judge = build_judge(*function)
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]:
-        """One Score a sample, in order; the three sequences are equally long."""
+        """Return one Score per sample, in order. The three sequences have equal lengths."""
         attempts = [
             Attempt(prompt.text, text, prompt.answer, prompt.source, prompt.extra, rollout.token_ids, prompt.messages)
             for prompt, rollout, text in zip(prompts, rollouts, texts, strict=True)
@@ -43,12 +43,12 @@ class Scorer:
         ]
 
     def close(self) -> None:
-        """Ends the worker processes, if any. May be called twice."""
+        """End the worker processes, if any. May be called twice."""
         if self._pool:
             self._pool.close()
 
     def _score(self, outcome: Outcome, length: int) -> Score:
-        """A failure carries failure_value, which counts only under on_failure=value: under mask it is masked."""
+        """Return the Score of an outcome. A failure gets failure_value, and with on_failure mask it is masked as well."""
         overlong, failed = self._config.overlong, outcome.failure is not None
         penalty = 0.0
         if overlong.penalty:
@@ -66,8 +66,9 @@ class Scorer:
 
 
 def build_reward(config: RewardConfig, max_response_tokens: int, ray_address: str | None = None) -> Scorer:
-    """The reward function of a run. Raises RewardError when it cannot be loaded.
+    """Return the reward function of a run. Raise RewardError if it cannot be loaded.
 
-    With 0 workers it runs here and has no deadline; with n > 0, in n processes with one of timeout_seconds: on this machine, or with placement ray on the nodes of the cluster at ray_address (None: a cluster of this machine alone).
+    With 0 workers it runs in this process and has no timeout. With n > 0 it runs in n processes with timeout_seconds: on
+    this machine, or with placement ray on the nodes of the cluster at ray_address (None: a cluster of this machine).
     """
     return Scorer(config, max_response_tokens, ray_address)

@@ -1,7 +1,7 @@
-"""One reward worker: a fresh interpreter that loads the reward function and scores one attempt after another.
+"""One reward worker: a new interpreter that loads the reward function and scores one attempt after another.
 
 Change here: what happens inside a worker. pool.py starts, watches and kills it.
-Requests are pickled by the controller; answers are JSON, so that nothing a reward function makes is unpickled there.
+The controller pickles requests; answers are JSON, so the controller never unpickles data from a reward function.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dapo_mcore.reward.attempt import judged
 from dapo_mcore.reward.plugins import build_judge
 
 LATE_EXIT_CODE = 1
-"""Of a worker that ended itself over an attempt past its deadline; faulthandler's."""
+"""Exit code of a worker that ended itself after an attempt's deadline; set by faulthandler."""
 
 _GRACE_SECONDS = 5.0
 
 
 def serve(fd: int, function: str, adapter: str, strict_box: bool, timeout_seconds: float) -> None:
-    """Returns when the controller hangs up. Says `ready` or why not, then one outcome an attempt."""
+    """Send `ready` or an error, then one outcome per attempt, until the controller closes the pipe."""
     os.set_inheritable(fd, False)  # a child of the reward function must not keep this pipe open
     connection = Connection(fd)
     try:
@@ -39,7 +39,7 @@ def serve(fd: int, function: str, adapter: str, strict_box: bool, timeout_second
             attempt = connection.recv()
         except EOFError:
             return
-        # The controller kills a late worker; this ends it where the controller itself is gone, or held up.
+        # The controller kills a late worker. This ends it if the controller is gone or delayed.
         faulthandler.dump_traceback_later(timeout_seconds + _GRACE_SECONDS, exit=True)
         outcome = judged(judge, attempt)
         faulthandler.cancel_dump_traceback_later()

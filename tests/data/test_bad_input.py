@@ -48,7 +48,7 @@ ROWS = {
     rb'{"q": "x\ud83d", "a": 1}': r"\ud83d is half a surrogate pair, which is no character; write both halves",
     rb'{"q": "x", "a": "\uDE00"}': r"\ude00 is half",
     rb'{"q": "x", "a": 1, "deep": [{"\ud800": 1}]}': r"\ud800 is half",
-    b'[{"q": "x", "a": 1},': "JSONL has one object a line: convert an array with jq -c '.[]'",
+    b'[{"q": "x", "a": 1},': "JSONL has one object per line: convert an array with jq -c '.[]'",
     b'{"q": 1': "row 2: not valid JSON: Expecting ',' delimiter (column 8);",
     b'{"q": "\xc3\xa9", a}': "not valid JSON: Expecting property name enclosed in double quotes (column 12);",
     b"[1]": "a row must be a JSON object, not a list",
@@ -210,9 +210,7 @@ RECURSION = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{%
 @pytest.mark.parametrize("source", [LOOP, RECURSION])
 def test_a_template_that_never_ends_is_stopped(load, jinja, monkeypatch, source: str):
     monkeypatch.setattr(chat, "_TEMPLATE_CPU_S", 0.1)
-    with pytest.raises(
-        ConfigError, match=r"data.chat_template has not come to an end after 0.1 s of computing on .* row 1"
-    ):
+    with pytest.raises(ConfigError, match=r"data.chat_template has not ended after 0.1 s of CPU time on .* row 1"):
         load("f.jsonl", GOOD, chat_template=jinja(source), on_bad_row="skip")
 
 

@@ -76,8 +76,8 @@ def test_what_a_text_loses(made: Tokenizer, text: str, lost: str, declared: bool
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unk if declared else None)
     characters = LostCharacters(tokenizer)
     for row in ("f row 1", "f row 2"):
-        characters.look(text, tokenizer.encode(text, add_special_tokens=False), row)
-    told = characters.told(3, "prompts of data")
+        characters.check(text, tokenizer.encode(text, add_special_tokens=False), row)
+    told = characters.report(3, "prompts of data")
     if not lost:
         assert told == ""
     else:
@@ -96,7 +96,7 @@ def test_a_set_says_what_its_prompts_lose_and_refuses_one_of_which_nothing_is_le
     (told,) = load(tmp_path, *rows).warnings()
     assert told == (
         f"warning: 2 of 5 prompts of data lose characters that the tokenizer has no token for: A d (first in {tmp_path}/f.jsonl "
-        "row 4); the model never sees them: take a tokenizer that has them, or reword the rows"
+        "row 4); the model never sees them: use a tokenizer that has them, or reword the rows"
     )
     empty = {"prompt": " Abc d", "a": 1}
     for add_bos in (False, True):

@@ -74,7 +74,10 @@ def test_a_place_in_another_order_is_left_for_the_next_epoch(change: dict, told:
     loader.take(10)
     moved = PromptLoader(**before | change)
     line = moved.load_state(loader.state())
-    assert line.startswith(told) and "(epoch 1, prompt 3) means nothing here: epoch 2 of these data begins" in line
+    assert (
+        line.startswith(told)
+        and "(epoch 1, prompt 3) does not apply: training starts at epoch 2 of the new data" in line
+    )
     fresh = PromptLoader(**before | change)
     fresh.take(2 * len(change.get("prompts", PROMPTS)))
     assert uids(moved, 9) == uids(fresh, 9)
@@ -84,7 +87,7 @@ def test_an_epoch_that_was_not_begun_is_kept_in_another_order():
     loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
     loader.take(7)
     moved = PromptLoader(PROMPTS[:3], seed=5, shuffle=True)
-    assert "epoch 1 of these data begins" in moved.load_state(loader.state())
+    assert "training starts at epoch 1 of the new data" in moved.load_state(loader.state())
 
 
 def test_a_place_that_names_no_data_means_nothing():

@@ -74,16 +74,16 @@ def test_a_prompt_without_room_for_a_response_is_named_with_the_key_of_its_set(l
         "row 4: the prompt has 4 tokens; with rollout.max_response_tokens 8 that is 12, but the model has "
         f"max_position_embeddings 11 (2 of 5 prompts of {section} are too long, the longest has 5 tokens); lower "
         f"rollout.max_response_tokens to 6, or set {section}.max_prompt_tokens 3 with {section}.on_long_prompt drop, "
-        "or take a model with more positions"
+        "or use a model with more positions"
     )
 
 
 def test_responses_that_leave_no_room_at_all(load):
     with pytest.raises(
-        DataError, match=r"row 1: .* max_position_embeddings 8 .*5 of 5 .*; lower rollout.* to 3, or take"
+        DataError, match=r"row 1: .* max_position_embeddings 8 .*5 of 5 .*; lower rollout.* to 3, or use"
     ):
         load(positions=8)
-    with pytest.raises(DataError, match=r"longest has 5 tokens\); take a model with more positions$"):
+    with pytest.raises(DataError, match=r"longest has 5 tokens\); use a model with more positions$"):
         load(positions=4)
 
 

@@ -48,7 +48,7 @@ def test_what_was_there_before_is_no_speed() -> None:
         progress.start(10 * GB, 5 * GB)
         clock.now += 10.0
         progress.advance(GB)
-    assert told(progress) == ["copy: goes on at 5.00 of 10.00 GB", "copy: 6.00 of 10.00 GB, 0.10 GB/s, 40 s left"]
+    assert told(progress) == ["copy: continues at 5.00 of 10.00 GB", "copy: 6.00 of 10.00 GB, 0.10 GB/s, 40 s left"]
 
 
 def test_at_most_a_line_a_second_and_one_at_the_end() -> None:
