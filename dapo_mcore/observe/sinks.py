@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dapo_mcore.config.sections import ObserveConfig
-from dapo_mcore.errors import ConfigError, DataError, output_error
+from dapo_mcore.errors import ConfigError, DapoError, DataError, output_error
 from dapo_mcore.observe.metrics import current_name
 
 METRICS_FILE = "metrics.jsonl"
@@ -142,6 +142,9 @@ def attempt(doing: str, action: Callable[[], object], tell: Callable[[str], None
         if refusal is error:
             raise
         tell(f"warning: {refusal}; training goes on")
+        return False
+    except DapoError as error:
+        tell(f"warning: cannot {doing}: {error}; training goes on")
         return False
     return True
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-from pathlib import Path
 
-from tests.test_train import torchrun
-
-ROOT = Path(__file__).parents[2]
+from tests.train.runs import ROOT, TRAIN, python, torchrun
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -64,14 +59,7 @@ def test_two_steps_on_gsm8k_with_qwens_vocabulary(real_data, tmp_path):
         "batch.max_tokens=1024",
         "num_rollout_steps=2",
     ]
-    done = subprocess.run(
-        [*torchrun(2), "-m", "dapo_mcore.train", str(ROOT / "examples/gsm8k.yaml"), *overrides],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = python(tmp_path, *torchrun(2), *TRAIN, str(ROOT / "examples/gsm8k.yaml"), *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "runs/gsm8k/metrics.jsonl").read_text().splitlines()]
     assert [row["updates"] for row in rows] == [2, 4]

@@ -1,4 +1,4 @@
-"""What the environment says of the launcher. That ranks end with their torchrun is tests/test_train_end.py."""
+"""What the environment says of the launcher. That ranks end with their torchrun is tests/train/test_end.py."""
 
 from __future__ import annotations
 

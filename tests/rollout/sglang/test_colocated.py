@@ -1,6 +1,6 @@
 """Servers that share GPUs with the trainer: who holds memory when, and what failures do to the turns. On fake servers.
 
-The rules of the real server's memory calls are in test_server_rules.py; whole runs are tests/test_train_sglang.py and test_train_weights_lost.py.
+The rules of the real server's memory calls are in test_server_rules.py; whole runs are tests/train/test_sglang.py and test_weights_lost.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.test_train import metrics, run, stable, task  # noqa: F401  the fixture is used by name
+from tests.train.runs import metrics, rewind, run, stable
 
 FINAL = "hf/final/model.safetensors"
 CONFIG = {
@@ -34,20 +34,12 @@ SETTINGS = [
 
 
 @pytest.fixture
-def with_experts(task: Path) -> Path:  # noqa: F811
+def with_experts(task: Path) -> Path:
     """The quickstart's task with a Qwen3-MoE model."""
     model = shutil.copytree(task / "runs/arithmetic/model", task / "moe")
     config = json.loads((model / "config.json").read_bytes()) | CONFIG
     (model / "config.json").write_text(json.dumps(config))
     return task
-
-
-def rewind(folder: Path) -> None:
-    """Leave what a run killed after its first step leaves."""
-    shutil.rmtree(folder / "checkpoints/step_000002")
-    shutil.rmtree(folder / "hf")
-    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text(rows[0])
 
 
 def test_a_model_with_experts_trains_and_resumes_bitwise(with_experts):
@@ -59,7 +51,7 @@ def test_a_model_with_experts_trains_and_resumes_bitwise(with_experts):
     tensors = load_file(folder / FINAL)
     assert tensors["model.layers.1.mlp.experts.5.down_proj.weight"].shape == (64, 48)
 
-    rewind(folder)
+    rewind(folder, 1)
     output = run(with_experts, "experts", *SETTINGS, processes=2)
     assert "resumed after rollout step 1" in output
     assert [stable(row) for row in metrics(with_experts, "experts")] == [stable(row) for row in first]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.rollout.sglang.fake_server import fake_python
-from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
-from tests.test_train_async import REWARD, run, trained
+from tests.train.runs import metrics
+from tests.train.served import run_served, trained
 
 WAYS = {
     "distributed": ["rollout.async_steps=0", "rollout.sglang.sync=distributed"],
@@ -18,20 +16,12 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fake")
-    (folder / "alternating.py").write_text(REWARD)
-    return fake_python(folder, tokens_per_s=200)
-
-
 @pytest.mark.parametrize("name", WAYS)
-def test_the_step_waits_for_all_ranks_to_sync_again_and_loses_nothing(task, python, monkeypatch, name):  # noqa: F811
+def test_the_step_waits_for_all_ranks_to_sync_again_and_loses_nothing(task, fake, name):
     faults = task / "faults.json"  # in the second step: a step asks for 4 groups of 4 at least, once at start
     faults.write_text(json.dumps([{"kind": "die", "where": "/generate", "after": 30}]))
-    monkeypatch.setenv("FAKE_FAULTS", str(faults))
     options = [*WAYS[name], "num_rollout_steps=3", "sampling.style=none", "batch.mini_batch_prompts=4"]
-    done = run(task, python, name, *options, processes=2)
+    done = run_served(task, fake, name, *options, processes=2, FAKE_FAULTS=str(faults))
     assert done.returncode == 0, done.stdout + done.stderr
     assert not faults.exists()
     told = [line for line in done.stdout.splitlines() if line.startswith("rollout server ")]

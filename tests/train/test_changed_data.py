@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.test_train import ROOT, task  # noqa: F401  the fixture is used by name
+from tests.train.runs import QUICKSTART, python
 
 # right by chance, so that groups vary and some are carried to the next step
 REWARD = """
@@ -57,7 +54,7 @@ for name, (rows, more) in cases.items():
 """
 
 
-def test_carried_answers_follow_their_prompts_through_changed_data(task: Path):  # noqa: F811
+def test_carried_answers_follow_their_prompts_through_changed_data(task: Path):
     rows = [json.dumps({"prompt": f"{n}+{n + 1}=", "answer": str(2 * n + 1)}) + "\n" for n in range(10, 22)]
     (task / "by_length.py").write_text(REWARD)
     (task / "rows.jsonl").write_text("".join(rows))
@@ -66,15 +63,7 @@ def test_carried_answers_follow_their_prompts_through_changed_data(task: Path): 
         "moved": ("".join(['{"prompt": "1+1=", "answer": "2"}\n', *rows[::-1]]), []),
         "reworded": ("".join(rows), ["data.prompt_template=0+{prompt}"]),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps([[str(ROOT / "examples/quickstart.yaml"), *SETTINGS], cases]),
-        cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = python(task, "-c", DRIVER, stdin=json.dumps([[QUICKSTART, *SETTINGS], cases]))
     assert done.returncode == 0, done.stdout + done.stderr
     told = dict(zip(cases, done.stdout.split("CASE ")[1:], strict=True))
     step = {name: _samples(task / name / "step_000002.jsonl") for name in cases}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.rollout.sglang.serving import wait_for
-from tests.test_train import ROOT, SMALL, metrics, stable, task  # noqa: F401  the fixture is used by name
+from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, metrics, python, stable
 
 # runs in one process, as importing takes longer. A case is overrides, and perhaps a signal in the midst of a step's
 # generation or before its second gradient step
@@ -51,17 +51,10 @@ OPTIONS = ["warm_start.max_updates=1", "warm_start.stop_at=null", "parallel.tens
 OPTIONS += ["num_rollout_steps=3", "observe.tensorboard=false", "observe.plot_at_end=false", "checkpoint.every=null"]
 
 
-def runs(task: Path, *cases: tuple[list[str], dict]) -> list[tuple[int, str]]:  # noqa: F811
+def runs(task: Path, *cases: tuple[list[str], dict]) -> list[tuple[int, str]]:
     """Status and output of each run."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUNS, str(ROOT / "examples/quickstart.yaml"), *SMALL, *OPTIONS],
-        cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CASES": json.dumps(cases)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+    arguments = ["-c", RUNS, QUICKSTART, *SMALL, *OPTIONS]
+    done = python(task, *arguments, merge=True, CASES=json.dumps(cases))
     *outputs, _ = done.stdout.split("ENDED ")
     statuses = [int(text.split()[0]) for text in done.stdout.split("ENDED ")[1:]]
     assert len(statuses) == len(cases), done.stdout
@@ -72,7 +65,7 @@ def signalled(name: str, place: str, step: str) -> dict:
     return {"signal": name, "in": place, "step": step}
 
 
-def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_one_bitwise(task):  # noqa: F811
+def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_one_bitwise(task):
     stopped = ["name=stopped"]
     cases = [
         (["name=whole"], {}),
@@ -120,12 +113,11 @@ def has_reader(fifo: Path) -> bool:
     return True
 
 
-def test_a_signal_at_the_start_leaves_one_line_and_the_documented_status(task, tmp_path):  # noqa: F811
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def test_a_signal_at_the_start_leaves_one_line_and_the_documented_status(task, tmp_path):
     os.mkfifo(tmp_path / "run.yaml")
     reading = subprocess.Popen(
-        [sys.executable, "-m", "dapo_mcore.train", str(tmp_path / "run.yaml")],
-        env=environment,
+        [sys.executable, *TRAIN, str(tmp_path / "run.yaml")],
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -133,13 +125,6 @@ def test_a_signal_at_the_start_leaves_one_line_and_the_documented_status(task, t
     reading.send_signal(signal.SIGINT)
     assert reading.communicate(timeout=60)[1] == "stopped by SIGINT before the first step; nothing to save\n"
     assert reading.returncode == 130
-    waiting = subprocess.run(
-        [sys.executable, "-c", WAITS, str(ROOT / "examples/quickstart.yaml"), *SMALL, *OPTIONS],
-        cwd=task,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    waiting = python(task, "-c", WAITS, QUICKSTART, *SMALL, *OPTIONS)
     assert waiting.returncode == 143
     assert waiting.stderr == "stopped by SIGTERM before the first step; nothing to save\n"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.test_train import ROOT, SMALL, task  # noqa: F401  the fixture is used by name
+from tests.train.runs import QUICKSTART, SMALL, python
 
 # two runs in one process: importing takes longer
 POISONED = """
@@ -27,16 +24,9 @@ for case in ("name=few", "name=many optimizer.max_skipped_updates=3"):
 """
 
 
-def test_skipped_steps_are_told_at_once_and_a_run_of_nothing_else_ends_with_status_2(task: Path) -> None:  # noqa: F811
+def test_skipped_steps_are_told_at_once_and_a_run_of_nothing_else_ends_with_status_2(task: Path) -> None:
     settings = ["warm_start=null", "eval.sets={}", "parallel.tensor_parallel=1", "num_rollout_steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-c", POISONED, str(ROOT / "examples/quickstart.yaml"), *SMALL, *settings],
-        cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = python(task, "-c", POISONED, QUICKSTART, *SMALL, *settings)
     out = " ".join(done.stdout.split())
     assert [word for word in done.stdout.splitlines() if word.startswith("STATUS")] == ["STATUS 2"] * 2, (
         out + done.stderr

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_CONTINUED_REQUESTS
-from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import real_python, real_version
-from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
-from tests.test_train_async import REWARD, run, trained
+from tests.train.runs import metrics
+from tests.train.served import fake_beside_reward, run_served, trained
 
 KEEP = [
     "num_rollout_steps=4",
@@ -32,17 +31,15 @@ KEEP = [
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fake")
-    (folder / "alternating.py").write_text(REWARD)
-    return fake_python(folder, tokens_per_s=200, tail=1.0, linger=9)
+def fake(tmp_path_factory) -> Path:
+    return fake_beside_reward(tmp_path_factory.mktemp("fake"), tail=1.0, linger=9)
 
 
-def checkpoint(task: Path, name: str, step: int) -> dict:  # noqa: F811
+def checkpoint(task: Path, name: str, step: int) -> dict:
     return json.loads((task / f"runs/{name}/checkpoints/step_{step:06d}/state.json").read_text())["train"]
 
 
-def assert_no_prompt_is_lost(task: Path, name: str) -> None:  # noqa: F811
+def assert_no_prompt_is_lost(task: Path, name: str) -> None:
     """Each prompt that was drawn was trained on once, or the last checkpoint knows that it still must be."""
     steps, last = trained(task, name), checkpoint(task, name, 4)
     uids = [uid for groups in steps.values() for uid in groups]
@@ -67,8 +64,8 @@ def assert_some_live_through_an_update(rows: list[dict]) -> None:
     assert sum(row["sampling/samples_resumed"] for row in rows) > 0
 
 
-def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again(task, python):  # noqa: F811
-    done = run(task, python, "keep", *KEEP)
+def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again(task, fake):
+    done = run_served(task, fake, "keep", *KEEP)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_kept(metrics(task, "keep"))
     assert_some_live_through_an_update(metrics(task, "keep"))
@@ -77,18 +74,18 @@ def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again
     for step in (3, 4):
         shutil.rmtree(task / f"runs/keep/checkpoints/step_{step:06d}")
     again = checkpoint(task, "keep", 2)["sampler"]["again"]
-    resumed = run(task, python, "keep", *KEEP)
+    resumed = run_served(task, fake, "keep", *KEEP)
     assert resumed.returncode == 0 and "resumed after rollout step 2" in resumed.stdout, resumed.stdout + resumed.stderr
     assert len(again) == metrics(task, "keep")[1]["sampling/groups_pending"]
     assert_no_prompt_is_lost(task, "keep")
 
 
 @pytest.mark.parametrize("server", ["fake", pytest.param("real", marks=pytest.mark.sglang)])
-def test_beside_training_the_weights_move_while_the_next_step_is_generated(task, python, server):  # noqa: F811
+def test_beside_training_the_weights_move_while_the_next_step_is_generated(task, fake, server):
     if server == "real" and real_version() < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version of SGLang is refused: tests/rollout/sglang/test_real_resume.py")
-    name, served = f"beside-{server}", real_python() if server == "real" else python
-    done = run(task, python, name, *KEEP, "rollout.async_steps=1", server=served)
+    name, served = f"beside-{server}", real_python() if server == "real" else fake
+    done = run_served(task, fake, name, *KEEP, "rollout.async_steps=1", server=served)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(task, name)
     assert_kept(rows)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.sglang.fake_server import fake_python
-from tests.test_train import metrics, task  # noqa: F401  the fixture is used by name
-from tests.test_train_async import run
+from tests.train.runs import metrics
+from tests.train.served import fake_beside_reward, run_served
 
 # which process scored, and whose child it is
 REWARD = """
@@ -35,9 +34,8 @@ ACTOR = "ray::_Host"  # or ray::_Host.score, while it does that
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
-def test_servers_and_rewards_of_a_run_are_on_its_cluster(task, tmp_path):  # noqa: F811
-    (tmp_path / "alternating.py").write_text(REWARD)
-    done = run(task, watched(tmp_path), "on-ray", *ON_RAY)
+def test_servers_and_rewards_of_a_run_are_on_its_cluster(task, tmp_path):
+    done = run_served(task, watched(tmp_path), "on-ray", *ON_RAY)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(task, "on-ray")
     assert [row["updates"] for row in rows] == [1, 2]
@@ -52,8 +50,8 @@ def test_servers_and_rewards_of_a_run_are_on_its_cluster(task, tmp_path):  # noq
 
 def watched(folder: Path) -> Path:
     """A fake server's interpreter that notes whose child it is."""
-    script = folder / "python-watched"
+    fake, script = fake_beside_reward(folder, REWARD, tokens_per_s=2000), folder / "python-watched"
     note = f"cat /proc/$PPID/comm >> {folder / 'parents'}"
-    script.write_text(f'#!/bin/sh\n{note}\nexec {fake_python(folder, tokens_per_s=2000)} "$@"\n')
+    script.write_text(f'#!/bin/sh\n{note}\nexec {fake} "$@"\n')
     script.chmod(0o755)
     return script

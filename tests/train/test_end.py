@@ -13,7 +13,7 @@ import pytest
 
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import wait_for
-from tests.test_train import ROOT, SMALL, task, torchrun  # noqa: F401  the fixture is used by name
+from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, torchrun
 
 # rank 1 cannot build its part of the model, while rank 0 is at the same work or waits for it in a collective
 RANK_1_FAILS = """
@@ -64,29 +64,27 @@ def shared(tmp_path) -> Path:
 
 def start(
     folder: Path,
-    task: Path,  # noqa: F811
+    task: Path,
     *overrides: str,
     program: tuple[str, ...] = (),
     processes: int = 1,
     **more: str,
 ) -> subprocess.Popen[str]:
     """A run with a fake server, whose interpreter lies in `folder` alone."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher = torchrun(processes)
-    launcher += program or ("-m", "dapo_mcore.train")
     python = fake_python(folder, tokens_per_s=2000)
     arguments = [*SMALL, *SERVED, f"rollout.sglang.python={python}", f"parallel.tensor_parallel={processes}"]
     return subprocess.Popen(
         [
-            *launcher,
-            str(ROOT / "examples/quickstart.yaml"),
+            sys.executable,
+            *torchrun(processes),
+            *(program or TRAIN),
+            QUICKSTART,
             *arguments,
             f"rollout.sglang.sync_dir={folder / 'shared'}",
             *overrides,
         ],
         cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more},
+        env=environment(**more),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -114,7 +112,7 @@ def servers(run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("more", [{"FAKE_DEAF": "1"}, {"SLOW": "1"}], ids=["rank 0 waits for it", "rank 0 builds"])
-def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_last(task, tmp_path, shared, more):  # noqa: F811
+def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_last(task, tmp_path, shared, more):
     (tmp_path / "program.py").write_text(RANK_1_FAILS)
     begun = start(tmp_path, task, "name=broken", program=(str(tmp_path / "program.py"),), processes=2, **more)
     output = ended(begun)
@@ -129,7 +127,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "all"])
-def test_a_signal_under_torchrun_saves_and_ends_with_one_line_of_ours(task, tmp_path, shared, whom):  # noqa: F811
+def test_a_signal_under_torchrun_saves_and_ends_with_one_line_of_ours(task, tmp_path, shared, whom):
     """As Ctrl-C in a terminal gives it to torchrun, and as Slurm gives it to every process."""
     name, signum = f"stopped-{whom}", signal.SIGINT if whom == "torchrun" else signal.SIGTERM
     begun = start(tmp_path, task, f"name={name}", "num_rollout_steps=1000", "checkpoint.every=null", processes=2)
@@ -150,7 +148,7 @@ def test_a_signal_under_torchrun_saves_and_ends_with_one_line_of_ours(task, tmp_
     assert len(rows) == int(last.removeprefix("step_")) and not (task / "runs" / name / ".lock").exists()
 
 
-def test_ranks_end_with_a_killed_torchrun_and_meanwhile_nobody_else_may_use_the_folder(task, tmp_path, shared):  # noqa: F811
+def test_ranks_end_with_a_killed_torchrun_and_meanwhile_nobody_else_may_use_the_folder(task, tmp_path, shared):
     options = ["name=orphans", "num_rollout_steps=1000"]
     begun = start(tmp_path, task, *options, processes=2)
     folder = task / "runs/orphans"
@@ -173,12 +171,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def checkpoints(task: Path, name: str) -> list[str]:  # noqa: F811
+def checkpoints(task: Path, name: str) -> list[str]:
     folder = task / "runs" / name / "checkpoints"
     return sorted(path.name for path in folder.glob("step_??????"))
 
 
-def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_configuration(task, tmp_path, shared):  # noqa: F811
+def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_configuration(task, tmp_path, shared):
     (tmp_path / "program.py").write_text(SEVERAL)
     cases = ["num_rollout_steps=1", "num_rollout_steps=1 optimizer.lr=0.5", "num_rollout_steps=2 optimizer.lr=0.5"]
     options = ["name=done", "rollout.engine=embedded", "checkpoint.export_at_end=true"]

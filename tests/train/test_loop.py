@@ -3,78 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from dapo_mcore.observe.metrics import describe
-
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "rollout.group_size=4",
-    "rollout.max_response_tokens=12",
-    "reward.overlong.cache=4",
-    "sampling.style=none",
-    "sampling.train_batch_prompts=8",
-    "sampling.gen_batch_prompts=8",
-    "batch.mini_batch_prompts=4",
-    "warm_start.max_updates=4",
-    "warm_start.check_every=4",
-    "warm_start.batch_size=32",
-    "eval.every=2",
-    "eval.samples_per_prompt=2",
-    "eval.sets.heldout.limit=8",
-    "warm_start.choose.limit=8",
-    "checkpoint.every=3",  # and at the last step
-]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    """The quickstart's data and model, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("task")
-    made = [sys.executable, str(ROOT / "examples/arithmetic.py"), "--out", "runs/arithmetic"]
-    subprocess.run(made, cwd=folder, check=True, capture_output=True)
-    return folder
-
-
-def torchrun(processes: int) -> list[str]:
-    """On a port that the kernel gives it and nobody can take before."""
-    alone = ["--standalone", "--local-addr", "127.0.0.1"]
-    return [sys.executable, "-m", "torch.distributed.run", *alone, "--nproc-per-node", str(processes)]
-
-
-def run(task: Path, name: str, *overrides: str, processes: int = 1) -> str:
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher = [*torchrun(processes), "-m"]
-    else:
-        overrides = ("parallel.tensor_parallel=1", *overrides)
-    config = str(ROOT / "examples/quickstart.yaml")
-    done = subprocess.run(
-        [*launcher, "dapo_mcore.train", config, *SMALL, f"name={name}", *overrides],
-        cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def metrics(task: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (task / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def stable(row: dict) -> dict:
-    """The numbers of a step that do not depend on the machine's speed."""
-    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/", "memory/"))}
+from tests.train.runs import QUICKSTART, SMALL, metrics, python, rewind, run, stable
 
 
 def test_a_run_over_two_processes_writes_all_that_it_promises(task):
@@ -125,9 +60,11 @@ def check_times(rows: list[dict]) -> None:
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
-    run(task, "whole", "num_rollout_steps=4")
-    run(task, "parts", "num_rollout_steps=2")
-    output = run(task, "parts", "num_rollout_steps=4")
+    options = ["num_rollout_steps=4", "checkpoint.every=2"]
+    run(task, "whole", *options)
+    shutil.copytree(task / "runs/whole", task / "runs/parts")
+    rewind(task / "runs/parts", 2)
+    output = run(task, "parts", *options, "checkpoint.every=3", "checkpoint.keep=2")
     assert "resumed after rollout step 2" in output
     kept = sorted(path.name for path in (task / "runs/parts/checkpoints").iterdir())
     assert kept == ["step_000003", "step_000004"]
@@ -176,17 +113,8 @@ def test_bad_input_ends_with_status_2_and_a_message_with_numbers_and_remedy(task
     (without_eos / "tokenizer_config.json").write_text(
         json.dumps({k: v for k, v in settings.items() if k != "eos_token"})
     )
-    config = str(ROOT / "examples/quickstart.yaml")
-    base = [config, *SMALL, "name=bad", "parallel.tensor_parallel=1", "num_rollout_steps=1"]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps([[*base, *_split(case)] for case in BAD_INPUT]),
-        cwd=task,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    base = [QUICKSTART, *SMALL, "name=bad", "parallel.tensor_parallel=1", "num_rollout_steps=1"]
+    done = python(task, "-c", DRIVER, stdin=json.dumps([[*base, *_split(case)] for case in BAD_INPUT]))
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(done.stdout.partition("RESULTS")[2])
     for (case, message), (status, output) in zip(BAD_INPUT.items(), results):
