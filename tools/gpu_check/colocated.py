@@ -65,7 +65,7 @@ def training_command(name: str, work: Path) -> list[str]:
         config.write_text(json.dumps({**json.loads(config.read_text()), **QWEN_0_5B}))
     settings = [
         f"name={name}", f"output_dir={work}/runs", f"num_rollout_steps={NUM_STEPS}", f"model.path={task}/model",
-        f"model.dtype={'fp32' if TINY else 'bf16'}", f"data.files=[{task}/train.jsonl]", "warm_start=null",
+        "model.dtype=bf16", f"data.files=[{task}/train.jsonl]", "warm_start=null",
         "eval.sets={}", "parallel.tensor_parallel=1", "optimizer.lr=1e-6", "sampling.style=none",
         "sampling.gen_batch_prompts=8", "sampling.train_batch_prompts=8",
         f"rollout.max_response_tokens={16 if TINY else 512}", "checkpoint.at_end=false",
