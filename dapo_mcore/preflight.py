@@ -42,6 +42,7 @@ def check_contents(config: Config) -> list[str]:
     Check what a run reads at its start: rows, headers of weight files, the reward function, the options of this machine's
     SGLang, and the checkpoint that the run would resume from.
     """
+    from dapo_mcore.architecture.families import architecture_name
     from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
     from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
@@ -55,7 +56,7 @@ def check_contents(config: Config) -> list[str]:
     if config.reward.placement == "local":
         _load_reward(config)
     if config.rollout.engine == "sglang":
-        _check_servers(config, hf_config.architectures[0])
+        _check_servers(config, architecture_name(hf_config))
     if (checkpoint := _resumed(config)) is not None:
         check_stored(checkpoint)
     data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)

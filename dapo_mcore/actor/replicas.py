@@ -47,10 +47,10 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 def _parted(sums: dict[str, torch.Tensor], shape: WeightShape, layout: Layout) -> list[str]:
     """The weights of this rank that another rank holds otherwise."""
     rules = {name: find_parameter(name, shape).rule for name in sums}
-    dense = [name for name in sums if not rules[name].of_expert]
+    dense = [name for name in sums if not rules[name].per_expert]
     groups = [
         (dense, layout.copies_group),
-        ([name for name in sums if rules[name].of_expert], layout.expert_copies_group),
+        ([name for name in sums if rules[name].per_expert], layout.expert_copies_group),
         ([name for name in dense if rules[name].cut is None], layout.tensor_group),
     ]
     compared = [({name: sums[name] for name in copied}, group) for copied, group in groups]

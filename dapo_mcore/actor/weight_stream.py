@@ -45,7 +45,7 @@ class Content:
     @property
     def is_stacked(self) -> bool:
         """Whether its shards, one below the other, are the HF tensor (and vocabulary padding) already."""
-        return self.parameter.rule.cut == "rows" and self.parameter.rule.merge == "one"
+        return self.parameter.rule.tp_split == "rows" and self.parameter.rule.merge == "one"
 
 
 Parcel = tuple[Content, ...]
@@ -87,9 +87,9 @@ class WeightStream:
     def _is_needed(self, name: str) -> bool:
         """Whether this rank's shard is in the stream: of each replica the first, of uncut parameters one copy."""
         layout, rule = self.layout, find_parameter(name, self.shape).rule
-        tensor_rank = layout.expert_tensor_rank if rule.of_expert else layout.tensor_rank
-        first = layout.expert_data_rank == 0 if rule.of_expert else layout.data_rank == layout.context_rank == 0
-        return first and (rule.cut is not None or tensor_rank == 0)
+        tensor_rank = layout.expert_tensor_rank if rule.per_expert else layout.tensor_rank
+        first = layout.expert_data_rank == 0 if rule.per_expert else layout.data_rank == layout.context_rank == 0
+        return first and (rule.tp_split is not None or tensor_rank == 0)
 
     def _runs(self) -> Iterator[list[Content]]:
         """All parameters, in runs of the same holders and dtype; pipeline stages come in turn."""

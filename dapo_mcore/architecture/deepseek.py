@@ -1,7 +1,7 @@
 """DeepSeek-V3: multi-head latent attention and bias-corrected, group-limited routing, in Megatron's terms. Pure.
 
-Change here: what of DeepSeek-V3's config becomes which field. Multi-token-prediction layers are not built: transformers
-does not run them either.
+Change here: how keys of DeepSeek-V3's config become Megatron's fields. Multi-token-prediction layers are not built;
+transformers does not run them either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEYS = frozenset(
         *("aux_loss_alpha", "seq_aux"),  # DeepSeek's own training loss
     }
 )
-"""Keys that are read here, or do not matter."""
+"""Keys that are read here, or that have no effect."""
 
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,),
@@ -36,8 +36,8 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def fields(hf: Any) -> dict[str, Any]:
-    """MLATransformerConfig fields (megatron-core 0.16.1) beside those of any decoder. Raises ConfigError."""
+def megatron_fields(hf: Any) -> dict[str, Any]:
+    """Return the MLATransformerConfig fields (megatron-core 0.16.1) that other decoders do not have. Raises ConfigError."""
     return {**_attention(hf), **_rope(hf), **(_routing(hf) if hf.first_k_dense_replace < hf.num_hidden_layers else {})}
 
 
@@ -45,7 +45,7 @@ def _attention(hf: Any) -> dict[str, Any]:
     if hf.num_key_value_heads != hf.num_attention_heads:
         raise ConfigError(
             f"num_key_value_heads {hf.num_key_value_heads} differs from num_attention_heads {hf.num_attention_heads}, "
-            f"which latent attention does not have"
+            f"but latent attention has as many of both"
         )
     return dict(
         multi_latent_attention=True,
@@ -55,12 +55,12 @@ def _attention(hf: Any) -> dict[str, Any]:
         qk_pos_emb_head_dim=hf.qk_rope_head_dim,
         v_head_dim=hf.v_head_dim,
         kv_channels=hf.qk_nope_head_dim + hf.qk_rope_head_dim,
-        softmax_scale=None,  # upstream makes it of the head size and of YaRN's mscale_all_dim, as transformers does
+        softmax_scale=None,  # upstream computes it from the head size and YaRN's mscale_all_dim, as transformers does
     )
 
 
 def _rope(hf: Any) -> dict[str, Any]:
-    """Latent attention turns a part of each head only, so it has its own rotary embedding inside every layer."""
+    """Return the rotary embedding's fields. Latent attention rotates a part of each head, with its own embedding in every layer."""
     rope = hf.rope_parameters
     kind = rope["rope_type"]
     if kind == "default":
@@ -70,7 +70,7 @@ def _rope(hf: Any) -> dict[str, Any]:
     if kind != "yarn" or not usual:
         raise ConfigError(
             f"rope_parameters {rope} are not supported with latent attention; supported are rope_type default, and yarn "
-            f"without attention_factor and truncate, mscale_all_dim only together with mscale"
+            f"without attention_factor and truncate, and with mscale_all_dim only together with mscale"
         )
     return dict(
         rope_type="yarn",
@@ -89,8 +89,8 @@ def _routing(hf: Any) -> dict[str, Any]:
     limited = chosen_groups < groups
     if limited and chosen != 2 * chosen_groups:
         raise ConfigError(
-            f"num_experts_per_tok {chosen} over topk_group {chosen_groups} groups: a group is ranked by its two best "
-            f"experts, in megatron-core 0.16.1 by its {chosen} // {chosen_groups} best; supported is twice topk_group"
+            f"num_experts_per_tok {chosen} over topk_group {chosen_groups} groups: the model ranks a group by its two best "
+            f"experts, megatron-core 0.16.1 by its {chosen} // {chosen_groups} best; supported is twice topk_group"
         )
     return dict(
         moe_router_score_function="sigmoid",
@@ -99,5 +99,5 @@ def _routing(hf: Any) -> dict[str, Any]:
         moe_router_group_topk=chosen_groups if limited else None,
         moe_router_topk_scaling_factor=hf.routed_scaling_factor,
         moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,  # the rollout engine has no part in balancing: the bias stays as loaded
+        moe_router_bias_update_rate=0.0,  # training does not balance the experts: the bias stays as loaded
     )

@@ -1,7 +1,7 @@
-"""The tensors that a rollout model takes, and the check of a weight stream against them.
+"""The tensors that a rollout model expects, and the check of a weight stream against them.
 
-Change here: what makes a weight stream acceptable. Engines rely on it: SGLang takes a checkpoint that lacks tensors
-without a word, keeping the old ones, and dies of a tensor of another shape.
+Change here: which weight streams are accepted. Engines rely on this check: SGLang silently keeps the old values of missing
+tensors, and crashes on a tensor with a wrong shape.
 """
 
 from __future__ import annotations
@@ -17,31 +17,36 @@ from dapo_mcore.architecture.hf_views import hf_views
 from dapo_mcore.errors import RolloutError
 
 Bucket = list[tuple[str, Tensor]]
-"""Named tensors that travel together."""
+"""(HF name, tensor) pairs that are sent together."""
 
 
 @dataclass(frozen=True)
 class WeightManifest:
-    """shapes: of every tensor by HF name. tied: each name that shares another's storage, with the name that owns it."""
+    """The tensors of a model.
+
+    shapes  the shape of every tensor, by HF name
+    tied    for each name that shares another tensor's storage, the name that owns the storage
+    """
 
     shapes: dict[str, torch.Size]
     tied: dict[str, str]
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> WeightManifest:
+        """Return the manifest of a transformers model."""
         return cls({name: view.shape for name, view in hf_views(model).items()}, _tied_names(model))
 
     @classmethod
     def of_config(cls, hf_config: PretrainedConfig) -> WeightManifest:
-        """The same without allocating the model."""
+        """Return the manifest of the model that a config describes. Allocates no weights."""
         with torch.device("meta"):
             return cls.of_model(AutoModelForCausalLM.from_config(hf_config))
 
     def checked(self, weights: Iterator[tuple[str, Tensor]], version: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the stream, each one checked; nothing more is passed on after the first that does not fit.
+        """Yield the stream's tensors until one does not fit the model. A tied name may be absent.
 
-        Drains the stream even then: the senders' collectives must complete. A tied name may be absent. Raises
-        RolloutError at the end, naming unexpected, repeated, misshapen or missing tensors.
+        Drains the stream in any case, because the senders' collectives must complete. Raises RolloutError at its end, naming
+        unexpected, repeated, misshapen or missing tensors.
         """
         seen: set[str] = set()
         wrong: list[str] = []
@@ -64,15 +69,15 @@ class WeightManifest:
         if name in seen:
             return f"{name} came twice"
         if tensor.shape != self.shapes[name]:
-            return f"{name} has shape {list(tensor.shape)}, the model {list(self.shapes[name])}"
+            return f"{name} has shape {list(tensor.shape)}, but {list(self.shapes[name])} in the model"
         return None
 
 
 def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple[Bucket, bool]]:
-    """Buckets of at most `limit` bytes (a larger tensor makes one of its own), each with whether it is the last.
+    """Yield (bucket, True if it is the last). A bucket holds at most `limit` bytes, or a single larger tensor.
 
-    One bucket is in memory at a time, and the tensor that did not fit into it. An error of the stream comes before its
-    last bucket. Tensors are not copied.
+    Holds one bucket and the tensor after it at a time. An error in the stream is raised before the last bucket is yielded.
+    Does not copy tensors.
     """
     bucket: Bucket = []
     size = 0
@@ -87,8 +92,8 @@ def buckets(weights: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[tuple
 
 def _tied_names(model: torch.nn.Module) -> dict[str, str]:
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    everything = model.named_parameters(remove_duplicate=False)
-    return {name: owners[id(parameter)] for name, parameter in everything if owners[id(parameter)] != name}
+    all_names = model.named_parameters(remove_duplicate=False)
+    return {name: owners[id(parameter)] for name, parameter in all_names if owners[id(parameter)] != name}
 
 
 def _some(items: list[str], separator: str = ", ", limit: int = 8) -> str:

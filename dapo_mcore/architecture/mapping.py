@@ -1,10 +1,10 @@
 """Between Hugging Face tensors and Megatron parameters: names, merges and shards. No collectives, no files.
 
-Change here: how tensors are merged and cut. Which parameters there are is the table's (families.py).
+Change here: how tensors are merged and split. Which parameters a model has comes from families.py.
 
-A Megatron parameter is one or more HF tensors merged (`linear_qkv` of q, k and v), then cut over tensor-parallel ranks.
-Both are described at once by *pieces*: the runs of HF rows that a rank's rows consist of, in order. Loading reads the
-pieces, export writes them back; TP may cut through a query group, as Megatron does beyond the number of KV heads.
+A Megatron parameter is one or more HF tensors merged (`linear_qkv` from q, k and v), then split over tensor-parallel ranks.
+`HFRows` describe both: the runs of HF rows that make up a rank's rows, in order. Loading reads these runs, export writes
+them back. A split may go through a query group, as in Megatron when there are more ranks than KV heads.
 """
 
 from __future__ import annotations
@@ -17,39 +17,43 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dapo_mcore.architecture.families import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT, Rule
 from dapo_mcore.architecture.shape import WeightShape
+from dapo_mcore.architecture.weight_rules import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT, WeightRule
 from dapo_mcore.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter of the whole model: its rule with the layer and expert filled in."""
+    """One Megatron parameter of the whole model: a weight rule with its layer and expert number (-1 if it has none)."""
 
-    rule: Rule
+    rule: WeightRule
     layer: int = -1
     expert: int = -1
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Megatron's names: with the local spec, and where it differs, with Transformer Engine's layers."""
+        """Return Megatron's names: with the local layers, then, if it differs, with Transformer Engine's layers."""
         return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.rule.mcore)
 
     @property
     def hf(self) -> tuple[str, ...]:
+        """Return the names of the HF tensors, in merge order."""
         return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.rule.hf)
 
 
-class Piece(NamedTuple):
-    """Rows start … stop - 1 of HF tensor number `source` of a parameter."""
+class HFRows(NamedTuple):
+    """Rows start … stop - 1 of a parameter's HF tensor number `source`."""
 
     source: int
     start: int
     stop: int
 
 
-class Place(NamedTuple):
-    """A tensor `key` of a checkpoint, and where in its leading axes: at `offset` of `size`; both () without such axes."""
+class CheckpointSlice(NamedTuple):
+    """Where a checkpoint keeps a parameter: tensor `key`, at index `offset` of its leading layer and expert dims.
+
+    size  sizes of those dims; it and `offset` are () if there are none
+    """
 
     key: str
     offset: tuple[int, ...]
@@ -57,21 +61,21 @@ class Place(NamedTuple):
 
 
 class WeightReader(Protocol):
-    """Access to HF tensors by name and slice: hf_io reads files, tests pass a dictionary."""
+    """Access to HF tensors by name and slice. model_files reads them from files; tests pass a dictionary."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor, or its slice [start, stop) along `dim`."""
+        """Return the tensor, or its slice [start, stop) along `dim`."""
         ...
 
 
 def parameters(shape: WeightShape) -> Iterator[Parameter]:
-    """Every parameter of the model once, in the order of execution; with tied embeddings without the output layer."""
+    """Yield every parameter of the model once, in the order of execution. Leaves out a tied output layer."""
     yield Parameter(EMBEDDING)
     for layer in range(shape.num_layers):
         for rule in _layer_rules(shape, layer):
-            for expert in range(shape.num_experts) if rule.of_expert else (-1,):
+            for expert in range(shape.num_experts) if rule.per_expert else (-1,):
                 yield Parameter(rule, layer, expert)
     yield Parameter(FINAL_NORM)
     if not shape.tied:
@@ -79,47 +83,47 @@ def parameters(shape: WeightShape) -> Iterator[Parameter]:
 
 
 def find_parameter(name: str, shape: WeightShape) -> Parameter:
-    """The parameter of a Megatron name with global layer and expert numbers. Raises CheckpointError for a stranger."""
+    """Return the parameter for a Megatron name with global layer and expert numbers. Raises CheckpointError if there is none."""
     layer = int(match.group(1)) if (match := re.match(r"decoder\.layers\.(\d+)\.", name)) else -1
     expert = int(match.group(1)) if (match := re.search(r"(?:local_experts\.|\.weight)(\d+)", name)) else -1
     known = layer < shape.num_layers and expert < shape.num_experts
-    ends = (EMBEDDING, TIED_OUTPUT if shape.tied else OUTPUT, FINAL_NORM)
-    for rule in () if not known else ends if layer < 0 else _layer_rules(shape, layer):
+    outside_layers = (EMBEDDING, TIED_OUTPUT if shape.tied else OUTPUT, FINAL_NORM)
+    for rule in () if not known else outside_layers if layer < 0 else _layer_rules(shape, layer):
         if name in (found := Parameter(rule, layer, expert)).names:
             return found
     raise CheckpointError(
-        f"{shape.architecture} has no rule for the Megatron parameter {name}; extend architecture/families.py"
+        f"{shape.architecture} has no weight rule for the Megatron parameter {name}; add it in architecture/weight_rules.py"
     )
 
 
 def hf_shapes(parameter: Parameter, shape: WeightShape) -> list[tuple[int, ...]]:
-    """The shape of each HF tensor of the parameter, as the config implies it."""
+    """Return the shape that the config implies for each HF tensor of the parameter."""
     return [tuple(shape.size(size) for size in sizes) for sizes in parameter.rule.sizes]
 
 
 def local_shape(parameter: Parameter, shape: WeightShape, num_ranks: int = 1) -> tuple[int, ...]:
-    """The parameter's shape on each of `num_ranks` tensor-parallel ranks; vocabularies are padded.
+    """Return the parameter's shape on each of `num_ranks` tensor-parallel ranks, with a padded vocabulary.
 
-    Raises ConfigError where the cut does not come out even.
+    Raises ConfigError if the split is not even.
     """
     rule, whole = parameter.rule, _merged_shape(parameter, shape)
-    if rule.cut is None:
+    if rule.tp_split is None:
         return whole
-    dim = 1 if rule.cut == "columns" else 0
-    # the halves of gate_up are cut one by one
+    dim = 1 if rule.tp_split == "columns" else 0
+    # gate and up are split separately
     unit = whole[dim] // len(rule.hf) if rule.merge == "gate_up" else whole[dim]
     if unit % num_ranks:
         raise ConfigError(
-            f"tensor parallel {num_ranks} does not divide the {unit} {rule.cut} of {parameter.names[0]} "
+            f"tensor parallel {num_ranks} does not divide the {unit} {rule.tp_split} of {parameter.names[0]} "
             f"({' × '.join(map(str, whole))}); use a divisor of {unit}"
         )
     return (*whole[:dim], whole[dim] // num_ranks, *whole[dim + 1 :])
 
 
 def row_ranges(parameter: Parameter, shape: WeightShape, rank: int, num_ranks: int) -> list[tuple[int, int]]:
-    """The rows [start, stop) of the merged parameter that a tensor-parallel rank holds, in order; padding included.
+    """Return the rows [start, stop) of the merged parameter that a tensor-parallel rank holds, in order, with padding.
 
-    For a parameter that is cut by rows. One range, or for gate_up one of each half.
+    For a parameter that is split by rows: one range, or for gate_up one of gate and one of up.
     """
     size = local_shape(parameter, shape, num_ranks)[0]
     if parameter.rule.merge != "gate_up":
@@ -131,16 +135,16 @@ def row_ranges(parameter: Parameter, shape: WeightShape, rank: int, num_ranks: i
 def import_parameter(
     parameter: Parameter, reader: WeightReader, shape: WeightShape, rank: int = 0, num_ranks: int = 1
 ) -> Tensor:
-    """What tensor-parallel rank `rank` of `num_ranks` holds of the parameter, read slice by slice from HF tensors.
+    """Return the shard of tensor-parallel rank `rank` of `num_ranks`. Reads only its slices of the HF tensors.
 
-    (Of an expert's parameter: rank and size are those of the expert-tensor-parallel group.) Raises CheckpointError for
-    an HF tensor that has not the shape which the config implies.
+    For an expert's parameter, `rank` and `num_ranks` are those of the expert-tensor-parallel group. Raises CheckpointError if
+    an HF tensor's shape does not match the config.
     """
     check_shapes(parameter, reader, shape)
-    cut, wanted = parameter.rule.cut, local_shape(parameter, shape, num_ranks)
-    if cut is None or (num_ranks == 1 and cut == "columns"):
+    split, wanted = parameter.rule.tp_split, local_shape(parameter, shape, num_ranks)
+    if split is None or (num_ranks == 1 and split == "columns"):
         return reader.read(parameter.hf[0])
-    if cut == "columns":
+    if split == "columns":
         return reader.read(parameter.hf[0], 1, rank * wanted[1], (rank + 1) * wanted[1])
     return _join(
         [import_rows(parameter, reader, shape, *rows) for rows in row_ranges(parameter, shape, rank, num_ranks)]
@@ -148,9 +152,9 @@ def import_parameter(
 
 
 def import_rows(parameter: Parameter, reader: WeightReader, shape: WeightShape, start: int, stop: int) -> Tensor:
-    """Rows start … stop - 1 of the merged parameter; vocabulary rows that HF has not are zero."""
-    pieces = _between(_whole(parameter, shape), start, stop)
-    parts = [reader.read(parameter.hf[piece.source], 0, piece.start, piece.stop) for piece in pieces]
+    """Return rows start … stop - 1 of the merged parameter. Vocabulary rows that are only padding are zero."""
+    runs = _between(_all_rows(parameter, shape), start, stop)
+    parts = [reader.read(parameter.hf[run.source], 0, run.start, run.stop) for run in runs]
     if missing := stop - start - sum(len(part) for part in parts):
         like = parts[0] if parts else reader.read(parameter.hf[0], 0, 0, 0)
         parts.append(like.new_zeros(missing, *like.shape[1:]))
@@ -158,97 +162,96 @@ def import_rows(parameter: Parameter, reader: WeightReader, shape: WeightShape, 
 
 
 def export_parameter(parameter: Parameter, shards: Sequence[Tensor], shape: WeightShape) -> list[tuple[str, Tensor]]:
-    """The (HF name, whole tensor) pairs of a parameter, from what each tensor-parallel rank holds, in rank order.
+    """Return a parameter's (HF name, whole tensor) pairs. `shards` has one per tensor-parallel rank, in rank order.
 
-    Vocabulary padding is left out. A tensor may share memory with a shard.
+    Leaves out vocabulary padding. A tensor may share memory with a shard.
     """
     rule, names = parameter.rule, parameter.hf
-    if rule.cut is None:
+    if rule.tp_split is None:
         return [(names[0], shards[0])]
-    if rule.cut == "columns":
+    if rule.tp_split == "columns":
         return [(names[0], _join(shards, dim=1))]
     parts: list[list[Tensor]] = [[] for _ in names]
     for rank, shard in enumerate(shards):
         ranges = row_ranges(parameter, shape, rank, len(shards))
-        pieces = [piece for rows in ranges for piece in _between(_whole(parameter, shape), *rows)]
-        sizes = [piece.stop - piece.start for piece in pieces]
-        for piece, part in zip(pieces, shard[: sum(sizes)].split(sizes) if pieces else (), strict=True):
-            parts[piece.source].append(part)
+        runs = [run for rows in ranges for run in _between(_all_rows(parameter, shape), *rows)]
+        sizes = [run.stop - run.start for run in runs]
+        for run, part in zip(runs, shard[: sum(sizes)].split(sizes) if runs else (), strict=True):
+            parts[run.source].append(part)
     return [(name, _join(own)) for name, own in zip(names, parts, strict=True)]
 
 
 def merged_rows(parameter: Parameter, source: int, start: int, stop: int, shape: WeightShape) -> list[tuple[int, int]]:
-    """Where rows start … stop - 1 of HF tensor number `source` lie in the merged parameter: ranges, in order."""
+    """Return the ranges of merged rows, in order, that hold rows start … stop - 1 of HF tensor number `source`."""
     found, position = [], 0
-    for piece in _whole(parameter, shape):
-        low, high = max(start, piece.start), min(stop, piece.stop)
-        if piece.source == source and low < high:
-            found.append((position + low - piece.start, position + high - piece.start))
-        position += piece.stop - piece.start
+    for run in _all_rows(parameter, shape):
+        low, high = max(start, run.start), min(stop, run.stop)
+        if run.source == source and low < high:
+            found.append((position + low - run.start, position + high - run.start))
+        position += run.stop - run.start
     return found
 
 
-def checkpoint_place(parameter: Parameter, shape: WeightShape) -> Place:
-    """Where a distributed checkpoint keeps the parameter (before its own dims: layer and expert axes).
+def checkpoint_slice(parameter: Parameter, shape: WeightShape) -> CheckpointSlice:
+    """Return where a distributed checkpoint keeps the parameter. Layers that are not alike are not stacked.
 
-    Source: sharded_state_dict of GPTModel, TransformerBlock, SequentialMLP and TEGroupedMLP (megatron-core 0.16.1); layers
-    that are not alike are not stacked.
+    Source: sharded_state_dict of GPTModel, TransformerBlock, SequentialMLP and TEGroupedMLP (megatron-core 0.16.1).
     """
     rule = parameter.rule
-    key, axes = rule.key or rule.mcore[-1], []
-    if rule.of_layer:
+    key, dims = rule.key or rule.mcore[-1], []
+    if rule.per_layer:
         stacked = shape.layers_are_alike
         key = key.replace("{layer}.", "").replace(".layers.", f".layers.{'' if stacked else f'{parameter.layer}.'}", 1)
-        axes += [(parameter.layer, shape.num_layers)] if stacked else []
-    if rule.of_expert:
-        axes.append((parameter.expert, shape.num_experts))
-    return Place(key, tuple(at for at, _ in axes), tuple(size for _, size in axes))
+        dims += [(parameter.layer, shape.num_layers)] if stacked else []
+    if rule.per_expert:
+        dims.append((parameter.expert, shape.num_experts))
+    return CheckpointSlice(key, tuple(index for index, _ in dims), tuple(size for _, size in dims))
 
 
-def _layer_rules(shape: WeightShape, layer: int) -> list[Rule]:
+def _layer_rules(shape: WeightShape, layer: int) -> list[WeightRule]:
     family = shape.family
     rules = family.attention + (family.moe if shape.moe_layers[layer] else family.dense)
     return [rule for rule in rules if all(shape.size(size) for sizes in rule.sizes for size in sizes)]
 
 
 def _merged_shape(parameter: Parameter, shape: WeightShape) -> tuple[int, ...]:
-    """The parameter's shape before cutting, vocabularies padded."""
+    """Return the parameter's shape before it is split, with a padded vocabulary."""
     shapes = hf_shapes(parameter, shape)
     rows = shape.padded_vocab_size if parameter.rule.is_vocab else sum(own[0] for own in shapes)
     return (rows, *shapes[0][1:])
 
 
-def _whole(parameter: Parameter, shape: WeightShape) -> list[Piece]:
-    """The pieces of the merged parameter's rows, in order; vocabulary padding, at the end, is in none."""
+def _all_rows(parameter: Parameter, shape: WeightShape) -> list[HFRows]:
+    """Return the HF rows that make up the merged parameter, in order. Vocabulary padding at the end is not among them."""
     rows = [own[0] for own in hf_shapes(parameter, shape)]
     if parameter.rule.merge == "qkv":
         return _query_groups(rows, shape)
-    return [Piece(source, 0, count) for source, count in enumerate(rows)]
+    return [HFRows(source, 0, count) for source, count in enumerate(rows)]
 
 
-def _query_groups(rows: list[int], shape: WeightShape) -> list[Piece]:
-    """All rows of linear_qkv: for each key-value head its queries, its key, its value."""
+def _query_groups(rows: list[int], shape: WeightShape) -> list[HFRows]:
+    """Return all rows of linear_qkv: for each key-value head its queries, its key, its value."""
     groups = shape.num_kv_heads
     return [
-        Piece(source, group * count // groups, (group + 1) * count // groups)
+        HFRows(source, group * count // groups, (group + 1) * count // groups)
         for group in range(groups)
         for source, count in enumerate(rows)
     ]
 
 
-def _between(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
-    """The part of a run of pieces that lies in rows start … stop - 1 of their concatenation."""
+def _between(runs: list[HFRows], start: int, stop: int) -> list[HFRows]:
+    """Return rows start … stop - 1 of the concatenated runs."""
     found, position = [], 0
-    for piece in pieces:
-        low, high = max(start - position, 0), min(stop - position, piece.stop - piece.start)
+    for run in runs:
+        low, high = max(start - position, 0), min(stop - position, run.stop - run.start)
         if low < high:
-            found.append(Piece(piece.source, piece.start + low, piece.start + high))
-        position += piece.stop - piece.start
+            found.append(HFRows(run.source, run.start + low, run.start + high))
+        position += run.stop - run.start
     return found
 
 
 def check_shapes(parameter: Parameter, reader: WeightReader, shape: WeightShape) -> None:
-    """Raises CheckpointError for an HF tensor that has not the shape which the config implies."""
+    """Raise CheckpointError if an HF tensor's shape does not match the config."""
     for name, expected in zip(parameter.hf, hf_shapes(parameter, shape), strict=True):
         if (found := tuple(reader.shape(name))) != expected:
             raise CheckpointError(f"{name} is {list(found)}, but config.json implies {list(expected)}: they disagree")

@@ -1,72 +1,21 @@
-"""From a Hugging Face config to what Megatron must build: one entry a family, and every key accounted for. Pure.
+"""From a Hugging Face config to the fields of Megatron's config. Pure. Every key of config.json is accounted for.
 
-Change here: to support a family, or a key of config.json. A key is read, required to have a value with which it changes
-nothing, known to be harmless, or at its class's default; anything else is refused by name, never guessed. The meaning of
-every key is that of transformers' own class: what the class ignores is still refused, since somebody put it there.
+Change here: to support a key that any family may have; a new family goes into families.py. Each key is read, required to
+have a supported value, known to have no effect, or at its class's default. Any other key is refused by name, never guessed.
+A key means what transformers' class makes of it. A key that the class ignores is refused too: somebody set it for a reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dapo_mcore.architecture import deepseek
+from dapo_mcore.architecture.families import FAMILIES, Family, architecture_name
 from dapo_mcore.architecture.rope import Rope, read_rope
 from dapo_mcore.architecture.shape import WeightShape, weight_shape
 from dapo_mcore.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes a family from the plain Llama-shaped decoder (RMSNorm, RoPE, SwiGLU, no biases).
-
-    qkv_bias   whether q, k and v have biases: a key, or the family's constant
-    qk_norm    an RMSNorm over each query and key head (DeepSeek: over the latent vectors)
-    normalized whether the chosen experts' probabilities are scaled to sum to 1: a key, or the family's constant
-    further    fields that need more than this table says
-    keys       further keys of config.json that are understood
-    required   further keys, with the values they must have
-    """
-
-    qkv_bias: str | bool = False
-    qk_norm: bool = False
-    normalized: str | bool = True
-    further: Callable[[Any], dict[str, Any]] = lambda hf: {}
-    keys: frozenset[str] = frozenset()
-    required: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-_QWEN_KEYS = frozenset(
-    {
-        *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "qkv_bias"),
-        *("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
-    }
-)
-
-FAMILIES = {
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(),
-    "Qwen2MoeForCausalLM": Family(qkv_bias="qkv_bias", normalized="norm_topk_prob", keys=_QWEN_KEYS),
-    "Qwen3MoeForCausalLM": Family(
-        qk_norm=True,
-        normalized="norm_topk_prob",
-        keys=_QWEN_KEYS,
-        # Qwen3-Coder's config.json says of itself what its class does in any case
-        required={"use_qk_norm": (True,), "qkv_bias": (False,), "shared_expert_intermediate_size": (0, None)},
-    ),
-    "MixtralForCausalLM": Family(keys=frozenset({"num_local_experts", "num_experts_per_tok"})),
-    "DeepseekV3ForCausalLM": Family(
-        qk_norm=True,
-        further=deepseek.fields,
-        keys=deepseek.KEYS,
-        required=deepseek.REQUIRED,
-    ),
-}
 
 _READ = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
@@ -84,17 +33,16 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
     "rope_interleaved": (False, None),
 }
-"""Keys whose other values Megatron cannot follow here, or not reproducibly."""
+"""Keys with the values that are supported. Megatron cannot follow other values here, or not reproducibly."""
 
-_HARMLESS = {
+_NO_EFFECT = {
     *("architectures", "model_type", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range", "id2label", "label2id"),
     *("return_dict", "output_hidden_states", "output_attentions", "_attn_implementation"),
-    *("output_router_logits", "router_aux_loss_coef"),  # Hugging Face's own training loss
-    "pretraining_tp",  # how Hugging Face once cut the products, not what they are
+    *("output_router_logits", "router_aux_loss_coef"),  # only Hugging Face's own training loss reads them
+    "pretraining_tp",  # once split the matrix products in transformers, without changing their result
     *("unsloth_fixed", "unsloth_version", "is_llama_config", "transformers.js_config"),
 }
-
 
 _QUANTIZED = (
     "quantization_config in config.json says that the weights are quantized, which cannot be trained; take the model's bf16 "
@@ -105,13 +53,14 @@ _QUANTIZED = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a Hugging Face config asks for.
+    """The model that a Hugging Face config describes.
 
+    name            key in families.FAMILIES
     fields          TransformerConfig fields (megatron-core 0.16.1) that the model decides
     rope            the rotary embedding
     vocab_size      rows of the embedding, unpadded
-    max_positions   the longest sequence that the model was made for
-    tied            whether the output projection is the embedding
+    max_positions   the longest sequence, in tokens, that the model was made for
+    tied            True if the output projection is the embedding
     """
 
     name: str
@@ -135,14 +84,12 @@ class Architecture:
 
 
 def read_architecture(hf_config: Any, longest_sequence: int) -> Architecture:
-    """The architecture of a transformers config.
+    """Return the architecture that a transformers config describes.
 
-    longest_sequence  tokens of the longest training sequence; a sliding window at least as wide changes nothing.
-    Raises ConfigError, naming the key, for whatever is not understood.
+    longest_sequence  tokens of the longest training sequence; a sliding window at least as wide has no effect
+    Raises ConfigError, naming the key, for every key that is not understood.
     """
-    name = (hf_config.architectures or [type(hf_config).__name__.replace("Config", "ForCausalLM")])[0]
-    if name not in FAMILIES:
-        raise ConfigError(f"architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
+    name = architecture_name(hf_config)
     family = FAMILIES[name]
     _refuse_unknown_keys(hf_config, name, family)
     _refuse_narrow_window(hf_config, longest_sequence)
@@ -151,7 +98,7 @@ def read_architecture(hf_config: Any, longest_sequence: int) -> Architecture:
         name=name,
         fields=_decoder(hf_config, family, rope, shape)
         | _experts(hf_config, family, shape)
-        | family.further(hf_config),
+        | family.megatron_fields(hf_config),
         rope=rope,
         vocab_size=shape.vocab_size,
         max_positions=hf_config.max_position_embeddings,
@@ -167,13 +114,13 @@ def _decoder(hf: Any, family: Family, rope: Rope, shape: WeightShape) -> dict[st
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
-        # the rotary embedding scales queries and keys alike, and megatron-core only knows that as part of this factor
+        # YaRN scales queries and keys by the same factor; megatron-core can apply it only as part of softmax_scale
         softmax_scale=rope.attention_factor**2 / shape.head_dim**0.5,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
-        qk_layernorm=family.qk_norm,
+        qk_layernorm=family.has_qk_norm,
         add_bias_linear=False,
-        add_qkv_bias=_value(hf, family.qkv_bias),
+        add_qkv_bias=family.has_qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         hidden_dropout=0.0,
@@ -184,11 +131,12 @@ def _decoder(hf: Any, family: Family, rope: Rope, shape: WeightShape) -> dict[st
 def _experts(hf: Any, family: Family, shape: WeightShape) -> dict[str, Any]:
     if not any(shape.moe_layers):
         return {}
-    chosen, normalized = hf.num_experts_per_tok, _value(hf, family.normalized)
+    chosen = hf.num_experts_per_tok
+    normalized = hf.norm_topk_prob if "norm_topk_prob" in family.keys else True
     if chosen == 1 and normalized:
         raise ConfigError(
-            "num_experts_per_tok 1 with normalized probabilities gives every expert the weight 1, which megatron-core "
-            "0.16.1 cannot do; set norm_topk_prob false in config.json if the model allows"
+            "num_experts_per_tok 1 with normalized probabilities gives every expert the weight 1, and megatron-core "
+            "0.16.1 cannot do that; set norm_topk_prob false in config.json if the model allows"
         )
     return dict(
         num_moe_experts=shape.num_experts,
@@ -196,20 +144,16 @@ def _experts(hf: Any, family: Family, shape: WeightShape) -> dict[str, Any]:
         moe_layer_freq=1 if all(shape.moe_layers) else [int(has_experts) for has_experts in shape.moe_layers],
         moe_router_topk=chosen,
         moe_router_score_function="softmax",
-        # softmax over all experts and normalisation of the chosen is softmax over the chosen
+        # a softmax over all experts, normalised over the chosen ones, equals a softmax over the chosen ones
         moe_router_pre_softmax=not normalized,
         moe_shared_expert_intermediate_size=shape.shared_ffn or None,
         moe_shared_expert_gate=shape.has_shared_gate,
     )
 
 
-def _value(hf: Any, key: str | bool) -> bool:
-    return key if isinstance(key, bool) else bool(getattr(hf, key))
-
-
 def _refuse_unknown_keys(hf: Any, name: str, family: Family) -> None:
-    """Raise ConfigError, naming every setting that is not followed here."""
-    understood, required = _READ | _HARMLESS | family.keys, _REQUIRED | family.required
+    """Raise ConfigError, naming every key that is unknown or has an unsupported value."""
+    understood, required = _READ | _NO_EFFECT | family.keys, _REQUIRED | family.required
     settings, defaults = hf.to_dict(), type(hf)().to_dict()
     problems = [_QUANTIZED] if settings.pop("quantization_config", None) is not None else []
     problems += [
@@ -239,6 +183,7 @@ def _short(value: Any) -> str:
 
 
 def _refuse_narrow_window(hf: Any, longest_sequence: int) -> None:
+    """Raise ConfigError if a sliding window is narrower than the longest training sequence."""
     kinds = set(getattr(hf, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(f"layer_types has {', '.join(sorted(unknown))}; supported is full_attention")

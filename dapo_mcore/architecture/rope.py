@@ -1,7 +1,7 @@
-"""Rotary position embeddings: the frequencies, as transformers itself computes them.
+"""Rotary position embeddings: their frequencies, computed by transformers itself.
 
-Change here: to support a kind of RoPE scaling. Taking transformers' own fp32 frequencies makes the policy and the rollout
-engine turn queries and keys by the same angles; an ulp of difference grows with the position.
+Change here: to support a kind of RoPE scaling. With transformers' own fp32 frequencies the policy and the rollout engine
+rotate queries and keys by the same angles; a difference of one ulp would grow with the position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-"""The kinds whose frequencies do not depend on a sequence's length, with the keys that each needs."""
+"""The kinds whose frequencies do not depend on the sequence length, with the keys that each needs."""
 
 _OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -30,8 +30,8 @@ class Rope:
     """A rotary embedding.
 
     base              theta
-    frequencies       float32 [head_dim / 2]: radians a position, for each pair of dims
-    attention_factor  multiplies rotated queries and rotated keys (YaRN; 1 otherwise)
+    frequencies       float32 [head_dim / 2], radians per position for each pair of dims
+    attention_factor  multiplies rotated queries and rotated keys (YaRN; otherwise 1)
     """
 
     base: float
@@ -40,7 +40,7 @@ class Rope:
 
 
 def read_rope(hf_config: Any) -> Rope:
-    """The rotary embedding of a transformers config. Raises ConfigError for a kind or key that is not supported."""
+    """Return the rotary embedding of a transformers config. Raises ConfigError for an unsupported kind or key."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = dict(getattr(hf_config, "rope_parameters", None) or {})
@@ -60,7 +60,7 @@ def _check(rope: dict[str, Any], kind: str) -> None:
         raise ConfigError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; supported is 1.0")
     known = {*_COMMON, *SCALINGS[kind], *_OPTIONAL.get(kind, ())}
     for key in rope.keys() - known:
-        raise ConfigError(f"rope_parameters has {key} {rope[key]!r}, which rope_type {kind!r} does not know")
+        raise ConfigError(f"rope_parameters has {key} {rope[key]!r}, which rope_type {kind!r} does not use")
     for key in ("rope_theta", *SCALINGS[kind]):
         if rope.get(key) is None:
             raise ConfigError(f"rope_parameters {rope} lacks {key}, which rope_type {kind!r} needs")

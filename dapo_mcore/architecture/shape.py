@@ -1,7 +1,7 @@
 """The sizes of a model's weights, read from its Hugging Face config.
 
-Change here: which keys of config.json the sizes come from. What else the config says (RoPE, routing, norms) is
-architecture/reader.py's, which refuses what it does not understand.
+Change here: which keys of config.json the sizes come from. reader.py reads everything else (RoPE, routing, norms) and
+refuses unknown keys.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dapo_mcore.architecture.families import FAMILIES, QKV_BIAS, SHARED_GATE, Family
+from dapo_mcore.architecture.families import FAMILIES, Family, architecture_name
 from dapo_mcore.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class WeightShape:
-    """All sizes are of the whole model, before any cut.
+    """The sizes of the whole model's weights, before tensor parallelism splits them.
 
-    moe_layers   for every layer, whether it has experts
-    expert_ffn, shared_ffn   inner sizes of one expert and of the shared expert; 0 where there is none
-    query_rank, key_rank     sizes of the latents of latent attention; key_rank 0 for other attention, query_rank 0 where
-                             queries need none
-    rope_dim, value_dim      per head, of latent attention; head_dim includes rope_dim
+    moe_layers               one entry per layer: True if it has experts
+    expert_ffn, shared_ffn   inner sizes of one expert and of the shared expert; 0 if there is none
+    query_rank, key_rank     sizes of the latent vectors in latent attention. key_rank is 0 without latent attention;
+                             query_rank is 0 if queries have no latent vector
+    rope_dim, value_dim      sizes per head, in latent attention; head_dim includes rope_dim
     """
 
     architecture: str
@@ -49,16 +49,16 @@ class WeightShape:
 
     @property
     def has_shared_gate(self) -> bool:
-        """Whether a gate scales the shared expert's output."""
-        return self.shared_ffn > 0 and SHARED_GATE[0] in self.family.moe
+        """Return True if a gate scales the shared expert's output."""
+        return self.shared_ffn > 0 and self.family.has_shared_gate
 
     @property
     def layers_are_alike(self) -> bool:
-        """Whether Megatron's checkpoints stack all layers along one axis: all dense, or all with experts."""
+        """Return True if Megatron's checkpoints stack all layers along one axis: all are dense, or all have experts."""
         return len(set(self.moe_layers)) == 1
 
     def size(self, name: str) -> int:
-        """The number that a name in Rule.sizes stands for; `vocab` without padding."""
+        """Return the size that a name in WeightRule.sizes stands for; `vocab` is without padding."""
         return {
             "hidden": self.hidden_size,
             "ffn": self.ffn_size,
@@ -80,8 +80,8 @@ class WeightShape:
 
 
 def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
-    """Sizes from a transformers config. Raises ConfigError for an architecture that is not in the table."""
-    architecture = _architecture(hf_config)
+    """Return the sizes that a transformers config implies. Raises ConfigError for an unsupported architecture."""
+    architecture = architecture_name(hf_config)
     _refuse_other_tensors(hf_config, architecture)
     heads = hf_config.num_attention_heads
     kv_heads = _first(hf_config, "num_key_value_heads") or heads
@@ -112,32 +112,25 @@ def weight_shape(hf_config: Any, tensor_parallel: int) -> WeightShape:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int, align: int = 8) -> int:
-    """The vocabulary rounded up so that every tensor-parallel shard is a multiple of `align` (tensor-core tiles)."""
+    """Return the vocabulary size, rounded up so that each tensor-parallel shard is a multiple of `align` (tensor-core tiles)."""
     unit = tensor_parallel * align
     return -(-vocab_size // unit) * unit
 
 
-def _architecture(hf_config: Any) -> str:
-    """The class name that config.json gives, or the one that belongs to a config made in code."""
-    named = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
-    name = named.removesuffix("Config") + "ForCausalLM" if named.endswith("Config") else named
-    if name not in FAMILIES:
-        raise ConfigError(f"architecture {named} is not supported; supported are {', '.join(FAMILIES)}")
-    return name
-
-
 def _refuse_other_tensors(hf_config: Any, architecture: str) -> None:
-    """Raises ConfigError for settings that add or drop tensors which the table does not know."""
+    """Raise ConfigError for settings that add or drop tensors for which the family has no weight rule."""
     if getattr(hf_config, "attention_bias", False):
-        raise ConfigError(f"attention_bias true is not supported: {architecture}'s o_proj.bias is not in the table")
+        raise ConfigError(f"attention_bias true is not supported: {architecture}'s o_proj.bias has no weight rule")
     if getattr(hf_config, "mlp_bias", False):
-        raise ConfigError(f"mlp_bias true is not supported: {architecture}'s MLP biases are not in the table")
-    if QKV_BIAS[0] in FAMILIES[architecture].attention and not getattr(hf_config, "qkv_bias", True):
-        raise ConfigError(f"qkv_bias false is not supported for {architecture}: the table expects q, k and v biases")
+        raise ConfigError(f"mlp_bias true is not supported: {architecture}'s MLP biases have no weight rule")
+    if FAMILIES[architecture].has_qkv_bias and not getattr(hf_config, "qkv_bias", True):
+        raise ConfigError(
+            f"qkv_bias false is not supported for {architecture}: its weight rules expect q, k and v biases"
+        )
 
 
 def _head_dim(hf_config: Any) -> int:
-    """Of queries and keys; latent attention turns only a part of them, and its config calls that part head_dim."""
+    """Return the size per head of queries and keys. Latent attention rotates only a part of it, which its config calls head_dim."""
     if plain := _first(hf_config, "qk_nope_head_dim"):
         return plain + hf_config.qk_rope_head_dim
     return _first(hf_config, "head_dim") or hf_config.hidden_size // hf_config.num_attention_heads
@@ -150,12 +143,15 @@ def _shared_ffn(hf_config: Any) -> int:
 
 
 def _has_experts(hf_config: Any, layer: int, num_experts: int) -> bool:
-    """Source: transformers' Qwen2MoeDecoderLayer, Qwen3MoeDecoderLayer, DeepseekV3DecoderLayer; Mixtral has no such key."""
+    """Return True if the layer has experts.
+
+    Source: transformers' Qwen2MoeDecoderLayer, Qwen3MoeDecoderLayer, DeepseekV3DecoderLayer; Mixtral has no such keys.
+    """
     step = getattr(hf_config, "decoder_sparse_step", 1)
     dense = getattr(hf_config, "mlp_only_layers", None) or range(getattr(hf_config, "first_k_dense_replace", 0))
     return num_experts > 0 and layer not in dense and (layer + 1) % step == 0
 
 
 def _first(hf_config: Any, *names: str) -> Any:
-    """The first of these settings that the config has and that is not null, else None."""
+    """Return the first of these settings that the config has and that is not null, else None."""
     return next((value for name in names if (value := getattr(hf_config, name, None)) is not None), None)

@@ -1,6 +1,6 @@
-"""Whether the tensors of a model folder are those of the model: their names, shapes and types, and finite values.
+"""Checks that the tensors in a model folder are the model's: names, shapes, dtypes, and finite values.
 
-Change here: what makes stored tensors unusable. Names, shapes and types are told from headers, without reading data.
+Change here: which stored tensors are refused. Names, shapes and dtypes come from the files' headers, without reading data.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dapo_mcore.architecture.families import EMBEDDING, OUTPUT
 from dapo_mcore.architecture.mapping import WeightReader, check_shapes, parameters
 from dapo_mcore.architecture.shape import WeightShape
+from dapo_mcore.architecture.weight_rules import EMBEDDING, OUTPUT
 from dapo_mcore.errors import CheckpointError
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REBUILT = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-"""Ends of names of buffers that old checkpoints carry and every model makes anew."""
+RECOMPUTED_BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+"""Suffixes of buffers that old checkpoints contain although every model computes them itself."""
 
 
 class StoredReader(WeightReader, Protocol):
-    """A reader of the tensors in a folder, which also knows their names and types."""
+    """A WeightReader of a folder that also lists the tensors' names and dtypes."""
 
     folder: Path
 
@@ -37,9 +37,10 @@ class StoredReader(WeightReader, Protocol):
 def check_tensors(reader: StoredReader, shape: WeightShape, num_mtp_layers: int = 0) -> None:
     """Raise CheckpointError for missing, unexpected, misshapen or quantized tensors. Reads no data.
 
-    num_mtp_layers  multi-token-prediction layers after the model's own; transformers ignores their tensors, too.
+    num_mtp_layers  number of multi-token-prediction layers after the model's own; their tensors are ignored, as transformers
+                    does
     """
-    _refuse_strangers(reader, shape, num_mtp_layers)
+    _refuse_unexpected(reader, shape, num_mtp_layers)
     for parameter in parameters(shape):
         check_shapes(parameter, reader, shape)
         for name in parameter.hf:
@@ -51,9 +52,9 @@ def check_tensors(reader: StoredReader, shape: WeightShape, num_mtp_layers: int 
 
 
 def check_tied(reader: StoredReader, shape: WeightShape) -> None:
-    """Raise CheckpointError for a stored output head that is not the embedding: transformers would not tie them.
+    """Raise CheckpointError if a tied model's folder holds an output head that differs from the embedding.
 
-    Reads both where the folder of a tied model holds a head at all.
+    transformers would not tie them. Reads both tensors only if the folder holds a head.
     """
     head, embedding = OUTPUT.hf[0], EMBEDDING.hf[0]
     if shape.tied and head in reader.names and not torch.equal(reader.read(head), reader.read(embedding)):
@@ -63,7 +64,7 @@ def check_tied(reader: StoredReader, shape: WeightShape) -> None:
 
 
 class FiniteReader:
-    """Another reader whose values are looked at as they are read: NaN and inf are refused by the tensor's name."""
+    """A WeightReader that wraps another one and refuses NaN and infinite values."""
 
     def __init__(self, reader: WeightReader):
         self._reader = reader
@@ -72,9 +73,9 @@ class FiniteReader:
         return self._reader.shape(name)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor or its slice, as WeightReader says. Raises CheckpointError for a value that is not finite."""
+        """Return the tensor or its slice, as WeightReader.read does. Raises CheckpointError, naming the tensor, for NaN or inf."""
         tensor = self._reader.read(name, dim, start, stop)
-        # the sum of a slice without NaN or inf is finite unless it overflows: only then is every value looked at
+        # a finite sum proves that all values are finite; otherwise the sum may have overflowed, so look at every value
         if not tensor.sum(dtype=torch.float32).isfinite() and (wrong := int((~tensor.isfinite()).sum())):
             raise CheckpointError(
                 f"{name} holds {wrong} values that are NaN or infinite, of {tensor.numel()} read; the weights come from a "
@@ -83,19 +84,19 @@ class FiniteReader:
         return tensor
 
 
-def _refuse_strangers(reader: StoredReader, shape: WeightShape, num_mtp_layers: int) -> None:
-    """Raise CheckpointError for tensors that the model does not have."""
+def _refuse_unexpected(reader: StoredReader, shape: WeightShape, num_mtp_layers: int) -> None:
+    """Raise CheckpointError if the folder holds tensors that the model does not have."""
     known = {name for parameter in parameters(shape) for name in parameter.hf}
     extra = {name for name in reader.names if name not in known and not _is_ignored(name, shape, num_mtp_layers)}
     if extra:
         raise CheckpointError(
-            f"{reader.folder} holds {len(extra)} tensors that {shape.architecture} has not, such as {min(extra)}; "
+            f"{reader.folder} holds {len(extra)} tensors that {shape.architecture} does not have, such as {min(extra)}; "
             f"config.json and weights belong to different models"
         )
 
 
 def _is_ignored(name: str, shape: WeightShape, num_mtp_layers: int) -> bool:
-    if name.endswith(REBUILT) or (shape.tied and name == OUTPUT.hf[0]):
+    if name.endswith(RECOMPUTED_BUFFERS) or (shape.tied and name == OUTPUT.hf[0]):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and shape.num_layers <= int(layer[1]) < shape.num_layers + num_mtp_layers

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from dapo_mcore.architecture.families import EMBEDDING
 from dapo_mcore.architecture.mapping import (
     Parameter,
-    checkpoint_place,
+    checkpoint_slice,
     import_parameter,
     import_rows,
     local_shape,
@@ -29,6 +28,7 @@ from dapo_mcore.architecture.mapping import (
 )
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.architecture.shape import WeightShape, weight_shape
+from dapo_mcore.architecture.weight_rules import EMBEDDING
 from dapo_mcore.config.sections import ModelConfig
 from dapo_mcore.convert.job import Job, OutputFile, Report
 from dapo_mcore.errors import CheckpointError, ConfigError
@@ -110,7 +110,7 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
     with without_crc(), job.run(report) as (folder, notes):
         copy_model_files(source, folder)
         chunks = [StoredChunk(*map(_tuple, entry)) for note in notes for entry in note]
-        places = [(parameter, checkpoint_place(parameter, shape)) for parameter in parameters(shape)]
+        places = [(parameter, checkpoint_slice(parameter, shape)) for parameter in parameters(shape)]
         dtypes = {place.key: reader.dtype(parameter.hf[0]) for parameter, place in places}
         sizes = {place.key: (*place.size, *local_shape(parameter, shape)) for parameter, place in places}
         write_metadata(folder / MEGATRON, chunks, dtypes, sizes)
@@ -156,7 +156,7 @@ def _check_cut(shape: WeightShape, cut: Cut) -> None:
 
 
 def _ranks(parameter: Parameter, cut: Cut) -> int:
-    return cut.expert_tensor_parallel if parameter.rule.of_expert else cut.tensor_parallel
+    return cut.expert_tensor_parallel if parameter.rule.per_expert else cut.tensor_parallel
 
 
 def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[tuple[str, list[Parameter], int]]:
@@ -165,7 +165,7 @@ def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[
     for parameter in parameters(shape):
         last = parameter.layer < 0 and parameter.rule.mcore[0].startswith(("decoder.final", "output"))
         layer = shape.num_layers if last else parameter.layer
-        expert = parameter.expert * cut.expert_parallel // shape.num_experts if parameter.rule.of_expert else 0
+        expert = parameter.expert * cut.expert_parallel // shape.num_experts if parameter.rule.per_expert else 0
         groups.setdefault((layer, expert), []).append(parameter)
     for number, ((layer, expert), group) in enumerate(groups.items()):
         stage = min(max(layer, 0), shape.num_layers - 1) * cut.pipeline_parallel // shape.num_layers
@@ -180,7 +180,7 @@ def _write_chunks(
     stored = []
     with open(path, "wb") as file:
         for parameter in group:
-            place = checkpoint_place(parameter, shape)
+            place = checkpoint_slice(parameter, shape)
             for offsets, block in _blocks(parameter, reader, shape, _ranks(parameter, cut)):
                 offsets, sizes = (*place.offset, *offsets), (*[1] * len(place.offset), *block.shape)
                 stored.append(list(write_chunk(file, name, place.key, offsets, sizes, block)))
@@ -193,13 +193,13 @@ def _blocks(
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """(offsets within the parameter, tensor) of each rank's part. A tensor that is cut by columns is read once."""
     rest = (0,) * (len(local_shape(parameter, shape)) - 1)
-    if parameter.rule.cut == "rows":
+    if parameter.rule.tp_split == "rows":
         ranges = [rows for rank in range(num_ranks) for rows in row_ranges(parameter, shape, rank, num_ranks)]
         for start, stop in ranges:
             yield (start, *rest), import_rows(parameter, reader, shape, start, stop)
         return
     whole = import_parameter(parameter, reader, shape)
-    for number, block in enumerate(whole.chunk(num_ranks, dim=1) if parameter.rule.cut else [whole]):
+    for number, block in enumerate(whole.chunk(num_ranks, dim=1) if parameter.rule.tp_split else [whole]):
         yield (0, *(number * block.shape[-1] for _ in rest)), block
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dapo_mcore.architecture.mapping import Parameter, checkpoint_place, hf_shapes, merged_rows, parameters
+from dapo_mcore.architecture.mapping import Parameter, checkpoint_slice, hf_shapes, merged_rows, parameters
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.torch_dist import DistributedReader, is_checkpoint
@@ -46,7 +46,7 @@ class MegatronReader:
         return hf_shapes(parameter, self._shape)[source]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.store.dtype(checkpoint_place(self._find(name)[0], self._shape).key)
+        return self.store.dtype(checkpoint_slice(self._find(name)[0], self._shape).key)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor, or its slice [start, stop) along `dim`. Don't write into it: tensors may share memory."""
@@ -63,12 +63,12 @@ class MegatronReader:
 
     def _block(self, parameter: Parameter, region: list[tuple[int, int]]) -> Tensor:
         """A block of the merged parameter, [start, stop) along each of its dims."""
-        key, offset, _ = checkpoint_place(parameter, self._shape)
+        key, offset, _ = checkpoint_slice(parameter, self._shape)
         starts, sizes = [start for start, _ in region], [stop - start for start, stop in region]
         return self.store.read(key, [*offset, *starts], [*[1] * len(offset), *sizes]).reshape(sizes)
 
     def _check(self, parameter: Parameter) -> None:
-        key, _, size = checkpoint_place(parameter, self._shape)
+        key, _, size = checkpoint_slice(parameter, self._shape)
         shapes = hf_shapes(parameter, self._shape)
         rows, stored = sum(own[0] for own in shapes), self.store.size(key)
         wanted = (*size, rows, *shapes[0][1:])

@@ -30,6 +30,6 @@ def test_the_zoo_has_every_architecture() -> None:
 def test_experts_and_dense_layers_are_told_apart() -> None:
     mixed = weight_shape(config_of("qwen2-moe-mixed"), 1)
     for own in parameters(mixed):
-        assert own.rule.of_expert == ("{expert}" in own.rule.hf[0])
-        assert not (own.rule.of_expert and own.layer == 0)
+        assert own.rule.per_expert == ("{expert}" in own.rule.hf[0])
+        assert not (own.rule.per_expert and own.layer == 0)
     assert all(weight_shape(config_of(family), 1).num_experts == 4 for family in MOE)

@@ -28,7 +28,7 @@ SHAPES = WeightManifest({"a": torch.Size([2]), "b": torch.Size([3])}, {})
     [
         ([("a", 2), ("b", 3), ("c", 1)], ["a", "b"], "1 tensors .*: c is not in the model"),
         ([("a", 2), ("a", 2), ("b", 3)], ["a"], "a came twice"),
-        ([("a", 5), ("b", 3)], [], r"a has shape \[5\], the model \[2\]"),
+        ([("a", 5), ("b", 3)], [], r"a has shape \[5\], but \[2\] in the model"),
         ([("b", 3)], ["b"], "weight version 7 lacks 1 of 2 tensors: a"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 from dapo_mcore.architecture.mapping import (
     Parameter,
-    checkpoint_place,
+    checkpoint_slice,
     export_parameter,
     find_parameter,
     hf_shapes,
@@ -265,7 +265,7 @@ def test_every_parameter_is_found_by_each_of_its_names(family: str) -> None:
 
 def place(family: str, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     shape = weight_shape(config_of(family), 1)
-    return tuple(checkpoint_place(find_parameter(name, shape), shape))
+    return tuple(checkpoint_slice(find_parameter(name, shape), shape))
 
 
 def test_places_in_a_checkpoint() -> None:
@@ -287,7 +287,7 @@ def test_places_in_a_checkpoint() -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_places_do_not_collide(family: str) -> None:
     shape = weight_shape(config_of(family), 1)
-    places = [checkpoint_place(parameter, shape)[:2] for parameter in parameters(shape)]
+    places = [checkpoint_slice(parameter, shape)[:2] for parameter in parameters(shape)]
     assert len(places) == len(set(places))
 
 

@@ -46,7 +46,7 @@ def test_large_values_whose_sum_overflows_are_finite() -> None:
 
 BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "missing": ("qwen2", lambda state: state.pop(NORM), f"has no tensor {NORM}"),
-    "extra": ("qwen2", lambda state: state.update(other=torch.ones(1)), "1 tensors that .* has not, such as other"),
+    "extra": ("qwen2", lambda state: state.update(other=torch.ones(1)), "1 tensors that .* does not have, such as other"),
     "misshapen": ("qwen2", lambda state: state.update({NORM: torch.ones(31)}), rf"{NORM} is \[31\]"),
     "int8": ("qwen2", lambda state: state.update({NORM: torch.ones(32, dtype=torch.int8)}), f"{NORM} is int8, but"),
     "float8": (
@@ -58,7 +58,7 @@ BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "two layers more": (
         "deepseek-v3",
         lambda state: state.update({MTP: torch.ones(1), MTP.replace("3", "4"): torch.ones(1)}),
-        r"1 tensors that .* has not, such as model\.layers\.4\.eh_proj\.weight",
+        r"1 tensors that .* does not have, such as model\.layers\.4\.eh_proj\.weight",
     ),
 }  # fmt: skip
 

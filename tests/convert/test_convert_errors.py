@@ -45,7 +45,7 @@ TENSOR_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = 
     ),
     "extra": (
         lambda state: state.update({"model.layers.3.mlp.gate.weight": torch.ones(1)}),
-        r"holds 1 tensors that Qwen2MoeForCausalLM has not, such as model\.layers\.3\.mlp\.gate\.weight",
+        r"holds 1 tensors that Qwen2MoeForCausalLM does not have, such as model\.layers\.3\.mlp\.gate\.weight",
     ),
     "shape": (
         lambda state: state.update({NORM: torch.ones(31)}),
@@ -88,7 +88,7 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "hidden": ({"hidden_size": 64}, r"is \[101, 32\], but config\.json implies \[101, 64\]"),
     "vocabulary": ({"vocab_size": 102}, r"embed_tokens\.weight is \[101, 32\], but config\.json implies \[102, 32\]"),
     "layers": ({"num_hidden_layers": 4, "layer_types": None}, r"has no tensor model\.layers\.3\."),
-    "fewer layers": ({"num_hidden_layers": 2, "layer_types": None}, r"holds \d+ tensors that .* has not, such as model\.layers\.2"),
+    "fewer layers": ({"num_hidden_layers": 2, "layer_types": None}, r"holds \d+ tensors that .* does not have, such as model\.layers\.2"),
     "kv heads": ({"num_key_value_heads": 4}, r"k_proj\.weight is \[16, 32\], but config\.json implies \[32, 32\]"),
     "uneven heads": ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
     "mlp": ({"intermediate_size": 40}, r"gate_proj\.weight is \[48, 32\], but config\.json implies \[40, 32\]"),

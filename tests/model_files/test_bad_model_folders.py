@@ -170,7 +170,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "is truncated: .* ends at byte .*; fetch it again",
     ),
     "missing shard": (lambda folder: first_shard(folder).unlink(), "is missing; fetch the whole folder again"),
-    "surplus": (add_tensor, "1 tensors that Qwen2ForCausalLM has not, such as surplus"),
+    "surplus": (add_tensor, "1 tensors that Qwen2ForCausalLM does not have, such as surplus"),
     "no weights": (
         lambda folder: [path.unlink() for path in folder.glob("model*")],
         "holds neither model.safetensors nor .*; give a folder with weights, or set model.init random",

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from dapo_mcore.architecture.mapping import checkpoint_place, find_parameter, import_parameter, local_shape, parameters
+from dapo_mcore.architecture.mapping import checkpoint_slice, find_parameter, import_parameter, local_shape, parameters
 from dapo_mcore.architecture.shape import WeightShape, weight_shape
 from dapo_mcore.config.sections import ModelConfig
 from dapo_mcore.convert.convert import Cut, hf_to_mcore
@@ -121,7 +121,7 @@ def different(direct: Any, loaded: Any, shape: WeightShape, layout: Any) -> list
 def expected_places(hf: Path) -> dict[str, list[int]]:
     """By checkpoint key the whole tensor's shape, layers and experts in front."""
     shape = weight_shape(load_hf_config(ModelConfig(path=str(hf))), 1)
-    places = [(parameter, checkpoint_place(parameter, shape)) for parameter in parameters(shape)]
+    places = [(parameter, checkpoint_slice(parameter, shape)) for parameter in parameters(shape)]
     return {place.key: [*place.size, *local_shape(parameter, shape)] for parameter, place in places}
 
 

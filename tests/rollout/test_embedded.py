@@ -226,7 +226,7 @@ BAD_STREAMS = {
         lambda w: {**w, "model.extra.weight": torch.ones(1)}.items(),
         "model.extra.weight is not in the model",
     ),
-    "shape": (lambda w: {**w, NORM: torch.ones(31)}.items(), rf"{NORM} has shape \[31\], the model \[32\]"),
+    "shape": (lambda w: {**w, NORM: torch.ones(31)}.items(), rf"{NORM} has shape \[31\], but \[32\] in the model"),
     "twice": (lambda w: [*w.items(), (NORM, w[NORM])], f"{NORM} came twice"),
 }
 

@@ -69,7 +69,7 @@ class PolicyModel(GPTModel):
             for name, weight in self.named_weights():
                 parameter = find_parameter(names[name], shape)
                 rank, size = layout.tensor_rank, layout.tensor
-                if parameter.rule.of_expert:
+                if parameter.rule.per_expert:
                     rank, size = layout.expert_tensor_rank, layout.expert_tensor
                 value = import_parameter(parameter, reader, shape, rank, size)
                 if value.shape != weight.shape:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from dapo_mcore.architecture.families import architecture_name
 from dapo_mcore.architecture.manifest import Bucket, WeightManifest, buckets
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import RolloutError, UpdateBroken
@@ -82,7 +83,7 @@ class SGLangEngine:
         self._settings, self._stops = settings, list(stop_token_ids)
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
         if settings.quantize == "fp8":
-            check_architecture(hf_config.architectures[0])
+            check_architecture(architecture_name(hf_config))
         self._hf_config = hf_config
         self._manifest = WeightManifest.of_config(hf_config)
         # The servers know weights by a name, their weight_version. It holds our version and a random part: two syncs of one
@@ -227,7 +228,7 @@ class SGLangEngine:
 
     def _as_served(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Return the stream in the form that the servers load."""
-        architecture = self._hf_config.architectures[0]
+        architecture = architecture_name(self._hf_config)
         stream = with_heads(weights, architecture, self._manifest.tied)
         if self._settings.quantize == "none":
             return stream

@@ -361,7 +361,7 @@ def test_a_stream_that_does_not_fit_is_drained_and_never_served(tmp_path, sync):
         cut = [(name, tensor[..., :-1]) if name == "model.norm.weight" else (name, tensor) for name, tensor in whole]
         for stream, message in (
             (whole[:-1], f"weight version 2 lacks 1 of {len(whole)} tensors: lm_head.weight"),
-            (cut, "model.norm.weight has shape [63], the model [64]"),
+            (cut, "model.norm.weight has shape [63], but [64] in the model"),
         ):
             left = iter(stream)
             with pytest.raises(RolloutError) as caught:
