@@ -1,4 +1,7 @@
-"""From the last stage's hidden states to the loss: selects loss rows, applies the policy head over the tensor group."""
+"""From the last stage's hidden states to log-probs and losses, with the kernels' policy head over the tensor-parallel group.
+
+Change here: what the last stage computes from hidden states.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from dapo_mcore.kernels.policy_head import (
 from dapo_mcore.types import MicroBatch
 
 
-class Head:
-    """The policy head of one model: `loss` for training, `logprobs` for scoring, on one path with one chunk size.
+class PolicyHead:
+    """The policy head: losses for training and log-probs for scoring, computed the same way with the same chunk size.
 
-    Only rows that carry loss are projected to the vocabulary. The head itself sums the gradient to the hidden states
-    over the tensor group, hidden under its matrix products, and, with batch.head_eager_grad, adds the weight's gradient
-    to Megatron's main_grad in the forward pass: every loss must then receive one backward pass with gradient 1.
+    Only rows that carry loss are projected to the vocabulary. The head sums the hidden states' gradient over the
+    tensor-parallel group itself, overlapped with its matrix products. With batch.head_eager_grad it adds the weight's gradient
+    to Megatron's main_grad in the forward pass: then every loss must receive exactly one backward pass, with gradient 1.
     """
 
     def __init__(self, config: Config, layout: Layout, vocab_size: int):
@@ -51,7 +54,7 @@ class Head:
     def loss(
         self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch, tis_weights: torch.Tensor | None
     ) -> PolicyHeadOutput:
-        """The weighted sum of token losses over this rank's rows, differentiable; hidden [s, b, H]."""
+        """Return the weighted sum of token losses over this rank's rows, differentiable. hidden [s, b, H]."""
         return linear_policy_loss(
             self._rows(hidden, batch),
             model.head_weight(),
@@ -63,7 +66,7 @@ class Head:
         )
 
     def supervised_loss(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> PolicyHeadOutput:
-        """Weighted cross-entropy: the on-policy loss with every advantage 1 has exactly its gradient (temperature 1)."""
+        """Return the weighted cross-entropy. Its gradient is exactly that of the on-policy loss with advantages 1 and temperature 1."""
         return linear_policy_loss(
             self._rows(hidden, batch),
             model.head_weight(),
@@ -75,16 +78,19 @@ class Head:
         )
 
     def logprobs(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """float32 [L], log-probs of the targets; no gradient."""
+        """Return the log-probs of the L targets, float32 [L], without gradient."""
         return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]
 
     def _gradients(self, model: PolicyModel) -> dict[str, Any]:
-        """Where gradients go; main_grad is a view of DDP's buffer, which belongs to the model and not to the head."""
+        """Return the gradient arguments. main_grad is a view of DDP's buffer and belongs to the model, so it is not kept."""
         main_grad = model.head_weight().main_grad if self.eager_grad else None
         return {"reduce_hidden_grad": self.reduce_hidden_grad, "main_grad": main_grad}
 
     def _rows(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """[L, H]. Their gradient is complete on every rank, so under sequence parallelism each keeps its own part."""
+        """Return the hidden states that carry loss, [L, H].
+
+        Their gradient is complete on every rank, so under sequence parallelism each rank keeps only its own part of it.
+        """
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.flatten(0, 1).index_select(0, batch.rows)

@@ -1,7 +1,7 @@
-"""What one rollout step does to the policy: share → score → advantages → gradient steps.
+"""Learns from one rollout step: scattered samples → score → advantages → gradient steps.
 
-Change here: the order of learning within a rollout step. The parts are elsewhere: who trains on what (scatter), the
-objective (algo, kernels), the gradient step (actor).
+Change here: the order of learning within a rollout step. Its parts are elsewhere: which rank trains on which samples
+(scatter), the objective (algo, kernels), the gradient step (actor).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.metrics import UpdateSums
-from dapo_mcore.actor.scatter import MiniBatchPlan, StepFacts, StepShare
+from dapo_mcore.actor.metrics import UpdateStats
+from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
 from dapo_mcore.algo.advantage import group_advantages
 from dapo_mcore.algo.correction import (
     MismatchStats,
@@ -36,14 +36,14 @@ from dapo_mcore.types import MicroBatch
 
 @dataclass(frozen=True)
 class ScoredStep:
-    """The mini-batches of a step, ready for gradient steps, and what scoring found out."""
+    """The mini-batches of a rollout step, ready for gradient steps, and the metrics of scoring."""
 
     mini_batches: list[list[MicroBatch]]
     metrics: dict[str, float]
 
 
 class Learner:
-    """Runs an actor on shares of rollout steps. Every rank calls the same methods in the same order."""
+    """Trains an actor on scattered rollout steps. Every rank calls the same methods in the same order."""
 
     def __init__(self, actor: Actor, pad_token: int):
         self.actor = actor
@@ -51,12 +51,13 @@ class Learner:
         self.layout = actor.layout
         self.pad_token = pad_token
 
-    def score(self, share: StepShare) -> ScoredStep:
-        """The step's micro-batches with old (and reference) log-probs and advantages, partitioned first, scored second.
+    def score(self, step: ScatteredStep) -> ScoredStep:
+        """Return the step's micro-batches with old (and reference) log-probs and advantages.
 
-        Raises RolloutError, on every rank, when the engine's log-probs are further from the actor's than algo.max_mismatch.
+        Builds the micro-batches before it scores them, so scoring and training use the same ones. Raises RolloutError on every
+        rank if the engine's log-probs differ from the actor's by more than algo.max_mismatch.
         """
-        mini_batches = self.build(share, self.config.algo.loss_mode)
+        mini_batches = self.build(step, self.config.algo.loss_mode)
         sizes = [len(mini) for mini in mini_batches]
         flat = [micro for mini in mini_batches for micro in mini]
         metrics = {}
@@ -66,40 +67,41 @@ class Learner:
             check_mismatch(metrics, self.config.algo.max_mismatch)
         if self.config.algo.tis.mode != "off":
             metrics |= importance_metrics(self._importance(flat))
-        advantages = self._advantages(share.facts, flat)
+        advantages = self._advantages(step.metadata, flat)
         flat = [micro.with_(advantages=advantages[micro.sample_ids]) for micro in flat]
         if self.config.algo.old_logprobs == "rollout" and not self._needs_scoring():
             flat = [micro.with_(old_logprobs=micro.rollout_logprobs) for micro in flat]
         bounds = np.cumsum([0, *sizes])
         return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], metrics)
 
-    def build(self, share: StepShare, loss_mode: LossMode) -> list[list[MicroBatch]]:
-        """This rank's micro-batches of every mini-batch, with token weights and without advantages."""
-        return [self._build_mini_batch(share, plan, loss_mode) for plan in share.plan]
+    def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
+        """Return this rank's micro-batches of every mini-batch, with token weights and without advantages."""
+        return [self._build_mini_batch(step, plan, loss_mode) for plan in step.plan]
 
-    def update(self, mini_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateSums]:
-        """One gradient step per mini-batch, `batch.epochs` times over."""
+    def update(self, mini_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateStats]:
+        """Take one gradient step per mini-batch, `batch.epochs` times over, and return the statistics of each."""
         return [self.actor.update(mini) for _ in range(self.config.batch.epochs) for mini in mini_batches]
 
     def _needs_scoring(self) -> bool:
         algo = self.config.algo
-        off_engine = algo.old_logprobs == "actor" or algo.tis.mode != "off"
-        return off_engine or algo.kl.coef > 0 or algo.max_mismatch is not None
+        return (
+            algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.kl.coef > 0 or algo.max_mismatch is not None
+        )
 
-    def _build_mini_batch(self, share: StepShare, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
-        facts, layout = share.facts, self.layout
-        weights = np.zeros(len(facts.lengths))
+    def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
+        metadata, layout = step.metadata, self.layout
+        weights = np.zeros(len(metadata.lengths))
         weights[plan.samples] = sample_weights(
             loss_mode,
-            facts.num_loss_tokens[plan.samples],
+            metadata.num_loss_tokens[plan.samples],
             micro_batch_ids=plan.micro_batch_ids,
             loss_length=self.config.algo.loss_length or self.config.rollout.max_response_tokens,
         )
-        local = share.global_ids
+        local = step.global_ids
         micro_batches = [
             build_micro_batch(
-                share.batch,
-                [share.local_of[sample] for sample in samples],
+                step.batch,
+                [step.local_of[sample] for sample in samples],
                 advantages=np.zeros(len(local)),
                 weights=weights[local],
                 context_parallel=layout.context,
@@ -113,16 +115,16 @@ class Learner:
         to_global = torch.from_numpy(local)
         return [micro.with_(sample_ids=to_global[micro.sample_ids]) for micro in micro_batches]
 
-    def _advantages(self, facts: StepFacts, scored: Sequence[MicroBatch]) -> torch.Tensor:
-        """float32 [B] for all samples of the step, the same on every rank."""
+    def _advantages(self, metadata: SampleMetadata, scored: Sequence[MicroBatch]) -> torch.Tensor:
+        """Return the advantages of all samples of the step, float32 [B], the same on every rank."""
         algo = self.config.algo
-        rewards = facts.rewards
+        rewards = metadata.rewards
         if algo.kl.coef > 0 and algo.kl.place == "reward":
             rewards = penalised_rewards(rewards, self._kl_sums(len(rewards), scored), algo.kl.coef)
         advantages = group_advantages(
             rewards,
-            facts.group_ids,
-            facts.in_statistics,
+            metadata.group_ids,
+            metadata.in_statistics,
             std=algo.advantage_std,
             baseline=algo.advantage_baseline,
             eps=algo.advantage_eps,
@@ -130,7 +132,7 @@ class Learner:
         return torch.from_numpy(advantages).float()
 
     def _kl_sums(self, num_samples: int, scored: Sequence[MicroBatch]) -> np.ndarray:
-        """float64 [B], each sample's summed KL estimate over its loss tokens. Collective: one gloo all-reduce."""
+        """Return each sample's KL estimate, summed over its loss tokens, float64 [B]. Collective: one gloo all-reduce."""
         sums = torch.zeros(num_samples, dtype=torch.float64)
         if self.layout.reports_loss:
             for micro in scored:
@@ -139,7 +141,7 @@ class Learner:
         return self.layout.sum_over_ranks(sums).numpy()
 
     def _mismatch(self, scored: Sequence[MicroBatch]) -> MismatchStats:
-        """Train-versus-rollout log-prob distance over all loss tokens of the step. Collectives: two gloo all-reduces."""
+        """Return how far old log-probs are from rollout log-probs, over all loss tokens. Collectives: two gloo all-reduces."""
         nothing = torch.zeros(0)
         total = mismatch_stats(nothing, nothing)
         if self.layout.reports_loss:
@@ -149,7 +151,7 @@ class Learner:
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
 
     def _importance(self, scored: Sequence[MicroBatch]) -> torch.Tensor:
-        """The importance_sums of all loss tokens of the step. Collective: one gloo all-reduce."""
+        """Return the importance_sums of all loss tokens of the step. Collective: one gloo all-reduce."""
         tis, nothing = self.config.algo.tis, torch.zeros(0)
         total = importance_sums(nothing, nothing, tis.mode, tis.cap)
         if self.layout.reports_loss:

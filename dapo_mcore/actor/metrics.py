@@ -1,4 +1,7 @@
-"""Sums over loss tokens of one gradient step, added up over the mesh, and what they mean as metrics."""
+"""Statistics of a gradient step: sums over the loss tokens of all ranks, and the metrics made from them.
+
+Change here: a metric of training. A sum goes into SUMS and micro_batch_stats, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ SUMS = ("tokens", "loss", "nll", "entropy", "clip_low", "clip_high", "clip_dual"
 MAXIMA = ("ratio_max_deviation",)
 
 
-def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """One micro-batch's sums and maxima over this rank's loss rows, as fp64 vectors in the order of SUMS and MAXIMA;
-    behind them, those of the distance to the rollout engine's log-probs (MismatchStats)."""
+def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Return one micro-batch's sums and maxima over this rank's loss tokens.
+
+    {"sums": fp64 in the order of SUMS, then MismatchStats.sums, "maxima": fp64 in the order of MAXIMA, then
+    MismatchStats.maximum}
+    """
     new = output.logprobs.double()
     old_minus_new = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
     sums = torch.stack(
@@ -42,12 +48,13 @@ def token_sums(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.T
 
 
 @dataclass(frozen=True)
-class UpdateSums:
-    """One gradient step. `sums` and `maxima` are over every loss token of the mini-batch on all ranks.
+class UpdateStats:
+    """Statistics of one gradient step over all loss tokens of the mini-batch, on all ranks.
 
-    loss is the mini-batch's loss itself (a sum of already weighted terms); the others are sums to divide by tokens.
-    `mismatch` compares the policy before this step with the rollout engine. `skipped` is True on all ranks where the
-    gradient norm of any rank was not finite.
+    sums      by SUMS; `loss` is the mini-batch's loss (its terms are weighted already), the others are to be divided by `tokens`
+    maxima    by MAXIMA
+    mismatch  compares the policy before this step with the rollout engine
+    skipped   True, on every rank, if the gradient norm was not finite on any rank
     """
 
     sums: dict[str, float]
@@ -59,18 +66,20 @@ class UpdateSums:
 
     @classmethod
     def reduce(
-        cls, outcomes: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float
-    ) -> UpdateSums:
-        """Adds up the micro-batches of all ranks, and decides whether the step is skipped.
+        cls, micro_batches: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float
+    ) -> UpdateStats:
+        """Add up the micro_batch_stats of all ranks, and decide whether the step is skipped.
 
-        Collectives: two small gloo all-reduces over the control group."""
+        `grad_norm` is NaN on a rank whose gradient is not finite. Collectives: two small gloo all-reduces over the control
+        group.
+        """
         nothing = torch.zeros(0)
         empty = mismatch_stats(nothing, nothing)
         sums = torch.cat([torch.zeros(len(SUMS), dtype=torch.float64), empty.sums])
         maxima = torch.cat([torch.zeros(len(MAXIMA), dtype=torch.float64), empty.maximum])
         if layout.reports_loss:
-            sums = torch.stack([out["sums"] for out in outcomes]).sum(0).cpu()
-            maxima = torch.stack([out["maxima"] for out in outcomes]).amax(0).cpu()
+            sums = torch.stack([stats["sums"] for stats in micro_batches]).sum(0).cpu()
+            maxima = torch.stack([stats["maxima"] for stats in micro_batches]).amax(0).cpu()
         layout.sum_over_ranks(sums)
         maxima = torch.cat([maxima, maxima.new_tensor([not math.isfinite(grad_norm)])])
         layout.max_over_ranks(maxima)
@@ -85,8 +94,8 @@ class UpdateSums:
         )
 
 
-def update_metrics(updates: Sequence[UpdateSums]) -> dict[str, float]:
-    """`actor/…` metrics of one rollout step: token-weighted means over its gradient steps, maxima, the last lr."""
+def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Return the `actor/…` metrics of one rollout step: token means and maxima over its gradient steps, and the last lr."""
     tokens = max(1.0, sum(u.sums["tokens"] for u in updates))
     mean = {name: sum(u.sums[name] for u in updates) / tokens for name in SUMS if name not in ("tokens", "loss")}
     count = len(updates)
@@ -99,5 +108,5 @@ def update_metrics(updates: Sequence[UpdateSums]) -> dict[str, float]:
         "actor/first_update_ratio_deviation": updates[0].maxima["ratio_max_deviation"],
         "actor/skipped_updates": float(sum(u.skipped for u in updates)),
         "updates_per_step": float(count),
-        **mismatch_metrics(updates[0].mismatch),  # later gradient steps differ from the engine because they learned
+        **mismatch_metrics(updates[0].mismatch),  # later gradient steps also differ because the policy has learned
     }

@@ -1,19 +1,47 @@
-"""AdamW and its schedule, as Megatron runs them over the mesh."""
+"""AdamW on this rank: gradient steps, the learning-rate schedule, the optimizer state, and the count of skipped steps.
+
+Change here: anything that differs between Megatron's optimizers (plain or distributed, with torch's AdamW or Transformer
+Engine's FusedAdam), or optimizer state that lives elsewhere (offload).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
-from dapo_mcore.actor import optimizer_state
-from dapo_mcore.actor.optimizer_state import Shard
 from dapo_mcore.config import schema as settings
+from dapo_mcore.errors import TrainingError
+
+_ADVICE = (
+    "see actor/grad_norm, actor/ratio_max_deviation and mismatch/logprob_diff_max in metrics.jsonl for the steps before; "
+    "lower optimizer.lr, clip more (optimizer.clip_grad) or look for NaN in the model's weights, and resume from a "
+    "checkpoint from before the first skipped step"
+)
+
+
+class OptimizerShard(NamedTuple):
+    """The state of elements start … start + n - 1 of a flattened parameter, as views of live tensors.
+
+    parameter   the model's own tensor
+    start       0 with the plain optimizer, which holds all elements on every data-parallel rank
+    state       flat tensors of n elements by name: `exp_avg`, `exp_avg_sq`, and, if the parameter is not fp32 itself, its
+                fp32 copy `param`, which the optimizer updates
+    is_divided  True if each data-parallel rank holds a different slice (the distributed optimizer)
+    """
+
+    parameter: Tensor
+    start: int
+    state: dict[str, Tensor]
+    is_divided: bool
 
 
 class Optimizer:
@@ -39,7 +67,7 @@ class Optimizer:
             [model],
             use_gloo_process_groups=False,
         )
-        # upstream exempts norms and biases from weight decay only through this scheduler (a group field it applies)
+        # upstream exempts norms and biases from weight decay only through this scheduler, which applies their group's factor
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -57,9 +85,9 @@ class Optimizer:
     def prepare(self) -> float:
         """Begin a gradient step and return the global gradient norm before clipping.
 
-        The norm counts one copy of a parameter that several ranks hold, so it can be finite here while another copy's
-        gradient is not: this returns NaN on the rank that holds such a copy. The caller decides for all ranks whether to
-        `step`; without it, neither parameters nor Adam's state change. Collective: gradient norm over the
+        Returns NaN on a rank with a gradient that is not finite. Another rank's norm may be finite all the same, because the
+        norm counts only one copy of a parameter that several ranks hold. So the caller decides for all ranks whether to call
+        `step`; without that call, neither parameters nor Adam's state change. Collective: the gradient norm over the
         model-parallel group (with the distributed optimizer, over all ranks).
         """
         self.scheduler.step(increment=1)
@@ -68,7 +96,7 @@ class Optimizer:
         return math.nan if found_inf or not self._copies_are_finite() else norm
 
     def step(self, norm: float) -> None:
-        """Clip by the norm that `prepare` returned, and move the parameters. Every rank must call it, or none.
+        """Clip by the norm that `prepare` returned, and update the parameters. Either every rank calls it, or none.
 
         Collective: with the distributed optimizer, the all-gather of parameters over the data-parallel group.
         Source: the order of ChainedOptimizer.step (megatron-core 0.16.1), which would apply a NaN in fp32.
@@ -76,12 +104,75 @@ class Optimizer:
         for part in self._parts:
             if self.config.clip_grad > 0 and (parameters := part.get_parameters()):
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
-        moved = self.megatron.step_with_ready_grads()
-        assert moved, "only a loss scale could refuse, and there is none"
+        updated = self.megatron.step_with_ready_grads()
+        assert updated, "only a loss scale could refuse the step, and there is none"
+
+    @property
+    def lr(self) -> float:
+        """Return the learning rate of the current gradient step."""
+        return float(self.megatron.param_groups[0]["lr"])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors of the state: moments, step counts, and the updated parameters (in bf16 runs, fp32 copies)."""
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for values in part.optimizer.state.values():
+                yield from (value for value in values.values() if isinstance(value, Tensor))
+
+    def shards(self) -> Iterator[OptimizerShard]:
+        """Yield the state that this rank holds. No communication.
+
+        Creates the state, all zero, if the optimizer has not stepped yet.
+        """
+        for part in self._parts:
+            _allocate(part.optimizer)
+        for parameter, main, start, is_divided in self._updated_tensors():
+            state = next(part.optimizer.state[main] for part in self._parts if main in part.optimizer.state)
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and name != "step"}
+            if parameter.dtype != torch.float32:
+                tensors["param"] = main.detach()
+            flat = {name: value.view(-1) for name, value in tensors.items()}
+            yield OptimizerShard(parameter, start, flat, is_divided)
+
+    @property
+    def adam_step(self) -> float:
+        """Return the number of updates that Adam has made on this rank's parameters, without skipped ones.
+
+        0 on a rank that holds no parameters.
+        """
+        counts = (
+            float(entry["step"])
+            for part in self._parts
+            for entry in (
+                part.optimizer.state.values() if _counts_per_parameter(part.optimizer) else part.optimizer.param_groups
+            )
+            if "step" in entry
+        )
+        return max(counts, default=0.0)
+
+    def resume_at(self, adam_step: float, num_updates: int) -> None:
+        """Set the counts of a checkpoint whose tensors have been copied into `shards`.
+
+        Learning rate, weight decay and betas stay those of this run's config.
+        """
+        for part in self._parts:
+            if _counts_per_parameter(part.optimizer):
+                for state in part.optimizer.state.values():
+                    state["step"] = torch.tensor(
+                        adam_step
+                    )  # not shared: a shared count would advance once per parameter
+            else:
+                for group in part.optimizer.param_groups:
+                    group["step"] = int(adam_step)
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=num_updates)
 
     def _copies_are_finite(self) -> bool:
-        """Whether the gradients that the norm may leave out are finite: of parameters that no tensor-parallel rank cuts,
-        and of the last stage's copy of a tied embedding."""
+        """Return True if the gradients that the norm may leave out are finite.
+
+        They belong to parameters that tensor parallelism does not split, and to the last stage's copy of a tied embedding.
+        """
         copies = [
             parameter.grad
             for part in self._parts
@@ -91,33 +182,77 @@ class Optimizer:
         ]
         return math.isfinite(float(torch.nn.utils.get_total_norm(copies)))
 
-    @property
-    def lr(self) -> float:
-        return float(self.megatron.param_groups[0]["lr"])
+    def _updated_tensors(self) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+        """Yield (model parameter, the tensor that Adam updates for it, that tensor's start in the parameter, is_divided).
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """All tensors of the state: moments and step counts, and the parameters that are stepped (fp32 copies, in bf16)."""
-        for part in self._parts:
-            for group in part.optimizer.param_groups:
-                yield from group["params"]
-            for values in part.optimizer.state.values():
-                yield from (value for value in values.values() if isinstance(value, torch.Tensor))
-
-    def shards(self) -> Iterator[Shard]:
-        """Yield the state that this rank holds; valid before the first gradient step, too. No communication."""
-        return optimizer_state.shards(self._parts, self._parameters)
-
-    @property
-    def adam_step(self) -> float:
-        """Updates that Adam has made on this rank's parameters: skipped ones don't count. 0 on a rank without any."""
-        return optimizer_state.adam_step(self._parts)
-
-    def resume_at(self, adam_step: float, num_updates: int) -> None:
-        """Take up the counts of a checkpoint whose tensors are in `shards`. Rates, decay and betas stay this run's own."""
-        optimizer_state.set_adam_step(self._parts, adam_step)
-        self.scheduler.num_steps = 0
-        self.scheduler.step(increment=num_updates)
+        A distributed optimizer's range is the parameter's own (`param`), not that of its bucket: buckets are padded.
+        """
+        divided = [part for part in self._parts if isinstance(part, DistributedOptimizer)]
+        if not divided:
+            for parameter in self._parameters:
+                yield parameter, getattr(parameter, "main_param", parameter), 0, False
+        for part in divided:
+            for parameter, (group, index) in part.model_param_group_index_map.items():
+                own = part._get_model_param_range_map(parameter)["param"]
+                yield parameter, part.optimizer.param_groups[group]["params"][index], own.start, True
 
     @property
     def _parts(self) -> list[MegatronOptimizer]:
+        """Return the chained optimizers: one for dense parameters, and one for experts if they have groups of their own."""
         return self.megatron.chained_optimizers
+
+
+class SkippedUpdates:
+    """A count of the skipped gradient steps of one optimizer. All ranks see the same steps, so they raise together.
+
+    limit  this many skipped steps in a row are an error
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self.num_updates = self.num_skipped = self.num_in_row = 0
+
+    def add(self, skipped: bool) -> None:
+        """Count a gradient step. Raises TrainingError at the last of `limit` skipped steps in a row."""
+        self.num_updates += 1
+        self.num_skipped += skipped
+        self.num_in_row = self.num_in_row + 1 if skipped else 0
+        if self.num_in_row >= self._limit:
+            raise TrainingError(
+                f"the last {self.num_in_row} gradient steps were skipped, since a gradient was not finite on some rank, and "
+                f"optimizer.max_skipped_updates allows fewer than {self._limit} in a row; {_ADVICE}"
+            )
+
+    def check_trained(self) -> None:
+        """Raise TrainingError if there were gradient steps and all of them were skipped."""
+        if self.num_updates and self.num_skipped == self.num_updates:
+            raise TrainingError(
+                f"all {self.num_updates} gradient steps of this run were skipped, since a gradient was not finite on some "
+                f"rank: the weights are those of the start; {_ADVICE}"
+            )
+
+
+def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if steps are counted per parameter (torch's AdamW), False if per group (Transformer Engine's FusedAdam)."""
+    return any("step" in state for state in optimizer.state.values())
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of an optimizer that has not stepped yet.
+
+    A step without gradient at learning rate 0 creates it and changes nothing else.
+    """
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.numel() else None
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for entry in (*optimizer.state.values(), *optimizer.param_groups):
+        if "step" in entry:
+            entry["step"] = torch.tensor(0.0) if isinstance(entry["step"], Tensor) else 0

@@ -1,7 +1,8 @@
-"""One rollout step's samples, from rank 0 to the data-parallel replicas that train on them.
+"""Sends one rollout step's samples from rank 0 to the data-parallel replicas that train on them.
 
-Small per-sample facts go to every rank, so that all ranks compute the same plan without talking; tokens go only to the
-replica that trains on them. Everything travels as flat host tensors over gloo, no pickles.
+Change here: which rank trains on which samples. Every rank gets the metadata of all samples, so all ranks compute the same
+plan without further communication. Tokens go only to the replica that trains on them. Everything is sent as flat host
+tensors over gloo, without pickles.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dapo_mcore.types import TrainBatch
 
 
 @dataclass(frozen=True)
-class StepFacts:
-    """What every rank knows of every sample of the step; arrays of length B in the controller's sample order."""
+class SampleMetadata:
+    """What every rank knows about all B samples of the step: arrays [B] in the controller's sample order."""
 
     lengths: np.ndarray  # int64
     num_loss_tokens: np.ndarray  # int64
@@ -32,11 +33,11 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class MiniBatchPlan:
-    """The samples of one gradient step, by their global numbers.
+    """The samples of one gradient step, by their numbers within the rollout step.
 
-    samples          int64 [n], of all replicas together
-    micro            [replica][k]: the samples of a replica's k-th micro-batch
-    micro_batch_ids  int64 [n], which micro-batch of the whole mini-batch each of `samples` is in
+    samples          int64 [n], the samples of all replicas
+    micro            micro[replica][k]: the samples of that replica's k-th micro-batch
+    micro_batch_ids  int64 [n], for each of `samples` the number of its micro-batch within the whole mini-batch
     """
 
     samples: np.ndarray
@@ -45,10 +46,14 @@ class MiniBatchPlan:
 
 
 @dataclass(frozen=True)
-class StepShare:
-    """This replica's part: its samples' tokens. `global_ids` int64 [n] names each local sample, `local_of` inverts it."""
+class ScatteredStep:
+    """A rollout step on one rank: all samples' metadata and the plan, and this replica's samples with their tokens.
 
-    facts: StepFacts
+    global_ids  int64 [n], the number within the rollout step of each sample in `batch`
+    local_of    the inverse of global_ids
+    """
+
+    metadata: SampleMetadata
     plan: list[MiniBatchPlan]
     batch: TrainBatch
     global_ids: np.ndarray
@@ -57,29 +62,29 @@ class StepShare:
 
 def scatter_step(
     batch: TrainBatch | None, config: Config, layout: Layout, *, mini_batch_prompts: int, seed: int | None
-) -> StepShare:
-    """This rank's share of rank 0's `batch` (None elsewhere). Collectives: gloo broadcasts from rank 0."""
-    facts = _broadcast_facts(batch, layout)
-    plan = plan_step(facts, config, layout, mini_batch_prompts, seed)
+) -> ScatteredStep:
+    """Return this rank's part of rank 0's `batch` (None elsewhere). Collectives: gloo broadcasts from rank 0."""
+    metadata = _broadcast_metadata(batch, layout)
+    plan = plan_step(metadata, config, layout, mini_batch_prompts, seed)
     for replica, group in enumerate(layout.replica_groups):
         samples = replica_samples(plan, replica)
         if group is not None:
-            part = _broadcast_tokens(batch, samples, facts, group, layout)
+            received = _broadcast_tokens(batch, samples, metadata, group, layout)
             if replica == layout.data_rank:
-                mine = part
+                own = received
     global_ids = np.array(replica_samples(plan, layout.data_rank), dtype=np.int64)
     local_of = {sample: i for i, sample in enumerate(global_ids.tolist())}
-    return StepShare(facts, plan, mine, global_ids, local_of)
+    return ScatteredStep(metadata, plan, own, global_ids, local_of)
 
 
 def plan_step(
-    facts: StepFacts, config: Config, layout: Layout, mini_batch_prompts: int, seed: int | None
+    metadata: SampleMetadata, config: Config, layout: Layout, mini_batch_prompts: int, seed: int | None
 ) -> list[MiniBatchPlan]:
-    """Mini-batches of whole groups, each balanced over replicas and cut into micro-batches. Deterministic."""
+    """Return the mini-batches: whole groups, balanced over replicas and split into micro-batches. Deterministic."""
     plans = []
-    for samples in split_mini_batches(facts.group_ids, mini_batch_prompts, seed, allow_ragged=True):
+    for samples in split_mini_batches(metadata.group_ids, mini_batch_prompts, seed, allow_ragged=True):
         micro = plan_micro_batches(
-            facts.lengths[samples],
+            metadata.lengths[samples],
             data_parallel=layout.data,
             context_parallel=layout.context,
             max_tokens=config.batch.max_tokens,
@@ -92,11 +97,12 @@ def plan_step(
 
 
 def replica_samples(plan: Sequence[MiniBatchPlan], replica: int) -> list[int]:
-    """Global sample numbers that a replica trains on, in the order in which it stores them."""
+    """Return the numbers of the samples that a replica trains on, in the order of its ScatteredStep.batch."""
     return [sample for mini in plan for part in mini.micro[replica] for sample in part]
 
 
-def _broadcast_facts(batch: TrainBatch | None, layout: Layout) -> StepFacts:
+def _broadcast_metadata(batch: TrainBatch | None, layout: Layout) -> SampleMetadata:
+    """Return the metadata of rank 0's `batch` on every rank. Collectives: two gloo broadcasts."""
     size = torch.tensor([0 if batch is None else batch.num_samples])
     layout.broadcast(size, layout.control_group)
     table = torch.empty(5, int(size), dtype=torch.float64)  # exact for integers below 2^53
@@ -104,27 +110,28 @@ def _broadcast_facts(batch: TrainBatch | None, layout: Layout) -> StepFacts:
         rows = (batch.lengths, batch.num_loss_tokens, batch.rewards, batch.group_ids, batch.in_statistics)
         table = torch.from_numpy(np.stack([np.asarray(row, dtype=np.float64) for row in rows]))
     lengths, loss_tokens, rewards, groups, valid = layout.broadcast(table, layout.control_group).numpy()
-    return StepFacts(
+    return SampleMetadata(
         lengths.astype(np.int64), loss_tokens.astype(np.int64), rewards, groups.astype(np.int64), valid.astype(bool)
     )
 
 
 def _broadcast_tokens(
-    batch: TrainBatch | None, samples: list[int], facts: StepFacts, group: object, layout: Layout
+    batch: TrainBatch | None, samples: list[int], metadata: SampleMetadata, group: object, layout: Layout
 ) -> TrainBatch:
-    offsets = np.concatenate([[0], np.cumsum(facts.lengths[samples])]).astype(np.int64)
-    part = select(batch, samples) if batch is not None else None
+    """Return `samples` of rank 0's `batch` on every rank of the gloo `group`. Collectives: three gloo broadcasts."""
+    offsets = np.concatenate([[0], np.cumsum(metadata.lengths[samples])]).astype(np.int64)
+    selected = select(batch, samples) if batch is not None else None
 
-    def share(array: np.ndarray | None, dtype: torch.dtype) -> np.ndarray:
+    def broadcast(array: np.ndarray | None, dtype: torch.dtype) -> np.ndarray:
         tensor = torch.empty(int(offsets[-1]), dtype=dtype) if array is None else torch.from_numpy(array).to(dtype)
         return layout.broadcast(tensor.contiguous(), group).numpy()
 
     return TrainBatch(
-        tokens=share(part and part.tokens, torch.int32),
-        loss_mask=share(part and part.loss_mask, torch.uint8).astype(bool),
-        rollout_logprobs=share(part and part.rollout_logprobs, torch.float32),
+        tokens=broadcast(selected and selected.tokens, torch.int32),
+        loss_mask=broadcast(selected and selected.loss_mask, torch.uint8).astype(bool),
+        rollout_logprobs=broadcast(selected and selected.rollout_logprobs, torch.float32),
         offsets=offsets,
-        rewards=facts.rewards[samples],
-        group_ids=facts.group_ids[samples],
-        in_statistics=facts.in_statistics[samples],
+        rewards=metadata.rewards[samples],
+        group_ids=metadata.group_ids[samples],
+        in_statistics=metadata.in_statistics[samples],
     )

@@ -1,7 +1,7 @@
 """The stream of HF-named weights out of a sharded actor: export writes it to files, rollout engines load it.
 
-Change here: how shards travel to rank 0. Each shard travels once, straight to rank 0, many small ones in one message (a
-parcel); while the tensors of a parcel are used, the shards of the next one are on their way.
+Change here: how shards travel to rank 0. Parameters are grouped into buckets, and each rank sends its shards of a bucket to
+rank 0 in one message. While the tensors of one bucket are used, the messages of the next are already under way.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from dapo_mcore.architecture.mapping import Parameter, export_parameter, find_pa
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.types import Empty
 
-PARCEL_BYTES = 32 << 20
-"""Of all shards together: large enough that messages cost little beside their bytes, small beside a bucket."""
+BUCKET_BYTES = 32 << 20
+"""Size of a bucket, all shards together: large enough to hide a message's fixed cost, small against the engines' buckets."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """A parameter of the stream: `holders` have one shard of `shard_shape` each, in order, in `dtype`."""
+class StreamedParameter:
+    """A parameter of the stream.
+
+    name         Megatron's name, with numbers of the whole model
+    holders      ranks that send a shard, in shard order
+    shard_shape  shape of each shard
+    dtype        dtype of each shard
+    """
 
     name: str
     parameter: Parameter
@@ -36,32 +42,37 @@ class Content:
 
     @property
     def shard_size(self) -> int:
+        """Return the number of elements of one shard."""
         return math.prod(self.shard_shape)
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all shards together."""
         return self.shard_size * self.dtype.itemsize * len(self.holders)
 
     @property
-    def is_stacked(self) -> bool:
-        """Whether its shards, one below the other, are the HF tensor (and vocabulary padding) already."""
+    def is_concatenated(self) -> bool:
+        """Return True if its shards, concatenated along the rows, are the HF tensor plus any vocabulary padding."""
         return self.parameter.rule.tp_split == "rows" and self.parameter.rule.merge == "one"
 
 
-Parcel = tuple[Content, ...]
-"""Parameters with the same holders and dtype, which travel together."""
+Bucket = tuple[StreamedParameter, ...]
+"""Parameters with the same holders and dtype. Each holder sends its shards of them in one message."""
+
+Shards = list[list[torch.Tensor]]
+"""For each parameter of a bucket, its shards in rank order."""
 
 
 class WeightStream:
-    """Calling it yields (HF name, full tensor) on rank 0 and nothing elsewhere; every rank must drain it.
+    """Calling it yields (HF name, full tensor) on rank 0 and nothing elsewhere. Every rank must drain it.
 
-    A tensor is a parameter of the actor or has memory of its own: it keeps its value until the actor's weights change.
-    Extra memory on rank 0, beside the tensors that are kept: two parcels (of PARCEL_BYTES or the largest parameter).
-    `empty` makes the memory of large vocabulary matrices that come from other ranks.
-    Communication: one message per parcel from each of its holders to rank 0. Building it: an all-gather of names.
+    A tensor is a parameter of the actor or has its own memory; it keeps its value until the actor's weights change.
+    Extra memory on rank 0, besides tensors that the caller keeps: two buckets (of BUCKET_BYTES or the largest parameter).
+    `empty` allocates large vocabulary matrices that come from other ranks.
+    Communication: one message per bucket from each of its holders to rank 0. Construction all-gathers the names.
     """
 
-    def __init__(self, policy: PolicyModel, shape: WeightShape, layout: Layout, parcel_bytes: int = PARCEL_BYTES):
+    def __init__(self, policy: PolicyModel, shape: WeightShape, layout: Layout, bucket_bytes: int = BUCKET_BYTES):
         self.shape = shape
         self.layout = layout
         names = policy.global_parameter_names()
@@ -69,109 +80,110 @@ class WeightStream:
         if shape.tied and not layout.is_first_stage:
             local.pop("output_layer.weight", None)
         self.dtype = policy.config.params_dtype
-        self.local = {name: tensor for name, tensor in local.items() if self._is_needed(name)}
-        self.plan = [parcel for run in self._runs() for parcel in _parcels(run, parcel_bytes)]
+        self.local = {name: tensor for name, tensor in local.items() if self._sends(name)}
+        self.plan = [bucket for group in self._groups() for bucket in _buckets(group, bucket_bytes)]
 
     def __call__(self, empty: Empty = torch.empty) -> Iterator[tuple[str, torch.Tensor]]:
         if not self.layout.is_controller:
             self._send()
             return
-        coming = self._receive(self.plan[0], empty)
-        for parcel, following in pairwise((*self.plan, ())):
-            shards, works = coming
-            coming = self._receive(following, empty)
-            while works:  # a work that is kept keeps its message
+        receiving = self._receive(self.plan[0], empty)
+        for bucket, next_bucket in pairwise((*self.plan, ())):
+            shards, works = receiving
+            receiving = self._receive(next_bucket, empty)
+            while works:  # popped, because a work keeps its message alive
                 works.pop(0).wait()
-            yield from self._exported(parcel, shards)
+            yield from self._exported(bucket, shards)
 
-    def _is_needed(self, name: str) -> bool:
-        """Whether this rank's shard is in the stream: of each replica the first, of uncut parameters one copy."""
+    def _sends(self, name: str) -> bool:
+        """Return True if this rank's shard is in the stream: the first data-parallel copy, and one copy of unsplit weights."""
         layout, rule = self.layout, find_parameter(name, self.shape).rule
         tensor_rank = layout.expert_tensor_rank if rule.per_expert else layout.tensor_rank
         first = layout.expert_data_rank == 0 if rule.per_expert else layout.data_rank == layout.context_rank == 0
         return first and (rule.tp_split is not None or tensor_rank == 0)
 
-    def _runs(self) -> Iterator[list[Content]]:
-        """All parameters, in runs of the same holders and dtype; pipeline stages come in turn."""
-        everyone: list[list[str]] = [[] for _ in range(self.layout.world_size)]
-        dist.all_gather_object(everyone, list(self.local), group=self.layout.control_group)
+    def _groups(self) -> Iterator[list[StreamedParameter]]:
+        """Yield all parameters, grouped by holders and dtype; pipeline stages come one after the other."""
+        names_of_ranks: list[list[str]] = [[] for _ in range(self.layout.world_size)]
+        dist.all_gather_object(names_of_ranks, list(self.local), group=self.layout.control_group)
         holders: dict[str, tuple[int, ...]] = {}
-        for rank, names in enumerate(everyone):  # ranks ascend with the tensor-parallel coordinate
+        for rank, names in enumerate(names_of_ranks):  # ranks ascend with the tensor-parallel rank
             for name in names:
                 holders[name] = (*holders.get(name, ()), rank)
-        contents = [self._content(name, ranks) for name, ranks in holders.items()]
-        # a stable sort, so that norms, which only one rank sends, do not part the matrices around them
-        for _, run in groupby(sorted(contents, key=_way), key=_way):
-            yield list(run)
+        streamed = [self._streamed(name, ranks) for name, ranks in holders.items()]
+        # stable, so norms, which only one rank sends, do not break up the groups of matrices around them
+        for _, group in groupby(sorted(streamed, key=_holders_and_dtype), key=_holders_and_dtype):
+            yield list(group)
 
-    def _content(self, name: str, holders: tuple[int, ...]) -> Content:
+    def _streamed(self, name: str, holders: tuple[int, ...]) -> StreamedParameter:
         parameter = find_parameter(name, self.shape)
         dtype = torch.float32 if parameter.rule.float32 else self.dtype
-        return Content(name, parameter, holders, local_shape(parameter, self.shape, len(holders)), dtype)
+        shard_shape = local_shape(parameter, self.shape, len(holders))
+        return StreamedParameter(name, parameter, holders, shard_shape, dtype)
 
     def _send(self) -> None:
-        """All of this rank's messages, two on their way at a time."""
-        sent: list[tuple[dist.Work, torch.Tensor]] = []
-        for parcel in self.plan:
-            if self.layout.rank in parcel[0].holders:
-                message = _flat([self.local[content.name].detach() for content in parcel])
-                sent.append((dist.isend(message, 0), message))
-            if len(sent) > 1:
-                sent.pop(0)[0].wait()
-        for work, _ in sent:
+        """Send all of this rank's messages, two at a time."""
+        sending: list[tuple[dist.Work, torch.Tensor]] = []
+        for bucket in self.plan:
+            if self.layout.rank in bucket[0].holders:
+                message = _concatenated([self.local[streamed.name].detach() for streamed in bucket])
+                sending.append((dist.isend(message, 0), message))
+            if len(sending) > 1:
+                sending.pop(0)[0].wait()
+        for work, _ in sending:
             work.wait()
 
-    def _receive(self, parcel: Parcel, empty: Empty) -> tuple[list[list[torch.Tensor]], list[dist.Work]]:
-        """Each parameter's shards, as they will be when the returned works are done."""
-        if not parcel:
+    def _receive(self, bucket: Bucket, empty: Empty) -> tuple[Shards, list[dist.Work]]:
+        """Start to receive a bucket. Return its shards, which are valid once the returned works are done."""
+        if not bucket:
             return [], []
-        holders, size = parcel[0].holders, sum(content.shard_size for content in parcel)
-        if len(parcel) == 1 and parcel[0].is_stacked and holders != (self.layout.rank,):
-            return self._receive_stacked(parcel[0], empty)
-        shards, works = [[] for _ in parcel], []
+        holders, size = bucket[0].holders, sum(streamed.shard_size for streamed in bucket)
+        if len(bucket) == 1 and bucket[0].is_concatenated and holders != (self.layout.rank,):
+            return self._receive_in_place(bucket[0], empty)
+        shards, works = [[] for _ in bucket], []
         for holder in holders:
             if holder == self.layout.rank:
-                parts = [self.local[content.name].detach() for content in parcel]
+                parts = [self.local[streamed.name].detach() for streamed in bucket]
             else:
-                message = torch.empty(size, dtype=parcel[0].dtype, device=self.layout.device)
+                message = torch.empty(size, dtype=bucket[0].dtype, device=self.layout.device)
                 works.append(dist.irecv(message, holder))
-                parts = message.split([content.shard_size for content in parcel])
-            for own, part, content in zip(shards, parts, parcel, strict=True):
-                own.append(part.view(content.shard_shape))
+                parts = message.split([streamed.shard_size for streamed in bucket])
+            for own, part, streamed in zip(shards, parts, bucket, strict=True):
+                own.append(part.view(streamed.shard_shape))
         return shards, works
 
-    def _receive_stacked(self, content: Content, empty: Empty) -> tuple[list[list[torch.Tensor]], list[dist.Work]]:
-        """Of a large vocabulary matrix: the shards land where they belong in the whole, which is the only shard then."""
-        rows, *others = content.shard_shape
-        whole = empty((rows * len(content.holders), *others), dtype=content.dtype, device=self.layout.device)
+    def _receive_in_place(self, streamed: StreamedParameter, empty: Empty) -> tuple[Shards, list[dist.Work]]:
+        """Receive a large vocabulary matrix directly into the whole tensor, and return that as its only shard."""
+        rows, *others = streamed.shard_shape
+        whole = empty((rows * len(streamed.holders), *others), dtype=streamed.dtype, device=self.layout.device)
         works = []
-        for holder, part in zip(content.holders, whole.split(rows), strict=True):
+        for holder, part in zip(streamed.holders, whole.split(rows), strict=True):
             if holder == self.layout.rank:
-                part.copy_(self.local[content.name].detach())
+                part.copy_(self.local[streamed.name].detach())
             else:
                 works.append(dist.irecv(part, holder))
         return [[whole]], works
 
-    def _exported(self, parcel: Parcel, shards: list[list[torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for content in parcel:
-            yield from export_parameter(content.parameter, shards.pop(0), self.shape)
+    def _exported(self, bucket: Bucket, shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
+        for streamed in bucket:
+            yield from export_parameter(streamed.parameter, shards.pop(0), self.shape)
 
 
-def _way(content: Content) -> tuple[tuple[int, ...], str]:
-    return content.holders, str(content.dtype)
+def _holders_and_dtype(streamed: StreamedParameter) -> tuple[tuple[int, ...], str]:
+    return streamed.holders, str(streamed.dtype)
 
 
-def _parcels(run: list[Content], limit: int) -> Iterator[Parcel]:
-    """The run in pieces of at most `limit` bytes; a larger parameter makes one of its own."""
-    current: Parcel = ()
-    for content in run:
-        if current and sum(other.nbytes for other in current) + content.nbytes > limit:
-            yield current
-            current = ()
-        current += (content,)
-    yield current
+def _buckets(group: list[StreamedParameter], limit: int) -> Iterator[Bucket]:
+    """Yield the group in buckets of at most `limit` bytes; a larger parameter gets a bucket of its own."""
+    bucket: Bucket = ()
+    for streamed in group:
+        if bucket and sum(other.nbytes for other in bucket) + streamed.nbytes > limit:
+            yield bucket
+            bucket = ()
+        bucket += (streamed,)
+    yield bucket
 
 
-def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """One message; a single tensor is not copied."""
+def _concatenated(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tensors as one flat message. Does not copy a single tensor."""
     return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

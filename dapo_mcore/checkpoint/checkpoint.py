@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.blocks import Block, actor_blocks
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.checkpoint.run_folder import (
     checkpoint_path,
@@ -113,7 +113,7 @@ Written = tuple[list[StoredChunk], dict[str, tuple[torch.dtype, tuple[int, ...]]
 
 def _write_blocks(folder: Path, megatron: Path, actor: Actor) -> Written:
     """Write the blocks that are this rank's to write into a file of its own."""
-    blocks = [block for block in actor_blocks(actor) if block.is_written]
+    blocks = [block for block in checkpoint_blocks(actor) if block.is_written]
     name, chunks = f"__{actor.layout.rank}_0.distcp", []
     if blocks:
         with _disk_errors_named(folder), without_crc():
@@ -165,11 +165,11 @@ def _read_blocks(path: Path, actor: Actor) -> None:
     with damage_named(path), torch.no_grad():
         reader = DistributedReader(path / MEGATRON)
         # in the order of the stored tensors: the reader keeps the chunk that it read last
-        for block in sorted(actor_blocks(actor), key=lambda block: (block.key, block.offsets)):
+        for block in sorted(checkpoint_blocks(actor), key=lambda block: (block.key, block.offsets)):
             _read_block(reader, block)
 
 
-def _read_block(reader: DistributedReader, block: Block) -> None:
+def _read_block(reader: DistributedReader, block: CheckpointBlock) -> None:
     key = block.key
     if key not in reader.tensors:  # format 1 with the plain optimizer
         key = key.replace("optimizer.state.param.", "optimizer.state.fp32_param.")

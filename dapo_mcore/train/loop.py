@@ -20,7 +20,7 @@ from typing import Any
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
-from dapo_mcore.actor.metrics import UpdateSums, update_metrics
+from dapo_mcore.actor.metrics import UpdateStats, update_metrics
 from dapo_mcore.actor.parallel import layout as layouts
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
@@ -117,7 +117,7 @@ class Run:
             signum = self._steps(first)
         if signum is not None:
             raise Interrupted(signum)
-        self.actor.skips.check_trained()
+        self.actor.skipped_updates.check_trained()
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
@@ -202,7 +202,7 @@ class Run:
                 self._save_checkpoint(step)
         return self._signal()
 
-    def _tell_skips(self, updates: Sequence[UpdateSums]) -> None:
+    def _tell_skips(self, updates: Sequence[UpdateStats]) -> None:
         if skipped := sum(update.skipped for update in updates):
             self.progress.line(
                 f"warning: {skipped} of this rollout step's {len(updates)} gradient steps were skipped, since a gradient was "

@@ -1,4 +1,7 @@
-"""Optimizer state of experts: saved by one mesh, continued by others. Dense models: tests/checkpoint/test_checkpoint.py."""
+"""The optimizer: skipped gradient steps; experts' state saved on one mesh and continued on others.
+
+Optimizer state of dense models: tests/checkpoint/test_checkpoint.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,29 @@ from typing import Any
 
 import pytest
 
+from dapo_mcore.actor.optimizer import SkippedUpdates
+from dapo_mcore.errors import TrainingError
 from tests.actor import families, parity
 from tests.actor.model import test_policy as test_model
 from tests.actor.parity import Mesh
+
+
+def test_skipped_steps_in_a_row_end_the_run_at_the_limit() -> None:
+    skipped_updates = SkippedUpdates(3)
+    for skipped in (True, True, False, True, True):
+        skipped_updates.add(skipped)
+    with pytest.raises(TrainingError, match=r"last 3 gradient steps were skipped.*max_skipped_updates.*fewer than 3"):
+        skipped_updates.add(True)
+
+
+def test_a_run_that_only_skipped_has_not_trained() -> None:
+    skipped_updates = SkippedUpdates(10)
+    skipped_updates.check_trained()  # a run without gradient steps, for instance one resumed at its end
+    skipped_updates.add(True)
+    with pytest.raises(TrainingError, match="all 1 gradient steps of this run were skipped"):
+        skipped_updates.check_trained()
+    skipped_updates.add(False)
+    skipped_updates.check_trained()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +85,7 @@ def train_one(layout: Any, mesh: Mesh, path: str, folder: Path, action: str, dis
 
 
 def step(ddp: Any, optimizer: Any, problem: Any, layout: Any) -> float:
-    from dapo_mcore.actor.step import run_micro_batches
+    from dapo_mcore.actor.forward_backward import run_micro_batches
 
     ddp.zero_grad_buffer()
     optimizer.megatron.zero_grad()

@@ -75,5 +75,5 @@ def peaks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_sync_needs_at_most_two_buckets(peaks: dict[str, int], way: str) -> None:
     allowed = 2 * max(BUCKET_MIB * MIB, peaks["largest"])
     assert peaks["model"] > 1.2 * allowed, "the model must be too large to hide a copy of it"
-    # more than one parcel: the measurement sees what is allocated
+    # more than one bucket: the measurement sees what is allocated
     assert 32 * MIB < peaks[way] <= allowed, f"{peaks[way] / MIB:.0f} MiB of {allowed / MIB:.0f}"

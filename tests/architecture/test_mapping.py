@@ -218,7 +218,7 @@ def test_local_and_transformer_engine_names(name: str, hf: str) -> None:
     ],
 )
 def test_strangers_are_named(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no rule for the Megatron parameter {name}; extend"):
+    with pytest.raises(CheckpointError, match=f"no weight rule for the Megatron parameter {name}; add it in"):
         find_parameter(name, weight_shape(config_of("qwen2-moe-mixed"), 1))
 
 

@@ -90,7 +90,7 @@ def test_well_known_models_are_understood(model, expected, tmp_path):
             {"shared_expert_intermediate_size": 64},
             "shared_expert_intermediate_size 64 .* supported is 0",
         ),
-        ("Qwen1.5-MoE-A2.7B", {"qkv_bias": False}, "qkv_bias false .* expects q, k and v biases"),
+        ("Qwen1.5-MoE-A2.7B", {"qkv_bias": False}, "qkv_bias false .* weight rules expect q, k and v biases"),
         ("SmolLM2-135M", {"rope_interleaved": True}, "rope_interleaved True"),
         (
             "Qwen3-8B",

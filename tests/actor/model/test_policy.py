@@ -75,9 +75,9 @@ def compare(layout: Any, mesh: Mesh, problem: Problem) -> dict[str, Any]:
 def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any], float]:
     """A gradient step on the problem: the policy, its logits, and the gradient norm."""
     from dapo_mcore.actor.actor import wrap
+    from dapo_mcore.actor.forward_backward import run_micro_batches
     from dapo_mcore.actor.model.policy import build_model
     from dapo_mcore.actor.optimizer import Optimizer
-    from dapo_mcore.actor.step import run_micro_batches
 
     policy = build_model(config, problem.hf_config, layout)
     families.fill(policy, problem, layout)

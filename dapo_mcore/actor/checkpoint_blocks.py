@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.model.policy import PolicyModel
-from dapo_mcore.actor.optimizer_state import Shard
+from dapo_mcore.actor.optimizer import OptimizerShard
 
 
-class Block(NamedTuple):
+class CheckpointBlock(NamedTuple):
     """A rectangle of a stored tensor. Saving copies its elements out, loading copies into them.
 
     key, size   name and shape of the whole tensor
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     is_written  True on the one rank that writes it
     is_padded   True if the whole tensor has more rows on some meshes (the padded vocabulary); rows that are not stored are 0
 
-    Rows 2 and 3 of the second layer's [4, 8] matrix: Block("decoder.layers.w", (6, 4, 8), (1, 2, 0), tensor of (1, 2, 8), …)
+    Rows 2 and 3 of the second layer's [4, 8] matrix: CheckpointBlock("decoder.layers.w", (6, 4, 8), (1, 2, 0), tensor of (1, 2, 8), …)
     """
 
     key: str
@@ -42,7 +42,7 @@ class Block(NamedTuple):
     is_padded: bool
 
 
-def actor_blocks(actor: Actor) -> list[Block]:
+def checkpoint_blocks(actor: Actor) -> list[CheckpointBlock]:
     """Return this rank's blocks of policy, optimizer and reference policy. No communication."""
     policy = list(_pieces(actor.policy))
     blocks = [_whole(piece, "") for _, piece in policy]
@@ -69,14 +69,14 @@ def _pieces(model: PolicyModel) -> Iterator[tuple[Tensor, ShardedTensor]]:
             yield entry.data, entry
 
 
-def _whole(piece: ShardedTensor, prefix: str) -> Block:
+def _whole(piece: ShardedTensor, prefix: str) -> CheckpointBlock:
     sizes = (1,) * piece.prepend_axis_num + piece.local_shape
     key, data = prefix + piece.key, piece.data.detach().view(sizes)
     written = is_main_replica(piece.replica_id)
-    return Block(key, piece.global_shape, piece.global_offset, data, written, piece.allow_shape_mismatch)
+    return CheckpointBlock(key, piece.global_shape, piece.global_offset, data, written, piece.allow_shape_mismatch)
 
 
-def _cut(piece: ShardedTensor, shard: Shard) -> Iterator[Block]:
+def _cut(piece: ShardedTensor, shard: OptimizerShard) -> Iterator[CheckpointBlock]:
     """Yield the blocks of a shard's state that lie in `piece`, a contiguous part of the shard's parameter."""
     assert piece.data.is_contiguous(), f"{piece.key}: a checkpoint needs contiguous weights"
     begin = piece.data.storage_offset() - shard.parameter.storage_offset()
@@ -90,7 +90,7 @@ def _cut(piece: ShardedTensor, shard: Shard) -> Iterator[Block]:
             place = tuple(a + b for a, b in zip(offset, (*(0 for _ in leading), *offsets), strict=True))
             view = values.narrow(0, at - shard.start, math.prod(sizes)).view((*leading, *sizes))
             key = f"optimizer.state.{name}.{piece.key}"
-            yield Block(key, piece.global_shape, place, view, is_written, piece.allow_shape_mismatch)
+            yield CheckpointBlock(key, piece.global_shape, place, view, is_written, piece.allow_shape_mismatch)
             at += math.prod(sizes)
 
 

@@ -1,9 +1,9 @@
-"""Forward and backward over micro-batches through Megatron's schedule, with the loss normalised in one place.
+"""Forward and backward passes over micro-batches through Megatron's pipeline schedule.
 
-Change here: nothing about the objective (kernels/, algo/loss); only how Megatron is driven. This is the only module that knows
-how Megatron would scale a loss: `calculate_per_token_loss=True` makes the schedule leave it alone, gradients are summed
-over data- and context-parallel ranks, and `num_tokens=None` keeps finalize_model_grads from dividing. The token weights
-already hold 1/N, with N counted over the whole mini-batch before the first forward.
+Change here: how Megatron's schedule is called; the objective is in kernels/ and algo/loss. Only this module deals with how
+Megatron scales a loss: `calculate_per_token_loss=True` makes the schedule leave the loss alone, gradients are summed over
+data- and context-parallel ranks, and `num_tokens=None` keeps finalize_model_grads from dividing. The token weights already
+contain 1/N, with N counted over the whole mini-batch before the first forward pass.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from dapo_mcore.actor.model.policy import PolicyModel
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.types import MicroBatch
 
-Outcome = dict[str, torch.Tensor]
-LossFunction = Callable[[PolicyModel, torch.Tensor, MicroBatch], tuple[torch.Tensor, Outcome]]
+MicroBatchOutput = dict[str, torch.Tensor]
+"""Named tensors that a loss function keeps of one micro-batch: log-probs, or statistics."""
+
+LossFunction = Callable[[PolicyModel, torch.Tensor, MicroBatch], tuple[torch.Tensor, MicroBatchOutput]]
 
 
 def run_micro_batches(
@@ -33,12 +35,12 @@ def run_micro_batches(
     layout: Layout,
     *,
     backward: bool,
-) -> list[Outcome]:
-    """What `loss_function` returned for each micro-batch, on last-stage ranks; an empty list elsewhere.
+) -> list[MicroBatchOutput]:
+    """Return the output that `loss_function` keeps of each micro-batch, on last-stage ranks; an empty list elsewhere.
 
-    `loss_function(policy, hidden [s, b, H], micro_batch)` gives (loss to differentiate, tensors to keep). With `backward`
-    the gradients end in main_grad, summed over data- and context-parallel ranks. Every rank of the mesh must call this
-    with equally many micro-batches. Collectives: all of Megatron's for one step.
+    `loss_function(policy, hidden [s, b, H], micro_batch)` returns (loss to differentiate, output to keep). With `backward`,
+    main_grad holds the gradients afterwards, summed over data- and context-parallel ranks. Every rank must call this with the
+    same number of micro-batches. Collectives: all of Megatron's for one gradient step.
     """
     forward_step = partial(_forward_step, loss_function=loss_function, layout=layout)
     schedule = get_forward_backward_func()
@@ -58,13 +60,13 @@ def run_micro_batches(
 def finalize_without_division(
     model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **groups: Any
 ) -> None:
-    """Megatron's gradient finalisation (sums over ranks, tied embeddings, sequence-parallel norms), never dividing."""
+    """Finalise gradients as Megatron does (sums over ranks, tied embeddings, sequence-parallel norms), without dividing."""
     finalize_model_grads(model, None, **groups)
 
 
 def _forward_step(
     iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Outcome]]]:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]]]:
     batch = to_device(next(iterator), layout.device)
     hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=_sequence_params(batch, layout))
     return hidden, partial(_loss, model, batch, loss_function)
@@ -72,11 +74,11 @@ def _forward_step(
 
 def _loss(
     model: torch.nn.Module, batch: MicroBatch, loss_function: LossFunction, hidden: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, Outcome]:
+) -> tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]:
     policy = model.module if isinstance(model, DistributedDataParallel) else model
-    loss, kept = loss_function(policy, hidden, batch)
-    # the triple (loss, tokens, kept) is the form that Megatron neither averages nor scales; the count is not used
-    return loss, torch.zeros((), dtype=torch.int, device=hidden.device), kept
+    loss, output = loss_function(policy, hidden, batch)
+    # Megatron neither averages nor scales a loss in the form (loss, token count, output); it does not use the count
+    return loss, torch.zeros((), dtype=torch.int, device=hidden.device), output
 
 
 def _sequence_params(batch: MicroBatch, layout: Layout) -> SequenceParams | None:
@@ -94,7 +96,7 @@ def _sequence_params(batch: MicroBatch, layout: Layout) -> SequenceParams | None
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same record with every tensor on `device`."""
+    """Return the micro-batch with every tensor on `device`."""
     moved = {
         name: value.to(device, non_blocking=True)
         for name in MicroBatch.__dataclass_fields__
