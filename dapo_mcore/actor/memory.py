@@ -1,8 +1,8 @@
-"""The actor's device memory, given up while rollout servers use the device, and taken back with the same values.
+"""Frees the actor's device memory while rollout servers use the device, and restores it with the same values.
 
-Change here: what goes to the host and what is only freed. Storages are emptied and refilled in place, so every view of
-them stays one: Megatron's parameter and gradient buffers, the shards of its optimizer. (Megatron-core 0.16.1's own
-`offload_to_cpu` gives parameters new memory, which leaves the shards of the fp32 distributed optimizer behind.)
+Change here: what is copied to the host and what is only freed. Storages are emptied and refilled in place, so all views of
+them stay valid: Megatron's parameter and gradient buffers, and its optimizer's shards. (Megatron-core 0.16.1's own
+`offload_to_cpu` moves parameters to new memory, and the shards of the fp32 distributed optimizer would keep the old one.)
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ GIB = 2**30
 
 
 class ActorMemory:
-    """One rank's weights (with the reference policy's), gradients and optimizer state, on the device or on the host.
+    """One rank's weights (the reference policy's too), gradients and optimizer state, on the device or on the host.
 
-    `offload_state`, then `offload_weights`, then `onload`, as often as needed; in between, a weight sync reads the weights.
-    Nothing of the actor may run before `onload`: its tensors have no memory. No communication.
+    Call `offload_state`, then `offload_weights`, then `onload`, as often as needed. A weight sync may read the weights between
+    the first two calls. After an offload the actor must not run until `onload`: its tensors have no memory. No communication.
     """
 
     def __init__(self, actor: Actor):
@@ -36,33 +36,33 @@ class ActorMemory:
 
     @property
     def nbytes(self) -> int:
-        """Device memory that the actor's tensors hold now, in bytes; beside it, activations and scratch."""
-        every = (*self._weight_tensors(), *self._gradient_tensors(), *self._state_tensors())
-        return sum(storage.nbytes() for storage in _storages(every).values())
+        """Return the device memory that the actor's tensors hold now, in bytes, without activations and scratch memory."""
+        tensors = (*self._weight_tensors(), *self._gradient_tensors(), *self._state_tensors())
+        return sum(storage.nbytes() for storage in _storages(tensors).values())
 
     def offload_state(self) -> None:
-        """Moves the optimizer state to the host and frees gradients, whose values the next gradient step does not need."""
+        """Move the optimizer state to the host and free the gradients. The next gradient step does not need their values."""
         weights, gradients = _storages(self._weight_tensors()), _storages(self._gradient_tensors())
-        # an fp32 optimizer works on the weights themselves, or on shards of their buffer
+        # an fp32 optimizer updates the weights themselves, or shards of their buffer
         state = {key: s for key, s in _storages(self._state_tensors()).items() if key not in weights | gradients}
-        self._state.take(state.values())
+        self._state.offload(state.values())
         self._gradients = [(storage, storage.nbytes()) for storage in gradients.values()]
         for storage, _ in self._gradients:
             storage.resize_(0)
         self._actor.layout.free_scratch()
 
     def offload_weights(self) -> None:
-        """Moves the weights to the host."""
-        self._weights.take(_storages(self._weight_tensors()).values())
+        """Move the weights to the host."""
+        self._weights.offload(_storages(self._weight_tensors()).values())
         self._actor.layout.free_scratch()
 
     def onload(self) -> None:
-        """Brings everything back; gradients come back without values."""
+        """Restore everything on the device. Gradients get memory, but not their values."""
         for storage, nbytes in self._gradients:
             storage.resize_(nbytes)
         self._gradients = []
-        self._weights.give_back()
-        self._state.give_back()
+        self._weights.onload()
+        self._state.onload()
 
     def _weight_tensors(self) -> Iterable[Tensor]:
         for model in (self._actor.policy, self._actor.reference):
@@ -77,58 +77,60 @@ class ActorMemory:
     def _state_tensors(self) -> Iterable[Tensor]:
         device = self._actor.layout.device
         for tensor in self._actor.optimizer.tensors():
-            if tensor.device.type == device.type:  # torch's AdamW counts its steps on the host
+            if tensor.device.type == device.type:  # torch's AdamW keeps its step counts on the host
                 yield tensor
 
 
 class _HostCopy:
-    """Values of storages while these have no memory. Host buffers are pinned once and used again.
+    """The values of storages that have no memory, in host buffers. Buffers are pinned once and reused.
 
-    num_ranks  of the trainer on this machine, which do the same at the same time.
+    num_ranks  the trainer's ranks on this machine; all of them offload at the same time
     """
 
     def __init__(self, pinned: bool, num_ranks: int = 1):
         self._pinned, self._num_ranks = pinned, num_ranks
         self._buffers: list[Tensor] = []
-        self._taken: list[UntypedStorage] = []
+        self._offloaded: list[UntypedStorage] = []
 
-    def take(self, storages: Iterable[UntypedStorage]) -> None:
-        assert not self._taken, "taken already"
-        taken = list(storages)
-        self._make_room([storage.nbytes() for storage in taken])
-        for storage, buffer in zip(taken, self._buffers, strict=True):
+    def offload(self, storages: Iterable[UntypedStorage]) -> None:
+        """Copy the storages to the host and free their device memory. Raises ResourceError if the host has too little."""
+        assert not self._offloaded, "offloaded already"
+        offloaded = list(storages)
+        self._allocate([storage.nbytes() for storage in offloaded])
+        for storage, buffer in zip(offloaded, self._buffers, strict=True):
             buffer.copy_(_bytes_of(storage), non_blocking=True)
         if self._pinned:
             torch.cuda.synchronize()
-        for storage in taken:
+        for storage in offloaded:
             storage.resize_(0)
-        self._taken = taken
+        self._offloaded = offloaded
 
-    def give_back(self) -> None:
-        for storage, buffer in zip(self._taken, self._buffers):
+    def onload(self) -> None:
+        """Give the storages memory again and copy their values back."""
+        for storage, buffer in zip(self._offloaded, self._buffers):
             storage.resize_(buffer.nbytes)
             _bytes_of(storage).copy_(buffer, non_blocking=True)
         if self._pinned:
             torch.cuda.synchronize()
-        self._taken = []
+        self._offloaded = []
 
-    def _make_room(self, sizes: list[int]) -> None:
+    def _allocate(self, sizes: list[int]) -> None:
         if [buffer.nbytes for buffer in self._buffers] == sizes:
             return
         self._buffers = []
-        ours, memory = sum(sizes), psutil.virtual_memory()
-        # what is available changes while the others take theirs; without this, all would find room and be killed
-        if ours > memory.available or self._num_ranks * ours > memory.total:
+        needed, memory = sum(sizes), psutil.virtual_memory()
+        # ranks allocate at the same time: each could find enough available memory, and all together be killed
+        if needed > memory.available or self._num_ranks * needed > memory.total:
             raise ResourceError(
-                f"rollout.sglang.colocated keeps {ours / GIB:.1f} GiB of this rank's actor on the host during generation, "
-                f"and {self._num_ranks} ranks of this machine do, but {memory.available / GIB:.1f} GiB of host memory are "
+                f"rollout.sglang.colocated keeps {needed / GIB:.1f} GiB of this rank's actor on the host during generation, "
+                f"on each of this machine's {self._num_ranks} ranks, but {memory.available / GIB:.1f} GiB of host memory are "
                 f"available, of {memory.total / GIB:.1f}; use more nodes, or servers on GPUs of their own (colocated false)"
             )
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-    """The distinct storages that hold memory, by address."""
+    """Return the distinct storages that have memory, by address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 

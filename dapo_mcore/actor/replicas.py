@@ -1,8 +1,8 @@
-"""Copies of one parameter on several ranks must stay equal, bit for bit: checksums find those that do not.
+"""Checks with checksums that all copies of a weight on different ranks are bitwise equal.
 
 Change here: which ranks hold copies, and how copies are compared. Data- and context-parallel ranks hold the same shards,
-tensor-parallel ranks the same norms, routers and latent projections, and the last pipeline stage a tied embedding again.
-Nothing else would show that such copies have parted: exports and checkpoints take one of them.
+tensor-parallel ranks the same norms, routers and latent projections, and the last pipeline stage a copy of a tied embedding.
+Without this check, nobody would notice that copies differ: exports and checkpoints contain only one of them.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from dapo_mcore.architecture.mapping import find_parameter
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.errors import TrainingError
 
-_LOWEST = torch.iinfo(torch.int64).min + 1  # whose negative fits, too
+_LOWEST = torch.iinfo(torch.int64).min + 1  # its negative is an int64 too
 _SHOWN = 3
 
 
 def check_replicas(policy: PolicyModel, shape: WeightShape, layout: Layout) -> None:
-    """Raise TrainingError, on every rank, if two copies of a weight differ in a bit; name weights and ranks.
+    """Raise TrainingError, on every rank, if two copies of a weight differ in a bit. The error names weights and ranks.
 
-    Reads the weights once. Collectives, on vectors with one entry per weight of this rank: all-reduces over the copies', the
-    tensor-parallel and (tied embeddings) the pipeline group, and a small one over the control group.
+    Reads the weights once. Collectives: all-reduces of one number per weight over the groups of copies, the tensor-parallel
+    group and (tied embeddings) the pipeline group, and a small all-reduce over the control group.
     """
     if layout.world_size == 1:
         return
     names = policy.global_parameter_names()
     sums = {names[name]: checksum(weight) for name, weight in policy.named_weights()}
-    parted = _parted(sums, shape, layout)
-    if layout.max_over_ranks(torch.tensor([float(len(parted))])).item():
-        raise TrainingError(_describe({name: int(sums[name]) for name in sums}, parted, layout))
+    differing = _differing_weights(sums, shape, layout)
+    if layout.max_over_ranks(torch.tensor([float(len(differing))])).item():
+        raise TrainingError(_describe({name: int(sums[name]) for name in differing}, layout))
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 scalar on the tensor's device: its bytes added up as words of 8, modulo 2^64, so in any order."""
+    """Return the sum of the tensor's 8-byte words modulo 2^64, as an int64 scalar on its device. The order does not matter."""
     content = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if content.storage_offset() % 8:
         content = content.clone()
@@ -44,30 +44,30 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
 
 
-def _parted(sums: dict[str, torch.Tensor], shape: WeightShape, layout: Layout) -> list[str]:
-    """The weights of this rank that another rank holds otherwise."""
+def _differing_weights(sums: dict[str, torch.Tensor], shape: WeightShape, layout: Layout) -> list[str]:
+    """Return the names of this rank's weights of which another rank holds a different copy."""
     rules = {name: find_parameter(name, shape).rule for name in sums}
     dense = [name for name in sums if not rules[name].per_expert]
     groups = [
         (dense, layout.copies_group),
         ([name for name in sums if rules[name].per_expert], layout.expert_copies_group),
-        ([name for name in dense if rules[name].cut is None], layout.tensor_group),
+        ([name for name in dense if rules[name].tp_split is None], layout.tensor_group),
     ]
     compared = [({name: sums[name] for name in copied}, group) for copied, group in groups]
     if shape.tied and layout.pipeline > 1:
         compared.append((_tied_embedding(sums, layout), layout.pipeline_group))
-    parted = [name for copies, group in compared for name in _differing(copies, group, layout.device)]
-    return list(dict.fromkeys(parted))
+    names = [name for copies, group in compared for name in _differing(copies, group, layout.device)]
+    return list(dict.fromkeys(names))
 
 
 def _tied_embedding(sums: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor | None]:
-    """One entry on every stage; None on those between the first and the last."""
+    """Return one entry on every stage. Its value is None on stages between the first and the last."""
     name = "embedding.word_embeddings.weight" if layout.is_first_stage else "output_layer.weight"
     return {name: sums[name] if layout.is_first_stage or layout.is_last_stage else None}
 
 
 def _differing(sums: dict[str, torch.Tensor | None], group: dist.ProcessGroup, device: torch.device) -> list[str]:
-    """The names whose checksums differ within the group. An entry of None is another rank's business."""
+    """Return the names whose checksums differ within the group. None means that this rank has no copy."""
     if not sums or group.size() == 1:
         return []
     lowest = torch.tensor(_LOWEST, device=device)
@@ -79,24 +79,25 @@ def _differing(sums: dict[str, torch.Tensor | None], group: dist.ProcessGroup, d
     return [name for name, same in zip(sums, equal, strict=True) if not same and sums[name] is not None]
 
 
-def _describe(sums: dict[str, int], parted: list[str], layout: Layout) -> str:
-    """The message; collective, for only a rank knows its own weights."""
-    everywhere: list[dict[str, int]] = [{} for _ in range(layout.world_size)]
-    dist.all_gather_object(everywhere, {name: sums[name] for name in parted}, group=layout.control_group)
-    names = list(dict.fromkeys(name for held in everywhere for name in held))
-    shown = "; ".join(f"{name} ({_sides(name, everywhere)})" for name in names[:_SHOWN])
+def _describe(differing: dict[str, int], layout: Layout) -> str:
+    """Return the error message, given this rank's differing checksums. Collective: all-gather over the control group."""
+    sums_of_ranks: list[dict[str, int]] = [{} for _ in range(layout.world_size)]
+    dist.all_gather_object(sums_of_ranks, differing, group=layout.control_group)
+    names = list(dict.fromkeys(name for sums in sums_of_ranks for name in sums))
+    shown = "; ".join(f"{name} ({_agreeing_ranks(name, sums_of_ranks)})" for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (
-        f"copies of the same weights differ between ranks: {shown}{more}; every checkpoint and export from here on would hold "
-        f"one of them only. Resume from the last checkpoint; if it happens again, look for faulty memory or links on these "
+        f"copies of the same weights differ between ranks: {shown}{more}; every checkpoint and export from now on would hold "
+        f"only one of them. Resume from the last checkpoint; if it happens again, look for faulty memory or links on these "
         f"ranks' machines, or for kernels that are not deterministic, and try parallel.sequence_parallel true"
     )
 
 
-def _sides(name: str, everywhere: list[dict[str, int]]) -> str:
-    """Which ranks agree with each other."""
-    sides: dict[int, list[int]] = {}
-    for rank, held in enumerate(everywhere):
-        if name in held:
-            sides.setdefault(held[name], []).append(rank)
-    return " against ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for ranks in sides.values())
+def _agreeing_ranks(name: str, sums_of_ranks: list[dict[str, int]]) -> str:
+    """Return which ranks hold equal copies, for instance "ranks 0, 1 against rank 2"."""
+    ranks_by_sum: dict[int, list[int]] = {}
+    for rank, sums in enumerate(sums_of_ranks):
+        if name in sums:
+            ranks_by_sum.setdefault(sums[name], []).append(rank)
+    sides = ranks_by_sum.values()
+    return " against ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for ranks in sides)

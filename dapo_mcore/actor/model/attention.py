@@ -1,8 +1,8 @@
-"""Causal attention with GQA, packed sequences and context parallelism, where Transformer Engine is absent.
+"""Causal attention with GQA, packed sequences and context parallelism, for runs without Transformer Engine.
 
-Change here: how attention is computed without Transformer Engine. The layouts are Megatron's: [s, b, n, d], or packed
-[t, n, d] with `cu_seqlens`. Under context parallelism every sequence is cut into 2·CP chunks and rank r holds chunks r
-and 2·CP-1-r (zigzag), which balances causal work; keys and values are all-gathered, and their gradient reduce-scattered.
+Change here: how attention is computed without Transformer Engine. Shapes are Megatron's: [s, b, n, d], or packed [t, n, d]
+with `cu_seqlens`. Context parallelism splits every sequence into 2·CP chunks, and rank r holds chunks r and 2·CP-1-r
+(zigzag), which balances the causal work. Keys and values are all-gathered; their gradients are reduce-scattered.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dapo_mcore.batch.context import zigzag_positions
 
 @dataclass
 class SequenceParams(PackedSeqParams):
-    """Megatron's packed-sequence parameters, with the index plan that all layers of one micro-batch share."""
+    """Megatron's packed-sequence parameters, plus the attention plan that all layers share for one micro-batch."""
 
     plan: AttentionPlan | None = None
 
@@ -35,9 +35,9 @@ class AttentionPlan:
     """Indices between flat tokens and a padded [n, length] rectangle of sequences.
 
     query_slots  int64 [n, Lq]  local token of each query slot (slots past a sequence's end repeat token 0)
-    key_slots    int64 [n, Lk]  gathered token of each key slot, in natural order
-    output_slots int64 [t]      slot in the flattened [n · Lq] rectangle of each local token
-    mask         bool [n, 1, Lq, Lk] or None: which key a query sees; None means plain causal (CP = 1)
+    key_slots    int64 [n, Lk]  gathered token of each key slot, in the order of the sequence
+    output_slots int64 [t]      slot of each local token in the flattened [n · Lq] rectangle
+    mask         bool [n, 1, Lq, Lk] or None: the keys that a query sees; None means plain causal attention (CP = 1)
     """
 
     query_slots: torch.Tensor
@@ -47,7 +47,7 @@ class AttentionPlan:
 
 
 def plan_attention(lengths: np.ndarray, context_parallel: int, rank: int, device: torch.device) -> AttentionPlan:
-    """The plan for sequences of padded `lengths` (int64 [n]) packed back to back."""
+    """Return the plan for sequences with these padded lengths, int64 [n], packed one after the other."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     held = zigzag_positions(lengths, context_parallel, rank)
     sequence = np.searchsorted(starts, held, side="right") - 1
@@ -61,30 +61,30 @@ def plan_attention(lengths: np.ndarray, context_parallel: int, rank: int, device
     if context_parallel > 1:
         positions = np.zeros_like(query_slots)
         positions[sequence, slot] = held - starts[sequence]
-        # keys past a sequence's end lie after every query of it, so the causal rule hides them too
+        # keys past a sequence's end come after all its queries, so the causal mask hides them too
         mask = torch.from_numpy(positions[:, None, :, None] >= np.arange(key_slots.shape[1])).to(device)
     tensors = (torch.from_numpy(a).to(device) for a in (query_slots, key_slots, output_slots))
     return AttentionPlan(*tensors, mask=mask)
 
 
 def _key_slots(lengths: np.ndarray, starts: np.ndarray, context_parallel: int) -> np.ndarray:
-    """int64 [n, Lk]: where each position of each sequence lies after the all-gather in rank order."""
+    """Return the index of each position of each sequence after the all-gather in rank order, int64 [n, Lk]."""
     gathered = np.concatenate([zigzag_positions(lengths, context_parallel, r) for r in range(context_parallel)])
-    place = np.empty_like(gathered)
-    place[gathered] = np.arange(len(gathered))
+    index = np.empty_like(gathered)
+    index[gathered] = np.arange(len(gathered))
     position = np.arange(int(lengths.max()))
     inside = position < lengths[:, None]
-    return np.where(inside, place[np.where(inside, starts[:-1, None] + position, 0)], 0)
+    return np.where(inside, index[np.where(inside, starts[:-1, None] + position, 0)], 0)
 
 
 def plan_rectangle(length: int, batch: int, context_parallel: int, rank: int, device: torch.device) -> AttentionPlan:
-    """The plan for `batch` sequences of one local `length`, tokens laid out [s, b] (unpacked micro-batches)."""
+    """Return the plan for `batch` sequences of the same local `length`, with tokens in [s, b] order (unpacked micro-batches)."""
     lengths = np.full(batch, length * context_parallel, dtype=np.int64)
     plan = plan_attention(lengths, context_parallel, rank, device)
 
     def to_sequence_first(slots: torch.Tensor, local: int) -> torch.Tensor:
-        share, rest = slots // (local * batch), slots % (local * batch)
-        return share * local * batch + rest % local * batch + rest // local
+        rank, rest = slots // (local * batch), slots % (local * batch)
+        return rank * local * batch + rest % local * batch + rest // local
 
     order = torch.arange(length * batch, device=device).view(length, batch)
     return AttentionPlan(
@@ -96,11 +96,11 @@ def plan_rectangle(length: int, batch: int, context_parallel: int, rank: int, de
 
 
 class CoreAttention(MegatronModule):
-    """softmax(QKᵀ·scale)V for Megatron's SelfAttention; PyTorch's scaled-dot-product kernel underneath.
+    """softmax(QKᵀ·scale)V for Megatron's SelfAttention, with PyTorch's scaled-dot-product kernel.
 
-    Parameters are those of upstream's DotProductAttention (megatron-core 0.16.1). Collectives: all-gather of keys and
-    values over the context-parallel group in forward, reduce-scatter in backward. Dropout is refused: a rollout's
-    log-probs must be reproducible.
+    Takes the parameters of upstream's DotProductAttention (megatron-core 0.16.1). Collectives: all-gather of keys and values
+    over the context-parallel group in the forward pass, reduce-scatter in the backward pass. Does not support dropout, because
+    the log-probs of a rollout must be reproducible.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """[s, b, n·d], or [t, n·d] when packed."""
+        """Return the attention output, [s, b, n·d], or [t, n·d] if packed."""
         leading = query.shape[:-2]
         plan = self._plan(query, packed_seq_params)
         query, key, value = (x.flatten(0, -3) for x in (query, key, value))
@@ -160,4 +160,5 @@ class CoreAttention(MegatronModule):
         return plan_attention(lengths, parallel, rank, query.device)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return nothing to store: core attention has no weights."""
         return {}

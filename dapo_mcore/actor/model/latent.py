@@ -1,6 +1,6 @@
-"""Megatron-core's latent attention, with what it lacks without Transformer Engine.
+"""Megatron-core's latent attention (MLA), with the layer that it lacks without Transformer Engine.
 
-Change here: which layers latent attention is made of.
+Change here: the layers of latent attention.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-_CHOSEN = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+_CHOSEN_BY_0_19 = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 
 
 class LatentAttention(MLASelfAttention):
     """Latent attention with exactly the layers of its specification, in every version of megatron-core.
 
-    0.19 chooses some itself: where queries have no latent vector (`q_lora_rank` None) it would normalise what goes into
-    their projection, which DeepSeek's models do not, or without Transformer Engine refuse to be built.
+    0.19 chooses some layers itself. If queries have no latent vector (`q_lora_rank` None), it would normalise the input of
+    their projection, which DeepSeek's models do not do. Without Transformer Engine it could not be built.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """Overrides megatron-core 0.19; 0.16 to 0.18 take the specification as it is, and do not call this."""
-        return {name: getattr(submodules, name) for name in _CHOSEN}
+        """Return the specification's own layers. Overrides megatron-core 0.19; 0.16 to 0.18 never call this method."""
+        return {name: getattr(submodules, name) for name in _CHOSEN_BY_0_19}
 
 
-class WholeLinear(torch.nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole and applies to its own tokens.
+class ReplicatedLinear(torch.nn.Module):
+    """A linear layer that is replicated on every tensor-parallel rank; each rank applies it to its own tokens.
 
-    Upstream's latent attention takes Transformer Engine's for its down-projections. Its other choice, a column-parallel
-    layer, loses the other ranks' share of the gradient of the keys' rotary part (0.16.1).
+    Upstream's latent attention uses Transformer Engine's layer for its down-projections. Its alternative, a column-parallel
+    layer, loses other ranks' part of the gradient of the keys' rotary dims (0.16.1).
     """
 
     def __init__(
@@ -45,23 +45,27 @@ class WholeLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # sums its gradient over the tensor-parallel group
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """([…, output_size], no bias)."""
+        """Return (output [..., output_size], None for the bias)."""
         return torch.nn.functional.linear(hidden, self.weight), None
 
 
-def use_whole_linear() -> None:
-    """Makes upstream's latent attention accept WholeLinear where it knows only Transformer Engine's layer; for processes
-    whose layers are not Transformer Engine's."""
-    multi_latent_attention.TELinear = WholeLinear
+def use_replicated_linear() -> None:
+    """Make upstream's latent attention accept ReplicatedLinear as if it were Transformer Engine's layer.
+
+    Only for processes without Transformer Engine's layers.
+    """
+    multi_latent_attention.TELinear = ReplicatedLinear
 
 
 LATENT_EPS = 1e-6
-"""Of the norms of the latents, whatever rms_norm_eps is: transformers' and DeepSeek's own code leave it at the default."""
+"""Epsilon of the latent vectors' norms. transformers and DeepSeek's own code ignore rms_norm_eps there."""
 
 
 def set_latent_eps(model: torch.nn.Module) -> None:
-    """Give the norms of all latents LATENT_EPS, where upstream has the config's; Transformer Engine's are part of the
-    up-projections."""
+    """Set the epsilon of all latent vectors' norms to LATENT_EPS; upstream uses rms_norm_eps.
+
+    Transformer Engine's norms are part of the up-projections.
+    """
     for attention in model.modules():
         if isinstance(attention, multi_latent_attention.MLASelfAttention):
             for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):

@@ -1,7 +1,7 @@
-"""Which implementation each part of a layer has: Transformer Engine's, or upstream's local one with ours in its place.
+"""The implementation of each part of a layer: Transformer Engine's, or upstream's local one with ours where it falls short.
 
-Change here: the layer implementations. Without Transformer Engine, experts are separate MLPs (SequentialMLP); with it,
-one grouped product (TEGroupedMLP).
+Change here: the layer implementations. Without Transformer Engine, experts are separate MLPs (SequentialMLP); with it, they
+are one grouped matrix product (TEGroupedMLP).
 """
 
 from __future__ import annotations
@@ -17,16 +17,36 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
 
 from dapo_mcore.actor.model.attention import CoreAttention
-from dapo_mcore.actor.model.latent import LatentAttention, WholeLinear, use_whole_linear
-from dapo_mcore.actor.model.norm import RMSNorm
+from dapo_mcore.actor.model.latent import LatentAttention, ReplicatedLinear, use_replicated_linear
 from dapo_mcore.config.sections import ModelConfig
 from dapo_mcore.errors import ConfigError
 
 
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dim, for runs without Transformer Engine.
+
+    Upstream's WrappedTorchNorm (megatron-core 0.16.1, transformer/torch_norm.py) refuses sequence parallelism. A norm acts on
+    single tokens, so it only needs the attribute `weight.sequence_parallel`: with it, finalize_model_grads sums the weight's
+    gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the normalised `hidden` [..., H], with the same shape and dtype."""
+        return functional.rms_norm(hidden, (hidden.size(-1),), self.weight, self.eps)
+
+
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether layers come from Transformer Engine. Raises ConfigError when it is asked for and cannot be had."""
+    """Return True if layers come from Transformer Engine. Raises ConfigError if the config wants it and it is unavailable."""
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if model.transformer_impl == "transformer_engine" and not available:
         raise ConfigError(
@@ -37,7 +57,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
 
 
 def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this rank's pipeline stage; dense and expert layers as `config.moe_layer_freq` says."""
+    """Return the layers of this rank's pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
     if config.multi_latent_attention:
@@ -46,13 +66,13 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     if engine:
         return block
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16.1 tests it for None, but defines it only with Transformer Engine
+        moe_utils.te_general_gemm = None  # 0.16.1 compares it with None, but defines it only with Transformer Engine
     layers = [_without_transformer_engine(layer, config) for layer in block.layer_specs]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _without_transformer_engine(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
-    """Upstream's local layer with our norm and attention."""
+    """Return upstream's local layer with our norms and attention."""
     submodules = dataclasses.replace(
         layer.submodules,
         input_layernorm=RMSNorm,
@@ -71,8 +91,11 @@ def _has_experts(layer: ModuleSpec) -> bool:
 
 
 def _stored_names(has_experts: bool, config: TransformerConfig) -> dict[str, str]:
-    """Names in a checkpoint where they differ from ours: Transformer Engine fuses norms into the layers after them, except
-    before experts, and a checkpoint is to fit both."""
+    """Return the prefixes that are different in a checkpoint, by our prefixes.
+
+    A checkpoint fits runs with and without Transformer Engine, so it has Transformer Engine's names. There a norm is part of
+    the layer after it, except before experts.
+    """
     names = {} if has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if config.multi_latent_attention:
         latent = {"q": "self_attention.q_layernorm.", "kv": "self_attention.kv_layernorm."}
@@ -81,11 +104,11 @@ def _stored_names(has_experts: bool, config: TransformerConfig) -> dict[str, str
 
 
 def _attention(submodules: Any, config: TransformerConfig) -> Any:
-    """Upstream's attention submodules with our core attention and norms."""
+    """Return upstream's attention submodules with our core attention and norms."""
     changed: dict[str, Any] = {"core_attention": CoreAttention}
     if config.multi_latent_attention:
-        use_whole_linear()
-        changed |= dict(linear_q_down_proj=WholeLinear, linear_kv_down_proj=WholeLinear)
+        use_replicated_linear()
+        changed |= dict(linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
         changed |= dict(q_layernorm=RMSNorm, kv_layernorm=RMSNorm)
     elif config.qk_layernorm:
         changed |= dict(q_layernorm=RMSNorm, k_layernorm=RMSNorm)

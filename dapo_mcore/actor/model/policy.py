@@ -1,7 +1,7 @@
-"""The policy as a Megatron GPTModel that stops at hidden states; the policy head makes the loss (actor/head.py).
+"""The policy: a Megatron GPTModel that returns hidden states. The policy head (actor/head.py) computes logits and losses.
 
-Change here: how the model object is put together, and how its parameters are called over the whole mesh. What it
-computes is the architecture's (reader.py), Megatron's options are transformer_config.py's, the parts of a layer are layers.py's.
+Change here: how the model object is built, and the names of its parameters across ranks. architecture/ says what the model
+computes, transformer_config.py sets Megatron's options, layers.py chooses the parts of a layer.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose last stage returns hidden states, so that the logits of a whole batch never exist."""
+    """A GPTModel whose last stage returns hidden states, so the logits of a whole batch never exist."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """[s, b, H], this tensor-parallel rank's rows under sequence parallelism. Overrides megatron-core 0.16.1."""
+        """Return the hidden states [s, b, H]; under sequence parallelism, this rank's rows. Overrides megatron-core 0.16.1."""
         return hidden_states
 
     def head_weight(self) -> torch.Tensor:
-        """[V/tp, H], the output projection; the embedding itself when they are tied."""
+        """Return the output projection, [V/tp, H]; if tied, it is the embedding."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of all that a checkpoint of the model holds: parameters, and routers' fixed biases (DeepSeek)."""
+        """Yield (name, tensor) of all stored weights: the parameters, and the routers' fixed biases (DeepSeek)."""
         yield from self.named_parameters()
         yield from ((name, buffer) for name, buffer in self.named_buffers() if name.endswith("router.expert_bias"))
 
     def global_parameter_names(self) -> dict[str, str]:
-        """Local name of each of `named_weights` → the same with the layer's and the expert's number in the whole model."""
+        """Return the global name of each of `named_weights`: its layer and expert numbers are those of the whole model."""
         return {name: self._global_name(name) for name, _ in self.named_weights()}
 
     def _global_name(self, name: str) -> str:
@@ -60,9 +60,9 @@ class PolicyModel(GPTModel):
         return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
     def load_weights(self, reader: WeightReader, shape: WeightShape, layout: Layout) -> None:
-        """Fills `named_weights` from HF tensors, reading only this rank's slices.
+        """Fill `named_weights` from HF tensors, reading only this rank's slices.
 
-        Raises CheckpointError for NaN and infinite values in them, ConfigError where they do not fit.
+        Raises CheckpointError for NaN and infinite values, ConfigError if shapes do not match the config.
         """
         names, reader = self.global_parameter_names(), FiniteReader(reader)
         with torch.no_grad():
@@ -81,7 +81,7 @@ class PolicyModel(GPTModel):
 
 
 def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
-    """This rank's part of the policy, with uninitialised weights. Raises ConfigError for what cannot be built."""
+    """Return this rank's part of the policy, with uninitialised weights. Raises ConfigError if it cannot be built."""
     architecture = read_architecture(hf_config, config.longest_sequence)
     megatron_config = transformer_config(config, architecture)
     model = PolicyModel(
@@ -95,9 +95,9 @@ def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
         position_embedding_type="rope",
         rotary_base=architecture.rope.base,
     )
-    if megatron_config.multi_latent_attention:  # which has a rotary embedding of its own in every layer
+    if megatron_config.multi_latent_attention:  # its layers have their own rotary embeddings
         set_latent_eps(model)
     else:
-        # a plain attribute in 0.16.1, read at the first forward: every kind of scaling is only other frequencies
+        # in 0.16.1 a plain attribute, first read in the forward pass; every kind of RoPE scaling only changes the frequencies
         model.rotary_pos_emb.inv_freq = architecture.rope.frequencies
     return model.to(layout.device)

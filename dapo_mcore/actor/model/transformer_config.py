@@ -1,7 +1,7 @@
-"""Megatron's TransformerConfig: what the model is, what the mesh needs, how layers are made, then the user's own fields.
+"""Megatron's TransformerConfig, from the model, the parallel layout, the layer implementations and the user's own fields.
 
-Change here: which of Megatron's options the project decides. Which of the others a user may set: megatron_fields.py; what a
-mesh must fulfil: mesh.py.
+Change here: the options of Megatron that this project decides: precision in _precision, recompute levels in _recompute.
+megatron_fields.py lists the options that a user may set, mesh.py the rules of the parallel layout.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ _STAGE_FIELDS = (
 
 
 def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
-    """Raises ConfigError for a mesh that does not fit the model, and for fields of the `megatron` section that may not
-    be set there."""
+    """Return Megatron's config of the model.
+
+    Raises ConfigError if the parallel layout does not fit the model, or if the `megatron` section sets a field that it may
+    not set.
+    """
     check_mesh(architecture, config.parallel)
     kind = MLATransformerConfig if architecture.latent_attention else TransformerConfig
     owned = {
         **architecture.fields,
         **_mesh(config.parallel),
+        **_precision(config.model.dtype),
         **_implementation(config, architecture),
         **_recompute(config.model.recompute),
         "moe_router_load_balancing_type": "none",
     }
-    engine = owned["transformer_impl"] == "transformer_engine"
-    check_fields(config.megatron, engine=engine, owned=owned)
+    check_fields(config.megatron, engine=owned["transformer_impl"] == "transformer_engine", owned=owned)
     chosen = config.megatron
     try:
         built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
@@ -53,14 +56,14 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
 
 
 def _check_stages(built: TransformerConfig) -> None:
-    """Raises ConfigError for stages chosen in the `megatron` section that this project, or upstream silently, cannot build."""
+    """Raise ConfigError for pipeline stages that this project does not support, or that upstream would build wrong silently."""
     if (built.virtual_pipeline_model_parallel_size or 1) > 1:
         raise ConfigError(
-            f"the megatron section asks for {built.virtual_pipeline_model_parallel_size} virtual pipeline stages a rank; "
+            f"the megatron section asks for {built.virtual_pipeline_model_parallel_size} virtual pipeline stages per rank; "
             f"interleaved pipelines are not supported: leave it out"
         )
     if built.pipeline_model_parallel_layout is not None:
-        return  # which upstream checks itself
+        return  # upstream checks it
     counts = [get_num_layers_to_build(built, pp_rank=stage) for stage in range(built.pipeline_model_parallel_size)]
     if sum(counts) != built.num_layers or min(counts) < 1:
         raise ConfigError(
@@ -70,10 +73,10 @@ def _check_stages(built: TransformerConfig) -> None:
 
 
 def _defaults(num_layers: int, stages: int, chosen: dict[str, Any]) -> dict[str, Any]:
-    """What the `megatron` section may change."""
-    # routing is sharp: rounding logits to bf16 would choose other experts than the rollout engine
+    """Return the fields whose values the `megatron` section may change."""
+    # logits rounded to bf16 would choose other experts than the rollout engine does
     defaults: dict[str, Any] = dict(moe_router_dtype="fp32")
-    # micro-batches have their own lengths; upstream allows that over pipeline stages only with this one and `flex`
+    # the lengths of micro-batches differ; with pipeline stages, upstream allows that only with `alltoall` and `flex`
     defaults["moe_token_dispatcher_type"] = "alltoall"
     if num_layers % stages and not any(key in chosen for key in _STAGE_FIELDS):
         defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, stages)
@@ -81,10 +84,10 @@ def _defaults(num_layers: int, stages: int, chosen: dict[str, Any]) -> dict[str,
 
 
 def split_layers(num_layers: int, stages: int) -> list[int]:
-    """The number of layers of each pipeline stage.
+    """Return the number of layers of each pipeline stage.
 
-    What does not divide goes to the middle stages, the later ones first, for they hold fewer micro-batches; then to the
-    first stage; the last, with the policy head, comes last.
+    If the layers do not divide evenly, the middle stages get one more, later ones first because they hold fewer micro-batches;
+    then the first stage. The last stage, with the policy head, never does.
     """
     order = [*range(stages - 2, 0, -1), 0, stages - 1]
     extra = order[: num_layers % stages]
@@ -110,16 +113,16 @@ def _pipeline_layout(num_layers: int, stages: int) -> list[list[str]]:
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
+def _precision(name: str) -> dict[str, Any]:
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    return dict(params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, attention_softmax_in_fp32=True)
+
+
 def _implementation(config: Config, architecture: Architecture) -> dict[str, Any]:
-    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     engine = uses_transformer_engine(config.model)
     return dict(
         transformer_impl="transformer_engine" if engine else "local",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
-        attention_softmax_in_fp32=True,
         moe_grouped_gemm=engine,
         bias_activation_fusion=engine,
         bias_dropout_fusion=engine,
@@ -130,9 +133,9 @@ def _implementation(config: Config, architecture: Architecture) -> dict[str, Any
     )
 
 
-def _recompute(mode: str) -> dict[str, Any]:
-    if mode == "none":
+def _recompute(level: str) -> dict[str, Any]:
+    if level == "none":
         return {}
-    if mode == "selective":
+    if level == "selective":
         return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
