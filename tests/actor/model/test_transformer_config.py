@@ -125,7 +125,7 @@ def test_what_upstream_refuses_is_a_config_error():
 
 def test_interleaved_pipelines_are_refused():
     layout = [["embedding", "decoder"], ["decoder"], ["decoder"], ["loss"]]
-    with pytest.raises(ConfigError, match="2 virtual pipeline stages a rank"):
+    with pytest.raises(ConfigError, match="2 virtual pipeline stages per rank"):
         built(mesh=Mesh(pipeline=2), megatron={"pipeline_model_parallel_layout": layout})
 
 
@@ -148,6 +148,7 @@ def test_the_tables_name_what_other_sections_decide():
         config, architecture = make_config(Mesh()), read_architecture(families.hf_config(family), 64)
         decided |= architecture.fields.keys() | megatron_config._mesh(config.parallel).keys()
         decided |= megatron_config._implementation(config, architecture).keys()
+        decided |= megatron_config._precision(config.model.dtype).keys()
     assert decided == OWNED | (decided & REFUSED[next(r for r in REFUSED if "auxiliary" in r)])
     assert not OWNED & EFFECTIVE
 
