@@ -40,7 +40,7 @@ class Handover:
 
     engine       on rank 0, None elsewhere.
     colocated    actor and engine share GPUs. If not, both keep their memory, and only weights cross.
-    until_asked  runs a function in the main thread and returns its result, or None if a signal asks the run to stop. See
+    run_interruptible  runs a function in the main thread and returns its result, or None if a signal asks the run to stop. See
                  process/signals.py.
     """
 
@@ -51,14 +51,14 @@ class Handover:
         layout: Layout,
         *,
         colocated: bool,
-        until_asked: Callable[[Callable[[], Any]], Any] = lambda action: action(),
+        run_interruptible: Callable[[Callable[[], Any]], Any] = lambda action: action(),
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.stream = WeightStream(actor.policy, actor.shape, layout)
         self._engine, self._layout = engine, layout
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
-        self._until_asked = until_asked
+        self._run_interruptible = run_interruptible
         self._clock, self._seconds = clock, 0.0
         self._num_weights_lost = 0
 
@@ -107,7 +107,7 @@ class Handover:
                 self._sync_again()
             return self._layout.on_controller_or_raise(action)
         watches = isinstance(self._engine, ContinuousEngine)
-        outcome = self._watched(action) if watches else _outcome(partial(self._until_asked, action))
+        outcome = self._watched(action) if watches else _outcome(partial(self._run_interruptible, action))
         self._layout.broadcast_object(False)
         return self._layout.on_controller_or_raise(outcome.result)
 
@@ -121,16 +121,16 @@ class Handover:
     def _watched(self, action: Callable[[], T]) -> Future[T | None]:
         """Run the action in another thread and return its outcome. Meanwhile sync again whenever the weights are lost.
 
-        Signals reach the main thread. `until_asked` covers only the waiting, so no sync is interrupted.
+        Signals reach the main thread. `run_interruptible` covers only the waiting, so no sync is interrupted.
         """
         outcome: Future[T | None] = Future()
         thread = Thread(target=_run, args=(action, outcome), name="attended", daemon=True)
         try:
-            news = self._until_asked(partial(self._start, thread, outcome))
+            news = self._run_interruptible(partial(self._start, thread, outcome))
             while news == "weights lost":
                 self._layout.broadcast_object(True)
                 self._sync_again()
-                news = self._until_asked(partial(self._wait_for_news, outcome))
+                news = self._run_interruptible(partial(self._wait_for_news, outcome))
         except BaseException:
             self._engine.cancel_requests()
             raise

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dapo_mcore.errors import DapoError, RolloutError, UpdateBroken
-from dapo_mcore.process.signals import Ending, Interrupted
+from dapo_mcore.process.signals import ControllerShutdown, Interrupted
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -166,16 +166,16 @@ def attend_failures(layout: Any, mesh: Mesh) -> dict[str, Any]:
 def attend_until_a_signal(layout: Any, mesh: Mesh) -> dict[str, Any]:
     """Worker: rank 0 gets SIGINT in the midst of a sync; the servers then still lack the weights."""
     engine = ForgetfulEngine(signals_in_sync=True)
-    ending = Ending(lambda: "go on")
-    until_asked = ending.until_asked if layout.is_controller else None
-    _, _, turns = handover(layout, mesh, engine, colocated=False, until_asked=until_asked)
+    shutdown = ControllerShutdown(lambda: "go on")
+    run_interruptible = shutdown.run_interruptible if layout.is_controller else None
+    _, _, turns = handover(layout, mesh, engine, colocated=False, run_interruptible=run_interruptible)
     turns.to_rollout(version=0)
     action = lambda: engine.generate() if layout.is_controller else None  # noqa: E731
     if not layout.is_controller:
         answers = [turns.attend(action), turns.attend(action)]
         gathered(layout, answers)
         return {}
-    with pytest.raises(Interrupted), ending, ending.deferred(lambda: "saves"):
+    with pytest.raises(Interrupted), shutdown, shutdown.defer_signals(lambda: "saves"):
         answers = [turns.attend(action), turns.attend(action)]
         told = {"calls": engine.calls, "answers": answers, "elsewhere": gathered(layout, answers)}
     return told

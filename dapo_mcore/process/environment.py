@@ -1,6 +1,6 @@
-"""What a training process wants of its environment; importing this module sets it. It must be imported before torch.
+"""Environment variables and logging of a training process. Importing this module sets them; import it before torch.
 
-Change here: library settings that are read once, while a library is loaded. Whatever the user has set stays.
+Change here: library settings that are read once, while a library is loaded. A value that the user has set stays.
 """
 
 import logging
@@ -11,7 +11,7 @@ import warnings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# megatron, torch and transformers note the absence of optional packages while they are imported.
+# During import, megatron, torch and transformers warn about each optional package that is missing.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)

@@ -1,7 +1,7 @@
-"""The exit status of one process of a job, and what it says of an error: rank 0 on standard error, every rank to torchrun,
-whose report ends with the message of the first rank that failed.
+"""Exit status and last message of one process of a job.
 
-Change here: which errors get one line instead of a traceback, and the statuses.
+Rank 0 prints its error. Every rank also hands its error to torchrun, whose report ends with the message of the first rank
+that failed. Change here: which errors get one line instead of a traceback, and the statuses.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from contextlib import contextmanager, suppress
 from dapo_mcore.errors import DapoError, OtherRankFailed, output_error
 from dapo_mcore.process.signals import Interrupted
 
-_LATER_S = 2
+_CONSEQUENCE_DELAY_S = 2
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """0 done, 2 an error that the user can mend, 128 + n ended by signal n (signals.py). Any other error is raised."""
-    stopped: list[int] = []
-    atexit.register(_leave_at_once, stopped)
+    """Run `work` and return the exit status of the process: 0 on success, 2 for an error that the user can mend, 128 + n
+    after signal n (signals.py). Raise any other error."""
+    signal_status: list[int] = []
+    atexit.register(_exit_without_waiting, signal_status)
     try:
-        with _no_traceback_of_ctrl_c():
+        with _default_ctrl_c():
             work()
-    except Interrupted as stop:
-        stopped.append(stop.status)
-        return stop.status
+    except Interrupted as interruption:
+        signal_status.append(interruption.status)
+        return interruption.status
     except Exception as error:
-        told = _for_users(error)
-        if told is None:
+        user_error = _as_user_error(error)
+        if user_error is None:
             record_failure(f"{type(error).__name__}: {error}")
             raise
-        _tell(told)
+        _report(user_error)
         return 2
     return 0
 
 
-def _for_users(error: Exception) -> DapoError | None:
-    """Return what to say in one line instead of a traceback; None for an error that only its traceback explains."""
+def _as_user_error(error: Exception) -> DapoError | None:
+    """Return the error whose one-line message replaces a traceback; None for an error that needs its traceback."""
     if is_lost_rank(error):
         return OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}")
     if isinstance(error, OSError):
@@ -52,53 +53,58 @@ def _for_users(error: Exception) -> DapoError | None:
 
 
 @contextmanager
-def _no_traceback_of_ctrl_c() -> Iterator[None]:
-    """Ranks have nothing to clean up, so they just end; rank 0 listens by itself (signals.py)."""
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
+def _default_ctrl_c() -> Iterator[None]:
+    """Let SIGINT end the process without Python's traceback. Ranks have nothing to clean up; rank 0 has handlers of its own
+    (signals.py)."""
+    is_pythons = threading.current_thread() is threading.main_thread()
+    is_pythons = is_pythons and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_pythons:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        if ours:
+        if is_pythons:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _leave_at_once(status: list[int]) -> None:
-    """Ends the process with the status, where there is one by then: as Python ends torch would wait for ranks that are
-    gone. Registered before the run, it comes after all that the run has registered."""
-    if status:
+def _exit_without_waiting(signal_status: list[int]) -> None:
+    """End the process with the status if a signal has set one: at exit, torch would wait for ranks that are gone.
+
+    Registered before the run starts, so it runs after all exit handlers of the run.
+    """
+    if signal_status:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status[0])
+        os._exit(signal_status[0])
 
 
-def _tell(error: DapoError) -> None:
-    """On rank 0, and elsewhere where rank 0 may not know of it and torchrun does not say it."""
+def _report(error: DapoError) -> None:
+    """Print the error on rank 0. Print it on another rank only if neither rank 0 nor torchrun reports it."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    follows = isinstance(error, OtherRankFailed)
-    if not record_failure(str(error), follows) and rank != "0" and not follows:
+    is_consequence = isinstance(error, OtherRankFailed)
+    if not record_failure(str(error), is_consequence) and rank != "0" and not is_consequence:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def is_lost_rank(error: Exception) -> bool:
-    """Whether gloo raised it because another rank is gone; torch gives it no type of its own."""
+    """Return True if gloo raised the error because another rank is gone. torch has no error type for this."""
     return isinstance(error, RuntimeError) and "gloo" in str(error) and " by peer" in str(error)
 
 
-def record_failure(message: str, follows: bool = False) -> bool:
-    """Whether torchrun has started this process: it then ends its report with the message of the first rank that failed.
+def record_failure(message: str, is_consequence: bool = False) -> bool:
+    """Write the message to torchrun's error file. Return False if torchrun did not start this process.
 
-    follows  another rank's failure is the cause of this one.
+    torchrun ends its report with the earliest message of all ranks.
+
+    is_consequence  True if another rank's failure caused this one.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
-        # torchrun takes the earliest for the cause, counting in whole seconds; a cause may be recorded a little late
-        timestamp = int(time.time()) + (_LATER_S if follows else 0)
+        # torchrun compares whole seconds, and the rank that failed first may write its file a little later than this one
+        timestamp = int(time.time()) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(timestamp)}}}
-        with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # a full disk may be what it is about
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the error may be a full disk
             json.dump(content, file)
     return path is not None

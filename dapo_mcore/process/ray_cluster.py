@@ -1,8 +1,8 @@
-"""The Ray cluster that a run places servers and reward workers on: joined with token authentication, without a dashboard.
+"""The Ray cluster on which a run starts servers and reward workers. It needs token authentication and has no dashboard.
 
-Change here: how a cluster is joined. Ray runs whatever reaches its ports, which listen on every interface, so a cluster
-without a token is refused. Ray's default niceness of 15 would starve servers and rewards beside a trainer on the same
-cores, until healthy ones miss their deadlines: a cluster of ours runs them at 0, a given one should be started so.
+Change here: how a cluster is joined. Ray runs any code that reaches its ports, and these listen on every interface, so a
+cluster without a token is refused. Ray's default niceness of 15 starves servers and reward workers that share cores with
+the trainer, until healthy ones miss their deadlines. A cluster that we start runs them at 0; start other clusters so, too.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 from dapo_mcore.errors import ConfigError
 
 _LOCAL_CPUS = 1024
-"""Of a cluster of this machine alone: the configuration decides how many share its cores, not Ray's count of them."""
+"""CPUs of a cluster on this machine. It is high because the configuration, and not Ray, limits the number of processes."""
 
 
 def without_ray(environment: dict[str, str]) -> dict[str, str]:
-    """The environment for a child process that must not have the cluster's token."""
+    """Return the environment without Ray's variables, for a child process that must not have the cluster's token."""
     return {name: value for name, value in environment.items() if not name.startswith("RAY_")}
 
 
 def connect(address: str | None) -> Callable[[], None]:
-    """Joins the cluster, or starts one on this machine, and returns what leaves it again.
+    """Join the cluster at `address`, or start one on this machine for None. Return the function that disconnects again.
 
-    Who finds Ray connected already leaves that to whoever connected it. Raises ConfigError: Ray missing, cluster out of
-    reach or without a token.
+    If this process is connected already, do nothing and return a function that does nothing. Raise ConfigError if Ray is
+    missing, or if the cluster cannot be reached or has no token.
     """
     where = _local() if address is None else _given(address)
     try:
@@ -50,7 +50,7 @@ def connect(address: str | None) -> Callable[[], None]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Ray would exit on SIGTERM with status 15, past whoever handles it."""
+    """Keep the process's SIGTERM handler: ray.init installs one that exits with status 15."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -65,7 +65,7 @@ def _local() -> dict[str, Any]:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # without "local" Ray would join whatever cluster somebody has started on this machine
+    # without "local" Ray would join any cluster that runs on this machine
     return dict(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", num_cpus=_LOCAL_CPUS)
 
 

@@ -1,12 +1,12 @@
-"""How a run ends before its time: saved and cleaned up exactly once, undisturbed, and quietly where a signal ended it.
+"""Early end of a run: it is saved and cleaned up exactly once, and a run that a signal ended shows no traceback.
 
-Change here: which signals end a run, what the first and a second one do, and how long the main thread may take to notice
-one. What is saved then is train/loop.py; what the process says and returns is exit_status.py.
+Change here: which signals end a run, what the first and the second one do, and how long the main thread may take to react.
+What is saved is decided in train/loop.py; exit_status.py turns the end into a message and an exit status.
 
-    `nothing_begun`      the start: a signal ends the process at once
-    outside `deferred`   a signal ends the run at once
-    inside               the first signal asks the run to stop: what `until_asked` runs is interrupted, everything else is
-                         finished; a second signal ends the run at once
+    `exit_on_signal`          during the start: a signal ends the process at once
+    outside `defer_signals`   a signal ends the run at once
+    inside `defer_signals`    the first signal asks the run to stop: it interrupts what runs in `run_interruptible`, and all
+                              other work is finished; a second signal ends the run at once
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from dapo_mcore.errors import DapoError, OtherRankFailed
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-NOTICE_S = 10.0
-"""torchrun kills whatever is left 30 s after it has passed a signal on."""
-SAME_S = 2.0
-"""Signals this soon after the first are the first: Slurm and terminals signal torchrun and its ranks, and torchrun then
-passes its own signal on."""
-_LOOK_S = 0.5
+MAIN_THREAD_TIMEOUT_S = 10.0
+"""The main thread must react to a signal within this time. torchrun kills all ranks 30 s after it passes a signal on."""
+REPEAT_S = 2.0
+"""A signal this soon after the first one is a repeat of it, not a second one: Slurm and terminals signal torchrun and its
+ranks, and torchrun then passes its own signal on."""
+_POLL_S = 0.5
 _RESEND_S = 0.1
 
 
@@ -45,70 +45,73 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status by which shells tell such an end."""
+        """The exit status that shells use for this signal: 128 + signum."""
         return 128 + self.signum
 
 
 @contextmanager
-def nothing_begun() -> Iterator[None]:
-    """Let a signal inside the block, in which nothing is made that must be saved or cleaned up, end the process at once: on
-    rank 0 with one line and status 128 + n, elsewhere as if nobody listened."""
+def exit_on_signal() -> Iterator[None]:
+    """Let a signal inside the block end the process at once. Use it while there is nothing to save or clean up.
 
-    def hear(signum: int) -> None:
+    Rank 0 prints one line and exits with status 128 + signum. Other ranks keep Python's own handlers.
+    """
+
+    def exit_at_once(signum: int) -> None:
         name = signal.Signals(signum).name
         print(f"stopped by {name} before the first step; nothing to save", file=sys.stderr, flush=True)
         os._exit(Interrupted(signum).status)
 
-    listens = os.environ.get("RANK", "0") == "0" and _in_main_thread()
-    stop = _listen(lambda *_: None, hear) if listens else lambda: None
+    is_controller = os.environ.get("RANK", "0") == "0"
+    uninstall = _install(lambda *_: None, exit_at_once) if is_controller and _in_main_thread() else lambda: None
     try:
         yield
     finally:
-        stop()
+        uninstall()
 
 
-class Ending:
-    """A block on rank 0 after which `cleanup` runs, however the block ends, while further signals change nothing.
+class ControllerShutdown:
+    """A block on rank 0 that runs `cleanup` exactly once, however the block ends; later signals do not disturb it.
 
-    farewell  Return a line for standard error. Called after a signal, when all is clean.
+    closing_line  Return the line for standard error after a signal. Called when all is cleaned up.
 
-    A signal that ends the run at once raises Interrupted in the main thread, and whatever error follows leaves the block as
-    Interrupted. If the main thread does not leave the block within NOTICE_S (it may wait in a library for ranks that are
-    gone), another thread cleans up and ends the process. Outside the main thread signals are left alone.
+    A signal that ends the run at once raises Interrupted in the main thread. Any error that follows from it leaves the block
+    as Interrupted. The main thread may be stuck in a library that waits for lost ranks: if it does not leave the block within
+    MAIN_THREAD_TIMEOUT_S, another thread cleans up and ends the process. Outside the main thread the block handles no
+    signals.
     """
 
-    def __init__(self, farewell: Callable[[], str]):
+    def __init__(self, closing_line: Callable[[], str]):
         self.cleanup = ExitStack()
         self.signum: int | None = None
-        self._farewell = farewell
-        self._begun, self._once = threading.Event(), threading.Lock()
-        self._heard_at: float | None = None
+        self._closing_line = closing_line
+        self._cleanup_started, self._cleanup_lock = threading.Event(), threading.Lock()
+        self._first_signal_at: float | None = None
         self._deferred = self._interruptible = self._raised = False
         self._notice: Callable[[], str] = str
-        self._stop_listening: Callable[[], None] = lambda: None
+        self._uninstall: Callable[[], None] = lambda: None
 
-    def __enter__(self) -> Ending:
+    def __enter__(self) -> ControllerShutdown:
         if _in_main_thread():
-            stop = _listen(self._on_signal, self._hear)
+            uninstall = _install(self._handle_in_main_thread, self._handle_in_signal_thread)
             hook_before, sys.unraisablehook = sys.unraisablehook, partial(self._on_unraisable, sys.unraisablehook)
-            self._stop_listening = lambda: (stop(), setattr(sys, "unraisablehook", hook_before))
+            self._uninstall = lambda: (uninstall(), setattr(sys, "unraisablehook", hook_before))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._begun.set()
-        with self._once:
+        self._cleanup_started.set()
+        with self._cleanup_lock:
             try:
-                self._finish(error)
+                self._clean_up(error)
             finally:
-                self._stop_listening()
+                self._uninstall()
         if self.signum is not None:
             raise Interrupted(self.signum) from None
 
     @contextmanager
-    def deferred(self, notice: Callable[[], str]) -> Iterator[None]:
-        """Let the first signal inside the block only ask the run to stop, and raise Interrupted where the block ends.
+    def defer_signals(self, notice: Callable[[], str]) -> Iterator[None]:
+        """Let the first signal inside the block only ask the run to stop. Raise Interrupted at the end of the block.
 
-        notice  Return what to say when that signal arrives.
+        notice  Return the line to print when that signal arrives.
         """
         self._notice, self._deferred = notice, True
         try:
@@ -118,8 +121,9 @@ class Ending:
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def until_asked(self, action: Callable[[], T]) -> T | None:
-        """Return `action()`, or None if a signal has asked the run to stop: it interrupts the action."""
+    def run_interruptible(self, action: Callable[[], T]) -> T | None:
+        """Return `action()`. Return None if a signal asks the run to stop: a running action is interrupted, and a new one
+        does not start."""
         try:
             try:
                 self._interruptible = True
@@ -132,27 +136,28 @@ class Ending:
             self._raised = False
             return None
 
-    def end_now(self, why: str) -> None:
-        """Clean up and end the process with status 1, from a thread beside the main one."""
-        with self._once:
-            if not self._begun.is_set():
+    def abort(self, reason: str) -> None:
+        """Clean up, print the reason and end the process with status 1. Called from another thread than the main one."""
+        with self._cleanup_lock:
+            if not self._cleanup_started.is_set():
                 try:
                     self.cleanup.close()
-                    print(f"{why}: {self._farewell()}", file=sys.stderr, flush=True)
+                    print(f"{reason}: {self._closing_line()}", file=sys.stderr, flush=True)
                 finally:
                     os._exit(1)
 
-    def _finish(self, error: BaseException | None = None) -> None:
+    def _clean_up(self, error: BaseException | None = None) -> None:
+        """Run the cleanup. After a signal, print the block's error, if a user can mend it, and the closing line."""
         self.cleanup.close()
         if self.signum is None:
             return
         if isinstance(error, DapoError) and not isinstance(error, OtherRankFailed):
-            print(f"error: {error}", file=sys.stderr)  # the signal hides it from exit_status
-        print(f"stopped by {signal.Signals(self.signum).name}: {self._farewell()}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr)  # exit_status sees Interrupted instead of it
+        print(f"stopped by {signal.Signals(self.signum).name}: {self._closing_line()}", file=sys.stderr, flush=True)
 
-    def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        """In the main thread, between two of its steps."""
-        if self._begun.is_set():
+    def _handle_in_main_thread(self, signum: int, _: FrameType | None) -> None:
+        """Raise Interrupted where the signal may interrupt. Python calls this between two instructions of the main thread."""
+        if self._cleanup_started.is_set():
             return
         self.signum = self.signum or signum
         if not self._raised and (self._interruptible or not self._deferred):
@@ -160,130 +165,139 @@ class Ending:
             raise Interrupted(self.signum)
 
     def _on_unraisable(self, before: Callable[[Any], None], ignored: Any) -> None:
-        """Python ignores exceptions raised in a finalizer, and the main thread may have been inside one."""
+        """Send the signal again: Python ignores exceptions raised in a finalizer, and the main thread may have been in one."""
         if isinstance(ignored.exc_value, Interrupted):
             self._raised = False
             threading.Timer(_RESEND_S, os.kill, (os.getpid(), ignored.exc_value.signum)).start()
         else:
             before(ignored)
 
-    def _hear(self, signum: int) -> None:
-        """In a thread of its own, at once, whatever the main thread is doing."""
-        first = self._heard_at is None
-        if first:
-            self._heard_at = time.monotonic()
-        if self._deferred and first:
+    def _handle_in_signal_thread(self, signum: int) -> None:
+        """Print the notice of the first signal, or end the run. Called at once, whatever the main thread is doing."""
+        is_first = self._first_signal_at is None
+        if is_first:
+            self._first_signal_at = time.monotonic()
+        if self._deferred and is_first:
             print(f"{signal.Signals(signum).name}: {self._notice()}", file=sys.stderr, flush=True)
-        elif not self._deferred or time.monotonic() - self._heard_at > SAME_S:
-            self._end_soon(signum)
+        elif not self._deferred or time.monotonic() - self._first_signal_at > REPEAT_S:
+            self._end_run(signum)
 
-    def _end_soon(self, signum: int) -> None:
+    def _end_run(self, signum: int) -> None:
+        """Signal the main thread until it leaves the block. At the timeout, clean up here and end the process."""
         self._deferred = False
-        end = time.monotonic() + NOTICE_S
-        while not self._begun.wait(_LOOK_S) and time.monotonic() < end:
-            # the main thread may have put it off already, or have begun to sleep just before it could handle it
+        deadline = time.monotonic() + MAIN_THREAD_TIMEOUT_S
+        while not self._cleanup_started.wait(_POLL_S) and time.monotonic() < deadline:
+            # the main thread may have deferred the signal before, or have fallen asleep just before it could handle it
             os.kill(os.getpid(), signum)
-        with self._once:
-            if not self._begun.is_set():
+        with self._cleanup_lock:
+            if not self._cleanup_started.is_set():
                 self.signum = self.signum or signum
                 try:
-                    self._finish()
+                    self._clean_up()
                 finally:
                     os._exit(Interrupted(self.signum).status)
 
 
-class Following:
-    """The same block on other ranks, which have nothing to clean up: a signal ends the process as if nobody listened.
+class WorkerShutdown:
+    """The same block on the other ranks, which have nothing to clean up: a signal ends the process as by default.
 
-    leader  the process id of rank 0 where it is on this machine.
+    controller_pid  process id of rank 0 if it is on this machine.
 
-    Inside `deferred` the first signal is rank 0's business, which tells all ranks to stop. A second one ends the process,
-    and so does the end of rank 0: torchrun signals the others when a rank fails.
+    Inside `defer_signals` the first signal does nothing here: rank 0 tells all ranks to stop. A second signal ends the
+    process, and so does the end of rank 0, because torchrun signals the other ranks when one fails.
     """
 
-    def __init__(self, leader: int | None = None):
-        self._leader = leader
+    def __init__(self, controller_pid: int | None = None):
+        self._controller_pid = controller_pid
         self.signum: int | None = None
 
-    def __enter__(self) -> Following:
+    def __enter__(self) -> WorkerShutdown:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
     @contextmanager
-    def deferred(self, notice: Callable[[], str]) -> Iterator[None]:
+    def defer_signals(self, notice: Callable[[], str]) -> Iterator[None]:
         """Leave the first signal inside the block to rank 0."""
-        heard_at: list[float] = []
+        first_signal_at: list[float] = []
 
-        def hear(signum: int) -> None:
-            if not heard_at:
-                heard_at.append(time.monotonic())
-                threading.Thread(target=self._watch_leader, args=(signum,), name="leader", daemon=True).start()
-            elif time.monotonic() - heard_at[0] > SAME_S:
+        def handle(signum: int) -> None:
+            if not first_signal_at:
+                first_signal_at.append(time.monotonic())
+                threading.Thread(
+                    target=self._end_with_controller, args=(signum,), name="controller", daemon=True
+                ).start()
+            elif time.monotonic() - first_signal_at[0] > REPEAT_S:
                 os._exit(Interrupted(signum).status)
 
-        stop = _listen(lambda *_: None, hear) if _in_main_thread() else lambda: None
+        uninstall = _install(lambda *_: None, handle) if _in_main_thread() else lambda: None
         try:
             yield
         finally:
-            stop()
+            uninstall()
 
-    def until_asked(self, action: Callable[[], T]) -> T | None:
+    def run_interruptible(self, action: Callable[[], T]) -> T | None:
         """Return `action()`."""
         return action()
 
-    def end_now(self, why: str) -> None:
-        """End the process with status 1, a little after rank 0, which says why."""
-        time.sleep(SAME_S)
+    def abort(self, reason: str) -> None:
+        """End the process with status 1, a little after rank 0 has printed the reason."""
+        time.sleep(REPEAT_S)
         os._exit(1)
 
-    def _watch_leader(self, signum: int) -> None:
-        while self._leader is not None:
+    def _end_with_controller(self, signum: int) -> None:
+        while self._controller_pid is not None:
             try:
-                os.kill(self._leader, 0)
+                os.kill(self._controller_pid, 0)
             except ProcessLookupError:
                 os._exit(Interrupted(signum).status)
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
+
+
+Shutdown = ControllerShutdown | WorkerShutdown
 
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _listen(on_signal: Callable[[int, FrameType | None], None], hear: Callable[[int], None]) -> Callable[[], None]:
-    """Call `on_signal` in the main thread and `hear` in another for each of SIGNALS; return what undoes it.
+def _install(
+    in_main_thread: Callable[[int, FrameType | None], None], in_signal_thread: Callable[[int], None]
+) -> Callable[[], None]:
+    """Call both handlers for each of SIGNALS, one in the main thread and one in a thread for signals. Return a function that
+    restores the handlers of before.
 
-    A signal that is ignored, as after nohup, stays so. Must be called in the main thread.
+    A signal that is ignored, as after nohup, stays ignored. Must be called in the main thread.
     """
     handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in handled}
+    before = {number: signal.signal(number, in_main_thread) for number in handled}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_read_signals, args=(reader, hear), name="ending", daemon=True).start()
-    listening = [True]
-    os.register_at_fork(after_in_child=lambda: _forget(handled) if listening else None)
+    threading.Thread(target=_read_signals, args=(reader, in_signal_thread), name="signals", daemon=True).start()
+    installed = [True]
+    os.register_at_fork(after_in_child=lambda: _use_default_handlers(handled) if installed else None)
 
-    def undo() -> None:
-        listening.clear()
+    def uninstall() -> None:
+        installed.clear()
         signal.set_wakeup_fd(wakeup_before)
         os.close(writer)
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    return undo
+    return uninstall
 
 
-def _read_signals(reader: int, hear: Callable[[int], None]) -> None:
-    """A signal's number arrives here at once, whatever the main thread is doing."""
+def _read_signals(reader: int, handle: Callable[[int], None]) -> None:
+    """Call `handle` for each signal number in the pipe. The number arrives at once, whatever the main thread is doing."""
     while number := os.read(reader, 1):
         if number[0] in SIGNALS:
-            hear(number[0])
+            handle(number[0])
     os.close(reader)
 
 
-def _forget(handled: Sequence[int]) -> None:
-    """In a forked child, whose signals would arrive at its parent's thread."""
+def _use_default_handlers(handled: Sequence[int]) -> None:
+    """Reset the handlers in a forked child. Its signals would otherwise arrive in its parent's thread."""
     signal.set_wakeup_fd(-1)
     for number in handled:
         signal.signal(number, signal.SIG_DFL)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import dapo_mcore.process.environment  # noqa: F401  before torch is imported
 from dapo_mcore.process.exit_status import exit_status
-from dapo_mcore.process.signals import nothing_begun
+from dapo_mcore.process.signals import exit_on_signal
 
 if TYPE_CHECKING:
     from dapo_mcore.config.schema import Config
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(path: str, overrides: Sequence[str]) -> None:
-    with nothing_begun():
+    with exit_on_signal():
         config = _checked(path, overrides)
         from dapo_mcore.train.loop import train
 

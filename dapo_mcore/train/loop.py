@@ -36,9 +36,9 @@ from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_confi
 from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.process.launcher import patience, watch_launcher
+from dapo_mcore.process.launcher import shutdown_timeout_note, watch_launcher
 from dapo_mcore.process.run_lock import RunLock
-from dapo_mcore.process.signals import Ending, Following, Interrupted, nothing_begun
+from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, WorkerShutdown, exit_on_signal
 from dapo_mcore.warm_start import warm_start
 
 
@@ -47,18 +47,18 @@ def train(config: Config) -> None:
 
     Raise Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see process/signals.py).
     """
-    with nothing_begun():  # ranks wait here for each other
+    with exit_on_signal():  # ranks wait here for each other
         layout = layouts.start(config.parallel, config.seed)
-        ending = _ending(config, layout)
+        shutdown = _new_shutdown(config, layout)
     try:
-        with ending:
-            watch_launcher(os.environ, lambda: ending.end_now("torchrun is gone, so its ranks end"))
+        with shutdown:
+            watch_launcher(os.environ, lambda: shutdown.abort("torchrun is gone, so its ranks end"))
             done = layout.on_controller_or_raise(lambda: finished_step(config) if layout.is_controller else None)
             if layout.broadcast_object(done) is None:
                 with (
                     Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as shown
                 ):
-                    Run(config, layout, shown, ending).loop()
+                    Run(config, layout, shown, shutdown).loop()
             elif layout.is_controller:
                 print(
                     f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
@@ -73,11 +73,11 @@ def train(config: Config) -> None:
     layouts.stop()
 
 
-def _ending(config: Config, layout: Layout) -> Ending | Following:
-    leader = layout.broadcast_object(os.getpid())
+def _new_shutdown(config: Config, layout: Layout) -> Shutdown:
+    controller_pid = layout.broadcast_object(os.getpid())
     if layout.is_controller:
-        return Ending(partial(_how_to_go_on, config))
-    return Following(leader if layouts.is_beside_rank_0() else None)
+        return ControllerShutdown(partial(_how_to_go_on, config))
+    return WorkerShutdown(controller_pid if layouts.is_beside_rank_0() else None)
 
 
 def _how_to_go_on(config: Config) -> str:
@@ -91,10 +91,10 @@ def _how_to_go_on(config: Config) -> str:
 class Run:
     """Everything that one rank holds during a run. `loop` runs it."""
 
-    def __init__(self, config: Config, layout: Layout, progress: NullProgress, ending: Ending | Following):
-        """Register with `ending` what must be cleaned up as soon as it exists, because building may fail on any rank."""
+    def __init__(self, config: Config, layout: Layout, progress: NullProgress, shutdown: Shutdown):
+        """Register all that must be cleaned up with `shutdown` as soon as it exists: building may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
-        self.ending = ending
+        self.shutdown = shutdown
         self.saved_step, self.save_s = -1, None
         with self._phase("start"):
             self.hf_config = load_hf_config(config.model)
@@ -106,14 +106,16 @@ class Run:
             self.learner = Learner(self.actor, pad_token(tokenizer))
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
             engine = self.controller and self.controller.engine
-            self.handover = Handover(self.actor, engine, layout, colocated=shared, until_asked=self.ending.until_asked)
+            self.handover = Handover(
+                self.actor, engine, layout, colocated=shared, run_interruptible=self.shutdown.run_interruptible
+            )
 
     def loop(self) -> None:
         """Run all rollout steps and export the model. Raise Interrupted if a signal has stopped them early."""
         with self._phase("start"):
             first = self._resume_or_start()
-        # without a save there is nothing to wait for
-        with self.ending.deferred(self._notice) if self.config.checkpoint.at_end else nullcontext():
+        # what would not be saved is not worth waiting for
+        with self.shutdown.defer_signals(self._notice) if self.config.checkpoint.at_end else nullcontext():
             signum = self._steps(first)
         if signum is not None:
             raise Interrupted(signum)
@@ -176,21 +178,21 @@ class Run:
             if config.parallel.check_replicas:
                 check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
-        self._on_controller(lambda c: self.ending.until_asked(c.finish_rollout))
+        self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
         if self._signal() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
         return update_metrics(updates) | scored.metrics | self.handover.pop_metrics()
 
     def _signal(self) -> int | None:
-        """Return on every rank the signal that stops the run, or None. Collective: one gloo broadcast."""
-        return self.layout.broadcast_object(self.ending.signum)
+        """Return the signal that has asked rank 0 to stop, on every rank. Collective: one gloo broadcast."""
+        return self.layout.broadcast_object(self.shutdown.signum)
 
     def _notice(self) -> str:
         took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
         return (
-            f"the run saves a checkpoint of the last completed rollout step{took} and ends{patience(os.environ)}; a second "
-            "signal ends it without saving"
+            f"the run saves a checkpoint of the last completed rollout step{took} and "
+            f"ends{shutdown_timeout_note(os.environ)}; a second signal ends it without saving"
         )
 
     def _stop_after(self, step: int) -> int | None:
@@ -238,11 +240,11 @@ class Run:
             lock = RunLock(self.config.run_dir)
         except OSError as error:
             raise output_error(error, f"write to {self.config.run_dir}") from error
-        self.ending.cleanup.callback(lock.release)
+        self.shutdown.cleanup.callback(lock.release)
         controller = Controller(
             self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
         )
-        self.ending.cleanup.callback(controller.close)
+        self.shutdown.cleanup.callback(controller.close)
         return controller
 
     def _save(self, step: int) -> None:

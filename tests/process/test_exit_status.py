@@ -17,7 +17,7 @@ def test_torchrun_takes_the_recorded_message_of_the_rank_that_is_the_cause(tmp_p
     failures = {}
     for rank, message in {0: "another rank has ended", 5: "no data file at nowhere.jsonl"}.items():
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path := str(tmp_path / f"{rank}.json"))
-        assert record_failure(message, follows=rank == 0)
+        assert record_failure(message, is_consequence=rank == 0)
         failures[rank] = ProcessFailure(local_rank=rank, pid=7 + rank, exitcode=2, error_file=path)
     error = ChildFailedError("train", failures)
     assert error.get_first_failure()[0] == 5

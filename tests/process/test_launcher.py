@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.process.launcher import check_launcher, patience
+from dapo_mcore.process.launcher import check_launcher, shutdown_timeout_note
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
 
@@ -47,5 +47,8 @@ def test_no_place_in_a_job_is_refused(environment: dict[str, str], message: str)
 
 
 def test_only_torchrun_limits_how_long_a_run_may_take_to_save() -> None:
-    assert patience(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}) == "; torchrun waits 30 s for it, or --shutdown-timeout"
-    assert patience({}) == patience({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ""
+    assert (
+        shutdown_timeout_note(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"})
+        == "; torchrun waits 30 s for it, or --shutdown-timeout"
+    )
+    assert shutdown_timeout_note({}) == shutdown_timeout_note({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ""

@@ -51,7 +51,7 @@ def left_by(run_dir: Path, age_s: float, **record: object) -> None:
 def test_a_live_process_keeps_the_folder_and_a_killed_one_leaves_it(tmp_path: Path) -> None:
     process = holder(tmp_path / "run")
     with pytest.raises(
-        ConfigError, match=rf"another run lives in .*/run: process {process.pid} on .*, since 20.* name"
+        ConfigError, match=rf"another run is using .*/run: process {process.pid} on .*, since 20.* name"
     ):
         RunLock(tmp_path / "run")
     process.kill()
@@ -84,14 +84,14 @@ def test_without_locks_of_the_file_system_the_age_decides_on_one_machine_too(
 
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuses)
     left_by(tmp_path / "run", 1, boot=run_lock._boot_id())
-    with pytest.raises(ConfigError, match="another run lives"):
+    with pytest.raises(ConfigError, match="another run is using"):
         RunLock(tmp_path / "run")
     left_by(tmp_path / "old", STALE_S + 1, boot=run_lock._boot_id())
     RunLock(tmp_path / "old").release()
 
 
 def test_a_live_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "BEAT_S", 0.01)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.01)
     lock = RunLock(tmp_path)
     os.utime(tmp_path / LOCK, (1, 1))
     end = time.monotonic() + 60

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.process.signals import Ending
+from dapo_mcore.process.signals import ControllerShutdown
 
 START = """
 import atexit, ctypes, os, signal, sys, threading, time
-from dapo_mcore.process import signals as ending
-from dapo_mcore.process.signals import Ending
+from dapo_mcore.process import signals
+from dapo_mcore.process.signals import ControllerShutdown
 from dapo_mcore.process.exit_status import exit_status
 
 def me(signum):
@@ -26,11 +26,11 @@ def clean():
     time.sleep(0.2)
     print("clean")
 
-end = Ending(lambda: "go on")
-end.cleanup.callback(lambda: clean())
+shutdown = ControllerShutdown(lambda: "go on")
+shutdown.cleanup.callback(lambda: clean())
 def run(body):
     def work():
-        with end:
+        with shutdown:
             body()
     status = exit_status(work)
     if status:
@@ -80,9 +80,9 @@ def test_before_anything_is_begun_a_signal_ends_the_process_at_once_with_one_lin
     script = f"""
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def work():
-    with ending.nothing_begun():
+    with signals.exit_on_signal():
         pass
-    with ending.nothing_begun():
+    with signals.exit_on_signal():
         threading.Timer(0.1, me, [signal.{name}]).start()
         threading.Lock().acquire(), threading.Event().wait(60)
 exit_status(work)
@@ -93,12 +93,12 @@ exit_status(work)
 
 
 SAVING = """
-ending.SAME_S = 0.3
+signals.REPEAT_S = 0.3
 clean = lambda: print("clean", flush=True)
 def body():
-    with end.deferred(lambda: "saves"):
-        print(end.until_asked(lambda: (me(signal.SIGTERM), time.sleep(60))))
-        print(end.until_asked(lambda: "not begun"))
+    with shutdown.defer_signals(lambda: "saves"):
+        print(shutdown.run_interruptible(lambda: (me(signal.SIGTERM), time.sleep(60))))
+        print(shutdown.run_interruptible(lambda: "not begun"))
         me(signal.SIGTERM)  # torchrun passes on what Slurm has sent to all
         {then}
         print("saved", flush=True)
@@ -110,7 +110,7 @@ def body():
     ("then", "said"),
     [
         ("time.sleep(0.1)", ["saved"]),
-        ("time.sleep(0.1); raise ending.DapoError('the disk is full')", []),
+        ("time.sleep(0.1); raise signals.DapoError('the disk is full')", []),
         ("time.sleep(0.4); me(signal.SIGINT); time.sleep(60)", []),
     ],
     ids=["saved", "not saved", "a second signal ends it at once"],
@@ -122,13 +122,13 @@ def test_a_deferred_signal_interrupts_what_may_be_and_lets_the_rest_be_finished(
     assert err == ["SIGTERM: saves", *error, "stopped by SIGTERM: go on"]
 
 
-FOLLOWING = """
-ending.SAME_S, ending._LOOK_S = 0.3, 0.05
+WORKER = """
+signals.REPEAT_S, signals._POLL_S = 0.3, 0.05
 import subprocess
-leader = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-atexit.register(leader.kill)
-follower = ending.Following(leader.pid)
-with follower.deferred(lambda: ""):
+controller = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+atexit.register(controller.kill)
+worker = signals.WorkerShutdown(controller.pid)
+with worker.defer_signals(lambda: ""):
     me(signal.SIGTERM)
     me(signal.SIGTERM)
     time.sleep(0.5)
@@ -138,16 +138,18 @@ with follower.deferred(lambda: ""):
 """
 
 
-@pytest.mark.parametrize("then", ["me(signal.SIGINT)", "leader.kill(); leader.wait()"], ids=["second", "leader"])
+@pytest.mark.parametrize(
+    "then", ["me(signal.SIGINT)", "controller.kill(); controller.wait()"], ids=["second", "controller"]
+)
 def test_another_rank_leaves_the_first_signal_to_rank_0_and_ends_with_it(then):
-    status, out, _ = ended(FOLLOWING.replace("{then}", then))
+    status, out, _ = ended(WORKER.replace("{then}", then))
     assert (status, out) == (128 + (2 if "SIGINT" in then else 15), ["follows"])
 
 
 def test_a_main_thread_that_does_not_notice_is_ended_for():
     """It is in a library, which the signal does not wake."""
     script = """
-ending.NOTICE_S = 0.5
+signals.MAIN_THREAD_TIMEOUT_S = 0.5
 blocked, sleep = threading.Event(), ctypes.CDLL(None).sleep
 def strike():
     blocked.wait()
@@ -184,7 +186,7 @@ time.sleep(60)
 
 def test_the_signals_of_a_forked_child_are_its_own():
     script = """
-ending.NOTICE_S = 0.2
+signals.MAIN_THREAD_TIMEOUT_S = 0.2
 clean = lambda: print("clean")
 def body():
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -215,8 +217,8 @@ def test_outside_the_main_thread_it_only_cleans_up():
     done = []
 
     def work() -> None:
-        with Ending(str) as end:
-            end.cleanup.callback(done.append, "clean")
+        with ControllerShutdown(str) as shutdown:
+            shutdown.cleanup.callback(done.append, "clean")
 
     thread = threading.Thread(target=work)
     thread.start()

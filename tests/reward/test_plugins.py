@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dapo_mcore.errors import RewardError
-from dapo_mcore.process.signals import Ending, Interrupted
+from dapo_mcore.process.signals import ControllerShutdown, Interrupted
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.plugins import build_judge, load_function
 
@@ -157,7 +157,7 @@ def test_a_signal_that_ends_the_run_is_no_failure_of_a_sample():
         signal.raise_signal(signal.SIGINT)
         return 1.0
 
-    with pytest.raises(Interrupted), Ending(lambda: "bye"):
+    with pytest.raises(Interrupted), ControllerShutdown(lambda: "bye"):
         judged(judge, Attempt("q", "7", "7"))
 
 

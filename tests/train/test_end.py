@@ -154,7 +154,7 @@ def test_ranks_end_with_a_killed_torchrun_and_meanwhile_nobody_else_may_use_the_
     folder = task / "runs/orphans"
     wait_for(lambda: checkpoints(task, "orphans") or begun.poll() is not None, 300)
     second = ended(start(tmp_path, task, *options, "rollout.engine=embedded"))
-    assert "error: another run lives in runs/orphans: process " in second and "Traceback" not in second, second
+    assert "error: another run is using runs/orphans: process " in second and "Traceback" not in second, second
     assert not list(task.glob("runs/orphans.old*"))
     ranks = children(begun.pid)
     assert len(ranks) == 2
