@@ -26,6 +26,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with whole runs and real servers first, so that no worker of several is left alone with one at the end."""
+    longest = ("tests/train/", "tests/rollout/sglang/", "tests/checkpoint/")
+    items.sort(key=lambda item: not item.nodeid.startswith(longest))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """Path of a file below DAPO_MCORE_DATA (else ../shared/data beside the repository); skips where it is absent."""
