@@ -36,7 +36,14 @@ setup(
         "msgspec>=0.19",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "triton>=3.6; platform_system == 'Linux'", "ray>=2.52", MATH],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "triton>=3.6; platform_system == 'Linux'",
+            "ray>=2.52",
+            MATH,
+        ],
         "gpu": ["triton>=3.4"],
         # as megatron-core asks for it: 0.16 below 2.12, later versions without an upper end
         "te": [
