@@ -1,1 +1,4 @@
-"""The Megatron side: the policy, its mesh of processes, its forward and gradient steps."""
+"""The trained policy on Megatron-core: one rank's part of the model, its gradient steps, its optimizer, its weight stream.
+
+Change here: how the policy is scored, trained and exported. model/ builds the layers, parallel/ the process groups.
+"""

@@ -1,1 +1,4 @@
-"""The policy as Megatron layers: attention, norms, layer specs, and Megatron's configuration."""
+"""The policy as Megatron layers: attention, norms, layer specs, and Megatron's configuration.
+
+Change here: how a layer is computed, and the options of Megatron (precision and FP8, recompute levels, fusions).
+"""

@@ -1,7 +1,7 @@
-"""Which fields of Megatron's TransformerConfig a run can set in its `megatron` section, and why not the others. Pure data.
+"""The fields of Megatron's TransformerConfig that a run may set in its `megatron` section, and why not the others.
 
-Change here: after reading a new megatron-core version, or when this project begins to use what a field needs. A field that
-would do nothing is refused, for whoever sets it expects something of it. Read from megatron-core 0.16.1 and 0.19.2.
+Change here: after reading a new megatron-core version, or when this project starts to support a field. A field that would
+have no effect is refused, because whoever sets it expects one. The lists are from megatron-core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OWNED = _names("""
     qk_pos_emb_head_dim rope_type rotary_base rotary_scaling_factor sequence_parallel softmax_scale
     tensor_model_parallel_size transformer_impl use_cpu_initialization v_head_dim variable_seq_lengths
 """)
-"""Decided by the model, parallel and batch sections."""
+"""The model, parallel and batch sections decide these."""
 
 EFFECTIVE = _names("""
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split num_layers_in_first_pipeline_stage
@@ -49,7 +49,7 @@ EFFECTIVE = _names("""
     moe_shared_expert_overlap moe_token_dispatcher_type moe_flex_dispatcher_backend moe_enable_deepep moe_deepep_num_sms
     moe_hybridep_num_sms moe_layer_recompute mlp_chunks_for_training
 """)
-"""Change a run on every kind of layers."""
+"""These have an effect with every kind of layers."""
 
 ENGINE_ONLY = _names("""
     fp8 fp8_recipe fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
@@ -68,7 +68,7 @@ ENGINE_ONLY = _names("""
     fine_grained_activation_offloading offload_modules min_offloaded_tensor_size activation_offload_fraction
     delta_offload_bytes_across_pp_ranks fine_grained_offloading_max_inflight_offloads
 """)
-"""Change a run whose layers are Transformer Engine's, and are not read by the local ones."""
+"""These have an effect with Transformer Engine's layers only; the local layers do not read them."""
 
 REFUSED = {
     "weights come from model.path or model.init": _names("""
@@ -138,18 +138,18 @@ REFUSED = {
     "its weight would depend on the packing: a router's auxiliary loss is multiplied by the tokens of each micro-batch and "
     "divided by nothing": _names("moe_aux_loss_coeff moe_z_loss_coeff moe_router_load_balancing_type"),
 }
-"""Reason → fields that a run cannot set, whatever its layers."""
+"""By reason: fields that a run cannot set, with any layers."""
 
 _SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 _CLASSES = ("ModelParallelConfig", "TransformerConfig", "MLATransformerConfig")
 
 
 def check_fields(section: Mapping[str, Any], *, engine: bool, owned: Mapping[str, Any] | None = None) -> None:
-    """Raise ConfigError for a key of the `megatron` section that megatron-core lacks, that other sections decide, or that
-    would do nothing.
+    """Raise ConfigError for a key of the `megatron` section that does not exist, that other sections decide, or that has no
+    effect.
 
-    engine  whether the layers are Transformer Engine's, as layers.uses_transformer_engine says.
-    owned   the values that other sections have decided, where they are known by now.
+    engine  True if the layers are Transformer Engine's (layers.uses_transformer_engine)
+    owned   the values that other sections have decided, if known already
     Reads megatron-core's source instead of importing it: no torch, no CUDA, a third of a second.
     """
     known = known_fields() if section else ()
@@ -164,7 +164,7 @@ def check_fields(section: Mapping[str, Any], *, engine: bool, owned: Mapping[str
 
 
 def _problem(key: str, engine: bool, owned: Mapping[str, Any]) -> str | None:
-    """Why the field cannot be set; None if it can."""
+    """Return why the field cannot be set, or None if it can."""
     for reason, names in REFUSED.items():
         if key in names:
             return f"is refused: {reason}; leave it out"
@@ -193,7 +193,7 @@ def _check_recipe(section: Mapping[str, Any]) -> None:
 
 
 def known_fields() -> frozenset[str]:
-    """The fields of all configuration classes of the installed megatron-core, from its source."""
+    """Return the fields of all configuration classes of the installed megatron-core, read from its source."""
     spec = importlib.util.find_spec("megatron.core")
     assert spec is not None and spec.submodule_search_locations is not None
     folder = Path(spec.submodule_search_locations[0])

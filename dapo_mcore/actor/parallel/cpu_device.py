@@ -1,7 +1,7 @@
-"""Runs megatron-core (0.16.1 to 0.19.2) on CPU and gloo: its modules see a `torch` whose CUDA surface is the CPU.
+"""Lets megatron-core (0.16.1 to 0.19.2) run on CPU and gloo: its modules get a `torch` whose CUDA functions use the CPU.
 
-Change here: only what a new megatron-core version touches on CUDA. Active only where there is no CUDA device; the global
-`torch` stays as it is, except `Tensor.cuda` and `Tensor.type`, which change for callers inside megatron.core alone.
+Change here: when a new megatron-core version calls further CUDA functions. Only active without a CUDA device. The global
+`torch` stays unchanged, except `Tensor.cuda` and `Tensor.type`, which behave differently for callers in megatron.core only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LAZY_MODULES = (
 
 
 def install_if_needed() -> None:
-    """Makes megatron.core run on CPU when no CUDA device is there. Idempotent; call before any megatron object is built."""
+    """Let megatron.core run on the CPU if there is no CUDA device. Idempotent; call it before any Megatron object is built."""
     if torch.cuda.is_available() or getattr(torch.Tensor, "_megatron_on_cpu", False):
         return
     for name in _LAZY_MODULES:
@@ -60,7 +60,7 @@ def install_if_needed() -> None:
 
 
 class _Module(types.ModuleType):
-    """A module with some names replaced; everything else comes from the real one."""
+    """A module with some names replaced. All other names come from the real module."""
 
     def __init__(self, real: types.ModuleType, **replaced: Any):
         super().__init__(real.__name__)
@@ -120,7 +120,7 @@ def _torch_stand_in() -> _Module:
 
 
 def _all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None) -> None:
-    """torch's, also for parts of unequal lengths, as expert-tensor-parallel ranks have them; gloo wants equal ones."""
+    """Gather as torch does, but also parts of unequal lengths (expert-tensor-parallel ranks have them), which gloo refuses."""
     if len({part.shape for part in parts}) == 1:
         torch.distributed.all_gather(parts, own, group=group)
         return
@@ -132,14 +132,14 @@ def _all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None)
 
 
 def _reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], group: Any = None) -> None:
-    """The sum of the ranks' parts, also of unequal lengths."""
+    """Write this rank's part of the sum over ranks into `own`. Parts may have unequal lengths."""
     whole = torch.cat(parts)
     torch.distributed.all_reduce(whole, group=group)
     own.copy_(whole.split([len(part) for part in parts])[group.rank()])
 
 
 def _cpu_factory(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory` with device="cuda" meaning the CPU, and without pinned memory."""
+    """Return `factory` with device="cuda" replaced by the CPU, and without pinned memory."""
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
@@ -158,7 +158,7 @@ def _redirect_rng_tracker() -> None:
 
 
 def _keep_moe_splits_on_cpu() -> None:
-    """Upstream converts all-to-all splits to lists only when they are on a GPU."""
+    """Convert all-to-all splits to lists; upstream does so only if they are on a GPU."""
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -1,7 +1,7 @@
-"""The mesh of processes: where this rank stands, and which ranks it talks to.
+"""The parallel layout: this rank's coordinates, its process groups, and the small collectives of the control group.
 
-Change here: how processes are started and grouped. No other module reads Megatron's parallel_state or
-the launcher's environment variables.
+Change here: how processes are started and grouped. No other module of actor/ reads Megatron's parallel_state or the
+launcher's environment variables.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's coordinates and groups. Rank 0 is the controller: first in every direction of the mesh.
+    """This rank's coordinates and process groups. Rank 0 is the controller, with coordinate 0 on every axis.
 
-    tensor, pipeline, context, data          sizes of the mesh's axes; world_size is their product
-    expert_tensor, expert, expert_data       sizes of the experts' own axes; world_size is their product times pipeline
+    tensor, pipeline, context, data          sizes of the parallel axes; world_size is their product
+    expert_tensor, expert, expert_data       sizes of the experts' axes; world_size is their product times pipeline
     *_rank                                   this rank's coordinate on each axis
     tensor_group, pipeline_group,            device process groups
     expert_tensor_group, expert_group
-    copies_group, expert_copies_group        device process groups of the ranks that hold the same shards as this one: data-
-                                             and context-parallel, and for experts expert-data-parallel
+    copies_group, expert_copies_group        device process groups of the ranks that hold the same shards as this rank: its
+                                             data- and context-parallel ranks, and for experts its expert-data-parallel ranks
     control_group                            gloo group of all ranks, for tensors in host memory
-    replica_groups                           gloo; entry d holds rank 0 and every rank of data-parallel replica d, and is
-                                             None where this rank is not in it
+    replica_groups                           gloo groups: entry d contains rank 0 and all ranks of data-parallel replica d; it
+                                             is None on ranks that are not in it
     """
 
     rank: int
@@ -81,82 +81,82 @@ class Layout:
 
     @property
     def reports_loss(self) -> bool:
-        """True on exactly one rank of each (data, context) coordinate: its loss rows count once in a sum over ranks."""
+        """Return True on exactly one rank per (data, context) coordinate, so each loss row counts once in a sum over ranks."""
         return self.is_last_stage and self.tensor_rank == 0
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum of host tensors over all ranks (gloo all-reduce); in place."""
+        """Return the elementwise sum of host tensors over all ranks, in place. Collective: gloo all-reduce."""
         dist.all_reduce(values, group=self.control_group)
         return values
 
     def max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise maximum of host tensors over all ranks (gloo all-reduce); in place."""
+        """Return the elementwise maximum of host tensors over all ranks, in place. Collective: gloo all-reduce."""
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control_group)
         return values
 
     def broadcast_object(self, value: object) -> object:
-        """Rank 0's value on every rank (gloo broadcast); small records within the trusted job only."""
+        """Return rank 0's value on every rank; only for small records, within the trusted job. Collective: gloo broadcast."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]
 
     def broadcast(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """Rank 0's host tensor on every rank of a gloo `group`; in place."""
+        """Return rank 0's host tensor on every rank of a gloo `group`, in place. Collective: gloo broadcast."""
         dist.broadcast(tensor, src=0, group=group)
         return tensor
 
     def barrier(self) -> None:
+        """Wait until all ranks are here. Collective: gloo barrier over the control group."""
         dist.barrier(group=self.control_group)
 
     def on_controller_or_raise(self, action: Callable[[], T]) -> T:
-        """What `action` returns on this rank. When it fails on rank 0 every rank raises, so that none waits for it.
+        """Call `action` and return its result. If it fails on rank 0, every rank raises, so no rank waits for rank 0.
 
-        Every rank calls `action`; where only rank 0 has something to do, the others' returns None at once. Raises
-        OtherRankFailed with rank 0's message elsewhere. Collective: one gloo broadcast over the control group.
+        Every rank calls `action`; if only rank 0 has something to do, the other ranks' action returns None at once. If rank 0
+        fails, other ranks raise OtherRankFailed with its message. Collective: one gloo broadcast over the control group.
         """
-        result, problem = None, None
+        result, failure = None, None
         try:
             result = action()
         except Exception as error:
             if not self.is_controller:
                 raise
-            problem = error
-        told = self.broadcast_object(None if problem is None else str(problem) or repr(problem))
-        if problem is not None:
-            raise problem
-        if told is not None:
-            raise OtherRankFailed(f"rank 0 failed: {told}")
+            failure = error
+        message = self.broadcast_object(_message(failure))
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise OtherRankFailed(f"rank 0 failed: {message}")
         return result
 
     def on_every_rank_or_raise(self, action: Callable[[], T]) -> T:
-        """Return what `action` returns on this rank. When it fails on any rank every rank raises, so that none waits for it.
+        """Call `action` and return its result. If it fails on any rank, every rank raises, so no rank waits for another.
 
-        Raises OtherRankFailed with the first failed rank's message where `action` went well. Collective: one gloo
+        Ranks on which it succeeded raise OtherRankFailed with the message of the first failed rank. Collective: one gloo
         all-gather over the control group.
         """
-        result, problem = None, None
+        result, failure = None, None
         try:
             result = action()
         except Exception as error:
-            problem = error
-        told: list[str | None] = [None] * self.world_size
-        mine = None if problem is None else str(problem) or repr(problem)
-        dist.all_gather_object(told, mine, group=self.control_group)
-        if problem is not None:
-            raise problem
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise OtherRankFailed(f"rank {rank} failed: {text}")
+            failure = error
+        messages: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(messages, _message(failure), group=self.control_group)
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise OtherRankFailed(f"rank {rank} failed: {message}")
         return result
 
     def gather_objects(self, value: object) -> list[object]:
-        """Return every rank's value on rank 0, in rank order, and nothing elsewhere (gloo gather); small records only."""
-        found = [None] * self.world_size if self.is_controller else None
-        dist.gather_object(value, found, dst=0, group=self.control_group)
-        return found or []
+        """Return every rank's value on rank 0, in rank order, and [] elsewhere; for small records. Collective: gloo gather."""
+        values = [None] * self.world_size if self.is_controller else None
+        dist.gather_object(value, values, dst=0, group=self.control_group)
+        return values or []
 
     def free_scratch(self) -> None:
-        """Returns to the device what Megatron and torch keep for reuse. No communication."""
+        """Free the device memory that Megatron and torch keep for reuse. No communication."""
         from megatron.core import parallel_state
 
         parallel_state.get_global_memory_buffer().buffer.clear()
@@ -164,22 +164,26 @@ class Layout:
             torch.cuda.empty_cache()
 
 
+def _message(failure: Exception | None) -> str | None:
+    return None if failure is None else str(failure) or repr(failure)
+
+
 def num_local_ranks() -> int:
-    """Processes of the job on this machine; 1 without torchrun."""
+    """Return the number of the job's processes on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_beside_rank_0() -> bool:
-    """Return True if torchrun says that this rank is on the machine of rank 0."""
+    """Return True if torchrun says that this rank runs on the same machine as rank 0."""
     return os.environ.get("GROUP_RANK") == "0"
 
 
 def start(parallel: ParallelConfig, seed: int) -> Layout:
-    """Joins the job and builds every process group.
+    """Join the job, build every process group and return this rank's layout.
 
-    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError when a launcher's
-    variables make no job, when the world size does not fit the mesh, and when megatron-core's version is not one that runs.
-    Collectives: creates process groups, so every rank must call it.
+    Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError if the launcher's
+    variables do not describe a job, if the world size does not fit the `parallel` section, or if this version of megatron-core
+    is not supported. Collectives: creates process groups, so every rank must call it.
     """
     check_launcher(os.environ)
     check_version()
@@ -232,7 +236,7 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
 
 
 def stop() -> None:
-    """Leaves the job; safe to call twice."""
+    """Leave the job. Safe to call twice."""
     from megatron.core import parallel_state
 
     if dist.is_initialized():
@@ -259,13 +263,13 @@ def _join(parallel: ParallelConfig) -> torch.device:
 def _replica_groups(
     data: int, data_rank: int, control: dist.ProcessGroup, timeout: timedelta
 ) -> tuple[dist.ProcessGroup | None, ...]:
-    """One gloo group a data-parallel replica, each with rank 0 added. Every rank creates all of them, in one order."""
-    ranks_of = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    ranks_of[dist.get_rank()] = data_rank
-    dist.all_reduce(ranks_of, group=control)
+    """Return one gloo group per data-parallel replica, plus rank 0 in each. Every rank creates all of them in the same order."""
+    replica_of_rank = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    replica_of_rank[dist.get_rank()] = data_rank
+    dist.all_reduce(replica_of_rank, group=control)
     groups = []
     for replica in range(data):
-        members = sorted({0, *torch.nonzero(ranks_of == replica).flatten().tolist()})
+        members = sorted({0, *torch.nonzero(replica_of_rank == replica).flatten().tolist()})
         group = dist.new_group(members, backend="gloo", timeout=timeout)
         groups.append(group if dist.get_rank() in members else None)
     return tuple(groups)

@@ -1,6 +1,6 @@
-"""What a mesh of processes must fulfil: for their number, and for the model.
+"""The rules that the sizes of the parallel axes (the mesh) must fulfil, for the number of processes and for the model.
 
-Change here: a rule about sizes. Nothing is imported that takes time, so that a mesh can be checked before a run.
+Change here: a rule about sizes. This module imports nothing slow, so the mesh can be checked before a run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dapo_mcore.errors import ConfigError, listed
 
 
 def fewest_processes(parallel: ParallelConfig) -> int:
-    """Return the smallest number of processes that the mesh fills; its multiples do, too."""
+    """Return the smallest number of processes that the mesh can use; it can use multiples of it too."""
     model = parallel.tensor_parallel * parallel.pipeline_parallel * parallel.context_parallel
     experts = parallel.expert_parallel * parallel.expert_tensor_size * parallel.pipeline_parallel
     return parallel.data_parallel * model if parallel.data_parallel else math.lcm(model, experts)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Return the number of copies of the model. Raise ConfigError where the mesh does not fill the processes."""
+    """Return the number of copies of the model. Raises ConfigError if the mesh does not use all processes."""
     tensor, pipeline, context = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
     model = tensor * pipeline * context
     product = f"tensor_parallel {tensor} × pipeline_parallel {pipeline} × context_parallel {context}"
@@ -40,7 +40,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Copies of each expert. Raises ConfigError where the experts' mesh does not fill the processes."""
+    """Return the number of copies of each expert. Raises ConfigError if the experts' mesh does not use all processes."""
     expert, tensor, pipeline = parallel.expert_parallel, parallel.expert_tensor_size, parallel.pipeline_parallel
     model = expert * tensor * pipeline
     if world_size % model:
@@ -53,7 +53,7 @@ def expert_data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raises ConfigError where the mesh does not divide the model. The vocabulary is padded instead."""
+    """Raise ConfigError if the mesh does not divide the model. A vocabulary need not divide: it is padded."""
     _check_tensor_parallel(architecture, parallel.tensor_parallel)
     latent = architecture.latent_attention
     if (latent or architecture.num_experts) and parallel.tensor_parallel > 1 and not parallel.sequence_parallel:
@@ -97,7 +97,7 @@ def _check_tensor_parallel(architecture: Architecture, tensor: int) -> None:
 
 
 def _tensor_parallel_widths(fields: dict[str, Any]) -> dict[str, int]:
-    """MLP widths that are cut over the tensor-parallel group, by their keys in config.json."""
+    """Return the MLP widths that tensor parallelism splits, by their keys in config.json."""
     has_dense_layers = "num_moe_experts" not in fields or fields["moe_layer_freq"] != 1
     widths = {"intermediate_size": fields["ffn_hidden_size"]} if has_dense_layers else {}
     shared = fields.get("moe_shared_expert_intermediate_size")
