@@ -9,9 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
 from tests.rollout.sglang.fake_server import fake_python
+from tools.gpu_check import __main__ as gpu_check
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "gpu_check.sh"
 EXPECTED = {
@@ -44,11 +48,20 @@ def test_every_kind_of_part_runs_and_all_results_are_in_one_file(tmp_path):
     assert [line.split()[0] for line in lines[1:-1]] == list(EXPECTED) and lines[2].endswith("needs GPU")
 
 
-def test_a_part_that_fails_keeps_its_last_lines_and_sets_the_exit_status(tmp_path):
-    done = check(tmp_path, "10", "results", "fp8-tensor", SGLANG_PYTHON=str(tmp_path / "nothing"))
-    record = json.loads((tmp_path / "results" / "gpu_check.jsonl").read_text().splitlines()[-1])
-    assert done.returncode == 1 and record["state"] == "failed" and record["rows"][0]["ok"] is False
-    assert "rollout.sglang" in "".join(record["last_lines"])
+@pytest.mark.parametrize(
+    ("code", "minutes", "time_left_s", "state"),
+    [
+        ("print('why'); raise SystemExit(3)", 1, 600, "failed"),
+        ("import time; print('why', flush=True); time.sleep(60)", 0.03, 600, "timeout"),
+        ("print('why')", 1, 1, "no time left"),
+    ],
+)
+def test_a_part_that_fails_or_is_late_keeps_its_rows_and_last_lines(tmp_path, code, minutes, time_left_s, state):
+    row = "import sys, pathlib; pathlib.Path(sys.argv[1], 'rows.jsonl').write_text('{\"a\": 1}'); "
+    part = gpu_check.Part("some", minutes, ("-c", row.replace("{", "{{").replace("}", "}}") + code, "{folder}"))
+    record = gpu_check.run(part, tmp_path / "some", time.monotonic() + time_left_s)
+    kept = ([], []) if state == "no time left" else ([{"a": 1}], ["why"])
+    assert (record.state, record.rows, record.last_lines) == (state, *kept) and record.seconds < 30
 
 
 def test_wrong_arguments_name_the_right_ones(tmp_path):
