@@ -26,6 +26,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # else xdist starts with the files of most tests, which are quick
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files with whole runs and real servers first, so that no worker of several is left alone with one at the end."""
     longest = ("tests/train/", "tests/rollout/sglang/", "tests/checkpoint/")
