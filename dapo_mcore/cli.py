@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     try:
         return args.run(args)
     except DapoError as error:
@@ -44,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments. Overrides may also follow an option: argparse leaves these over."""
+    args, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if "overrides" in args and "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    return args
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

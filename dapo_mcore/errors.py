@@ -1,4 +1,4 @@
-"""What can go wrong, by who must act. Every message says the numbers, the rule and the remedy."""
+"""All errors of the project, by who must act. Every message gives the numbers, the rule and the remedy."""
 
 import errno
 
@@ -8,7 +8,7 @@ class DapoError(Exception):
 
 
 class OtherRankFailed(DapoError):
-    """Not here but on a rank that this one waits for."""
+    """Another rank failed, and this rank waited for it."""
 
 
 class ConfigError(DapoError):
@@ -28,7 +28,7 @@ class RolloutError(DapoError):
 
 
 class UpdateBroken(RolloutError):
-    """A weight update has reached no server, but some can take another: all ranks repeat it (actor/weight_stream.py)."""
+    """No server received the weight update, but some are still alive. All ranks must send it again (handover.py)."""
 
 
 class TrainingError(DapoError):
@@ -66,7 +66,7 @@ REFUSALS = {
     errno.ESTALE: "the disk or its network fails: choose another output_dir",
     errno.EBUSY: "something else uses it: end that, or move it away",
 }
-"""What to do, by the number of an OSError. Others are no refusals but mistakes of ours, which need their traceback."""
+"""What to do, by the number of an OSError. Any other OSError is our own mistake and keeps its traceback."""
 
 
 def output_error(error: OSError, doing: str) -> Exception:
@@ -80,11 +80,11 @@ def output_error(error: OSError, doing: str) -> Exception:
 
 
 def listed(values: list[int]) -> str:
-    """The values as a message offers them: `1, 2 or 4`."""
+    """Return the values as text for a message: `1, 2 or 4`."""
     *head, last = map(str, values)
     return f"{', '.join(head)} or {last}" if head else last
 
 
 def shortened(text: str, longest: int = 80) -> str:
-    """Return the text as a message shows it: cut where it is longer than `longest` characters."""
+    """Return the text, shortened to at most `longest` characters."""
     return text if len(text) <= longest else f"{text[:longest]}…"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dapo_mcore.cli import COMMANDS, main
 from dapo_mcore.config.file import load_config
@@ -26,6 +27,15 @@ def test_config_prints_what_reads_back(config: Path, tmp_path: Path, capsys: pyt
     assert main(["config", "--only-values", str(config), "optimizer.lr=1e-5", "name=x"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "printed.yaml") == load_config(config, ["optimizer.lr=1e-5", "name=x"])
+
+
+def test_overrides_may_follow_an_option(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", str(config), "name=x", "--only-values", "optimizer.lr=1e-5", "seed=3"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["name"], printed["optimizer"]["lr"], printed["seed"]) == ("x", 1e-5, 3)
+    with pytest.raises(SystemExit):
+        main(["config", str(config), "--only-values", "optimizer.lr=1e-5", "--procesess"])
+    assert "unrecognized arguments: --procesess" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@
     tools/convert.py verify Qwen2.5-32B qwen-mcore
     tools/convert.py inspect qwen-mcore
 
-No GPU is needed, and memory for about one tensor. An interrupted conversion goes on when it is started again. Training
-takes either kind of folder as model.path, in any layout.
+No GPU is needed, and memory for about one tensor. An interrupted conversion continues when it is started again.
+Training takes either kind of folder as model.path, in any layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dapo_mcore.process import environment  # noqa: F401  (first: it sets what l
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 done, 1 the folders differ, 2 the input or the call is wrong."""
+    """Run a subcommand. Return 0 for done, 1 if the folders differ, 2 for wrong input or arguments."""
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
@@ -89,7 +89,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def _compare_logits(arguments: argparse.Namespace) -> int:
-    """1 where the logits on the text choose another token anywhere."""
+    """Return 1 if the logits on the text choose a different token anywhere, else 0."""
     if arguments.text is None:
         return 0
     from dapo_mcore.convert.verify import logits_on_text

@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from dapo_mcore.config import schema as settings
+from dapo_mcore.config import sections as settings
 from dapo_mcore.errors import TrainingError
 
 _ADVICE = (
@@ -159,9 +159,8 @@ class Optimizer:
         for part in self._parts:
             if _counts_per_parameter(part.optimizer):
                 for state in part.optimizer.state.values():
-                    state["step"] = torch.tensor(
-                        adam_step
-                    )  # not shared: a shared count would advance once per parameter
+                    # a tensor of its own: a shared count would advance once per parameter
+                    state["step"] = torch.tensor(adam_step)
             else:
                 for group in part.optimizer.param_groups:
                     group["step"] = int(adam_step)

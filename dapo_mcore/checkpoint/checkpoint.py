@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to continue as if it had never stopped.
 
 Change here: what a checkpoint holds, and how it is written and read.
 
@@ -108,7 +108,7 @@ def _make_empty(partial: Path) -> None:
 
 
 Written = tuple[list[StoredChunk], dict[str, tuple[torch.dtype, tuple[int, ...]]]]
-"""Where a rank's chunks lie, and by key the dtype and the shape of the whole tensors."""
+"""The places of a rank's chunks, and the dtype and shape of each whole tensor by its key."""
 
 
 def _write_blocks(folder: Path, megatron: Path, actor: Actor) -> Written:

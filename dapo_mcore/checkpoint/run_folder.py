@@ -1,6 +1,6 @@
 """The folders of a run's checkpoints: their names, how one becomes visible at once, and how old ones go.
 
-Change here: the life of a folder. What lies inside is checkpoint.py's.
+Change here: how a folder is made, published and deleted. checkpoint.py writes its contents.
 
     run_dir/checkpoints/step_000012            a whole checkpoint
                         step_000016.partial    one that is being written, or was when its run ended

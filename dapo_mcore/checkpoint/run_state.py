@@ -1,4 +1,4 @@
-"""What a checkpoint stores beside tensors: where the run stood, and what a run that resumes it must have in common with it.
+"""The part of a checkpoint that is not tensors: the position of the run, and the settings that a resuming run must share.
 
 Change here: the fields, and the number of the format when a reader must know of a change.
 
@@ -29,7 +29,7 @@ STATE_FILE, ARRAYS_FILE = "state.json", "state.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands, apart from its tensors.
+    """The position of a run, without its tensors.
 
     step            rollout steps done.
     num_updates     gradient steps done.

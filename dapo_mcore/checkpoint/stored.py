@@ -1,7 +1,7 @@
-"""A checkpoint on disk, without the model that it is for: whether it is whole, and where its run stood.
+"""Checks and reads a checkpoint on disk without building the model: is it whole, and what is the position of its run.
 
 Change here: which files make it whole, and what is said of one that is damaged. Nothing imports Megatron, so that
-`dapo-mcore config` can tell of a damaged checkpoint.
+`dapo-mcore config` can report a damaged checkpoint.
 """
 
 from __future__ import annotations

@@ -81,14 +81,14 @@ def repeated_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML with every default written out."""
+    """Return the configuration as YAML, with every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def record_config(config: Config, run_dir: Path, step: int = 0) -> Path | None:
-    """Writes config.yaml of a run that goes on after rollout step `step`; where the one before went, if it differs.
+    """Write config.yaml of a run that continues after rollout step `step`. Return where the earlier one went if it differs.
 
-    That is config.step_000004.yaml for one that held until step 4 (config.step_000004.1.yaml where there is one, …).
+    An earlier one that held until step 4 goes to config.step_000004.yaml, or config.step_000004.1.yaml if that exists.
     """
     path, text = run_dir / "config.yaml", dump_config(config)
     kept = None
@@ -162,7 +162,7 @@ def _value(kind: Any, text: str, override: str, path: tuple[str, ...]) -> Any:
 
 
 def _is_literal(kind: Any, text: str) -> bool:
-    """Whether a value of this type is its text; of a list of texts, one without brackets; of `bool | str`, what is no bool."""
+    """Return True if the value is taken as text: for text fields, a list of texts without brackets, and a non-bool `bool | str`."""
     kinds = set(options(kind)) - {NoneType}
     if kinds == {bool, str}:
         return text.lower() not in ("true", "false", "yes", "no", "on", "off")
@@ -179,7 +179,7 @@ def _is_quoted(text: str) -> bool:
 
 
 def _single(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """One mistake for each key of an unknown section, unless a known section has nearly its name."""
+    """Yield one mistake per key of an unknown section, unless a known section has nearly the same name."""
     path, value = _path(item), item["input"]
     if item["type"] != "extra_forbidden" or not isinstance(value, dict) or not value or nearest_section(path):
         yield item
@@ -189,7 +189,7 @@ def _single(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's errors."""
+    """Return one line for one of pydantic's errors."""
     path = _path(item)
     where = shortened(".".join(path), 100)
     if item["type"] == "missing":
@@ -213,7 +213,7 @@ def _path(item: Mapping[str, Any]) -> list[str]:
 
 
 def _did_you_mean(near: Sequence[str], section: Sequence[str]) -> str:
-    """The nearest keys; without any, those of the section, or how to see all."""
+    """Return a hint: the nearest keys, else the keys of the section, else how to print all keys."""
     if near:
         return f"did you mean {' or '.join(map(repr, near[:3]))}?"
     if section and (keys := keys_of(section)):
@@ -234,7 +234,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """repr, but short for values of any size."""
+    """Return the value's repr, shortened."""
     short = Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     short.maxlevel = 2

@@ -19,7 +19,7 @@ _NEAR_IN_SECTION = 0.7
 _NEAR_SECTION = 0.6
 _LONGEST_KEY = 64
 _SAY_LITTLE = frozenset({"enable", "mode", "name", "path", "type"})
-"""Last names that mean something else in every section."""
+"""Names that mean something different in every section."""
 OLD_KEYS = {"rollout.sglang.ray_address": "ray.address"}
 """Each key that has been renamed or moved, with its new name."""
 _OTHER_NAMES = {
@@ -58,7 +58,7 @@ def type_below(kind: Any, key: str) -> Any:
 
 
 def type_of_items(kind: Any) -> Any:
-    """Return the type of an item of a list; None where `kind` is no list."""
+    """Return the type of an item of a list; None if `kind` is not a list."""
     return next((get_args(option)[0] for option in options(kind) if get_origin(option) is list), None)
 
 
@@ -77,7 +77,7 @@ def is_section(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Return True for a type whose values are text, words to choose from included, and perhaps null."""
+    """Return True for a type whose values are text, including a choice of words, or null."""
     kinds = [option for option in options(kind) if option is not NoneType]
     return bool(kinds) and all(option is str or get_origin(option) is Literal for option in kinds)
 
@@ -91,7 +91,7 @@ def is_prose(kind: Any) -> bool:
 
 
 def nearest_keys(path: Sequence[str]) -> list[str]:
-    """Return the dotted keys that an unknown one may have meant; equally good ones together.
+    """Return the dotted keys that an unknown key may stand for. Equally good ones are all returned.
 
     A key with the same last name wins, wherever it is; `kl_coef` finds `algo.kl.coef`, too. Then a name like it in the same
     section wins over one in another, which must be a slip of one letter or share two words.
@@ -109,7 +109,7 @@ def nearest_keys(path: Sequence[str]) -> list[str]:
 
 
 def nearest_section(path: Sequence[str]) -> list[str]:
-    """Return the key beside an unknown section that it may have meant; [] where none has a name like it."""
+    """Return the key beside an unknown section that it may have meant; [] if none has a similar name."""
     *parents, name = path
     if len(name) > _LONGEST_KEY:
         return []
@@ -126,7 +126,7 @@ def kind_of(path: Sequence[str]) -> Any:
 
 
 def keys_of(path: Sequence[str]) -> list[str]:
-    """Return the names in a section; [] where there is no such section, or one whose names are free."""
+    """Return the names in a section; [] if there is no such section, or if its names are free."""
     return [key for option in options(kind_of(path)) if is_section(option) for key in _fields(option)]
 
 
@@ -148,7 +148,7 @@ def _likeness(a: str, b: str) -> float:
 
 
 def _forms(key: str) -> list[str]:
-    """`algo.kl.coef` as people write its end: coef, kl_coef."""
+    """Return the ways in which people write the end of a key: coef and kl_coef for `algo.kl.coef`."""
     parts = key.split(".")
     return ["_".join(parts[-count:]) for count in (1, 2) if count <= len(parts)]
 

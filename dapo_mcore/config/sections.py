@@ -94,8 +94,8 @@ class DataConfig(Section):
     prompt_template: PromptTemplate = "{prompt}"
     """Text around a plain-text prompt; {prompt} is replaced."""
     chat_template: bool | FilePath = False
-    """True: the tokenizer's own (`default` where it has several); the name of one of these; a path: that Jinja file; False:
-    plain text."""
+    """False: plain text. True: the tokenizer's template (`default` if it has several). Otherwise the name of one of its
+    templates, or the path of a Jinja file."""
     system_prompt: Text | None = None
     add_bos: bool = False
     """Plain text only: put the tokenizer's BOS token first."""
@@ -116,12 +116,12 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Generation: the engine and the sampling law of training rollouts."""
+    """Generation: the engine, and how training rollouts are sampled."""
 
     engine: Literal["embedded", "sglang"] = "embedded"
     """`embedded` generates in the controller's process; `sglang` on servers."""
     group_size: Count = 16
-    """Responses a prompt (G, verl's n)."""
+    """Responses per prompt (G, verl's n)."""
     max_response_tokens: Tokens = 20480
     temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
@@ -150,23 +150,23 @@ class SamplingConfig(Section):
     train_batch_prompts: Count = 512
     """Groups trained on per rollout step."""
     gen_batch_prompts: Count = 1536
-    """Prompts generated at a time by filter-and-refill."""
+    """Prompts per generation batch of filter-and-refill."""
     max_gen_batches: Count = 10
     on_exhausted: Literal["error", "train_on_what_we_have"] = "error"
     carry_surplus: bool = True
     max_staleness: int = Field(1, ge=0, le=1000)
     """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
     max_in_flight_groups: Count | None = None
-    """Engine `sglang`: groups in work at a time; null: gen_batch_prompts, or train_batch_prompts where nothing is filtered."""
+    """Engine `sglang`: groups in flight at a time. null: gen_batch_prompts, or train_batch_prompts if nothing is filtered."""
     on_full: Literal["wait", "abort", "keep"] = "wait"
-    """Engine `sglang`, once enough groups are kept: `wait` for those in flight and carry the surplus; `abort` them and ask
-    their prompts again in the next step, which is sooner done, but favours short responses; or `keep` them in flight
-    across the weight update, to go on under the new weights (partial rollouts). Waited for are then only groups that later
-    steps could not train on for their age (max_staleness), so that no response is lost for being long."""
+    """Engine `sglang`: what happens to groups in flight once enough groups are kept. `wait`: finish them and carry the surplus.
+    `abort`: end them and generate their prompts again in the next step; this is faster but favours short responses. `keep`:
+    they continue under the new weights after the sync (partial rollouts). Then the step waits only for groups that would
+    become older than max_staleness, so no response is lost because it is long."""
     resample_size: Count = 1
-    """Style `resample`: responses added to a uniform group in one round."""
+    """Style `resample`: responses that are added per round to a group whose answers do not vary."""
     max_samples_per_prompt: Count = 64
-    """Style `resample`: where a group that never varies is given up."""
+    """Style `resample`: a group that reaches this size without varying is given up."""
 
 
 class OverlongConfig(Section):
@@ -194,16 +194,16 @@ class RewardConfig(Section):
     adapter: Literal["verl", "trl"] = "verl"
     """Calling convention of an imported function."""
     strict_box: bool = False
-    """Of math_dapo: compare the last \\boxed{} of the last 100 characters literally."""
+    """math_dapo only: compare the last \\boxed{} of the last 100 characters literally."""
     workers: int | None = Field(None, ge=0, le=10_000)
-    """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process, without one, where a
-    function that hangs holds up the run for ever. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
+    """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process without a deadline: a
+    function that hangs then stops the run. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
     placement: Literal["local", "ray"] = "local"
     """Where the worker processes run: on this machine, or on the nodes of the Ray cluster (section `ray`)."""
     timeout_seconds: Seconds = 30.0
     on_failure: Literal["mask", "value"] = "mask"
-    """A failed score leaves statistics and loss (`mask`), or becomes `failure_value`; it is counted either way. A step of
-    which every score failed ends the run."""
+    """A sample whose scoring failed is left out of statistics and loss (`mask`), or its score is `failure_value`. It is counted
+    in both cases. A step in which all scores failed ends the run."""
     failure_value: float = Field(-1.0, ge=-1000, le=1000)
     overlong: OverlongConfig = OverlongConfig()
 
@@ -243,8 +243,8 @@ class KLConfig(Section):
 
 
 class TISConfig(Section):
-    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form, whose
-    masked tokens stay in the count that the loss is divided by (algo/correction.py)."""
+    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form, in which
+    masked tokens still count in the loss's divisor (algo/correction.py)."""
 
     mode: Literal["off", "truncate", "mask"] = "off"
     cap: float = Field(2.0, gt=0)
@@ -306,7 +306,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, le=1)
     clip_grad: float = Field(1.0, ge=0)
     max_skipped_updates: int = Field(10, ge=1)
-    """A gradient that is not finite skips its gradient step; so many skipped steps in a row end the run."""
+    """A gradient step whose gradient is not finite is skipped. This many skipped steps in a row end the run."""
     distributed: bool = True
     """Shard optimizer state over data-parallel ranks."""
 
@@ -327,7 +327,7 @@ class CheckpointConfig(Section):
     """Saving, resuming and exporting. Steps are rollout steps."""
 
     every: int | None = Field(None, ge=1)
-    """Save every so many steps; null: only as `at_end` says."""
+    """Save every this many rollout steps. null: only as `at_end` says."""
     at_end: bool = True
     """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
     keep: int = Field(2, ge=1)
@@ -337,7 +337,7 @@ class CheckpointConfig(Section):
 
 
 class ObserveConfig(Section):
-    """What a run writes beside its weights."""
+    """What a run writes besides its weights."""
 
     tensorboard: bool = True
     wandb_project: str | None = Field(None, min_length=1, max_length=128)

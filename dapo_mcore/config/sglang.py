@@ -1,4 +1,4 @@
-"""The section `rollout.sglang`: which SGLang servers generate, how they are spoken to, and how weights reach them.
+"""The section `rollout.sglang`: which SGLang servers generate, how they are reached, and how weights reach them.
 
 Change here: what a user may set about servers, and the rules inside the section. SGLang's own options stay upstream:
 `server_args` passes them through.
@@ -27,13 +27,13 @@ class SGLangConfig(Section):
     router_url: str | None = None
     """SGLang's router in front of `urls`: generation goes through it, weights go to the servers themselves."""
     key_file: FilePath | None = None
-    """JSON file of mode 0600 with `api_key` and `admin_key` of the servers at `urls`; null: they ask for none. Servers
-    started here get random keys, in servers/keys.json of the run's folder."""
+    """JSON file of mode 0600 with the `api_key` and `admin_key` of the servers at `urls`. null: they need no keys. Servers
+    started here get random keys, which are in servers/keys.json of the run's folder."""
 
     placement: Literal["local", "ray"] = "local"
     """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
     num_servers: Count = 1
-    """How many to start; with `urls`, as many as these."""
+    """Number of servers to start. With `urls` it must equal the number of URLs."""
     python: FilePath | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -61,10 +61,10 @@ class SGLangConfig(Section):
     max_in_flight: Count = 1024
     """Requests that one server holds at a time."""
     max_attempts: Count = 6
-    """Tries of one sample, first included."""
+    """Attempts per sample, including the first."""
     connect_timeout_s: Seconds = 10.0
     read_timeout_s: Seconds = 60.0
-    """From the first byte of an answer to its last."""
+    """Limit from the first byte of an answer to its last."""
     request_timeout_s: Seconds = 3600.0
     """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between. Also how
     long a request waits for the next sync, training included, when no server has the weights any more."""
@@ -97,14 +97,14 @@ class SGLangConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _count_urls(cls, values: Any) -> Any:
-        """`num_servers` from `urls` where it is not set."""
+        """Set `num_servers` from `urls` if it is not set."""
         urls = values.get("urls") if isinstance(values, dict) else None
         return {"num_servers": len(urls), **values} if urls and isinstance(urls, list) else values
 
     @field_validator("server_args")
     @classmethod
     def _are_options(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """By the names that SGLang's help gives, whatever dashes or underscores they were written with."""
+        """Return the options under the names in SGLang's help, whether they were written with dashes or underscores."""
         options = {name.lstrip("-").replace("_", "-"): setting for name, setting in value.items()}
         if len(options) < len(value):
             raise ValueError(f"server_args names one option twice: {', '.join(value)}")

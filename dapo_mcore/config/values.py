@@ -1,6 +1,6 @@
 """The types of the configuration's fields: what a name, a path, a text, a count or a time may be.
 
-Change here: bounds that many fields share. They lie far beyond any use and are there to catch a slip of the hand.
+Change here: bounds that many fields share. They are far beyond any use and only catch typing errors.
 """
 
 from __future__ import annotations
@@ -116,4 +116,4 @@ Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0, le=100)]
-"""At 100 the law is all but uniform."""
+"""At 100 sampling is almost uniform."""

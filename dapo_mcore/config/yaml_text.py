@@ -1,4 +1,4 @@
-"""YAML as the people mean it who write configurations: text stays text, and what YAML would lose in silence is an error.
+"""YAML as people who write configurations mean it: text stays text, and whatever YAML would silently lose is an error.
 
 Change here: how YAML is read. The rules, beside those of YAML 1.1:
   - a field of type text takes a plain value as it stands: `name: 20250101`, `mode: off`;
@@ -29,7 +29,7 @@ _OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 
 
 def read_yaml(text: str, source: str, kind: Any, path: tuple[str, ...] = ()) -> Any:
-    """Return the value that `text` spells.
+    """Return the value of a YAML text.
 
     source  what the text is, for messages
     kind    the type of the value as far as it is known (keys.py), under the dotted key `path`
@@ -60,7 +60,7 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; YAML 1.2, and everybody who trains models, reads a number."""
+    """Read `1e-6` as a number, like YAML 1.2. YAML 1.1 reads text."""
 
 
 _Loader.add_implicit_resolver(
@@ -169,7 +169,7 @@ class _Checks:
 
 
 def _copied(value: Any) -> Any:
-    """The value without shared parts: an override of one place must not change an alias of it."""
+    """Return a copy without shared parts, so that an override of one place does not change its aliases."""
     if isinstance(value, dict):
         return {key: _copied(part) for key, part in value.items()}
     return [_copied(part) for part in value] if isinstance(value, list) else value

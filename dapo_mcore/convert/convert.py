@@ -1,6 +1,6 @@
 """HF folder → Megatron checkpoint → HF folder, tensor by tensor: no process group, no model, about one tensor of memory.
 
-Change here: what an output folder holds and in which files. How a conversion is written, resumed and shown is job.py's.
+Change here: what an output folder holds and in which files. How a conversion is written, resumed and shown is in job.py.
 
     hf-to-mcore   OUT/config.json, tokenizer files, megatron/ (a distributed checkpoint that any layout loads)
     mcore-to-hf   OUT/config.json, tokenizer files, model*.safetensors (+ index), as transformers writes them
@@ -53,8 +53,8 @@ Reader = SafetensorsReader | MegatronReader
 
 @dataclass(frozen=True)
 class Cut:
-    """The layout that a checkpoint's chunks are cut for. It loads in any other, too; in this one no rank reads more
-    than its own bytes."""
+    """The layout for which a checkpoint is cut into chunks. It loads in any other, too; in this one, each rank reads only its own
+    bytes."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -63,7 +63,7 @@ class Cut:
 
 
 def open_model(folder: Path) -> tuple[Reader, WeightShape]:
-    """The folder's weights as HF tensors, of whichever of the two kinds it is, and the sizes its config.json gives.
+    """Return the weights of a folder of either kind as HF tensors, and the sizes in its config.json.
 
     Raises ConfigError or CheckpointError, naming the key or tensor, for a folder that is not whole and consistent.
     """
@@ -82,7 +82,7 @@ def num_bytes(reader: Reader, name: str) -> int:
 
 
 def _check_one_dtype(reader: SafetensorsReader, shape: WeightShape) -> None:
-    """Raise CheckpointError where tensors differ in type: a checkpoint's stacked tensors have one."""
+    """Raise CheckpointError if tensors differ in dtype: the stacked tensors of a checkpoint have one dtype."""
     common = reader.dtype(EMBEDDING.hf[0])
     for parameter in parameters(shape):
         allowed = {common, torch.float32} if parameter.rule.float32 else {common}
@@ -95,7 +95,7 @@ def _check_one_dtype(reader: SafetensorsReader, shape: WeightShape) -> None:
 
 
 def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
-    """Writes the Megatron checkpoint of an HF folder. Raises before anything is written where the input is bad."""
+    """Write the Megatron checkpoint of an HF folder. Bad input raises before anything is written."""
     if is_megatron_folder(source):
         raise CheckpointError(f"{source} is a Megatron checkpoint already; the other direction is mcore-to-hf")
     check_model_folder(source, "Hugging Face")
@@ -117,7 +117,7 @@ def hf_to_mcore(source: Path, out: Path, cut: Cut, report: Report) -> None:
 
 
 def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the HF folder of a Megatron checkpoint: one that hf_to_mcore made, or a training run's step folder."""
+    """Write the HF folder of a Megatron checkpoint: one that hf_to_mcore made, or a training run's step folder."""
     check_model_folder(source, "Megatron")
     reader, shape = open_model(source)
     plan = plan_files(tensor_groups(shape, lambda parameter: reader.dtype(parameter.hf[0])), shard_bytes)
@@ -134,7 +134,7 @@ def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHAR
 
 
 def _check_cut(shape: WeightShape, cut: Cut) -> None:
-    """Raises ConfigError where the layout does not fit the model."""
+    """Raise ConfigError if the layout does not fit the model."""
     if shape.num_heads % cut.tensor_parallel:
         usable = ", ".join(str(n) for n in range(1, shape.num_heads + 1) if shape.num_heads % n == 0)
         raise ConfigError(
@@ -160,7 +160,7 @@ def _ranks(parameter: Parameter, cut: Cut) -> int:
 
 
 def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[tuple[str, list[Parameter], int]]:
-    """(name, parameters, bytes) of every chunk file: a layer's, and for layers with experts an expert rank's, a file."""
+    """Yield (name, parameters, bytes) of every chunk file: one per layer, and per expert rank for layers with experts."""
     groups: dict[tuple[int, int], list[Parameter]] = {}
     for parameter in parameters(shape):
         last = parameter.layer < 0 and parameter.rule.mcore[0].startswith(("decoder.final", "output"))
@@ -176,7 +176,7 @@ def _checkpoint_files(reader: Reader, shape: WeightShape, cut: Cut) -> Iterator[
 def _write_chunks(
     name: str, group: list[Parameter], reader: Reader, shape: WeightShape, cut: Cut, path: Path, report: Report
 ) -> list[list[Any]]:
-    """Writes one file of the checkpoint; where each chunk lies."""
+    """Write one file of the checkpoint, and return where each chunk is."""
     stored = []
     with open(path, "wb") as file:
         for parameter in group:
@@ -191,7 +191,7 @@ def _write_chunks(
 def _blocks(
     parameter: Parameter, reader: Reader, shape: WeightShape, num_ranks: int
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """(offsets within the parameter, tensor) of each rank's part. A tensor that is cut by columns is read once."""
+    """Yield (offsets within the parameter, tensor) of each rank's part. A tensor that is cut by columns is read once."""
     rest = (0,) * (len(local_shape(parameter, shape)) - 1)
     if parameter.rule.tp_split == "rows":
         ranges = [rows for rank in range(num_ranks) for rows in row_ranges(parameter, shape, rank, num_ranks)]
@@ -204,7 +204,7 @@ def _blocks(
 
 
 def _write_tensors(tensors: dict[str, Any], reader: Reader, path: Path, report: Report) -> None:
-    """Writes one safetensors file."""
+    """Write one safetensors file."""
     writer = SafetensorsWriter(path, tensors)
     for name in tensors:
         tensor = reader.read(name)

@@ -1,6 +1,6 @@
-"""What a model folder holds, as text.
+"""Describes the contents of a model folder as text.
 
-Change here: what is told.
+Change here: what is described.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dapo_mcore.model_files.megatron_folder import MEGATRON, MegatronReader
 
 
 def describe(folder: Path, *, every_tensor: bool = False) -> str:
-    """The folder's kind, sizes, parameters and files; with `every_tensor` a line a tensor.
+    """Return the folder's kind, sizes, parameters and files; with `every_tensor` one line per tensor.
 
     Raises CheckpointError or ConfigError for a folder that is not whole and consistent.
     """

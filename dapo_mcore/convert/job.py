@@ -27,7 +27,7 @@ JOURNAL = ".job.json"
 
 
 class Report(Protocol):
-    """Who is told how far a job is, in bytes of tensors; from several threads."""
+    """Receives a job's progress in bytes of tensors, from several threads."""
 
     def start(self, total: int, done: int) -> None: ...
 
@@ -35,7 +35,7 @@ class Report(Protocol):
 
 
 class NoReport:
-    """Tells nobody."""
+    """Ignores the progress."""
 
     def start(self, total: int, done: int) -> None: ...
 
@@ -44,7 +44,7 @@ class NoReport:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file of the output: `write(path, report)` makes it and returns a note (JSON) that `run` hands on."""
+    """A file of the output: `write(path, report)` writes it and returns a note (JSON), which `run` passes on."""
 
     name: str
     num_bytes: int
@@ -52,13 +52,13 @@ class OutputFile:
 
 
 class _TooSmall(CheckpointError):
-    """The disk is; what was finished before is still good."""
+    """The disk is full. Files that were finished before are still good."""
 
 
 class Job:
-    """Makes the folder `out` of `files`.
+    """Writes the folder `out` from `files`.
 
-    inputs, options   what the result depends on: an interrupted job is resumed only where all are as before (for files:
+    inputs, options   what the result depends on: an interrupted job is resumed only if all are unchanged (for files:
                       name, size and time)
     """
 
@@ -70,7 +70,7 @@ class Job:
 
     @contextmanager
     def run(self, report: Report) -> Iterator[tuple[Path, list[Any]]]:
-        """Writes all files, then gives (folder, the files' notes) for what is left to add; then renames the folder.
+        """Write all files, yield (folder, the files' notes) so that the caller can add the rest, then rename the folder.
 
         Raises CheckpointError where `out` exists, the disk is too small, or the temporary folder is another process's or
         none of ours.
@@ -98,7 +98,7 @@ class Job:
                 raise
 
     def _refuse_strangers(self) -> None:
-        """Raises CheckpointError for a folder of that name which no job made; its contents are somebody's."""
+        """Raise CheckpointError for a folder of that name that no job has made: its contents belong to somebody."""
         names = [path.name for path in self.partial.iterdir()]
         if names and not any(name.startswith(JOURNAL) for name in names):
             raise CheckpointError(
@@ -107,7 +107,7 @@ class Job:
             )
 
     def _resume(self) -> dict[str, Any]:
-        """The notes of the files that an earlier start finished; none, and an empty folder, where it was another job."""
+        """Return the notes of the files that an earlier start finished. If it was another job, empty the folder and return none."""
         try:
             stored = json.loads((self.partial / JOURNAL).read_bytes())
             if stored["identity"] == self.identity:
@@ -131,7 +131,7 @@ class Job:
             )
 
     def _make_all(self, done: dict[str, Any], report: Report) -> list[Any]:
-        """The notes of all files. Two are in work at a time: one waits for the disk while the other computes."""
+        """Return the notes of all files. Two are written at a time: one waits for the disk while the other computes."""
         with ThreadPoolExecutor(max_workers=2) as pool:
             works = [pool.submit(self._make, file, report) for file in self.files if file.name not in done]
             try:
@@ -171,7 +171,7 @@ class Job:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process alone. Raises CheckpointError where another process has it."""
+    """Lock the folder for this process. Raise CheckpointError if another process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -1,4 +1,4 @@
-"""Whether two model folders, of either kind, hold the same model: tensor by tensor, and by the logits on a text.
+"""Compares two model folders of either kind: tensor by tensor, and by the logits on a text.
 
 Change here: what is compared.
 """
@@ -35,7 +35,7 @@ class Entry:
 
 
 def manifest(folder: Path, report: Report) -> dict[str, Entry]:
-    """Every HF tensor of the folder, read one at a time."""
+    """Yield every HF tensor of the folder, one at a time."""
     reader, shape = open_model(folder)
     names = [name for parameter in parameters(shape) for name in parameter.hf]
     report.start(sum(num_bytes(reader, name) for name in names), 0)
@@ -43,7 +43,7 @@ def manifest(folder: Path, report: Report) -> dict[str, Entry]:
 
 
 def differences(ours: dict[str, Entry], theirs: dict[str, Entry]) -> list[str]:
-    """A line for each tensor that only one has, or that differs."""
+    """Yield a line for each tensor that differs or that only one folder has."""
     lines = [f"{name}: only in the first" for name in ours.keys() - theirs.keys()]
     lines += [f"{name}: only in the second" for name in theirs.keys() - ours.keys()]
     both = [name for name in ours if name in theirs and ours[name] != theirs[name]]
@@ -51,7 +51,7 @@ def differences(ours: dict[str, Entry], theirs: dict[str, Entry]) -> list[str]:
 
 
 def logits_on_text(folder: Path, text: str) -> Tensor:
-    """float32 [tokens, vocabulary]: by transformers for an HF folder, by Megatron in this process for the other kind."""
+    """Return logits, float32 [tokens, vocabulary], from transformers for an HF folder and from Megatron for the other kind."""
     model = ModelConfig(path=str(folder))
     tokens = torch.tensor(load_tokenizer(model).encode(text))[None]
     return _megatron_logits(folder, tokens) if is_megatron_folder(folder) else _transformers_logits(folder, tokens)

@@ -83,5 +83,5 @@ class LostCharacters:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except (
             Exception
-        ):  # tokenizers raises a bare Exception if a word is not in the vocabulary and there is no unknown token
+        ):  # a bare one from tokenizers, for a word out of the vocabulary where there is no unknown token
             return []

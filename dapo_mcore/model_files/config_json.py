@@ -1,6 +1,6 @@
 """The JSON files of a model folder: strict JSON, and numbers that a model can have.
 
-Change here: what makes a config.json unusable whatever its architecture. What a key means is architecture/reader.py's.
+Change here: what makes a config.json unusable whatever its architecture. architecture/reader.py says what a key means.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\xef\xbb\xb
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a UTF-8 file.
 
-    Raises ConfigError, naming the place, for another encoding, what is no JSON, NaN, or a key given twice.
+    Raise ConfigError with the place for another encoding, broken JSON, NaN, or a key given twice.
     """
     raw = path.read_bytes()
     for mark, encoding in _BYTE_ORDER_MARKS.items():
@@ -83,7 +83,7 @@ def _not_positive(settings: dict[str, Any], names: tuple[str, ...], prefix: str)
 
 
 def _too_many_chosen(settings: dict[str, Any]) -> Iterator[str]:
-    """A token cannot choose more experts, or groups of experts, than there are."""
+    """Raise ConfigError if a token would choose more experts, or groups of experts, than there are."""
     experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if name in settings]
     for part, whole in [*(("num_experts_per_tok", name) for name in experts), ("topk_group", "n_group")]:
         chosen, available = settings.get(part), settings.get(whole)

@@ -1,7 +1,7 @@
-"""What a Hugging Face model folder says: architecture, tokenizer, stop tokens.
+"""The configuration, tokenizer and stop tokens of a Hugging Face model folder.
 
-Change here: which files of the folder count, and what is refused before anything is built from them.
-Weights are read elsewhere (weights/).
+Change here: which files of the folder are read, and what is refused before anything is built from them. Weights are read
+by hf_folder.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PROBE = "Solve 12+345=; the Answer: \\frac{1}{2}.\n\n  It's é 中 #### 7"
 
 
 def load_hf_config(model: ModelConfig) -> PretrainedConfig:
-    """The architecture: config.json with `model.overrides` applied before the configuration is built.
+    """Return the model's configuration: config.json, with `model.overrides` applied before it is built.
 
-    Derived fields (such as a list with one entry a layer) therefore follow an overridden number of layers.
+    So derived fields (such as a list with one entry per layer) follow an overridden number of layers.
     Raises ConfigError for a missing folder or file, an unknown architecture or an unknown override key.
     """
     from transformers import AutoConfig
@@ -51,7 +51,7 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, which always has an EOS token.
+    """Return the folder's tokenizer, which always has an EOS token.
 
     transformers rebuilds the tokenizer of a known architecture from its vocabulary and ignores the other parts of
     tokenizer.json; where that changes the tokens, tokenizer.json wins, since the weights were trained on it.
@@ -82,7 +82,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig) -> None:
-    """Nothing; raises ConfigError when the tokenizer knows a token that the model's embedding has no row for."""
+    """Raise ConfigError if the tokenizer has a token for which the model's embedding has no row."""
     vocab_size = hf_config.get_text_config().vocab_size
     token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if token_id >= vocab_size:
@@ -93,9 +93,9 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, hf_config: Pretrain
 
 
 def max_positions(hf_config: PretrainedConfig) -> int:
-    """Tokens of the longest sequence that engines and actor take: max_position_embeddings, whatever the RoPE scaling.
+    """Return the length of the longest sequence that engines and actor accept: max_position_embeddings, whatever the RoPE scaling.
 
-    Where YaRN reaches further than that number, as in Qwen2.5's recipe, it must be raised in config.json, for SGLang too.
+    If YaRN reaches further than that number, as in Qwen2.5's recipe, it must be raised in config.json, for SGLang too.
     Raises ConfigError where the configuration has no such number.
     """
     positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
@@ -108,7 +108,7 @@ def max_positions(hf_config: PretrainedConfig) -> int:
 
 
 def stop_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a response: generation_config.json's eos_token_id (one or a list), then the tokenizer's EOS.
+    """Return the ids that end a response: eos_token_id of generation_config.json (one or a list), then the tokenizer's EOS.
 
     The two differ in practice: Qwen2.5-Instruct stops at <|im_end|> and <|endoftext|>, its base model at the latter.
     """
@@ -145,7 +145,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _one_line(error: Exception, limit: int = 300) -> str:
-    """The error's message in one line, its end cut off where it is long."""
+    """Return the error's message in one line, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -159,7 +159,7 @@ def _refuse_unknown(overrides: dict[str, Any], known: set[str]) -> None:
 
 
 def _is_stored(token: str, folder: Path) -> bool:
-    """Whether the folder's vocabulary has the token; transformers adds its classes' default specials to any vocabulary."""
+    """Return True if the folder's vocabulary has the token. transformers adds default special tokens to any vocabulary."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -167,7 +167,7 @@ def _is_stored(token: str, folder: Path) -> bool:
 
 
 def _as_stored(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer itself when it splits text as tokenizer.json does, else one that takes tokenizer.json verbatim."""
+    """Return the tokenizer if it splits text as tokenizer.json does, else one that is built from tokenizer.json alone."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -26,11 +26,11 @@ from dapo_mcore.model_files.side_files import write_model_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPORT = ".dapo_mcore.json"
-"""In each folder of save_hf_folder from its first moment on: the rollout step of its weights, and that it is ours."""
+"""A file in every exported folder, from the start: it says that we wrote the folder, and the rollout step of its weights."""
 SHARD_BYTES = 5_000_000_000
 
 Files = dict[str, dict[str, TensorInfo]]
-"""For each file, its tensors."""
+"""The tensors of each file."""
 
 
 class SafetensorsReader:
@@ -50,7 +50,7 @@ class SafetensorsReader:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that hold the tensors."""
+        """Return the files that hold the tensors."""
         return [self.folder / file for file in sorted(set(self.index.values()))] or [self.folder / SINGLE]
 
     @property
@@ -69,7 +69,7 @@ class SafetensorsReader:
         return self.info(name).dtype
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:
-        """The tensor, or its slice [start, stop) along `dim`, in host memory and stored dtype."""
+        """Return the tensor, or its slice [start, stop) along `dim`, in host memory and in the stored dtype."""
         self.info(name)
         return self._file_of[name].read(name, dim, start, stop)
 
@@ -101,7 +101,7 @@ class SafetensorsReader:
 
 
 class RandomReader:
-    """Weights drawn by transformers' own initialisation from a seed: the same on every rank and in every layout."""
+    """Weights from transformers' own initialisation with a seed: the same on every rank and in every layout."""
 
     def __init__(self, hf_config: Any, seed: int):
         from transformers import AutoModelForCausalLM
@@ -122,14 +122,14 @@ class RandomReader:
 
 
 def open_weights(model: ModelConfig, hf_config: Any, seed: int) -> SafetensorsReader | MegatronReader | RandomReader:
-    """The reader of the starting weights that the model section asks for. Raises CheckpointError as open_stored does."""
+    """Return a reader of the starting weights that the section `model` asks for. Raise CheckpointError as open_stored does."""
     return RandomReader(hf_config, seed) if model.init == "random" else open_stored(Path(model.path), hf_config)
 
 
 def open_stored(folder: Path, hf_config: Any) -> SafetensorsReader | MegatronReader:
-    """The reader of a model folder whose tensors fit the config: a Hugging Face folder, or one that convert.py made.
+    """Return a reader of a model folder whose tensors fit the config: a Hugging Face folder, or one that convert.py made.
 
-    Raises CheckpointError, naming the file and the tensor, for tensors that are missing, unexpected, misshapen or quantized.
+    Raise CheckpointError with file and tensor for tensors that are missing, unexpected, of another shape, or quantized.
     Only headers are read (and the output head of a model that ties it, where one is stored).
     """
     shape = weight_shape(hf_config, 1)
@@ -142,7 +142,7 @@ def open_stored(folder: Path, hf_config: Any) -> SafetensorsReader | MegatronRea
 
 
 def plan_files(groups: Iterable[Mapping[str, TensorInfo]], shard_bytes: int = SHARD_BYTES) -> Files:
-    """Tensors spread over files of at most `shard_bytes`; a group stays together, and may exceed that alone."""
+    """Return the tensors of each file, at most `shard_bytes` per file. A group stays together, even if it is larger alone."""
     shards: list[dict[str, TensorInfo]] = [{}]
     for group in groups:
         filled, size = (sum(info.nbytes for info in part.values()) for part in (shards[-1], group))
@@ -155,14 +155,14 @@ def plan_files(groups: Iterable[Mapping[str, TensorInfo]], shard_bytes: int = SH
 
 
 def tensor_groups(shape: WeightShape, dtype_of: Callable[[Parameter], torch.dtype]) -> Iterator[dict[str, TensorInfo]]:
-    """The HF tensors of each parameter, in order."""
+    """Yield the HF tensors of each parameter, in order."""
     for parameter in parameters(shape):
         sizes = zip(parameter.hf, hf_shapes(parameter, shape), strict=True)
         yield {name: TensorInfo(dtype_of(parameter), size) for name, size in sizes}
 
 
 def write_index(folder: Path, files: Files) -> None:
-    """The index beside several files; a single file has none."""
+    """Write the index if there are several files."""
     if len(files) == 1:
         return
     total = sum(info.nbytes for tensors in files.values() for info in tensors.values())
@@ -182,11 +182,12 @@ def save_hf_folder(
     step: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config, the other files of `source` (side_files.py) and sharded safetensors; rank 0 only. Replaces an earlier export when whole.
+    """Write a model folder on rank 0: config.json, the other files of `source` (side_files.py) and sharded safetensors.
 
     step  rollout steps done, for `exported_step`.
 
-    Memory is that of one tensor: each goes to its file as it comes. Raises CheckpointError as check_replaceable does.
+    An earlier export is replaced once the new one is whole. Each tensor is written as it comes, so memory is that of one
+    tensor. Raise CheckpointError as check_replaceable does.
     """
     check_replaceable(folder)
     partial = _partial(folder)
@@ -208,7 +209,7 @@ def save_hf_folder(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Nothing; raises CheckpointError where an export to `folder` would delete what no export has written."""
+    """Raise CheckpointError if an export to `folder` would delete something that no export has written."""
     for path in (folder, _partial(folder)):
         if os.path.lexists(path) and not (path / EXPORT).is_file() and not _is_empty(path):
             raise CheckpointError(
@@ -217,7 +218,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def exported_step(folder: Path) -> int | None:
-    """Rollout steps done when save_hf_folder wrote the folder; None where it cannot be told."""
+    """Return the rollout step of an exported folder's weights, or None if it is unknown."""
     try:
         return json.loads((folder / EXPORT).read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""A Megatron checkpoint seen as Hugging Face tensors: one that convert.py made, or one of a training run.
+"""A Megatron checkpoint, read as Hugging Face tensors: one that convert.py made, or one of a training run.
 
-Change here: what such a folder is. Names and places are mapping.py's, bytes torch_dist.py's.
+Change here: what such a folder is. architecture/mapping.py has the names, torch_dist.py reads the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.torch_dist import DistributedReader, is_checkpoint
 
 MEGATRON = "megatron"
-"""The subfolder that holds the checkpoint itself; config.json and the tokenizer lie beside it."""
+"""The subfolder with the checkpoint itself; config.json and the tokenizer are beside it."""
 
 
 def is_megatron_folder(folder: Path) -> bool:
@@ -24,7 +24,7 @@ def is_megatron_folder(folder: Path) -> bool:
 
 
 class MegatronReader:
-    """The checkpoint's weights by HF name and slice; whatever mesh it was saved from. Reads only the chunks it needs.
+    """The checkpoint's weights by HF name and slice, whatever layout saved it. Reads only the chunks that it needs.
 
     Raises CheckpointError where a tensor is missing or has not the shape that the config implies.
     """
@@ -49,7 +49,7 @@ class MegatronReader:
         return self.store.dtype(checkpoint_slice(self._find(name)[0], self._shape).key)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor, or its slice [start, stop) along `dim`. Don't write into it: tensors may share memory."""
+        """Return the tensor, or its slice [start, stop) along `dim`. Do not write into it: tensors may share memory."""
         parameter, source = self._find(name)
         region = [(start, stop) if axis == dim else (0, size) for axis, size in enumerate(self.shape(name))]
         ranges = merged_rows(parameter, source, *region[0], self._shape)
@@ -62,7 +62,7 @@ class MegatronReader:
         return self._of[name]
 
     def _block(self, parameter: Parameter, region: list[tuple[int, int]]) -> Tensor:
-        """A block of the merged parameter, [start, stop) along each of its dims."""
+        """Return a block of the merged parameter, [start, stop) along each of its dims."""
         key, offset, _ = checkpoint_slice(parameter, self._shape)
         starts, sizes = [start for start, _ in region], [stop - start for start, stop in region]
         return self.store.read(key, [*offset, *starts], [*[1] * len(offset), *sizes]).reshape(sizes)

@@ -1,6 +1,6 @@
-"""A path that should hold a model: whether it does, and if not, which model folders lie around it.
+"""Checks that a path holds a model, and proposes model folders near it if it does not.
 
-Change here: where is looked for them, and how a message proposes them.
+Change here: where they are searched, and how a message proposes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GIVE = {
 
 
 def check_model_folder(folder: Path, kind: Kind = "any") -> None:
-    """Nothing; raises CheckpointError for a path without a model of that kind, and proposes those around it."""
+    """Raise CheckpointError for a path without a model of that kind, and propose those near it."""
     if _is_model(folder, kind):
         return
     if not folder.is_dir():
@@ -39,7 +39,7 @@ def check_model_folder(folder: Path, kind: Kind = "any") -> None:
 
 
 def nearby_models(folder: Path, kind: Kind = "any") -> list[Path]:
-    """Model folders of a kind that may have been meant, sorted: in a run's folder its checkpoints and exports, in a
+    """Return model folders of that kind that may have been meant, sorted: in a run's folder its checkpoints and exports, in a
     checkpoint's `megatron` the folder around it; for a path that does not exist those beside it with a similar name."""
     if folder.is_dir():
         found = [folder.parent, *folder.glob("*"), *folder.glob("*/*")]
@@ -56,7 +56,7 @@ def _is_model(folder: Path, kind: Kind) -> bool:
 
 
 def _proposal(found: list[Path]) -> str:
-    """The last ones, which are the newest of a run."""
+    """Return the last ones, which are the newest of a run."""
     listed = ", ".join(str(path) for path in found[-_LISTED:])
     earlier = f" (and {len(found) - _LISTED} before)" if len(found) > _LISTED else ""
     return f"{'one of ' if len(found) > 1 else ''}{listed}{earlier}"

@@ -1,8 +1,8 @@
 """One safetensors file: tensors read by slice, and written one at a time.
 
-Change here: how bytes meet the disk. The safetensors package maps whole files into memory and writes only from a full
-dictionary; here a tensor is read into its own memory, a file may be larger than memory, and a truncated file is told
-from its header. The format: eight bytes of header length, a JSON header, the tensors' bytes without gaps
+Change here: how bytes are read and written. The safetensors package maps whole files into memory and writes only from a full
+dictionary; here a tensor is read into its own memory, a file may be larger than memory, and a truncated file is recognised
+by its header. The format: eight bytes of header length, a JSON header, the tensors' bytes without gaps
 (github.com/huggingface/safetensors, README, "Format").
 """
 
@@ -35,7 +35,7 @@ MAX_HEADER = 100_000_000
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor. `start` is in bytes from the beginning of the data."""
+    """A tensor's entry in the header. `start` counts bytes from the beginning of the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class TensorInfo(NamedTuple):
 
 
 class SafetensorsFile:
-    """A file open for reading: `tensors` by name, in the file's order. Memory is that of the tensors that are read.
+    """A file that is open for reading: `tensors` by name, in the file's order. Only tensors that are read take memory.
 
     Raises CheckpointError for a missing, truncated or broken file, before anything is allocated.
     """
@@ -66,7 +66,7 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor, or its slice [start, stop) along `dim`, in its own memory. Slices of rows read only their bytes."""
+        """Return the tensor, or its slice [start, stop) along `dim`, in its own memory. A slice of rows reads only its bytes."""
         info = self.tensors[name]
         if dim is None:
             return self._read(info, 0, info.shape)
@@ -125,7 +125,7 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """A new file whose tensors are known by dtype and shape; each is then written once, in any order.
+    """A new file whose tensors are announced by dtype and shape. Each is then written once, in any order.
 
     Wider types come first in the file, so that every tensor is aligned. `close` raises CheckpointError when a tensor is
     still missing.
@@ -143,7 +143,7 @@ class SafetensorsWriter:
         _write(self._file, memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor; it must have the announced dtype and shape."""
+        """Write one tensor. It must have the announced dtype and shape."""
         info = self._left.pop(name)
         assert (tensor.dtype, tuple(tensor.shape)) == info[:2], (name, tensor.dtype, tensor.shape, info)
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -179,7 +179,7 @@ def _entry(info: TensorInfo) -> dict:
 
 
 def _place(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The same tensors with their starts."""
+    """Return the same tensors with their starts."""
     placed, position = {}, 0
     for name, info in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         placed[name] = info._replace(start=position)

@@ -1,6 +1,6 @@
-"""The files of a model folder that are no weights: config.json, tokenizer, custom code.
+"""The files of a model folder other than weights: config.json, tokenizer, custom code.
 
-Change here: which files go along with exported weights, and how config.json spells what transformers 5 renamed.
+Change here: which files are copied with exported weights, and how config.json names what transformers 5 renamed.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def copy_model_files(source: Path, folder: Path) -> None:
 def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a config.json so that transformers 4 and 5, and tools written for either, read the same.
 
-    transformers 4 takes `rope_theta` and `rope_scaling`, without a word for `rope_parameters`: it would compute with its
-    default of theta and without scaling.
+    transformers 4 reads `rope_theta` and `rope_scaling` and silently ignores `rope_parameters`: it would use its default theta
+    and no scaling.
     """
     config = dict(config)
     for old, new in _RENAMED:
@@ -63,7 +63,7 @@ def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """Return `rope_scaling` with its kind under the names of every version; None where nothing is scaled."""
+    """Return `rope_scaling` with its kind under the names of every version; None if nothing is scaled."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     return None if kind == "default" else rope | {"rope_type": kind, "type": kind}
 
@@ -76,8 +76,8 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
 def _copy_others(source: Path, folder: Path) -> None:
     """Copy what a tokenizer or a model's own code may need, whatever its name: all of `source` but the weights.
 
-    Not copied: subfolders, hidden files, notes (*.md) and files above LARGEST_FILE. A folder that was moved away since the
-    run began costs these files alone, not the weights.
+    Not copied: subfolders, hidden files, notes (*.md) and files above LARGEST_FILE. If the folder was moved away since the
+    run began, only these files are missing, not the weights.
     """
     for file in sorted(source.iterdir()) if source.is_dir() else ():
         if _goes_along(file):

@@ -1,9 +1,9 @@
 """Megatron's distributed checkpoints (`torch_dist`), read and written outside of a process group, tensor by tensor.
 
-Change here: nothing but what upstream changes in the format. Reading: any region of any tensor, loading only the chunks
+Change here: only what upstream changes in the format. Reading: any region of any tensor, loading only the chunks
 that it touches. Writing: chunk by chunk, so that memory is that of one chunk; megatron-core's own saving takes all at once.
-The format is torch.distributed.checkpoint's (torch 2.11-2.13): `*.distcp` files of torch.save'd chunks, `.metadata` that
-says where each lies, and megatron-core's `metadata.json` and `common.pt` (dist_checkpointing 0.16.1).
+The format is torch.distributed.checkpoint's (torch 2.11-2.13): `*.distcp` files of torch.save'd chunks, `.metadata` with
+the place of each, and megatron-core's `metadata.json` and `common.pt` (dist_checkpointing 0.16.1).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _UNREADABLE = (
     RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
     AssertionError, ImportError, MemoryError,
 )  # fmt: skip
-"""What unpickling a damaged file may raise."""
+"""Errors that unpickling a damaged file may raise."""
 
 
 class StoredChunk(NamedTuple):
@@ -61,9 +61,10 @@ class StoredChunk(NamedTuple):
 
 
 class DistributedReader:
-    """A checkpoint open for reading, from any thread. Each keeps its last chunk: neighbouring regions are read in turn.
+    """A checkpoint that is open for reading, from any thread. Each thread keeps its last chunk, because neighbouring
+    regions are read one after the other.
 
-    Raises CheckpointError for a folder that is no such checkpoint, and for missing or truncated files.
+    Raise CheckpointError for a folder that is not such a checkpoint, and for missing or truncated files.
     """
 
     def __init__(self, folder: Path):
@@ -86,7 +87,7 @@ class DistributedReader:
         return tuple(self._tensor(key).size)
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The block of tensor `key` at `offsets` with `sizes`; may share memory with a later answer, so don't write."""
+        """Return the block of tensor `key` at `offsets` with `sizes`. Do not write into it: later results may share its memory."""
         whole = torch.empty(0)
         if key not in self._chunks:
             self._chunks[key] = _by_layer_and_expert(key, self._tensor(key))
@@ -148,7 +149,7 @@ class DistributedReader:
 def write_chunk(
     file: BinaryIO, name: str, key: str, offsets: Sequence[int], sizes: Sequence[int], block: Tensor
 ) -> StoredChunk:
-    """Appends one chunk to the open file called `name`; `block` has the chunk's elements, `sizes` its shape."""
+    """Append one chunk to the open file called `name`; `block` has the chunk's elements, `sizes` its shape."""
     start = file.tell()
     block = block.detach().contiguous()
     # a view would drag its whole storage along
@@ -166,7 +167,7 @@ def write_chunk(
 
 @contextmanager
 def without_crc() -> Iterator[None]:
-    """torch.save without checksums: torch.load does not look at them, and they cost half the speed."""
+    """Turn off torch.save's checksums: torch.load does not check them, and they halve the speed."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -178,7 +179,7 @@ def without_crc() -> Iterator[None]:
 def write_metadata(
     folder: Path, chunks: Iterable[StoredChunk], dtypes: dict[str, torch.dtype], sizes: dict[str, tuple]
 ) -> None:
-    """Makes a folder of chunk files a checkpoint; `sizes` are the tensors' global shapes. Flushes all it writes."""
+    """Turn a folder of chunk files into a checkpoint, and wait until it is on disk. `sizes` are the tensors' global shapes."""
     # pickle tells equal strings from one string: interned, the same chunks always give the same bytes
     tensors = {
         sys.intern(key): TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(size), [])
@@ -233,11 +234,11 @@ _RECORDS = {
     "torch": ("Size", *_DTYPES),
     "collections": ("OrderedDict",),
 }  # fmt: skip
-"""What a `.metadata` file is made of."""
+"""The classes that a `.metadata` file contains."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the records of a `.metadata` file and nothing else: a pickle may come from a stranger."""
+    """An unpickler that builds only the records of a `.metadata` file, because a pickle may come from anybody."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _RECORDS.get(module, ()):
@@ -259,7 +260,7 @@ def _load_metadata(path: Path) -> Metadata:
 
 
 def _by_layer_and_expert(key: str, tensor: TensorStorageMetadata) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
-    """The chunks by their place in all dims but the last two, in which Megatron stores one layer, one expert a chunk.
+    """Return the chunks by their offsets in all dims but the last two: Megatron stores one layer and one expert per chunk.
 
     A tensor of many experts has thousands of chunks, of which a block touches a few.
     """
@@ -276,7 +277,7 @@ def _by_layer_and_expert(key: str, tensor: TensorStorageMetadata) -> dict[tuple[
 
 
 def _overlap(chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]] | None:
-    """[low, high) along each dim of the whole tensor that the chunk and the block share; None for nothing."""
+    """Return the region that chunk and block share, [low, high) along each dim of the whole tensor; None if they share none."""
     region = [
         (max(at, start), min(at + count, start + size))
         for at, count, start, size in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
@@ -285,7 +286,7 @@ def _overlap(chunk: ChunkStorageMetadata, offsets: Sequence[int], sizes: Sequenc
 
 
 def _reason(error: Exception) -> str:
-    """Return one line. Torch's own one of many advises to run what the file says."""
+    """Return the error in one line. Torch's own text has many, and advises to run the file's code."""
     if isinstance(error, pickle.UnpicklingError):
         return "it is no pickle of plain values"
     return str(error).partition("\n")[0] or type(error).__name__

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,14 +160,12 @@ def _execute(part: Part, folder: Path, limit_s: float) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the process and its children: SIGTERM, then SIGKILL."""
+    """End the process and what it has left in its session: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                continue
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
 
 
 def _colocated(name: str) -> tuple[str, ...]:
@@ -195,6 +195,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _has_gpu() -> bool:
     return _output([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]) == "True"
 

@@ -22,8 +22,9 @@ from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.client.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.pool.update import Transaction
+from dapo_mcore.rollout.sglang.sync.address import is_loopback, on_other_machines
 from dapo_mcore.rollout.sglang.sync.process_group import RootRank, in_daemon
-from dapo_mcore.rollout.sglang.sync.sender import Buckets, is_loopback, on_other_machines
+from dapo_mcore.rollout.sglang.sync.sender import Buckets
 
 _CLOSE_S = 5.0
 _LOOK_S = 1.0

@@ -23,7 +23,8 @@ from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.client.http import RequestFailed
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.pool.update import Transaction
-from dapo_mcore.rollout.sglang.sync.sender import Buckets, on_other_machines
+from dapo_mcore.rollout.sglang.sync.address import on_other_machines
+from dapo_mcore.rollout.sglang.sync.sender import Buckets
 from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket, shareable_bytes
 
 
