@@ -14,16 +14,17 @@ STEPS = 3
 
 @pytest.mark.sglang
 @pytest.mark.parametrize(
-    "name, ways",
-    {
-        "disk": ["rollout.sglang.sync=disk"],
-        "distributed": ["rollout.sglang.sync=distributed"],
-        "colocated": ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2"],
-    }.items(),
+    "name, options",
+    [
+        # the runs on a real server in test_async.py and test_keep.py sync by disk, too
+        pytest.param("disk", ["rollout.sglang.sync=disk"], marks=pytest.mark.slow),
+        ("distributed", ["rollout.sglang.sync=distributed"]),
+        ("colocated", ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2"]),
+    ],
 )
-def test_three_steps_with_a_real_server_follow_every_update(task, name, ways):
+def test_three_steps_with_a_real_server_follow_every_update(task, name, options):
     server = ["rollout.engine=sglang", "rollout.sglang.device=cpu", f"rollout.sglang.python={real_python()}"]
-    run(task, name, *server, *ways, f"num_rollout_steps={STEPS}", "eval.every=3", processes=2)
+    run(task, name, *server, *options, f"num_rollout_steps={STEPS}", "eval.every=3", processes=2)
     folder = task / "runs" / name
     rows = metrics(task, name)
     assert [row["step"] for row in rows] == [*range(STEPS + 1)]
