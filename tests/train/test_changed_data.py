@@ -69,7 +69,7 @@ def test_carried_answers_follow_their_prompts_through_changed_data(task: Path):
     step = {name: _samples(task / name / "step_000002.jsonl") for name in cases}
     assert "warning" not in told["same"] and {sample["weight_version"] for sample in step["same"]} == {0}
 
-    assert "(12 prompts, now 13), so the checkpoint's place in the data (epoch 0, prompt 8)" in told["moved"]
+    assert "(12 prompts, now 13), so the checkpoint's position (epoch 0, prompt 8) does not apply" in told["moved"]
     assert "dropped" not in told["moved"]
     answered = [[(s["uid"], s["prompt"], s["response"]) for s in step[name]] for name in ("same", "moved")]
     assert answered[0] == answered[1]

@@ -41,7 +41,7 @@ def is_alive(made: SGLangEngine, number: int) -> bool:
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
 def test_memory_changes_hands_in_order(tmp_path, sync):
-    with engine(tmp_path, num_servers=2, colocated=True, sync=sync) as made:
+    with engine(tmp_path, num_servers=2, colocated=True, sync=sync, request_timeout_s=8.0) as made:
         assert released(made) == [EVERYTHING] * 2, "the trainer comes first"
         for version in (0, 1):
             made.update_weights(weights(version), version)
