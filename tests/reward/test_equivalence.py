@@ -6,9 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from pydantic import ValidationError
 
-from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.explain import explain, explain_other
@@ -68,11 +66,3 @@ def test_without_the_package_it_is_refused_at_the_start(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(RewardError, match=r"needs the package math-verify .*pip install math-verify\[antlr4_13_2\]"):
         build_judge("math_verify", "verl", strict_box=False)
-
-
-def test_it_never_runs_without_a_deadline():
-    assert RewardConfig(function="math_verify").num_workers == 1
-    with pytest.raises(ValidationError, match="math_verify needs workers of at least 1"):
-        RewardConfig(function="math_verify", workers=0)
-    with pytest.raises(ValidationError, match="strict_box is a form of function math_dapo"):
-        RewardConfig(function="math_verify", strict_box=True)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pydantic import ValidationError
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
@@ -214,35 +213,6 @@ def test_the_limit_of_open_files_is_raised_or_explained():
             allow_open_files(hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-BAD_SETTINGS = {
-    "every interface": dict(host="0.0.0.0"),
-    "is not a URL": dict(urls=["127.0.0.1:30000"]),
-    "only 1 different": dict(urls=["http://a:1", "http://a:1"]),
-    "router_url needs urls": dict(router_url="http://a:1"),
-    "verify_sync servers does not go with router_url": dict(
-        urls=["http://a:1"], router_url="http://b:1", verify_sync="servers"
-    ),
-    "num_servers is 3, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=3),
-    "num_servers is 1, but urls names 2 servers": dict(urls=["http://a:1", "http://a:2"], num_servers=1),
-    "gloo cannot send FP8": dict(quantize="fp8", sync="distributed", device="cpu"),
-    "server_args holds api-key, tp-size": dict(server_args={"api_key": "x", "--tp-size": 2}),
-    "server_args names one option twice: max_x, max-x": dict(server_args={"max_x": 1, "max-x": 2}),
-}
-
-
-@pytest.mark.parametrize("message", BAD_SETTINGS)
-def test_settings_that_contradict_themselves_are_refused(message):
-    with pytest.raises(ValidationError, match=message):
-        SGLangConfig.model_validate(BAD_SETTINGS[message])
-
-
-def test_servers_that_are_given_are_counted():
-    urls = ["http://a:1", "http://a:2"]
-    given = SGLangConfig(urls=urls)
-    assert given.num_servers == 2 and SGLangConfig().num_servers == 1
-    assert given == SGLangConfig(urls=urls, num_servers=2) == SGLangConfig.model_validate(given.model_dump())
 
 
 def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():
