@@ -258,14 +258,18 @@ def test_a_stream_that_breaks_off_leaves_no_weights_to_generate_with():
         engine.generate(prompts_of(4), params())
 
 
-def test_an_update_allocates_no_second_model():
-    engine, weights = loaded_engine(), weights_of(reference_model())
-    places = {name: tensor.data_ptr() for name, tensor in engine._model.named_parameters()}
+def test_an_update_allocates_no_second_model(monkeypatch):
+    weights, models, build = weights_of(reference_model()), [], AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *args, **kwargs: models.append(build(*args, **kwargs)) or models[0]
+    )
+    engine = loaded_engine()
+    places = {name: tensor.data_ptr() for name, tensor in models[0].named_parameters()}
     with torch.profiler.profile(profile_memory=True) as profile:
         engine.update_weights(iter(weights.items()), version=4)
     largest = max(tensor.nbytes for tensor in weights.values())
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) <= largest
-    assert {name: tensor.data_ptr() for name, tensor in engine._model.named_parameters()} == places
+    assert {name: tensor.data_ptr() for name, tensor in models[0].named_parameters()} == places
 
 
 def test_a_head_that_contradicts_the_tie_is_refused():
@@ -282,18 +286,11 @@ def test_generate_before_weights_is_refused():
         engine.generate(prompts_of(4), params())
 
 
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        (prompts_of(3, 29), "prompt 1 has 29 tokens; with max_new_tokens 12 that is 41, .*max_position_embeddings 40"),
-        ([np.array([], dtype=np.int32)], "prompt 0 has no tokens"),
-        ([np.array([VOCAB], dtype=np.int32)], f"token {VOCAB}, .*vocabulary has {VOCAB}"),
-    ],
-    ids=["long", "empty", "unknown"],
-)
-def test_unusable_prompts_are_refused_with_numbers(prompts, message):
+def test_a_prompt_without_room_for_its_response_is_refused_with_numbers():
+    """The other limits: sampling/test_limits.py."""
+    message = "prompt 1 has 29 tokens; with max_new_tokens 12 that is 41, .*max_position_embeddings 40"
     with pytest.raises(RolloutError, match=message):
-        loaded_engine().generate(prompts, params())
+        loaded_engine().generate(prompts_of(3, 29), params())
 
 
 def test_the_longest_allowed_prompt_is_taken():

@@ -1,6 +1,6 @@
 """Continuous refill with an engine whose responses finish when the test says so.
 
-The letters of a prompt's text say how its responses turn out, as in test_sampler.py.
+The letters of a prompt's text say how its responses turn out, as in scripted.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from queue import SimpleQueue
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,14 +19,14 @@ import pytest
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.errors import RewardError, RolloutError
 from dapo_mcore.rollout.sampling import refill
-from dapo_mcore.rollout.sampling.refill import Refill
 from dapo_mcore.rollout.sampling.sampler import Collected, Sampler
-from dapo_mcore.types import ContinuousEngine, Prompt, Rollout, SamplingParams
-from tests.rollout.sampling.test_sampler import (
+from dapo_mcore.types import ContinuousEngine, Prompt, Rollout, SamplingParams, Score
+from tests.rollout.sampling.scripted import (
     MIXED,
     RIGHT,
     WRONG,
     ScriptedEngine,
+    begun_by,
     decode,
     letters,
     make_config,
@@ -49,7 +49,7 @@ class SlowEngine(ScriptedEngine):
         self.in_flight: dict[int, tuple[Future, int, int]] = {}
         self.submitted: list[int] = []
         self.most = 0
-        self._order = order
+        self.order = order
 
     def submit(self, prompts: list[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
         (number,) = {int(prompt[0]) for prompt in prompts}
@@ -72,34 +72,9 @@ class SlowEngine(ScriptedEngine):
         return [number for number, (future, *_) in self.in_flight.items() if future.cancelled()]
 
     def move(self) -> None:
-        for number in self._order(self.running):
+        for number in self.order(self.running):
             future, count, version = self.in_flight.pop(number)
-            future.set_result([begun_by(version, self._respond(number)) for _ in range(count)])
-
-
-@pytest.fixture(autouse=True)
-def moves_while_the_sampler_waits(monkeypatch) -> None:
-    """In its own thread and by a clock of its own, on which each move takes a second and nothing else takes time."""
-    wait, clock = Refill._wait, Mock(monotonic=Mock(return_value=0.0))
-
-    def moved(self: Refill) -> list[int]:
-        for _ in range(100):
-            if not self._done.empty():
-                return wait(self)
-            clock.monotonic.return_value += 1.0
-            self._responder._engine.move()
-        raise AssertionError("nothing finishes that it waits for")
-
-    monkeypatch.setattr(Refill, "_wait", moved)
-    monkeypatch.setattr(refill, "time", clock)
-
-
-def begun_by(version: int, rollout: Rollout) -> Rollout:
-    if version >= rollout.weight_version:
-        return rollout
-    last = len(rollout.token_ids) - 1
-    spans = ((0, version), (last, rollout.weight_version)) if last else ()
-    return replace(rollout, weight_version=version, version_spans=spans)
+            future.set_result([begun_by(version, self.respond(number)) for _ in range(count)])
 
 
 def one_by_one_last_first(in_flight: list[int]) -> list[int]:
@@ -111,13 +86,35 @@ def one_by_one(in_flight: list[int]) -> list[int]:
 
 
 @pytest.fixture
-def collect():
-    def build(scripts: list[str], order: Callable[[list[int]], list[int]], style: str = "filter", **sampling):
+def collect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Sampler, SlowEngine]]:
+    """Return a function that builds a sampler with its engine.
+
+    The newest engine moves whenever the sampler waits, in the sampler's thread. Each move takes a second of a made-up clock;
+    nothing else takes time.
+    """
+    clock, engines = Mock(monotonic=Mock(return_value=0.0)), []
+
+    class MovingQueue(SimpleQueue):
+        def get(self) -> int:
+            for _ in range(100):
+                if not self.empty():
+                    return super().get()
+                clock.monotonic.return_value += 1.0
+                engines[-1].move()
+            raise AssertionError("the sampler waits, but nothing finishes")
+
+    monkeypatch.setattr(refill, "SimpleQueue", MovingQueue)
+    monkeypatch.setattr(refill, "time", clock)
+
+    def build(scripts: list[str], order, style: str = "filter", taken: int = 0, reward=reward, **sampling):
+        """`taken` prompts were taken from the loader before, by the run that is resumed."""
         prompts = make_prompts(*scripts)
-        engine = SlowEngine(prompts, order)
+        engines.append(SlowEngine(prompts, order))
         loader = PromptLoader(prompts, seed=0, shuffle=False)
-        config = make_config(style, engine="sglang", **sampling)
-        return Sampler(engine, loader, reward, decode, config), engine
+        loader.take(taken)
+        return Sampler(engines[-1], loader, reward, decode, make_config(style, engine="sglang", **sampling)), engines[
+            -1
+        ]
 
     return build
 
@@ -179,10 +176,9 @@ def test_prompts_to_ask_again_survive_a_restart(collect):
     sampler, _ = collect([MIXED] * 12, one_by_one_last_first, **options)
     sampler.collect(step=0)
     state, arrays = sampler.state()
-    resumed, engine = collect([MIXED] * 12, one_by_one, **options)
+    resumed, engine = collect([MIXED] * 12, one_by_one, taken=7, **options)
     prompts = make_prompts(*[MIXED] * 12)
     resumed.load_state(json.loads(json.dumps(state)), arrays, {prompt.uid: prompt for prompt in prompts})
-    resumed._loader.take(7)  # where the first run's loader stands
     assert uids(resumed.collect(step=1).groups) == [0, 1]
     assert engine.submitted == [0, 1, 2, 3, 4, 7, 8]
 
@@ -262,10 +258,9 @@ def test_prompts_of_pending_groups_survive_a_restart(collect):
     sampler, _ = keeping(collect, [MIXED] * 12, one_by_one_last_first, **options)
     assert uids(sampler.collect(step=1).groups) == [3, 4]
     state, arrays = sampler.state()
-    resumed, engine = keeping(collect, [MIXED] * 12, one_by_one, **options)
+    resumed, engine = keeping(collect, [MIXED] * 12, one_by_one, taken=5, **options)
     prompts = make_prompts(*[MIXED] * 12)
     resumed.load_state(json.loads(json.dumps(state)), arrays, {prompt.uid: prompt for prompt in prompts})
-    resumed._loader.take(5)  # where the first run's loader stands
     assert uids(resumed.collect(step=2).groups) == [0, 1]
     assert engine.submitted[:3] == [0, 1, 2]
 
@@ -320,13 +315,13 @@ def test_a_reward_that_fails_on_every_sample_ends_the_run_with_the_first_batch(c
 
 def test_groups_older_than_allowed_are_dropped_and_counted(collect):
     sampler, engine = collect([MIXED] * 6, one_by_one, train=1, gen_batch_prompts=1, max_staleness=1)
-    respond = engine._respond
+    respond = engine.respond
 
     def by_old_weights(prompt: int) -> Rollout:
         made = respond(prompt)
         return made if prompt else Rollout(made.token_ids, made.logprobs, made.loss_mask, "stop", weight_version=0)
 
-    engine._respond = by_old_weights
+    engine.respond = by_old_weights
     collected = sampler.collect(step=0, lag=1)  # trained on by version 2; the engine holds 1
     assert uids(collected.groups) == [1] and uids(collected.generated) == [0, 1]
     assert collected.stats["sampling/groups_stale"] == 1
@@ -346,17 +341,22 @@ def test_surplus_collected_ahead_ages_by_the_lag(collect):
 @pytest.mark.parametrize("on_full", ["wait", "keep"])
 @pytest.mark.parametrize("culprit", ["engine", "reward"])
 def test_a_failure_ends_every_request(collect, culprit, on_full):
-    sampler, engine = collect([MIXED] * 9, one_by_one, train=3, gen_batch_prompts=3, on_full=on_full)
+    broken = []
+
+    def score(*args: object) -> list[Score]:
+        if broken:
+            raise RolloutError("broken")
+        return reward(*args)
+
+    options = dict(train=3, gen_batch_prompts=3, on_full=on_full)
+    sampler, engine = collect([MIXED] * 9, one_by_one, reward=score, **options)
     sampler.collect(step=0)
     assert len(pending(sampler)) == (2 if on_full == "keep" else 0)
 
-    def fail(*_: object) -> None:
-        raise RolloutError("broken")
-
     if culprit == "reward":
-        sampler._responder._reward = fail
+        broken.append(True)
     else:
-        engine._order = lambda in_flight: [engine.in_flight[in_flight[0]][0].set_exception(RolloutError("broken"))][:0]
+        engine.order = lambda in_flight: [engine.in_flight[in_flight[0]][0].set_exception(RolloutError("broken"))][:0]
     with pytest.raises(RolloutError, match="broken"):
         sampler.collect(step=1)
     futures = [future for future, *_ in engine.in_flight.values() if not future.cancelled()]

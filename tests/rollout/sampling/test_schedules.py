@@ -23,8 +23,7 @@ from dapo_mcore.errors import RewardError, RolloutError
 from dapo_mcore.rollout.sampling.refill import KEEPS, Refill
 from dapo_mcore.rollout.sampling.sampler import Collected, Sampler
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams
-from tests.rollout.sampling.test_refill import begun_by
-from tests.rollout.sampling.test_sampler import ScriptedEngine, decode, make_prompts, reward
+from tests.rollout.sampling.scripted import ScriptedEngine, begun_by, decode, make_prompts, reward
 
 SCRIPTS = ("RW", "RW", "WR", "RR", "WW", "RRRW", "WWR", "FRW", "FF", "F")
 
@@ -95,7 +94,7 @@ class RandomEngine(ScriptedEngine):
             self.end(request)
 
     def end(self, request: Request) -> None:
-        made = [begun_by(request.version, self._respond(request.number)) for _ in range(request.count)]
+        made = [begun_by(request.version, self.respond(request.number)) for _ in range(request.count)]
         self.answers += made  # kept, so that no other has its id
         self.begun |= {id(rollout): request.place for rollout in made}
         request.future.set_result(made)
@@ -250,7 +249,7 @@ class Play:
     def collect(self, step: int, lag: int) -> Collected:
         s = self.config.sampling
         oldest = self.engine.weight_version + lag - s.max_staleness
-        before = list(self.sampler._carried)
+        before = list(self.sampler.snapshot().carried)
         collected = self.sampler.collect(step, lag)
         self.check_batch(collected, oldest)
         self.check_order(before, collected, oldest)
@@ -304,7 +303,7 @@ class Play:
             assert places == sorted(places), "in the order in which they were begun"
         groups = sorted(self.fresh(carried + collected.generated, oldest), key=lambda group: group.weight_version)
         assert collected.groups == groups[: s.train_batch_prompts]
-        assert self.sampler._carried == (groups[s.train_batch_prompts :] if s.carry_surplus else [])
+        assert self.sampler.snapshot().carried == (groups[s.train_batch_prompts :] if s.carry_surplus else [])
 
     def note(self, carried: list[Group], collected: Collected, oldest: int) -> None:
         """Every prompt that was drawn is somewhere, once."""

@@ -5,6 +5,7 @@ import pytest
 
 from dapo_mcore.rollout.sampling.step import staleness_stats
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+from tests.rollout.sampling.scripted import MIXED, WRONG, make_config, make_prompts, make_sampler
 
 
 def sample(length: int, version: int, *spans: tuple[int, int]) -> Sample:
@@ -24,3 +25,24 @@ def test_a_group_is_as_old_as_its_oldest_token_and_each_token_has_its_own_age() 
         "sampling/token_staleness_mean": pytest.approx((16 + 15 + 1 + 2 + 3 + 10) / 20),
         "sampling/samples_resumed": 1.0,
     }
+
+
+def test_the_engine_gets_the_configured_law():
+    sampler, engine = make_sampler(make_prompts(MIXED), make_config("none", train=1))
+    sampler.collect(step=0)
+    params = engine.calls[0][1]
+    assert (params.temperature, params.top_p, params.top_k, params.max_new_tokens) == (0.9, 0.8, -1, 64)
+
+
+def test_every_call_has_its_own_repeatable_seed():
+    def seeds(config_seed: int) -> list[int]:
+        config = make_config("filter", train=1, gen_batch_prompts=1, seed=config_seed)
+        sampler, engine = make_sampler(make_prompts(*[WRONG, MIXED] * 3), config)
+        for step in range(3):
+            sampler.collect(step)
+        return [params.seed for _, params in engine.calls]
+
+    assert len(seeds(0)) == 6 == len(set(seeds(0)))
+    assert seeds(0) == seeds(0)
+    assert not set(seeds(0)) & set(seeds(1))
+    assert seeds(2**63 - 1) == seeds(2**63 - 1)

@@ -1,0 +1,72 @@
+"""Prompts to scored responses."""
+
+from __future__ import annotations
+
+import pytest
+
+from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.rollout.sampling.respond import Responder
+from dapo_mcore.types import SamplingParams
+from tests.rollout.sampling.scripted import (
+    MIXED,
+    ScriptedEngine,
+    decode,
+    make_config,
+    make_prompts,
+    make_sampler,
+    reward,
+)
+
+PARAMS = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=8, seed=0)
+
+
+def test_each_prompt_gets_its_own_group_of_scored_responses_in_order():
+    prompts = make_prompts("RW", "WR")
+    engine = ScriptedEngine(prompts)
+    first, second = Responder(engine, reward, decode).groups(prompts, size=2, params=PARAMS)
+    assert [n for n, _ in engine.calls] == [4], "all groups in one call"
+    assert (first.prompt, second.prompt) == (prompts[0], prompts[1])
+    # response j has j + 1 tokens, and costs a penalty of 0.1 per token
+    assert [sample.text for sample in first.samples] == ["R", "WW"]
+    assert [sample.score.reward for sample in first.samples] == [0.9, -1.2]
+    assert [sample.score.reward for sample in second.samples] == [-1.1, 0.8]
+
+
+def test_an_engine_or_a_reward_that_loses_a_response_is_noticed():
+    prompts = make_prompts("R", "R")
+    engine = ScriptedEngine(prompts)
+    with pytest.raises(AssertionError, match="reward returned 1 scores for 2 samples"):
+        Responder(engine, lambda *args: reward(*args)[:1], decode).samples(prompts, PARAMS)
+    engine.generate = lambda *_: []
+    with pytest.raises(AssertionError, match="engine returned 0 rollouts for 2 prompts"):
+        Responder(engine, reward, decode).samples(prompts, PARAMS)
+
+
+def test_requests_extend_the_phase_while_a_step_waits_for_them():
+    class Recorder(NullProgress):
+        def phase(self, name: str, total: int | None = None) -> None:
+            told.append((name, total))
+
+        def more(self, n: int) -> None:
+            told.append(n)
+
+    told: list[object] = []
+    timer = PhaseTimer(clock=iter([0.0, 1.0, 4.0, 9.0]).__next__)
+    engine = ScriptedEngine([])
+    engine.submit = lambda prompts, params: len(prompts)
+    responder = Responder(engine, reward, decode, Recorder(), timer)
+    with responder.waiting():
+        responder.expect(5)
+        responder.submit(make_prompts("R", "W"), PARAMS)
+    assert told == [("generate", 0), 5, 2]
+    assert timer.pop()["time/generate_s"] == 3.0
+
+
+def test_generation_and_reward_are_timed_apart():
+    ticks = iter(range(100))
+    timer = PhaseTimer(clock=lambda: float(next(ticks)))
+    sampler, _ = make_sampler(make_prompts(MIXED), make_config("none", train=1), timer=timer)
+    sampler.collect(step=0)
+    times = timer.pop()
+    assert times["time/generate_s"] == 1.0 and times["time/reward_s"] == 1.0
