@@ -1,16 +1,49 @@
-"""Where servers are placed beside the trainer; the engines themselves have tests of their own."""
+"""Where servers are placed beside the trainer, and how old their weights may be; the engines have tests of their own."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 
 from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.rollout.build import _placed
+from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.rollout import build
+from tests.rollout.sampling.scripted import make_config
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that builds SGLang's engine for 4 trainer processes, and returns what the engine is given."""
+
+    def engine(settings: SGLangConfig, hf_config: object, **options: object) -> SimpleNamespace:
+        return SimpleNamespace(settings=settings, **options)
+
+    monkeypatch.setattr("dapo_mcore.rollout.sglang.engine.SGLangEngine", engine)
+
+    def start(sampling: dict[str, object] | None = None, **settings: object) -> SimpleNamespace:
+        config = make_config("none", train=1, engine="sglang", **sampling or {})
+        rollout = config.rollout.model_copy(update={"sglang": SGLangConfig(**settings)})
+        return build.build_engine(
+            config.model_copy(update={"rollout": rollout}),
+            None,
+            stop_token_ids=(1,),
+            pad_token_id=0,
+            num_local_ranks=4,
+            progress=NullProgress(),
+        )
+
+    return start
 
 
 @pytest.mark.parametrize(
     ("given", "first"),
     [({}, 4), ({"colocated": True}, 0), ({"first_gpu": 6}, 6), ({"first_gpu": 0, "colocated": True}, 0)],
 )
-def test_servers_take_the_gpus_after_the_trainers_unless_they_share_or_are_told(given, first):
-    assert _placed(SGLangConfig(**given), num_local_ranks=4).first_gpu == first
+def test_servers_take_the_gpus_after_the_trainers_unless_they_share_or_are_told(given, first, started):
+    assert started(**given).settings.first_gpu == first
+
+
+@pytest.mark.parametrize(("on_full", "max_lag"), [("wait", 0), ("keep", 3)])
+def test_only_groups_kept_in_flight_may_meet_newer_weights(on_full, max_lag, started):
+    assert started({"on_full": on_full, "max_staleness": 3}).max_lag == max_lag
