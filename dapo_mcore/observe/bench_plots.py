@@ -58,21 +58,27 @@ def plot_benches(files: Sequence[Path], out: Path | None = None) -> list[Path]:
 
 
 def plot_bench(file: Path, out: Path) -> Path:
-    """Write the PNG `out` of one file, with a column per model and tensor-parallel size. Return `out`.
-
-    It shows time and, if measured, memory by tokens; if every column has a single number of tokens, time against memory.
-    """
+    """Write the PNG `out` of one file and return `out`."""
     bench = read_bench(file)
-    groups, styles = _groups(bench["shapes"]), _styles(bench["shapes"])
-    one_size = all(len(shapes) == 1 and _has_memory(shapes) for shapes in groups.values())
     with matplotlib.rc_context(STYLE):
-        figure = (_trade_off if one_size else _by_tokens)(groups, styles)
-        figure.suptitle(_heading(bench), fontsize=12, x=0.01, ha="left")
-        if one_size:
-            _label_points(figure)
+        figure = draw_bench(bench)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=figure.dpi, format="png")
     return out
+
+
+def draw_bench(bench: Bench) -> Figure:
+    """Return the figure of a benchmark, with a column per model and tensor-parallel size.
+
+    It shows time and, if measured, memory by tokens; if every column has a single number of tokens, time against memory.
+    """
+    groups, styles = _groups(bench["shapes"]), _styles(bench["shapes"])
+    one_size = all(len(shapes) == 1 and _has_memory(shapes) for shapes in groups.values())
+    figure = (_trade_off if one_size else _by_tokens)(groups, styles)
+    figure.suptitle(_heading(bench), fontsize=12, x=0.01, ha="left")
+    if one_size:
+        _label_points(figure)
+    return figure
 
 
 def _by_tokens(groups: dict[str, Shapes], styles: dict[str, dict[str, Any]]) -> Figure:

@@ -139,7 +139,7 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
         figure = Figure(figsize=(15.5, 7.2), layout="constrained")
         figure.get_layout_engine().set(wspace=0.04, hspace=0.05)
         for axes, panel in zip(figure.subplots(2, 4).flat, PANELS):
-            _draw_panel(axes, panel, runs)
+            draw_panel(axes, panel, runs)
         _write_heading(figure, runs)
         out = Path(out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,8 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in run_dirs]
 
 
-def _draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
+def draw_panel(axes: Axes, panel: Panel, runs: dict[str, Run]) -> None:
+    """Draw one panel of the page, for one run or for several, by their names in the legend."""
     axes.set_title(panel.title, pad=6 + 10.5 * len(panel.note.splitlines()))
     if panel.note:
         note = axes.text(0, 1.02, panel.note, transform=axes.transAxes, fontsize=8, color="#666666", linespacing=1.15)

@@ -118,7 +118,7 @@ class Progress(NullProgress):
         )
         self._line = PhaseLine(self._bar)
         self._live = (
-            Live(get_renderable=self._render, console=self._console, refresh_per_second=4, vertical_overflow="crop")
+            Live(self, console=self._console, refresh_per_second=4, vertical_overflow="crop")
             if self._console.is_terminal
             else None
         )
@@ -186,7 +186,8 @@ class Progress(NullProgress):
             return math.nan
         return (self._num_steps - self._step) * sum(self._durations) / len(self._durations)
 
-    def _render(self) -> Group:
+    def __rich__(self) -> Group:
+        """Return the live display as rich prints it: the header, the bars of running phases and the last steps."""
         header = Text.assemble(
             (self._name, "bold"),
             f"  rollout step {self._step}/{self._num_steps}  gradient step {self._updates}",

@@ -6,19 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from dapo_mcore.errors import DataError
-from dapo_mcore.observe.bench_plots import (
-    _draw_time,
-    _groups,
-    _label_points,
-    _styles,
-    _trade_off,
-    plot_bench,
-    plot_benches,
-)
-from tests.observe.test_plots import png_size
+from dapo_mcore.observe.bench_plots import draw_bench, plot_bench, plot_benches
+from tests.observe.png import png_size
 
 
 def row(name: str, median: float | None, peak: float | None = None) -> dict:
@@ -38,9 +29,13 @@ def shape(tokens: int, rows: list[dict], tensor_parallel: int = 1) -> dict:
     }
 
 
-def write(path: Path, shapes: list[dict]) -> Path:
+def bench(shapes: list[dict]) -> dict:
     header = {"machine": "made up", "date": "2026-01-01T00:00:00", "commit": "none", "versions": {"torch": "2"}}
-    path.write_text(json.dumps(header | {"shapes": shapes}))
+    return header | {"shapes": shapes}
+
+
+def write(path: Path, shapes: list[dict]) -> Path:
+    path.write_text(json.dumps(bench(shapes)))
     return path
 
 
@@ -60,10 +55,11 @@ def test_one_column_a_model_and_split_and_a_row_for_memory_where_measured(tmp_pa
 
 
 def test_times_are_drawn_over_those_of_the_gemms_by_tokens() -> None:
-    groups, styles = _groups(SHAPES), _styles(SHAPES)
-    assert list(groups) == ["m, TP1", "m, TP8"] and list(styles) == ["ours", "y"], "never measured: not in the legend"
-    axes = Figure().subplots()
-    _draw_time(axes, groups["m, TP1"], styles)
+    figure = draw_bench(bench(SHAPES))
+    axes, other_split, *_ = figure.axes
+    assert [axes.get_title(), other_split.get_title()] == ["m, TP1", "m, TP8"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["three GEMMs alone", "ours", "y"], "never measured: not in the legend"
     roofline, ours, other = ([*zip(line.get_xdata(), line.get_ydata())] for line in axes.lines)
     assert roofline == [(256, 1.0), (512, 1.0)]
     assert ours == [(256, 1.25), (512, 1.5)] and other == [(512, 2.5)]
@@ -72,18 +68,16 @@ def test_times_are_drawn_over_those_of_the_gemms_by_tokens() -> None:
 
 def test_every_contender_has_a_colour_of_its_own_and_ours_are_thick() -> None:
     names = [*(f"ours {n}" for n in range(5)), *(f"other {n}" for n in range(9))]
-    styles = _styles([shape(256, [row(name, 1.0) for name in names])])
-    assert len({style["color"] for style in styles.values()}) == 14
-    assert min(styles[name]["linewidth"] for name in names[:5]) > max(styles[name]["linewidth"] for name in names[5:])
+    legend = draw_bench(bench([shape(256, [row(name, 1.0) for name in names])])).legends[0]
+    _, *lines = legend.get_lines()
+    assert len({line.get_color() for line in lines}) == 14
+    assert min(line.get_linewidth() for line in lines[:5]) > max(line.get_linewidth() for line in lines[5:])
 
 
 def test_one_size_is_drawn_as_time_against_memory_with_ours_joined_and_names_that_hide_nothing() -> None:
     rows = [row("ours, 4", 3.0, 2048.0), row("ours, 2", 3.2, 1024.0), row("x", 3.0, 2050.0), row("y", 8.0, 512.0)]
     rows += [row("slow", 12.0, 2048.0), row("absent", None), row("ours, 3", 3.1, 1500.0)]
-    shapes = [shape(256, rows)]
-    figure = _trade_off(_groups(shapes), _styles(shapes))
-    _label_points(figure)
-    (axes,) = figure.axes
+    (axes,) = draw_bench(bench([shape(256, rows)])).axes
     joined = next(line for line in axes.lines if len(line.get_xdata()) == 3)
     assert [*zip(joined.get_xdata(), joined.get_ydata())] == [(1.0, 1.6), (1500 / 1024, 1.55), (2.0, 1.5)]
     names = [text for text in axes.texts if text.xycoords == "data"]

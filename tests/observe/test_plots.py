@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ from matplotlib.figure import Figure
 from dapo_mcore.algo.correction import mismatch_metrics, mismatch_stats
 from dapo_mcore.errors import DataError
 from dapo_mcore.observe.metrics import current_name, describe
-from dapo_mcore.observe.plots import PANELS, _draw_panel, plot_run, plot_runs, smooth
+from dapo_mcore.observe.plots import PANELS, draw_panel, plot_run, plot_runs, smooth
 from dapo_mcore.observe.sinks import json_line
+from tests.observe.png import png_size
 
 KEYS = [curve.metric for panel in PANELS for curve in panel.curves]
 
@@ -27,12 +27,6 @@ def fake_run(folder: Path, steps: int, keys: list[str] = KEYS) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("".join(map(json_line, records)))
     return folder
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", head[16:24])
 
 
 @pytest.fixture
@@ -85,17 +79,17 @@ def test_a_run_without_a_step_is_an_error_and_leaves_no_plot(tmp_path: Path, con
 
 
 def test_a_panel_without_numbers_says_so(axes) -> None:
-    _draw_panel(axes, PANELS[0], {"run": [{"step": 1, "actor/loss": math.nan}]})
+    draw_panel(axes, PANELS[0], {"run": [{"step": 1, "actor/loss": math.nan}]})
     assert [text.get_text() for text in axes.texts] == ["not recorded"]
 
 
 def test_short_runs_are_drawn_raw_and_long_runs_raw_and_smoothed(axes) -> None:
     run = [{"step": step, "actor/loss": float(step % 7)} for step in range(1, 41)]
-    _draw_panel(axes, PANELS[0], {"run": run[:20]})
+    draw_panel(axes, PANELS[0], {"run": run[:20]})
     assert len(axes.lines) == 1
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), [float(s % 7) for s in range(1, 21)])
     axes.clear()
-    _draw_panel(axes, PANELS[0], {"run": run})
+    draw_panel(axes, PANELS[0], {"run": run})
     assert [len(line.get_xdata()) for line in axes.lines] == [40, 40]
 
 
@@ -103,7 +97,7 @@ def test_accuracy_shows_every_validation_set_at_the_steps_it_was_measured(axes) 
     run = [{"step": 0, "val/a/mean@8": 0.1, "val/b/mean@4": 0.2}, {"step": 1, "reward/acc": 0.5}]
     run.append({"step": 2, "reward/acc": 0.6, "val/a/mean@8": 0.3, "val/a/best@8": 0.9})
     panel = next(panel for panel in PANELS if panel.val)
-    _draw_panel(axes, panel, {"run": run})
+    draw_panel(axes, panel, {"run": run})
     lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in axes.lines}
     assert lines["a mean@8"] == [(0, 0.1), (2, 0.3)]
     assert lines["b mean@4"] == [(0, 0.2)]
@@ -115,7 +109,7 @@ def test_exact_agreement_is_shown_at_the_floor_of_the_mismatch_panel(axes) -> No
     metric = panel.curves[0].metric
     for values in ([0.0, 1e-12, 1e-6], [0.0]):
         axes.clear()
-        _draw_panel(axes, panel, {"run": [{"step": step, metric: value} for step, value in enumerate(values)]})
+        draw_panel(axes, panel, {"run": [{"step": step, metric: value} for step, value in enumerate(values)]})
         (line,) = axes.lines
         np.testing.assert_allclose(line.get_ydata(), np.maximum(values, 1e-8))
         ticks = dict(zip(axes.get_yticks(), (label.get_text() for label in axes.get_yticklabels())))
@@ -126,7 +120,7 @@ def test_exact_agreement_is_shown_at_the_floor_of_the_mismatch_panel(axes) -> No
 
 def test_the_mismatch_panel_says_what_it_shows_and_what_is_good(axes) -> None:
     panel = next(panel for panel in PANELS if panel.floor)
-    _draw_panel(axes, panel, {"run": [{"step": 1, panel.curves[0].metric: 0.01}]})
+    draw_panel(axes, panel, {"run": [{"step": 1, panel.curves[0].metric: 0.01}]})
     (note,) = (text.get_text() for text in axes.texts)
     assert "trainer" in note and "rollout engine" in note and "0 is perfect" in note and "bf16" in note
     assert "nats" in axes.get_ylabel()
@@ -136,7 +130,7 @@ def test_the_histogram_of_the_mismatch_shades_the_decades_that_hold_tokens(axes)
     engine = torch.zeros(4, dtype=torch.float64)
     far = [torch.tensor(sizes, dtype=torch.float64) for sizes in ([2e-3, 5e-3, 0.02, 0.5], [2e-3, 0.02, 0.03, 0.04])]
     run = [{"step": step, **mismatch_metrics(mismatch_stats(d, engine))} for step, d in zip((2, 4), far)]
-    _draw_panel(axes, next(panel for panel in PANELS if panel.histogram), {"run": run})
+    draw_panel(axes, next(panel for panel in PANELS if panel.histogram), {"run": run})
     (mesh,) = axes.collections
     np.testing.assert_allclose(mesh.get_array().reshape(3, 2), [[0.5, 0.25], [0.25, 0.75], [0.25, 0.0]])
     corners = mesh.get_coordinates()  # 1e-3 to 1, and half-way between the steps

@@ -31,7 +31,7 @@ class Screen:
 
     def display(self) -> str:
         with self.console.capture() as capture:
-            self.console.print(self.progress._render())
+            self.console.print(self.progress)
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capture.get())
 
     def lines(self) -> list[str]:
