@@ -21,7 +21,7 @@ from dapo_mcore.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_CPU_S = 10.0
+TEMPLATE_CPU_S = 10.0
 """CPU time for rendering one prompt. A template that takes longer counts as endless."""
 _MOST_CHARACTERS = 10_000_000
 
@@ -94,13 +94,13 @@ class PromptRenderer:
 
     def _apply(self, messages: list[dict[str, str]], where: str) -> str:
         try:
-            with _cpu_limit(_TEMPLATE_CPU_S):
+            with _cpu_limit(TEMPLATE_CPU_S):
                 text = self.tokenizer.apply_chat_template(
                     messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
                 )
         except TimeoutError as error:
             raise ConfigError(
-                f"{self.section}.chat_template has not ended after {_TEMPLATE_CPU_S:g} s of CPU time on {where}; correct "
+                f"{self.section}.chat_template has not ended after {TEMPLATE_CPU_S:g} s of CPU time on {where}; correct "
                 f"its loops, or use another template"
             ) from error
         except Exception as error:  # a template is a program, and may fail in any way

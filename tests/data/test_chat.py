@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dapo_mcore.config.sections import DataConfig
+from dapo_mcore.data import chat
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.errors import ConfigError, DataError
 
@@ -110,3 +112,72 @@ def test_bos_needs_a_tokenizer_with_bos(tokenizer):
     tokenizer.bos_token = None
     with pytest.raises(ConfigError, match="no BOS token"):
         render(tokenizer, "hi", add_bos=True)
+
+
+GOOD = b'{"q": "x", "a": 1}\n'
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+
+
+RECURSION = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}"
+
+
+@pytest.mark.parametrize("source", [LOOP, RECURSION])
+def test_a_template_that_never_ends_is_stopped(load_file, write_template, monkeypatch, source: str):
+    monkeypatch.setattr(chat, "TEMPLATE_CPU_S", 0.1)
+    with pytest.raises(ConfigError, match=r"data.chat_template has not ended after 0.1 s of CPU time on .* row 1"):
+        load_file("f.jsonl", GOOD, chat_template=write_template(source), on_bad_row="skip")
+
+
+def test_a_template_that_explodes_is_stopped_before_it_is_tokenized(load_file, write_template):
+    with pytest.raises(
+        DataError, match="row 1: the chat template made 10,000,001 characters of the prompt, more than 10,000,000;"
+    ):
+        load_file("f.jsonl", GOOD, chat_template=write_template("{{ messages[0].content * 10000001 }}"))
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ range(10**9) }}"]
+)
+def test_a_template_may_fail_in_any_way(load_file, write_template, source: str):
+    with pytest.raises(DataError, match="row 1: the chat template refused the prompt: ") as error:
+        load_file("f.jsonl", GOOD, chat_template=write_template(source))
+    assert "\n" not in str(error.value)
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(load_file, write_template):
+    source = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}[{{ m.content|upper }}]{% endif %}{% endfor %}"
+    )
+    row = {"q": [{"role": "user", "content": "a"}, {"role": "humen", "content": "b"}], "a": 1}
+    with pytest.raises(
+        DataError, match=r"row 1: the chat template leaves out message 2, whose role is 'humen'; correct"
+    ):
+        load_file("f.jsonl", json.dumps(row).encode(), chat_template=write_template(source))
+    row["q"][1]["role"] = "user"
+    assert (
+        load_file("f.jsonl", json.dumps(row).encode(), chat_template=write_template(source)).prompts[0].text == "[A][B]"
+    )
+
+
+def test_named_templates_are_chosen_by_name(load_file, tokenizer, monkeypatch):
+    named = {"plain": "{{ messages[0].content }}", "tool_use": "T{{ messages[0].content }}"}
+    monkeypatch.setattr(tokenizer, "chat_template", named)
+    with pytest.raises(
+        ConfigError, match=r"none of the tokenizer's templates is named default; set .* plain, tool_use"
+    ):
+        load_file("f.jsonl", GOOD, chat_template=True)
+    assert load_file("f.jsonl", GOOD, chat_template="tool_use").prompts[0].text == "Tx"
+    with pytest.raises(
+        ConfigError, match=r"'other' is not a file; .*, or one of the tokenizer's templates: plain, tool_use"
+    ):
+        load_file("f.jsonl", GOOD, chat_template="other")
+    monkeypatch.setattr(tokenizer, "chat_template", {**named, "default": "D{{ messages[0].content }}"})
+    assert load_file("f.jsonl", GOOD, chat_template=True).prompts[0].text == "Dx"
+
+
+def test_a_template_file_that_is_no_text(load_file, tmp_path: Path):
+    (tmp_path / "t.jinja").write_bytes(b"\xff\xfe{")
+    for path in (tmp_path / "t.jinja", tmp_path):
+        with pytest.raises(ConfigError, match=r"cannot be read: .*; give a Jinja file in UTF-8"):
+            load_file("f.jsonl", GOOD, chat_template=str(path))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.prompts import PromptSet, load_prompts
-from dapo_mcore.errors import DataError
+from dapo_mcore.errors import ConfigError, DataError
 
 PLAIN = {"prompt_key": "q", "answer_key": "a"}
 VERL = {
@@ -204,3 +204,52 @@ def test_gsm8k_with_the_qwen_tokenizer_and_template(real_data):
     assert first.token_ids[:2].tolist() == [151644, 8948]
     assert tokenizer.decode(first.token_ids) == first.text
     assert all(prompt.answer.replace(",", "").lstrip("-").isdigit() for prompt in found.prompts)
+
+
+def test_nulls_inside_parquet_columns_are_bad_rows(load_file, tmp_path: Path, write_template):
+    chats = [
+        [{"role": "user", "content": "x"}],
+        [{"role": "user", "content": None}],
+        [None],
+        None,
+        [],
+        [{"role": None}],
+    ]
+    models = [{"ground_truth": "1"}] * 5 + [None]
+    pq.write_table(pa.table({"q": chats, "r": models}), tmp_path / "f.parquet")
+    found = load_file("f.parquet", answer_key="r.ground_truth", chat_template=write_template(), on_bad_row="skip")
+    assert (len(found.prompts), found.num_bad_rows) == (1, 5)
+    assert "row 2: message 1 must have text under 'content', got None" in found.first_bad_row
+
+
+def test_a_chosen_source_column_must_be_there_and_the_default_one_need_not(load_file):
+    assert load_file("f.jsonl", b'{"q": "x", "a": 1}\n').prompts[0].source == ""
+    with pytest.raises(
+        DataError, match=r"row 1: no 'origin', the row has q, a; name the column in eval.sets.s.source_key;"
+    ):
+        load_file("f.jsonl", b'{"q": "x", "a": 1}\n', source_key="origin", section="eval.sets.s")
+
+
+SECTION = "warm_start.choose"
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"a": 1}, {}),
+        ({"q": "x"}, {}),
+        ({"q": ["x"], "a": 1}, {}),
+        ({"q": "x", "a": 1}, {"answer_pattern": "#(.)"}),
+        ({"q": "xyz", "a": 1}, {"max_prompt_tokens": 2, "on_long_prompt": "error"}),
+        ({"q": "xyz", "a": 1}, {"max_prompt_tokens": 2}),
+        ({"q": "xyz", "a": 1}, {"max_prompt_tokens": 2, "on_long_prompt": "drop"}),
+        ({"q": "x", "a": 1}, {"chat_template": True}),
+        ({"q": "x", "a": 1}, {"chat_template": "absent"}),
+    ],
+)
+def test_messages_name_the_section_whose_key_must_change(load_file, row: dict, settings: dict):
+    with pytest.raises((DataError, ConfigError)) as error:
+        load_file("f.jsonl", json.dumps(row).encode(), section=SECTION, **settings)
+    told = str(error.value)
+    assert f"{SECTION}." in told and "\n" not in told
+    assert "data." not in told.replace(SECTION, "")
