@@ -193,14 +193,7 @@ def test_no_tokens_give_a_zero_loss_on_the_graph():
         ({"logprobs": torch.zeros(2, 1)}, r"logprobs must be \[T\].*\[2, 1\]"),
         ({"logprobs": torch.zeros(2, dtype=torch.bfloat16)}, r"got \[2\] in torch.bfloat16"),
         ({"advantages": torch.zeros(3)}, r"advantages has shape \[3\], but there are 2 tokens"),
-        ({"token_weights": torch.ones(2, dtype=torch.bool)}, "token_weights is torch.bool"),
-        ({"old_logprobs": torch.zeros(2, device="meta")}, "old_logprobs is on meta, but the tokens are on cpu"),
-        ({"kl_coef": 0.1}, r"kl_coef 0.1 needs ref_logprobs \[2\]"),
         ({"entropy_coef": 0.1}, r"entropy_coef 0.1 needs `entropy` \[2\]"),
-        ({"clip_low": 1.0}, "clip_low 1.0"),
-        ({"clip_high": -0.1}, "clip_high -0.1"),
-        ({"dual_clip": 1.0}, "dual_clip 1.0 must be above 1"),
-        ({"kl_estimator": "k4"}, "kl_estimator 'k4' is unknown"),
     ],
 )
 def test_wrong_arguments_raise_errors_that_explain(changes, message):
