@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome
 from dapo_mcore.reward.pool import RewardPool
+from tests.reward.waiting import wait_for
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
@@ -42,13 +43,6 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_outcomes_come_back_in_order_and_workers_live_on():

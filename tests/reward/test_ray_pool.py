@@ -19,7 +19,7 @@ from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.reward.scorer import build_reward
-from tests.reward.test_pool import wait_for
+from tests.reward.waiting import wait_for
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
