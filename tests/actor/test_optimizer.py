@@ -14,7 +14,7 @@ import pytest
 from dapo_mcore.actor.optimizer import SkippedUpdates
 from dapo_mcore.errors import TrainingError
 from tests.actor import families, parity
-from tests.actor.model import test_policy as test_model
+from tests.actor.cross_entropy import cross_entropy, micro_batch, own_batches
 from tests.actor.parity import Mesh
 
 
@@ -89,8 +89,8 @@ def step(ddp: Any, optimizer: Any, problem: Any, layout: Any) -> float:
 
     ddp.zero_grad_buffer()
     optimizer.megatron.zero_grad()
-    batches = [test_model.micro_batch(problem, batch, layout) for batch in test_model.own_batches(layout)]
-    run_micro_batches(ddp, batches, partial(test_model.cross_entropy, layout=layout), layout, backward=True)
+    batches = [micro_batch(problem, batch, layout) for batch in own_batches(layout)]
+    run_micro_batches(ddp, batches, partial(cross_entropy, layout=layout), layout, backward=True)
     norm = optimizer.prepare()
     optimizer.step(norm)
     return norm

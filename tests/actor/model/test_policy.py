@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.actor import families, parity
-from tests.actor.families import FAMILIES, LENGTHS, Problem
+from tests.actor.cross_entropy import cross_entropy, held_positions, micro_batch, own_batches
+from tests.actor.families import FAMILIES, Problem
 from tests.actor.parity import Mesh
 
 GRADIENT_TOLERANCE = 1e-6  # per tensor, ‖Δ‖₂ / ‖g‖₂
@@ -91,10 +92,6 @@ def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any]
     return policy, outcomes, norm
 
 
-def own_batches(layout: Any) -> list[int]:
-    return [batch for batch in range(len(LENGTHS)) if layout.data == 1 or batch == layout.data_rank]
-
-
 def logits_errors(problem: Problem, outcomes: list[Any], layout: Any) -> dict[str, float]:
     errors = [
         out["logits"].double() - problem.logits[batch][held_positions(batch, layout)]
@@ -132,54 +129,3 @@ def worst_ratio(sums: dict[str, tuple[float, float]], layout: Any) -> float:
         wrong, whole = (sum(rank[name][i] for rank in everywhere if name in rank) for i in (0, 1))
         ratios[name] = (wrong / whole) ** 0.5 if whole else float(wrong > 0)
     return max(ratios.values())
-
-
-def held_positions(batch: int, layout: Any) -> torch.Tensor:
-    """int64, this context-parallel rank's tokens of a micro-batch, in the order of its hidden states [s, b] flattened."""
-    import numpy as np
-
-    from dapo_mcore.batch.context import zigzag_positions
-
-    held = torch.from_numpy(zigzag_positions(np.array(LENGTHS[batch]), layout.context, layout.context_rank))
-    return held.view(len(LENGTHS[batch]), -1).T.flatten() if batch else held
-
-
-def micro_batch(problem: Problem, batch: int, layout: Any) -> Any:
-    from dapo_mcore.types import MicroBatch
-
-    lengths = torch.tensor(LENGTHS[batch])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    held = held_positions(batch, layout)
-    shape = (1, -1) if batch == 0 else (-1, len(lengths))
-
-    def rectangle(values: torch.Tensor) -> torch.Tensor:
-        found = values[held].view(shape)
-        return found if batch == 0 else found.T.contiguous()
-
-    empty = torch.empty(0)
-    return MicroBatch(
-        tokens=rectangle(problem.tokens[batch]),
-        position_ids=rectangle(positions),
-        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int() if batch == 0 else None,
-        max_seqlen=int(lengths.max()),
-        rows=held,
-        targets=problem.targets[batch][held],
-        advantages=empty,
-        token_weights=problem.loss_weights[batch][held],
-        rollout_logprobs=empty,
-        sample_ids=empty,
-    )
-
-
-def cross_entropy(policy: Any, hidden: torch.Tensor, batch: Any, layout: Any) -> tuple[torch.Tensor, Any]:
-    """Weighted cross-entropy over whole logits, which every tensor-parallel rank gathers."""
-    from megatron.core.tensor_parallel import mappings
-
-    if policy.config.sequence_parallel:
-        hidden = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    else:
-        hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
-    shard = hidden.flatten(0, 1) @ policy.head_weight().T
-    logits = mappings.gather_from_tensor_model_parallel_region(shard)[:, : families.VOCAB]
-    logp = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-    return -(logp * batch.token_weights).sum(), {"logits": logits.detach()}

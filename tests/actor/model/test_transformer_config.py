@@ -1,83 +1,20 @@
-"""What a mesh must fulfil for a model, what the `megatron` section may set, and how layers are spread. No processes."""
+"""What the `megatron` section may set, and how layers are spread over pipeline stages. No processes."""
 
 from __future__ import annotations
 
 import pytest
 
-from dapo_mcore.actor.model.layers import uses_transformer_engine
-from dapo_mcore.actor.model.transformer_config import check_mesh, split_layers, transformer_config
+from dapo_mcore.actor.model.transformer_config import split_layers, transformer_config
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.errors import ConfigError
 from tests.actor import families
 from tests.actor.parity import Mesh, make_config
 
 
-def check(mesh: Mesh, family: str = "qwen2", **changes):
-    check_mesh(read_architecture(families.hf_config(family, **changes), 64), make_config(mesh).parallel)
-
-
 def built(family: str = "qwen2", mesh: Mesh | None = None, **overrides):
     return transformer_config(
         make_config(mesh or Mesh(), **overrides), read_architecture(families.hf_config(family), 64)
     )
-
-
-SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
-
-
-@pytest.mark.parametrize(
-    ("mesh", "family", "changes", "message"),
-    [
-        (Mesh(tensor=3), "qwen2", {}, "tensor_parallel 3 does not divide num_attention_heads 4; use 1, 2 or 4"),
-        (Mesh(tensor=2), "qwen2", SIX_HEADS, "tensor_parallel 2 is neither .* num_key_value_heads 3; use 1, 3 or 6"),
-        (
-            Mesh(tensor=2),
-            "qwen2",
-            {"intermediate_size": 97},
-            "tensor_parallel 2 does not divide intermediate_size 97; use 1",
-        ),
-        (
-            Mesh(pipeline=4),
-            "qwen2",
-            {},
-            "pipeline_parallel 4 leaves stages empty: num_hidden_layers is 3; use at most 3",
-        ),
-        (Mesh(expert=2), "qwen2", {}, "Qwen2ForCausalLM has no experts, so parallel.expert_parallel must be 1 .here 2"),
-        (Mesh(expert_tensor=2), "qwen2", {}, "expert_tensor_parallel unset .here 2"),
-        (Mesh(expert=3), "mixtral", {}, "expert_parallel 3 does not divide the number of experts 4; use 1, 2 or 4"),
-        (
-            Mesh(expert_tensor=5),
-            "qwen3-moe",
-            {},
-            "expert_tensor_parallel 5 does not divide the experts' intermediate size 48; use 1, 2",
-        ),
-        (Mesh(tensor=2), "mixtral", {}, "tensor_parallel 2 with experts needs sequence_parallel"),
-        (
-            Mesh(tensor=2, sequence_parallel=True),
-            "qwen2-moe",
-            {"shared_expert_intermediate_size": 41},
-            "does not divide shared_expert_intermediate_size 41",
-        ),
-    ],
-)
-def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(mesh, family, changes, message):
-    with pytest.raises(ConfigError, match=message):
-        check(mesh, family, **changes)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "family", "changes"),
-    [
-        (Mesh(tensor=4), "qwen2", {}),  # two key-value heads
-        (Mesh(tensor=2), "qwen2", {"num_key_value_heads": 1}),
-        (Mesh(pipeline=2), "qwen2", {"num_hidden_layers": 5}),
-        # no dense layer: the width of the MLPs that are not there does not matter
-        (Mesh(tensor=2, sequence_parallel=True), "qwen3-moe", {"intermediate_size": 97}),
-        (Mesh(tensor=2, sequence_parallel=True, expert=4), "mixtral", {"intermediate_size": 97}),
-    ],
-)
-def test_a_mesh_that_fits_passes(mesh, family, changes):
-    check(mesh, family, **changes)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +88,3 @@ def test_the_tables_name_what_other_sections_decide():
         decided |= megatron_config._precision(config.model.dtype).keys()
     assert decided == OWNED | (decided & REFUSED[next(r for r in REFUSED if "auxiliary" in r)])
     assert not OWNED & EFFECTIVE
-
-
-def test_transformer_engine_is_refused_where_it_cannot_run():
-    config = make_config(Mesh(), model__transformer_impl="transformer_engine")
-    with pytest.raises(ConfigError, match="needs a CUDA device"):
-        uses_transformer_engine(config.model)

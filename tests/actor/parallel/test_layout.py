@@ -1,49 +1,13 @@
-"""The mesh: its arithmetic without processes, its coordinates and control collectives with them."""
+"""A rank's coordinates, and the collectives of the control group, in real processes. The arithmetic: test_mesh.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
-from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size, fewest_processes
-from dapo_mcore.config.sections import ParallelConfig
-from dapo_mcore.errors import ConfigError
 from tests.actor import parity
 from tests.actor.parity import Mesh
-
-
-def test_world_size_that_is_no_multiple_of_the_mesh_is_refused():
-    parallel = ParallelConfig(tensor_parallel=2, pipeline_parallel=2)
-    message = r"world size 6 is not a multiple of tensor_parallel 2 × pipeline_parallel 2 × context_parallel 1 = 4"
-    with pytest.raises(ConfigError, match=message):
-        data_parallel_size(parallel, 6)
-
-
-def test_world_size_that_contradicts_data_parallel_is_refused():
-    parallel = ParallelConfig(tensor_parallel=2, data_parallel=2)
-    with pytest.raises(ConfigError, match=r"world size 2 is not .* × data_parallel 2 = 4; start 4 processes"):
-        data_parallel_size(parallel, 2)
-
-
-def test_what_remains_is_data_parallel():
-    assert data_parallel_size(ParallelConfig(tensor_parallel=2, context_parallel=2), 8) == 2
-
-
-def test_experts_fill_the_same_processes_in_their_own_way():
-    parallel = ParallelConfig(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True, expert_parallel=2)
-    assert expert_data_parallel_size(parallel, 8) == 2  # whole experts: expert_tensor_parallel is 1
-    assert expert_data_parallel_size(parallel.model_copy(update={"expert_tensor_parallel": 2}), 8) == 1
-
-
-def test_world_size_that_is_no_multiple_of_the_experts_mesh_is_refused():
-    parallel = ParallelConfig(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
-    message = (
-        r"world size 2 is not a multiple of expert_parallel 2 × expert_tensor_parallel 2 × pipeline_parallel 1 = 4"
-    )
-    with pytest.raises(ConfigError, match=message):
-        expert_data_parallel_size(parallel, 2)
 
 
 def test_coordinates_of_experts():
@@ -93,10 +57,3 @@ def describe_experts(layout: Any, mesh: Mesh) -> list[list[int]]:
     assert layout.expert_tensor_group.size() == layout.expert_tensor == 1
     coordinates[layout.rank] = torch.tensor(mine)
     return layout.sum_over_ranks(coordinates).tolist()
-
-
-def test_the_fewest_processes_fill_both_meshes():
-    assert fewest_processes(ParallelConfig(tensor_parallel=2, context_parallel=3)) == 6
-    assert fewest_processes(ParallelConfig(tensor_parallel=2, expert_parallel=3)) == 6
-    assert fewest_processes(ParallelConfig(pipeline_parallel=2, expert_parallel=4)) == 8
-    assert fewest_processes(ParallelConfig(tensor_parallel=2, data_parallel=5)) == 10
