@@ -77,10 +77,7 @@ class Actor:
         If a gradient is not finite on any rank, all ranks skip the step. Raises TrainingError, on every rank, at the last of
         optimizer.max_skipped_updates skipped steps in a row. Collectives: all of Megatron's for a gradient step.
         """
-        self.ddp.zero_grad_buffer()
-        self.optimizer.megatron.zero_grad()
-        loss = self._supervised_loss if supervised else self._policy_loss
-        outputs = run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
+        outputs = self.backward(micro_batches, supervised=supervised)
         norm = self.optimizer.prepare()
         stats = UpdateStats.reduce(outputs, self.layout, grad_norm=norm, lr=self.optimizer.lr)
         if not stats.skipped:
@@ -88,6 +85,16 @@ class Actor:
         self.num_updates += 1
         self.skipped_updates.add(stats.skipped)
         return stats
+
+    def backward(self, micro_batches: Sequence[MicroBatch], *, supervised: bool = False) -> list[MicroBatchOutput]:
+        """Compute the gradient of a mini-batch, and return the outputs of its micro-batches as run_micro_batches does.
+
+        Afterwards main_grad holds the gradient, summed over data- and context-parallel ranks and not clipped. The weights stay.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.megatron.zero_grad()
+        loss = self._supervised_loss if supervised else self._policy_loss
+        return run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
 
     def _with_logprobs(self, model: PolicyModel, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
         outputs = run_micro_batches(model, micro_batches, self._logprobs, self.layout, backward=False)

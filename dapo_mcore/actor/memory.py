@@ -31,7 +31,7 @@ class ActorMemory:
         self._actor = actor
         pinned = actor.layout.device.type == "cuda"
         num_ranks = num_local_ranks()
-        self._state, self._weights = _HostCopy(pinned, num_ranks), _HostCopy(pinned, num_ranks)
+        self._state, self._weights = HostCopy(pinned, num_ranks), HostCopy(pinned, num_ranks)
         self._gradients: list[tuple[UntypedStorage, int]] = []
 
     @property
@@ -81,7 +81,7 @@ class ActorMemory:
                 yield tensor
 
 
-class _HostCopy:
+class HostCopy:
     """The values of storages that have no memory, in host buffers. Buffers are pinned once and reused.
 
     num_ranks  the trainer's ranks on this machine; all of them offload at the same time

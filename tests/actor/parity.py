@@ -345,8 +345,5 @@ def load_problem(path: str) -> tuple[TrainBatch, dict[str, Any]]:
 
 def gradient_of(actor: Any, mini_batch: Any) -> dict[str, torch.Tensor]:
     """The HF-named gradient on rank 0, without an optimizer step."""
-    from dapo_mcore.actor.forward_backward import run_micro_batches
-
-    actor.ddp.zero_grad_buffer()
-    run_micro_batches(actor.ddp, mini_batch, actor._policy_loss, actor.layout, backward=True)
+    actor.backward(mini_batch)
     return gather_named(actor, local_gradients(actor))

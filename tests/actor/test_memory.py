@@ -77,11 +77,11 @@ def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch, avail
     host = SimpleNamespace(available=available * 2**20, total=8 * 2**20)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
     tensor = torch.ones(2**20)  # 4 MiB
-    copy = memory._HostCopy(pinned=False, num_ranks=num_ranks)
+    copy = memory.HostCopy(pinned=False, num_ranks=num_ranks)
     with pytest.raises(ResourceError, match=rf"this rank's actor .* {num_ranks} ranks, but 0\.0 GiB of host memory"):
         copy.offload([tensor.untyped_storage()])
     assert float(tensor.sum()) == 2**20
-    memory._HostCopy(pinned=False, num_ranks=2).offload([tensor[:1].clone().untyped_storage()])
+    memory.HostCopy(pinned=False, num_ranks=2).offload([tensor[:1].clone().untyped_storage()])
 
 
 @pytest.mark.gpu
@@ -89,7 +89,7 @@ def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch, avail
 def test_device_memory_is_free_while_values_are_on_the_host() -> None:
     whole = torch.arange(2**24, device="cuda", dtype=torch.float32)
     shard = whole[2**23 :]
-    copy, before = memory._HostCopy(pinned=True), torch.cuda.memory_allocated()
+    copy, before = memory.HostCopy(pinned=True), torch.cuda.memory_allocated()
     copy.offload([whole.untyped_storage()])
     assert torch.cuda.memory_allocated() == before - 2**26
     copy.onload()

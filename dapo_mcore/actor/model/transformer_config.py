@@ -37,14 +37,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     """
     check_mesh(architecture, config.parallel)
     kind = MLATransformerConfig if architecture.latent_attention else TransformerConfig
-    owned = {
-        **architecture.fields,
-        **_mesh(config.parallel),
-        **_precision(config.model.dtype),
-        **_implementation(config, architecture),
-        **_recompute(config.model.recompute),
-        "moe_router_load_balancing_type": "none",
-    }
+    owned = owned_fields(config, architecture)
     check_fields(config.megatron, engine=owned["transformer_impl"] == "transformer_engine", owned=owned)
     chosen = config.megatron
     try:
@@ -53,6 +46,18 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core refuses the configuration (megatron section: {chosen}): {error}") from error
     return built
+
+
+def owned_fields(config: Config, architecture: Architecture) -> dict[str, Any]:
+    """Return the fields that the model and the other sections decide; the `megatron` section may not set them."""
+    return {
+        **architecture.fields,
+        **_mesh(config.parallel),
+        **_precision(config.model.dtype),
+        **_implementation(config, architecture),
+        **_recompute(config.model.recompute),
+        "moe_router_load_balancing_type": "none",
+    }
 
 
 def _check_stages(built: TransformerConfig) -> None:
