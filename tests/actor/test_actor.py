@@ -1,0 +1,105 @@
+"""Scoring and gradient steps of one process. Against other implementations and over meshes: test_parity.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dapo_mcore.actor.actor import Actor
+from dapo_mcore.types import MicroBatch
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+
+def built(layout: Any, **overrides: Any) -> tuple[Actor, list[MicroBatch]]:
+    """Return an actor with a mini-batch that is scattered and scored."""
+    config = parity.make_config(Mesh(), **overrides)
+    actor = parity.build_actor(config, layout)
+    return actor, parity.shared_step(config, layout, parity.make_batch(), actor)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(alone) -> tuple[Actor, list[MicroBatch]]:
+    """An actor whose tests leave its weights as they are."""
+    return built(alone, algo__old_logprobs="actor")
+
+
+def gradient(actor: Actor) -> torch.Tensor:
+    return torch.cat([parameter.main_grad.flatten() for parameter in actor.policy.parameters()])
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_backward_pass_replaces_the_gradient_and_leaves_the_weights(plain):
+    actor, mini_batch = plain
+    before = weights(actor.policy)
+    outputs = actor.backward(mini_batch)
+    first = gradient(actor)
+    actor.backward(mini_batch)
+    assert len(outputs) == len(mini_batch) > 1
+    assert torch.equal(gradient(actor), first) and first.norm() > 0
+    assert torch.equal(weights(actor.policy), before) and actor.num_updates == 0
+
+
+def test_a_supervised_step_reads_no_advantages_and_maximises_the_likelihood(plain):
+    """Its gradient is that of the on-policy objective with advantages 1."""
+    actor, mini_batch = plain
+    spoiled = [micro.with_(advantages=micro.advantages * float("nan")) for micro in mini_batch]
+    actor.backward(spoiled, supervised=True)
+    supervised = gradient(actor)
+    on_policy = [micro.with_(advantages=torch.ones_like(micro.advantages), old_logprobs=None) for micro in mini_batch]
+    actor.backward(on_policy)
+    torch.testing.assert_close(supervised, gradient(actor), rtol=1e-6, atol=1e-9)
+    assert supervised.isfinite().all() and supervised.norm() > 0
+
+
+def test_scores_are_what_the_first_gradient_step_finds(plain):
+    actor, mini_batch = plain
+    scored = actor.score(mini_batch)
+    assert all(micro.ref_logprobs is None for micro in scored)
+    ratios = [output["maxima"][0].item() for output in actor.backward(scored)]
+    assert ratios == [0.0] * len(mini_batch), "|ratio - 1| of every micro-batch"
+
+
+def test_with_old_log_probs_of_the_rollout_the_scores_do_not_enter_the_loss(alone):
+    actor, mini_batch = built(alone, algo__old_logprobs="rollout")
+    actor.backward(mini_batch)
+    expected = gradient(actor)
+    scored = actor.score(mini_batch)
+    assert not torch.equal(scored[0].old_logprobs, mini_batch[0].old_logprobs)
+    actor.backward(scored)
+    assert torch.equal(gradient(actor), expected)
+
+
+def test_a_reference_stays_where_the_policy_was_until_it_is_frozen_again(alone):
+    actor, mini_batch = built(alone, algo__kl__coef=0.1)
+    start = weights(actor.reference)
+    assert torch.equal(start, weights(actor.policy)) and not any(p.requires_grad for p in actor.reference.parameters())
+    assert all(torch.equal(micro.ref_logprobs, micro.old_logprobs) for micro in actor.score(mini_batch))
+    assert not actor.update(mini_batch).skipped
+    assert torch.equal(weights(actor.reference), start) and not torch.equal(weights(actor.policy), start)
+    actor.freeze_reference()
+    assert torch.equal(weights(actor.reference), weights(actor.policy))
+
+
+def test_a_new_optimizer_starts_without_moments_and_counts_from_zero(alone):
+    """Two first steps of Adam move each weight by as much, whatever the steps between: ± lr without weight decay."""
+    actor, mini_batch = built(alone, optimizer__weight_decay=0.0)
+    for _ in range(2):
+        actor.update(mini_batch)
+    assert actor.num_updates == 2
+    actor.reset_optimizer(actor.config.optimizer)
+    assert actor.num_updates == 0
+    before = weights(actor.policy)
+    actor.update(mini_batch)
+    moved = (weights(actor.policy) - before)[gradient_is_clear(actor)].abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, parity.LR), rtol=2e-3, atol=0)
+
+
+def gradient_is_clear(actor: Actor) -> torch.Tensor:
+    """Return bool, True where the gradient is far above Adam's epsilon of 1e-8."""
+    return gradient(actor).abs() > 1e-4

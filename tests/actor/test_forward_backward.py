@@ -1,0 +1,83 @@
+"""Micro-batches through Megatron's schedule, in one process: nothing is averaged, nothing is scaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dapo_mcore.actor.actor import wrap
+from dapo_mcore.actor.forward_backward import run_micro_batches, to_device
+from dapo_mcore.types import MicroBatch
+from tests.actor import parity
+from tests.actor.parity import Mesh
+
+
+def micro_batch(tokens: list[int], lengths: list[int] | None = None) -> MicroBatch:
+    """Return tokens in one row, packed if `lengths` are given. The loss weight of each token is its number."""
+    row, none = torch.tensor(tokens), torch.empty(0)
+    return MicroBatch(
+        tokens=row[None],
+        position_ids=torch.cat([torch.arange(n) for n in lengths or [len(tokens)]])[None],
+        cu_seqlens=None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=max(lengths or [len(tokens)]),
+        rows=torch.arange(len(tokens)),
+        targets=row,
+        advantages=none,
+        token_weights=row.float(),
+        rollout_logprobs=none,
+        sample_ids=none,
+    )
+
+
+def weighted_sum(model: Any, hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = (hidden[:, 0].sum(-1) * batch.token_weights).sum()
+    return loss, {"loss": loss.detach(), "hidden": hidden.detach()[:, 0]}
+
+
+@pytest.fixture(scope="module")
+def ddp(alone) -> Any:
+    config = parity.make_config(Mesh(), optimizer__distributed=False)
+    return wrap(parity.build_actor(config, alone).policy, config)
+
+
+def gradient(ddp: Any, layout: Any, batches: list[MicroBatch]) -> torch.Tensor:
+    ddp.zero_grad_buffer()
+    run_micro_batches(ddp, batches, weighted_sum, layout, backward=True)
+    return torch.cat([parameter.main_grad.flatten() for parameter in ddp.module.parameters()])
+
+
+def test_the_gradient_of_two_micro_batches_is_the_sum_of_theirs(ddp, alone):
+    first, second = micro_batch([5, 3, 8, 1]), micro_batch([2, 7])
+    separate = gradient(ddp, alone, [first]) + gradient(ddp, alone, [second])
+    together = gradient(ddp, alone, [first, second])
+    torch.testing.assert_close(together, separate, rtol=1e-5, atol=1e-5 * separate.abs().max().item())
+    double = first.with_(token_weights=2 * first.token_weights)
+    torch.testing.assert_close(gradient(ddp, alone, [double]), 2 * gradient(ddp, alone, [first]))
+
+
+def test_outputs_come_in_order_and_without_a_gradient_when_there_is_no_backward_pass(ddp, alone):
+    ddp.zero_grad_buffer()
+    batches = [micro_batch([5, 3, 8]), micro_batch([2]), micro_batch([4, 4])]
+    outputs = run_micro_batches(ddp.module, batches, weighted_sum, alone, backward=False)
+    assert [len(output["hidden"]) for output in outputs] == [3, 1, 2]
+    assert all(not parameter.main_grad.any() for parameter in ddp.module.parameters())
+    for output, batch in zip(outputs, batches, strict=True):
+        assert output["loss"].item() == pytest.approx((output["hidden"].sum(-1) @ batch.token_weights).item())
+
+
+def test_packed_sequences_give_what_each_gives_alone(ddp, alone):
+    parts = [[5, 3, 8], [2, 7, 6, 1]]
+    run = lambda *batches: run_micro_batches(ddp.module, batches, weighted_sum, alone, backward=False)  # noqa: E731
+    (packed,) = run(micro_batch(parts[0] + parts[1], lengths=[3, 4]))
+    separate = run(*map(micro_batch, parts))
+    torch.testing.assert_close(packed["hidden"], torch.cat([output["hidden"] for output in separate]))
+
+
+def test_a_micro_batch_is_copied_only_to_another_device():
+    batch = micro_batch([5, 3], lengths=[1, 1])
+    assert to_device(batch, torch.device("cpu")) is batch
+    moved = to_device(batch, torch.device("meta"))
+    assert {moved.tokens.device.type, moved.cu_seqlens.device.type, moved.rows.device.type} == {"meta"}
+    assert moved.max_seqlen == 1 and moved.old_logprobs is None and batch.tokens.device.type == "cpu"
