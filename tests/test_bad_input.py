@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.cli import main
+from tests.mistakes import mistake
 
 BASE = "model: {path: model}\ndata: {files: [train.jsonl]}\n"
 LONG = "x" * 300
@@ -135,17 +135,6 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "many unknown keys": (BASE + "".join(f"zz{i}: 1\n" for i in range(900)), "and 892 more mistakes"),
     "a huge value": (BASE + f"optimizer: {{lr: {'x' * 500_000}}}\n", "optimizer.lr: Input should be a valid number"),
 }
-
-
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of a call of the command that must fail on its user's account."""
-    assert main(argv) == 2, argv
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"dapo-mcore {argv[0]}: ")
-    lines = err.splitlines()
-    assert all(len(line) < 500 for line in lines), err
-    return err
 
 
 @pytest.mark.parametrize("overrides", OVERRIDES, ids=lambda text: text[:40])

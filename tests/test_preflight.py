@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
 from dapo_mcore.cli import main
 from dapo_mcore.config.file import parse_config
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.model_files.torch_dist import write_chunk, write_metadata
 from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.preflight import describe_step
+from tests.checkpoint.stored_checkpoint import truncate, write_checkpoint
+from tests.mistakes import mistake
 from tests.model_files.character_model import CONFIG, write_tokenizer
-from tests.test_bad_input import mistake
 
 ROOT = Path(__file__).parents[1]
 GOOD = """
@@ -265,43 +262,12 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no file at all": (
-        lambda path: shutil.rmtree(path) or path.mkdir(),
-        "is not a whole checkpoint: it lacks megatron/metadata.json",
-    ),
     "no state": (
         lambda path: (path / "state.json").unlink(),
         "it lacks state.json; delete runs/run/checkpoints/step_000002 to",
     ),
-    "a cut state": (lambda path: truncate(path / "state.json"), "state.json is damaged"),
-    "a cut array": (lambda path: truncate(path / "state.safetensors"), "state.safetensors is truncated or damaged"),
-    "a newer format": (
-        lambda path: change_json(path / "state.json", {"format": 99}),
-        "has format 99, and this version of",
-    ),
-    "a cut index": (
-        lambda path: truncate(path / "megatron/.metadata"),
-        "megatron/.metadata cannot be read: pickle data was truncated",
-    ),
-    "cut tensors": (lambda path: truncate(path / "megatron/__0_0.distcp"), "megatron/__0_0.distcp is truncated"),
-    "no tensors": (lambda path: (path / "megatron/__0_0.distcp").unlink(), "megatron/__0_0.distcp is missing"),
+    "cut tensors": (truncate("megatron/__0_0.distcp", 100), "megatron/__0_0.distcp is truncated"),
 }
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def write_checkpoint(path: Path) -> None:
-    """A whole checkpoint of one tensor."""
-    import torch
-
-    (path / "megatron").mkdir(parents=True)
-    train = TrainState(2, 4, 2, {"epoch": 0, "offset": 8}, {}, {"x": np.arange(3, dtype=np.int32)}, "seed: 0\n")
-    write_state(path, RunState(FORMAT, train, {}, reference=False, adam_step=4.0))
-    with open(path / "megatron/__0_0.distcp", "wb") as file:
-        chunk = write_chunk(file, "__0_0.distcp", "w", (0,), (8,), torch.zeros(8))
-    write_metadata(path / "megatron", [chunk], {"w": torch.float32}, {"w": (8,)})
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)

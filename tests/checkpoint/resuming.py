@@ -1,0 +1,242 @@
+"""Workers of test_checkpoint.py: each saves, damages or resumes in real gloo processes and returns what it found."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from dapo_mcore.checkpoint.run_folder import latest_checkpoint
+from dapo_mcore.checkpoint.run_state import TrainState
+from dapo_mcore.errors import CheckpointError, DapoError
+from dapo_mcore.model_files.hf_folder import RandomReader
+from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, shared_step
+from tests.checkpoint.stored_checkpoint import cut_chunks, evil_common, evil_metadata, unnumbered
+
+STATE = TrainState(
+    step=2,
+    num_updates=2,
+    weight_version=3,
+    loader={"epoch": 1, "offset": 7},
+    sampler={"groups": [{"uid": "train:4", "samples": [{"text": "Ünïcode"}]}]},
+    sampler_arrays={
+        "token_ids": np.arange(5, dtype=np.int32),
+        "logprobs": np.array([-0.1, np.nan], dtype=np.float32),
+        "loss_mask": np.array([True, False]),
+        "offsets": np.zeros(0, dtype=np.int64),
+    },
+    config="name: run\n",
+)
+
+
+def build_actor(config: Any, layout: Any, family: str = "qwen2", tied: bool = False) -> Any:
+    """A fresh actor. 65 words are padded to 80 on two tensor-parallel ranks, to 72 on one."""
+    from dapo_mcore.actor.actor import Actor
+
+    model = hf_config(family, tied)
+    model.vocab_size = 65
+    return Actor(config, model, layout, RandomReader(model, seed=0))
+
+
+def train(actor: Any, num_updates: int) -> list[float]:
+    """Gradient norms and learning rates of some gradient steps."""
+    mini_batches = shared_step(actor.config, actor.layout, make_batch(), actor)
+    updates = [actor.update(mini_batches[0]) for _ in range(num_updates)]
+    return [value for update in updates for value in (update.grad_norm, update.lr)]
+
+
+def local_state(actor: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of this rank that training changes."""
+    found = {f"policy.{name}": p.detach() for name, p in actor.policy.named_parameters()}
+    for part in actor.optimizer.megatron.chained_optimizers:
+        parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            found[f"master.{index}"] = parameter.detach()
+            found |= {f"{key}.{index}": value for key, value in part.optimizer.state[parameter].items()}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def differences(layout: Any, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not bitwise equal, over all ranks."""
+    assert ours.keys() == theirs.keys() and any(name.startswith("exp_avg_sq") for name in ours)
+    here = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    found: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(found, here, group=layout.control_group)
+    return [f"rank {rank}: {name}" for rank, names in enumerate(found) for name in names]
+
+
+def settings(mesh: Mesh, **overrides: Any) -> Any:
+    """A warm-up longer than the run: every step has its own learning rate."""
+    return make_config(mesh, optimizer__warmup_updates=8, **overrides)
+
+
+def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Two steps, a checkpoint, two steps; then the same last two steps by a fresh actor that loads the checkpoint."""
+    config = settings(mesh, **options)
+    actor = build_actor(config, layout, tied=tied)
+    train(actor, 2)
+    actor.freeze_reference()  # a reference that only the checkpoint knows
+    path = save_checkpoint(Path(folder), actor, STATE if layout.is_controller else None, layout, keep=2)
+    saved = {name: p.detach().clone() for name, p in actor.policy.named_parameters()}
+    expected = train(actor, 2)
+    resumed = build_actor(config, layout, tied=tied)
+    state = load_checkpoint(path, resumed, layout)
+    loaded = {name: p.detach().clone() for name, p in resumed.policy.named_parameters()}
+    found = train(resumed, 2)
+    weights = gather_named(resumed, dict(resumed.policy.named_parameters()))
+    if layout.is_controller:
+        np.savez(
+            Path(folder) / "after.npz", trace=found, **{name: t.detach().float().numpy() for name, t in weights.items()}
+        )
+    return {
+        "moved": any(not torch.equal(saved[name], p) for name, p in actor.policy.named_parameters()),
+        "loaded": all(torch.equal(saved[name], loaded[name]) for name in saved),
+        "expected": expected,
+        "found": found,
+        "different": differences(layout, local_state(actor), local_state(resumed)),
+        "updates": resumed.num_updates,
+        "state": [state.step, state.weight_version, state.loader, state.sampler, state.config],
+        "arrays": {name: [str(a.dtype), a.tobytes().hex()] for name, a in state.sampler_arrays.items()},
+        "path": str(path),
+    }
+
+
+def resume_and_fill_the_disk(layout: Any, mesh: Mesh, folder: str) -> dict[str, Any]:
+    found = interrupt_and_resume(layout, mesh, folder, {}, False)
+    return found | {"full": [a_full_disk(layout, mesh, Path(folder), rank) for rank in range(2)]}
+
+
+def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, Any]:
+    """Both ranks' errors, and the folders that are left, where rank `full` may write no more than 10 kB into a file."""
+    actor = build_actor(settings(mesh), layout)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if layout.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(DapoError) as caught:
+            save_checkpoint(run_dir, actor, replace(STATE, step=3) if layout.is_controller else None, layout, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(told, str(caught.value), group=layout.control_group)
+    return {"told": told, "left": sorted(path.name for path in (run_dir / "checkpoints").iterdir())}
+
+
+def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: str) -> dict[str, Any]:
+    """All that needs an actor but no mesh; the plain optimizer, and a checkpoint that two tensor-parallel ranks wrote."""
+    base = Path(folder)
+    return {
+        "plain": interrupt_and_resume(layout, mesh, folder, {"optimizer__distributed": False}, False),
+        "reshard": reshard(layout, mesh, Path(tensor_parallel_path)),
+        "first_step": [before_the_first_step(layout, mesh, base / str(own), own) for own in (True, False)],
+        "settings": changed_settings(layout, mesh, Path(tensor_parallel_path)),
+        "helpers": [process.name for process in multiprocessing.active_children()],
+        "kept": retention(layout, mesh, base / "retention"),
+        "errors": errors(layout, mesh, Path(tensor_parallel_path), base / "damaged"),
+        "unnumbered": numbered_and_not(layout, mesh, Path(tensor_parallel_path), base / "unnumbered"),
+    }
+
+
+def reshard(layout: Any, mesh: Mesh, path: Path) -> dict[str, Any]:
+    actor = build_actor(settings(mesh), layout)
+    load_checkpoint(path, actor, layout)
+    trace = train(actor, 2)
+    weights = gather_named(actor, dict(actor.policy.named_parameters()))
+    after = np.load(path.parents[1] / "after.npz")
+    worst = max(np.abs(weights[name].detach().numpy() - after[name]).max() for name in weights)
+    return {"trace": trace, "expected": after["trace"].tolist(), "worst": float(worst), "tensors": len(weights)}
+
+
+def before_the_first_step(layout: Any, mesh: Mesh, folder: Path, distributed: bool) -> dict[str, Any]:
+    """Saving before any gradient step neither disturbs the run nor loses anything."""
+    config = settings(mesh, optimizer__distributed=distributed)
+    undisturbed, saved, resumed = (build_actor(config, layout) for _ in range(3))
+    path = save_checkpoint(folder, saved, replace(STATE, step=0, num_updates=0), layout, keep=1)
+    load_checkpoint(path, resumed, layout)
+    expected = train(undisturbed, 2)
+    return {
+        "expected": expected,
+        "saved": train(saved, 2),
+        "resumed": train(resumed, 2),
+        "different": differences(layout, local_state(undisturbed), local_state(resumed)),
+    }
+
+
+def changed_settings(layout: Any, mesh: Mesh, path: Path) -> list[float]:
+    """Learning rate and weight decay after a resume with other settings than the checkpoint's."""
+    actor = build_actor(settings(mesh, optimizer__lr=5e-4, optimizer__weight_decay=0.25), layout)
+    load_checkpoint(path, actor, layout)
+    train(actor, 1)
+    return [actor.optimizer.lr, max(group["weight_decay"] for group in actor.optimizer.megatron.param_groups)]
+
+
+def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:
+    """Folders after each of four saves with keep=2, the third of a step that exists; leftovers stay out of it."""
+    actor = build_actor(settings(mesh), layout)
+    (folder / "checkpoints" / "step_000004.partial" / "megatron").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000004.partial" / "junk.json").write_text("left by a killed run")
+    (folder / "checkpoints" / "step_000099.partial").mkdir()
+    seen: list[Any] = []
+    for step in (2, 4, 4, 1_000_000):
+        path = save_checkpoint(folder, actor, replace(STATE, step=step), layout, keep=2)
+        seen.append(sorted(p.name for p in path.parent.iterdir()))
+    files = [sorted(p.name for p in (path.parent / name).iterdir()) for name in ("step_000004", path.name)]
+    return [*seen, *files, latest_checkpoint(folder).name]
+
+
+def errors(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, str]:
+    """Messages by the kind of damage or misfit. A checkpoint of step 1 lies beside each damaged one."""
+    actor = build_actor(settings(mesh), layout)
+    with_reference = build_actor(settings(mesh, algo__kl__coef=0.1), layout)
+
+    def damaged(name: str) -> str:
+        path = folder / name / "checkpoints" / "step_000002"
+        shutil.copytree(good, path)
+        (path.parent / "step_000001").mkdir()
+        DAMAGE[name](path)
+        return message(path, actor)
+
+    return {
+        **{name: damaged(name) for name in DAMAGE},
+        "absent": message(folder / "checkpoints" / "step_000077", actor),
+        "untied": message(good, build_actor(settings(mesh), layout, family="llama", tied=True)),
+        "reference": message(good, with_reference),
+        "ran": [str(path) for path in folder.rglob("ran")],
+    }
+
+
+def message(path: Path, actor: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, actor, actor.layout)
+    return str(caught.value)
+
+
+def numbered_and_not(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, Any]:
+    """A checkpoint of an earlier version whose optimizer state is right is read as it always was."""
+    now, before = build_actor(settings(mesh), layout), build_actor(settings(mesh), layout)
+    path = folder / "checkpoints" / "step_000002"
+    shutil.copytree(good, path)
+    unnumbered(path)
+    load_checkpoint(good, now, layout)
+    load_checkpoint(path, before, layout)
+    steps = [actor.optimizer.adam_step for actor in (now, before)]
+    return {"steps": steps, "different": differences(layout, local_state(now), local_state(before))}
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "no_json": lambda path: (path / "state.json").unlink(),
+    "no_shard": lambda path: next((path / "megatron").glob("*.distcp")).unlink(),
+    "half_shard": cut_chunks,
+    "evil_metadata": evil_metadata,
+    "evil_common": evil_common,
+}
+"""Damage that a load must notice on every rank; test_stored.py has all kinds."""

@@ -1,0 +1,143 @@
+"""A checkpoint on disk is checked without a model: what is damaged is named, with the older checkpoint to resume from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dapo_mcore.checkpoint.stored import check_stored, damage_named, read_stored
+from dapo_mcore.errors import CheckpointError
+from tests.checkpoint.stored_checkpoint import (
+    cut_chunks,
+    edit_state,
+    edit_train,
+    evil_common,
+    evil_metadata,
+    truncate,
+    unnumbered,
+    write_checkpoint,
+)
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda path: [shutil.rmtree(path), path.mkdir()],
+    "no_json": lambda path: (path / "state.json").unlink(),
+    "empty_json": truncate("state.json", 0),
+    "half_json": truncate("state.json", 100),
+    "braces": lambda path: (path / "state.json").write_text("{}"),
+    "a_list": lambda path: (path / "state.json").write_text("[1]"),
+    "no_text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe{"),
+    "wrong_type": lambda path: edit_train(path, step="2"),
+    "no_field": lambda path: edit_train(path, loader=None),
+    "newer": lambda path: edit_state(path, format=3),
+    "arrays": truncate("state.safetensors", 9),
+    "no_arrays": truncate("state.safetensors", 0),
+    "common": truncate("megatron/common.pt", 10),
+    "no_common": truncate("megatron/common.pt", 0),
+    "metadata_json": truncate("megatron/metadata.json", 0),
+    "metadata_list": lambda path: (path / "megatron" / "metadata.json").write_text("[]"),
+    "metadata": truncate("megatron/.metadata", 200),
+    "half_metadata": lambda path: truncate("megatron/.metadata", (path / "megatron/.metadata").stat().st_size // 2)(
+        path
+    ),
+    "no_metadata": truncate("megatron/.metadata", 0),
+    "no_shard": lambda path: next((path / "megatron").glob("*.distcp")).unlink(),
+    "half_shard": cut_chunks,
+    "evil_metadata": evil_metadata,
+    "evil_common": evil_common,
+    "old_and_wrong": lambda path: unnumbered(path, tied=True),
+}
+
+
+OLDER = ["step_000002 to resume from", "step_000001"]
+
+
+ERRORS = {
+    "nothing": ["is not a whole checkpoint: it lacks megatron/metadata.json", *OLDER],
+    "no_json": ["not a whole checkpoint: it lacks state.json; delete", *OLDER],
+    "empty_json": ["state.json is damaged: Expecting value", *OLDER],
+    "half_json": ["state.json is damaged", *OLDER],
+    "braces": ["state.json is damaged: train: Field required", *OLDER],
+    "a_list": ["state.json is damaged: its content: Input should be a valid dictionary", *OLDER],
+    "no_text": ["state.json is damaged: 'utf-16", *OLDER],
+    "wrong_type": ["state.json is damaged: train.step: Input should be a valid integer", *OLDER],
+    "no_field": ["state.json is damaged: train.loader: Field required", *OLDER],
+    "newer": ["has format 3, and this version of dapo_mcore reads up to 2; resume with the version that wrote it"],
+    "arrays": ["state.safetensors is truncated or damaged", *OLDER],
+    "no_arrays": ["state.safetensors is truncated or damaged", *OLDER],
+    "common": ["common.pt is truncated or damaged", *OLDER],
+    "no_common": ["common.pt is truncated or damaged", *OLDER],
+    "metadata_json": ["metadata.json is truncated or damaged: Expecting value", *OLDER],
+    "metadata_list": ["metadata.json is truncated or damaged: it does not say sharded_backend torch_dist", *OLDER],
+    "metadata": [".metadata cannot be read", *OLDER],
+    "half_metadata": [".metadata cannot be read: pickle data was truncated", *OLDER],
+    "no_metadata": [".metadata cannot be read", *OLDER],
+    "no_shard": [".distcp is missing", *OLDER],
+    "half_shard": ["__1_0.distcp is truncated", *OLDER],
+    "evil_metadata": [".metadata cannot be read: it wants posix.mkdir, which no checkpoint metadata needs", *OLDER],
+    "evil_common": ["common.pt is truncated or damaged: it is no pickle of plain values", *OLDER],
+    "old_and_wrong": [
+        "has no format number",
+        "parallel.pipeline_parallel 2, and so its optimizer state is wrong; its weights are right: start a new run from",
+    ],
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The newest checkpoint of a run, of step 2; that of step 1 lies beside it."""
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step_000001").mkdir(parents=True)
+    write_checkpoint(folder / "step_000002")
+    return folder / "step_000002"
+
+
+def test_a_whole_checkpoint_is_read(checkpoint: Path) -> None:
+    check_stored(checkpoint)
+    found = read_stored(checkpoint)
+    assert (found.format, found.train.step, found.train.num_updates, found.adam_step) == (2, 2, 4, 4.0)
+    assert found.train.loader == {"epoch": 0, "offset": 8}
+    assert found.train.sampler_arrays["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named_with_what_to_do(checkpoint: Path, case: str) -> None:
+    DAMAGE[case](checkpoint)
+    with pytest.raises(CheckpointError) as caught:
+        check_stored(checkpoint)
+    told = str(caught.value)
+    assert all(part in told for part in ERRORS[case]), told
+    assert not (checkpoint.parent / "ran").exists(), "nothing in a checkpoint is executed"
+
+
+def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"no checkpoint at {tmp_path / 'step_000077'}"):
+        read_stored(tmp_path / "step_000077")
+
+
+def test_damaged_tensors_do_not_keep_the_state_from_being_read(checkpoint: Path) -> None:
+    cut_chunks(checkpoint)
+    assert read_stored(checkpoint).train.step == 2
+
+
+def test_without_an_older_checkpoint_the_run_starts_anew(checkpoint: Path) -> None:
+    (checkpoint.parent / "step_000001").rmdir()
+    told = f"disk fails; delete {checkpoint} to start anew: no older one is beside it"
+    with pytest.raises(CheckpointError, match=told), damage_named(checkpoint):
+        raise OSError("disk fails")
+
+
+def test_an_error_that_is_no_damage_gets_no_such_advice(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^does not fit$"), damage_named(checkpoint):
+        raise CheckpointError("does not fit")
+
+
+def test_the_first_format_has_adams_steps_beside_its_tensors(checkpoint: Path) -> None:
+    unnumbered(checkpoint)
+    assert (read_stored(checkpoint).format, read_stored(checkpoint).adam_step) == (1, 4.0)
+    torch.save({"optimizer": {}}, checkpoint / "megatron" / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt is damaged: it lacks optimizer\.adam_step; delete"):
+        read_stored(checkpoint)
