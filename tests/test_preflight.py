@@ -11,14 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from dapo_mcore.cli import main
 from dapo_mcore.config.file import parse_config
-from dapo_mcore.errors import ConfigError
-from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.preflight import describe_step
 from tests.checkpoint.stored_checkpoint import truncate, write_checkpoint
 from tests.mistakes import mistake
@@ -388,16 +385,3 @@ def test_a_run_says_which_of_its_sizes_are_the_papers() -> None:
         "rollout": {"group_size": 16, "max_response_tokens": 20480},
     }
     assert describe_step(parse_config(tree | chosen)) == line
-
-
-def test_wandb_without_a_key_is_told_and_offline_it_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = SimpleNamespace(api=SimpleNamespace(api_key=None))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    with pytest.raises(ConfigError, match="wandb has no API key; run `wandb login`, set WANDB_API_KEY"):
-        check_wandb()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    check_wandb()
-    monkeypatch.delenv("WANDB_MODE")
-    wandb.api.api_key = "key"
-    check_wandb()

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dapo_mcore.config.sections import ObserveConfig
 from dapo_mcore.errors import ConfigError, DataError
-from dapo_mcore.observe.sinks import MetricSinks, check_services, json_line, read_metrics
+from dapo_mcore.observe.sinks import MetricSinks, check_services, check_wandb, json_line, read_metrics
 
 JSONL_ONLY = ObserveConfig(tensorboard=False)
 
@@ -202,3 +202,16 @@ def test_wandb_gets_the_steps_and_a_resumed_run_keeps_its_id(tmp_path: Path, mon
     assert logged[0] == {"rollout_step": 2, "a": 1.0}
     assert ids[0] == ids[1] != ids[2]
     assert (started[0]["project"], started[0]["name"]) == ("p", "run")
+
+
+def test_wandb_without_a_key_is_told_and_offline_it_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = SimpleNamespace(api=SimpleNamespace(api_key=None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ConfigError, match="wandb has no API key; run `wandb login`, set WANDB_API_KEY"):
+        check_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb()
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.api.api_key = "key"
+    check_wandb()
