@@ -1,5 +1,4 @@
-"""For every test: threads, signals, the mode of Triton kernels, small model folders, and optional real data, which is not part
-of this repository."""
+"""Settings and fixtures for all tests: threads, signals, the mode of Triton kernels, small model folders, optional real data."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first, dearly on a busy machine
+torch.set_num_threads(1)  # tiny tensors: a second thread would only wait, which costs much on a busy machine
 
-# a shell's background job, or nohup, begins with these ignored, and so would the processes that tests send them to
+# a background job, or nohup, starts with these signals ignored, and the processes that tests start would inherit that
 for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
@@ -27,7 +26,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # else xdist starts with the files of most tests, which are quick
+    # otherwise xdist starts with the files that have most tests, and those are quick
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
-    """Path of a file below DAPO_MCORE_DATA (else ../shared/data beside the repository); skips where it is absent."""
+    """Return a function from a file's name to its path in $DAPO_MCORE_DATA (default: ../shared/data beside the repository).
+
+    The function skips the test if the file is missing: the data are not part of this repository.
+    """
     root = Path(os.environ.get("DAPO_MCORE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
     def path_of(name: str) -> Path:
@@ -51,7 +54,7 @@ def real_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of characters, small enough to read: tests/model_files/character_model.py."""
+    """Return a model folder whose tokens are characters, without weights (tests/model_files/character_model.py)."""
     from tests.model_files.character_model import CONFIG, write_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
@@ -70,7 +73,7 @@ def tokenizer(model_folder: Path):
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """hf_folder(family, dtype, …) → a folder by transformers, with tokenizer files put beside. Do not write into it."""
+    """Return a function (family, dtype, …) → a folder that transformers saved, plus tokenizer files. Do not write into it."""
     from tests.model_files.zoo import TEXTS, save_model
 
     made: dict[Any, Path] = {}

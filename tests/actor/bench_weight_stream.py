@@ -44,7 +44,7 @@ ROUNDS = 2
 
 
 def measure(layout: Any, mesh: Mesh, folder: str, layers: int) -> dict[str, Any]:
-    """Seconds and bytes of peak memory of every way, the best of ROUNDS; on rank 0."""
+    """Return seconds and peak bytes of every way, the best of ROUNDS, on rank 0."""
     from dapo_mcore.actor.model.policy import build_model
     from dapo_mcore.architecture.shape import weight_shape
 
@@ -189,7 +189,7 @@ def _table(result: dict[str, Any], layers: int) -> Table:
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str]) -> Callable[[Table], None]:
-    """Prints past pytest's capture."""
+    """Return a function that prints past pytest's capture."""
 
     def print_now(table: Table) -> None:
         with capsys.disabled():

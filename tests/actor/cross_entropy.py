@@ -11,11 +11,12 @@ from tests.actor.families import LENGTHS, Problem
 
 
 def own_batches(layout: Any) -> list[int]:
+    """Return the micro-batches of this data-parallel rank."""
     return [batch for batch in range(len(LENGTHS)) if layout.data == 1 or batch == layout.data_rank]
 
 
 def held_positions(batch: int, layout: Any) -> torch.Tensor:
-    """int64, this context-parallel rank's tokens of a micro-batch, in the order of its hidden states [s, b] flattened."""
+    """Return this context-parallel rank's tokens of a micro-batch, int64, in the order of its flattened hidden [s, b]."""
     import numpy as np
 
     from dapo_mcore.batch.context import zigzag_positions
@@ -52,7 +53,7 @@ def micro_batch(problem: Problem, batch: int, layout: Any) -> Any:
 
 
 def cross_entropy(policy: Any, hidden: torch.Tensor, batch: Any, layout: Any) -> tuple[torch.Tensor, Any]:
-    """Weighted cross-entropy over whole logits, which every tensor-parallel rank gathers."""
+    """Return the weighted cross-entropy over whole logits, which every tensor-parallel rank gathers."""
     from megatron.core.tensor_parallel import mappings
 
     if policy.config.sequence_parallel:

@@ -1,4 +1,4 @@
-"""A second device that is a pretence: the CPU's memory under another name, where mixing with the host fails as on CUDA.
+"""A fake second device: the CPU's memory under another name. Mixing it with host tensors fails as on CUDA.
 
     with FakeDevice():
         …                # tensors made on DEVICE, moved there or computed from such say that they are there
@@ -35,7 +35,7 @@ class FakeDevice(TorchFunctionMode):
         self._sides: dict[int, tuple[torch.UntypedStorage, torch.device]] = {}
 
     def __enter__(self) -> FakeDevice:
-        self._from_numpy, torch.from_numpy = torch.from_numpy, self._tagged  # which torch shows to no mode
+        self._from_numpy, torch.from_numpy = torch.from_numpy, self._tagged  # torch shows this function to no mode
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -48,7 +48,7 @@ class FakeDevice(TorchFunctionMode):
         return tensor
 
     def adopt(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Declare existing tensors to be on the device, as `module.to(device)` would."""
+        """Treat existing tensors as tensors on the device, as after `module.to(device)`."""
         for tensor in tensors:
             self._put(tensor, DEVICE)
 
@@ -60,7 +60,7 @@ class FakeDevice(TorchFunctionMode):
     def _put(self, tensor: torch.Tensor, side: torch.device) -> None:
         with torch._C.DisableTorchFunction():
             storage = tensor.untyped_storage()
-            self._sides[storage._cdata] = (storage, side)  # kept alive, so that its address is not used again
+            self._sides[storage._cdata] = (storage, side)  # kept alive, so that no other tensor gets its address
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +84,7 @@ class FakeDevice(TorchFunctionMode):
         return result
 
     def _moved(self, tensor: torch.Tensor, name: str, given: list[Any]) -> torch.Tensor:
-        """`to` and `cpu`: the same memory where it is there already, else a copy on the other side."""
+        """Perform `to` or `cpu`: return the tensor itself if it is there already, otherwise a copy on the other side."""
         dtypes = [value for value in given if isinstance(value, torch.dtype)]
         places = [torch.device(value) for value in given if isinstance(value, torch.device | str)]
         places += [self.side(value) for value in given if isinstance(value, torch.Tensor)]

@@ -2,7 +2,7 @@
 
 Helpers of test_policy.py. Weights and gradients go through save_pretrained, so they carry the names that real checkpoints
 have on disk. Policies are filled from a converted folder, as tools/convert.py makes it; `megatron_part` turns HF tensors
-into a rank's Megatron tensors by a way of its own, not by weights/mapping, and must give the same.
+into a rank's Megatron tensors without architecture/mapping, and must give the same.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Problem:
 
 
 def save_problem(name: str, folder: Path, **changes: Any) -> Path:
-    """A file that `load_problem` reads; solved in fp64 by transformers."""
+    """Write a file that `load_problem` reads; transformers solves the problem in fp64."""
     from transformers import AutoModelForCausalLM
 
     config = hf_config(name, **changes)
@@ -119,7 +119,7 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float()
     _condition(model)
     weights = _as_on_disk(model, folder / "weights")
-    # cut for another layout than most tests have
+    # sharded for another layout than that of most tests
     hf_to_mcore(folder / "weights", folder / "mcore", Cut(tensor_parallel=2), NoReport())
     noise = torch.Generator().manual_seed(2)
     sizes = [sum(lengths) for lengths in LENGTHS]
@@ -157,12 +157,14 @@ def save_problem(name: str, folder: Path, **changes: Any) -> Path:
 
 
 def load_problem(path: str) -> Problem:
-    return torch.load(path, weights_only=False)  # written by the test itself, a moment ago
+    return torch.load(path, weights_only=False)  # this test has written the file itself
 
 
 def _condition(model: torch.nn.Module) -> None:
-    """The conditioning of parity.start_weights: biases and norms away from 0 and 1, attention far from uniform. Routers are
-    sharper than at initialisation, so that no choice of experts is near a tie."""
+    """Condition the weights as parity.start_weights does: biases and norms away from 0 and 1, attention far from uniform.
+
+    Routers are sharper than at initialisation, so no choice of experts is near a tie.
+    """
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -180,11 +182,11 @@ def _condition(model: torch.nn.Module) -> None:
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=noise))
         if model.config.tie_word_embeddings:
-            model.model.norm.weight.mul_(0.05)  # or the large embedding would make the logits extreme
+            model.model.norm.weight.mul_(0.05)  # the large embedding would make the logits extreme
 
 
 def _logits(model: torch.nn.Module, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
-    """One sequence after the other."""
+    """Return the logits, computed sequence by sequence."""
     return [
         torch.cat([model(sequence[None]).logits[0] for sequence in batch.split(lengths)])
         for batch, lengths in zip(tokens, LENGTHS)
@@ -197,15 +199,14 @@ def _as_on_disk(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]
 
 
 def compute_in_fp64(model: torch.nn.Module) -> None:
-    """transformers computes RMSNorm and routing probabilities in fp32 whatever the model's dtype; a reference must not."""
+    """Make RMSNorm and routing compute in fp64. transformers uses fp32, which is not exact enough for a reference."""
     parity.norms_in_fp64(model)
     for module in model.modules():
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = types.MethodType(_route, module)
         if type(module).__name__ == "DeepseekV3TopkRouter":
-            chooses = hasattr(
-                module, "num_group"
-            )  # in transformers 5.12 the layer around it does, in the logits' dtype
+            # in transformers 5.12 the layer around the router chooses the experts, in the logits' dtype
+            chooses = hasattr(module, "num_group")
             module.forward = types.MethodType(_route_deepseek if chooses else _router_logits, module)
 
 
@@ -222,7 +223,7 @@ def _router_logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _route_deepseek(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The experts of each token's best groups compete; the bias decides who is chosen, not with which weight."""
+    """Choose among the experts of each token's best groups. The bias decides which are chosen, but not their weights."""
     logits = _router_logits(self, hidden)
     scores = logits.sigmoid()
     ranked = (scores + self.e_score_correction_bias).unflatten(-1, (self.num_group, -1))
@@ -234,7 +235,7 @@ def _route_deepseek(self: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any) -> torch.Tensor:
-    """The part of a Megatron parameter (global name) that this rank holds, cut from whole HF tensors."""
+    """Return this rank's part of a Megatron parameter (global name), cut from whole HF tensors."""
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     prefix = f"model.layers.{layer[1]}." if layer else ""
     rest = name[layer.end() :] if layer else name
@@ -273,7 +274,7 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
 
 
 def fill(policy: Any, problem: Problem, layout: Any) -> None:
-    """Gives a PolicyModel the problem's weights, from the converted folder."""
+    """Load the problem's weights from the converted folder into a PolicyModel."""
     shape = weight_shape(problem.hf_config, layout.tensor)
     policy.load_weights(MegatronReader(problem.converted, shape), shape, layout)
     names = policy.global_parameter_names()

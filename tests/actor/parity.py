@@ -46,7 +46,7 @@ class Mesh:
 
 
 def make_config(mesh: Mesh, **overrides: Any) -> Config:
-    """The configuration of the tests; `overrides` are dotted keys with dots written as double underscores."""
+    """Return the tests' configuration. `overrides` are dotted keys, with a double underscore for each dot."""
     tree: dict[str, Any] = {
         "model": {"path": "unused", "init": "random"},
         "data": {"files": ["unused"], "max_prompt_tokens": 16},
@@ -113,9 +113,9 @@ class DictReader:
 
 
 def start_weights(family: str, tied: bool) -> dict[str, torch.Tensor]:
-    """fp32 weights for a well-conditioned comparison: nothing at 0 or 1, a residual stream led by the embedding, attention
-    far from uniform. With plain initialisation the gradients of q and k nearly cancel, and Hugging Face's own fp32
-    gradients are off by several 1e-6 from its fp64 ones; here they are off by less than 1e-6 too.
+    """Return fp32 weights for a well-conditioned comparison: no norm or bias at 0 or 1, a residual stream dominated by the
+    embedding, attention far from uniform. With plain initialisation the gradients of q and k nearly cancel, and Hugging
+    Face's own fp32 gradients are off by several 1e-6 from its fp64 ones; here they are off by less than 1e-6 too.
     """
     from transformers import AutoModelForCausalLM
 
@@ -130,12 +130,12 @@ def start_weights(family: str, tied: bool) -> dict[str, torch.Tensor]:
         if "embed_tokens" in name:
             tensor.mul_(20.0)
     if tied:
-        state["model.norm.weight"].mul_(0.05)  # or the large embedding would make the logits extreme
+        state["model.norm.weight"].mul_(0.05)  # the large embedding would make the logits extreme
     return state
 
 
 def make_batch(seed: int = 5, num_groups: int = 4, group_size: int = 4) -> TrainBatch:
-    """Ragged samples, the second fully masked. Right and wrong answers use different words, as real ones do, so that
+    """Return ragged samples, the second fully masked. Right and wrong answers use different words, as real ones do, so that
     their gradients add up instead of cancelling."""
     rng = np.random.default_rng(seed)
     count = num_groups * group_size
@@ -162,7 +162,7 @@ def make_batch(seed: int = 5, num_groups: int = 4, group_size: int = 4) -> Train
 
 
 def off_policy(batch: TrainBatch, model: torch.nn.Module | None = None) -> TrainBatch:
-    """The batch with old log-probs near the policy's, a few of them far: every clip is active."""
+    """Return the batch with old log-probs near the policy's, and a few far away, so that every clip is active."""
     model = model or model64("qwen2", False)
     noise = np.random.default_rng(3)
     old = np.zeros(len(batch.tokens))
@@ -176,7 +176,7 @@ def off_policy(batch: TrainBatch, model: torch.nn.Module | None = None) -> Train
 
 
 def dapo_loss(model: torch.nn.Module, batch: TrainBatch, low: float, high: float, dual: float) -> torch.Tensor:
-    """The objective in its plainest form: one sample after the other, log_softmax over whole logits."""
+    """Return the objective in its plainest form: sample by sample, with log_softmax over whole logits."""
     total, count = torch.zeros((), dtype=torch.float64), int(batch.loss_mask.sum())
     for group in np.unique(batch.group_ids):
         rewards = torch.from_numpy(batch.rewards[batch.group_ids == group])
@@ -204,7 +204,7 @@ def model64(family: str, tied: bool) -> torch.nn.Module:
 
 
 def reference(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> dict[str, Any]:
-    """Gradients of step 1, gradient norms, and parameters after STEPS steps, all fp64 and HF-named."""
+    """Return the gradients of step 1, the gradient norms, and the parameters after STEPS steps, all fp64 and HF-named."""
     model = model64(family, tied)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
@@ -223,7 +223,7 @@ def reference(batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> d
 
 
 def norms_in_fp64(model: torch.nn.Module) -> None:
-    """Hugging Face computes RMSNorm in fp32 whatever the model's dtype; a reference must not."""
+    """Make RMSNorm compute in fp64. Hugging Face uses fp32 for any dtype of the model, which is not exact enough for a reference."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             eps = module.variance_epsilon
@@ -235,7 +235,7 @@ def norms_in_fp64(model: torch.nn.Module) -> None:
 
 
 def spawn(worker: Any, mesh: Mesh, *args: Any) -> list[Any]:
-    """Runs `worker(layout, *args)` on every process of the mesh; the JSON that rank 0 returned, from a fresh job."""
+    """Run `worker(layout, mesh, *args)` on every process of a new job, and return what it returned on rank 0, through JSON."""
     multiprocessing.set_forkserver_preload([f"{__package__}.preload"])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_enter, (worker, mesh, folder, args), nprocs=mesh.world_size, start_method="forkserver")
@@ -265,7 +265,7 @@ def build_actor(config: Config, layout: Any, family: str = "qwen2", tied: bool =
 
 
 def gather_named(actor: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Full HF-named tensors on rank 0 from local ones keyed like the policy's parameters."""
+    """Return whole HF-named tensors on rank 0, from local ones named like the policy's parameters."""
     from dapo_mcore.actor.weight_stream import WeightStream
 
     stream = WeightStream(actor.policy, actor.shape, actor.layout)
@@ -275,7 +275,7 @@ def gather_named(actor: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
-    """main_grad of every parameter; with the distributed optimizer its reduced shards are gathered first."""
+    """Return main_grad of every parameter. With the distributed optimizer, gather its reduced shards first."""
     import torch.distributed as dist
 
     sharded = actor.ddp.buffers + actor.ddp.expert_parallel_buffers if actor.config.optimizer.distributed else []
@@ -290,7 +290,7 @@ def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
 
 
 def capture_first_gradient(actor: Any) -> dict[str, torch.Tensor]:
-    """A dictionary that the actor's next update fills with its HF-named gradient (rank 0), before the optimizer acts."""
+    """Return a dictionary that the actor's next update fills with its HF-named gradient (rank 0), before the optimizer step."""
     found: dict[str, torch.Tensor] = {}
     prepare = actor.optimizer.prepare
 
@@ -304,7 +304,7 @@ def capture_first_gradient(actor: Any) -> dict[str, torch.Tensor]:
 
 
 def scored_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed: int | None = None) -> Any:
-    """The batch scattered and scored as the training loop does it."""
+    """Scatter and score the batch as the training loop does."""
     from dapo_mcore.actor.learner import Learner
     from dapo_mcore.actor.scatter import scatter_step
 
@@ -319,12 +319,12 @@ def scored_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed
 
 
 def shared_step(config: Config, layout: Any, batch: TrainBatch, actor: Any, seed: int | None = None) -> Any:
-    """The mini-batches of scored_step."""
+    """Return the mini-batches of scored_step."""
     return scored_step(config, layout, batch, actor, seed).mini_batches
 
 
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest ‖Δ‖₂ / ‖g‖₂ over all tensors; every expected name must be there."""
+    """Return the largest ‖Δ‖₂ / ‖g‖₂ over all tensors. Every expected name must be there, and no other."""
     assert found.keys() == {name for name in expected if name in found} and len(found) == len(expected), sorted(
         set(expected) ^ set(found)
     )
@@ -332,18 +332,18 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def save_problem(path: Path, batch: TrainBatch, family: str = "qwen2", tied: bool = False) -> Path:
-    """A batch with its fp64 solution, for worker processes."""
+    """Write a batch with its fp64 solution to `path`, for worker processes."""
     fields = {name: getattr(batch, name) for name in TrainBatch.__dataclass_fields__}
     torch.save({"batch": fields, "family": family, "tied": tied, **reference(batch, family, tied)}, path)
     return path
 
 
 def load_problem(path: str) -> tuple[TrainBatch, dict[str, Any]]:
-    problem = torch.load(path, weights_only=False)  # written by the test itself, a moment ago
+    problem = torch.load(path, weights_only=False)  # this test has written the file itself
     return TrainBatch(**problem["batch"]), problem
 
 
 def gradient_of(actor: Any, mini_batch: Any) -> dict[str, torch.Tensor]:
-    """The HF-named gradient on rank 0, without an optimizer step."""
+    """Return the HF-named gradient on rank 0, without an optimizer step."""
     actor.backward(mini_batch)
     return gather_named(actor, local_gradients(actor))

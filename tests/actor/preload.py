@@ -1,4 +1,4 @@
-"""Imported once by the server that worker processes are forked from: the imports cost more than the tests."""
+"""Imports for the process from which workers are forked: they cost more than the tests themselves."""
 
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Parameters on one device and records on another: no call mixes them where CUDA would refuse. On a pretended device.
+"""Parameters on one device and records on another: no call mixes them where CUDA would refuse. On a fake device.
 
 Proves: that every Python-level call of the project has its tensors on one side. Does not prove: that CUDA computes right.
 """
@@ -38,7 +38,7 @@ def test_no_step_mixes_host_and_device(tmp_path):
     assert {name: problem for name, problem in told.items() if problem} == {}
 
 
-def test_the_pretended_device_refuses_what_cuda_refuses():
+def test_the_fake_device_refuses_what_cuda_refuses():
     with FakeDevice():
         there, here = torch.ones(3, device=DEVICE), torch.from_numpy(torch.ones(3).numpy())
         assert there.device == (there + 1).device == there[:2].device == here.to(DEVICE).device == DEVICE
@@ -60,14 +60,14 @@ def test_the_pretended_device_refuses_what_cuda_refuses():
 
 
 def run_all_modes(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
-    """Worker: per mode, the traceback of what went wrong, or None."""
+    """Return, per mode, the traceback of an error, or None. Runs in a worker."""
     told: dict[str, Any] = {}
     for name, overrides in MODES.items():
         config = parity.make_config(mesh, **overrides)
         expected = run_all(config, layout, path, nullcontext()) if "truncated" in name else None
         try:
             found = run_on_device(FakeDevice(), config, layout, path)
-            told[name] = None if expected in (None, found) else "the pretence has changed what is computed"
+            told[name] = None if expected in (None, found) else "the fake device has changed the result"
         except Exception:
             told[name] = traceback.format_exc()[-1500:]
     return told
@@ -90,7 +90,7 @@ def run_on_device(fake: FakeDevice, config: Any, layout: Any, path: str) -> list
 
 
 def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
-    """Score, update, and in one mode all else that an actor does; sums of the weights at the end."""
+    """Score and update, and in one mode do all else that an actor can. Return the sums of the weights at the end."""
     from dapo_mcore.actor.metrics import update_metrics
 
     batch, _ = parity.load_problem(path)
@@ -107,7 +107,7 @@ def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
 
 
 def go_on(actor: Any, mini_batch: Any) -> None:
-    """A supervised step, the weight stream, and the memory away and back."""
+    """Take a supervised step, stream the weights, and move the memory to the host and back."""
     from dapo_mcore.actor.memory import ActorMemory
     from dapo_mcore.actor.weight_stream import WeightStream
 
@@ -121,7 +121,7 @@ def go_on(actor: Any, mini_batch: Any) -> None:
 
 
 def adopt(fake: FakeDevice, actor: Any) -> None:
-    """Megatron allocates on `cuda`, which cpu_device.py makes the CPU."""
+    """Treat Megatron's tensors as on the device. It allocates on `cuda`, which cpu_device.py makes the CPU."""
     for buffer in actor.ddp.buffers:
         fake.adopt(tensor for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None)
     for model in filter(None, (actor.policy, actor.reference)):

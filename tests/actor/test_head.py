@@ -1,4 +1,4 @@
-"""The head's eager mode under Megatron's DistributedDataParallel: the gradient of the other mode, added exactly once.
+"""The head's eager mode under Megatron's DistributedDataParallel: it adds the gradient of the other mode exactly once.
 
 Every layout of test_parity.py runs in both modes, too. Does not prove: a GPU's streams, bf16.
 """
@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> dict[bool, str]:
-    """A problem file for tied embeddings and one for untied."""
+    """Return a problem file for tied embeddings and one for untied ones."""
     folder = tmp_path_factory.mktemp("head")
     return {
         tied: str(
@@ -49,7 +49,7 @@ def test_eager_mode_gives_the_gradient_of_the_other(case, problems):
 
 
 def test_gradients_reduced_during_the_backward_pass_are_complete(problems):
-    """DDP starts to sum a bucket when the hook of its last parameter has run, after the head's forward pass."""
+    """DDP starts to sum a bucket after the hook of its last parameter, so after the head's forward pass."""
     found = parity.spawn(both_modes, Mesh(data=2), problems[True], {}, True)
     assert max(found["errors"]) <= TOLERANCE and found["difference"] <= TOLERANCE, found
 
@@ -59,7 +59,7 @@ def test_a_shared_embedding_without_its_flag_would_be_noticed(problems):
 
 
 def both_modes(layout: Any, mesh: Mesh, path: str, settings: dict[str, Any], overlap: bool) -> dict[str, Any]:
-    """Worker: the gradient without eager mode and with it, against fp64 and each other."""
+    """Compare the gradient without eager mode and with it, against fp64 and each other. Runs in a worker."""
     batch, expected = parity.load_problem(path)
     gradients, told_ddp = [], []
     for eager in (False, True):
@@ -80,7 +80,7 @@ def both_modes(layout: Any, mesh: Mesh, path: str, settings: dict[str, Any], ove
 
 
 def without_the_flag(layout: Any, mesh: Mesh, path: str) -> float:
-    """Worker: eager mode where DDP ignores what autograd gives the shared embedding."""
+    """Return the error in eager mode if DDP ignores autograd's gradient of the shared embedding. Runs in a worker."""
     batch, expected = parity.load_problem(path)
     config = parity.make_config(mesh)
     actor = build(config, layout, expected)
@@ -94,7 +94,7 @@ def build(config: Any, layout: Any, expected: dict[str, Any]) -> Any:
 
 
 def build_overlapping(config: Any, layout: Any, expected: dict[str, Any]) -> Any:
-    """An actor whose DDP sums gradients while the last micro-batch's backward pass runs, in many small buckets."""
+    """Return an actor whose DDP sums gradients, in many small buckets, during the last micro-batch's backward pass."""
     from dapo_mcore.actor import actor as module
 
     plain = module.DistributedDataParallelConfig

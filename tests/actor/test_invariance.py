@@ -1,4 +1,4 @@
-"""The same gradient for any micro-batch size, packing order and layout; and what a step means in its other modes.
+"""The gradient is the same for any micro-batch size, packing order and layout, in every loss mode.
 
 The reference of the first two tests is plain fp64; the third compares layouts with one process.
 """
@@ -80,7 +80,7 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, tmp_path
 
 
 def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any]]:
-    """Worker: token budgets, orders and packings of one mini-batch."""
+    """Return the error of one mini-batch's gradient for several token budgets, orders and packings. Runs in a worker."""
     batch, expected = parity.load_problem(path)
     rows = []
     for max_tokens, packing, seed in [
@@ -100,7 +100,7 @@ def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any
 
 
 def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
-    """Worker: one sample with loss tokens for two data-parallel ranks, then none at all."""
+    """Train two data-parallel ranks on one sample with loss tokens, then on none. Runs in a worker."""
     batch, expected = parity.load_problem(path)
     config = parity.make_config(mesh)
     actor = parity.build_actor(config, layout)
@@ -128,7 +128,7 @@ def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
 
 
 def all_modes(layout: Any, mesh: Mesh, path: str, out: str) -> None:
-    """Worker: gradient and metrics of one step in every mode, saved by rank 0."""
+    """Save gradient and metrics of one step in every mode, on rank 0. Runs in a worker."""
     from dapo_mcore.actor.metrics import update_metrics
 
     batch, _ = parity.load_problem(path)
@@ -139,7 +139,7 @@ def all_modes(layout: Any, mesh: Mesh, path: str, out: str) -> None:
         if actor.reference is not None:
             with torch.no_grad():
                 for parameter in actor.reference.parameters():
-                    parameter.mul_(1.01)  # a reference equal to the policy would have no KL
+                    parameter.mul_(1.01)  # with a reference equal to the policy the KL would be 0
         scored = parity.scored_step(config, layout, batch, actor)
         gradient = parity.capture_first_gradient(actor)
         metrics = update_metrics([actor.update(scored.mini_batches[0])]) | scored.metrics

@@ -23,7 +23,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(tensor=2, sequence_parallel=True), Mesh(pipeline=2)], ids=str)
-def test_training_goes_on_bitwise_and_the_memory_is_free_meanwhile(mesh: Mesh) -> None:
+def test_training_continues_bitwise_and_the_memory_is_free_meanwhile(mesh: Mesh) -> None:
     for kind, told in parity.spawn(train, mesh).items():
         assert told["away"] == told["stayed"], kind
         assert told["bytes"]["all gone"] == 0, kind
@@ -32,7 +32,7 @@ def test_training_goes_on_bitwise_and_the_memory_is_free_meanwhile(mesh: Mesh) -
 
 
 def train(layout: Any, mesh: Mesh) -> dict[str, Any]:
-    """Worker: per kind, gradient norms and the sum of weights of three steps, with and without the memory away between."""
+    """Return, per kind, gradient norms and the weights' sum of three steps, with and without offloading. Runs in a worker."""
     return {kind: compare(layout, mesh, overrides) for kind, overrides in KINDS.items()}
 
 
@@ -73,7 +73,7 @@ def checksum(policy: Any) -> float:
 
 
 @pytest.mark.parametrize("available, num_ranks", [(3, 1), (8, 3)], ids=["alone", "with the other ranks"])
-def test_too_little_host_memory_is_said_before_anything_moves(monkeypatch, available, num_ranks) -> None:
+def test_too_little_host_memory_is_refused_before_anything_moves(monkeypatch, available, num_ranks) -> None:
     host = SimpleNamespace(available=available * 2**20, total=8 * 2**20)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
     tensor = torch.ones(2**20)  # 4 MiB
@@ -93,6 +93,6 @@ def test_device_memory_is_free_while_values_are_on_the_host() -> None:
     copy.offload([whole.untyped_storage()])
     assert torch.cuda.memory_allocated() == before - 2**26
     copy.onload()
-    shard += 1  # a view still, of the same values
+    shard += 1  # still a view of the same values
     assert torch.cuda.memory_allocated() == before
     assert whole[2**23 - 1 :][:2].tolist() == [2**23 - 1, 2**23 + 1]

@@ -1,7 +1,7 @@
-"""The newest megatron-core that is supported: a part of the actor's tests on it, and a run that is resumed.
+"""The newest supported megatron-core: a part of the actor's tests on it, and a run that is resumed on it.
 
-DAPO_MCORE_MEGATRON_NEXT names the folder that its wheel was unpacked into (.ci/run does it). All tests on it:
-PYTHONPATH=$DAPO_MCORE_MEGATRON_NEXT python -m pytest tests/actor tests/weights
+DAPO_MCORE_MEGATRON_NEXT names the folder of its unpacked wheel (.ci/run unpacks one). All tests on it:
+PYTHONPATH=$DAPO_MCORE_MEGATRON_NEXT python -m pytest tests/actor tests/architecture
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def run(folder: Path, *command: str) -> str:
-    """The output of a Python command that finds the newer megatron-core before the installed one."""
+    """Run a Python command that finds the newer megatron-core before the installed one. Return its output."""
     path = os.pathsep.join([NEXT, str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -48,7 +48,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_it_is_another_version_than_the_installed_one():
+def test_the_newest_megatron_is_another_version_than_the_installed_one():
     told = "m.version('megatron-core'), u.find_spec('megatron.core').origin"
     script = f"import importlib.metadata as m, importlib.util as u; print({told})"
     version, origin = run(ROOT, "-c", script).split()
@@ -56,12 +56,12 @@ def test_it_is_another_version_than_the_installed_one():
     assert version.startswith("0.19."), "the newest version that setup.py admits"
 
 
-def test_gradients_and_fields_are_right_on_it():
+def test_gradients_and_fields_are_right_on_the_newest_megatron():
     out = run(ROOT, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/actor/{name}" for name in PART))
     assert " passed" in out and "skipped" not in out, out
 
 
-def test_a_run_is_resumed_on_it_by_other_processes(tmp_path):
+def test_a_run_is_resumed_on_the_newest_megatron_with_another_layout(tmp_path):
     run(tmp_path, str(ROOT / "examples/arithmetic.py"), "--out", "runs/arithmetic")
     train = ["-m", "dapo_mcore.train", str(ROOT / "examples/quickstart.yaml"), *SMALL, "name=next"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""The optimizer: skipped gradient steps; experts' state saved on one mesh and continued on others.
+"""Skipped gradient steps, and optimizer state of experts that is saved on one mesh and loaded on others.
 
 Optimizer state of dense models: tests/checkpoint/test_checkpoint.py.
 """
@@ -40,7 +40,7 @@ def test_a_run_that_only_skipped_has_not_trained() -> None:
 def saved(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("experts")
     problem = families.save_problem("qwen2-moe", folder)
-    # experts distributed: upstream chains two optimizers
+    # with distributed experts upstream chains two optimizers
     norms = parity.spawn(train, Mesh(data=2, expert=2), str(problem), str(folder), "save")
     return {"problem": str(problem), "folder": str(folder), "norms": norms}
 
@@ -57,8 +57,10 @@ def test_experts_continue_on_another_mesh_with_their_moments(mesh, saved):
 
 
 def train(layout: Any, mesh: Mesh, problem: str, folder: str, action: str) -> list[list[float]]:
-    """Worker: gradient norms without and with the distributed optimizer; four steps with a checkpoint in the middle, or the
-    last two of them from that checkpoint."""
+    """Return the gradient norms without and with the distributed optimizer. Runs in a worker.
+
+    `save` takes four steps with a checkpoint in the middle; `load` takes the last two of them from that checkpoint.
+    """
     return [train_one(layout, mesh, problem, Path(folder), action, distributed) for distributed in (False, True)]
 
 

@@ -58,9 +58,9 @@ def test_families_and_tied_embeddings_over_tensor_and_pipeline_stages(family, ti
 
 
 def compare_all(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any]]:
-    """Worker: with and without the distributed optimizer, packed and unpacked, each also deliberately broken.
+    """Compare with and without the distributed optimizer, packed and unpacked, and each deliberately broken. Runs in a worker.
 
-    Eager mode of the head is on in two of the four, so that it meets each of these settings.
+    Eager mode of the head is on in two of the four, so it meets each of these settings.
     """
     rows = []
     for distributed in (False, True):
@@ -72,7 +72,7 @@ def compare_all(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any]]:
 
 
 def compare_one(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
-    """Worker: packed, with the distributed optimizer."""
+    """Compare packed micro-batches with the distributed optimizer. Runs in a worker."""
     return compare(layout, mesh, path)
 
 
@@ -97,7 +97,7 @@ def compare(layout: Any, mesh: Mesh, path: str, **overrides: Any) -> dict[str, A
 
 
 def broken_scalings(layout: Any, mini_batch: Any) -> dict[str, Any]:
-    """The mini-batch with one scaling factor wrong, as public trainers have had it."""
+    """Return the mini-batch with one scaling factor wrong at a time, as public trainers have had it."""
 
     def scaled(factor: float) -> Any:
         return [micro.with_(token_weights=micro.token_weights * factor) for micro in mini_batch]
@@ -111,7 +111,7 @@ def broken_scalings(layout: Any, mini_batch: Any) -> dict[str, Any]:
 
 
 def skipped_reductions(mesh: Mesh) -> dict[str, Any]:
-    """Gradients with one tensor-parallel reduction left out."""
+    """Return functions that compute the gradient without one of the tensor-parallel reductions."""
     skipped = {}
     if mesh.tensor > 1:
         skipped["sum of the head's hidden gradient"] = without_head_reduction

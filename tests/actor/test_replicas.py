@@ -1,4 +1,4 @@
-"""Copies of one parameter on several ranks: a NaN in one copy's gradient, and copies that differ."""
+"""Copies of one parameter on several ranks: what happens if one copy's gradient has a NaN, and if copies differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_nan_in_one_copy_skips_the_step_everywhere_and_copies_that_differ_are_
         assert row.pop("equal") is None, row
         # rank 2 compares with its neighbours 0 and 3 only
         assert row.pop("norm of rank 1") == f"{NORM} (ranks 0, 3 against rank 1)", row
-        # rank 3's shard is another than rank 0's, and the same as rank 1's
+        # rank 3 has another shard than rank 0, and the same as rank 1
         assert row.pop("matrix of rank 3") == f"{COLUMN} (rank 1 against rank 3)", row
 
 
@@ -63,7 +63,7 @@ def poison_one(layout: Any, mesh: Mesh, path: str, distributed: bool) -> dict[st
     config = parity.make_config(mesh, optimizer__distributed=distributed, optimizer__max_skipped_updates=2)
     actor = parity.build_actor(config, layout)
     (mini_batch,) = parity.shared_step(config, layout, batch, actor)
-    actor.update(mini_batch)  # so that there are moments
+    actor.update(mini_batch)  # so that Adam has moments
     before = [tensor.clone() for tensor in (*actor.policy.parameters(), *actor.optimizer.tensors())]
     finalize = actor.policy.config.finalize_model_grads_func
     poisoned = partial(_finalize_and_poison, finalize, layout.rank in (1, 3))
@@ -90,14 +90,14 @@ def poison_one(layout: Any, mesh: Mesh, path: str, distributed: bool) -> dict[st
 
 
 def _finalize_and_poison(finalize: Any, here: bool, model: Any, *args: Any, **kwargs: Any) -> None:
-    """Gradients as they are after all reductions, with a NaN in this rank's copy of the last norm."""
+    """Finalise gradients, then put a NaN into this rank's copy of the last norm."""
     finalize(model, *args, **kwargs)
     if here:
         dict(model[0].module.named_parameters())[NORM].main_grad[3] = float("nan")
 
 
 def told(actor: Any, name: str = "", here: bool = False) -> str | None:
-    """What the check says, in brief, while the named weight's last element differs in a bit on this rank."""
+    """Return the check's message, shortened. With `here`, one bit of the named weight's last element differs on this rank."""
     from dapo_mcore.actor.replicas import check_replicas
 
     weight = dict(actor.policy.named_parameters()).get(name)

@@ -33,8 +33,8 @@ def make_group(*kinds, penalties=None):
         ((R, R), "all_right", False),
         ((W, W), "all_wrong", False),
         ((FAILED, FAILED), "unscored", False),
-        ((R, R, FAILED), "all_right", False),  # a failure is no wrong answer
-        ((W, W, ABORTED), "all_wrong", False),  # nor is an aborted answer a right one
+        ((R, R, FAILED), "all_right", False),  # a failure is not a wrong answer
+        ((W, W, ABORTED), "all_wrong", False),  # an aborted answer is not a right one
         ((R, W, FAILED), "mixed", True),
         ((R, FAILED), "all_right", False),  # one valid sample of two: nothing to compare with
         ((R,), "all_right", True),  # sampled once: kept, as verl does

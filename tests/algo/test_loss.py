@@ -27,7 +27,7 @@ def test_by_hand(mode, expected):
 
 
 def direct_loss(mode, losses, mask, micro, loss_length):
-    """The scalar each mode is defined by, over a padded rectangle [n, t]."""
+    """Return the scalar that defines each mode, over a padded rectangle [n, t]."""
     tokens = mask.sum(1)
     sums = (losses * mask).sum(1)
     kept = tokens > 0

@@ -1,4 +1,4 @@
-"""Groups to flat arrays: places, masks, statistics."""
+"""Groups as flat arrays: offsets, masks and statistics."""
 
 import numpy as np
 import pytest

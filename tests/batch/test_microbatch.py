@@ -12,7 +12,7 @@ PAD = 99
 
 
 def make_batch(lengths, seed=0):
-    """Random samples whose prompts are a third of the length; some response tokens are not trained."""
+    """Return random samples whose prompts are a third of the length. Some response tokens carry no loss."""
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     mask = rng.random(offsets[-1]) > 0.3
@@ -71,7 +71,7 @@ def test_packed_by_hand():
 
 
 def test_packed_context_parallel_by_hand():
-    # each sequence is padded to 4 and cut in chunks of 1: rank 0 holds positions 0 and 3, rank 1 positions 1 and 2
+    # each sequence is padded to 4 and split into chunks of 1: rank 0 holds positions 0 and 3, rank 1 positions 1 and 2
     first, second = build(SMALL, [0, 1], cp=2, rank=0), build(SMALL, [0, 1], cp=2, rank=1)
     assert first.tokens.tolist() == [[5, PAD, 8, PAD]] and second.tokens.tolist() == [[6, 7, 9, 10]]
     assert first.position_ids.tolist() == [[0, 3, 0, 3]] and second.position_ids.tolist() == [[1, 2, 1, 2]]
@@ -99,7 +99,7 @@ def test_dtypes():
 
 
 def whole_of(parts, segments, cp, packing, name):
-    """A [b, s] field of all context-parallel ranks, in the flat layout before the split."""
+    """Return a [b, s] field of all context-parallel ranks in the flat order before the split."""
     return (
         undo_zigzag([getattr(part, name).flatten() for part in parts], segments, cp)
         if packing
@@ -154,7 +154,7 @@ def test_all_ranks_together_hold_every_token_and_every_row_exactly_once(cp, mult
 
 
 def rows_of(micro):
-    """(sample, position, target, engine log-prob, advantage), read as the head does: from [s, b] flattened."""
+    """Return (sample, position, target, engine log-prob, advantage) of each row, read from flattened [s, b]."""
     position = micro.position_ids.T.flatten()[micro.rows]
     columns = (micro.sample_ids, position, micro.targets, micro.rollout_logprobs, micro.advantages)
     return list(zip(*(column.tolist() for column in columns)))

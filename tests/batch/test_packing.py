@@ -57,7 +57,7 @@ def test_largest_differencing_on_the_textbook_example():
 
 
 def greedy(costs, num_parts):
-    """Longest processing time first: the next largest goes to the lightest part."""
+    """Return the largest sum of the greedy plan: the next largest item goes to the lightest part."""
     sums = np.zeros(num_parts)
     for cost in sorted(costs, reverse=True):
         sums[np.argmin(sums)] += cost
@@ -86,7 +86,7 @@ def round_up(number, multiple):
 
 
 def size_of(samples, lengths, context_parallel, align, packing):
-    """Tokens a micro-batch takes on all its context-parallel ranks."""
+    """Return the tokens that a micro-batch takes on all its context-parallel ranks."""
     zigzag = 2 * context_parallel if context_parallel > 1 else 1
     multiple = np.lcm(zigzag, context_parallel * align)
     if packing:

@@ -42,7 +42,7 @@ def test_a_line_for_each_tenth() -> None:
     assert lines[-1] == "copy: 20.00 of 20.00 GB, 0.50 GB/s, 0 s left"
 
 
-def test_what_was_there_before_is_no_speed() -> None:
+def test_bytes_copied_earlier_do_not_count_for_the_speed() -> None:
     clock = Clock()
     with ByteProgress("copy", console(), clock) as progress:
         progress.start(10 * GB, 5 * GB)
@@ -64,14 +64,14 @@ def test_at_most_a_line_a_second_and_one_at_the_end() -> None:
     assert len(told(progress)) == 2
 
 
-def test_nothing_to_do() -> None:
+def test_an_empty_copy_prints_nothing() -> None:
     with ByteProgress("copy", console(), Clock()) as progress:
         progress.start(0, 0)
         progress.advance(0)
     assert told(progress) == []
 
 
-def test_from_several_threads() -> None:
+def test_several_threads_may_advance() -> None:
     with ByteProgress("copy", console(), Clock()) as progress, ThreadPoolExecutor(4) as pool:
         progress.start(GB, 0)
         list(pool.map(progress.advance, [GB // 1000] * 1000))

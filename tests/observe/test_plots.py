@@ -1,4 +1,4 @@
-"""Plots are drawn from whatever a run recorded. What they look like is for eyes; here, what they contain."""
+"""What the plots of a run contain, for complete and incomplete metrics. How they look, only eyes can judge."""
 
 from __future__ import annotations
 

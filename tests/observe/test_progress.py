@@ -1,4 +1,4 @@
-"""What a run prints: whole lines into a pipe, a table that fits on a terminal."""
+"""What a run prints: whole lines into a pipe, and a table that fits on a terminal."""
 
 from __future__ import annotations
 

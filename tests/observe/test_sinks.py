@@ -124,7 +124,7 @@ def test_tensorboard_forgets_the_steps_that_are_run_again(tmp_path: Path) -> Non
 
 @contextmanager
 def files_no_longer_than(num_bytes: int) -> Iterator[None]:
-    """What a full disk does to a file that grows."""
+    """Limit the size of files: a write beyond it fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

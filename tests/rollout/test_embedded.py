@@ -19,7 +19,7 @@ N = 40_000
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
+    """Use one thread: tiny matrices gain nothing from more, and lose much on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def tiny_config(tied: bool = False) -> Qwen2Config:
 
 
 def reference_model(tied: bool = False) -> torch.nn.Module:
-    """Weights wide enough that the law is far from uniform and depends on position and context."""
+    """Return a model with weights so large that its distribution is far from uniform and depends on position and context."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = AutoModelForCausalLM.from_config(tiny_config(tied), attn_implementation="eager", dtype=torch.float32)
@@ -78,7 +78,7 @@ def fp64_model() -> torch.nn.Module:
 
 
 def teacher_forced(prompt: np.ndarray, response: np.ndarray, temperature: float) -> np.ndarray:
-    """Log-probs of one response in fp64, alone in its batch, without cache."""
+    """Return the log-probs of one response in fp64, alone in its batch, without a cache."""
     ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
     logits = fp64_model()(ids).logits[0, len(prompt) - 1 : -1]
     laws = (logits / temperature).log_softmax(-1)
@@ -132,7 +132,7 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_limit():
     assert any(r.finish_reason == "stop" and len(r.token_ids) == 6 for r in rollouts), "a stop on the last token"
 
 
-def test_first_tokens_follow_the_models_law():
+def test_first_tokens_follow_the_models_distribution():
     prompt, n = prompts_of(5)[0], 20_000
     rollouts = loaded_engine(max_batch=n).generate([prompt] * n, params(max_new_tokens=1, temperature=1.3))
     counts = np.bincount([r.token_ids[0] for r in rollouts], minlength=VOCAB)
@@ -315,11 +315,11 @@ def frequencies(**law: float) -> torch.Tensor:
         ({"top_p": 0.7}, [2 / 3, 0, 1 / 3, 0]),
         ({"top_p": 0.76}, [0.5 / 0.95, 0, 0.25 / 0.95, 0.2 / 0.95]),
         ({"top_p": 0.01}, [1, 0, 0, 0]),
-        # top-p acts on what top-k left: 2/3 of the mass of the best two is the best one
+        # top-p acts on what top-k leaves: 2/3 of the mass of the best two is the best one
         ({"top_k": 2, "top_p": 0.66}, [1, 0, 0, 0]),
     ],
 )
-def test_frequencies_follow_the_law(law, expected):
+def test_tokens_are_drawn_with_the_probabilities_that_the_parameters_give(law, expected):
     expected = torch.tensor(expected, dtype=torch.float64)
     five_sigma = 5 * (expected * (1 - expected) / N).sqrt()
     assert ((frequencies(**law) - expected).abs() <= five_sigma).all()

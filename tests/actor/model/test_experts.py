@@ -1,4 +1,4 @@
-"""DAPO's gradient through experts: the whole actor on every kind of expert mesh, held to an fp64 run of transformers.
+"""DAPO's gradient through experts: the whole actor on every kind of expert mesh, against an fp64 run of transformers.
 
 Single losses of single families: test_policy.py. Here the packing, the head and the objective are the actor's own.
 """
@@ -24,7 +24,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def solve(name: str, folder: Any) -> str:
-    """A file with the family's problem, an off-policy batch and its HF-named fp64 gradient."""
+    """Write a file with the family's problem, an off-policy batch and its HF-named fp64 gradient. Return its path."""
     from transformers import AutoModelForCausalLM
 
     problem = str(families.save_problem(name, folder))
@@ -61,13 +61,13 @@ def test_the_gradient_is_that_of_one_fp64_process(mesh: Mesh, problems: list[str
 
 
 def worst_errors(layout: Any, mesh: Mesh, paths: list[str]) -> list[float]:
-    """Worker: of each family the largest ‖Δ‖₂ / ‖g‖₂ over tensors; an expert that no token chose must have no gradient."""
+    """Return each family's largest ‖Δ‖₂ / ‖g‖₂ over tensors. Unused experts must have no gradient. Runs in a worker."""
     from dapo_mcore.actor.actor import Actor
     from dapo_mcore.types import TrainBatch
 
     found = []
     for path in paths:
-        stored = torch.load(path, weights_only=False)  # written by the test itself, a moment ago
+        stored = torch.load(path, weights_only=False)  # this test has written the file itself
         problem, batch = families.load_problem(stored["problem"]), TrainBatch(**stored["batch"])
         config = parity.make_config(mesh)
         actor = Actor(config, problem.hf_config, layout, parity.DictReader(problem.weights))

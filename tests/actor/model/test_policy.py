@@ -1,4 +1,4 @@
-"""Every family on meshes of real processes: logits, gradients and their norm, held to an fp64 run of transformers.
+"""Every family on meshes of real processes: logits, gradients and their norm against an fp64 run of transformers.
 
 Proves: real megatron-core in fp32 on gloo, with experts as separate MLPs; packed and unpacked micro-batches.
 Does not prove: Transformer Engine's grouped experts, NCCL, bf16.
@@ -67,14 +67,14 @@ def compare(layout: Any, mesh: Mesh, problem: Problem) -> dict[str, Any]:
         config = parity.make_config(mesh, optimizer__distributed=distributed, optimizer__clip_grad=norm / 2)
         policy, outcomes, found_norm = one_step(config, problem, layout)
         found[f"norm, distributed {distributed}"] = abs(found_norm / norm - 1)
-        if not distributed:  # the other way leaves each rank a shard of the gradients
+        if not distributed:  # the distributed optimizer leaves each rank a shard of the gradients
             found |= logits_errors(problem, outcomes, layout)
             found["gradient"] = worst_ratio(gradient_sums(policy, problem, layout, norm / 2 / (norm + 1e-6)), layout)
     return found
 
 
 def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any], float]:
-    """A gradient step on the problem: the policy, its logits, and the gradient norm."""
+    """Take a gradient step on the problem. Return the policy, its logits and the gradient norm."""
     from dapo_mcore.actor.actor import wrap
     from dapo_mcore.actor.forward_backward import run_micro_batches
     from dapo_mcore.actor.model.policy import build_model
@@ -106,7 +106,7 @@ def logits_errors(problem: Problem, outcomes: list[Any], layout: Any) -> dict[st
 
 
 def gradient_sums(policy: Any, problem: Problem, layout: Any, scale: float) -> dict[str, tuple[float, float]]:
-    """Global parameter name → (‖Δ‖², ‖g‖²) of this rank's part, the expected gradient being clipped to `scale` of itself."""
+    """Return global parameter name → (‖Δ‖², ‖g‖²) of this rank's part. Clipping scales the expected gradient by `scale`."""
     sums = {}
     names = policy.global_parameter_names()
     for name, parameter in policy.named_parameters():
@@ -118,8 +118,10 @@ def gradient_sums(policy: Any, problem: Problem, layout: Any, scale: float) -> d
 
 
 def worst_ratio(sums: dict[str, tuple[float, float]], layout: Any) -> float:
-    """The largest ‖Δ‖ / ‖g‖ over parameters, each over all ranks that hold a part of it. An expert that no token chose has no
-    gradient, and must have none here either."""
+    """Return the largest ‖Δ‖ / ‖g‖ over parameters, each over all ranks with a part of it.
+
+    An expert that no token chose has no gradient, so it must have none here.
+    """
     import torch.distributed as dist
 
     everywhere: list[Any] = [None] * layout.world_size

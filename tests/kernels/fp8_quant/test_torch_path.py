@@ -40,7 +40,7 @@ def test_codes_are_those_of_torch_s_cast(x):
 
 @pytest.mark.parametrize("x", [every(torch.bfloat16), every(torch.float16), ties()], ids=["bf16", "fp16", "ties"])
 def test_codes_are_the_nearest_number_and_the_even_one_of_two(x):
-    """Compares with a search in fp64 over the list of e4m3 numbers."""
+    """The reference is a search in fp64 over the list of e4m3 numbers."""
     distance = (x.abs().double()[:, None] - values()).abs()  # [n, 127]
     nearest = distance == distance.amin(1, keepdim=True)
     even = torch.arange(127) % 2 == 0

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("vocab", [1, 15, 31, 32, 33, 70, 128])
 def test_a_narrower_gradient_fits_into_the_rows_of_the_logits(vocab):
-    """Uses fp16 in place of bf16, which the interpreter rounds wrongly."""
+    """The test uses fp16 because the interpreter rounds bf16 wrongly."""
     logits, targets, tokens = random_logits(4, vocab)
     arguments = targets, tokens, Objective(entropy_coef=0.1), VocabShard.of(vocab, None, None), 0.7
     _, apart = kernel.differentiate(logits.clone(), *arguments, torch.float32)

@@ -51,7 +51,7 @@ def random_tokens(num: int, seed: int = 0) -> tuple[torch.Tensor, TokenInputs]:
 
 
 @pytest.mark.parametrize("case", BY_HAND)
-def test_by_hand(case):
+def test_loss_gradient_and_flags_of_a_token_by_hand(case):
     p, old, advantage, dual, loss, grad, flag = BY_HAND[case]
     tokens = TokenInputs(f64(advantage), f64(1.0), f64(math.log(old)))
     terms = policy_loss_terms(f64(math.log(p)), tokens, Objective(0.2, 0.28, dual))

@@ -1,4 +1,4 @@
-"""One step of work in a thread: handed over once, with its failure."""
+"""One step of work in a thread: its result, or its failure, is handed over once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_wait_ends_early_when_it_is_told_to():
     assert ahead.take(1)
 
 
-def test_a_failure_waits_for_whoever_takes_the_result():
+def test_a_failure_is_raised_when_the_result_is_taken():
     def fail(step: int) -> None:
         raise RolloutError(f"step {step} is broken")
 

@@ -37,11 +37,11 @@ from tests.rollout.sampling.scripted import (
 
 
 class SlowEngine(ScriptedEngine):
-    """Finishes groups when the sampler waits for one; `order` says which.
+    """An engine that finishes groups when the sampler waits for one; `order` says which.
 
-    order  called with the numbers of the prompts in flight in the order they were submitted; the ones it returns finish.
-    Weights may move meanwhile: the last token of a response is of the version when it finishes, the others of the version
-    when it was submitted.
+    order  gets the numbers of the prompts in flight, in the order of submission, and returns those that finish.
+    Weights may change meanwhile: the last token of a response has the version of when it finishes, the others that of when
+    it was submitted.
     """
 
     def __init__(self, prompts: list[Prompt], order: Callable[[list[int]], list[int]], version: int = 1):
@@ -107,7 +107,7 @@ def collect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Sampler, Slo
     monkeypatch.setattr(refill, "time", clock)
 
     def build(scripts: list[str], order, style: str = "filter", taken: int = 0, reward=reward, **sampling):
-        """`taken` prompts were taken from the loader before, by the run that is resumed."""
+        """Return a sampler and its engine. The run that it resumes has taken `taken` prompts from the loader."""
         prompts = make_prompts(*scripts)
         engines.append(SlowEngine(prompts, order))
         loader = PromptLoader(prompts, seed=0, shuffle=False)
@@ -128,24 +128,24 @@ def test_a_finished_group_is_replaced_at_once_and_never_more_are_in_flight_than_
     scripts = [WRONG, MIXED, RIGHT, MIXED, WRONG, MIXED, WRONG, MIXED]
     sampler, engine = collect(scripts, one_by_one, train=3, gen_batch_prompts=6, max_in_flight_groups=2)
     collected = sampler.collect(step=0)
-    # always 2 in flight, until 1, 3 and 5 are kept; then 6 is waited for
+    # always 2 in flight, until 1, 3 and 5 are kept; then the sampler waits for 6
     assert engine.submitted == [0, 1, 2, 3, 4, 5, 6]
     assert engine.most == 2
     assert uids(collected.groups) == [1, 3, 5] and uids(collected.generated) == [0, 1, 2, 3, 4, 5, 6]
     stats = collected.stats
-    # in 7 moves, 1 of them for group 6 alone
+    # in 7 seconds, the last of them with group 6 alone
     assert stats["sampling/in_flight_max"] == 2 and stats["sampling/in_flight_mean"] == (6 * 2 + 1 * 1) / 7
     assert stats["sampling/gen_batches"] == pytest.approx(7 / 6) and stats["sampling/groups_aborted"] == 0
     assert stats["sampling/surplus_wait_s"] == 1.0
     assert len({params.seed for _, params in engine.calls}) == 7
 
 
-def test_groups_come_in_prompt_order_in_whatever_order_they_finish(collect):
+def test_groups_come_in_prompt_order_for_any_order_of_finishing(collect):
     scripts = [MIXED] * 20
     for order in (one_by_one, one_by_one_last_first, lambda in_flight: in_flight):
         sampler, _ = collect(scripts, order, train=2, gen_batch_prompts=4)
         collected = sampler.collect(step=0)
-        # the slowest is waited for: whether a group is trained on must not depend on its speed
+        # the sampler waits for the slowest: whether a group is trained on must not depend on its speed
         assert uids(collected.groups) == [0, 1] and uids(collected.generated)[:4] == [0, 1, 2, 3]
         assert collected.stats["sampling/surplus_carried"] == len(collected.generated) - 2
         assert uids(sampler.collect(step=1).groups) == [2, 3]
@@ -157,12 +157,12 @@ def test_nothing_more_is_begun_than_is_expected_to_be_needed(collect):
     assert engine.submitted == [0, 1, 2, 3]  # gen_batch_prompts = train_batch_prompts promises that all are kept
 
 
-def test_abort_ends_what_is_in_flight_and_asks_it_again_first(collect):
+def test_abort_ends_what_is_in_flight_and_begins_with_its_prompts_next_time(collect):
     sampler, engine = collect(
         [MIXED] * 12, one_by_one_last_first, train=2, gen_batch_prompts=6, on_full="abort", max_in_flight_groups=6
     )
     first = sampler.collect(step=0)
-    assert uids(first.groups) == [5, 6]  # the soonest: biased, as documented; 6 took the place of 5
+    assert uids(first.groups) == [5, 6]  # the first to finish, which is biased, as documented; 6 took the place of 5
     assert first.stats["sampling/groups_aborted"] == 5
     assert sampler.state()[0]["again"] == [f"train:{number}" for number in range(5)]
     assert engine.cancelled == [0, 1, 2, 3, 4] and not engine.running
@@ -171,7 +171,7 @@ def test_abort_ends_what_is_in_flight_and_asks_it_again_first(collect):
     assert uids(second.groups) == [7, 8]
 
 
-def test_prompts_to_ask_again_survive_a_restart(collect):
+def test_aborted_prompts_survive_a_restart(collect):
     options = dict(train=2, gen_batch_prompts=6, on_full="abort")
     sampler, _ = collect([MIXED] * 12, one_by_one_last_first, **options)
     sampler.collect(step=0)
@@ -198,13 +198,13 @@ def test_kept_groups_stay_in_flight_until_later_steps_could_not_train_on_them(co
     assert uids(first.groups) == [3, 4] and pending(sampler) == [0, 1, 2]
     assert first.stats["sampling/groups_pending"] == 3 and first.stats["sampling/surplus_wait_s"] == 0
     engine.weight_version = 2
-    # 5 and 6 are enough, but step 3 could not train on 0, 1 and 2 at once, and step 4 on none: 2 is waited for
+    # 5 and 6 suffice, but step 3 could not train on 0, 1 and 2 at once, and step 4 on none of them: it waits for 2
     second = sampler.collect(step=2)
     assert engine.submitted == [0, 1, 2, 3, 4, 5, 6]
     assert uids(second.groups) == [2, 5] and uids(second.generated) == [2, 5, 6] and pending(sampler) == [0, 1]
     assert second.stats["sampling/groups_pending"] == 2 and second.stats["sampling/surplus_carried"] == 1
     engine.weight_version = 3
-    third = sampler.collect(step=3)  # 0 and 1 are waited for, and trained on before the newer ones
+    third = sampler.collect(step=3)  # it waits for 0 and 1, and trains on them before the newer ones
     assert engine.submitted[7:] == [7, 8]
     assert uids(third.groups) == [0, 1] and uids(third.generated) == [0, 1, 7, 8] and pending(sampler) == []
     assert third.stats["sampling/staleness_max"] == 2 and third.stats["sampling/surplus_reused"] == 0
@@ -216,7 +216,7 @@ def test_kept_groups_stay_in_flight_until_later_steps_could_not_train_on_them(co
     steps = (first, second, third, fourth)
     assert all(s.stats["sampling/groups_stale"] == 0 for s in steps)
     assert not engine.cancelled
-    # the fourth step generated nothing, and has every metric nevertheless: curves have no gaps
+    # the fourth step generated nothing but has every metric, so curves have no gaps
     assert all(s.stats.keys() == first.stats.keys() for s in steps)
     assert fourth.stats["sampling/groups_pending"] == fourth.stats["sampling/in_flight_max"] == 0
 
@@ -225,12 +225,12 @@ def test_kept_groups_stay_in_flight_until_later_steps_could_not_train_on_them(co
 @pytest.mark.parametrize(("max_staleness", "lag"), [(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)])
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_no_group_is_lost_for_being_slow_or_trained_on_twice(collect, style, max_staleness, lag, at_once):
-    """With a lag the weights move at any time during a step, as beside training."""
+    """With a lag, the weights may change at any time during a step, as they do while training runs."""
     scripts = [MIXED if number % 3 else RIGHT for number in range(200)]
     luck = random.Random(max_staleness)
 
     def slow_some(in_flight: list[int]) -> list[int]:
-        """Every fifth prompt finishes late, and any other at random."""
+        """Finish prompts at random, but every fifth one late."""
         if lag and luck.random() < 0.3:
             engine.weight_version = 1 + len(steps) + lag
         ready = [number for number in in_flight if number % 5] or in_flight
@@ -289,12 +289,12 @@ def test_resample_grows_each_group_by_itself(collect):
     collected = sampler.collect(step=0)
     assert [letters(group) for group in collected.groups] == ["RRRW", "RW", "RW"]
     assert uids(collected.groups) == [0, 1, 3] and uids(collected.generated) == [0, 1, 2, 3]
-    # 0 and 2 grew twice, and 3 replaced 2, all while 1 was on its way
+    # 0 and 2 grew twice, and 3 replaced 2, all while 1 was in flight
     assert sorted(engine.submitted) == [0, 0, 0, 1, 2, 2, 2, 3]
     assert collected.stats["sampling/resample_rate"] == 4 / 12
 
 
-def test_style_none_takes_what_it_asked_for(collect):
+def test_style_none_trains_on_every_group_that_it_begins(collect):
     sampler, engine = collect([WRONG] * 6, one_by_one_last_first, style="none", train=3, max_in_flight_groups=2)
     assert uids(sampler.collect(step=0).groups) == [0, 1, 2] and engine.submitted == [0, 1, 2]
 
@@ -373,5 +373,5 @@ def test_a_step_expects_what_the_steps_before_have_seen(collect):
         before = len(engine.submitted)
         sampler.collect(step)
         begun.append(len(engine.submitted) - before)
-    # the fewest that bring 4 though luck is two standard deviations bad: 26.6, 8.7, 7.1, 6.2
+    # the fewest that bring 4 even if luck is two standard deviations bad: 26.6, 8.7, 7.1, 6.2
     assert begun == [27, 9, 8, 7]

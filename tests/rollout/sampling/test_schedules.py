@@ -1,8 +1,8 @@
-"""Random runs of the sampler, in one thread: whatever finishes first, whenever the weights move, wherever it restarts.
+"""Random runs of the sampler, in one thread: groups finish in any order, weights change and runs restart at any time.
 
-A play draws a configuration that the rules allow, a data set and a schedule, all from one seed, and keeps its own account
-of every prompt. Where a step draws groups by a forecast of how many are kept (style filter), luck may cost a group: then
-it must be counted, but not that there is none.
+A play draws a valid configuration, a data set and a schedule from one seed, and keeps its own account of every prompt. With
+style filter a step begins groups by a forecast of how many are kept. With bad luck a group becomes too old: such a loss is
+allowed, but it must be counted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class RandomEngine(ScriptedEngine):
             assert version - request.version <= self._max_lag, "a response would be thrown away for its age"
 
     def advance(self) -> None:
-        """At least one request ends, if there are any."""
+        """End at least one request, if there are any."""
         self.maybe_move()
         alive = self.alive()
         ready = [request for request in alive if not request.slow] or alive
@@ -95,13 +95,13 @@ class RandomEngine(ScriptedEngine):
 
     def end(self, request: Request) -> None:
         made = [begun_by(request.version, self.respond(request.number)) for _ in range(request.count)]
-        self.answers += made  # kept, so that no other has its id
+        self.answers += made  # kept alive, so that no other gets its id
         self.begun |= {id(rollout): request.place for rollout in made}
         request.future.set_result(made)
 
 
 class BatchEngine(ScriptedEngine):
-    """The same for an engine that generates a batch at a time."""
+    """An engine that generates one batch at a time, with the same interface."""
 
     def __init__(self, prompts: list[Prompt], luck: random.Random, version: int, max_lag: int):
         super().__init__(prompts, version)
@@ -117,7 +117,7 @@ class BatchEngine(ScriptedEngine):
 
 
 def draw_config(luck: random.Random, **fixed: object) -> Config:
-    """A configuration that the rules of config/schema.py allow, with some of the section `sampling` given."""
+    """Return a valid configuration. `fixed` are keys of the section `sampling`."""
     while True:
         train = luck.randint(1, 5)
         sampling = {
@@ -156,7 +156,7 @@ def draw_config(luck: random.Random, **fixed: object) -> Config:
 
 
 class RecordingLoader(PromptLoader):
-    """Remembers what it gave."""
+    """A loader that remembers the prompts that it gave."""
 
     def __init__(self, prompts: list[Prompt]):
         self.given: list[str] = []
@@ -174,7 +174,7 @@ def uid_counts(groups: list[Group]) -> Counter[str]:
 
 @dataclass
 class Account:
-    """Every prompt drawn, by what became of it."""
+    """What became of every prompt that was taken."""
 
     trained: Counter[str] = field(default_factory=Counter)
     given_up: Counter[str] = field(default_factory=Counter)
@@ -186,8 +186,10 @@ class Account:
 
 
 class Play:
-    """A run of some steps as controller.py takes them: with `async_steps` a step is collected beside the training of the
-    one before, and a restart repeats it."""
+    """A run of some steps in the order of controller.py.
+
+    With `async_steps` a step is collected while the one before it trains, and a restart repeats it.
+    """
 
     def __init__(self, seed: int, num_steps: int = 8, restarts: bool = True, **fixed: object):
         self.luck = random.Random(seed)
@@ -215,7 +217,7 @@ class Play:
         self.sampler = Sampler(self.engine, self.loader, reward, decode, self.config)
 
     def run(self) -> None:
-        ahead: Collected | None = None  # here it is complete before the training of its step begins
+        ahead: Collected | None = None  # in this test it is complete before the training of the step before it begins
         for step in range(1, self.num_steps + 1):
             collected = ahead or self.collect(step, lag=0)
             self.steps.append(collected)
@@ -268,7 +270,7 @@ class Play:
         return self.config.sampling.max_in_flight_groups or self.batch
 
     def check_wait(self, refill: Refill) -> None:
-        """Servers are never left idle while groups are missing."""
+        """Check that servers are not idle while groups are missing."""
         missing = self.config.sampling.train_batch_prompts - len(refill._carried) - len(refill._kept)
         budget = self.config.sampling.max_gen_batches * self.batch - refill._num_begun
         room = self.limit - len(refill._in_flight)
@@ -296,7 +298,7 @@ class Play:
         return [group for group in groups if keep(group) and group.weight_version >= oldest]
 
     def check_order(self, carried: list[Group], collected: Collected, oldest: int) -> None:
-        """No group is chosen for being sooner done than another that is there."""
+        """Check that no group is preferred because it finished earlier."""
         s = self.config.sampling
         if isinstance(self.engine, RandomEngine):
             places = [self.engine.begun[id(group.samples[0].rollout)] for group in collected.generated]
@@ -306,7 +308,7 @@ class Play:
         assert self.sampler.snapshot().carried == (groups[s.train_batch_prompts :] if s.carry_surplus else [])
 
     def note(self, carried: list[Group], collected: Collected, oldest: int) -> None:
-        """Every prompt that was drawn is somewhere, once."""
+        """Check that every prompt that was taken is in one place, once."""
         s, account, stats = self.config.sampling, self.account, collected.stats
         keep, there = KEEPS[s.style], carried + collected.generated
         good = [group for group in there if keep(group)]
@@ -335,7 +337,7 @@ class Play:
 
 
 def play(seed: int, **fixed: object) -> Play:
-    """A played run. It may end early, by the errors that the documentation names."""
+    """Return a finished play. It may end early with the documented errors."""
     made = Play(seed, **fixed)
     receive = Refill._wait
 
@@ -362,7 +364,7 @@ def play(seed: int, **fixed: object) -> Play:
 
 
 @pytest.mark.parametrize("on_full", ["wait", "abort", "keep"])
-def test_whatever_finishes_first_every_prompt_is_accounted_for(on_full):
+def test_every_prompt_is_accounted_for_in_any_order_of_finishing(on_full):
     plays = [play(seed, on_full=on_full) for seed in range(150)]
     assert sum(len(made.steps) for made in plays) > 600, "most runs must get somewhere"
 

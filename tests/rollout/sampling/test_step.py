@@ -27,7 +27,7 @@ def test_a_group_is_as_old_as_its_oldest_token_and_each_token_has_its_own_age() 
     }
 
 
-def test_the_engine_gets_the_configured_law():
+def test_the_engine_gets_the_configured_sampling_parameters():
     sampler, engine = make_sampler(make_prompts(MIXED), make_config("none", train=1))
     sampler.collect(step=0)
     params = engine.calls[0][1]
