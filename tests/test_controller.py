@@ -1,0 +1,155 @@
+"""Rank 0's side of a run between two gradient phases. The engine is made up; data, reward and files are real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import Qwen2Config
+
+from dapo_mcore import controller as module
+from dapo_mcore.config.schema import Config
+from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
+from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.observe.sinks import read_metrics
+from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.types import Rollout, SamplingParams
+
+
+class Engine:
+    """Answers 2 to every prompt, which is right for `1+1=` alone."""
+
+    weight_version = 0
+
+    def __init__(self, tokenizer: Any):
+        self.answer = np.array(tokenizer.encode("Answer: 2", add_special_tokens=False), dtype=np.int32)
+        self.calls: list[tuple[int, SamplingParams]] = []
+
+    def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
+        self.calls.append((len(prompts), params))
+        length = len(self.answer)
+        one = Rollout(self.answer, np.zeros(length, np.float32), np.ones(length, bool), "stop", self.weight_version)
+        return [one] * len(prompts)
+
+    def metrics(self) -> dict[str, float]:
+        return {"rollout/made_up": 1.0}
+
+    def close(self) -> None: ...
+
+
+class Lines(NullProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def settings(folder: Path, **sections: Any) -> Config:
+    """Two training prompts, of which a step takes one, and one prompt to evaluate."""
+    tree = {
+        "output_dir": str(folder / "runs"),
+        "num_rollout_steps": 3,
+        "model": {"path": "unused"},
+        "data": {"files": str(folder / "train.jsonl"), "answer_key": "answer", "shuffle": False},
+        "eval": {
+            "sets": {"held": {"files": str(folder / "held.jsonl"), "answer_key": "answer"}},
+            "samples_per_prompt": 1,
+        },
+        "rollout": {"group_size": 2, "max_response_tokens": 16, "temperature": 0.7},
+        "sampling": {"style": "none", "train_batch_prompts": 1},
+        "batch": {"mini_batch_prompts": 1},
+        "observe": {"tensorboard": False, "plot_at_end": False},
+    }
+    return Config.model_validate(tree | sections)
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Controller]]:
+    made: list[Controller] = []
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    monkeypatch.setattr(module, "stop_token_ids", lambda *_: (1,))
+    monkeypatch.setattr(module, "build_engine", lambda *_, **__: Engine(tokenizer))
+
+    def build(**sections: Any) -> Controller:
+        config, hf_config = settings(tmp_path, **sections), Qwen2Config(max_position_embeddings=4096)
+        made.append(Controller(config, hf_config, tokenizer, Lines(), PhaseTimer()))
+        return made[-1]
+
+    yield build
+    for controller in made:
+        controller.close()
+
+
+def test_the_pass_rate_is_the_share_of_right_answers_sampled_as_in_training(build) -> None:
+    controller = build()
+    assert controller.pass_rate(controller.data.train.prompts, seed=9) == 0.5
+    assert controller.engine.calls == [(2, SamplingParams(0.7, 1.0, -1, 16, seed=9))]
+
+
+def test_a_rollout_step_gives_the_batch_the_row_and_the_position_of_its_step(build) -> None:
+    controller = build()
+    controller.open_run(None)
+    batch = controller.rollout(1)
+    assert (batch.num_samples, batch.rewards.tolist()) == (2, [1.0, 1.0])
+    assert batch.lengths.tolist() == [4 + len(controller.engine.answer)] * 2
+    controller.record(1, num_updates=3, metrics={"actor/loss": 0.5})
+    (row,) = read_metrics(controller.config.run_dir)
+    assert (row["step"], row["updates"], row["actor/loss"], row["rollout/made_up"]) == (1, 3.0, 0.5, 1.0)
+    assert controller.rollout(2).rewards.tolist() == [-1.0, -1.0]
+    states = [controller.train_state(step, num_updates=3) for step in (1, 2)]
+    assert [(s.step, s.weight_version, s.loader["offset"] + 2 * s.loader["epoch"]) for s in states] == [
+        (1, 1, 1),
+        (2, 2, 2),
+    ]
+
+
+def test_a_new_run_moves_an_earlier_one_aside_but_neither_its_own_lock_nor_its_servers(build) -> None:
+    controller = build()
+    run_dir = controller.config.run_dir
+    for name in ("samples", "servers"):
+        (run_dir / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", ".lock"):
+        (run_dir / name).write_text("{}\n")
+    controller.open_run(None)
+    aside = run_dir.with_name("run.old1")
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "samples"]
+    assert {".lock", "servers"} <= {path.name for path in run_dir.iterdir()}
+    assert f"an earlier run without a checkpoint to resume was moved to {aside}" in controller.progress.lines
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_up_once(build) -> None:
+    controller = build()
+    controller.open_run(None)
+    controller.sinks.write(1, {"a": 1.0})
+    controller.make_up_evaluation(1)
+    controller.make_up_evaluation(1)
+    (row,) = read_metrics(controller.config.run_dir)
+    assert (row["a"], row["val/held/mean@1"]) == (1.0, 1.0)
+    assert len(controller.engine.calls) == 1
+
+
+def test_a_run_is_finished_with_its_last_checkpoint_or_export(tmp_path: Path) -> None:
+    def finished(**sections: Any) -> int | None:
+        return finished_step(settings(tmp_path, **sections))
+
+    no_export = {"checkpoint": {"export_at_end": False}}
+    assert finished(**no_export) is None
+    (tmp_path / "runs/run/checkpoints/step_000003").mkdir(parents=True)
+    assert finished(**no_export) == 3
+    assert finished(**no_export, num_rollout_steps=4) is None
+    assert finished(checkpoint={"export_at_end": False, "resume": "never"}) is None
+    assert finished() is None, "the export is still to be written"
+    assert final_export(settings(tmp_path)) == tmp_path / "runs/run/hf/final"
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_sequence() -> None:
+    assert pad_token(SimpleNamespace(pad_token_id=0, eos_token_id=5)) == 0
+    assert pad_token(SimpleNamespace(pad_token_id=None, eos_token_id=5)) == 5
