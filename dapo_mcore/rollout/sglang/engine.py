@@ -64,7 +64,8 @@ class SGLangEngine:
     ray_address     of the Ray cluster for servers with placement ray; None for a cluster of this machine alone.
 
     Not repeatable: servers batch requests as they arrive. Raise ConfigError if a server cannot be started or used.
-    `on_progress`, if set, is called with 1 for each finished sample.
+    `on_progress`, if set, is called with 1 for each finished sample. `pool` holds the servers until `close`, `sender` is the
+    way of a weight sync, and `bucket_bytes` limits one bucket of it.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class SGLangEngine:
         self._tell = (progress or NullProgress()).line
         allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
         # half of it: one bucket travels while the next is gathered, and gathering needs room, too
-        self._bucket_bytes = settings.bucket_mib << 19
+        self.bucket_bytes = settings.bucket_mib << 19
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
-        self._sender: Sender[Any] = new_sender(settings, num_bytes, self._bucket_bytes, folder)
-        self._pool: ServerPool | None = None
+        self.sender: Sender[Any] = new_sender(settings, num_bytes, self.bucket_bytes, folder)
+        self.pool: ServerPool | None = None
         self._processes: Sequence[LaunchedServer] = []
         self._disconnect: Callable[[], None] = lambda: None
         self._loop = LoopThread("rollout")
@@ -117,9 +118,9 @@ class SGLangEngine:
                     )
                     self._processes, self._disconnect = start_planned(plan, ray_address)
                     keys = plan.keys
-                self._pool = self._loop.run(self._open(keys, startup))
+                self.pool = self._loop.run(self._open(keys, startup))
             if settings.colocated:
-                self._loop.run(self._pool.release())
+                self._loop.run(self.pool.release())
         except BaseException:
             self.close()
             raise
@@ -132,7 +133,7 @@ class SGLangEngine:
     @property
     def weights_lost(self) -> bool:
         """True if no server has the weights any more, but some are healthy: another `update_weights` makes them serve."""
-        return self._pool is not None and self._pool.weights_lost
+        return self.pool is not None and self.pool.weights_lost
 
     def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
         """Return one response for each entry of `prompts` (int32 [T] each), in order, all made by the current weights.
@@ -161,7 +162,7 @@ class SGLangEngine:
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return memory for a tensor of the next `update_weights`. With sync tensor, large ones are in shared memory."""
-        return self._sender.empty(shape, dtype=dtype, device=device)
+        return self.sender.empty(shape, dtype=dtype, device=device)
 
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Take every HF-named tensor of the stream, and move to `version` once every serving server has confirmed it.
@@ -178,7 +179,7 @@ class SGLangEngine:
         self._versions[weight_version], self._newest_version = version, weight_version
         stream = self._as_served(self._manifest.checked(weights, version))
         try:
-            sync_metrics = self._send(buckets(stream, self._bucket_bytes), weight_version)
+            sync_metrics = self._send(buckets(stream, self.bucket_bytes), weight_version)
         except BaseException as error:
             self._newest_version = self._served_version
             self._num_broken_updates += isinstance(error, UpdateBroken)
@@ -188,13 +189,13 @@ class SGLangEngine:
         self._version, self._served_version = version, weight_version
         self._sync_metrics |= {**sync_metrics, "sync/repeats": float(self._num_broken_updates)}
         self._num_broken_updates = 0
-        if self._pool.checksums is not None:
-            self._sync_metrics["sync/servers_verified"] = float(self._pool.checksums.num_verified)
+        if self.pool.checksums is not None:
+            self._sync_metrics["sync/servers_verified"] = float(self.pool.checksums.num_verified)
 
     def release(self) -> None:
         """Make the servers release all device memory, weights included. See types.ColocatedEngine."""
         start = time.perf_counter()
-        self._loop.run(self._pool.release())
+        self._loop.run(self.pool.release())
         self._sync_metrics["sync/release_s"] = time.perf_counter() - start
 
     def resume(self) -> None:
@@ -203,7 +204,7 @@ class SGLangEngine:
         Raise RolloutError if none does.
         """
         start = time.perf_counter()
-        self._loop.run(self._pool.resume())
+        self._loop.run(self.pool.resume())
         self._sync_metrics["sync/resume_s"] = time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
@@ -211,19 +212,19 @@ class SGLangEngine:
         counts = self._loop.run(self._pop_counts())
         rows = {f"rollout/{name}": float(counts[name]) for name in _COUNTS}
         sync, self._sync_metrics = self._sync_metrics, {}
-        return {"rollout/servers_serving": float(len(self._pool.serving)), **rows, **sync}
+        return {"rollout/servers_serving": float(len(self.pool.serving)), **rows, **sync}
 
     def close(self) -> None:
         """Stop the servers that were started here, and delete the weights on disk. May be called twice."""
-        if self._pool is not None:
-            self._loop.run(self._pool.close())
+        if self.pool is not None:
+            self._loop.run(self.pool.close())
             self._loop.cancel_all()  # requests in flight are aborted on their servers
             self._loop.run(self._http.close())
-            self._pool = None
+            self.pool = None
         stop_servers(self._processes)
         self._disconnect()
         self._loop.close()
-        self._sender.close()
+        self.sender.close()
         atexit.unregister(self.close)  # not before: this call may have been interrupted
 
     def _as_served(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -233,14 +234,14 @@ class SGLangEngine:
         if self._settings.quantize == "none":
             return stream
         stream = quantized(stream)
-        loses_scales = any(server.sglang_version < FIRST_WITH_LOST_SCALES for server in self._pool.servers)
+        loses_scales = any(server.sglang_version < FIRST_WITH_LOST_SCALES for server in self.pool.servers)
         if self._settings.colocated and loses_scales:
             return with_cache_scales(stream, architecture, self._hf_config.num_hidden_layers)
         return stream
 
     def _send(self, stream: Iterator[tuple[Bucket, bool]], weight_version: str) -> dict[str, float]:
         """Update all servers. Return the sync's times, its bytes and its rate."""
-        sender, num_bytes = self._sender, 0
+        sender, num_bytes = self.sender, 0
 
         def counted() -> Iterator[tuple[Bucket, bool]]:
             nonlocal num_bytes
@@ -266,7 +267,7 @@ class SGLangEngine:
 
     async def _update_servers(self, weight_version: str, outgoing: Sequence[tuple[Sender[Any], Buckets[Any]]]) -> None:
         """Open one update and let each sender give its buckets to the servers in it. Today there is one sender."""
-        async with self._pool.update(weight_version, self._num_broken_updates) as update:
+        async with self.pool.update(weight_version, self._num_broken_updates) as update:
             for sender, packed in outgoing:
                 await sender.send(update, packed)
 
@@ -280,7 +281,7 @@ class SGLangEngine:
                 self._processes,
                 self._hf_config,
                 startup,
-                reload=self._sender.reload,
+                reload=self.sender.reload,
                 continues_requests=self._max_lag > 0,
                 tell=self._tell,
             )
@@ -290,9 +291,9 @@ class SGLangEngine:
 
     async def _pop_counts(self) -> Counter[str]:
         """Return and reset the counts. Runs in the loop, since they are counted there."""
-        counts = self._counts + self._pool.counts
+        counts = self._counts + self.pool.counts
         self._counts.clear()
-        self._pool.counts.clear()
+        self.pool.counts.clear()
         return counts
 
     async def _cancel_requests(self) -> None:
@@ -347,7 +348,7 @@ class SGLangEngine:
                 self._counts["retries"] += 1
                 longest = min(_FIRST_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S)
                 await asyncio.sleep(random.uniform(0, longest))  # full jitter spreads a dead server's requests
-            server = await self._pool.acquire(avoid=failed)
+            server = await self.pool.acquire(avoid=failed)
             try:
                 rollout = await self._ask(server, body, rule)
             except (RequestFailed, Dropped) as error:
@@ -365,19 +366,19 @@ class SGLangEngine:
         rid = secrets.token_hex(8)
         request = server.client.generate({**body, "rid": rid}, self._settings.request_timeout_s)
         try:
-            reply = await self._pool.call(server, request)
+            reply = await self.pool.call(server, request)
             rollout = read_reply(reply, rule(), self._stops)
         except RequestFailed as error:
-            self._pool.suspect(server, str(error))
-            await self._pool.abort_request(server, rid)
+            self.pool.suspect(server, str(error))
+            await self.pool.abort_request(server, rid)
             raise
         except asyncio.CancelledError:
-            await self._pool.abort_request(server, rid)
+            await self.pool.abort_request(server, rid)
             raise
         except Dropped as error:
             self._counts[f"dropped_{error.reason}"] += 1
             if error.reason != "aborted":
-                self._pool.suspect(server, str(error), reload=error.reason != "malformed")
+                self.pool.suspect(server, str(error), reload=error.reason != "malformed")
             raise
         server.num_failures = 0
         check_length(rollout, len(body["input_ids"]), body["sampling_params"]["max_new_tokens"], self._context)

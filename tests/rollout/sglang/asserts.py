@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+
 import numpy as np
 import pytest
 import torch
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.sync import shared_bucket
+from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.serving import params, prompts, shared_files, tiny_model, wait_for, weights
 
 
 def all_serve(made: SGLangEngine) -> None:
     """Wait until every server of the engine serves."""
-    wait_for(lambda: len(made._pool.serving) == len(made._pool.servers), otherwise=made._pool._states.describe)
+    wait_for(lambda: len(made.pool.serving) == len(made.pool.servers), otherwise=made.pool.states.describe)
 
 
 def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:
@@ -36,14 +38,13 @@ def alive(pid: int) -> bool:
 
 
 def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in another container: the name means nothing there, and the server ends."""
-    real, version = shared_bucket._HostMemory.opening, made.weight_version
+    """As in another container: the memory's name means nothing there, and the server ends."""
+    real, version = SharedBucket.handle, made.weight_version
 
-    def elsewhere(self: shared_bucket._HostMemory) -> shared_bucket._Call:
-        self._name = b"/torch_of_another_container"
-        return real(self)
+    def elsewhere(self: SharedBucket) -> str:
+        return base64.b64encode(base64.b64decode(real(self)).replace(b"/torch_", b"/other_")).decode()
 
-    monkeypatch.setattr(shared_bucket._HostMemory, "opening", elsewhere)
+    monkeypatch.setattr(SharedBucket, "handle", elsewhere)
     left = weights(0)
     with pytest.raises(RolloutError, match=r"none of 1 .*weight update, open: .*same user on the same machine"):
         made.update_weights(left, version=version + 1)

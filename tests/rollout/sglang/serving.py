@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.rollout.sglang.client.api import Keys
 from dapo_mcore.rollout.sglang.client.versions import SGLangVersion, parse_version
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.launch.process import stop_servers
+from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, start_servers
+from dapo_mcore.rollout.sglang.sync.sender import Sender
 from dapo_mcore.types import Rollout, SamplingParams
 from tests.rollout.sglang.fake_server import fake_python
 
@@ -222,7 +224,29 @@ def is_up(raw: Raw) -> bool:
 
 def servers(made: SGLangEngine) -> list[Raw]:
     """The servers of an engine, by plain HTTP."""
-    return [Raw(server.url, server.client._keys) for server in made._pool.servers]
+    return [Raw(server.url, server.client.keys) for server in made.pool.servers]
+
+
+def states(made: SGLangEngine) -> list[str]:
+    """Return the state of each server of an engine, in order."""
+    return [server.state for server in made.pool.servers]
+
+
+def processes(made: SGLangEngine) -> list[LaunchedServer]:
+    """Return the process of each server that an engine has started, in order."""
+    return [server.process for server in made.pool.servers]
+
+
+def given_by(owner: SGLangEngine, folder: Path) -> dict[str, Any]:
+    """Return the settings of another engine on the servers of `owner`, which has its own folder in `folder`."""
+    urls, keys = [server.url for server in owner.pool.servers], folder / "servers/keys.json"
+    return dict(urls=urls, key_file=str(keys), python=sys.executable)
+
+
+def sync_by(made: SGLangEngine, sender: Sender[Any]) -> None:
+    """Send the weights by another sender from now on, which keeps none for servers that come back."""
+    made.sender.close()
+    made.sender, made.pool._recovery.reload = sender, None
 
 
 def order(server: Raw, kind: str, **fault: Any) -> None:
@@ -244,7 +268,7 @@ def told(server: Raw) -> dict[str, Any]:
 
 def bucket_a_tensor(made: SGLangEngine) -> None:
     """Send each tensor in a bucket of its own from now on."""
-    made._bucket_bytes = 0
+    made.bucket_bytes = 0
 
 
 def generate_and_sync_again(
@@ -266,7 +290,7 @@ def shared_files(pid: int | None = None) -> list[str]:
 
 def gathered(made: SGLangEngine, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights, each in memory that servers open as it is."""
-    made._bucket_bytes = made._sender._bucket_bytes = 0
+    made.bucket_bytes = made.sender.bucket_bytes = 0
     for name, tensor in weights(seed):
         yield name, made.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 

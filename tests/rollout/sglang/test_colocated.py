@@ -15,7 +15,7 @@ from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python, gated
-from tests.rollout.sglang.serving import engine, order, params, prompts, servers, told, wait_for, weights
+from tests.rollout.sglang.serving import engine, order, params, prompts, servers, states, told, wait_for, weights
 
 EVERYTHING = ["cuda_graph", "kv_cache", "weights"]
 
@@ -36,7 +36,7 @@ def assert_generates(made: SGLangEngine, version: int) -> None:
 
 
 def is_alive(made: SGLangEngine, number: int) -> bool:
-    return made._pool.servers[number].process.alive
+    return made.pool.servers[number].process.alive
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
@@ -80,7 +80,7 @@ def test_a_server_that_dies_asleep_starts_when_the_trainer_is_done(tmp_path):
         made.resume()
         assert_generates(made, 1)
         all_serve(made)
-        assert {told(server)["weight_version"] for server in servers(made)} == {made._served_version}
+        assert {told(server)["weight_version"] for server in servers(made)} == {made.pool.weight_version}
         made.release()
         take_turns(made, 2)
         assert_generates(made, 2)
@@ -107,7 +107,7 @@ def test_one_that_keeps_it_again_and_again_spends_the_restart_budget(tmp_path):
             order(servers(made)[0], "status", where="/release_memory_occupation", value=500)
             made.release()
         take_turns(made, 2)
-        wait_for(lambda: [server.state for server in made._pool.servers] == ["lost", "serving"], 10)
+        wait_for(lambda: states(made) == ["lost", "serving"], 10)
         assert_generates(made, 2)
         assert made.metrics()["rollout/server_restarts"] == 1
 
@@ -119,7 +119,7 @@ def test_a_server_on_its_way_back_does_not_start_while_the_trainer_works(tmp_pat
         gate.touch()
         order(servers(made)[0], "die")
         assert_generates(made, 0)
-        wait_for(lambda: made._pool.counts["server_restarts"] == 1 and is_alive(made, 0))
+        wait_for(lambda: made.pool.counts["server_restarts"] == 1 and is_alive(made, 0))
         made.release()
         gate.unlink()
         time.sleep(1.0)

@@ -13,27 +13,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from tests.rollout.sglang.asserts import alive, all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     CONTEXT,
     FAST,
     SLOW,
-    STOP,
     VOCAB,
     Raw,
     bucket_a_tensor,
     engine,
+    given_by,
     order,
     params,
+    processes,
     prompts,
     servers,
-    tiny_config,
+    states,
     told,
     wait_for,
     weights,
@@ -71,9 +70,9 @@ def test_every_server_takes_every_tensor_of_the_stream(tmp_path, sync):
         assert numbers["sync/bytes"] == sum(tensor.nbytes for _, tensor in weights(0))
         assert numbers["sync/gb_per_s"] > 0 and numbers["rollout/servers_serving"] == 2
         if sync == "disk":
-            assert [path.name for path in made._sender.root.iterdir()] == [made._served_version]
+            assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
     if sync == "disk":
-        assert not made._sender.root.exists()
+        assert not made.sender.root.exists()
 
 
 def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
@@ -124,7 +123,7 @@ def test_a_server_that_fails_mid_generation_costs_no_sample(tmp_path, fault):
         numbers = made.metrics()
         assert numbers["rollout/retries"] >= 5 and numbers["rollout/servers_suspected"] >= 1
         all_serve(made)
-        assert told(first)["weight_version"] == told(second)["weight_version"] == made._served_version
+        assert told(first)["weight_version"] == told(second)["weight_version"] == made.pool.weight_version
         later = made.metrics()
         restarts = numbers["rollout/server_restarts"] + later["rollout/server_restarts"]
         resyncs = numbers["rollout/servers_resynced"] + later["rollout/servers_resynced"]
@@ -205,9 +204,9 @@ def edited_versions(reason: str, old: str, new: str) -> dict[str, Any]:
 def test_samples_of_other_weights_never_reach_the_trainer(tmp_path, reason):
     with engine(tmp_path, num_servers=2) as made:
         made.update_weights(weights(0), version=1)
-        old = made._served_version
+        old = made.pool.weight_version
         made.update_weights(weights(1), version=2)
-        order(servers(made)[0], "edit", value=edited_versions(reason, old, made._served_version), count=4)
+        order(servers(made)[0], "edit", value=edited_versions(reason, old, made.pool.weight_version), count=4)
         asked = prompts(40)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         numbers = made.metrics()
@@ -230,7 +229,7 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
             with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
                 made.update_weights(left, version=2)
         assert list(left) == [] and made.weight_version == 1
-        assert [path.name for path in made._sender.root.iterdir()] == [made._served_version]
+        assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
         asked = prompts(2)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
 
@@ -239,7 +238,7 @@ def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, 
     """As on NFS while a server has a file of it open."""
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
-        first = made._served_version
+        first = made.pool.weight_version
 
         def busy(path: Path, ignore_errors: bool = False) -> None:
             if path.name == first and not ignore_errors:
@@ -248,10 +247,10 @@ def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr("dapo_mcore.rollout.sglang.sync.disk.shutil.rmtree", busy)
             made.update_weights(weights(1), version=2)
-        second = made._served_version
-        assert made.weight_version == 2 and {p.name for p in made._sender.root.iterdir()} == {first, second}
+        second = made.pool.weight_version
+        assert made.weight_version == 2 and {p.name for p in made.sender.root.iterdir()} == {first, second}
         made.update_weights(weights(2), version=3)
-        assert [path.name for path in made._sender.root.iterdir()] == [made._served_version]
+        assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
 
 
 def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
@@ -264,7 +263,7 @@ def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_pa
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         assert made.metrics()["rollout/servers_excluded"] == 1
         all_serve(made)
-        assert told(first)["weight_version"] == made._served_version
+        assert told(first)["weight_version"] == made.pool.weight_version
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
@@ -279,10 +278,10 @@ def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_ser
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         if sync == "distributed":  # nothing is kept to catch up with: it waits for the next update
-            wait_for(lambda: [s.state for s in made._pool.servers] == ["waiting", "serving"])
+            wait_for(lambda: states(made) == ["waiting", "serving"])
             made.update_weights(weights(3), version=3)
         all_serve(made)
-        assert told(first)["weight_version"] == told(second)["weight_version"] == made._served_version
+        assert told(first)["weight_version"] == told(second)["weight_version"] == made.pool.weight_version
         assert told(first)["weights"] == pytest.approx(told(second)["weights"])
         numbers = made.metrics()
         assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/server_restarts"] == 1
@@ -311,8 +310,8 @@ def test_the_restart_budget_is_a_limit(tmp_path):
         made.update_weights(weights(0), version=1)
         for _ in range(2):
             all_serve(made)
-            os.killpg(made._processes[0].pid, signal.SIGKILL)
-            wait_for(lambda: not made._pool.serving)
+            os.killpg(made.pool.servers[0].process.pid, signal.SIGKILL)
+            wait_for(lambda: not made.pool.serving)
         with pytest.raises(RolloutError, match=r"all 1 restarts .* are spent"):
             made.generate(prompts(2), params(8))
 
@@ -387,48 +386,36 @@ def test_prompts_that_a_server_must_not_see_are_refused_here(tmp_path):
 def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
     """One server stands in for the router. Given servers are not ours to stop."""
     with engine(tmp_path, num_servers=2) as outer:
-        keys = tmp_path / "servers/keys.json"
-        urls = [process.url for process in outer._processes]
-        settings = outer._settings.model_copy(update=dict(urls=urls, router_url=urls[0], key_file=str(keys)))
-        made = SGLangEngine(settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b")
-        try:
+        given = given_by(outer, tmp_path)
+        with engine(tmp_path / "other", **given, router_url=given["urls"][0]) as made:
             made.update_weights(weights(0), version=1)
             asked = prompts(5)
             assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
             assert [told(server)["counts"].get("generated", 0) for server in servers(made)] == [5, 0]
-            assert {told(server)["weight_version"] for server in servers(made)} == {made._served_version}
-        finally:
-            made.close()
-        assert all(process.alive for process in outer._processes)
+            assert {told(server)["weight_version"] for server in servers(made)} == {made.pool.weight_version}
+        assert all(process.alive for process in processes(outer))
 
 
 def test_a_server_behind_a_router_may_fail_often_when_it_works_between(tmp_path):
     """No answer tells that it does: those are the router's."""
     with engine(tmp_path, num_servers=2) as outer:
-        urls = [process.url for process in outer._processes]
-        given = dict(urls=urls, router_url=urls[0], key_file=str(tmp_path / "servers/keys.json"))
-        with engine(tmp_path / "other", python=sys.executable, **given) as made:
+        given = given_by(outer, tmp_path)
+        with engine(tmp_path / "other", **given, router_url=given["urls"][0]) as made:
             for version in range(6):
                 order(servers(made)[1], "status", where="/update_weights_from_disk", value=500)
                 made.update_weights(weights(0), version=2 * version)
                 all_serve(made)
                 made.update_weights(weights(0), version=2 * version + 1)
-                assert made._pool.servers[1].state == "serving"
+                assert states(made)[1] == "serving"
 
 
 def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
     """For instance because it does not see sync_dir: an error, not a wait without end."""
-    with engine(tmp_path) as outer:
-        (url,) = [process.url for process in outer._processes]
-        settings = outer._settings.model_copy(update=dict(urls=[url], key_file=str(tmp_path / "servers/keys.json")))
-        made = SGLangEngine(settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b")
-        try:
-            order(servers(made)[0], "status", where="/update_weights_from_disk", value=400, count=100)
-            with pytest.raises(RolloutError, match=r"none of 1 rollout servers .* lost: .*HTTP 400: ordered"):
-                made.update_weights(weights(0), version=1)
-            assert made.weight_version == -1
-        finally:
-            made.close()
+    with engine(tmp_path) as outer, engine(tmp_path / "other", **given_by(outer, tmp_path)) as made:
+        order(servers(made)[0], "status", where="/update_weights_from_disk", value=400, count=100)
+        with pytest.raises(RolloutError, match=r"none of 1 rollout servers .* lost: .*HTTP 400: ordered"):
+            made.update_weights(weights(0), version=1)
+        assert made.weight_version == -1
 
 
 def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
@@ -438,8 +425,8 @@ def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
         order(server, "hang", where="/update_weights_from_disk", count=100)
         order(server, "edit", value={"weight_version": "default", "weight_versions": None})
         future = made.submit(prompts(1), params(8))
-        state = made._pool.servers[0]
-        wait_for(lambda: "within 3 s" in state.problem, otherwise=lambda: state.problem)
+        (waiting,) = made.pool.servers
+        wait_for(lambda: "within 3 s" in waiting.problem, otherwise=lambda: waiting.problem)
         future.cancel()
 
 
@@ -448,7 +435,7 @@ def test_a_killed_trainer_takes_its_servers_along(tmp_path):
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "from tests.rollout.sglang.serving import engine\n"
         "with engine(Path(sys.argv[1])) as made:\n"
-        "    print(made._processes[0].pid, flush=True); time.sleep(60)\n"
+        "    print(made.pool.servers[0].process.pid, flush=True); time.sleep(60)\n"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), os.getcwd()], stdout=subprocess.PIPE)
     pid = int(trainer.stdout.readline())
@@ -465,6 +452,6 @@ def test_a_server_restarted_between_broadcasts_takes_part_in_the_next_one(tmp_pa
         os.kill(told(first)["pid"], signal.SIGKILL)
         asked = prompts(20)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        wait_for(lambda: made._pool.servers[0].state == "waiting")
+        wait_for(lambda: states(made)[0] == "waiting")
         made.update_weights(weights(1), version=2)
-        assert len(made._pool.serving) == 2 and made.metrics()["rollout/servers_excluded"] == 0
+        assert len(made.pool.serving) == 2 and made.metrics()["rollout/servers_excluded"] == 0

@@ -25,6 +25,7 @@ from tests.rollout.sglang.serving import (
     real_python,
     real_version,
     shared_files,
+    sync_by,
     tiny_model,
     weights,
 )
@@ -37,7 +38,9 @@ pytestmark = pytest.mark.sglang
 def made(tmp_path_factory) -> Iterator[SGLangEngine]:
     if real_version() < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version is refused, as the first test shows")
-    with engine(tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, **PATIENCE) as started:
+    with engine(
+        tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, restart_budget=0, **PATIENCE
+    ) as started:
         yield started
 
 
@@ -67,8 +70,7 @@ OTHER_WAYS = {
 @pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
 def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
     if sync in OTHER_WAYS:
-        made._sender.close()
-        made._sender, made._pool._recovery.reload = OTHER_WAYS[sync](), None
+        sync_by(made, OTHER_WAYS[sync]())
     first = made.weight_version + 1
     made.update_weights(weights(seed=first), first)
     asked = prompts(64)  # most responses stop early
@@ -120,5 +122,4 @@ def test_by_memory_it_takes_a_bucket_a_tensor_and_nothing_is_left(made):
 
 
 def test_the_last_it_ends_where_it_cannot_open_the_memory(made, monkeypatch):
-    made._pool._recovery._restarts_left = 0
     assert_an_error_where_memory_cannot_be_opened(made, monkeypatch)

@@ -22,11 +22,14 @@ from dapo_mcore.types import SamplingParams
 from tests.rollout.sglang.asserts import assert_follows, mismatch
 from tests.rollout.sglang.serving import (
     STOP,
+    bucket_a_tensor,
     engine,
     generate_and_sync_again,
     params,
     prompts,
     real_python,
+    servers,
+    sync_by,
     tiny_config,
     wait_for,
     weights,
@@ -47,8 +50,13 @@ def sync(made: SGLangEngine, seed: int) -> None:
     made.update_weights(weights(seed), made.weight_version + 1)
 
 
+def assert_in_one_group(made: SGLangEngine) -> None:
+    first, second = made.pool.servers
+    assert first.broadcast_group is second.broadcast_group is not None and len(first.broadcast_group.servers) == 2
+
+
 def both_serve(made: SGLangEngine) -> None:
-    wait_for(lambda: len(made._pool.serving) == 2, 240, made._pool._states.describe)
+    wait_for(lambda: len(made.pool.serving) == 2, 240, made.pool.states.describe)
 
 
 @contextmanager
@@ -102,17 +110,19 @@ def test_a_sync_from_disk_is_followed(made):
 def test_aborted_answers_are_asked_for_again(made):
     asked = prompts(32)
     future = made.submit(asked, params(300))
-    while not (made._counts["dropped_aborted"] or future.done()):  # one that comes before the requests ends none
-        made._loop.run(made._pool.servers[0].client.abort_request())
+    num_aborted = 0.0
+    while not (num_aborted or future.done()):  # an abort that comes before the requests ends none
+        servers(made)[0].post("/abort_request", {"rid": "", "abort_all": True})
+        num_aborted += made.metrics()["rollout/dropped_aborted"]
     rollouts = future.result()
     assert mismatch(rollouts, asked, seed=2) <= 1e-5
-    assert made.metrics()["rollout/dropped_aborted"] > 0
+    assert num_aborted > 0
     assert {rollout.finish_reason for rollout in rollouts} <= {"stop", "length"}
 
 
 def test_kill_9_during_generation_costs_no_sample(made):
     asked = prompts(48)
-    with killing(made._pool.servers[0], "generate", at=20):
+    with killing(made.pool.servers[0], "generate", at=20):
         rollouts = made.generate(asked, params(64))
     assert mismatch(rollouts, asked, seed=2) <= 1e-5
     numbers = made.metrics()
@@ -123,60 +133,58 @@ def test_kill_9_during_generation_costs_no_sample(made):
 
 
 def test_kill_9_during_a_sync_from_disk_leaves_the_survivor_and_resyncs_the_other(made):
-    with killing(made._pool.servers[1], "update_weights_from_disk"):
+    with killing(made.pool.servers[1], "update_weights_from_disk"):
         sync(made, seed=4)
-    assert made._pool.servers[0].state == "serving" and made._pool.servers[1].state in ("out", "down")
+    assert made.pool.servers[0].state == "serving" and made.pool.servers[1].state in ("out", "down")
     assert_follows(made, seed=4)
     both_serve(made)
     assert_follows(made, seed=4)
 
 
 def test_one_broadcast_to_both_is_followed(made):
-    made._sender.close()
-    made._sender, made._pool._recovery.reload = DistributedSender("127.0.0.1", "gloo", timeout_s=60), None
+    sync_by(made, DistributedSender("127.0.0.1", "gloo", timeout_s=60))
     sync(made, seed=6)
     assert_follows(made, seed=6)
-    made._bucket_bytes = 0  # a bucket a tensor
+    bucket_a_tensor(made)
     sync(made, seed=8)
     assert_follows(made, seed=8)
-    assert [len(group.servers) for group in made._sender._groups] == [2]
+    assert_in_one_group(made)
     print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
 
 
 def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_next(made):
     before = made.weight_version
     with (
-        killing(made._pool.servers[0], "update_weights_from_distributed", at=5),
+        killing(made.pool.servers[0], "update_weights_from_distributed", at=5),
         pytest.raises(UpdateBroken, match="only without the weights: 1 "),
     ):
         sync(made, seed=10)
-    assert made.weight_version == before and not made._pool.serving
+    assert made.weight_version == before and not made.pool.serving
     sync(made, seed=10)  # what all ranks do then
-    assert made._pool.servers[1].state == "serving" and made._pool.servers[0].state != "serving"
+    assert made.pool.servers[1].state == "serving" and made.pool.servers[0].state != "serving"
     assert_follows(made, seed=10)
     assert made.metrics()["sync/repeats"] == 1
-    wait_for(lambda: made._pool.servers[0].state == "waiting", 240)
+    wait_for(lambda: made.pool.servers[0].state == "waiting", 240)
     sync(made, seed=12)
     both_serve(made)
     assert_follows(made, seed=12)
-    assert [len(group.servers) for group in made._sender._groups] == [2]
+    assert_in_one_group(made)
 
 
 def test_kill_9_of_all_servers_during_generation_waits_for_the_weights(made):
     """The next test's broadcast to both finds them as they are left here."""
     asked = prompts(48)
-    with killing(made._pool.servers[0], "generate", at=20), killing(made._pool.servers[1], "generate", at=20):
+    with killing(made.pool.servers[0], "generate", at=20), killing(made.pool.servers[1], "generate", at=20):
         rollouts = generate_and_sync_again(made, asked, params(64), lambda: sync(made, seed=12))
     assert mismatch(rollouts, asked, seed=12) <= 1e-5
-    wait_for(lambda: all(server.state in ("serving", "waiting") for server in made._pool.servers), 240)
+    wait_for(lambda: all(server.state in ("serving", "waiting") for server in made.pool.servers), 240)
     sync(made, seed=12)
     both_serve(made)
 
 
 def test_kill_9_in_a_group_of_its_own_costs_no_repeat(made):
-    made._sender.close()
-    made._sender = DistributedSender("127.0.0.1", "gloo", timeout_s=60, servers_per_group=1)
-    with killing(made._pool.servers[0], "update_weights_from_distributed", at=5):
+    sync_by(made, DistributedSender("127.0.0.1", "gloo", timeout_s=60, servers_per_group=1))
+    with killing(made.pool.servers[0], "update_weights_from_distributed", at=5):
         sync(made, seed=14)
-    assert made._pool.servers[1].state == "serving" and made._pool.servers[0].state != "serving"
+    assert made.pool.servers[1].state == "serving" and made.pool.servers[0].state != "serving"
     assert_follows(made, seed=14)

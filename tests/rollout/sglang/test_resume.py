@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
@@ -20,15 +19,14 @@ from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     FAST,
     SLOW,
-    STOP,
     bare_server,
     engine,
+    given_by,
     order,
     pace,
     params,
     prompts,
     servers,
-    tiny_config,
     told,
     wait_for,
     weights,
@@ -135,7 +133,7 @@ def test_a_server_that_dies_after_the_update_loses_nothing_but_time(tmp_path, py
         asked = prompts(6)
         future = in_flight(made, asked)
         made.update_weights(iter(NEW), version=2)
-        os.killpg(made._processes[0].pid, signal.SIGKILL)
+        os.killpg(made.pool.servers[0].process.pid, signal.SIGKILL)
         rollouts = finished(made, future)
         assert sorted(len(rollout.version_spans) for rollout in rollouts) == [0, 0, 0, 2, 2, 2]
         assert all(r.token_ids.tolist() == np.resize(p, LENGTH).tolist() for r, p in zip(rollouts, asked))
@@ -158,11 +156,11 @@ def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python)
     """Evaluation, beside requests in flight."""
     with engine(tmp_path, python=python, max_lag=1) as made:
         made.update_weights(weights(0), version=1)
-        old = made._served_version
+        old = made.pool.weight_version
         pending = in_flight(made, prompts(2))
         made.update_weights(iter(NEW), version=2)
-        spans = [{"version": old, "start": 0, "end": 3}, {"version": made._served_version, "start": 3, "end": 8}]
-        order(servers(made)[0], "edit", value={"weight_version": made._served_version, "weight_versions": spans})
+        spans = [{"version": old, "start": 0, "end": 3}, {"version": made.pool.weight_version, "start": 3, "end": 8}]
+        order(servers(made)[0], "edit", value={"weight_version": made.pool.weight_version, "weight_versions": spans})
         asked = prompts(5)
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
         assert made.metrics()["rollout/dropped_mixed_versions"] == 1
@@ -184,13 +182,9 @@ def test_a_server_whose_requests_do_not_live_through_an_update_is_refused(tmp_pa
 
 def test_closing_ends_the_requests_on_servers_that_live_on(tmp_path, python):
     with engine(tmp_path, python=python) as outer:
-        (url,) = [process.url for process in outer._processes]
-        settings = outer._settings.model_copy(update=dict(urls=[url], key_file=str(tmp_path / "servers/keys.json")))
-        more = dict(stop_token_ids=(STOP,), dtype=torch.float32, folder=tmp_path / "b", max_lag=1)
-        made = SGLangEngine(settings, tiny_config(), **more)
-        made.update_weights(weights(0), version=1)
-        future = in_flight(made, prompts(20))
-        made.close()
+        with engine(tmp_path / "other", **given_by(outer, tmp_path), max_lag=1) as made:
+            made.update_weights(weights(0), version=1)
+            future = in_flight(made, prompts(20))
         assert future.cancelled()
         (server,) = servers(outer)
         assert told(server)["counts"]["aborts"] == 20

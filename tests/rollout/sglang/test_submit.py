@@ -81,7 +81,7 @@ def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
         told, next_one = asyncio.create_task(pool.acquire()), asyncio.create_task(pool.acquire())
         await asyncio.sleep(0)
         answered.set()
-        while not pool._states.changed._waiters[0].done():
+        while not running.done():  # its last act notifies the first that waits
             await asyncio.sleep(0)
         told.cancel()
         assert await asyncio.wait_for(next_one, seconds) is server

@@ -54,7 +54,7 @@ class ServerClient:
 
     def __init__(self, http: HttpClient, url: str, keys: Keys, timeout_s: float):
         self.url = url.rstrip("/")
-        self._http, self._keys, self._timeout_s = http, keys, timeout_s
+        self._http, self.keys, self._timeout_s = http, keys, timeout_s
         self._has_sessions = True
 
     async def facts(self) -> ServerFacts:
@@ -77,7 +77,7 @@ class ServerClient:
         bias = {"max_new_tokens": 1, "logit_bias": {str(_NO_TOKEN): 0.0}}
         body = {"input_ids": [0], "sampling_params": bias}
         try:
-            await self._http.call("POST", f"{self.url}/generate", body, self._keys.api, self._timeout_s)
+            await self._http.call("POST", f"{self.url}/generate", body, self.keys.api, self._timeout_s)
         except RequestRefused as refusal:
             found = re.search(r"\[0, (\d+)\]", refusal.message)
             return int(found[1]) + 1 if found else None
@@ -102,7 +102,7 @@ class ServerClient:
     async def generate(self, body: dict[str, Any], timeout_s: float) -> reply.Answer:
         """Return the answer to /generate, for reply.read_reply. Raise Dropped if it is malformed."""
         max_bytes = reply.max_answer_bytes(body["sampling_params"]["max_new_tokens"])
-        url, key = f"{self.url}/generate", self._keys.api
+        url, key = f"{self.url}/generate", self.keys.api
         return await self._http.call("POST", url, body, key, timeout_s, decode=reply.decode, max_bytes=max_bytes)
 
     async def abort_request(self, rid: str = "") -> None:
@@ -231,8 +231,8 @@ class ServerClient:
             return await self._get(f"/get_{name}")
 
     async def _get(self, path: str) -> Any:
-        return await self._http.call("GET", self.url + path, None, self._keys.api, self._timeout_s)
+        return await self._http.call("GET", self.url + path, None, self.keys.api, self._timeout_s)
 
     async def _admin(self, path: str, body: dict[str, Any]) -> Any:
-        key = self._keys.admin or self._keys.api
+        key = self.keys.admin or self.keys.api
         return await self._http.call("POST", self.url + path, body, key, self._timeout_s)

@@ -110,7 +110,7 @@ class ServerPlan:
         keys = self.folder / f"server-{number}.yaml"
         write_private(keys, yaml.safe_dump({"api-key": self.keys.api, "admin-api-key": self.keys.admin}))
         command = [python_of(self.settings), "-P", "-m", "sglang.launch_server", *arguments, "--config", str(keys)]
-        environment = _environment(self.settings, sglang.models, self.model["model_type"])
+        environment = server_environment(self.settings, sglang.models, self.model["model_type"])
         url = f"http://{f'[{host}]' if ':' in host else host}:{number_of_port}"
         return ServerProcess(command, environment, self.folder, f"server-{number}", url, port)
 
@@ -184,7 +184,11 @@ def _options(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str
     return ours | (CPU_ARGS if settings.device == "cpu" else on_gpu) | settings.server_args
 
 
-def _environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:
+def server_environment(settings: SGLangConfig, models: Sequence[str], model_type: str) -> dict[str, str]:
+    """Return a server's environment variables: ours, without those that only a rank or a worker of the run may have.
+
+    models      names of SGLang's model modules. A server on a CPU imports only the one of `model_type`.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()

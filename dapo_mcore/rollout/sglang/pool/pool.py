@@ -31,6 +31,8 @@ class ServerPool:
     reload     gives one server the weights of an update from where they are kept; None if they are not kept.
     checksums  compares the weights of servers after an update; None compares nothing.
     tell       shows a line about a server that is out, or back.
+
+    `counts` has the numbers of servers suspected, excluded, resynced and restarted. `states` knows every server's state.
     """
 
     def __init__(
@@ -46,26 +48,29 @@ class ServerPool:
         self.counts: Counter[str] = Counter()
         self.checksums = checksums
         self._settings, self._router = settings, router
-        self._states, self._weights = ServerStates(servers, tell), PoolWeights()
-        self._recovery = Recovery(
-            self._states, self._weights, settings, self.counts, reload=reload, checksums=checksums
-        )
-        self._updates = Updates(self._states, self._weights, settings, self._recovery, checksums)
+        self.states, self._weights = ServerStates(servers, tell), PoolWeights()
+        self._recovery = Recovery(self.states, self._weights, settings, self.counts, reload=reload, checksums=checksums)
+        self._updates = Updates(self.states, self._weights, settings, self._recovery, checksums)
         self._health = HealthWatch(self._weights, settings, self._watched, self.suspect)
 
     @property
     def servers(self) -> list[Server]:
-        return self._states.servers
+        return self.states.servers
 
     @property
     def serving(self) -> list[Server]:
-        return self._states.having("serving")
+        return self.states.having("serving")
+
+    @property
+    def weight_version(self) -> str | None:
+        """The weight_version that a server must hold to serve; None before the first update."""
+        return self._weights.version
 
     @property
     def weights_lost(self) -> bool:
         """True if no server serves, but some are healthy and only lack the weights: another update makes them serve."""
-        expected = self._weights.awake.is_set() and self._weights.version is not None
-        return expected and not self.serving and bool(self._states.having("waiting")) and not self._states.having("out")
+        expected = self._weights.awake.is_set() and self.weight_version is not None
+        return expected and not self.serving and bool(self.states.having("waiting")) and not self.states.having("out")
 
     async def acquire(self, avoid: Server | None = None) -> Server:
         """Return the serving server with the fewest requests, once one has room; `avoid` only if it is the only one.
@@ -73,7 +78,7 @@ class ServerPool:
         If no server serves, wait for those on their way back. If servers only lack the weights, wait for an update, up to
         weights_timeout_s after the last change. Raise RolloutError then, and if no server is left.
         """
-        async with self._states.changed:
+        async with self.states.changed:
             while True:
                 free = [s for s in self._generators() if len(s.calls) < self._settings.max_in_flight]
                 if free:
@@ -93,8 +98,8 @@ class ServerPool:
             raise RequestFailed(f"{server.url} was given up: {server.problem}") from None
         finally:
             server.calls.discard(task)
-            async with self._states.changed:
-                self._states.changed.notify()
+            async with self.states.changed:
+                self.states.changed.notify()
 
     async def abort_request(self, server: Server, rid: str) -> None:
         """Abort a request. The router's may be on any server.
@@ -143,20 +148,20 @@ class ServerPool:
 
     async def _wait_for_change(self) -> None:
         """Wait, inside `changed`, until a state changes. Raise RolloutError if no server can serve in time."""
-        if self.serving or self._states.having(*RETURNING):
+        if self.serving or self.states.having(*RETURNING):
             timeout_s = None
-        elif self._states.having("waiting"):
+        elif self.states.having("waiting"):
             timeout_s = self._settings.weights_timeout_s
         else:
-            raise RolloutError(self._states.describe())
-        changed = self._states.changed
+            raise RolloutError(self.states.describe())
+        changed = self.states.changed
         try:
             async with asyncio.timeout(timeout_s):
                 await changed.wait()
         except TimeoutError:
             if not self._weights.updating:
                 raise RolloutError(
-                    f"{self._states.describe()}, and none came within {timeout_s:g} s (rollout.sglang.request_timeout_s)"
+                    f"{self.states.describe()}, and none came within {timeout_s:g} s (rollout.sglang.request_timeout_s)"
                 ) from None
         except asyncio.CancelledError:
             changed.notify()  # this task may hold the wake-up of another one, which Condition loses before Python 3.13

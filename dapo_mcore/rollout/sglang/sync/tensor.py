@@ -45,7 +45,7 @@ class TensorSender:
     def __init__(self, urls: Sequence[str], bucket_bytes: int):
         self._shared: deque[SharedBucket] = deque()
         self._own: WeakSet[torch.UntypedStorage] = WeakSet()
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
         self._num_read = 0
         if strangers := on_other_machines(urls):
             raise ConfigError(
@@ -57,7 +57,7 @@ class TensorSender:
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return memory like torch.empty; shareable memory if the tensor will be alone in its bucket."""
         num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes > self._bucket_bytes:
+        if num_bytes > self.bucket_bytes:
             # Other ranks take part in a gather, so it cannot stop here. `pack` raises if there is still no room then.
             with suppress(RolloutError, OSError, RuntimeError):
                 data = shareable_bytes(num_bytes, device)

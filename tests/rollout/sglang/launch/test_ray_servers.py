@@ -12,7 +12,7 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.process.ray_cluster import connect
 from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import engine, order, params, prompts, servers, told, weights
+from tests.rollout.sglang.serving import engine, order, params, processes, prompts, servers, told, weights
 
 # not imported here: Ray reads RAY_AUTH_MODE once, while it is imported, and the engine sets it
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
@@ -35,13 +35,13 @@ def test_actors_serve_survive_kill_9_and_end_with_the_engine(tmp_path):
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         all_serve(made)
         assert made.metrics()["rollout/server_restarts"] == 2
-        assert {told(server)["weight_version"] for server in servers(made)} == {made._served_version}
+        assert {told(server)["weight_version"] for server in servers(made)} == {made.pool.weight_version}
         import ray
 
-        ray.kill(made._processes[0]._actor)  # its node is lost, and the server with it
+        ray.kill(made.pool.servers[0].process._actor)  # its node is lost, and the server with it
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         all_serve(made)
-        pids = [process.pid for process in made._processes]
+        pids = [process.pid for process in processes(made)]
     assert not ray.is_initialized()
     for pid in pids:
         with pytest.raises(ProcessLookupError):

@@ -26,7 +26,7 @@ from dapo_mcore.rollout.sglang.launch import servers
 from dapo_mcore.rollout.sglang.launch.process import STOP_S
 from dapo_mcore.rollout.sglang.sync.disk import DiskSender
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, settings, tiny_config, wait_for
+from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, processes, settings, tiny_config, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
         assert {stat.S_IMODE((folder / name).stat().st_mode) for name in private} == {0o600}
         keys = json.loads((folder / "keys.json").read_text())
         assert len(set(keys.values())) == 2 and min(map(len, keys.values())) >= 32
-        command = Path(f"/proc/{made._processes[0].pid}/cmdline").read_text()
+        command = Path(f"/proc/{made.pool.servers[0].process.pid}/cmdline").read_text()
         assert "launch_server" in command and not any(key in command for key in keys.values())
         arguments = (folder / "server-1.args").read_text().splitlines()
         assert {"--host=127.0.0.1", "--load-format=dummy", "--skip-tokenizer-init"} <= set(arguments)
@@ -183,7 +183,7 @@ def test_servers_inherit_neither_the_launcher_nor_the_source_tree(monkeypatch):
     for name in hidden:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    environment = servers._environment(SGLangConfig(device="cpu"), ["llama", "qwen2"], "qwen2")
+    environment = servers.server_environment(SGLangConfig(device="cpu"), ["llama", "qwen2"], "qwen2")
     assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["OMP_NUM_THREADS"] == "1"
     assert environment["SGLANG_DISABLED_MODEL_ARCHS"] == "llama"
     assert not hidden & set(environment)
@@ -226,7 +226,7 @@ def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_t
 def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_DEAF", "1")
     with engine(tmp_path, num_servers=4) as made:
-        pids = [process.pid for process in made._processes]
+        pids = [process.pid for process in processes(made)]
         start = time.monotonic()
         made.close()
         assert time.monotonic() - start < 3 * STOP_S

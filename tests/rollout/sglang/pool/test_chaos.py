@@ -30,8 +30,10 @@ from tests.rollout.sglang.serving import (
     engine,
     order,
     params,
+    processes,
     prompts,
     servers,
+    states,
     tiny_config,
     told,
     wait_for,
@@ -67,19 +69,19 @@ def stream(version: int) -> list[tuple[str, torch.Tensor]]:
 class Chaos:
     """`made` with trouble at its servers. Where all have lost their weights it brings them again, as handover.py does."""
 
-    def __init__(self, made: SGLangEngine, luck: random.Random, sync: str, lag: int):
-        self.made, self.luck, self.sync, self.lag = made, luck, sync, lag
+    def __init__(self, made: SGLangEngine, luck: random.Random, sync: str, lag: int, colocated: bool):
+        self.made, self.luck, self.sync, self.lag, self.colocated = made, luck, sync, lag, colocated
         self.version, self.num_broken, self.num_lies, self.num_synced_again = 0, 0, 0, 0
 
     def trouble(self, count: int, moments: list[str]) -> None:
         for _ in range(count):
-            number = self.luck.randrange(len(self.made._processes))
+            number = self.luck.randrange(len(processes(self.made)))
             with suppress(OSError, AssertionError):  # it is down already
                 self.harm(number, self.luck.choice(moments))
 
     def harm(self, number: int, moment: str) -> None:
         """`moment`: `process`, or a request that goes wrong, of `answers` or `calls`."""
-        luck, process = self.luck, self.made._processes[number]
+        luck, process = self.luck, processes(self.made)[number]
         count, where = luck.randint(1, 3), "/generate"
         if moment == "process":
             os.killpg(process.pid, luck.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)))
@@ -99,7 +101,7 @@ class Chaos:
         order(servers(self.made)[number], kind, where=where, value=value, count=count)
 
     def kill_all(self) -> None:
-        for process in self.made._processes:
+        for process in processes(self.made):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -111,16 +113,15 @@ class Chaos:
     def sync_again(self) -> None:
         """The version that they had."""
         self.num_synced_again += 1
-        if self.made._settings.colocated:
+        if self.colocated:
             self.made.release()
         self.bring(self.version)
 
     def bring(self, version: int) -> None:
-        colocated = self.made._settings.colocated
         for tries_left in (2, 1, 0):
             try:
                 self.send(version)
-                if colocated:
+                if self.colocated:
                     self.trouble(self.luck.randint(0, 1), ["turns", "process"])
                     self.made.resume()
                 break
@@ -129,7 +130,7 @@ class Chaos:
                 assert self.sync != "disk"
                 if not tries_left:
                     raise
-                if colocated:
+                if self.colocated:
                     self.made.release()
 
     def send(self, version: int) -> None:
@@ -144,15 +145,15 @@ class Chaos:
             assert self.made.weight_version == (self.version or -1)
 
     def release(self) -> None:
-        if self.made._settings.colocated:
+        if self.colocated:
             self.trouble(self.luck.randint(0, 1), ["turns", "process"])
             self.made.release()
 
     def check_servers(self) -> None:
         """Whoever serves has exactly the weights of now."""
-        tag = self.made._served_version
+        tag = self.made.pool.weight_version
         assert self.made.weight_version == self.version
-        for server, raw in zip(self.made._pool.servers, servers(self.made)):
+        for server, raw in zip(self.made.pool.servers, servers(self.made)):
             pid = server.process.pid
             if server.state != "serving":
                 continue
@@ -189,7 +190,7 @@ class Chaos:
     def result(self, future: Future[list[Rollout]]) -> list[Rollout]:
         end = time.monotonic() + LONGEST_S
         while not future.done():
-            assert time.monotonic() < end, self.made._pool._states.describe()
+            assert time.monotonic() < end, self.made.pool.states.describe()
             if self.made.weights_lost:
                 self.sync_again()
             wait([future], 0.1)
@@ -226,7 +227,7 @@ def play(folder: Path, seed: int, sync: str, lag: int, colocated: bool = False, 
         options["servers_per_group"] = luck.choice((1, 2, None))
     with engine(folder, **options) as made:
         bucket_a_tensor(made)
-        chaos = Chaos(made, luck, sync, lag)
+        chaos = Chaos(made, luck, sync, lag, colocated)
         chaos.update()
         for _ in range(num_rounds):
             chaos.generate()
@@ -242,11 +243,12 @@ def play(folder: Path, seed: int, sync: str, lag: int, colocated: bool = False, 
         never = ["unknown_version", "mixed_versions", *(["stale_version"] if not lag else [])]
         wrong = sum(counts[f"rollout/dropped_{reason}"] for reason in never)
         assert wrong <= chaos.num_lies, "a server has served other weights than it should"
-        pids = {process.pid for process in made._processes}
+        started_here = processes(made)
+        pids = {process.pid for process in started_here}
         started = time.monotonic()
         made.close()
         assert time.monotonic() - started < LONGEST_S / 3
-        pids |= {process.pid for process in made._processes}
+        pids |= {process.pid for process in started_here}
     wait_for(lambda: not any(map(alive, pids)), 15, lambda: f"alive: {list(filter(alive, pids))}")
     wait_for(lambda: set(threading.enumerate()) <= threads, 15, lambda: set(threading.enumerate()) - threads)
     assert not list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
@@ -259,13 +261,13 @@ def recover(chaos: Chaos) -> None:
     made = chaos.made
 
     def all_serve() -> bool:
-        states = {server.state for server in made._pool.servers}
-        if states == {"serving", "waiting"}:
+        found = set(states(made))
+        if found == {"serving", "waiting"}:
             chaos.release()
             chaos.update()
-        return states == {"serving"}
+        return found == {"serving"}
 
-    wait_for(all_serve, LONGEST_S, made._pool._states.describe)
+    wait_for(all_serve, LONGEST_S, made.pool.states.describe)
     chaos.check_servers()
 
 

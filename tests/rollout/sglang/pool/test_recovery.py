@@ -11,10 +11,9 @@ import pytest
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.launch.process import ServerProcess
-from dapo_mcore.rollout.sglang.pool.pool import ServerPool
 from dapo_mcore.rollout.sglang.pool.recovery import Recovery
-from dapo_mcore.rollout.sglang.pool.server import GENERATING, PoolSettings, Server, ServerStates
-from dapo_mcore.rollout.sglang.pool.update import PoolWeights, Transaction
+from dapo_mcore.rollout.sglang.pool.server import GENERATING, RETURNING, PoolSettings, Server, ServerStates
+from dapo_mcore.rollout.sglang.pool.update import PoolWeights, Transaction, Updates
 
 LOAD = "weight update, load"
 
@@ -47,8 +46,10 @@ def failing(steps: list[str | None], restart_budget: int = 50) -> tuple[list[boo
         recovery = Recovery(states, PoolWeights(), settings(restart_budget), Counter())
         outcomes = []
         for step in steps:
-            states.take_out(server, "no answer", step)
-            outcomes.append(await recovery._revive(server))
+            recovery.take_out(server, "no answer", step)
+            async with states.changed:
+                await states.changed.wait_for(lambda: server.state not in RETURNING)
+            outcomes.append(server.state == "waiting")
         return outcomes, server
 
     return *asyncio.run(run()), lines
@@ -95,9 +96,8 @@ def test_a_place_that_is_passed_is_forgotten():
             assert server.restarts == left
         assert taken_out == [LOAD]
         server.restarts = (GENERATING, 2)
-        pool = ServerPool([server], settings())
-        pool._updates.transaction("2")  # it has generated from the last update to this one
-        await pool.close()
+        updates = Updates(ServerStates([server], print), PoolWeights(), settings(), recovery, None)
+        updates.transaction("2")  # the server has generated from the last update to this one
         assert server.restarts == ("", 0)
 
     asyncio.run(run())

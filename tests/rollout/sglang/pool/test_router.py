@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from aiohttp import web
 
 from dapo_mcore.config.sglang import SGLangConfig
@@ -25,16 +24,15 @@ from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     FAST,
-    STOP,
     Raw,
     engine,
+    given_by,
     order,
     pace,
     params,
     prompts,
     real_python,
     servers,
-    tiny_config,
     told,
     wait_for,
     weights,
@@ -47,17 +45,11 @@ def routed(
 ) -> Iterator[tuple[SGLangEngine, subprocess.Popen]]:
     """An engine that generates through the real router, and the router; somebody else started the servers."""
     with engine(folder, python=python, num_servers=num_servers, health_timeout_s=2.0) as outer:
-        urls = [process.url for process in outer._processes]
-        with real_router(folder, urls, outer._pool.servers[0].client._keys) as (url, router):
-            keys = str(folder / "servers/keys.json")
-            settings = outer._settings.model_copy(update=dict(urls=urls, router_url=url, key_file=keys))
-            made = SGLangEngine(
-                settings, tiny_config(), stop_token_ids=(STOP,), dtype=torch.float32, folder=folder / "b"
-            )
-            try:
+        behind = servers(outer)
+        with real_router(folder, [server.url for server in behind], behind[0].keys) as (url, router):
+            given = dict(**given_by(outer, folder), router_url=url, health_timeout_s=2.0)
+            with engine(folder / "other", **given) as made:
                 yield made, router
-            finally:
-                made.close()
 
 
 @contextmanager
@@ -118,7 +110,7 @@ def test_a_router_that_hangs_is_noticed_and_asked_again(tmp_path):
         future = made.submit(asked, params(400))
         wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == 4)
         router.send_signal(signal.SIGSTOP)
-        wait_for(lambda: made._counts["retries"], 30)  # request_timeout_s is 60
+        wait_for(lambda: made.metrics()["rollout/retries"], 30)  # request_timeout_s is 60
         router.send_signal(signal.SIGCONT)
         pace(made, FAST)
         assert_whole(future.result(), asked, 400, version=1)

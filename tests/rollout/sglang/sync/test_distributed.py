@@ -29,11 +29,14 @@ from tests.rollout.sglang.serving import (
     bucket_a_tensor,
     engine,
     generate_and_sync_again,
+    given_by,
     is_up,
     order,
     params,
+    processes,
     prompts,
     servers,
+    states,
     told,
     wait_for,
     weights,
@@ -74,10 +77,6 @@ def sync(made: SGLangEngine, seed: int, version: int) -> int:
     raise AssertionError("broken three times")
 
 
-def states(made: SGLangEngine) -> list[str]:
-    return [server.state for server in made._pool.servers]
-
-
 def sent_bytes() -> int:
     """Bytes that this process has written, gloo's sockets included."""
     with open("/proc/self/io") as file:
@@ -94,7 +93,7 @@ def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts
             made.update_weights(weights(version), version)
             sent = sent_bytes() - before
             for server in servers(made):
-                assert_holds(server, seed=version, tag=made._served_version)
+                assert_holds(server, seed=version, tag=made.pool.weight_version)
         assert len(broadcasts) == 2 * num_groups * NUM_TENSORS
         assert len(set(broadcasts)) == num_groups, "an update without faults makes no new groups"
         assert [len(told(server)["groups"]) for server in servers(made)] == [1, 1, 1]
@@ -114,7 +113,7 @@ def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_pat
         assert sync(made, seed=1, version=2) == 1
         assert states(made)[::2] == ["serving", "serving"] and states(made)[1] != "serving"
         for server in servers(made)[::2]:
-            assert_holds(server, seed=1, tag=made._served_version)
+            assert_holds(server, seed=1, tag=made.pool.weight_version)
             assert len(told(server)["groups"]) == 1, "the broken group has left the server"
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
@@ -126,7 +125,7 @@ def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_pat
         assert sync(made, seed=3, version=3) == 0
         assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == 1
         for server in servers(made):
-            assert_holds(server, seed=3, tag=made._served_version)
+            assert_holds(server, seed=3, tag=made.pool.weight_version)
             assert len(told(server)["groups"]) == 1
         assert made.metrics()["sync/repeats"] == 0
 
@@ -140,7 +139,7 @@ def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tm
         wait_for(lambda: states(made)[:2] == ["waiting", "waiting"])
         assert sync(made, seed=2, version=3) == 0 and states(made) == ["serving"] * 4
         for server in servers(made):
-            assert_holds(server, seed=2, tag=made._served_version)
+            assert_holds(server, seed=2, tag=made.pool.weight_version)
             assert len(told(server)["groups"]) == 1
 
 
@@ -163,7 +162,7 @@ def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the
         assert sync(made, seed=1, version=1) == 2
         assert states(made)[1:] == ["serving"] * 2 and states(made)[0] != "serving"
         for server in servers(made)[1:]:
-            assert_holds(server, seed=1, tag=made._served_version)
+            assert_holds(server, seed=1, tag=made.pool.weight_version)
         asked = prompts(10)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
         gate.unlink()
@@ -184,24 +183,19 @@ def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tm
 
 @pytest.mark.parametrize("noticed, interval_s", [("by its health", 0.2), ("by an answer", 60.0)])
 def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_path, noticed, interval_s):
-    more = dict(sync="distributed", python=sys.executable, health_interval_s=interval_s)
+    more = dict(sync="distributed", health_interval_s=interval_s)
     with engine(tmp_path, num_servers=2) as owner:
-        restarted = owner._processes[0]
-        more |= dict(urls=[process.url for process in owner._processes], key_file=str(tmp_path / "servers/keys.json"))
-        with engine(tmp_path / "other", **more) as made:
+        restarted = processes(owner)[0]
+        with engine(tmp_path / "other", **given_by(owner, tmp_path), **more) as made:
             made.update_weights(weights(0), version=1)
             restarted.restart()
             if noticed == "by an answer":
                 wait_for(lambda: is_up(Raw(restarted.url)))
-                made._loop.run(_doubt(made))
+                made.generate(prompts(2), params(8))
             wait_for(lambda: states(made) == ["waiting", "serving"])
             assert sync(made, seed=1, version=2) == 0, "it does not break the group that it is no longer in"
             assert states(made) == ["serving", "serving"]
-            assert_holds(servers(made)[0], seed=1, tag=made._served_version)
-
-
-async def _doubt(made: SGLangEngine) -> None:
-    made._pool.suspect(made._pool.servers[0], "an answer by unknown weights", reload=True)
+            assert_holds(servers(made)[0], seed=1, tag=made.pool.weight_version)
 
 
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
@@ -274,7 +268,7 @@ def test_requests_wait_for_the_weights_that_servers_have_lost(tmp_path, capsys):
         assert numbers["rollout/server_restarts"] == 1 and 1 <= numbers["rollout/retries"] <= 3
         assert numbers["rollout/dropped_stale_version"] == numbers["rollout/dropped_unknown_version"] == 0
         told = capsys.readouterr().out
-        url = re.escape(made._pool.servers[0].url)
+        url = re.escape(made.pool.servers[0].url)
         assert re.search(r"rollout server \S+ is out: .*\n", told)
         assert re.search(rf"rollout server {url} is well again, and waits for the next weight sync\n", told)
         assert re.search(rf"rollout server {url} serves again after \d+ s\n", told)

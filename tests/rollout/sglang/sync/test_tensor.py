@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import inspect
 import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch.multiprocessing import reductions
 from dapo_mcore.architecture.manifest import Bucket, buckets
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.pool.server import Server
+from dapo_mcore.rollout.sglang.pool.update import Transaction
 from dapo_mcore.rollout.sglang.sync import shared_bucket
 from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket
 from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
@@ -37,6 +40,7 @@ from tests.rollout.sglang.serving import (
     servers,
     settings,
     shared_files,
+    states,
     tiny_config,
     told,
     wait_for,
@@ -130,7 +134,7 @@ def test_every_rank_takes_every_tensor_in_many_buckets_and_nothing_is_left(tmp_p
         made.update_weights(weights(2), version=1)
         for server in servers(made):
             now = told(server)
-            assert now["weight_version"] == made._served_version and not now["session"]
+            assert now["weight_version"] == made.pool.weight_version and not now["session"]
             assert now["counts"]["buckets"] == 1 + len(list(weights(2)))
             assert now["weights"] == pytest.approx(sums(weights(2)), rel=1e-4, abs=1e-4)
         numbers = made.metrics()
@@ -174,9 +178,9 @@ def test_a_server_that_dies_at_a_bucket_is_left_out_and_the_others_go_on(tmp_pat
         assert shared_files() == []
         asked = prompts(10)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
-        wait_for(lambda: [s.state for s in made._pool.servers] == ["waiting", "serving"])
+        wait_for(lambda: states(made) == ["waiting", "serving"])
         made.update_weights(weights(3), version=3)
-        assert len(made._pool.serving) == 2 and shared_files() == []
+        assert len(made.pool.serving) == 2 and shared_files() == []
         assert told(first)["weights"] == pytest.approx(told(second)["weights"])
 
 
@@ -193,16 +197,22 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
         with pytest.raises(RolloutError, match="lacks 1 of"):
             made.update_weights(iter(whole[:-1]), version=2)
         assert made.weight_version == 1 and shared_files() == []
-        wait_for(lambda: [s.state for s in made._pool.servers] == ["waiting"])
+        wait_for(lambda: states(made) == ["waiting"])
         made.update_weights(iter(whole), version=2)
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(iter(whole)), rel=1e-4, abs=1e-4)
+
+
+async def no_buckets() -> AsyncIterator[tuple[SharedBucket, str | None]]:
+    for nothing in ():
+        yield nothing
 
 
 @pytest.mark.parametrize("num_read", [0, 1])
 def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
     """The answer for it vouches for one rank's copy, the answer for the one after it for every rank's."""
     sender, before = TensorSender([], 0), None
-    sender._num_read = num_read
+    pool = [Server(SimpleNamespace(url="http://a:1"), num_ranks=1 + num_read)]
+    asyncio.run(sender.send(Transaction([], "1", 1.0, SimpleNamespace(), pool=pool), no_buckets()))
     for number, (bucket, _) in enumerate(buckets(weights(0), 0)):
         tensors = list(bucket)
         shared = sender.pack(bucket)
@@ -241,10 +251,11 @@ def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
     (file,) = shared_files()
     for name, is_in_place in {"large": True, "small": False}.items():
         shared = sender.pack([(name, tensors[name])])
-        assert (shared._memory.data.data_ptr() == tensors[name].data_ptr()) == is_in_place
         assert (shared_files() == [file]) == is_in_place and len(shared_files()) == 1
+        ours = tensors.pop(name).fill_(3.0)  # shows through where it was not copied
         ((found, tensor),) = opened(shared)
-        assert found == name and tensor.shape == tensors.pop(name).shape and tensor.eq(2.0).all()
+        assert found == name and tensor.shape == ours.shape and tensor.eq(3.0 if is_in_place else 2.0).all()
+        del ours
         sender.close()
     assert shared_files() == []
 
@@ -252,9 +263,9 @@ def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
 def test_memory_of_a_tensor_that_is_never_sent_goes_with_it():
     sender = TensorSender([], bucket_bytes=32 * 8 * 4)
     tensors = tensors_to_gather(sender)
-    assert len(shared_files()) == len(sender._own) == 1
+    assert len(shared_files()) == 1
     del tensors["large"]
-    assert shared_files() == [] and len(sender._own) == 0
+    assert shared_files() == [], "the sender keeps no reference either"
 
 
 def test_a_gather_goes_on_in_other_memory_where_dev_shm_is_full(full_dev_shm):

@@ -22,8 +22,7 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, quantization_config
-from dapo_mcore.rollout.sglang.sync import weight_format
-from dapo_mcore.rollout.sglang.sync.weight_format import quantized, with_cache_scales, with_heads
+from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture, quantized, with_cache_scales, with_heads
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     CONTEXT,
@@ -125,7 +124,7 @@ def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path):
         made.update_weights(((name, tensor.bfloat16()) for name, tensor in weights(3)), version=1)
         expected = {n: t.float().sum().item() for n, t in quantized((n, t.bfloat16()) for n, t in weights(3))}
         assert told(servers(made)[0])["weights"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
-        (path,) = Path(made._sender.root / made._served_version).iterdir()
+        (path,) = Path(made.sender.root / made.pool.weight_version).iterdir()
         dtypes = {name: info.dtype for name, info in SafetensorsFile(path).tensors.items()}
         assert dtypes["model.layers.1.mlp.down_proj.weight"] == torch.float8_e4m3fn
         assert dtypes["model.layers.1.mlp.down_proj.weight_scale_inv"] == torch.float32
@@ -157,7 +156,11 @@ REFUSED = {"LlamaForCausalLM", "MistralForCausalLM"}
 
 
 def test_architectures_whose_scales_sglang_drops_are_refused(tmp_path):
-    assert set(weight_format._CACHE_SCALES) == set(FAMILIES) - REFUSED
+    for name in FAMILIES.keys() - REFUSED:
+        check_architecture(name)
+    for name in REFUSED:
+        with pytest.raises(ConfigError, match=f"quantize fp8 does not go with {name}"):
+            check_architecture(name)
     config = tiny_config()
     config.architectures = ["LlamaForCausalLM"]
     told = "quantize fp8 does not go with LlamaForCausalLM: SGLang drops the scales .*set quantize none"
@@ -214,7 +217,7 @@ def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     for name in FAMILIES.keys() - REFUSED:
         assert found[name]["unwritten"] == [] and found[name]["wrong_scales"] == [], name
-        assert found[name]["scales"] == 2 * len(weight_format._CACHE_SCALES[name])
+        assert found[name]["scales"] == len(list(with_cache_scales(iter(()), name, num_layers=2)))
     for name in REFUSED:
         lost = [parameter for parameter in found[name]["unwritten"] if parameter.endswith("_proj.weight_scale_inv")]
         assert len(lost) == 8
