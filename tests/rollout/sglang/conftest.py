@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_CONTINUED_REQUESTS
+from dapo_mcore.rollout.sglang.sync import shared_bucket
 from tests.rollout.sglang.serving import KINDS, Raw, bare_server, interpreter
 
 
@@ -26,3 +27,11 @@ def resuming(server: Raw) -> Raw:
     if server.sglang < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("no request lives through an update before SGLang 0.5.21, and a run that needs it is refused")
     return server
+
+
+@pytest.fixture
+def full_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shared_bucket.os, "posix_fallocate", full)

@@ -7,7 +7,6 @@ interrupts lasts as long as the test needs; GET /fake tells what happened.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from aiohttp import web
 from aiohttp.web_urldispatcher import SystemRoute
 
@@ -31,6 +29,7 @@ from dapo_mcore.rollout.sglang.client.versions import (
     FIRST_WITH_SESSIONS,
     parse_version,
 )
+from tests.rollout.sglang.fake_options import installed, parsed
 from tests.rollout.sglang.fake_scheduler import TICK_S, Scheduler
 from tests.rollout.sglang.fake_weights import destroy_group, join_group, load, opened, raw_bytes, receive
 
@@ -41,15 +40,6 @@ ADMIN = {
     "/update_weights_from_distributed", "/update_weights_from_tensor", "/release_memory_occupation",
     "/resume_memory_occupation", "/weights_checker",
 }  # fmt: skip
-
-FAKE_OPTIONS = {
-    **dict.fromkeys(("model-path", "load-format", "dtype", "device", "tp-size", "host", "port"), "one"),
-    **dict.fromkeys(("api-key", "admin-api-key", "log-level", "base-gpu-id", "mem-fraction-static"), "one"),
-    **dict.fromkeys(("attention-backend", "sampling-backend", "grammar-backend"), "one"),
-    **dict.fromkeys(("max-total-tokens", "max-running-requests"), "one"),
-    **dict.fromkeys(("skip-tokenizer-init", "enable-memory-saver", "disable-overlap-schedule"), "flag"),
-    **{"disable-cuda-graph": "flag", "cuda-graph-bs-decode": "many", "lora-strict-loading": "pair"},
-}
 
 
 def fake_python(
@@ -264,8 +254,6 @@ class FakeServer:
         about = {"version": self.version, "tp_size": self.num_ranks, "pp_size": 1}
         return web.json_response({**about, "model_path": self.arguments["model-path"]})
 
-    # weights
-
     # memory
 
     async def release_memory(self, request: web.Request) -> web.Response:
@@ -388,25 +376,6 @@ class FakeServer:
 
     def result(self, success: bool, message: str) -> web.Response:
         return web.json_response({"success": success, "message": message}, status=200 if success else 400)
-
-
-def installed(registered: bool) -> dict[str, Any]:
-    """What installed.py tells. One option is known to the parser alone."""
-    options = FAKE_OPTIONS | ({"of-a-plugin": "one"} if registered else {})
-    return {"version": os.environ["FAKE_VERSION"], "models": ["llama", "qwen2"], "options": options}
-
-
-def parsed(argv: list[str]) -> dict[str, Any]:
-    """The options of a command line, and of the YAML file that --config names."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    counts = {"one": {}, "many": {"nargs": "+"}, "flag": {"action": "store_true"}}
-    for name, kind in FAKE_OPTIONS.items():
-        parser.add_argument(f"--{name}", dest=name, **counts.get(kind, {"action": argparse.BooleanOptionalAction}))
-    parser.add_argument("--config")
-    arguments = vars(parser.parse_args(argv))
-    arguments |= yaml.safe_load(Path(arguments["config"]).read_text())
-    numbers = {name: int(arguments[name]) for name in ("port", "tp-size", "max-total-tokens")}
-    return {**arguments, **numbers}
 
 
 def main(argv: list[str]) -> None:

@@ -73,9 +73,13 @@ class Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def opened(handle: str) -> dict[str, Any]:
+def views(handle: str) -> dict[str, Any]:
+    """Return the tensors of a bucket where they lie in shared memory."""
     content = Unpickler(io.BytesIO(base64.b64decode(handle, validate=True))).load()
     flat = content["flattened_tensor"]
-    return {
-        m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape).cpu().clone() for m in content["metadata"]
-    }
+    return {m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape) for m in content["metadata"]}
+
+
+def opened(handle: str) -> dict[str, Any]:
+    """Return copies of a bucket's tensors, as a server takes them."""
+    return {name: tensor.cpu().clone() for name, tensor in views(handle).items()}

@@ -28,6 +28,7 @@ from dapo_mcore.rollout.sglang.client.versions import SGLangVersion, parse_versi
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, start_servers
+from dapo_mcore.rollout.sglang.pool.server import PoolSettings
 from dapo_mcore.rollout.sglang.sync.sender import Sender
 from dapo_mcore.types import Rollout, SamplingParams
 from tests.rollout.sglang.fake_server import fake_python
@@ -106,6 +107,12 @@ def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
         yield made
     finally:
         made.close()
+
+
+def pool_settings(restart_budget: int = 0) -> PoolSettings:
+    """Return the limits of a pool without an engine: one request a server, a second for each step."""
+    times = dict(health_interval_s=60.0, health_timeout_s=1.0, start_timeout_s=1.0, step_timeout_s=1.0)
+    return PoolSettings(max_in_flight=1, weights_timeout_s=1.0, restart_budget=restart_budget, **times)
 
 
 def params(max_new_tokens: int = 16, temperature: float = 1.0) -> SamplingParams:
@@ -300,3 +307,11 @@ def _decoded(raw: bytes) -> Any:
         return json.loads(raw)
     except ValueError:
         return raw.decode()
+
+
+def key_file(folder: Path, api: str | None, admin: str | None, mode: int = 0o600) -> str:
+    """Write a key file that the run reads for given servers, and return its path."""
+    path = folder / "keys.json"
+    path.write_text(json.dumps({"api_key": api, "admin_key": admin}))
+    path.chmod(mode)
+    return str(path)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ import pytest
 
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.observe.progress import NullProgress
-from tests.rollout.sglang.asserts import alive, all_serve, assert_whole
+from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     CONTEXT,
@@ -29,7 +26,6 @@ from tests.rollout.sglang.serving import (
     given_by,
     order,
     params,
-    processes,
     prompts,
     servers,
     states,
@@ -216,43 +212,6 @@ def test_samples_of_other_weights_never_reach_the_trainer(tmp_path, reason):
         assert numbers["rollout/servers_resynced"] + made.metrics()["rollout/servers_resynced"] >= 1
 
 
-def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served(tmp_path, monkeypatch):
-    with engine(tmp_path) as made:
-        made.update_weights(weights(0), version=1)
-
-        def full(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("dapo_mcore.rollout.sglang.sync.disk.SafetensorsWriter", full)
-            left = weights(1)
-            with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
-                made.update_weights(left, version=2)
-        assert list(left) == [] and made.weight_version == 1
-        assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
-        asked = prompts(2)
-        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
-
-
-def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, monkeypatch):
-    """As on NFS while a server has a file of it open."""
-    with engine(tmp_path) as made:
-        made.update_weights(weights(0), version=1)
-        first = made.pool.weight_version
-
-        def busy(path: Path, ignore_errors: bool = False) -> None:
-            if path.name == first and not ignore_errors:
-                raise OSError(39, "Directory not empty")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("dapo_mcore.rollout.sglang.sync.disk.shutil.rmtree", busy)
-            made.update_weights(weights(1), version=2)
-        second = made.pool.weight_version
-        assert made.weight_version == 2 and {p.name for p in made.sender.root.iterdir()} == {first, second}
-        made.update_weights(weights(2), version=3)
-        assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
-
-
 def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
     with engine(tmp_path, num_servers=2) as made:
         made.update_weights(weights(0), version=1)
@@ -383,32 +342,6 @@ def test_prompts_that_a_server_must_not_see_are_refused_here(tmp_path):
                 made.generate([np.array(prompt, np.int32)], params(8))
 
 
-def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
-    """One server stands in for the router. Given servers are not ours to stop."""
-    with engine(tmp_path, num_servers=2) as outer:
-        given = given_by(outer, tmp_path)
-        with engine(tmp_path / "other", **given, router_url=given["urls"][0]) as made:
-            made.update_weights(weights(0), version=1)
-            asked = prompts(5)
-            assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
-            assert [told(server)["counts"].get("generated", 0) for server in servers(made)] == [5, 0]
-            assert {told(server)["weight_version"] for server in servers(made)} == {made.pool.weight_version}
-        assert all(process.alive for process in processes(outer))
-
-
-def test_a_server_behind_a_router_may_fail_often_when_it_works_between(tmp_path):
-    """No answer tells that it does: those are the router's."""
-    with engine(tmp_path, num_servers=2) as outer:
-        given = given_by(outer, tmp_path)
-        with engine(tmp_path / "other", **given, router_url=given["urls"][0]) as made:
-            for version in range(6):
-                order(servers(made)[1], "status", where="/update_weights_from_disk", value=500)
-                made.update_weights(weights(0), version=2 * version)
-                all_serve(made)
-                made.update_weights(weights(0), version=2 * version + 1)
-                assert states(made)[1] == "serving"
-
-
 def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
     """For instance because it does not see sync_dir: an error, not a wait without end."""
     with engine(tmp_path) as outer, engine(tmp_path / "other", **given_by(outer, tmp_path)) as made:
@@ -428,21 +361,6 @@ def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
         (waiting,) = made.pool.servers
         wait_for(lambda: "within 3 s" in waiting.problem, otherwise=lambda: waiting.problem)
         future.cancel()
-
-
-def test_a_killed_trainer_takes_its_servers_along(tmp_path):
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
-        "from tests.rollout.sglang.serving import engine\n"
-        "with engine(Path(sys.argv[1])) as made:\n"
-        "    print(made.pool.servers[0].process.pid, flush=True); time.sleep(60)\n"
-    )
-    trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), os.getcwd()], stdout=subprocess.PIPE)
-    pid = int(trainer.stdout.readline())
-    assert alive(pid)
-    trainer.kill()
-    trainer.wait()
-    wait_for(lambda: not alive(pid))
 
 
 def test_a_server_restarted_between_broadcasts_takes_part_in_the_next_one(tmp_path):

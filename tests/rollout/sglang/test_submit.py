@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import CancelledError
 
 import pytest
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient
-from dapo_mcore.rollout.sglang.pool.pool import ServerPool
-from dapo_mcore.rollout.sglang.pool.server import PoolSettings, Server
 from dapo_mcore.types import ContinuousEngine
 from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python
@@ -66,26 +62,3 @@ def test_after_all_requests_were_cancelled_their_servers_are_idle_and_no_new_one
         with pytest.raises(CancelledError):
             made.generate(prompts(1), params(8))
         assert told(server)["counts"]["generated"] == 4
-
-
-def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
-    """Python's Condition forgets it before 3.13: with all others waiting, too, nothing would ever go on."""
-
-    async def ends_within(seconds: float) -> None:
-        server = Server(ServerClient(None, "http://127.0.0.1:1", Keys(), 1.0), state="serving")
-        limits = dict(max_in_flight=1, health_interval_s=60.0, health_timeout_s=1.0, weights_timeout_s=1.0)
-        pool = ServerPool([server], PoolSettings(**limits, start_timeout_s=1.0, step_timeout_s=1.0, restart_budget=0))
-        answered = asyncio.Event()
-        running = asyncio.create_task(pool.call(await pool.acquire(), answered.wait()))
-        await asyncio.sleep(0)
-        told, next_one = asyncio.create_task(pool.acquire()), asyncio.create_task(pool.acquire())
-        await asyncio.sleep(0)
-        answered.set()
-        while not running.done():  # its last act notifies the first that waits
-            await asyncio.sleep(0)
-        told.cancel()
-        assert await asyncio.wait_for(next_one, seconds) is server
-        await running
-        await pool.close()
-
-    asyncio.run(ends_within(5.0))

@@ -10,7 +10,8 @@ from contextlib import suppress
 import pytest
 from aiohttp import web
 
-from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, allow_open_files
 
 ANSWER = b"[" + b"1," * 1000 + b"1]"
 
@@ -94,3 +95,17 @@ def test_a_server_that_takes_no_connection_is_told_from_one_that_does_not_answer
         talk(say, connect_timeout_s=0.3)
         for queued in waiting:
             queued.close()
+
+
+def test_the_limit_of_open_files_is_raised_or_explained():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        allow_open_files(400)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 400 + 256
+        with pytest.raises(ConfigError, match=f"need {hard + 256} open files, but this process may open {hard}"):
+            allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -8,8 +8,6 @@ import socket
 import stat
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +17,14 @@ import yaml
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.client import versions
-from dapo_mcore.rollout.sglang.client.http import allow_open_files
-from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch import servers
-from dapo_mcore.rollout.sglang.launch.process import STOP_S
-from dapo_mcore.rollout.sglang.sync.disk import DiskSender
 from tests.rollout.sglang.fake_server import fake_python
-from tests.rollout.sglang.serving import STOP, Raw, bare_server, engine, processes, settings, tiny_config, wait_for
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[Raw]:
-    folder = tmp_path_factory.mktemp("running")
-    with bare_server(fake_python(folder), folder / "servers") as raw:
-        yield raw
-
-
-def key_file(folder: Path, api: str | None, admin: str | None, mode: int = 0o600) -> str:
-    path = folder / "keys.json"
-    path.write_text(json.dumps({"api_key": api, "admin_key": admin}))
-    path.chmod(mode)
-    return str(path)
-
-
-def attach(folder: Path, url: str, hf_config: Any = None, **changes: Any) -> None:
-    """An engine on a given server, closed again."""
-    given = settings(Path(sys.executable), urls=[url], **changes)
-    common = dict(stop_token_ids=(STOP,), dtype=torch.float32, folder=folder / "other")
-    SGLangEngine(given, hf_config or tiny_config(), **common).close()
-
-
-def test_a_given_server_is_accepted_with_its_keys(running, tmp_path):
-    attach(tmp_path, running.url, key_file=key_file(tmp_path, running.keys.api, running.keys.admin))
-
-
-@pytest.mark.parametrize(
-    ("api", "admin"), [(None, None), ("wrong", "wrong"), ("right", "wrong"), ("right", "right api")]
+from tests.rollout.sglang.serving import (
+    STOP,
+    engine,
+    key_file,
+    wait_for,
 )
-def test_a_refused_key_is_explained(running, tmp_path, api, admin):
-    right = {"right": running.keys.api, "right api": running.keys.api}
-    keys = key_file(tmp_path, right.get(api, api), right.get(admin, admin))
-    with pytest.raises(
-        ConfigError, match=r"refused with HTTP 401: Unauthorized; give the server's api_key and admin_key"
-    ):
-        attach(tmp_path, running.url, key_file=keys)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(vocab_size=96), "serves a model with vocab_size 64 .*, but model.path has 96"),
-        (dict(hidden_size=32), "serves a model with hidden_size 64 .*, but model.path has 32"),
-    ],
-)
-def test_another_model_on_the_server_is_refused(running, tmp_path, changes, message):
-    keys = key_file(tmp_path, running.keys.api, running.keys.admin)
-    with pytest.raises(ConfigError, match=message):
-        attach(tmp_path, running.url, tiny_config(**changes), key_file=keys)
-
-
-def test_a_server_that_is_not_there_is_named(tmp_path):
-    with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
-        url = f"http://127.0.0.1:{port.getsockname()[1]}"
-        told = f"no SGLang server answers: {url}.*; start it, or correct rollout.sglang.urls"
-        with pytest.raises(ConfigError, match=told):
-            attach(tmp_path, url)
-
-
-def test_a_given_server_that_is_too_old_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(versions, "OLDEST", (0, 0, 1))
-    with bare_server(fake_python(tmp_path, "0.5.9"), tmp_path / "servers") as old:
-        monkeypatch.setattr(versions, "OLDEST", (0, 5, 15))
-        with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.9, but weight updates need at least 0\.5\.15"):
-            attach(tmp_path, old.url, key_file=key_file(tmp_path, old.keys.api, old.keys.admin))
 
 
 def start(folder: Path, **changes: Any) -> None:
@@ -196,41 +128,12 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path):
         servers.read_keys(str(tmp_path / "none.json"))
 
 
-def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"two versions of the model need 2000000\.0 GiB; choose a larger folder"):
-        DiskSender(tmp_path / "weights", 10**6 * 2**30)
-
-
-def test_the_limit_of_open_files_is_raised_or_explained():
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-        allow_open_files(400)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 400 + 256
-        with pytest.raises(ConfigError, match=f"need {hard + 256} open files, but this process may open {hard}"):
-            allow_open_files(hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():
     with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
         for _ in range(2):
             with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
                 stranger.bind(port.getsockname())
             socket.create_server(port.getsockname()).close()
-
-
-def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_DEAF", "1")
-    with engine(tmp_path, num_servers=4) as made:
-        pids = [process.pid for process in processes(made)]
-        start = time.monotonic()
-        made.close()
-        assert time.monotonic() - start < 3 * STOP_S
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):

@@ -9,19 +9,12 @@ from typing import Any
 
 import pytest
 
-from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.launch.process import ServerProcess
 from dapo_mcore.rollout.sglang.pool.recovery import Recovery
-from dapo_mcore.rollout.sglang.pool.server import GENERATING, RETURNING, PoolSettings, Server, ServerStates
-from dapo_mcore.rollout.sglang.pool.update import PoolWeights, Transaction, Updates
+from dapo_mcore.rollout.sglang.pool.server import GENERATING, RETURNING, Server, ServerStates
+from dapo_mcore.rollout.sglang.pool.update import PoolWeights
+from tests.rollout.sglang.serving import pool_settings
 
 LOAD = "weight update, load"
-
-
-def settings(restart_budget: int = 50) -> PoolSettings:
-    times = dict(health_interval_s=9.0, health_timeout_s=1.0, start_timeout_s=1.0, step_timeout_s=1.0)
-    times |= dict(weights_timeout_s=1.0)
-    return PoolSettings(max_in_flight=1, restart_budget=restart_budget, **times)
 
 
 def dead_server() -> Server:
@@ -43,7 +36,7 @@ def failing(steps: list[str | None], restart_budget: int = 50) -> tuple[list[boo
     async def run() -> tuple[list[bool], Server]:
         server = dead_server()
         states = ServerStates([server], lines.append)
-        recovery = Recovery(states, PoolWeights(), settings(restart_budget), Counter())
+        recovery = Recovery(states, PoolWeights(), pool_settings(restart_budget=restart_budget), Counter())
         outcomes = []
         for step in steps:
             recovery.take_out(server, "no answer", step)
@@ -76,42 +69,3 @@ def test_a_spent_budget_is_told_with_the_last_words():
     outcomes, server, _ = failing([LOAD, GENERATING], restart_budget=1)
     assert outcomes == [True, False]
     assert "all 1 restarts (rollout.sglang.restart_budget) are spent; it last wrote: assert" in server.problem
-
-
-def test_a_place_that_is_passed_is_forgotten():
-    server = Server(SimpleNamespace(url="http://a:1"), state="serving")
-
-    async def succeed(_: Server) -> None: ...
-
-    async def fail(_: Server) -> None:
-        raise RolloutError("no")
-
-    async def run() -> None:
-        taken_out: list[str] = []
-        recovery = SimpleNamespace(take_out=lambda server, problem, failed_at: taken_out.append(failed_at))
-        transaction = Transaction([server], "1", 1.0, recovery)
-        for step, action, left in (("open", succeed, (LOAD, 2)), ("load", succeed, ("", 0)), ("load", fail, (LOAD, 2))):
-            server.restarts = (LOAD, 2)
-            await transaction.each(step, action)
-            assert server.restarts == left
-        assert taken_out == [LOAD]
-        server.restarts = (GENERATING, 2)
-        updates = Updates(ServerStates([server], print), PoolWeights(), settings(), recovery, None)
-        updates.transaction("2")  # the server has generated from the last update to this one
-        assert server.restarts == ("", 0)
-
-    asyncio.run(run())
-
-
-def test_the_last_words_are_the_last_error_since_the_start(tmp_path):
-    """A server's other processes go on writing after the one that failed."""
-    process = ServerProcess(["true"], {}, tmp_path, "server-0", "http://a:1", SimpleNamespace())
-    log = tmp_path / "server-0.log"
-    log.write_text("ValueError: of the start before\n")
-    process.start()
-    process.stop()
-    assert process.last_words() == f"it wrote nothing (see {log})" and process.last_line() == ""
-    with log.open("a") as file:
-        file.write("Traceback\n  File x\n    assert layer.k_scale > 0.0\nAssertionError\n" + "Bye\n" * 9)
-    assert process.last_words() == f"File x | assert layer.k_scale > 0.0 | AssertionError (see {log})"
-    assert process.last_line() == "Bye"

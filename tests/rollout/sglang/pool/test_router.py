@@ -3,7 +3,6 @@ and before a real server."""
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,13 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.assembly import probe_router
-from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient
-from dapo_mcore.rollout.sglang.client.http import HttpClient
+from dapo_mcore.rollout.sglang.client.api import Keys
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch.servers import reserve_port
 from tests.rollout.sglang.asserts import assert_whole
@@ -132,66 +127,3 @@ def test_a_real_server_behind_the_router_generates_by_the_weights_it_was_given(t
             made.update_weights(weights(version), version=version)
             rollouts = made.generate(prompts(4), params(8))
             assert [rollout.weight_version for rollout in rollouts] == [version] * 4
-
-
-URLS = ["http://a:1", "http://b:2/"]
-
-
-@pytest.mark.parametrize(
-    ("workers", "message"),
-    [
-        (["http://a:1", "http://b:2@0", "http://b:2@1"], None),
-        (
-            ["http://a:1", "http://b:2", "http://c:3"],
-            r"to 1 servers that .* does not list \(http://c:3\), and not to 0",
-        ),
-        (["http://a:1"], r"to 0 servers .* \(none\), and not to 1 that it does \(http://b:2\); list the same servers"),
-        (None, None),
-    ],
-)
-def test_a_router_and_the_urls_name_the_same_servers(workers, message):
-    if message is None:
-        ask(workers)
-    else:
-        with pytest.raises(ConfigError, match=message):
-            ask(workers)
-
-
-def ask(workers: list[str] | None) -> None:
-    """Probes a router that tells its workers, or has no such call."""
-
-    async def tell(request: web.Request) -> web.Response:
-        return web.json_response({"workers": [{"url": url} for url in workers]})
-
-    async def run() -> None:
-        app = web.Application()
-        if workers is not None:
-            app.router.add_get("/workers", tell)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        client = HttpClient(30.0, 30.0)
-        try:
-            await probe_router(router_at(client, runner.addresses[0][1]), URLS)
-        finally:
-            await client.close()
-            await runner.cleanup()
-
-    asyncio.run(run())
-
-
-def router_at(client: HttpClient, port: int) -> ServerClient:
-    return ServerClient(client, f"http://127.0.0.1:{port}", Keys(), 30.0)
-
-
-def test_a_router_that_is_not_there_is_named():
-    async def run(port: int) -> None:
-        client = HttpClient(30.0, 30.0)
-        try:
-            await probe_router(router_at(client, port), URLS)
-        finally:
-            await client.close()
-
-    message = r"no router answers: .*; start it, or correct rollout\.sglang\.router_url"
-    with reserve_port(SGLangConfig(), "127.0.0.1", 0) as port, pytest.raises(ConfigError, match=message):
-        asyncio.run(run(port.getsockname()[1]))

@@ -6,15 +6,19 @@ of CPU tensors, so the answer's form and what it depends on are held on both.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import save_file
 
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.client.api import ServerClient
 from dapo_mcore.rollout.sglang.client.http import HttpClient, LoopThread
+from dapo_mcore.rollout.sglang.pool.server import GENERATING, Server, ServerStates
+from dapo_mcore.rollout.sglang.pool.update import PoolWeights, Transaction, Updates
 from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
@@ -23,6 +27,7 @@ from tests.rollout.sglang.serving import (
     engine,
     order,
     params,
+    pool_settings,
     prompts,
     real_python,
     servers,
@@ -33,6 +38,7 @@ from tests.rollout.sglang.serving import (
 )
 
 NUM_TENSORS = len(list(weights(0)))
+LOAD = "weight update, load"
 KINDS = ["0.5.21", "0.5.23", pytest.param("real", marks=pytest.mark.sglang)]
 
 
@@ -137,9 +143,26 @@ def test_a_server_alone_is_held_to_what_it_told_when_it_is_resynced(tmp_path):
         assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/servers_resynced"] == 1
 
 
-@pytest.mark.parametrize("version", ["0.5.21", "0.5.15"])
-def test_servers_that_cannot_tell_are_refused_at_start(tmp_path, version):
-    python = fake_python(tmp_path, version)
-    refused = pytest.raises(ConfigError, match=r"tells no checksums .*set verify_sync off")
-    with refused, engine(tmp_path, python=python, num_servers=2, verify_sync="servers"):
-        pass
+def test_a_place_that_is_passed_is_forgotten():
+    server = Server(SimpleNamespace(url="http://a:1"), state="serving")
+
+    async def succeed(_: Server) -> None: ...
+
+    async def fail(_: Server) -> None:
+        raise RolloutError("no")
+
+    async def run() -> None:
+        taken_out: list[str] = []
+        recovery = SimpleNamespace(take_out=lambda server, problem, failed_at: taken_out.append(failed_at))
+        transaction = Transaction([server], "1", 1.0, recovery)
+        for step, action, left in (("open", succeed, (LOAD, 2)), ("load", succeed, ("", 0)), ("load", fail, (LOAD, 2))):
+            server.restarts = (LOAD, 2)
+            await transaction.each(step, action)
+            assert server.restarts == left
+        assert taken_out == [LOAD]
+        server.restarts = (GENERATING, 2)
+        updates = Updates(ServerStates([server], print), PoolWeights(), pool_settings(), recovery, None)
+        updates.transaction("2")  # the server has generated from the last update to this one
+        assert server.restarts == ("", 0)
+
+    asyncio.run(run())

@@ -1,0 +1,52 @@
+"""Values of `server_args` as SGLang's command line reads them, and the options that its sources declare."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.launch.interpreter import check_names, command_line, python_of
+
+KINDS = {"a": "one", "many": "many", "flag": "flag", "pair": "pair"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"a": -1}, ["--a=-1"]),
+        ({"a": "-x y"}, ["--a=-x y"]),
+        ({"a": 1e-5}, ["--a=1e-05"]),
+        ({"a": True}, ["--a=true"]),
+        ({"a": [1, "b"]}, ['--a=[1, "b"]']),
+        ({"a": {"k": None}}, ['--a={"k": null}']),
+        ({"a": None}, []),
+        ({"many": [1, 2.5, "x"]}, ["--many", "1", "2.5", "x"]),
+        ({"many": []}, []),
+        ({"many": 3}, ["--many=3"]),
+        ({"flag": True, "pair": True}, ["--flag", "--pair"]),
+        ({"flag": False, "pair": False}, ["--no-pair"]),
+    ],
+)
+def test_a_value_is_written_as_its_option_takes_it(values, words):
+    assert command_line(values, KINDS) == words
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [("python3", "python3"), ("venv/bin/python", "/run/venv/bin/python"), ("/venv/bin/python", "/venv/bin/python")],
+)
+def test_the_interpreter_is_absolute_as_servers_run_in_another_folder(given, path, monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: "/run")
+    assert python_of(SGLangConfig(python=given)) == path
+    assert python_of(SGLangConfig()) == sys.executable
+
+
+def test_names_are_held_against_the_options():
+    check_names(["a", "pair"], KINDS, "here")
+    told = "server_args holds flagg, zzz, but here has no such options; the nearest ones: flagg: flag; zzz: nothing like it"
+    with pytest.raises(ConfigError, match=told):
+        check_names(["a", "flagg", "zzz"], KINDS, "here")

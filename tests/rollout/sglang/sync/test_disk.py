@@ -1,0 +1,55 @@
+"""Weights by files: rooms that are too small, and which versions stay on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_mcore.errors import ConfigError, RolloutError
+from dapo_mcore.rollout.sglang.sync.disk import DiskSender
+from tests.rollout.sglang.asserts import assert_whole
+from tests.rollout.sglang.serving import engine, params, prompts, weights
+
+
+def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"two versions of the model need 2000000\.0 GiB; choose a larger folder"):
+        DiskSender(tmp_path / "weights", 10**6 * 2**30)
+
+
+def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served(tmp_path, monkeypatch):
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dapo_mcore.rollout.sglang.sync.disk.SafetensorsWriter", full)
+            left = weights(1)
+            with pytest.raises(RolloutError, match=r"cannot be written .*No space left .* GiB are free there"):
+                made.update_weights(left, version=2)
+        assert list(left) == [] and made.weight_version == 1
+        assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
+        asked = prompts(2)
+        assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
+
+
+def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, monkeypatch):
+    """As on NFS while a server has a file of it open."""
+    with engine(tmp_path) as made:
+        made.update_weights(weights(0), version=1)
+        first = made.pool.weight_version
+
+        def busy(path: Path, ignore_errors: bool = False) -> None:
+            if path.name == first and not ignore_errors:
+                raise OSError(39, "Directory not empty")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dapo_mcore.rollout.sglang.sync.disk.shutil.rmtree", busy)
+            made.update_weights(weights(1), version=2)
+        second = made.pool.weight_version
+        assert made.weight_version == 2 and {p.name for p in made.sender.root.iterdir()} == {first, second}
+        made.update_weights(weights(2), version=3)
+        assert [path.name for path in made.sender.root.iterdir()] == [made.pool.weight_version]
