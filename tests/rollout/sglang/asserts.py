@@ -21,7 +21,7 @@ def all_serve(made: SGLangEngine) -> None:
 
 
 def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, version: int) -> None:
-    """Every prompt has its own response, whole, by the given weights alone."""
+    """Assert that every prompt has its own whole response, made by the given weights alone."""
     assert len(rollouts) == len(asked)
     for rollout, prompt in zip(rollouts, asked):
         assert rollout.token_ids.tolist() == np.resize(prompt, length).tolist()
@@ -29,7 +29,7 @@ def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, 
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Return True if the process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -38,7 +38,7 @@ def alive(pid: int) -> bool:
 
 
 def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in another container: the memory's name means nothing there, and the server ends."""
+    """Assert the error of a server in another container: it does not find the memory by its name, and ends."""
     real, version = SharedBucket.handle, made.weight_version
 
     def elsewhere(self: SharedBucket) -> str:
@@ -52,7 +52,7 @@ def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatc
 
 
 def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temperature: float = 1.0) -> float:
-    """The largest difference between the servers' log-probs and those of Hugging Face's model in fp64."""
+    """Return the largest difference between the servers' log-probs and those of Hugging Face's model in fp64."""
     model, worst = tiny_model(seed).double(), 0.0
     for prompt, rollout in zip(asked, rollouts, strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
@@ -63,7 +63,7 @@ def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temper
 
 
 def assert_follows(made: SGLangEngine, seed: int, count: int = 16) -> None:
-    """Every server answers with these weights, and the old ones would have shown."""
+    """Assert that the servers generate with the weights of `seed`. Those of another seed would differ visibly."""
     asked = prompts(count)
     rollouts = made.generate(asked, params(24))
     assert mismatch(rollouts, asked, seed) <= 1e-5

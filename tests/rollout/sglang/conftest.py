@@ -1,4 +1,4 @@
-"""The servers whose rules are tested: the fake as each version that differs, and the real one."""
+"""Servers for the tests of SGLang's rules: the fake one as each version that differs, and the real one. And a full /dev/shm."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def server(request, tmp_path_factory) -> Iterator[Raw]:
     folder = tmp_path_factory.mktemp(request.param)
     python = interpreter(request.param, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "2")  # how long the real one takes to say that it is not healthy
+        patch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", "2")  # seconds until the real one reports that it is unhealthy
         with bare_server(python, folder / "servers") as raw:
             yield raw
 
 
 @pytest.fixture
 def resuming(server: Raw) -> Raw:
-    """A server on which requests live through updates; why older ones are refused, test_server_rules.py shows at its end."""
+    """Return a server whose requests continue after updates. The end of test_server_rules.py shows why a run refuses older ones."""
     if server.sglang < FIRST_WITH_CONTINUED_REQUESTS:
-        pytest.skip("no request lives through an update before SGLang 0.5.21, and a run that needs it is refused")
+        pytest.skip(
+            "requests continue after an update only from SGLang 0.5.21 on; a run that needs it refuses older versions"
+        )
     return server
 
 

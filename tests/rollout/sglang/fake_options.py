@@ -1,4 +1,4 @@
-"""The options of the fake server: which it has, how it reads a command line, and what it says of them to installed.py."""
+"""The options of the fake server: their names and kinds, the report that installed.py would give, and the parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fake server's scheduler: requests, pauses and the KV cache, as a version of SGLang has them, without a model."""
+"""The fake server's scheduler: requests, pauses and the KV cache of one SGLang version, without a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dapo_mcore.rollout.sglang.client.versions import (
 
 TICK_S = 0.02
 REST_S = 0.1
-"""From a request's end until the scheduler knows it; the real one's moment is shorter, and may be as long on a busy machine."""
+"""Seconds from the end of a request until the scheduler notices it. The real one is faster, unless its machine is busy."""
 
 
 @dataclass(eq=False)
@@ -33,8 +33,13 @@ class Request:
 
 
 class Scheduler:
-    """`cache` in tokens; `speed` in tokens/s of each request; `tail` and `linger` as of fake_python; `told` counts what
-    happens."""
+    """All requests of a fake server.
+
+    cache         size of the KV cache in tokens.
+    speed         tokens/s of each request.
+    tail, linger  see fake_python.
+    told          counts events.
+    """
 
     def __init__(
         self,
@@ -57,7 +62,7 @@ class Scheduler:
         self.paused_mode: str | None = None
         self.released: set[str] = set()
         self.busy_until = 0.0
-        self.torn = False  # has a part of new weights: tests see it by the tokens
+        self.torn = False  # True while only a part of new weights has come: tokens are then 0, which tests notice
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -88,7 +93,7 @@ class Scheduler:
         return f"logit_bias must has keys in [0, {self.vocab - 1}], got {outside[0]}." if outside else None
 
     def length(self, law: dict[str, Any]) -> tuple[int, bool]:
-        """Of a response, and whether its last token is written only by other weights than its first."""
+        """Return the length of a response, and whether its last token must wait for a weight update."""
         longest = law["max_new_tokens"]
         lingers = bool(self.linger) and law["temperature"] == 1 and law["sampling_seed"] % self.linger == 0
         if not self.tail:

@@ -1,8 +1,8 @@
-"""A server that keeps the rules of SGLang's (test_server_rules.py holds it and the real one to them) without a model.
+"""A fake SGLang server without a model. test_server_rules.py checks that it follows the same rules as the real one.
 
-A response repeats its prompt, so a test can tell whose it is. Run as a program it takes the arguments that servers.py
-gives to Python; `fake_python` makes the interpreter that does so. POST /fake orders faults or a speed, so that what a test
-interrupts lasts as long as the test needs; GET /fake tells what happened.
+A response repeats its prompt, so a test can tell which prompt it belongs to. As a program it takes the arguments that
+launch/servers.py gives to Python; `fake_python` makes an interpreter for that. POST /fake orders a fault or sets the speed, so
+that a generation lasts as long as a test needs. GET /fake returns what has happened.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def fake_python(
     tail: float = 0,
     linger: int = 0,
 ) -> Path:
-    """An executable that takes Python's arguments and serves like SGLang `version`, once `start_s` have passed; with CUDA
-    where it tells `checksums`.
+    """Return an executable that takes Python's arguments and serves like SGLang `version`, `start_s` after its start.
 
-    tail  0: responses are as long as they may be. Else lengths are log-normal with this sigma, by the request's seed: half
-          are shorter than an eighth of that.
-    linger  0, or: one of so many responses, by its request's seed, ends only after a weight update, at whatever speed. Not
-            those of another temperature than 1: a test's evaluation.
+    checksums  report checksums of the weights in every version, as on a GPU.
+    tail       0: responses are as long as they may be. Else lengths are log-normal with this sigma, drawn by the request's
+               seed: half are shorter than an eighth of the limit.
+    linger     N > 0: one of N responses, chosen by its request's seed, ends only after a weight update, whatever the speed.
+               Responses of a temperature other than 1 (a test's evaluation) never linger.
     """
     script = folder / f"python-{version}-{tokens_per_s}-{start_s}-{checksums}-{tail}-{linger}"
     settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_START_S={start_s}"
@@ -69,7 +69,7 @@ def fake_python(
 
 
 def gated(python: Path, gate: Path) -> Path:
-    """An executable that does what `python` does, but starts no server while the file `gate` is there."""
+    """Return an executable that does what `python` does, but starts no server while the file `gate` exists."""
     script = python.with_name(f"{python.name}-gated")
     wait = f'case "$*" in *launch_server*) while [ -e "{gate}" ]; do sleep 0.05; done;; esac'
     script.write_text(f'#!/bin/sh\n{wait}\nexec "{python}" "$@"\n')
@@ -79,8 +79,8 @@ def gated(python: Path, gate: Path) -> Path:
 
 @dataclass
 class Fault:
-    """What goes wrong in the next `count` uses of `where`, once `after` went well: a path, `bucket 5` (counted from 1 in an
-    update), `version`."""
+    """A fault in the next `count` uses of `where`, after `after` uses without one. `where` is a path, `weights`, `version`, or
+    `bucket 5` (counted from 1 in each update)."""
 
     kind: str
     where: str = "/generate"
@@ -90,7 +90,7 @@ class Fault:
 
 
 def faults_of_the_first_server(file: str | None) -> list[Fault]:
-    """Those that a JSON file orders; whoever reads it first takes it away."""
+    """Return the faults that a JSON file orders, and delete the file: only the first server that starts has them."""
     if file is None or not Path(file).exists():
         return []
     faults = [Fault(**fault) for fault in json.loads(Path(file).read_text())]
@@ -203,7 +203,7 @@ class FakeServer:
             await response.write(b" " * 2**20)
 
     async def alike(self, request: web.Request, handler: Any) -> web.Response:
-        """One answer for all, at once: thousands of long ones cost next to nothing."""
+        """Give all requests the same answer at once: thousands of long ones cost next to nothing."""
         if self.answer is None:
             self.answer = asyncio.create_task(handler(request))
         answer = await asyncio.shield(self.answer)
@@ -239,7 +239,7 @@ class FakeServer:
         now = {"running": len(self.scheduler.running), "session": self.session, **groups}
         return web.json_response({**told, **now})
 
-    # what it is
+    # what it reports
 
     async def health(self, request: web.Request) -> web.Response:
         healthy = self.scheduler.unpaused.is_set()
@@ -387,7 +387,7 @@ def main(argv: list[str]) -> None:
     arguments = parsed(argv[3:])
 
     time.sleep(float(os.environ["FAKE_START_S"]))
-    deaf = "FAKE_DEAF" in os.environ  # must be killed, as the real one takes its time to end
+    deaf = "FAKE_DEAF" in os.environ  # ignores SIGTERM, as the real one is slow to end
     if deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

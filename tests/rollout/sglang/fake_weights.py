@@ -1,4 +1,4 @@
-"""How the fake server takes weights: from safetensors, by a broadcast, and from memory that it opens."""
+"""How the fake server takes weights: from safetensors, by a broadcast, and from shared memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def receive(group: Any, body: dict[str, Any]) -> dict[str, Any]:
 
 
 class Unpickler(pickle.Unpickler):
-    """Admits what SGLang's does, of the things that a bucket may consist of."""
+    """Admits the names that a bucket may use, as SGLang's unpickler does."""
 
     def find_class(self, module: str, name: str) -> Any:
         rebuilding = {"storage_filename", "typed_storage", "tensor", "cuda_tensor"}

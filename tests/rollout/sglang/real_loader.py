@@ -1,7 +1,7 @@
-"""Loads weight streams into SGLang's own model classes, on a CPU. A program for SGLang's interpreter, given a folder.
+"""Loads weight streams into SGLang's own model classes, on a CPU. A program for SGLang's interpreter; its argument is a folder.
 
-Each folder in it, called by an architecture, holds config.json and stream.safetensors. Prints as JSON, for each, the parameters
-that still hold the NaN they were filled with before, and the scales of the KV cache that are not 1.
+The folder has one folder per architecture, with config.json and stream.safetensors. Parameters are filled with NaN before the
+load. Prints as JSON, per architecture, the parameters that still hold NaN, and the scales of the KV cache that are not 1.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import ServerArgs
 from transformers import AutoConfig
 
-# where it is not the name in lower case
+# modules whose name is not that of the class in lower case
 MODULES = {"DeepseekV3": "deepseek_v2", "Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}
 _NAN_FP8 = 0x7F
 
 
 def prepare(folder: Path) -> None:
-    """What SGLang's layers ask for: settings of a server, and process groups of one process."""
+    """Set up what SGLang's layers need: settings of a server, and process groups of one process."""
     options = dict(device="cpu", attention_backend="torch_native", sampling_backend="pytorch", grammar_backend="none")
     more = dict(skip_tokenizer_init=True, disable_overlap_schedule=True, load_format="dummy", dtype="bfloat16")
     settings = ServerArgs(model_path=str(folder), **options, **more)

@@ -1,4 +1,4 @@
-"""What the tests of the SGLang engine share: a tiny model, the environments that serve it, and plain HTTP."""
+"""Shared by the tests of the SGLang engine: a tiny model, engines and servers for it, and plain HTTP."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS = ["0.5.17", "0.5.20", "0.5.21", pytest.param("real", marks=pytest.mark.sg
 
 
 def real_python() -> Path:
-    """The interpreter of the virtual environment that tools/sglang_cpu/setup.sh made; skips where none is named."""
+    """Return the interpreter of the environment that tools/sglang_cpu/setup.sh made. Skip the test if none is named."""
     folder = os.environ.get(ENVIRONMENT)
     if not folder:
         pytest.skip(f"set {ENVIRONMENT} to the environment that tools/sglang_cpu/setup.sh makes")
@@ -50,13 +50,13 @@ def real_python() -> Path:
 
 
 def real_version() -> SGLangVersion:
-    """Of SGLang in that environment."""
+    """Return the version of SGLang in that environment."""
     ask = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
     return parse_version(subprocess.check_output([real_python(), "-P", "-c", ask], text=True))
 
 
 def interpreter(kind: str, folder: Path) -> Path:
-    """That serves: the real one, or the fake as a version."""
+    """Return the interpreter that serves: of the real SGLang, or of the fake server as version `kind`."""
     return real_python() if kind == "real" else fake_python(folder, kind)
 
 
@@ -67,8 +67,10 @@ def tiny_config(**changes: Any) -> PretrainedConfig:
 
 
 def tiny_model(seed: int) -> torch.nn.Module:
-    """Weights wide enough that the law is far from uniform, and different for each seed; with 0.15 fp32 itself, Hugging
-    Face's too, is off by 1.1e-5 somewhere in a few thousand tokens."""
+    """Return a model whose token distribution is far from uniform and differs for each seed.
+
+    With a standard deviation of 0.15, fp32 itself (also Hugging Face's) is off by 1.1e-5 somewhere in a few thousand tokens.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="eager", dtype=torch.float32)
@@ -83,7 +85,7 @@ def weights(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def settings(python: Path, **changes: Any) -> SGLangConfig:
-    """Settings of a test: short timeouts, so that faults are noticed in seconds."""
+    """Return settings with short timeouts, so that faults are noticed in seconds."""
     timeouts = dict(health_interval_s=0.5, health_timeout_s=5.0, start_timeout_s=240.0, sync_timeout_s=30.0)
     limits = dict(request_timeout_s=60.0, read_timeout_s=2.0, bucket_mib=1, server_args={"max-total-tokens": 40000})
     return SGLangConfig.model_validate({"python": str(python), "device": "cpu", **timeouts, **limits, **changes})
@@ -120,12 +122,12 @@ def params(max_new_tokens: int = 16, temperature: float = 1.0) -> SamplingParams
 
 
 def prompts(count: int) -> list[np.ndarray]:
-    """Different prompts: a fake server's response repeats its own."""
+    """Return different prompts. A fake server's response repeats its prompt."""
     return [np.array([3 + i // 60, 3 + i % 60, 2], dtype=np.int32) for i in range(count)]
 
 
 class Raw:
-    """One server by plain HTTP: (status, JSON or text) of every call."""
+    """One server by plain HTTP. Each call returns (status, JSON or text)."""
 
     def __init__(self, url: str, keys: Keys | None = None):
         self.url, self.keys = url, keys or Keys()
@@ -144,7 +146,7 @@ class Raw:
         return self._call("POST", "/generate", body, "api", sent)
 
     def pace(self, tokens_per_s: float) -> None:
-        """Of a fake server from now on; a real one knows no such call."""
+        """Set the speed of a fake server. A real one refuses the call, which changes nothing."""
         self.post("/fake", {"tokens_per_s": tokens_per_s})
 
     @cached_property
@@ -156,8 +158,10 @@ class Raw:
 
     @contextmanager
     def in_flight(self, max_new_tokens: int, **more: Any) -> Iterator[dict[str, Any]]:
-        """A generation under way inside the block, with a first token; afterwards the dictionary holds its `status` and
-        `answer`. A fake server takes its time over it until the block ends."""
+        """Keep a generation under way inside the block, with a first token. A fake server is slow until the block ends.
+
+        After the block the yielded dictionary holds the generation's `status` and `answer`.
+        """
         box: dict[str, Any] = {}
         sent = threading.Event()
 
@@ -177,12 +181,12 @@ class Raw:
         thread.join(60)
 
     def tokens_later(self) -> None:
-        """Returns when every request that was under way has another token: this one comes behind them, and has two."""
+        """Wait until every request under way has one more token: a request of two tokens that comes after them is answered."""
         assert self.generate([5], 2)[0] == 200
 
     def at_rest(self) -> None:
-        """Returns when the server knows that it has nothing to do: the last answer is sent a moment before, and an update in
-        that moment kills the real one."""
+        """Wait until the server knows that it is idle. It sends the last answer a moment earlier, and an update in that moment
+        kills the real one."""
         wait_for(lambda: self.post("/flush_cache")[0] == 200)
 
     def _call(
@@ -203,7 +207,7 @@ class Raw:
 
 @contextmanager
 def bare_server(python: Path, folder: Path, **changes: Any) -> Iterator[Raw]:
-    """One server without an engine, up."""
+    """Start one server without an engine and wait until it is up."""
     plan = ServerPlan.new(settings(python, **changes), tiny_config(), "float32", (STOP,), folder)
     (process,) = start_servers(plan)
     raw = Raw(process.url, plan.keys)
@@ -215,7 +219,7 @@ def bare_server(python: Path, folder: Path, **changes: Any) -> Iterator[Raw]:
 
 
 def wait_for(happened: Any, seconds: float = 60.0, otherwise: Any = lambda: "") -> None:
-    """`seconds` are for a machine that is busy with other things: a time limit that is tested is written at its test."""
+    """Wait for `happened`. `seconds` allow for a busy machine; a test of a time limit measures it itself."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, f"not within {seconds} s: {otherwise()}"
@@ -230,7 +234,7 @@ def is_up(raw: Raw) -> bool:
 
 
 def servers(made: SGLangEngine) -> list[Raw]:
-    """The servers of an engine, by plain HTTP."""
+    """Return the servers of an engine, in order, for plain HTTP."""
     return [Raw(server.url, server.client.keys) for server in made.pool.servers]
 
 
@@ -262,14 +266,14 @@ def order(server: Raw, kind: str, **fault: Any) -> None:
 
 
 def pace(made: SGLangEngine, tokens_per_s: float) -> None:
-    """Set the speed of every fake server that is there."""
+    """Set the speed of every fake server that is up."""
     for server in servers(made):
         with suppress(OSError):
             server.pace(tokens_per_s)
 
 
 def told(server: Raw) -> dict[str, Any]:
-    """What a fake server has seen and holds."""
+    """Return what a fake server has seen and holds."""
     return server.get("/fake")[1]
 
 
@@ -281,7 +285,7 @@ def bucket_a_tensor(made: SGLangEngine) -> None:
 def generate_and_sync_again(
     made: SGLangEngine, asked: list[np.ndarray], law: SamplingParams, sync: Callable[[], None]
 ) -> list[Rollout]:
-    """What `generate` returns. Meanwhile `sync` is called whenever the servers have lost the weights, as handover.py does."""
+    """Return what `generate` returns. Call `sync` whenever the servers have lost the weights, as handover.py does."""
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(made.generate, asked, law)
         while not wait([future], 0.1).done:
@@ -291,12 +295,12 @@ def generate_and_sync_again(
 
 
 def shared_files(pid: int | None = None) -> list[str]:
-    """What torch has named in shared memory for a process, this one by default."""
+    """Return the names of the shared memory that torch holds for a process, this one by default."""
     return [path.name for path in Path("/dev/shm").glob(f"torch_{pid or os.getpid()}_*")]
 
 
 def gathered(made: SGLangEngine, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, each in memory that servers open as it is."""
+    """Yield the weights, each in memory that servers can open without a copy."""
     made.bucket_bytes = made.sender.bucket_bytes = 0
     for name, tensor in weights(seed):
         yield name, made.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
