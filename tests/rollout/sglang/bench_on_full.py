@@ -40,7 +40,7 @@ def config(on_full: str, max_staleness: int) -> Config:
 
 
 def measure(made: SGLangEngine, on_full: str, max_staleness: int) -> dict[str, float]:
-    """Means over the steps after the first few, when what is carried over has settled."""
+    """Return means over the steps after the first few, when the number of groups carried over is stable."""
     asked = [Prompt(f"train:{i}", ids, "", "") for i, ids in enumerate(prompts(2000))]
     score = lambda prompts, *_: [Score(1.0, 1.0, True)] * len(prompts)  # noqa: E731
     loader = PromptLoader(asked, seed=0, shuffle=False)

@@ -1,4 +1,5 @@
-"""What a user sees while servers start: whole lines in a pipe, a count and the seconds on a terminal."""
+"""The start of servers: what a user sees meanwhile (whole lines in a pipe, a count and the seconds on a terminal), and which given
+servers and routers a run refuses."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def test_a_terminal_counts_the_servers_that_are_up_and_the_seconds() -> None:
     assert "servers" not in screen.display()
 
 
-def test_given_servers_are_not_said_to_be_started() -> None:
+def test_given_servers_have_no_line_that_says_they_start() -> None:
     screen = Screen(is_terminal=False)
     with shown_startup(screen.progress, SGLangConfig(urls=["http://a:1"]), Path("servers")) as startup:
         startup.is_up()
@@ -74,8 +75,8 @@ def test_given_servers_are_not_said_to_be_started() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_long_start_says_every_half_minute_how_it_goes(device: str) -> None:
-    """The first on a GPU compiles kernels, which took 107 s on an H100: nobody should take that for a hang."""
+def test_a_long_start_shows_its_progress_every_half_minute(device: str) -> None:
+    """The first start on a GPU compiles kernels (107 s on an H100). A user must not take that for a hang."""
     screen, settings = Screen(is_terminal=False), SGLangConfig(num_servers=2, device=device)
     server = SimpleNamespace(url="http://a:1", last_line=lambda: "Capturing graphs" if screen.now > 45 else "")
     with shown_startup(screen.progress, settings, Path("servers"), lambda: screen.now) as startup:
@@ -109,7 +110,7 @@ def test_an_engine_shows_its_servers_start(tmp_path: Path) -> None:
     assert re.fullmatch(r"2 of 2 SGLang servers up after \d+s", up)
 
 
-def test_servers_that_cannot_start_are_not_said_to_be_up(tmp_path: Path) -> None:
+def test_servers_that_cannot_start_have_no_line_that_says_they_are_up(tmp_path: Path) -> None:
     screen = Screen(is_terminal=False)
     with pytest.raises(ConfigError, match=r"has SGLang 0\.5\.14"):
         start(tmp_path, screen, fake_python(tmp_path, "0.5.14"))
@@ -124,7 +125,7 @@ def running(tmp_path_factory) -> Iterator[Raw]:
 
 
 def attach(folder: Path, url: str, hf_config: Any = None, **changes: Any) -> None:
-    """An engine on a given server, closed again."""
+    """Start an engine on a given server, and close it."""
     given = settings(Path(sys.executable), urls=[url], **changes)
     common = dict(stop_token_ids=(STOP,), dtype=torch.float32, folder=folder / "other")
     SGLangEngine(given, hf_config or tiny_config(), **common).close()
@@ -159,7 +160,7 @@ def test_another_model_on_the_server_is_refused(running, tmp_path, changes, mess
         attach(tmp_path, running.url, tiny_config(**changes), key_file=keys)
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path):
+def test_the_error_names_a_server_that_is_not_there(tmp_path):
     with reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
         told = f"no SGLang server answers: {url}.*; start it, or correct rollout.sglang.urls"
@@ -176,7 +177,7 @@ def test_a_given_server_that_is_too_old_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["0.5.21", "0.5.15"])
-def test_servers_that_cannot_tell_are_refused_at_start(tmp_path, version):
+def test_verify_sync_refuses_servers_that_cannot_report_checksums(tmp_path, version):
     python = fake_python(tmp_path, version)
     refused = pytest.raises(ConfigError, match=r"tells no checksums .*set verify_sync off")
     with refused, engine(tmp_path, python=python, num_servers=2, verify_sync="servers"):
@@ -198,7 +199,7 @@ URLS = ["http://a:1", "http://b:2/"]
         (None, None),
     ],
 )
-def test_a_router_and_the_urls_name_the_same_servers(workers, message):
+def test_a_router_that_knows_other_servers_than_the_urls_is_refused(workers, message):
     if message is None:
         ask(workers)
     else:
@@ -207,7 +208,7 @@ def test_a_router_and_the_urls_name_the_same_servers(workers, message):
 
 
 def ask(workers: list[str] | None) -> None:
-    """Probes a router that tells its workers, or has no such call."""
+    """Probe a router that reports these workers. None: it has no such call."""
 
     async def tell(request: web.Request) -> web.Response:
         return web.json_response({"workers": [{"url": url} for url in workers]})
@@ -233,7 +234,7 @@ def router_at(client: HttpClient, port: int) -> ServerClient:
     return ServerClient(client, f"http://127.0.0.1:{port}", Keys(), 30.0)
 
 
-def test_a_router_that_is_not_there_is_named():
+def test_the_error_names_a_router_that_is_not_there():
     async def run(port: int) -> None:
         client = HttpClient(30.0, 30.0)
         try:

@@ -1,4 +1,4 @@
-"""Servers that share GPUs with the trainer: who holds memory when, and what failures do to the turns. On fake servers.
+"""Fake servers that share GPUs with the trainer: when each side holds memory, and how failures change that.
 
 The rules of the real server's memory calls are in test_server_rules.py; whole runs are tests/train/test_sglang.py and test_weights_lost.py.
 """
@@ -25,7 +25,7 @@ def released(made: SGLangEngine) -> list[list[str]]:
 
 
 def take_turns(made: SGLangEngine, version: int) -> None:
-    """As handover.py does from the end of training on."""
+    """Do what handover.py does after training."""
     made.update_weights(weights(version), version)
     made.resume()
 
@@ -40,7 +40,7 @@ def is_alive(made: SGLangEngine, number: int) -> bool:
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_memory_changes_hands_in_order(tmp_path, sync):
+def test_servers_take_and_release_memory_in_turns_with_the_trainer(tmp_path, sync):
     with engine(tmp_path, num_servers=2, colocated=True, sync=sync, request_timeout_s=8.0) as made:
         assert released(made) == [EVERYTHING] * 2, "the trainer comes first"
         for version in (0, 1):
@@ -58,8 +58,8 @@ def test_memory_changes_hands_in_order(tmp_path, sync):
         assert numbers["rollout/servers_suspected"] == numbers["rollout/servers_excluded"] == 0
 
 
-def test_nobody_asks_for_the_health_of_servers_that_are_asleep(tmp_path):
-    """A health check generates, and the real server would die of it."""
+def test_no_health_check_reaches_servers_that_have_released_memory(tmp_path):
+    """A health check generates a token, and the real server would end."""
     with engine(tmp_path, colocated=True, health_interval_s=0.1) as made:
         take_turns(made, 0)
         made.release()
@@ -70,7 +70,7 @@ def test_nobody_asks_for_the_health_of_servers_that_are_asleep(tmp_path):
         assert made.metrics()["rollout/servers_suspected"] == 0
 
 
-def test_a_server_that_dies_asleep_starts_when_the_trainer_is_done(tmp_path):
+def test_a_server_that_dies_in_the_trainers_turn_is_restarted_after_it(tmp_path):
     with engine(tmp_path, num_servers=2, colocated=True) as made:
         take_turns(made, 0)
         made.release()
@@ -86,7 +86,7 @@ def test_a_server_that_dies_asleep_starts_when_the_trainer_is_done(tmp_path):
         assert_generates(made, 2)
 
 
-def test_a_server_that_keeps_its_memory_is_stopped_until_the_trainer_is_done(tmp_path):
+def test_a_server_that_does_not_release_memory_is_stopped_in_the_trainers_turn(tmp_path):
     with engine(tmp_path, num_servers=2, colocated=True) as made:
         take_turns(made, 0)
         order(servers(made)[0], "status", where="/release_memory_occupation", value=500)
@@ -99,7 +99,7 @@ def test_a_server_that_keeps_its_memory_is_stopped_until_the_trainer_is_done(tmp
         assert numbers["rollout/server_restarts"] == numbers["rollout/servers_excluded"] == 1
 
 
-def test_one_that_keeps_it_again_and_again_spends_the_restart_budget(tmp_path):
+def test_a_server_that_never_releases_memory_spends_the_restart_budget(tmp_path):
     with engine(tmp_path, num_servers=2, colocated=True, restart_budget=1) as made:
         for version in range(2):
             take_turns(made, version)
@@ -112,7 +112,7 @@ def test_one_that_keeps_it_again_and_again_spends_the_restart_budget(tmp_path):
         assert made.metrics()["rollout/server_restarts"] == 1
 
 
-def test_a_server_on_its_way_back_does_not_start_while_the_trainer_works(tmp_path):
+def test_a_restart_under_way_is_stopped_in_the_trainers_turn(tmp_path):
     gate = tmp_path / "closed"
     with engine(tmp_path, python=gated(fake_python(tmp_path), gate), num_servers=2, colocated=True) as made:
         take_turns(made, 0)
@@ -129,7 +129,7 @@ def test_a_server_on_its_way_back_does_not_start_while_the_trainer_works(tmp_pat
         assert_generates(made, 1)
 
 
-def test_when_all_died_asleep_resume_waits_for_the_first_to_come_back(tmp_path):
+def test_resume_waits_for_the_first_server_if_all_died_in_the_trainers_turn(tmp_path):
     with engine(tmp_path, colocated=True) as made:
         take_turns(made, 0)
         made.release()
@@ -139,7 +139,7 @@ def test_when_all_died_asleep_resume_waits_for_the_first_to_come_back(tmp_path):
         assert made.metrics()["rollout/servers_resynced"] == 1
 
 
-def test_without_kept_weights_a_sync_that_reaches_nobody_may_be_repeated_in_another_turn(tmp_path):
+def test_a_broadcast_that_reaches_no_server_may_be_repeated_in_another_turn(tmp_path):
     with engine(tmp_path, colocated=True, sync="distributed") as made:
         take_turns(made, 0)
         made.release()

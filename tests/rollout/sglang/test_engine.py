@@ -1,4 +1,4 @@
-"""The engine on fake servers: what reaches the trainer when servers fail in every way that they can."""
+"""The engine on fake servers: samples, weight updates, and what reaches the trainer when servers fail."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_broadcast_in_many_buckets_brings_the_same_weights(tmp_path):
         assert now["weights"] == pytest.approx({n: float(t.sum()) for n, t in weights(2)}, rel=1e-4, abs=1e-4)
 
 
-def test_an_update_that_follows_the_last_answer_at_once_kills_no_server(tmp_path):
+def test_an_update_right_after_the_last_answer_kills_no_server(tmp_path):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
         asked, new = prompts(4), list(weights(1))
@@ -91,7 +91,7 @@ def test_an_update_that_follows_the_last_answer_at_once_kills_no_server(tmp_path
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.20"])
-def test_servers_without_sessions_and_spans_are_understood(tmp_path, version):
+def test_servers_of_versions_without_sessions_or_spans_work(tmp_path, version):
     with engine(tmp_path, python=fake_python(tmp_path, version), sync="distributed") as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(3)
@@ -109,7 +109,7 @@ MID_GENERATION: dict[str, Callable[[Raw], None]] = {
 
 
 @pytest.mark.parametrize("fault", MID_GENERATION)
-def test_a_server_that_fails_mid_generation_costs_no_sample(tmp_path, fault):
+def test_a_server_that_fails_during_generation_loses_no_sample(tmp_path, fault):
     with engine(tmp_path, num_servers=2) as made:
         made.update_weights(weights(0), version=1)
         first, second = servers(made)
@@ -126,7 +126,7 @@ def test_a_server_that_fails_mid_generation_costs_no_sample(tmp_path, fault):
         assert (restarts, resyncs) == ((1, 1) if fault == "dies" else (0, 0))
 
 
-def test_a_server_that_hangs_is_found_by_its_health_and_its_requests_move(tmp_path):
+def test_a_health_check_finds_a_server_that_hangs_and_its_requests_move_to_another(tmp_path):
     with engine(tmp_path, num_servers=2, health_timeout_s=1.0) as made:
         made.update_weights(weights(0), version=1)
         os.kill(told(servers(made)[0])["pid"], signal.SIGSTOP)
@@ -137,8 +137,8 @@ def test_a_server_that_hangs_is_found_by_its_health_and_its_requests_move(tmp_pa
         assert made.metrics()["rollout/servers_suspected"] >= 1
 
 
-def test_a_server_that_hangs_is_found_while_another_one_takes_its_weights_again(tmp_path):
-    """However long that takes: here it hangs, too."""
+def test_a_server_that_hangs_is_found_while_another_one_reloads_its_weights(tmp_path):
+    """However long the reload takes: here it hangs, too."""
     with engine(tmp_path, num_servers=3, health_timeout_s=1.0, sync_timeout_s=60.0) as made:
         made.update_weights(weights(0), version=1)
         first, second, _ = servers(made)
@@ -166,7 +166,7 @@ def test_a_partial_answer_of_an_aborted_request_is_dropped_whole(tmp_path):
         assert made.metrics()["rollout/dropped_aborted"] == 8
 
 
-def test_responses_that_a_server_cuts_short_stop_the_run_with_the_remedy(tmp_path):
+def test_a_response_that_a_server_cuts_short_ends_the_run_with_the_remedy(tmp_path):
     with engine(tmp_path, server_args={"max-total-tokens": 100}) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(4)
@@ -178,7 +178,7 @@ def test_responses_that_a_server_cuts_short_stop_the_run_with_the_remedy(tmp_pat
             made.generate(asked, params(96))
 
 
-def test_a_response_may_fill_the_context_but_for_its_last_two_positions(tmp_path):
+def test_a_response_may_fill_all_but_the_last_two_positions_of_the_context(tmp_path):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
         (asked,) = prompts(1)
@@ -187,7 +187,7 @@ def test_a_response_may_fill_the_context_but_for_its_last_two_positions(tmp_path
 
 
 def edited_versions(reason: str, old: str, new: str) -> dict[str, Any]:
-    """What an answer of 8 tokens must say to be dropped for `reason`."""
+    """Return the versions of an answer of 8 tokens that is dropped for `reason`."""
     spans = [{"version": new, "start": 0, "end": 3}, {"version": old, "start": 3, "end": 8}]
     return {
         "stale_version": {"weight_version": old, "weight_versions": None},
@@ -208,11 +208,11 @@ def test_samples_of_other_weights_never_reach_the_trainer(tmp_path, reason):
         numbers = made.metrics()
         assert 1 <= numbers[f"rollout/dropped_{reason}"] <= 4  # the re-sync may abort one on its way
         all_serve(made)
-        # it was not believed, and took the weights again
+        # the server that gave wrong versions has reloaded the weights
         assert numbers["rollout/servers_resynced"] + made.metrics()["rollout/servers_resynced"] >= 1
 
 
-def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_path):
+def test_a_server_that_reports_success_but_keeps_its_version_is_taken_out(tmp_path):
     with engine(tmp_path, num_servers=2) as made:
         made.update_weights(weights(0), version=1)
         first, _ = servers(made)
@@ -226,7 +226,7 @@ def test_a_server_that_reports_success_and_keeps_its_version_is_taken_out(tmp_pa
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_serves(tmp_path, sync):
+def test_a_server_that_dies_during_a_sync_gets_the_weights_before_it_serves_again(tmp_path, sync):
     with engine(tmp_path, num_servers=2, sync=sync, servers_per_group=1) as made:
         bucket_a_tensor(made)
         made.update_weights(weights(0), version=1)
@@ -236,7 +236,7 @@ def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_ser
         assert made.weight_version == 2
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
-        if sync == "distributed":  # nothing is kept to catch up with: it waits for the next update
+        if sync == "distributed":  # no weights are kept, so it waits for the next update
             wait_for(lambda: states(made) == ["waiting", "serving"])
             made.update_weights(weights(3), version=3)
         all_serve(made)
@@ -246,7 +246,7 @@ def test_a_server_that_dies_during_a_sync_is_left_out_and_resynced_before_it_ser
         assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/server_restarts"] == 1
 
 
-def test_the_only_server_may_die_during_a_sync_from_disk(tmp_path):
+def test_a_sync_from_disk_survives_the_death_of_the_only_server(tmp_path):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="/update_weights_from_disk")
@@ -255,7 +255,7 @@ def test_the_only_server_may_die_during_a_sync_from_disk(tmp_path):
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
 
 
-def test_without_a_server_left_the_version_stays_and_the_error_names_each(tmp_path):
+def test_an_update_without_a_server_left_keeps_the_version_and_names_each_server(tmp_path):
     with engine(tmp_path, sync="distributed", restart_budget=0) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="bucket 1")
@@ -264,7 +264,7 @@ def test_without_a_server_left_the_version_stays_and_the_error_names_each(tmp_pa
         assert made.weight_version == 1
 
 
-def test_the_restart_budget_is_a_limit(tmp_path):
+def test_a_run_ends_when_the_restart_budget_is_spent(tmp_path):
     with engine(tmp_path, restart_budget=1) as made:
         made.update_weights(weights(0), version=1)
         for _ in range(2):
@@ -276,7 +276,7 @@ def test_the_restart_budget_is_a_limit(tmp_path):
 
 
 class Lines(NullProgress):
-    """A screen that keeps its lines."""
+    """A progress display that keeps its lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -285,8 +285,8 @@ class Lines(NullProgress):
         self.lines.append(text)
 
 
-def test_a_server_that_fails_three_times_in_a_row_at_one_place_ends_the_run_with_its_last_words(tmp_path):
-    """Whatever the restart budget; each restart is told with the place and what the server wrote last."""
+def test_a_server_that_fails_three_times_in_a_row_at_one_step_ends_the_run_with_its_last_words(tmp_path):
+    """Whatever the restart budget. Each restart is shown with the step and what the server wrote last."""
     screen = Lines()
     with engine(tmp_path, restart_budget=50, progress=screen) as made:
         made.update_weights(weights(0), version=0)
@@ -303,7 +303,7 @@ def test_a_server_that_fails_three_times_in_a_row_at_one_place_ends_the_run_with
     assert "49 more restarts allowed" in restarts[0] and "ordered to die" in restarts[0]
 
 
-def test_a_sample_that_always_fails_stops_the_run_with_the_last_problem(tmp_path):
+def test_a_sample_that_always_fails_ends_the_run_with_the_last_problem(tmp_path):
     with engine(tmp_path, max_attempts=2) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "status", value=500, count=100)
@@ -312,7 +312,7 @@ def test_a_sample_that_always_fails_stops_the_run_with_the_last_problem(tmp_path
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_a_stream_that_does_not_fit_is_drained_and_never_served(tmp_path, sync):
+def test_a_stream_that_does_not_fit_the_model_is_drained_and_never_served(tmp_path, sync):
     with engine(tmp_path, sync=sync) as made:
         made.update_weights(weights(0), version=1)
         whole = list(weights(1))
@@ -332,7 +332,7 @@ def test_a_stream_that_does_not_fit_is_drained_and_never_served(tmp_path, sync):
             assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
 
 
-def test_prompts_that_a_server_must_not_see_are_refused_here(tmp_path):
+def test_prompts_that_would_kill_a_server_are_refused_before_it_sees_them(tmp_path):
     with engine(tmp_path) as made:
         with pytest.raises(RolloutError, match="no weights yet"):
             made.generate(prompts(1), params(8))
@@ -343,7 +343,7 @@ def test_prompts_that_a_server_must_not_see_are_refused_here(tmp_path):
 
 
 def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
-    """For instance because it does not see sync_dir: an error, not a wait without end."""
+    """For example because it does not see sync_dir. The update raises an error and does not wait for ever."""
     with engine(tmp_path) as outer, engine(tmp_path / "other", **given_by(outer, tmp_path)) as made:
         order(servers(made)[0], "status", where="/update_weights_from_disk", value=400, count=100)
         with pytest.raises(RolloutError, match=r"none of 1 rollout servers .* lost: .*HTTP 400: ordered"):
@@ -351,7 +351,7 @@ def test_a_given_server_that_never_takes_the_weights_is_given_up(tmp_path):
         assert made.weight_version == -1
 
 
-def test_a_server_that_takes_too_long_to_load_again_is_told_so(tmp_path):
+def test_a_reload_beyond_sync_timeout_s_is_shown_with_the_limit(tmp_path):
     with engine(tmp_path, sync_timeout_s=3.0) as made:
         made.update_weights(weights(0), version=1)
         (server,) = servers(made)

@@ -1,5 +1,5 @@
-"""Requests that live through weight updates on a real server: each token is of the weights that its span names, given all
-tokens before it. So no KV cache of older weights is left. The same server then takes weights by memory alone."""
+"""Requests that continue after weight updates on a real server: each token comes from the weights that its span names, given all
+tokens before it, so no KV cache of older weights is left. The same server then takes weights through shared memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def made(tmp_path_factory) -> Iterator[SGLangEngine]:
         yield started
 
 
-def test_a_version_on_which_no_request_lives_through_an_update_is_refused(tmp_path):
+def test_a_version_whose_requests_end_at_an_update_is_refused(tmp_path):
     if real_version() >= FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version has it, as the other tests show")
     refused = pytest.raises(
@@ -55,7 +55,7 @@ def test_a_version_on_which_no_request_lives_through_an_update_is_refused(tmp_pa
 
 
 def reference(prompt: np.ndarray, rollout: Rollout, seed: int) -> torch.Tensor:
-    """float64 [T]: log-probs of the response's tokens by Hugging Face's model."""
+    """Return float64 [T]: log-probs of the response's tokens by Hugging Face's model."""
     ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
     logits = tiny_model(seed).double()(ids[None]).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
@@ -68,7 +68,7 @@ OTHER_WAYS = {
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
-def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
+def test_each_token_comes_from_the_weights_that_its_span_names(made, sync):
     if sync in OTHER_WAYS:
         sync_by(made, OTHER_WAYS[sync]())
     first = made.weight_version + 1
@@ -76,7 +76,7 @@ def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
     asked = prompts(64)  # most responses stop early
     future = made.submit(asked, params(300))
     for version in (first + 1, first + 2):
-        made.generate(prompts(1), params(16))  # behind the others, which have tokens, too, when this is done
+        made.generate(prompts(1), params(16))  # comes after the others, so each of them has tokens when this is done
         made.update_weights(weights(seed=version), version)
     rollouts = future.result()
     by_versions = {n: sum(len(r.version_spans) == n for r in rollouts) for n in (0, 2, 3)}
@@ -91,14 +91,14 @@ def test_each_token_is_of_the_weights_that_its_span_names(made, sync):
         told = torch.from_numpy(rollout.logprobs)
         for (start, version), end in zip(spans, ends):
             worst = max(worst, (told - reference(prompt, rollout, version))[start:end].abs().max().item())
-        if len(spans) == 3:  # the last stretch is not of the first weights
+        if len(spans) == 3:  # the last span does not come from the first weights
             others = (told - reference(prompt, rollout, first))[ends[1] :].abs().max().item()
             least_wrong = min(least_wrong, others)
     assert worst <= 1e-5 and least_wrong > 0.01
     assert all(count == 0 for name, count in made.metrics().items() if "dropped" in name or "retries" in name)
 
 
-def test_the_next_samples_are_of_the_newest_weights_alone(made):
+def test_new_requests_come_from_the_newest_weights_alone(made):
     pending = made.submit(prompts(8), params(300))
     version = made.weight_version + 1
     made.update_weights(weights(seed=version), version)
@@ -110,7 +110,7 @@ def test_the_next_samples_are_of_the_newest_weights_alone(made):
     assert {rollout.weight_version for rollout in pending.result()} <= {version - 1, version}
 
 
-def test_by_memory_it_takes_a_bucket_a_tensor_and_nothing_is_left(made):
+def test_buckets_of_one_tensor_through_shared_memory_leave_nothing_behind(made):
     version = made.weight_version + 1
     bucket_a_tensor(made)
     made.update_weights(weights(seed=version), version)
@@ -121,5 +121,5 @@ def test_by_memory_it_takes_a_bucket_a_tensor_and_nothing_is_left(made):
     print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
 
 
-def test_the_last_it_ends_where_it_cannot_open_the_memory(made, monkeypatch):
+def test_last_the_server_ends_if_it_cannot_open_the_memory(made, monkeypatch):
     assert_an_error_where_memory_cannot_be_opened(made, monkeypatch)

@@ -1,4 +1,4 @@
-"""The engine on two real SGLang servers: log-probs, both ways of a weight sync, and kill -9 at the worst moments.
+"""The engine on two real SGLang servers: log-probs, weight syncs by disk and by broadcast, and kill -9 at the worst moments.
 
 One start for all tests, which run in order. It needs the environment that tools/sglang_cpu/setup.sh makes.
 """
@@ -61,7 +61,7 @@ def both_serve(made: SGLangEngine) -> None:
 
 @contextmanager
 def killing(server: Server, call: str, at: int = 1) -> Iterator[None]:
-    """kill -9 of the server just as it is asked for the `at`-th `call`."""
+    """Kill the server (SIGKILL) as the `at`-th `call` is sent to it."""
     real, calls = getattr(server.client, call), []
 
     async def wrapped(*arguments, **named):
@@ -91,8 +91,8 @@ def test_logprobs_are_those_of_the_trained_model_after_temperature(made, tempera
     assert stopped and full
 
 
-def test_greedy_answers_are_those_of_the_embedded_engine(made):
-    """Evaluation: the same tokens, and at temperature 0 the log-probs are those of temperature 1."""
+def test_greedy_responses_equal_those_of_the_embedded_engine(made):
+    """As in an evaluation: the same tokens, with the log-probs of temperature 1."""
     embedded = EmbeddedEngine(tiny_config(), stop_token_ids=(STOP,), pad_token_id=0, max_batch=32, num_threads=1)
     embedded.update_weights(weights(0), version=0)
     greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=24, seed=0)
@@ -102,12 +102,12 @@ def test_greedy_answers_are_those_of_the_embedded_engine(made):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
 
 
-def test_a_sync_from_disk_is_followed(made):
+def test_servers_generate_with_the_weights_of_a_sync_from_disk(made):
     sync(made, seed=2)
     assert_follows(made, seed=2)
 
 
-def test_aborted_answers_are_asked_for_again(made):
+def test_aborted_requests_are_sent_again(made):
     asked = prompts(32)
     future = made.submit(asked, params(300))
     num_aborted = 0.0
@@ -120,7 +120,7 @@ def test_aborted_answers_are_asked_for_again(made):
     assert {rollout.finish_reason for rollout in rollouts} <= {"stop", "length"}
 
 
-def test_kill_9_during_generation_costs_no_sample(made):
+def test_kill_9_during_generation_loses_no_sample(made):
     asked = prompts(48)
     with killing(made.pool.servers[0], "generate", at=20):
         rollouts = made.generate(asked, params(64))
@@ -132,7 +132,7 @@ def test_kill_9_during_generation_costs_no_sample(made):
     assert_follows(made, seed=2)
 
 
-def test_kill_9_during_a_sync_from_disk_leaves_the_survivor_and_resyncs_the_other(made):
+def test_kill_9_during_a_sync_from_disk_costs_one_server_until_it_has_the_weights_again(made):
     with killing(made.pool.servers[1], "update_weights_from_disk"):
         sync(made, seed=4)
     assert made.pool.servers[0].state == "serving" and made.pool.servers[1].state in ("out", "down")
@@ -141,7 +141,7 @@ def test_kill_9_during_a_sync_from_disk_leaves_the_survivor_and_resyncs_the_othe
     assert_follows(made, seed=4)
 
 
-def test_one_broadcast_to_both_is_followed(made):
+def test_servers_generate_with_the_weights_of_one_broadcast_to_both(made):
     sync_by(made, DistributedSender("127.0.0.1", "gloo", timeout_s=60))
     sync(made, seed=6)
     assert_follows(made, seed=6)
@@ -152,7 +152,7 @@ def test_one_broadcast_to_both_is_followed(made):
     print({name: value for name, value in made.metrics().items() if name.startswith("sync/")})
 
 
-def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_next(made):
+def test_kill_9_during_a_broadcast_breaks_it_and_the_restarted_server_joins_the_next(made):
     before = made.weight_version
     with (
         killing(made.pool.servers[0], "update_weights_from_distributed", at=5),
@@ -160,7 +160,7 @@ def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_n
     ):
         sync(made, seed=10)
     assert made.weight_version == before and not made.pool.serving
-    sync(made, seed=10)  # what all ranks do then
+    sync(made, seed=10)  # all ranks send it again
     assert made.pool.servers[1].state == "serving" and made.pool.servers[0].state != "serving"
     assert_follows(made, seed=10)
     assert made.metrics()["sync/repeats"] == 1
@@ -172,7 +172,7 @@ def test_kill_9_during_a_broadcast_leaves_the_survivor_and_the_other_joins_the_n
 
 
 def test_kill_9_of_all_servers_during_generation_waits_for_the_weights(made):
-    """The next test's broadcast to both finds them as they are left here."""
+    """The next test needs both servers as this one leaves them."""
     asked = prompts(48)
     with killing(made.pool.servers[0], "generate", at=20), killing(made.pool.servers[1], "generate", at=20):
         rollouts = generate_and_sync_again(made, asked, params(64), lambda: sync(made, seed=12))
@@ -182,7 +182,7 @@ def test_kill_9_of_all_servers_during_generation_waits_for_the_weights(made):
     both_serve(made)
 
 
-def test_kill_9_in_a_group_of_its_own_costs_no_repeat(made):
+def test_kill_9_of_a_server_in_its_own_group_needs_no_repeat(made):
     sync_by(made, DistributedSender("127.0.0.1", "gloo", timeout_s=60, servers_per_group=1))
     with killing(made.pool.servers[0], "update_weights_from_distributed", at=5):
         sync(made, seed=14)

@@ -1,4 +1,4 @@
-"""Requests that live through weight updates, on fake servers: what the engine believes, and what it asks for again."""
+"""Requests that continue after weight updates, on fake servers: which answers the engine accepts, and which it asks for again."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ LENGTH = 300
 
 @pytest.fixture
 def python(tmp_path) -> Path:
-    """Slow, until `finished` makes it fast."""
+    """Return the interpreter of a server that is slow until `finished` makes it fast."""
     return fake_python(tmp_path, tokens_per_s=SLOW)
 
 
 def in_flight(made: SGLangEngine, asked: list[np.ndarray]) -> Future[list[Rollout]]:
-    """Requests for responses to `asked`, all with some tokens."""
+    """Submit requests for `asked` and wait until each has some tokens."""
     future = made.submit(asked, params(LENGTH))
     wait_for(lambda: sum(told(server)["running"] for server in servers(made)) == len(asked))
     for server in servers(made):
@@ -56,7 +56,7 @@ def finished(made: SGLangEngine, future: Future[list[Rollout]]) -> list[Rollout]
     return future.result()
 
 
-NEW = list(weights(1))  # not made while responses go on
+NEW = list(weights(1))  # made once: it takes longer than an update
 
 
 def assert_two_stretches(rollout: Rollout, prompt: np.ndarray, old: int, new: int) -> None:
@@ -66,7 +66,7 @@ def assert_two_stretches(rollout: Rollout, prompt: np.ndarray, old: int, new: in
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed"])
-def test_requests_in_flight_go_on_under_the_new_weights(tmp_path, python, sync):
+def test_requests_in_flight_continue_with_the_new_weights(tmp_path, python, sync):
     with engine(tmp_path, num_servers=2, python=python, sync=sync, max_lag=1) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(12)
@@ -80,7 +80,7 @@ def test_requests_in_flight_go_on_under_the_new_weights(tmp_path, python, sync):
         assert all(count == 0 for name, count in numbers.items() if "dropped" in name or "retries" in name)
 
 
-def test_without_a_lag_an_update_ends_them_and_they_are_asked_again(tmp_path, python):
+def test_without_max_lag_an_update_aborts_requests_and_they_are_sent_again(tmp_path, python):
     with engine(tmp_path, python=python) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(4)
@@ -90,7 +90,7 @@ def test_without_a_lag_an_update_ends_them_and_they_are_asked_again(tmp_path, py
         assert made.metrics()["rollout/dropped_aborted"] == 4
 
 
-def test_a_response_with_tokens_of_too_old_weights_is_dropped_whole(tmp_path, python):
+def test_a_response_with_tokens_older_than_max_lag_is_dropped_whole(tmp_path, python):
     with engine(tmp_path, python=python, max_lag=1) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(2)
@@ -127,7 +127,7 @@ def test_requests_of_a_server_that_fails_the_update_start_again_elsewhere(tmp_pa
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
 
 
-def test_a_server_that_dies_after_the_update_loses_nothing_but_time(tmp_path, python):
+def test_requests_of_a_server_that_dies_after_the_update_are_sent_again(tmp_path, python):
     with engine(tmp_path, num_servers=2, python=python, max_lag=1) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(6)
@@ -139,21 +139,21 @@ def test_a_server_that_dies_after_the_update_loses_nothing_but_time(tmp_path, py
         assert all(r.token_ids.tolist() == np.resize(p, LENGTH).tolist() for r, p in zip(rollouts, asked))
 
 
-def test_a_health_check_that_begins_during_an_update_tells_nothing(tmp_path, python):
-    """A paused server says no, and says it when the update may be over."""
+def test_a_health_check_that_begins_during_an_update_is_ignored(tmp_path, python):
+    """A paused server reports that it is unhealthy, perhaps only when the update is over."""
     with engine(tmp_path, python=python, max_lag=4, health_interval_s=0.05) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(4)
         future = in_flight(made, asked)
         for version in range(2, 6):
             made.update_weights(iter(NEW), version)
-            time.sleep(0.25)  # what the fake server takes to say no
+            time.sleep(0.25)  # the fake server reports that it is unhealthy after 0.2 s
         assert {rollout.weight_version for rollout in finished(made, future)} == {1}
         assert made.metrics()["rollout/servers_suspected"] == 0
 
 
-def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python):
-    """Evaluation, beside requests in flight."""
+def test_generate_accepts_only_the_current_weights_while_submitted_requests_continue(tmp_path, python):
+    """As an evaluation beside requests in flight."""
     with engine(tmp_path, python=python, max_lag=1) as made:
         made.update_weights(weights(0), version=1)
         old = made.pool.weight_version
@@ -167,8 +167,8 @@ def test_what_is_not_submitted_is_of_the_current_weights_alone(tmp_path, python)
         assert all(rollout.weight_version in (1, 2) for rollout in finished(made, pending))
 
 
-def test_a_server_whose_requests_do_not_live_through_an_update_is_refused(tmp_path):
-    """One of the run's own before it starts."""
+def test_a_server_whose_requests_end_at_an_update_is_refused(tmp_path):
+    """One that the run would start is refused before it starts."""
     told = r"has SGLang 0.5.20, .*sampling.on_full keep needs 0.5.21 or newer: update SGLang"
     old = fake_python(tmp_path, "0.5.20")
     with pytest.raises(ConfigError, match=told), engine(tmp_path, python=old, max_lag=1):
@@ -180,7 +180,7 @@ def test_a_server_whose_requests_do_not_live_through_an_update_is_refused(tmp_pa
             pass
 
 
-def test_closing_ends_the_requests_on_servers_that_live_on(tmp_path, python):
+def test_closing_aborts_the_requests_on_given_servers(tmp_path, python):
     with engine(tmp_path, python=python) as outer:
         with engine(tmp_path / "other", **given_by(outer, tmp_path), max_lag=1) as made:
             made.update_weights(weights(0), version=1)

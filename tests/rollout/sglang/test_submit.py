@@ -1,4 +1,4 @@
-"""Requests that come and go on fake servers: what continuous refill asks of the engine."""
+"""Requests that start and end at any time, on fake servers: what continuous refill needs of the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import FAST, SLOW, engine, pace, params, prompts, servers, told, wait_for, weights
 
 
-def test_submitted_groups_are_generated_side_by_side(tmp_path):
+def test_submitted_groups_are_generated_at_the_same_time(tmp_path):
     with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
         assert isinstance(made, ContinuousEngine)
         with pytest.raises(RolloutError, match="no weights yet"):
@@ -30,7 +30,7 @@ def test_submitted_groups_are_generated_side_by_side(tmp_path):
         assert_whole(long.result(), asked[:10], 400, version=1)
 
 
-def test_a_cancelled_group_leaves_its_server_and_the_others_alone(tmp_path):
+def test_cancelling_a_group_aborts_its_requests_and_no_others(tmp_path):
     with engine(tmp_path, num_servers=2, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
         made.update_weights(weights(0), version=1)
         asked = prompts(12)
@@ -48,7 +48,7 @@ def test_a_cancelled_group_leaves_its_server_and_the_others_alone(tmp_path):
         assert_whole(made.generate(asked, params(8)), asked, 8, version=2)
 
 
-def test_after_all_requests_were_cancelled_their_servers_are_idle_and_no_new_ones_are_taken(tmp_path):
+def test_cancel_requests_aborts_all_and_no_new_ones_start(tmp_path):
     with engine(tmp_path, python=fake_python(tmp_path, tokens_per_s=SLOW)) as made:
         made.update_weights(weights(0), version=1)
         (server,) = servers(made)

@@ -1,4 +1,4 @@
-"""What answers cost the client: CPU and memory, and how long its event loop is held up, when all come at once.
+"""The cost of answers that all arrive at once for the client: CPU, memory, and the longest turn of its event loop.
 
     pytest -m bench tests/rollout/sglang/client/bench_client.py
 
@@ -55,7 +55,7 @@ TURNS_S: list[float] = []
 
 
 async def measure_turns() -> None:
-    """What the loop's thread does before it comes round again, in seconds of CPU: other processes do not count."""
+    """Measure each turn of the event loop in seconds of CPU of its thread, so that other processes do not count."""
     TURNS_S.clear()
     while True:
         start = time.thread_time()

@@ -17,7 +17,7 @@ ANSWER = b"[" + b"1," * 1000 + b"1]"
 
 
 def talk(say: Callable[[HttpClient, str], Awaitable[None]], connect_timeout_s: float = 30.0) -> None:
-    """Runs `say` with a client and the URL of a server that has one answer."""
+    """Run `say` with a client and the URL of a server that always gives the same answer."""
 
     async def answer(request: web.Request) -> web.Response:
         return web.Response(body=ANSWER)
@@ -39,7 +39,7 @@ def talk(say: Callable[[HttpClient, str], Awaitable[None]], connect_timeout_s: f
     asyncio.run(run())
 
 
-def test_answers_that_come_together_are_decoded_in_different_turns_of_the_loop():
+def test_answers_that_arrive_together_are_decoded_in_different_turns_of_the_loop():
     turn, decoded_in = 0, []
 
     async def count_turns() -> None:
@@ -67,7 +67,7 @@ def test_a_decoder_that_fails_does_not_keep_the_next_answer_waiting():
     talk(say)
 
 
-def test_an_answer_is_given_up_one_byte_beyond_its_limit():
+def test_an_answer_one_byte_beyond_its_limit_fails_the_request():
     async def say(client: HttpClient, url: str) -> None:
         assert len(await client.call("GET", url, max_bytes=len(ANSWER))) == 1001
         limit = len(ANSWER) - 1
@@ -77,7 +77,7 @@ def test_an_answer_is_given_up_one_byte_beyond_its_limit():
     talk(say)
 
 
-def test_a_server_that_takes_no_connection_is_told_from_one_that_does_not_answer():
+def test_a_server_that_accepts_no_connection_has_an_error_of_its_own():
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)

@@ -1,4 +1,4 @@
-"""Answers of /generate: what is read of them, and what makes one doubtful, so that it is dropped whole."""
+"""Answers of /generate: which fields are read, and which faults make an answer be dropped whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAGGING = VersionRule(RULE.versions, RULE.current, max_lag=1)
 
 
 def read_reply(reply: Any, rule: VersionRule) -> Rollout:
-    """As it travels."""
+    """Read the answer after a round trip through JSON."""
     return replies.read_reply(decode(json.dumps(reply).encode()), rule, [STOP, 2])
 
 
@@ -45,18 +45,18 @@ def test_tokens_and_logprobs_come_from_one_list():
     assert (rollout.finish_reason, rollout.weight_version, rollout.version_spans) == ("stop", 3, ())
 
 
-def test_a_response_with_a_stop_token_at_the_length_limit_has_ended_by_itself():
-    """SGLang up to 0.5.17 tells `length`, and the reward would take it for cut."""
+def test_a_stop_token_at_the_length_limit_counts_as_stop():
+    """SGLang up to 0.5.17 reports `length`, and the reward would treat the response as cut."""
     for end, reason in ((STOP, "stop"), (9, "length")):
         rollout = read_reply(reply(tokens=(7, 8, end), finish_reason={"type": "length", "length": 3}), RULE)
         assert rollout.finish_reason == reason and rollout.token_ids.tolist() == [7, 8, end]
 
 
-def test_one_span_is_one_version():
+def test_a_single_span_counts_as_no_spans():
     assert read_reply(reply((0, 3, "3-d")), RULE).version_spans == ()
 
 
-def test_spans_within_the_lag_are_recorded_and_the_oldest_version_counts():
+def test_spans_within_max_lag_are_kept_and_the_oldest_version_is_the_samples():
     rollout = read_reply(reply((0, 1, "2-b"), (1, 3, "3-d")), LAGGING)
     assert rollout.weight_version == 2 and rollout.version_spans == ((0, 2), (1, 3))
 
@@ -90,28 +90,28 @@ DROPPED = {
 
 
 @pytest.mark.parametrize(("reason", "answer"), [(reason, a) for reason, answers in DROPPED.items() for a in answers])
-def test_a_doubtful_answer_is_dropped_whole_for_a_reason(reason, answer):
+def test_a_faulty_answer_is_dropped_whole_with_its_reason(reason, answer):
     with pytest.raises(Dropped) as caught:
         read_reply(answer, RULE)
     assert caught.value.reason == reason
 
 
-def test_every_reason_is_tried():
+def test_the_cases_above_cover_every_reason():
     assert set(DROPPED) == set(DROP_REASONS)
 
 
-def test_the_lag_has_an_end_and_does_not_reach_another_sync_of_the_same_version():
+def test_weights_beyond_max_lag_or_of_another_sync_of_the_same_version_are_stale():
     for tag in ("1-a", "3-c"):
         with pytest.raises(Dropped, match="stale_version"):
             read_reply(reply((0, 3, tag)), LAGGING)
 
 
-def test_older_weights_are_believed_only_where_every_token_tells_its_own():
+def test_with_max_lag_an_answer_without_spans_is_dropped():
     with pytest.raises(Dropped, match="unknown_version: the answer does not tell"):
         read_reply(reply(weight_version="3-d"), LAGGING)
 
 
-def test_an_answer_that_was_aborted_before_its_first_token_needs_none():
+def test_an_answer_aborted_before_its_first_token_counts_as_aborted():
     aborted = {"meta_info": {"finish_reason": {"type": "abort", "message": "in the queue"}}}
     with pytest.raises(Dropped, match="aborted: in the queue"):
         read_reply(aborted, RULE)
@@ -122,7 +122,7 @@ def answer(*entries: list[Any], **more: Any) -> bytes:
     return json.dumps({"text": "skipped", "meta_info": meta, "output_ids": [entry[1] for entry in entries]}).encode()
 
 
-def test_fields_that_are_read_come_typed_and_others_are_skipped():
+def test_known_fields_are_typed_and_others_are_skipped():
     got = decode(answer([-0.5, 7, None], [-1, 9, "text"], e2e_latency=1.5))
     first, second = got["meta_info"].pop("output_token_logprobs")
     assert (first.logprob, first.token) == (-0.5, 7)
@@ -137,7 +137,7 @@ def test_fields_that_are_read_come_typed_and_others_are_skipped():
         (b"<html>", "malformed"),
         (b"\xff", "malformed"),
         (answer([-0.5, 7, None])[:-9], "truncated"),
-        (answer([float("nan"), 7, None]), "malformed"),  # NaN is no JSON
+        (answer([float("nan"), 7, None]), "malformed"),  # NaN is not JSON
         (
             answer([None, 7, None]),
             r"Expected `float`, got `null` - at `\$\.meta_info\.output_token_logprobs\[0\]\[0\]`",
@@ -147,13 +147,13 @@ def test_fields_that_are_read_come_typed_and_others_are_skipped():
         (b'{"meta_info": {"output_token_logprobs": [[-0.5]]}}', "length 2, got 1"),
     ],
 )
-def test_an_answer_of_another_form_is_malformed_and_told_where(raw, told):
+def test_a_malformed_answer_is_dropped_and_the_error_says_where(raw, told):
     with pytest.raises(Dropped, match=told) as caught:
         decode(raw)
     assert caught.value.reason == "malformed"
 
 
-def test_the_longest_answer_holds_the_longest_tokens_and_a_text_beside_them():
+def test_max_answer_bytes_has_room_for_the_longest_tokens_and_their_text():
     entry = [-2.2250738585072014e-308, 2**31 - 1, "a token of thirty-odd characters"]
     for num_tokens in (1, 20_000):
         assert len(answer(*[entry] * num_tokens)) * 2 < max_answer_bytes(num_tokens)

@@ -1,8 +1,8 @@
-"""The rules of SGLang's server that the engine relies on: the fake server keeps them, and so does the real one.
+"""The rules of SGLang's server that the engine relies on, tested on the fake server and on the real one.
 
-The real server runs where DAPO_MCORE_SGLANG names its environment, of whatever version: versions.py says what it must do
-then, and the fake is each of those that differ. Faults are tested on the fake alone, which is honest only as far as this
-file and test_transfer_rules.py go.
+The real server, of any version, runs if DAPO_MCORE_SGLANG names its environment. versions.py says what each version must do, and
+the fake server runs as each version that differs. Faults are tested on the fake server alone, so those tests are only as good
+as this file and test_transfer_rules.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.rollout.sglang.serving import CONTEXT, KINDS, LONG, VOCAB, Raw, bare_
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """Folders of weights: whole in two files, and without the norms."""
+    """Return folders of weights: `whole`, in two files, and `partial`, without the norms."""
     folder = tmp_path_factory.mktemp("weights")
     whole = {name: tensor.contiguous() for name, tensor in weights(seed=1)}
     norms = {name for name in whole if "norm" in name}
@@ -46,7 +46,7 @@ def load(server: Raw, folder: Path, version: str | None, **more) -> tuple[int, d
     return server.post("/update_weights_from_disk", body)
 
 
-def test_it_says_who_it_is(server: Raw) -> None:
+def test_a_server_reports_its_version_its_ranks_and_its_model(server: Raw) -> None:
     info = server.get("/server_info")[1]
     assert server.sglang >= OLDEST and info["tp_size"] == info["pp_size"] == 1
     model = server.get("/model_info")[1]
@@ -62,7 +62,7 @@ def test_an_answer_has_tokens_and_logprobs(server: Raw) -> None:
     assert meta["finish_reason"]["type"] == "length"
 
 
-def test_an_answer_tells_its_weights_and_from_0_5_19_on_which_of_them_made_which_token(server: Raw) -> None:
+def test_an_answer_names_its_weights_and_from_0_5_19_on_those_of_each_token(server: Raw) -> None:
     meta = server.generate([5, 6, 7], max_new_tokens=12)[1]["meta_info"]
     assert meta["weight_version"] == server.version()
     spans = [{"version": meta["weight_version"], "start": 0, "end": 12}]
@@ -84,7 +84,7 @@ def test_each_kind_of_call_takes_its_own_key_and_health_takes_none(server: Raw) 
     assert server.get("/health", key=None)[0] == 200
 
 
-def test_prompts_it_cannot_take_are_refused_with_400(server: Raw) -> None:
+def test_prompts_that_are_empty_or_too_long_are_refused_with_400(server: Raw) -> None:
     status, answer = server.generate([5] * (CONTEXT + 1))
     assert status == 400 and f"longer than the model's context length ({CONTEXT}" in answer["error"]["message"]
     assert server.generate([])[0] == 400
@@ -98,31 +98,31 @@ def test_the_last_two_positions_of_the_context_stay_empty(server: Raw) -> None:
 
 @pytest.fixture(scope="module", params=KINDS[2:])
 def small(request, tmp_path_factory) -> Iterator[Raw]:
-    """A server whose cache holds 100 tokens."""
+    """Start a server whose cache holds 100 tokens."""
     folder = tmp_path_factory.mktemp("small")
     python = interpreter(request.param, folder)
     with bare_server(python, folder / "servers", server_args={"max-total-tokens": 100}) as raw:
         yield raw
 
 
-def test_a_cache_that_holds_no_more_cuts_a_response_without_a_word(small: Raw) -> None:
+def test_a_response_that_fills_the_cache_is_cut_without_an_error(small: Raw) -> None:
     status, answer = small.generate([5, 6, 7], max_new_tokens=200)
     assert status == 200 and answer["meta_info"]["finish_reason"]["type"] == "length"
     assert len(answer["output_ids"]) == 100 - 3 - 2
 
 
-def test_a_bias_for_an_unknown_token_tells_the_vocabulary(server: Raw) -> None:
+def test_the_refusal_of_an_impossible_token_reveals_the_vocabulary_size(server: Raw) -> None:
     status, answer = server.generate([5], law={"logit_bias": {"2147483647": 0.0}})
     assert status == 400 and f"[0, {VOCAB - 1}]" in answer["error"]["message"]
 
 
-def test_flushing_is_refused_with_400_while_it_generates(server: Raw) -> None:
+def test_a_flush_during_generation_is_refused_with_400(server: Raw) -> None:
     with server.in_flight(LONG):
         assert server.post("/flush_cache")[0] == 400
     server.at_rest()
 
 
-def test_abort_ends_its_request_with_what_it_has(server: Raw) -> None:
+def test_an_aborted_request_answers_with_the_tokens_it_has(server: Raw) -> None:
     with server.in_flight(LONG, rid="one") as box:
         assert server.post("/abort_request", {"rid": "another"})[0] == 200
         assert server.post("/abort_request", {"rid": "one"})[0] == 200
@@ -130,11 +130,11 @@ def test_abort_ends_its_request_with_what_it_has(server: Raw) -> None:
     assert box["status"] == 200 and meta["finish_reason"]["type"] == "abort"
     assert 0 < len(meta["output_token_logprobs"]) < LONG
     with server.in_flight(LONG, rid="two") as box:
-        server.post("/abort_request", {"rid": "tw"})  # nor does a common beginning count
+        server.post("/abort_request", {"rid": "tw"})  # the beginning of a rid aborts nothing
     assert box["answer"]["meta_info"]["finish_reason"]["type"] == "length"
 
 
-def test_pause_by_abort_ends_requests_and_keeps_new_ones_waiting(server: Raw) -> None:
+def test_a_pause_by_abort_aborts_requests_and_new_ones_wait(server: Raw) -> None:
     with server.in_flight(LONG) as box:
         assert server.post("/pause_generation", {"mode": "abort"})[0] == 200
     assert box["status"] == 200 and box["answer"]["meta_info"]["finish_reason"]["type"] == "abort"
@@ -156,7 +156,7 @@ def test_a_paused_server_looks_unhealthy(server: Raw) -> None:
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-def test_an_update_in_flight_shows_as_two_spans(resuming: Raw, checkpoints, mode: str) -> None:
+def test_an_update_during_a_request_gives_it_two_spans(resuming: Raw, checkpoints, mode: str) -> None:
     server = resuming
     before = server.version()
     with server.in_flight(LONG) as box:
@@ -171,7 +171,7 @@ def test_an_update_in_flight_shows_as_two_spans(resuming: Raw, checkpoints, mode
     assert meta["weight_version"] == mode
 
 
-def test_a_retracted_request_lives_through_any_number_of_updates(resuming: Raw, checkpoints) -> None:
+def test_a_retracted_request_continues_after_any_number_of_updates(resuming: Raw, checkpoints) -> None:
     server = resuming
     before = server.version()
     with server.in_flight(LONG) as box:
@@ -188,7 +188,7 @@ def test_a_retracted_request_lives_through_any_number_of_updates(resuming: Raw, 
     assert len(box["answer"]["output_ids"]) == LONG
 
 
-def test_requests_that_come_while_others_are_retracted_are_of_the_new_weights_alone(resuming: Raw, checkpoints) -> None:
+def test_a_request_that_arrives_during_the_update_comes_from_the_new_weights_alone(resuming: Raw, checkpoints) -> None:
     server = resuming
     answers: list = []
     with server.in_flight(LONG):
@@ -204,8 +204,8 @@ def test_requests_that_come_while_others_are_retracted_are_of_the_new_weights_al
 
 
 @pytest.mark.parametrize("call", ["abort one", "abort all", "pause"])
-def test_a_retracted_request_can_be_ended(server: Raw, call: str) -> None:
-    """When the run gives it up, and when a server that took half an update is given whole weights."""
+def test_a_retracted_request_can_be_aborted(server: Raw, call: str) -> None:
+    """Needed when the run gives a request up, and when a server that took half an update gets whole weights."""
     path, body = {
         "abort one": ("/abort_request", {"rid": "parked"}),
         "abort all": ("/abort_request", {"rid": "", "abort_all": True}),
@@ -220,7 +220,7 @@ def test_a_retracted_request_can_be_ended(server: Raw, call: str) -> None:
     assert server.generate([5, 6], 4)[1]["meta_info"]["finish_reason"]["type"] == "length"
 
 
-def test_weights_from_disk_bring_their_version_when_one_is_given(server: Raw, checkpoints) -> None:
+def test_weights_from_disk_set_the_version_if_one_is_given(server: Raw, checkpoints) -> None:
     server.at_rest()
     status, answer = load(server, checkpoints["whole"], "disk-1")
     assert status == 200 and answer["success"] and server.version() == "disk-1"
@@ -233,13 +233,13 @@ def test_a_folder_without_weights_is_refused_and_changes_nothing(server: Raw, tm
     assert status == 400 and not answer["success"] and server.version() == before
 
 
-def test_a_partial_checkpoint_is_taken_without_a_word(server: Raw, checkpoints) -> None:
-    """Why the engine checks the stream itself."""
+def test_a_partial_checkpoint_is_loaded_without_an_error(server: Raw, checkpoints) -> None:
+    """So the engine checks the stream itself."""
     assert load(server, checkpoints["partial"], "partial")[0] == 200 and server.version() == "partial"
 
 
-def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, checkpoints) -> None:
-    """The turns of a colocated server: pool.py."""
+def test_a_paused_server_releases_memory_and_takes_it_back_in_parts(server: Raw, checkpoints) -> None:
+    """The turns of a colocated server, see pool/update.py."""
     with server.in_flight(LONG) as box:
         server.post("/pause_generation", {"mode": "abort"})
     assert box["answer"]["meta_info"]["finish_reason"]["type"] == "abort"
@@ -253,23 +253,23 @@ def test_memory_is_released_while_paused_and_taken_back_in_parts(server: Raw, ch
     assert server.generate([5, 6], 4)[1]["meta_info"]["weight_version"] == "woken"
 
 
-def test_the_last_of_the_small_one_taking_memory_that_it_has_kills_it(small: Raw) -> None:
-    """Why the engine remembers what a server has released."""
+def test_last_of_small_taking_back_memory_that_was_not_released_kills_the_server(small: Raw) -> None:
+    """So the engine remembers what a server has released. Must stay the last test of `small`."""
     with pytest.raises(OSError):
         small.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
         small.generate([5, 6], 2)
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_releasing_memory_while_it_works_kills_it(kind: str, tmp_path) -> None:
-    """Why the engine pauses before it releases."""
+def test_releasing_memory_during_generation_kills_the_server(kind: str, tmp_path) -> None:
+    """So the engine pauses a server before it releases memory."""
     python, killed = interpreter(kind, tmp_path), pytest.raises(OSError)
     with bare_server(python, tmp_path / "servers") as server, killed, server.in_flight(LONG):
         server.post("/release_memory_occupation", {"tags": ["kv_cache"]})
         server.generate([5, 6], 2)
 
 
-def test_without_cuda_it_tells_no_checksums_of_its_weights_before_0_5_23(server: Raw) -> None:
+def test_without_cuda_a_server_reports_checksums_only_from_0_5_23_on(server: Raw) -> None:
     status, answer = server.post("/weights_checker", {"action": "checksum"})
     if server.sglang >= FIRST_WITH_CHECKSUMS_ON_CPUS:
         assert status == 200 and answer["ranks"]
@@ -277,8 +277,8 @@ def test_without_cuda_it_tells_no_checksums_of_its_weights_before_0_5_23(server:
         assert status == 400 and "CUDA" in answer["message"]
 
 
-def test_the_cache_can_be_flushed_while_requests_wait_retracted_from_0_5_21_on(server: Raw, checkpoints) -> None:
-    """Why no request lives through an update before: a flush is refused, and an update that flushes kills the server."""
+def test_from_0_5_21_on_the_cache_can_be_flushed_while_requests_are_retracted(server: Raw, checkpoints) -> None:
+    """Before, no request can continue after an update: a flush is refused, and an update that flushes kills the server."""
     resumes = server.sglang >= FIRST_WITH_CONTINUED_REQUESTS
     with server.in_flight(LONG) as box:
         server.post("/pause_generation", {"mode": "retract"})
@@ -287,7 +287,7 @@ def test_the_cache_can_be_flushed_while_requests_wait_retracted_from_0_5_21_on(s
     assert box["answer"]["meta_info"]["finish_reason"]["type"] == "length"
 
 
-def test_the_last_an_unknown_token_kills_it(server: Raw) -> None:
-    """Why the engine checks prompts itself. It must stay the last test of this file."""
+def test_last_an_unknown_token_kills_the_server(server: Raw) -> None:
+    """So the engine checks prompts itself. Must stay the last test of this file."""
     with pytest.raises(OSError):
         server.generate([VOCAB])

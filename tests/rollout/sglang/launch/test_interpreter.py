@@ -1,4 +1,4 @@
-"""Values of `server_args` as SGLang's command line reads them, and the options that its sources declare."""
+"""The interpreter of the servers, and `server_args` as a command line for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = {"a": "one", "many": "many", "flag": "flag", "pair": "pair"}
         ({"flag": False, "pair": False}, ["--no-pair"]),
     ],
 )
-def test_a_value_is_written_as_its_option_takes_it(values, words):
+def test_each_kind_of_option_has_its_own_form_on_the_command_line(values, words):
     assert command_line(values, KINDS) == words
 
 
@@ -39,13 +39,13 @@ def test_a_value_is_written_as_its_option_takes_it(values, words):
     ("given", "path"),
     [("python3", "python3"), ("venv/bin/python", "/run/venv/bin/python"), ("/venv/bin/python", "/venv/bin/python")],
 )
-def test_the_interpreter_is_absolute_as_servers_run_in_another_folder(given, path, monkeypatch):
+def test_the_interpreters_path_is_absolute_since_servers_run_in_another_folder(given, path, monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: "/run")
     assert python_of(SGLangConfig(python=given)) == path
     assert python_of(SGLangConfig()) == sys.executable
 
 
-def test_names_are_held_against_the_options():
+def test_unknown_options_are_refused_with_the_nearest_names():
     check_names(["a", "pair"], KINDS, "here")
     told = "server_args holds flagg, zzz, but here has no such options; the nearest ones: flagg: flag; zzz: nothing like it"
     with pytest.raises(ConfigError, match=told):

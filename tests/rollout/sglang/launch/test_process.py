@@ -15,7 +15,7 @@ from tests.rollout.sglang.serving import engine, processes, wait_for
 
 
 def test_the_last_words_are_the_last_error_since_the_start(tmp_path):
-    """A server's other processes go on writing after the one that failed."""
+    """The server's other processes still write after the error."""
     process = ServerProcess(["true"], {}, tmp_path, "server-0", "http://a:1", SimpleNamespace())
     log = tmp_path / "server-0.log"
     log.write_text("ValueError: of the start before\n")
@@ -28,7 +28,7 @@ def test_the_last_words_are_the_last_error_since_the_start(tmp_path):
     assert process.last_line() == "Bye"
 
 
-def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch):
+def test_servers_that_ignore_sigterm_are_killed_after_stop_s_together(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_DEAF", "1")
     with engine(tmp_path, num_servers=4) as made:
         pids = [process.pid for process in processes(made)]
@@ -38,7 +38,7 @@ def test_servers_that_do_not_hear_cost_the_patience_of_one(tmp_path, monkeypatch
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_a_killed_trainer_takes_its_servers_along(tmp_path):
+def test_servers_end_when_their_trainer_is_killed(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "from tests.rollout.sglang.serving import engine\n"

@@ -1,4 +1,4 @@
-"""Two fake servers by actors on a local Ray cluster, through the same engine and the same faults."""
+"""Two fake servers in actors of a local Ray cluster, with the same engine and the same faults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_actors_serve_survive_kill_9_and_end_with_the_engine(tmp_path):
             os.kill(pid, 0)
 
 
-def test_an_error_on_a_node_is_the_error_of_the_run(tmp_path):
+def test_an_error_on_a_node_ends_the_run_with_its_message(tmp_path):
     with (
         pytest.raises(ConfigError, match=r"has SGLang 0\.5\.14, but weight updates need at least 0\.5\.15"),
         engine(tmp_path, placement="ray", python=fake_python(tmp_path, "0.5.14")),

@@ -1,4 +1,4 @@
-"""Servers and settings that a run cannot use: each ends at start with the numbers, the rule and the remedy."""
+"""Servers that a run starts: their options, keys, ports and GPUs, and the errors at start."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_an_environment_with_an_old_sglang_or_none_is_refused_before_anything_st
     assert not (tmp_path / "servers").exists()
 
 
-def test_an_option_that_sglang_lacks_is_refused_with_the_nearest_before_anything_starts(tmp_path):
-    """The same message at once, not 28 s later from a server; what only SGLang's parser knows is asked of it."""
+def test_an_unknown_option_is_refused_before_anything_starts(tmp_path):
+    """A server itself would say so only after 28 s. An option that only SGLang's parser knows is accepted."""
     told = r"server_args holds mem-fraction, no-such, but SGLang 0\.5\.21 of .* mem-fraction: mem-fraction-static; no-such: "
     with pytest.raises(ConfigError, match=told):
         start(tmp_path, server_args={"mem_fraction": 0.8, "no-such": 1, "of-a-plugin": 1})
@@ -53,7 +53,7 @@ def test_an_option_that_sglang_lacks_is_refused_with_the_nearest_before_anything
 
 
 def test_every_kind_of_option_reaches_the_server(tmp_path):
-    """Also those that SGLang refuses in its YAML, which is why only the keys are in there."""
+    """Also those that SGLang refuses in its YAML file, so that file has only the keys."""
     given = {"--mem_fraction_static": -0.5, "disable-cuda-graph": True, "cuda-graph-bs-decode": [1, 2]}
     given |= {"lora-strict-loading": False, "log-level": "error", "max-running-requests": None}
     with engine(tmp_path, server_args=given | {"max-total-tokens": 100}):
@@ -64,7 +64,7 @@ def test_every_kind_of_option_reaches_the_server(tmp_path):
     assert not any("max-running-requests" in word for word in written)
 
 
-def test_a_taken_port_is_named(tmp_path):
+def test_the_error_names_a_port_that_is_taken(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"host 127.0.0.1 port {port}: .*in use.*; choose another base_port"):
@@ -77,7 +77,7 @@ def test_a_machine_without_a_gpu_needs_device_cpu(tmp_path):
         start(tmp_path, device="cuda")
 
 
-def test_more_gpus_than_there_are_is_refused(monkeypatch):
+def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=2)
     with pytest.raises(ConfigError, match=r"num_servers 3 × tensor_parallel 4 = 12 GPUs after the first 0 of .* has 8"):
@@ -86,7 +86,7 @@ def test_more_gpus_than_there_are_is_refused(monkeypatch):
         servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=1, first_gpu=6)
 
 
-def test_a_server_that_ends_while_it_starts_leaves_its_last_words(tmp_path):
+def test_the_error_of_a_server_that_ends_at_start_has_its_last_words(tmp_path):
     script = fake_python(tmp_path)
     fails = """if [ "$2" = -m ]; then echo "no such flag" >&2; exit 1; fi\n"""
     script.write_text(script.read_text().replace("FAKE_VERSION", f"{fails}FAKE_VERSION", 1))
@@ -110,7 +110,7 @@ def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
         assert json.loads((folder / "model/config.json").read_text())["eos_token_id"] == [STOP]
 
 
-def test_servers_inherit_neither_the_launcher_nor_the_source_tree(monkeypatch):
+def test_servers_inherit_no_variables_of_the_launcher_and_no_python_path(monkeypatch):
     hidden = {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "TRITON_INTERPRET", "RAY_AUTH_TOKEN"}
     for name in hidden:
         monkeypatch.setenv(name, "1")
@@ -128,7 +128,7 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path):
         servers.read_keys(str(tmp_path / "none.json"))
 
 
-def test_a_reserved_port_is_nobody_elses_before_the_server_listens_and_between_two_starts():
+def test_nobody_else_can_bind_a_reserved_port_before_or_between_starts_of_its_server():
     with servers.reserve_port(SGLangConfig(), "127.0.0.1", 0) as port:
         for _ in range(2):
             with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
@@ -156,7 +156,7 @@ def test_an_engine_that_cannot_start_stops_the_servers_it_started(tmp_path):
 
 
 def _running(file: Path) -> bool:
-    """Whether a process has `file` on its command line."""
+    """Return True if a process has `file` on its command line."""
     return any(str(file) in _command(pid) for pid in os.listdir("/proc") if pid.isdigit())
 
 

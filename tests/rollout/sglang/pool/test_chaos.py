@@ -1,4 +1,4 @@
-"""Servers that fail at random, at any moment, in rounds of generation and weight updates: what then may never happen.
+"""Servers that fail at random moments of generation and weight updates: what must hold whatever happens.
 
 Each run is drawn from a seed, but how threads and processes interleave is not: what is asserted holds for every order.
 """
@@ -62,12 +62,12 @@ LONGEST_S = 300.0
 
 
 def stream(version: int) -> list[tuple[str, torch.Tensor]]:
-    """Of weights that tell their version."""
+    """Return weights whose every value is their version."""
     return [(name, torch.full(shape, float(version))) for name, shape in SHAPES.items()]
 
 
 class Chaos:
-    """`made` with trouble at its servers. Where all have lost their weights it brings them again, as handover.py does."""
+    """An engine whose servers fail. If all have lost their weights, they get them again, as handover.py does."""
 
     def __init__(self, made: SGLangEngine, luck: random.Random, sync: str, lag: int, colocated: bool):
         self.made, self.luck, self.sync, self.lag, self.colocated = made, luck, sync, lag, colocated
@@ -76,11 +76,11 @@ class Chaos:
     def trouble(self, count: int, moments: list[str]) -> None:
         for _ in range(count):
             number = self.luck.randrange(len(processes(self.made)))
-            with suppress(OSError, AssertionError):  # it is down already
+            with suppress(OSError, AssertionError):  # the server is down already
                 self.harm(number, self.luck.choice(moments))
 
     def harm(self, number: int, moment: str) -> None:
-        """`moment`: `process`, or a request that goes wrong, of `answers` or `calls`."""
+        """Harm one server. `moment` is `process` (a signal to it), or the kind of request that fails: `answers`, `calls`, `turns`."""
         luck, process = self.luck, processes(self.made)[number]
         count, where = luck.randint(1, 3), "/generate"
         if moment == "process":
@@ -106,12 +106,12 @@ class Chaos:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def update(self) -> None:
-        """The next version; where GPUs are shared, as handover.py brings it."""
+        """Send the next version and check the servers."""
         self.bring(self.version + 1)
         self.check_servers()
 
     def sync_again(self) -> None:
-        """The version that they had."""
+        """Send the current version again."""
         self.num_synced_again += 1
         if self.colocated:
             self.made.release()
@@ -150,7 +150,7 @@ class Chaos:
             self.made.release()
 
     def check_servers(self) -> None:
-        """Whoever serves has exactly the weights of now."""
+        """Assert that every serving server has exactly the current weights."""
         tag = self.made.pool.weight_version
         assert self.made.weight_version == self.version
         for server, raw in zip(self.made.pool.servers, servers(self.made)):
@@ -159,7 +159,7 @@ class Chaos:
                 continue
             try:
                 now = told(raw)
-            except OSError:  # it has died since
+            except OSError:  # the server has died meanwhile
                 continue
             if server.state == "serving" and server.process.pid == pid:
                 assert now["weight_version"] == tag and not now["session"], now
@@ -218,7 +218,7 @@ class Chaos:
 
 
 def play(folder: Path, seed: int, sync: str, lag: int, colocated: bool = False, num_rounds: int = 3) -> Chaos:
-    """A run: rounds of generation and updates; then it is closed, all servers well again or in the middle of trouble."""
+    """Play rounds of generation and updates, then close the engine, with all servers healthy again or with some failing."""
     luck, threads = random.Random(seed), set(threading.enumerate())
     python = fake_python(folder, tokens_per_s=luck.choice((400, 2000)), start_s=luck.choice((0, 1)))
     options = dict(sync=sync, max_lag=lag, python=python, num_servers=3, colocated=colocated, **TIMEOUTS)
@@ -257,7 +257,7 @@ def play(folder: Path, seed: int, sync: str, lag: int, colocated: bool = False, 
 
 
 def recover(chaos: Chaos) -> None:
-    """Every server serves again: at once where weights are kept, else from an update on."""
+    """Wait until every server serves: by itself if weights are kept, else after an update."""
     made = chaos.made
 
     def all_serve() -> bool:
@@ -279,7 +279,7 @@ def short_backoff(monkeypatch):
 @pytest.mark.parametrize(
     ("sync", "lag", "colocated"), [("disk", 2, False), ("distributed", 0, False), ("tensor", 0, True)]
 )
-def test_whatever_fails_the_trainer_gets_whole_answers_of_the_right_weights_and_nothing_is_left(
+def test_whatever_fails_answers_are_whole_and_of_the_right_weights_and_nothing_is_left_behind(
     tmp_path, sync, lag, colocated
 ):
     play(tmp_path, 2, sync, lag, colocated, num_rounds=1)

@@ -1,4 +1,4 @@
-"""2,048 requests in flight on two fake servers: nothing lost, nothing doubled, and what a request costs the client."""
+"""Which server generates a request: thousands in flight, requests that wait for room, and a router in front of the servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.rollout.sglang.serving import (
 IN_FLIGHT = 2048
 
 
-def test_thousands_of_requests_in_flight_lose_and_double_no_sample(tmp_path, capsys):
+def test_of_thousands_of_requests_in_flight_each_is_answered_once(tmp_path, capsys):
     python = fake_python(tmp_path, tokens_per_s=1)  # until all are in flight
     patient = dict(health_interval_s=60.0, connect_timeout_s=120.0, read_timeout_s=120.0, request_timeout_s=600.0)
     with engine(tmp_path, python=python, num_servers=2, max_in_flight=IN_FLIGHT, **patient) as made:
@@ -52,8 +52,8 @@ def test_thousands_of_requests_in_flight_lose_and_double_no_sample(tmp_path, cap
         )
 
 
-def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
-    """Python's Condition forgets it before 3.13: with all others waiting, too, nothing would ever go on."""
+def test_room_promised_to_a_cancelled_request_goes_to_the_next():
+    """Before Python 3.13 a Condition loses that wake-up, and the requests that wait would wait for ever."""
 
     async def ends_within(seconds: float) -> None:
         server = Server(ServerClient(None, "http://127.0.0.1:1", Keys(), 1.0), state="serving")
@@ -64,7 +64,7 @@ def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
         told, next_one = asyncio.create_task(pool.acquire()), asyncio.create_task(pool.acquire())
         await asyncio.sleep(0)
         answered.set()
-        while not running.done():  # its last act notifies the first that waits
+        while not running.done():  # in its last step it wakes the first that waits
             await asyncio.sleep(0)
         told.cancel()
         assert await asyncio.wait_for(next_one, seconds) is server
@@ -75,7 +75,7 @@ def test_a_place_that_a_cancelled_request_was_told_of_goes_to_the_next():
 
 
 def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
-    """One server stands in for the router. Given servers are not ours to stop."""
+    """One server plays the router. Closing the engine leaves given servers running."""
     with engine(tmp_path, num_servers=2) as outer:
         given = given_by(outer, tmp_path)
         with engine(tmp_path / "other", **given, router_url=given["urls"][0]) as made:
@@ -87,8 +87,8 @@ def test_a_router_generates_while_weights_go_to_the_servers(tmp_path):
         assert all(process.alive for process in processes(outer))
 
 
-def test_a_server_behind_a_router_may_fail_often_when_it_works_between(tmp_path):
-    """No answer tells that it does: those are the router's."""
+def test_failures_of_a_server_behind_a_router_are_forgotten_after_each_good_update(tmp_path):
+    """Answers come from the router, so none shows that the server works."""
     with engine(tmp_path, num_servers=2) as outer:
         given = given_by(outer, tmp_path)
         with engine(tmp_path / "other", **given, router_url=given["urls"][0]) as made:

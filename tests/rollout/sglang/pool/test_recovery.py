@@ -1,4 +1,4 @@
-"""When a server is started again and when it is given up, on servers that are only pretended."""
+"""When a server is restarted and when it is given up. The servers are stand-ins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOAD = "weight update, load"
 
 
 def dead_server() -> Server:
-    """Its process has ended; started again it is well."""
+    """Return a server whose process has ended. After a restart it is healthy."""
 
     async def done(*_: Any) -> bool:
         return True
@@ -30,7 +30,7 @@ def dead_server() -> Server:
 
 
 def failing(steps: list[str | None], restart_budget: int = 50) -> tuple[list[bool], Server, list[str]]:
-    """Whether the server is well again after each failure, the server, and what was told."""
+    """Return whether the server was healthy again after each failure, the server, and the lines shown."""
     lines: list[str] = []
 
     async def run() -> tuple[list[bool], Server]:
@@ -56,7 +56,7 @@ def failing(steps: list[str | None], restart_budget: int = 50) -> tuple[list[boo
         ([None, None, None], True),
     ],
 )
-def test_the_third_failure_in_a_row_at_one_place_is_the_last(steps, last):
+def test_a_server_is_given_up_at_the_third_failure_in_a_row_at_one_step(steps, last):
     outcomes, server, lines = failing(steps)
     assert outcomes == [True] * (len(steps) - 1) + [last]
     if not last:
@@ -65,7 +65,7 @@ def test_the_third_failure_in_a_row_at_one_place_is_the_last(steps, last):
         assert sum("is started again after it failed at: weight update, load" in line for line in lines) == 2
 
 
-def test_a_spent_budget_is_told_with_the_last_words():
+def test_the_problem_of_a_spent_budget_has_the_last_words():
     outcomes, server, _ = failing([LOAD, GENERATING], restart_budget=1)
     assert outcomes == [True, False]
     assert "all 1 restarts (rollout.sglang.restart_budget) are spent; it last wrote: assert" in server.problem

@@ -1,5 +1,4 @@
-"""SGLang's router in front of given servers: the real one (from the environment of the real servers) before fake servers,
-and before a real server."""
+"""SGLang's real router, from the environment of the real servers, in front of given servers: fake ones and a real one."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ from tests.rollout.sglang.serving import (
 def routed(
     folder: Path, python: Path | None = None, num_servers: int = 2
 ) -> Iterator[tuple[SGLangEngine, subprocess.Popen]]:
-    """An engine that generates through the real router, and the router; somebody else started the servers."""
+    """Yield an engine on given servers that generates through the real router, and the router's process."""
     with engine(folder, python=python, num_servers=num_servers, health_timeout_s=2.0) as outer:
         behind = servers(outer)
         with real_router(folder, [server.url for server in behind], behind[0].keys) as (url, router):
@@ -87,7 +86,7 @@ def test_the_router_spreads_samples_and_every_server_follows_the_weights(tmp_pat
 
 
 @pytest.mark.sglang
-def test_requests_that_are_given_up_end_on_the_servers_behind_the_router(tmp_path):
+def test_cancelled_requests_are_aborted_on_the_servers_behind_the_router(tmp_path):
     with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as (made, _):
         made.update_weights(weights(0), version=1)
         future = made.submit(prompts(4), params(400))
@@ -98,7 +97,7 @@ def test_requests_that_are_given_up_end_on_the_servers_behind_the_router(tmp_pat
 
 
 @pytest.mark.sglang
-def test_a_router_that_hangs_is_noticed_and_asked_again(tmp_path):
+def test_requests_to_a_router_that_hangs_are_sent_again(tmp_path):
     with routed(tmp_path, fake_python(tmp_path, tokens_per_s=20)) as (made, router):
         made.update_weights(weights(0), version=1)
         asked = prompts(4)
@@ -112,7 +111,7 @@ def test_a_router_that_hangs_is_noticed_and_asked_again(tmp_path):
 
 
 @pytest.mark.sglang
-def test_what_a_failing_server_behind_the_router_owes_is_made_by_the_other(tmp_path):
+def test_samples_of_a_failing_server_behind_the_router_come_from_the_other(tmp_path):
     with routed(tmp_path) as (made, _):
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "status", value=500, count=3)
@@ -121,7 +120,7 @@ def test_what_a_failing_server_behind_the_router_owes_is_made_by_the_other(tmp_p
 
 
 @pytest.mark.sglang
-def test_a_real_server_behind_the_router_generates_by_the_weights_it_was_given(tmp_path):
+def test_a_real_server_behind_the_router_generates_with_the_weights_it_was_given(tmp_path):
     with routed(tmp_path, real_python(), num_servers=1) as (made, _):
         for version in (1, 2):
             made.update_weights(weights(version), version=version)

@@ -1,4 +1,4 @@
-"""What people are told of a server, and that a screen that is gone changes nothing."""
+"""The lines and errors about servers, also when the terminal is gone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def server() -> Server:
     return Server(SimpleNamespace(url="http://a:1"))
 
 
-def test_a_server_is_told_of_when_it_goes_and_when_it_comes_and_not_in_between():
+def test_a_line_is_shown_when_a_server_goes_out_and_when_it_returns_and_not_in_between():
     lines: list[str] = []
     one = server()
     states = ServerStates([one], lines.append)
     states.mark_serving(one)
-    assert lines == [], "the first time is no news"
+    assert lines == [], "nothing is shown the first time"
     states.take_out(one, "http://a:1: no answer", GENERATING)
     states.take_out(one, "still none", "coming back")
     assert one.num_failures == 2 and one.problem == "still none" and states.having(*RETURNING) == [one]
@@ -49,7 +49,7 @@ def test_a_server_is_told_of_when_it_goes_and_when_it_comes_and_not_in_between()
 
 
 @pytest.mark.parametrize("gone", [OSError(28, "No space left on device"), SystemExit(1)])
-def test_a_screen_that_is_gone_costs_the_line_alone(gone):
+def test_without_a_terminal_only_the_line_is_lost(gone):
     def tell(line: str) -> None:
         raise gone
 
@@ -62,7 +62,7 @@ def test_a_screen_that_is_gone_costs_the_line_alone(gone):
     assert one.state == "lost" and one.num_failures == 1
 
 
-def test_an_error_names_every_server_and_says_which_only_lack_the_weights():
+def test_describe_names_every_server_and_counts_those_that_only_lack_the_weights():
     here, there = server(), Server(SimpleNamespace(url="http://b:2"))
     states = ServerStates([here, there], lambda line: None)
     states.take_out(there, "no answer")

@@ -1,7 +1,7 @@
-"""Servers that confirm a sync and hold other bytes: found, taken out, and not believed before they agree.
+"""Steps of a weight update, and checksums: servers that confirm an update but hold other bytes are found and taken out.
 
-Before 0.5.23 a real server without CUDA refuses to tell checksums; with the one call that needs CUDA stubbed it tells them,
-of CPU tensors, so the answer's form and what it depends on are held on both.
+Before 0.5.23 a real server without CUDA reports no checksums. With its one call of CUDA stubbed it reports those of CPU tensors,
+so the form of the answer is tested on both the fake and the real server.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ KINDS = ["0.5.21", "0.5.23", pytest.param("real", marks=pytest.mark.sglang)]
 
 
 def with_cuda_stubbed(python: Path, folder: Path) -> Path:
-    """An interpreter whose torch thinks that CUDA has nothing left to do."""
+    """Return an interpreter whose torch.cuda.synchronize does nothing."""
     stub = "import torch\ntorch.cuda.synchronize = lambda *_: None\n"
     (folder / "sitecustomize.py").write_text(stub)
     script = folder / "python-stubbed"
-    # -P keeps the working directory out, not PYTHONPATH
+    # -P removes the working directory from the path, but not PYTHONPATH
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{python}" "$@"\n')
     script.chmod(0o755)
     return script
@@ -63,7 +63,7 @@ def server(request, tmp_path_factory) -> Iterator[Raw]:
 
 
 def checksums(server: Raw) -> dict[str, str] | None:
-    """As the engine reads them."""
+    """Return the server's checksums as the engine reads them."""
     loop = LoopThread("test")
 
     async def ask() -> dict[str, str] | None:
@@ -90,13 +90,15 @@ def test_checksums_follow_the_weights_of_every_parameter(server: Raw, tmp_path) 
         seen.append(checksums(server))
     first, second, again = seen
     assert first == again and first.keys() == second.keys() and len(first) >= 15
-    matrices = [name for name in first if "norm" not in name and "bias" not in name]  # equal in every tiny model
+    matrices = [
+        name for name in first if "norm" not in name and "bias" not in name
+    ]  # others are equal in every tiny model
     assert "0:model.embed_tokens.weight" in matrices and all(first[name] != second[name] for name in matrices)
     assert server.post("/weights_checker", {"action": "checksum"}, key="api")[0] == 401
 
 
 @pytest.mark.parametrize(("version", "tells"), [("0.5.21", False), ("0.5.23", True)])
-def test_a_server_without_cuda_tells_from_0_5_23_on(version: str, tells: bool, tmp_path) -> None:
+def test_a_server_without_cuda_reports_checksums_from_0_5_23_on(version: str, tells: bool, tmp_path) -> None:
     with bare_server(fake_python(tmp_path, version), tmp_path / "servers") as raw:
         assert (checksums(raw) is not None) == tells
 
@@ -105,12 +107,12 @@ def verified(folder: Path, **changes):
     return engine(folder, python=fake_python(folder, checksums=True), verify_sync="servers", **changes)
 
 
-def test_the_one_of_three_that_holds_other_weights_is_taken_out_until_it_agrees(tmp_path):
+def test_one_server_of_three_with_other_weights_is_taken_out_until_it_agrees(tmp_path):
     with verified(tmp_path, num_servers=3) as made:
         made.update_weights(weights(0), version=1)
         assert made.metrics()["sync/servers_verified"] == 3
         wrong = servers(made)[1]
-        order(wrong, "flip", where="weights", count=2)  # the re-sync is wrong, too
+        order(wrong, "flip", where="weights", count=2)  # the first reload is wrong, too
         made.update_weights(weights(1), version=2)
         assert states(made)[::2] == ["serving", "serving"]
         wait_for(lambda: f"differs in 1 of {NUM_TENSORS} weights" in made.pool.servers[1].problem)
@@ -121,7 +123,7 @@ def test_the_one_of_three_that_holds_other_weights_is_taken_out_until_it_agrees(
         assert made.metrics()["rollout/servers_excluded"] == 2
 
 
-def test_two_that_differ_both_take_the_weights_again(tmp_path):
+def test_two_servers_that_differ_both_reload_the_weights(tmp_path):
     with verified(tmp_path, num_servers=2) as made:
         order(servers(made)[0], "flip", where="weights")
         made.update_weights(weights(1), version=1)
@@ -130,7 +132,7 @@ def test_two_that_differ_both_take_the_weights_again(tmp_path):
         assert made.metrics()["rollout/servers_excluded"] == 2
 
 
-def test_a_server_alone_is_held_to_what_it_told_when_it_is_resynced(tmp_path):
+def test_a_single_server_must_repeat_its_checksums_after_a_reload(tmp_path):
     with verified(tmp_path) as made:
         made.update_weights(weights(0), version=1)
         assert made.metrics()["sync/servers_verified"] == 0
@@ -143,7 +145,7 @@ def test_a_server_alone_is_held_to_what_it_told_when_it_is_resynced(tmp_path):
         assert numbers["rollout/servers_excluded"] == 1 and numbers["rollout/servers_resynced"] == 1
 
 
-def test_a_place_that_is_passed_is_forgotten():
+def test_restarts_for_a_step_are_forgotten_once_it_goes_well():
     server = Server(SimpleNamespace(url="http://a:1"), state="serving")
 
     async def succeed(_: Server) -> None: ...

@@ -1,4 +1,4 @@
-"""Weights by files: rooms that are too small, and which versions stay on disk."""
+"""Weights by files: disks without room, and which versions stay on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
         DiskSender(tmp_path / "weights", 10**6 * 2**30)
 
 
-def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_with_the_free_room_and_the_old_weights_stay_served(tmp_path, monkeypatch):
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)
 
@@ -36,7 +36,7 @@ def test_a_full_disk_is_an_error_with_the_room_and_leaves_the_old_weights_served
         assert_whole(made.generate(asked, params(8)), asked, 8, version=1)
 
 
-def test_an_old_version_that_cannot_be_deleted_yet_goes_with_the_next(tmp_path, monkeypatch):
+def test_an_old_version_that_cannot_be_deleted_yet_is_deleted_at_the_next_update(tmp_path, monkeypatch):
     """As on NFS while a server has a file of it open."""
     with engine(tmp_path) as made:
         made.update_weights(weights(0), version=1)

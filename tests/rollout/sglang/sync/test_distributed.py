@@ -1,4 +1,4 @@
-"""Broadcasts to groups of fake servers: one pass of the weights for all, and what a death in the middle of it costs."""
+"""Broadcasts to groups of fake servers: one pass of the weights per group, and what a server that dies meanwhile costs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NUM_TENSORS = len(list(weights(0)))
 
 @pytest.fixture
 def broadcasts(monkeypatch) -> list[str]:
-    """The name of the group of every broadcast that this process begins."""
+    """Return a list that gets the group's name at every broadcast of this process."""
     begun: list[str] = []
     real = RootRank.broadcast
 
@@ -66,7 +66,7 @@ def assert_holds(server: Raw, seed: int, tag: str) -> None:
 
 
 def sync(made: SGLangEngine, seed: int, version: int) -> int:
-    """How many times it was broken, as actor/weight_stream.py repeats it."""
+    """Update the weights, as actor/weight_stream.py does, and return how many tries were broken off before."""
     for broken in range(3):
         left = weights(seed)
         try:
@@ -78,14 +78,14 @@ def sync(made: SGLangEngine, seed: int, version: int) -> int:
 
 
 def sent_bytes() -> int:
-    """Bytes that this process has written, gloo's sockets included."""
+    """Return the bytes that this process has written, including gloo's sockets."""
     with open("/proc/self/io") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
 
 
 @pytest.mark.parametrize("per_group, num_groups, passes", [(None, 1, 2), (1, 3, 3)])
-def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts, per_group, num_groups, passes):
-    """gloo reaches three others from one rank in two rounds of a binomial tree; from NCCL's ring the bytes leave once."""
+def test_each_group_of_servers_costs_one_broadcast_per_bucket(tmp_path, broadcasts, per_group, num_groups, passes):
+    """gloo sends to three others in two rounds of a binomial tree, so the bytes leave twice. NCCL's ring would send them once."""
     with engine(tmp_path, num_servers=3, sync="distributed", servers_per_group=per_group) as made:
         bucket_a_tensor(made)
         for version in (1, 2):
@@ -102,7 +102,7 @@ def test_each_group_of_servers_costs_one_broadcast_a_bucket(tmp_path, broadcasts
 
 
 @pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group"])
-def test_a_death_breaks_the_group_and_the_repeat_serves_on_the_survivors(tmp_path, fault, broadcasts):
+def test_a_server_that_dies_breaks_the_group_and_the_repeat_reaches_the_survivors(tmp_path, fault, broadcasts):
     python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
     with engine(tmp_path, python=python, num_servers=3, sync="distributed", restart_budget=1) as made:
         bucket_a_tensor(made)
@@ -182,7 +182,7 @@ def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tm
 
 
 @pytest.mark.parametrize("noticed, interval_s", [("by its health", 0.2), ("by an answer", 60.0)])
-def test_a_given_server_that_its_owner_restarts_joins_the_next_broadcast(tmp_path, noticed, interval_s):
+def test_a_given_server_that_its_owner_has_restarted_joins_the_next_broadcast(tmp_path, noticed, interval_s):
     more = dict(sync="distributed", health_interval_s=interval_s)
     with engine(tmp_path, num_servers=2) as owner:
         restarted = processes(owner)[0]
@@ -221,7 +221,7 @@ def test_servers_on_other_machines_need_the_trainers_address(tmp_path):
 
 
 def test_closing_waits_until_the_groups_have_ended(tmp_path, monkeypatch):
-    """A process that exits before ends by SIGABRT."""
+    """A process that exits earlier ends by SIGABRT."""
     ended: list[str] = []
     real = RootRank.close
 
@@ -238,7 +238,7 @@ def test_closing_waits_until_the_groups_have_ended(tmp_path, monkeypatch):
     assert len(ended) == 2, "closing twice does nothing"
 
 
-def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights_and_the_error_says_so(tmp_path):
+def test_the_error_says_that_the_only_server_came_back_without_weights(tmp_path):
     with engine(tmp_path, sync="distributed", request_timeout_s=2.0) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "die", where="/generate")
@@ -251,7 +251,7 @@ def test_the_only_server_that_dies_while_it_generates_comes_back_without_weights
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
 
 
-def test_requests_wait_for_the_weights_that_servers_have_lost(tmp_path, capsys):
+def test_requests_wait_until_servers_that_lost_their_weights_get_them_again(tmp_path, capsys):
     with engine(tmp_path, sync="distributed", progress=Progress("run", 1)) as made:
         made.update_weights(weights(0), version=1)
         synced: list[bool] = []
@@ -282,7 +282,7 @@ def test_a_server_that_never_comes_back_ends_requests_that_wait_for_weights(tmp_
             generate_and_sync_again(made, prompts(3), params(16), lambda: pytest.fail("no server can take them"))
 
 
-def test_when_nobody_comes_back_the_error_is_final(tmp_path):
+def test_if_no_server_comes_back_the_error_asks_for_no_repeat(tmp_path):
     with engine(tmp_path, num_servers=2, sync="distributed", restart_budget=0) as made:
         made.update_weights(weights(0), version=1)
         for server in servers(made):
@@ -293,13 +293,13 @@ def test_when_nobody_comes_back_the_error_is_final(tmp_path):
 
 
 @pytest.mark.parametrize("fails", ["before", "as well"])
-def test_a_step_whose_time_is_up_as_a_call_of_it_fails_ends_the_group_and_says_nothing(monkeypatch, fails):
-    """Calls to servers and the steps that make them have the same limit, sync_timeout_s."""
+def test_a_step_that_times_out_while_a_call_fails_closes_the_group_and_logs_nothing(monkeypatch, fails):
+    """This happens: a call to a server and the step that makes it have the same limit, sync_timeout_s."""
     closed, complaints = [], []
     monkeypatch.setattr(BroadcastGroup, "close", lambda self: closed.append(self))
 
     async def call() -> None:
-        with suppress(asyncio.CancelledError):  # what aiohttp makes of it when its own time is up
+        with suppress(asyncio.CancelledError):  # aiohttp does so when its own limit is reached
             await asyncio.sleep(0 if fails == "before" else 60)
         raise RequestFailed("no whole answer within 4 s")
 

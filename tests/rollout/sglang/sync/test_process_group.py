@@ -1,4 +1,4 @@
-"""This process's end of a group with servers, without servers: who may connect, and how every wait ends."""
+"""Rank 0 of a process group without any servers: which address it listens at, and how waits end."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def root(name: str, world_size: int) -> RootRank:
 
 @pytest.fixture
 def alone() -> Iterator[RootRank]:
-    """An open group without others."""
+    """Return an open group of rank 0 alone."""
     group = root("alone", 1)
     group.open()
     yield group
     group.close()
 
 
-def test_it_listens_at_the_given_address_alone():
+def test_rank_0_listens_at_the_given_address_alone():
     group = root("here", 2)
     socket.create_connection(("127.0.0.1", group.port), 5).close()
     with pytest.raises(ConnectionRefusedError):

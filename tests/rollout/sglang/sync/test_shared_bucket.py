@@ -1,4 +1,4 @@
-"""A bucket in shared memory: what another process finds there, and what is left behind."""
+"""A bucket in shared memory: what another process reads there, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_bucket_that_is_only_dropped_leaves_no_file():
     assert shared_files() == []
 
 
-def test_a_full_dev_shm_is_an_error_with_the_room_and_not_a_bus_error(full_dev_shm):
+def test_a_full_dev_shm_is_an_error_with_the_free_room_and_not_a_bus_error(full_dev_shm):
     with pytest.raises(
         RolloutError, match=r"needs 64 MiB of shared memory .*/dev/shm has \d+ MiB free \(No space left"
     ):
@@ -67,7 +67,7 @@ def test_a_full_dev_shm_is_an_error_with_the_room_and_not_a_bus_error(full_dev_s
     assert shared_files() == []
 
 
-def test_memory_is_used_again_where_it_fits():
+def test_memory_is_used_again_if_the_size_fits():
     sizes = {"fits": (900, 1000), "too small": (1001, 1000), "too large": (400, 1000)}
     for what, (now, then) in sizes.items():
         used = SharedBucket([("a", torch.zeros(then, dtype=torch.uint8))])
@@ -81,7 +81,7 @@ def test_memory_is_used_again_where_it_fits():
 
 
 def test_memory_of_a_killed_trainer_is_deleted_by_torchs_manager():
-    """kill -9 of the process alone; what kills its `torch_shm_manager` as well leaves the file."""
+    """Only the process is killed. If its `torch_shm_manager` is killed as well, the file stays."""
     code = (
         "import sys, time, torch; sys.path.insert(0, sys.argv[1])\n"
         "from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket\n"
@@ -94,14 +94,14 @@ def test_memory_of_a_killed_trainer_is_deleted_by_torchs_manager():
     wait_for(lambda: not shared_files(trainer.pid), 60)
 
 
-def test_the_arguments_of_a_cuda_handle_are_where_they_are_taken_from():
+def test_torch_has_the_arguments_of_a_cuda_handle_where_we_take_them_from():
     names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
     assert names[shared_bucket._DEVICE] == "storage_device"
     assert names[shared_bucket._COUNTER] == ["ref_counter_handle", "ref_counter_offset"]
 
 
 class Counters:
-    """torch's counters of openers of GPU memory, which are uint64: memory is freed when its counter is 0."""
+    """torch's counters of openers of GPU memory (uint64). Memory is freed when its counter is 0."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.value = {(b"/torch_1_2", 5): np.uint64(1)}
@@ -111,7 +111,7 @@ class Counters:
         monkeypatch.setattr(reductions, "reduce_tensor", self.reduce)
 
     def reduce(self, tensor: torch.Tensor) -> tuple[Callable[..., None], tuple[object, ...]]:
-        """What torch.multiprocessing makes of a CUDA tensor."""
+        """Return what torch.multiprocessing makes of a CUDA tensor."""
         storage = (torch.UntypedStorage, tensor.dtype, 0, b"handle", tensor.nbytes, 0, False)
         return self.open_and_let_go, (torch.Tensor, tensor.shape, (1,), 0, *storage, b"/torch_1_2", 5, b"event", True)
 
@@ -120,13 +120,13 @@ class Counters:
         self.count_out(*arguments[11:13])
 
     def count_out(self, handle: object, offset: object) -> None:
-        if (handle, offset) in self.value:  # torch passes over one that it cannot open
+        if (handle, offset) in self.value:  # torch ignores a counter that it cannot open
             with np.errstate(over="ignore"):
                 self.value[handle, offset] -= np.uint64(1)
 
 
 @pytest.mark.parametrize("num_openers", [0, 1, 3])
-def test_gpu_memory_is_freed_whether_none_or_many_have_opened_it(monkeypatch, num_openers):
+def test_gpu_memory_is_freed_however_many_processes_have_opened_it(monkeypatch, num_openers):
     counters = Counters(monkeypatch)
     rebuild, arguments = shared_bucket._CudaMemory(torch.zeros(8, dtype=torch.uint8)).opening().__reduce__()
     for _ in range(num_openers):
@@ -137,7 +137,7 @@ def test_gpu_memory_is_freed_whether_none_or_many_have_opened_it(monkeypatch, nu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_of_a_gpu_is_opened_by_another_process():
-    """Three times, once for each handle; then it is given back."""
+    """It opens the memory three times, once per handle. Then the memory is given back."""
     torch.cuda.init()
     before = torch.cuda.memory_allocated()
     shared = SharedBucket([(name, tensor.cuda()) for name, tensor in mixed_bucket()])

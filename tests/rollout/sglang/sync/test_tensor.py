@@ -1,4 +1,4 @@
-"""Weights by memory that servers open: what they find there, what is left behind, and who is refused."""
+"""Weights through shared memory: what servers read, how long it stays, and which servers are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sums(stream: Iterator[tuple[str, torch.Tensor]]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_every_rank_takes_every_tensor_in_many_buckets_and_nothing_is_left(tmp_path, tensor_parallel):
+def test_every_rank_takes_every_tensor_in_many_buckets_and_no_memory_is_left(tmp_path, tensor_parallel):
     with engine(tmp_path, num_servers=2, sync="tensor", tensor_parallel=tensor_parallel) as made:
         made.update_weights(weights(1), version=0)
         bucket_a_tensor(made)
@@ -66,13 +66,13 @@ def test_every_rank_takes_every_tensor_in_many_buckets_and_nothing_is_left(tmp_p
 
 
 @pytest.mark.parametrize("version", ["0.5.15", "0.5.20"])
-def test_servers_without_sessions_are_understood(tmp_path, version):
+def test_servers_of_versions_without_sessions_work(tmp_path, version):
     with engine(tmp_path, python=fake_python(tmp_path, version), sync="tensor") as made:
         made.update_weights(weights(0), version=1)
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(weights(0)), rel=1e-4, abs=1e-4)
 
 
-def test_the_fp8_stream_goes_through(tmp_path):
+def test_servers_take_the_fp8_stream(tmp_path):
     given = settings(fake_python(tmp_path), sync="tensor", quantize="fp8")
     made = SGLangEngine(given, tiny_config(), stop_token_ids=(STOP,), dtype=torch.bfloat16, folder=tmp_path / "servers")
     try:
@@ -101,7 +101,7 @@ def test_a_server_that_dies_at_a_bucket_is_left_out_and_the_others_go_on(tmp_pat
         assert told(first)["weights"] == pytest.approx(told(second)["weights"])
 
 
-def test_servers_that_cannot_open_the_memory_are_an_error_with_the_remedy(tmp_path, monkeypatch):
+def test_the_error_of_servers_that_cannot_open_the_memory_has_the_remedy(tmp_path, monkeypatch):
     with engine(tmp_path, sync="tensor", restart_budget=0) as made:
         assert_an_error_where_memory_cannot_be_opened(made, monkeypatch)
 
@@ -126,7 +126,7 @@ async def no_buckets() -> AsyncIterator[tuple[SharedBucket, str | None]]:
 
 @pytest.mark.parametrize("num_read", [0, 1])
 def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
-    """The answer for it vouches for one rank's copy, the answer for the one after it for every rank's."""
+    """The answer to a bucket shows that one rank has copied it. The answer to the next one shows it for every rank."""
     sender, before = TensorSender([], 0), None
     pool = [Server(SimpleNamespace(url="http://a:1"), num_ranks=1 + num_read)]
     asyncio.run(sender.send(Transaction([], "1", 1.0, SimpleNamespace(), pool=pool), no_buckets()))
@@ -145,7 +145,7 @@ def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
 
 
 def tensors_to_gather(sender: TensorSender) -> dict[str, torch.Tensor]:
-    """One larger than a bucket, with rows that are not in it, and one that is not."""
+    """Return two tensors, one larger than a bucket and one not. Each lacks the last row of its memory."""
     sizes = {"large": (33, 8), "small": (32, 8)}
     made = {name: sender.empty(s, dtype=torch.float32, device=torch.device("cpu")) for name, s in sizes.items()}
     return {name: tensor.fill_(2.0)[:-1] for name, tensor in made.items()}
@@ -158,7 +158,7 @@ def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
     for name, is_in_place in {"large": True, "small": False}.items():
         shared = sender.pack([(name, tensors[name])])
         assert (shared_files() == [file]) == is_in_place and len(shared_files()) == 1
-        ours = tensors.pop(name).fill_(3.0)  # shows through where it was not copied
+        ours = tensors.pop(name).fill_(3.0)  # shows in the bucket only if the bucket is not a copy
         ((found, tensor),) = views(shared.handle()).items()
         assert found == name and tensor.shape == ours.shape and tensor.eq(3.0 if is_in_place else 2.0).all()
         del ours
@@ -166,7 +166,7 @@ def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
     assert shared_files() == []
 
 
-def test_memory_of_a_tensor_that_is_never_sent_goes_with_it():
+def test_memory_of_a_tensor_that_is_never_sent_is_freed_with_it():
     sender = TensorSender([], bucket_bytes=32 * 8 * 4)
     tensors = tensors_to_gather(sender)
     assert len(shared_files()) == 1
@@ -174,8 +174,8 @@ def test_memory_of_a_tensor_that_is_never_sent_goes_with_it():
     assert shared_files() == [], "the sender keeps no reference either"
 
 
-def test_a_gather_goes_on_in_other_memory_where_dev_shm_is_full(full_dev_shm):
-    """It could not be drained if it stopped; sharing the tensor tells."""
+def test_a_full_dev_shm_does_not_stop_the_gather_but_the_sharing(full_dev_shm):
+    """Other ranks take part in the gather, so it must not stop. The error comes when the tensor is shared."""
     sender = TensorSender([], bucket_bytes=32 * 8 * 4)
     tensors = tensors_to_gather(sender)
     assert shared_files() == [] and tensors["large"].eq(2.0).all()

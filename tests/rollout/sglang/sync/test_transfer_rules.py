@@ -1,4 +1,4 @@
-"""The rules of SGLang's server for weights that are sent to it: sessions, broadcasts, shared memory. See test_server_rules.py."""
+"""The rules of SGLang's server for weight updates by broadcast and by shared memory. See test_server_rules.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.rollout.sglang.serving import LONG, Raw, wait_for, weights
 
 @contextmanager
 def session(server: Raw) -> Iterator[None]:
-    """A weight update, opened and closed where the version has sessions."""
+    """Open a weight update and close it after the block, if the version has sessions."""
     if server.sglang < FIRST_WITH_SESSIONS:
         yield
         return
@@ -36,15 +36,15 @@ def test_a_session_opens_once_and_closes_once_and_a_broadcast_needs_one(server: 
         assert [server.post(*call)[0] for call in (end, begin, begin, end)] == [400, 200, 400, 200]
         status, answer = receive(server, "nobody", [], None)
         assert status == 400 and "begin_weight_update" in answer["message"]
-    else:  # what is no admin call takes the API key
+    else:  # an unknown path is not an admin call, so it takes the API key
         assert [server.post(*call, key="api")[0] for call in (begin, end)] == [404, 404]
 
 
-def test_a_group_that_it_is_not_in_cannot_be_left(server: Raw) -> None:
+def test_leaving_a_group_that_the_server_is_not_in_is_refused(server: Raw) -> None:
     assert server.post("/destroy_weights_update_group", {"group_name": "nobody"})[0] == 400
 
 
-def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+def test_a_broadcast_sets_the_version_with_the_bucket_that_names_one(server: Raw) -> None:
     server.at_rest()
     root = joined(server)
     before = server.version()
@@ -57,7 +57,7 @@ def test_a_broadcast_brings_its_version_with_the_bucket_that_names_one(server: R
     assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
 
 
-def test_a_broadcast_in_flight_shows_as_two_spans(resuming: Raw) -> None:
+def test_a_broadcast_during_a_request_gives_it_two_spans(resuming: Raw) -> None:
     server, root = resuming, joined(resuming)
     before = server.version()
     tensors = list(weights(seed=1))
@@ -72,8 +72,8 @@ def test_a_broadcast_in_flight_shows_as_two_spans(resuming: Raw) -> None:
     assert server.post("/destroy_weights_update_group", {"group_name": root.name})[0] == 200
 
 
-def test_a_broadcast_that_breaks_off_is_refused_and_keeps_version_and_session(server: Raw) -> None:
-    """Rank 0 gives up: the server hears of it at once, and may leave the group and join another."""
+def test_a_broadcast_that_breaks_off_fails_and_keeps_version_and_session(server: Raw) -> None:
+    """Rank 0 gives up. The server notices at once, and can leave the group and join another."""
     root = joined(server)
     before = server.version()
     tensors = list(weights(seed=1))
@@ -89,7 +89,7 @@ def test_a_broadcast_that_breaks_off_is_refused_and_keeps_version_and_session(se
 
 
 def test_joining_a_group_that_is_given_up_is_refused(server: Raw) -> None:
-    """Two servers were to join; the other never does."""
+    """The group waits for a second server, which never joins."""
     root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 3, "gloo", timedelta(seconds=30))
 
     def open_in_vain() -> None:
@@ -105,12 +105,12 @@ def test_joining_a_group_that_is_given_up_is_refused(server: Raw) -> None:
 
 
 def is_here(root: RootRank) -> bool:
-    """Whether the server has come to the meeting point, where this process is twice already."""
+    """Return True if the server has connected to the store. This process has two connections itself."""
     found = [c for c in psutil.net_connections("tcp") if c.laddr.port == root.port and c.status == "ESTABLISHED"]
     return len(found) >= 3
 
 
-def test_shared_memory_needs_a_session_where_there_are_sessions(server: Raw) -> None:
+def test_shared_memory_needs_a_session_if_the_version_has_sessions(server: Raw) -> None:
     server.at_rest()
     before = server.version()
     shared = SharedBucket(list(weights(seed=1)))
@@ -122,7 +122,7 @@ def test_shared_memory_needs_a_session_where_there_are_sessions(server: Raw) -> 
     shared.close()
 
 
-def test_shared_memory_brings_its_version_with_the_bucket_that_names_one(server: Raw) -> None:
+def test_shared_memory_sets_the_version_with_the_bucket_that_names_one(server: Raw) -> None:
     before = server.version()
     tensors = list(weights(seed=1))
     with session(server):
@@ -133,8 +133,8 @@ def test_shared_memory_brings_its_version_with_the_bucket_that_names_one(server:
             shared.close()
 
 
-def test_the_last_a_broadcast_to_a_group_that_it_is_not_in_is_refused_or_kills_it(server: Raw) -> None:
-    """Why the engine forgets a server's group when it restarts it. It must stay the last test of this file."""
+def test_last_a_broadcast_to_a_group_that_the_server_is_not_in_fails_or_kills_it(server: Raw) -> None:
+    """So the engine forgets a server's group when it restarts it. Must stay the last test of this file."""
     if server.sglang >= FIRST_WITH_SESSIONS:
         with session(server):
             status, answer = receive(server, "nobody", list(weights(seed=1)), "never")
@@ -145,7 +145,7 @@ def test_the_last_a_broadcast_to_a_group_that_it_is_not_in_is_refused_or_kills_i
 
 
 def joined(server: Raw) -> RootRank:
-    """This process's end of a group with the server."""
+    """Return rank 0 of a group that the server has joined."""
     root = RootRank(f"rules-{secrets.token_hex(4)}", "127.0.0.1", 2, "gloo", timedelta(seconds=30))
     assert in_background(lambda: join(server, root), root.open)[0] == 200
     return root
@@ -176,7 +176,7 @@ def open_tensors(server: Raw, handle: str, version: str | None = None) -> tuple[
 
 
 def in_background(call: Callable[[], tuple[int, Any]], meanwhile: Callable[[], Any]) -> tuple[int, Any]:
-    """What `call` returns, which waits for what `meanwhile` does."""
+    """Return what `call` returns. It runs in a thread and waits for what `meanwhile` does."""
     box: list[tuple[int, Any]] = []
     thread = threading.Thread(target=lambda: box.append(call()))
     thread.start()

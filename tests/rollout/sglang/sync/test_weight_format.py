@@ -1,5 +1,4 @@
-"""The stream as SGLang loads it: heads of tied models, and FP8: what is quantised under which name, how far it is off, and
-that it reaches servers."""
+"""The weight stream in the form that SGLang loads: heads of tied models, and FP8 codes with their scales and names."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ TIED = {HEAD: EMBEDDING}
         ("Qwen3ForCausalLM", TIED, [(EMBEDDING, 0), (HEAD, 1), ("model.norm.weight", 2)]),
     ],
 )
-def test_a_tied_head_is_the_embedding_where_sglang_keeps_both(architecture, tied, expected):
+def test_a_tied_head_follows_the_embedding_if_sglang_keeps_both(architecture, tied, expected):
     stream = [(EMBEDDING, torch.tensor([0])), (HEAD, torch.tensor([1])), ("model.norm.weight", torch.tensor([2]))]
     assert [(name, tensor.item()) for name, tensor in with_heads(iter(stream), architecture, tied)] == expected
 
@@ -70,7 +69,7 @@ def test_servers_of_a_tied_moe_model_get_a_head(tmp_path):
 SIZES = dict(hidden_size=160, intermediate_size=144, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 
 
-def test_projections_become_codes_with_a_scale_a_tile_and_the_rest_passes():
+def test_projections_become_codes_with_one_scale_per_tile_and_the_rest_is_unchanged():
     wide = torch.randn(200, 300, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
     others = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.mlp.gate.weight"]
     others += ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.shared_expert_gate.weight"]
@@ -98,7 +97,7 @@ QUANTIZED = {
 
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.model_type)
 def test_exactly_the_linear_layers_of_attention_and_experts_are_quantised(kind, tmp_path):
-    """Names as save_pretrained writes them, which are those that SGLang reads."""
+    """By the names that save_pretrained writes and SGLang reads."""
     more = (
         dict(num_local_experts=2)
         if kind is MixtralConfig
@@ -114,7 +113,7 @@ def test_exactly_the_linear_layers_of_attention_and_experts_are_quantised(kind, 
     assert left == {"embed_tokens", "lm_head", "gate"}
 
 
-def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path):
+def test_servers_get_codes_and_scales_and_a_matching_config(tmp_path):
     given = settings(fake_python(tmp_path), sync_dir=str(tmp_path), quantize="fp8")
     made = SGLangEngine(given, tiny_config(), stop_token_ids=(STOP,), dtype=torch.bfloat16, folder=tmp_path / "servers")
     try:
@@ -134,8 +133,8 @@ def test_servers_get_codes_and_scales_and_a_config_that_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["0.5.17", "0.5.18"])
-def test_servers_that_lose_the_scales_of_their_cache_get_them_with_the_weights(tmp_path, version):
-    """0.5.17 would end at the first load after its memory was released, and be started again at every step."""
+def test_servers_that_lose_their_cache_scales_get_them_with_the_weights(tmp_path, version):
+    """Without them, 0.5.17 would end at the first load after a release of memory, and be restarted at every step."""
     given = settings(fake_python(tmp_path, version), sync_dir=str(tmp_path), quantize="fp8", colocated=True)
     common = dict(stop_token_ids=(STOP,), dtype=torch.bfloat16, folder=tmp_path / "servers")
     made = SGLangEngine(given, tiny_config(), **common)
@@ -184,11 +183,11 @@ SPECIAL = {
     ),
 }
 PUBLISHED = dict(moe_layer_freq=1, topk_method="noaux_tc", scoring_func="sigmoid")
-"""In DeepSeek's config.json, where SGLang wants them; transformers knows no such keys."""
+"""Keys of DeepSeek's config.json that SGLang needs and transformers does not write."""
 
 
 def write_stream(folder: Path, architecture: str) -> None:
-    """A small tied model's FP8 stream of random weights, and the config.json that servers get."""
+    """Write a small tied model's FP8 stream of random weights, and the config.json that servers get."""
     sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
     config = kind(**sizes, num_key_value_heads=2, tie_word_embeddings=True, **SPECIAL.get(architecture, {}))
@@ -206,7 +205,7 @@ def write_stream(folder: Path, architecture: str) -> None:
 
 @pytest.mark.sglang
 def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
-    """Into the classes of the SGLang that is there, tied and filled with NaN before. Those refused lose their scales."""
+    """Into SGLang's own classes, of tied models, filled with NaN before. Architectures that we refuse lose their scales."""
     for architecture in FAMILIES:
         write_stream(tmp_path / architecture, architecture)
     program = Path(__file__).parents[1] / "real_loader.py"
@@ -223,7 +222,7 @@ def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
         assert len(lost) == 8
 
 
-def test_scales_follow_the_stream_on_its_device():
+def test_cache_scales_end_the_stream_on_its_device():
     stream = iter([("model.norm.weight", torch.empty(4, device="meta"))])
     names = [
         (name, tensor.device.type, tensor.shape) for name, tensor in with_cache_scales(stream, "Qwen2ForCausalLM", 1)
