@@ -1,4 +1,4 @@
-"""Starts runs as users do, on a task small enough for seconds, and reads what they wrote."""
+"""Start runs as users do, on a task that takes seconds, and read their outputs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def stable(row: dict) -> dict:
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Leave what a run that was killed after the checkpoint of `step` leaves."""
+    """Delete outputs until the folder looks as if the run was killed after the checkpoint of `step`."""
     for path in (run_dir / "checkpoints").iterdir():
         if int(path.name.removeprefix("step_")) > step:
             shutil.rmtree(path)

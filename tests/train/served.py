@@ -1,4 +1,4 @@
-"""Starts runs on servers. A fake server's response repeats its prompt, and a reward function says whether it is right."""
+"""Start runs on servers. A fake server's response repeats its prompt, and a reward function decides whether it is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tests.rollout.sglang.fake_server import fake_python
 from tests.train.runs import QUICKSTART, SMALL, TRAIN, python, torchrun
 
-# right and wrong take turns, so every group varies, until `WRONG_FROM` responses were scored
+# answers are right and wrong in turn, so every group varies. After `WRONG_FROM` responses all are wrong
 REWARD = """
 import itertools, os
 _asked = itertools.count()

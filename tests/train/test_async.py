@@ -1,5 +1,5 @@
-"""Runs whose servers generate the next step while this step is trained on. The servers are fake: a response repeats its
-prompt, and a reward function of the test says whether it is right."""
+"""Runs whose servers generate the next step while this step is trained on. A fake server's response repeats its prompt, and a
+reward function of the test decides whether it is right."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_
     assert all(row["time/generate_s"] > 0 and row["time/wait_s"] >= 0 for row in rows)
     assert all(0 < row["sampling/in_flight_mean"] <= row["sampling/in_flight_max"] <= 3 for row in rows)
     assert all(0.1 < row["mismatch/logprob_diff_mean"] <= row["mismatch/logprob_diff_max"] for row in rows)
-    assert done.stdout.count(DISAGREE) == 1, "told once, at the first step"
+    assert done.stdout.count(DISAGREE) == 1, "shown once, at the first step"
     assert len({uid for groups in steps.values() for uid in groups}) == 16, "no prompt is trained on twice"
 
-    # the checkpoint of step 2 was written when the groups of step 3 were there and not trained on
+    # the checkpoint of step 2 was written when the groups of step 3 were generated but not trained on
     for step in (3, 4):
         shutil.rmtree(task / f"runs/ahead/checkpoints/step_{step:06d}")
     again = run_served(task, fake, "ahead", "num_rollout_steps=4")
     assert again.returncode == 0 and "resumed after rollout step 2" in again.stdout, again.stdout + again.stderr
-    assert again.stdout.count(DISAGREE) == 1, "told again at a new start"
+    assert again.stdout.count(DISAGREE) == 1, "shown again at a new start"
     resumed = trained(task, "ahead")
     assert {step: set(groups) for step, groups in resumed.items()} == {s: set(groups) for s, groups in steps.items()}
-    assert max(resumed[3].values()) == 2, "asked again, of the newest weights"
+    assert max(resumed[3].values()) == 2, "generated again, with the newest weights"
     assert [row["step"] for row in metrics(task, "ahead")] == [1, 2, 3, 4]
 
 
-def test_a_rollout_that_fails_beside_training_ends_every_rank(task, fake):
-    # 6 groups of 4 at most are scored for step 1; from then on every answer is wrong
+def test_a_rollout_that_fails_during_training_ends_every_rank(task, fake):
+    # at most 6 groups of 4 are scored for step 1; after that every answer is wrong
     shared = task / "shared"
     shared.mkdir()
     options = ["num_rollout_steps=4", f"rollout.sglang.sync_dir={shared}"]
@@ -58,7 +58,7 @@ def test_a_rollout_that_fails_beside_training_ends_every_rank(task, fake):
     told = r"error: \d of sampling.train_batch_prompts 4 groups have answers that vary after sampling.max_gen_batches 2"
     assert len(re.findall(told, done.stderr)) == 1, done.stderr
     assert [row["step"] for row in metrics(task, "wrong")] == [1, 2], (
-        "the step beside it, and what the failed one generated"
+        "the step that was trained meanwhile, and the counts of the one that failed"
     )
     assert (task / "runs/wrong/checkpoints/step_000001").is_dir()
 
@@ -72,14 +72,14 @@ def test_a_mismatch_beyond_the_limit_ends_the_run_before_it_trains(task, fake):
 
 
 @pytest.mark.sglang
-def test_on_a_real_server_only_the_first_steps_samples_are_the_trained_policys(task, fake):
+def test_on_a_real_server_only_the_samples_of_the_first_step_come_from_the_trained_policy(task, fake):
     options = ["num_rollout_steps=3", "optimizer.lr=0.01", "optimizer.warmup_updates=0"]
     done = run_served(task, fake, "real", *options, server=real_python())
     assert done.returncode == 0, done.stdout + done.stderr
     rows, steps = metrics(task, "real"), trained(task, "real")
     assert [max(groups.values()) for groups in steps.values()] == [0, 0, 1]
     assert rows[0]["mismatch/logprob_diff_max"] < 1e-4
-    # from then on the policy has learned from one step more than the weights that its samples come from
+    # later samples come from weights that are one training step older than the policy
     assert all(row["mismatch/logprob_diff_mean"] > 1e-3 for row in rows[1:])
     assert all(row["rollout/retries"] == 0 and row["rollout/servers_serving"] == 1 for row in rows)
     assert len({uid for groups in steps.values() for uid in groups}) == 12

@@ -1,4 +1,4 @@
-"""A run that goes on after its data have changed: carried answers meet their own prompts, or none."""
+"""A run that is resumed with changed data: answers that were carried over stay with their own prompts, or are dropped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.train.runs import QUICKSTART, python
 
-# right by chance, so that groups vary and some are carried to the next step
+# about half of the answers are right, so groups vary and some are carried to the next step
 REWARD = """
 def by_length(data_source, solution_str, ground_truth, extra_info=None):
     return float(len(solution_str) % 2)

@@ -1,4 +1,4 @@
-"""Whole runs that end before their time, or have nothing to do. Servers are fake."""
+"""Whole runs that are ended early, or have nothing to do. Servers are fake."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fails(*arguments):
 loop.Actor = fails
 sys.exit(main())
 """
-# runs with some overrides each, in one process: importing takes longer. The folder is copied after each
+# runs with different overrides in one process, since importing takes longer than a run. The folder is copied after each
 SEVERAL = """
 import os, shutil, sys
 from dapo_mcore.train.__main__ import main
@@ -57,7 +57,7 @@ SERVED = [
 
 @pytest.fixture
 def shared(tmp_path) -> Path:
-    """In place of /dev/shm."""
+    """Return a folder that the run uses in place of /dev/shm."""
     (tmp_path / "shared").mkdir()
     return tmp_path / "shared"
 
@@ -70,7 +70,7 @@ def start(
     processes: int = 1,
     **more: str,
 ) -> subprocess.Popen[str]:
-    """A run with a fake server, whose interpreter lies in `folder` alone."""
+    """Start a run with a fake server whose interpreter lies in `folder`."""
     python = fake_python(folder, tokens_per_s=2000)
     arguments = [*SMALL, *SERVED, f"rollout.sglang.python={python}", f"parallel.tensor_parallel={processes}"]
     return subprocess.Popen(
@@ -99,7 +99,7 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 
 def servers(run_dir: Path) -> list[str]:
-    """Command lines of this run's servers."""
+    """Return the command lines of this run's servers."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -112,7 +112,9 @@ def servers(run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("more", [{"FAKE_DEAF": "1"}, {"SLOW": "1"}], ids=["rank 0 waits for it", "rank 0 builds"])
-def test_a_rank_that_fails_while_building_leaves_nothing_and_its_message_comes_last(task, tmp_path, shared, more):
+def test_a_rank_that_fails_to_build_its_model_leaves_no_servers_and_its_message_comes_last(
+    task, tmp_path, shared, more
+):
     (tmp_path / "program.py").write_text(RANK_1_FAILS)
     begun = start(tmp_path, task, "name=broken", program=(str(tmp_path / "program.py"),), processes=2, **more)
     output = ended(begun)
@@ -127,8 +129,8 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "all"])
-def test_a_signal_under_torchrun_saves_and_ends_with_one_line_of_ours(task, tmp_path, shared, whom):
-    """As Ctrl-C in a terminal gives it to torchrun, and as Slurm gives it to every process."""
+def test_a_signal_under_torchrun_saves_a_checkpoint_and_prints_one_line(task, tmp_path, shared, whom):
+    """Ctrl-C in a terminal sends the signal to torchrun, Slurm sends it to every process."""
     name, signum = f"stopped-{whom}", signal.SIGINT if whom == "torchrun" else signal.SIGTERM
     begun = start(tmp_path, task, f"name={name}", "num_rollout_steps=1000", "checkpoint.every=null", processes=2)
     wait_for(lambda: (task / "runs" / name / "samples").exists() or begun.poll() is not None, 300)
@@ -148,7 +150,9 @@ def test_a_signal_under_torchrun_saves_and_ends_with_one_line_of_ours(task, tmp_
     assert len(rows) == int(last.removeprefix("step_")) and not (task / "runs" / name / ".lock").exists()
 
 
-def test_ranks_end_with_a_killed_torchrun_and_meanwhile_nobody_else_may_use_the_folder(task, tmp_path, shared):
+def test_ranks_end_after_their_torchrun_is_killed_and_until_then_no_other_run_may_use_the_folder(
+    task, tmp_path, shared
+):
     options = ["name=orphans", "num_rollout_steps=1000"]
     begun = start(tmp_path, task, *options, processes=2)
     folder = task / "runs/orphans"
@@ -195,7 +199,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_con
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """Time of change and content of every file."""
+    """Return the time of change and the content of every file."""
     return {
         path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.rglob("*")

@@ -1,6 +1,6 @@
-"""Runs whose responses go on across weight updates. The servers are fake, with a long tail of lengths, and some responses,
-one of the first six groups among them, last until the weights have moved: a response repeats its prompt, and a reward
-function of the test says whether it is right."""
+"""Runs whose responses continue after weight updates. Responses of the fake servers have a long tail of lengths, and some, also
+one of the first six groups, end only after an update. A response repeats its prompt, and a reward function of the test decides
+whether it is right."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def checkpoint(task: Path, name: str, step: int) -> dict:
 
 
 def assert_no_prompt_is_lost(task: Path, name: str) -> None:
-    """Each prompt that was drawn was trained on once, or the last checkpoint knows that it still must be."""
+    """Assert that each prompt that was drawn was trained on once, or is listed in the last checkpoint as still to be trained on."""
     steps, last = trained(task, name), checkpoint(task, name, 4)
     uids = [uid for groups in steps.values() for uid in groups]
     left = [*last["sampler"]["again"], *(group["uid"] for group in last["sampler"]["groups"])]
@@ -54,21 +54,21 @@ def assert_kept(rows: list[dict]) -> None:
     assert all(row["rollout/retries"] == row["rollout/servers_suspected"] == 0 for row in rows)
     assert 1 <= max(row["sampling/staleness_max"] for row in rows) <= 2
     assert all(row["sampling/groups_pending"] >= 0 for row in rows)
-    # not above staleness_mean: long responses weigh more, and are the older ones
+    # may exceed staleness_mean: long responses count more here, and they are the older ones
     assert all(row["sampling/token_staleness_mean"] <= row["sampling/staleness_max"] for row in rows)
     assert [row["step"] for row in rows if "val/heldout/mean@2" in row] == [2, 4]
 
 
-def assert_some_live_through_an_update(rows: list[dict]) -> None:
+def assert_some_continue_after_an_update(rows: list[dict]) -> None:
     assert sum(row["sampling/groups_pending"] > 0 for row in rows) >= 2
     assert sum(row["sampling/samples_resumed"] for row in rows) > 0
 
 
-def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again(task, fake):
+def test_a_run_keeps_groups_in_flight_and_after_a_resume_generates_them_again(task, fake):
     done = run_served(task, fake, "keep", *KEEP)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_kept(metrics(task, "keep"))
-    assert_some_live_through_an_update(metrics(task, "keep"))
+    assert_some_continue_after_an_update(metrics(task, "keep"))
     assert_no_prompt_is_lost(task, "keep")
 
     for step in (3, 4):
@@ -81,7 +81,7 @@ def test_a_run_keeps_groups_in_flight_and_a_resumed_one_asks_their_prompts_again
 
 
 @pytest.mark.parametrize("server", ["fake", pytest.param("real", marks=pytest.mark.sglang)])
-def test_beside_training_the_weights_move_while_the_next_step_is_generated(task, fake, server):
+def test_with_async_steps_the_weights_change_while_the_next_step_is_generated(task, fake, server):
     if server == "real" and real_version() < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version of SGLang is refused: tests/rollout/sglang/test_real_resume.py")
     name, served = f"beside-{server}", real_python() if server == "real" else fake
@@ -90,5 +90,5 @@ def test_beside_training_the_weights_move_while_the_next_step_is_generated(task,
     rows = metrics(task, name)
     assert_kept(rows)
     assert_no_prompt_is_lost(task, name)
-    if server == "fake":  # a real one may finish all it has at once
-        assert_some_live_through_an_update(rows)
+    if server == "fake":  # a real one may finish all its requests before the update
+        assert_some_continue_after_an_update(rows)

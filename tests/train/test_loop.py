@@ -12,7 +12,7 @@ from dapo_mcore.observe.metrics import describe
 from tests.train.runs import QUICKSTART, SMALL, metrics, python, rewind, run, stable
 
 
-def test_a_run_over_two_processes_writes_all_that_it_promises(task):
+def test_a_run_on_two_processes_writes_every_documented_output(task):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output = run(task, "pair", "num_rollout_steps=2", "parallel.sequence_parallel=true", processes=2)
@@ -45,7 +45,7 @@ def test_a_run_over_two_processes_writes_all_that_it_promises(task):
 
 
 def check_times(rows: list[dict]) -> None:
-    """A start and an evaluation, then a step without and one with an evaluation."""
+    """Check the times of a start with an evaluation, then of a step without and a step with one."""
     start, *steps = rows
     assert start["time/start_s"] > 0 and start["time/eval_s"] > 0 and "time/step_s" not in start
     assert ["time/eval_s" in row for row in steps] == [False, True]
@@ -125,5 +125,5 @@ def test_bad_input_ends_with_status_2_and_a_message_with_numbers_and_remedy(task
 
 
 def _split(case: str) -> list[str]:
-    """Overrides of a case: blanks separate them, except inside braces."""
+    """Return the overrides of a case. Blanks separate them, except inside braces."""
     return re.split(r" (?![^{]*})", case)

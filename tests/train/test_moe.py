@@ -1,4 +1,4 @@
-"""A whole run of a model with experts, spread over two ranks, with the embedded engine, and its resumption."""
+"""A whole run of a model with experts on two ranks with the embedded engine, and its resume."""
 
 from __future__ import annotations
 

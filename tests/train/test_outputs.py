@@ -1,4 +1,4 @@
-"""What a run writes when it cannot train or cannot write: nothing is lost, half made or told by a traceback."""
+"""Runs that cannot train or cannot write: nothing is lost or half-written, and the user sees no traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.train.runs import QUICKSTART, SMALL, metrics, python
 
-# runs in one process, as importing takes longer. Files cannot grow beyond 10 bytes from the named call on
+# several runs in one process, since importing takes longer than a run. After the named call no file can exceed 10 bytes
 RUNS = """
 import json, os, resource, sys
 from dapo_mcore.actor.parallel import layout
@@ -39,7 +39,7 @@ NO_SERVER = ["rollout.engine=sglang", "rollout.sglang.urls=[http://127.0.0.1:1]"
 UNIFORM = "sampling={style: filter, max_gen_batches: 2, train_batch_prompts: 8, gen_batch_prompts: 8}"
 
 
-def test_outputs_that_fail_and_runs_that_cannot_train(task):
+def test_a_run_that_cannot_write_or_train_ends_with_its_reason_and_leaves_files_as_they_were(task):
     (task / "runs/file").write_text("mine")
     (task / "runs/kept").mkdir()
     (task / "runs/kept/metrics.jsonl").write_text('{"step": 1}\n')

@@ -1,4 +1,4 @@
-"""A whole run on a local Ray cluster: two fake servers and two reward workers, each beside an actor."""
+"""A whole run on a local Ray cluster: two fake servers and two reward workers, each started by an actor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.train.runs import metrics
 from tests.train.served import fake_beside_reward, run_served
 
-# which process scored, and whose child it is
+# reports the process that scored, and its parent
 REWARD = """
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_servers_and_rewards_of_a_run_are_on_its_cluster(task, tmp_path):
 
 
 def watched(folder: Path) -> Path:
-    """A fake server's interpreter that notes whose child it is."""
+    """Return a fake server's interpreter that records its parent process."""
     fake, script = fake_beside_reward(folder, REWARD, tokens_per_s=2000), folder / "python-watched"
     note = f"cat /proc/$PPID/comm >> {folder / 'parents'}"
     script.write_text(f'#!/bin/sh\n{note}\nexec {fake} "$@"\n')

@@ -22,7 +22,7 @@ STEPS = 3
         ("colocated", ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2"]),
     ],
 )
-def test_three_steps_with_a_real_server_follow_every_update(task, name, options):
+def test_in_three_steps_a_real_server_follows_every_update(task, name, options):
     server = ["rollout.engine=sglang", "rollout.sglang.device=cpu", f"rollout.sglang.python={real_python()}"]
     run(task, name, *server, *options, f"num_rollout_steps={STEPS}", "eval.every=3", processes=2)
     folder = task / "runs" / name

@@ -24,7 +24,7 @@ for case in ("name=few", "name=many optimizer.max_skipped_updates=3"):
 """
 
 
-def test_skipped_steps_are_told_at_once_and_a_run_of_nothing_else_ends_with_status_2(task: Path) -> None:
+def test_skipped_steps_are_shown_at_once_and_a_run_without_any_other_ends_with_status_2(task: Path) -> None:
     settings = ["warm_start=null", "eval.sets={}", "parallel.tensor_parallel=1", "num_rollout_steps=2"]
     done = python(task, "-c", POISONED, QUICKSTART, *SMALL, *settings)
     out = " ".join(done.stdout.split())

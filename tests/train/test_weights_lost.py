@@ -1,4 +1,4 @@
-"""Whole runs whose only server dies while it generates. It comes back without weights, and the run goes on."""
+"""Whole runs whose only server dies during generation. It comes back without weights, and the run continues."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_step_waits_for_all_ranks_to_sync_again_and_loses_nothing(task, fake, name):
-    faults = task / "faults.json"  # in the second step: a step asks for 4 groups of 4 at least, once at start
+def test_the_step_waits_for_another_sync_and_loses_no_prompt(task, fake, name):
+    faults = task / "faults.json"  # in the second step: each step asks for at least 16 responses
     faults.write_text(json.dumps([{"kind": "die", "where": "/generate", "after": 30}]))
     options = [*WAYS[name], "num_rollout_steps=3", "sampling.style=none", "batch.mini_batch_prompts=4"]
     done = run_served(task, fake, name, *options, processes=2, FAKE_FAULTS=str(faults))
@@ -34,6 +34,6 @@ def test_the_step_waits_for_all_ranks_to_sync_again_and_loses_nothing(task, fake
     assert [row["step"] for row in rows] == [1, 2, 3] and [len(groups) for groups in steps.values()] == [4, 4, 4]
     assert len({uid for groups in steps.values() for uid in groups}) == 12, "every prompt once"
     assert all(row["rollout/dropped_unknown_version"] == row["sampling/groups_stale"] == 0 for row in rows)
-    if name != "ahead":  # there the next sync may come first
+    if name != "ahead":  # with async_steps the next sync may come first
         assert sum(row["sync/weights_lost"] for row in rows) == 1
         assert [max(groups.values()) for groups in steps.values()] == [0, 1, 2]
