@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from dapo_mcore.rollout.sglang.client.versions import (
     FIRST_WITH_SESSIONS,
     parse_version,
 )
+from tests.rollout.sglang.fake_faults import Faults
 from tests.rollout.sglang.fake_options import installed, parsed
 from tests.rollout.sglang.fake_scheduler import TICK_S, Scheduler
 from tests.rollout.sglang.fake_weights import destroy_group, join_group, load, opened, raw_bytes, receive
@@ -50,18 +50,22 @@ def fake_python(
     checksums: bool = False,
     tail: float = 0,
     linger: int = 0,
+    keep_alive_s: int = 5,
 ) -> Path:
     """Return an executable that takes Python's arguments and serves like SGLang `version`, `start_s` after its start.
 
-    checksums  report checksums of the weights in every version, as on a GPU.
-    tail       0: responses are as long as they may be. Else lengths are log-normal with this sigma, drawn by the request's
-               seed: half are shorter than an eighth of the limit.
-    linger     N > 0: one of N responses, chosen by its request's seed, ends only after a weight update, whatever the speed.
-               Responses of a temperature other than 1 (a test's evaluation) never linger.
+    checksums     report checksums of the weights in every version, as on a GPU.
+    tail          0: responses are as long as they may be. Else lengths are log-normal with this sigma, drawn by the request's
+                  seed: half are shorter than an eighth of the limit.
+    linger        N > 0: one of N responses, chosen by its request's seed, ends only after a weight update, whatever the speed.
+                  Responses of a temperature other than 1 (a test's evaluation) never linger.
+    keep_alive_s  time after which an idle connection is closed. SGLang's uvicorn counts it from the last answer, aiohttp also
+                  from the opening. So on a busy machine thousands of new connections need more.
     """
-    script = folder / f"python-{version}-{tokens_per_s}-{start_s}-{checksums}-{tail}-{linger}"
+    script = folder / f"python-{version}-{tokens_per_s}-{start_s}-{checksums}-{tail}-{linger}-{keep_alive_s}"
     settings = f"FAKE_VERSION={version} FAKE_TOKENS_PER_S={tokens_per_s} FAKE_START_S={start_s}"
     settings += f" FAKE_CHECKSUMS={int(checksums)} FAKE_TAIL={tail} FAKE_LINGER={linger}"
+    settings += f" FAKE_KEEP_ALIVE_S={keep_alive_s}"
     run = f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -P -m tests.rollout.sglang.fake_server'
     script.write_text(f'#!/bin/sh\n{settings} {run} "$@"\n')
     script.chmod(0o755)
@@ -75,27 +79,6 @@ def gated(python: Path, gate: Path) -> Path:
     script.write_text(f'#!/bin/sh\n{wait}\nexec "{python}" "$@"\n')
     script.chmod(0o755)
     return script
-
-
-@dataclass
-class Fault:
-    """A fault in the next `count` uses of `where`, after `after` uses without one. `where` is a path, `weights`, `version`, or
-    `bucket 5` (counted from 1 in each update)."""
-
-    kind: str
-    where: str = "/generate"
-    count: int = 1
-    value: Any = None
-    after: int = 0
-
-
-def faults_of_the_first_server(file: str | None) -> list[Fault]:
-    """Return the faults that a JSON file orders, and delete the file: only the first server that starts has them."""
-    if file is None or not Path(file).exists():
-        return []
-    faults = [Fault(**fault) for fault in json.loads(Path(file).read_text())]
-    Path(file).unlink()
-    return faults
 
 
 class FakeServer:
@@ -116,8 +99,7 @@ class FakeServer:
         self.scheduler = Scheduler(version, *limits, speed, tail, int(os.environ["FAKE_LINGER"]), self.told)
         self.weights: dict[str, Any] = {}
         self.session, self.groups, self.buckets = False, {}, 0
-        self.faults = faults_of_the_first_server(os.environ.get("FAKE_FAULTS"))
-        self.answer: asyncio.Task[web.Response] | None = None
+        self.faults = Faults(self.told)
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.guard], client_max_size=2**30)
@@ -153,78 +135,20 @@ class FakeServer:
     async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         path = request.path
         if path == "/fake" or path.startswith("/health"):
-            return await (self.misbehave(request, path, handler) if path == "/health" else handler(request))
+            return await (self.faults.answer_to(request, handler) if path == "/health" else handler(request))
         known = path in ADMIN and not isinstance(request.match_info.route, SystemRoute)
         key = self.arguments.get("admin-api-key") if known else None
         key = key or self.arguments.get("api-key")
         if key and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        return await self.misbehave(request, path, handler)
-
-    async def misbehave(self, request: web.Request, where: str, handler: Any) -> web.StreamResponse:
-        fault = self.take_fault(where)
-        if fault is None:
-            return await handler(request)
-        if fault.kind == "die":
-            await asyncio.sleep(fault.value or 0)
-            print("ordered to die", file=sys.stderr, flush=True)
-            os._exit(9)
-        if fault.kind == "close":
-            await asyncio.sleep(0.05)
-            request.transport.abort()
-        if fault.kind in ("hang", "close"):
-            await asyncio.sleep(3600)
-        if fault.kind == "status":
-            return web.json_response({"error": {"message": "ordered"}}, status=fault.value)
-        if fault.kind == "garbage":
-            return web.Response(text="<html>")
-        if fault.kind == "drip":
-            return await self.drip(request)
-        if fault.kind == "endless":
-            return await self.endless(request)
-        if fault.kind == "alike":
-            return await self.alike(request, handler)
-        assert fault.kind == "edit", fault
-        answer = json.loads((await handler(request)).body)
-        answer["meta_info"].update(fault.value)
-        return web.json_response(answer)
-
-    async def drip(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Length": "4000"})
-        await response.prepare(request)
-        while True:
-            await response.write(b" ")
-            await asyncio.sleep(0.1)
-
-    async def endless(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(b" " * 2**20)
-
-    async def alike(self, request: web.Request, handler: Any) -> web.Response:
-        """Give all requests the same answer at once: thousands of long ones cost next to nothing."""
-        if self.answer is None:
-            self.answer = asyncio.create_task(handler(request))
-        answer = await asyncio.shield(self.answer)
-        return web.Response(body=answer.body, content_type="application/json")
-
-    def take_fault(self, where: str) -> Fault | None:
-        for fault in self.faults:
-            if fault.where == where and fault.after > 0:
-                fault.after -= 1
-            elif fault.where == where and fault.count > 0:
-                fault.count -= 1
-                self.told[f"fault {fault.kind}"] += 1
-                return fault
-        return None
+        return await self.faults.answer_to(request, handler)
 
     async def order(self, request: web.Request) -> web.Response:
         ordered = await request.json()
         if "tokens_per_s" in ordered:
             self.scheduler.speed = ordered["tokens_per_s"]
         else:
-            self.faults.append(Fault(**ordered))
+            self.faults.order(**ordered)
         return web.json_response({})
 
     async def tell(self, request: web.Request) -> web.Response:
@@ -352,7 +276,7 @@ class FakeServer:
     def count_bucket(self) -> None:
         self.buckets += 1
         self.scheduler.torn = True
-        if self.take_fault(f"bucket {self.buckets}") is not None:
+        if self.faults.take(f"bucket {self.buckets}") is not None:
             os._exit(9)
         self.told["buckets"] += 1
 
@@ -367,10 +291,10 @@ class FakeServer:
             os._exit(1)  # as the real one on a GPU
         if body.get("flush_cache", True) and not self.scheduler.flushed():
             os._exit(1)  # as the real one: "Cache flush failed after updating weights"
-        if self.weights and self.take_fault("weights") is not None:
+        if self.weights and self.faults.take("weights") is not None:
             last = list(self.weights)[-1]
             self.weights[last] = self.weights[last] + 1
-        if body.get("weight_version") is not None and self.take_fault("version") is None:
+        if body.get("weight_version") is not None and self.faults.take("version") is None:
             self.scheduler.weight_version = body["weight_version"]
             self.scheduler.torn = False
 
@@ -394,7 +318,10 @@ def main(argv: list[str]) -> None:
     async def made() -> web.Application:
         return FakeServer(arguments).app()
 
-    web.run_app(made(), host=arguments["host"], port=arguments["port"], print=None, handle_signals=not deaf, keepalive_timeout=5, handler_cancellation=True)  # fmt: skip
+    place = {name: arguments[name] for name in ("host", "port")}
+    patience = float(os.environ["FAKE_KEEP_ALIVE_S"])
+    manner = dict(handle_signals=not deaf, keepalive_timeout=patience, handler_cancellation=True)
+    web.run_app(made(), **place, **manner, print=None)
 
 
 if __name__ == "__main__":

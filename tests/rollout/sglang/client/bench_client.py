@@ -27,7 +27,7 @@ TICK_S = 0.005
 @pytest.mark.parametrize("length", [128, 20_000])
 def test_thousands_of_answers_at_once(length: int, tmp_path, capsys) -> None:
     config = tiny_config(vocab_size=VOCAB, hidden_size=8, max_position_embeddings=CONTEXT)
-    python = fake_python(tmp_path, tokens_per_s=10_000)
+    python = fake_python(tmp_path, tokens_per_s=10_000, keep_alive_s=120)
     options = {"num_servers": 2, "health_interval_s": 60.0, "read_timeout_s": 600.0, "request_timeout_s": 600.0}
     with engine(tmp_path, python=python, config=config, max_in_flight=IN_FLIGHT, **options) as made:
         made.update_weights(iter(list(AutoModelForCausalLM.from_config(config).named_parameters())), version=1)

@@ -31,7 +31,7 @@ IN_FLIGHT = 2048
 
 
 def test_of_thousands_of_requests_in_flight_each_is_answered_once(tmp_path, capsys):
-    python = fake_python(tmp_path, tokens_per_s=1)  # until all are in flight
+    python = fake_python(tmp_path, tokens_per_s=1, keep_alive_s=120)  # slow until all are in flight
     patient = dict(health_interval_s=60.0, connect_timeout_s=120.0, read_timeout_s=120.0, request_timeout_s=600.0)
     with engine(tmp_path, python=python, num_servers=2, max_in_flight=IN_FLIGHT, **patient) as made:
         made.update_weights(weights(0), version=1)
