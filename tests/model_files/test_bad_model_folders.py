@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import shutil
@@ -22,9 +21,6 @@ from dapo_mcore.model_files.hf_folder import open_stored
 from tests.model_files.character_model import CONFIG
 from tests.model_files.zoo import config_of
 
-EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-
 
 def check(folder: Path, **settings: Any) -> None:
     """All that is known of a model folder before its weights are read."""
@@ -38,32 +34,14 @@ def check(folder: Path, **settings: Any) -> None:
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "hidden 0": ({"hidden_size": 0}, r"hidden_size 0 must be a whole number from 1 to 2147483647; correct the numbers"),
-    "hidden -64": ({"hidden_size": -64}, "hidden_size -64 must be"),
-    "hidden 16.5": ({"hidden_size": 16.5}, r"hidden_size 16\.5 must be a whole number"),
-    "hidden true": ({"hidden_size": True}, "hidden_size True must be"),
-    "hidden huge": ({"hidden_size": 10**30}, f"hidden_size {10**30} must be"),
-    "hidden text": ({"hidden_size": "16"}, "hidden_size '16' must be"),
-    "vocabulary 0": ({"vocab_size": 0}, "vocab_size 0 must be"),
-    "layers 0": ({"num_hidden_layers": 0}, "num_hidden_layers 0 must be"),
-    "heads 0": ({"num_attention_heads": 0}, "num_attention_heads 0 must be"),
-    "key-value heads 0": ({"num_key_value_heads": 0}, "num_key_value_heads 0 must be"),
     "key-value heads 3": ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
-    "MLP 0": ({"intermediate_size": 0}, "intermediate_size 0 must be"),
-    "positions 0": ({"max_position_embeddings": 0}, "max_position_embeddings 0 must be"),
-    "eps 0": ({"rms_norm_eps": 0}, "rms_norm_eps 0 must be a finite number above 0"),
     "eps NaN": ({"rms_norm_eps": float("nan")}, "config.json is not valid JSON: NaN is no number of JSON"),
-    "theta negative": ({"rope_theta": -1e4}, r"rope_theta -10000\.0 must be a finite number above 0"),
-    "theta text": ({"rope_theta": "1e6"}, "rope_theta '1e6' must be"),
     "two numbers": ({"hidden_size": 0, "vocab_size": -1}, "vocab_size -1 must be .*; hidden_size 0 must be"),
-    "factor 0": ({"rope_scaling": YARN | {"factor": 0}}, r"rope_scaling\.factor 0 must be a finite number above 0"),
-    "scaling text": ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' must be an object"),
     "unknown rope": ({"rope_scaling": {"type": "spiral"}}, "rope_type 'spiral' is not supported .*; supported are default"),
     "yarn without factor": ({"rope_scaling": {"type": "yarn"}}, "factor"),
     "activation": ({"hidden_act": "swoosh"}, "hidden_act 'swoosh' in config.json is not supported .*; supported is 'silu'"),
     "unknown keys": ({"a_new_idea": 1, "another": 2}, "a_new_idea 1, another 2 in config.json are not understood"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .* dequantize"),
-    "experts 0": (EXPERTS | {"num_experts": 0}, "num_experts 0 must be"),
-    "too many chosen": (EXPERTS | {"num_experts_per_tok": 5}, "num_experts_per_tok 5 exceeds num_experts 4"),
     "unknown type": ({"model_type": "unheard-of"}, "transformers cannot read .*unheard-of"),
     "no type": ({"model_type": None}, "transformers cannot read"),
     "architecture": ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
@@ -92,29 +70,6 @@ def test_overrides_are_held_to_the_same(model_folder: Path) -> None:
     assert_told(
         model_folder, "model.overrides over .*: hidden_size 0 must", init="random", overrides={"hidden_size": 0}
     )
-
-
-TEXT = json.dumps(CONFIG)
-FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "config.json is not valid JSON"),
-    "no JSON": (b"{hidden_size: 16}", "config.json is not valid JSON: Expecting property name"),
-    "a list": (b"[]", "config.json must hold a JSON object, not a list"),
-    "a key twice": (TEXT.replace("{", '{"vocab_size": 64, ', 1).encode(), "'vocab_size' is given twice"),
-    "UTF-16": (TEXT.encode("utf-16"), "config.json is UTF-16; save it as plain UTF-8"),
-    "byte order mark": (
-        codecs.BOM_UTF8 + TEXT.encode(),
-        "config.json is UTF-8 with a byte order mark; save it as plain",
-    ),
-    "Latin-1": (b'{"note": "caf\xe9"}', "config.json is not UTF-8: byte 13 is 0xe9; save it as UTF-8"),
-    "nested": (b'{"a":' * 100_000, "config.json is not valid JSON"),
-}
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_a_config_json_that_is_no_json(case: str, copy: Path) -> None:
-    raw, message = FILES[case]
-    (copy / "config.json").write_bytes(raw)
-    assert_told(copy, message, init="random")
 
 
 def without_tokenizer(folder: Path) -> None:
