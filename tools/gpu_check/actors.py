@@ -9,7 +9,7 @@ A CPU runs one tiny case, as a rehearsal.
 
 from __future__ import annotations
 
-from dapo_mcore.process import environment  # isort: skip  (before torch)
+import dapo_mcore.process.environment  # noqa: F401  isort: skip  (before torch)
 
 import gc
 import json
@@ -34,7 +34,6 @@ from dapo_mcore.config.file import parse_config
 from dapo_mcore.model_files.hf_config import load_hf_config
 from dapo_mcore.types import TrainBatch
 
-__all__ = ["environment"]
 GPU = torch.cuda.is_available()
 NUM_STEPS = 3
 PROMPT_TOKENS = 32
