@@ -86,6 +86,7 @@ class ControllerShutdown:
         self._closing_line = closing_line
         self._cleanup_started, self._cleanup_lock = threading.Event(), threading.Lock()
         self._first_signal_at: float | None = None
+        self._notified = threading.Event()
         self._deferred = self._interruptible = self._raised = False
         self._notice: Callable[[], str] = str
         self._uninstall: Callable[[], None] = lambda: None
@@ -117,6 +118,8 @@ class ControllerShutdown:
         try:
             yield
         finally:
+            if self.signum is not None:
+                self._notified.wait(_POLL_S)  # the other thread must see that the signal was deferred
             self._deferred = False
         if self.signum is not None:
             raise Interrupted(self.signum)
@@ -179,6 +182,7 @@ class ControllerShutdown:
             self._first_signal_at = time.monotonic()
         if self._deferred and is_first:
             print(f"{signal.Signals(signum).name}: {self._notice()}", file=sys.stderr, flush=True)
+            self._notified.set()
         elif not self._deferred or time.monotonic() - self._first_signal_at > REPEAT_S:
             self._end_run(signum)
 

@@ -122,6 +122,18 @@ def test_a_deferred_signal_interrupts_what_may_be_and_lets_the_rest_be_finished(
     assert err == ["SIGTERM: saves", *error, "stopped by SIGTERM: go on"]
 
 
+def test_a_deferred_signal_is_announced_even_if_the_block_ends_before_its_thread_runs():
+    script = """
+handle, clean = shutdown._handle_in_signal_thread, lambda: print("clean")
+shutdown._handle_in_signal_thread = lambda signum: (time.sleep(0.2), handle(signum))
+def body():
+    with shutdown.defer_signals(lambda: "saves"):
+        me(signal.SIGTERM)
+run(body)
+"""
+    assert ended(script) == (128 + 15, ["clean", "at exit"], ["SIGTERM: saves", "stopped by SIGTERM: go on"])
+
+
 WORKER = """
 signals.REPEAT_S, signals._POLL_S = 0.3, 0.05
 import subprocess
