@@ -27,7 +27,6 @@ from dapo_mcore.eval import EvalResult, evaluate
 from dapo_mcore.model_files.hf_config import stop_token_ids
 from dapo_mcore.model_files.hf_folder import check_replaceable, exported_step
 from dapo_mcore.observe.metrics import group_metrics
-from dapo_mcore.observe.plots import plot_run
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.samples import write_answers, write_samples
 from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
@@ -251,7 +250,7 @@ class Controller:
         run_dir = self.config.run_dir
         self.close()
         rows = {"metrics": str(run_dir / "metrics.jsonl"), "samples": str(run_dir / "samples")}
-        if self.config.observe.plot_at_end and attempt("draw the plot", lambda: plot_run(run_dir), self.progress.line):
+        if self.config.observe.plot_at_end and attempt("draw the plot", lambda: _plot(run_dir), self.progress.line):
             rows["plot"] = str(run_dir / "plot.png")
         if export is not None:
             rows["HF model"] = str(export)
@@ -344,6 +343,12 @@ def _answers(groups: dict[str, list[Group]], count: int = 4) -> dict[str, str]:
                 f"{_short(group.prompt.text)} → {_short(sample.text)}  ({verdict})"
             )
     return rows
+
+
+def _plot(run_dir: Path) -> None:
+    from dapo_mcore.observe.plots import plot_run  # matplotlib: a second that no other rank needs
+
+    plot_run(run_dir)
 
 
 def _short(text: str, limit: int = 80) -> str:

@@ -2,3 +2,7 @@
 
 Change here: how the policy is scored, trained and exported. model/ builds the layers, parallel/ the process groups.
 """
+
+from dapo_mcore.actor.parallel import megatron_jit
+
+megatron_jit.replace()

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like")
@@ -52,7 +51,8 @@ def install_if_needed() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in
-    torch._dynamo.config.disable = True  # upstream's jit_fuser compiles small functions: minutes on a CPU, no gain
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.disable = True  # if megatron.core was imported before dapo_mcore.actor
     _redirect_rng_tracker()
     _keep_moe_splits_on_cpu()
     _scope_tensor_methods()
