@@ -2,10 +2,14 @@
 
 Change here: which packages are hollow, when a newer SGLang imports another CUDA-only one. The finder comes last, so an
 installed package always wins over its hollow twin.
+
+Also, SGLang's processes are forked from its first one. It asks for `spawn`, which CUDA needs; then each of three processes
+imports the same modules, and a server takes twice as long to start.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -81,3 +85,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 sys.meta_path.append(_Finder())
+
+_set_start_method = multiprocessing.set_start_method
+multiprocessing.set_start_method = lambda method, force=False: _set_start_method("fork", force)
