@@ -34,9 +34,22 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_gradient_is_the_same_for_any_micro_batch_size_and_order(tmp_path):
-    path = parity.save_problem(tmp_path / "problem.pt", parity.off_policy(parity.make_batch()))
-    rows = parity.spawn(vary_micro_batches, Mesh(data=2), str(path))
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("invariance")
+    return str(parity.save_problem(folder / "problem.pt", parity.off_policy(parity.make_batch())))
+
+
+@pytest.fixture(scope="module")
+def on_one_process(problem: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return gradient and metrics of every mode on one process."""
+    out = tmp_path_factory.mktemp("alone") / "alone.pt"
+    parity.spawn(all_modes, Mesh(), problem, str(out))
+    return torch.load(out, weights_only=True)
+
+
+def test_gradient_is_the_same_for_any_micro_batch_size_and_order(problem):
+    rows = parity.spawn(vary_micro_batches, Mesh(data=2), problem)
     assert len({row["num_micro_batches"] for row in rows}) >= 3, rows
     for row in rows:
         assert row["error"] <= TOLERANCE, row
@@ -59,12 +72,10 @@ def test_a_rank_without_any_loss_token_takes_part_and_an_empty_batch_moves_nothi
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tensor=2, data=2), Mesh(pipeline=2, context=2)], ids=str)
-def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, tmp_path):
-    path = str(parity.save_problem(tmp_path / "problem.pt", parity.off_policy(parity.make_batch())))
-    alone, spread = tmp_path / "alone.pt", tmp_path / "spread.pt"
-    parity.spawn(all_modes, Mesh(), path, str(alone))
-    parity.spawn(all_modes, mesh, path, str(spread))
-    expected, found = torch.load(alone, weights_only=True), torch.load(spread, weights_only=True)
+def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem, on_one_process, tmp_path):
+    out = tmp_path / "spread.pt"
+    parity.spawn(all_modes, mesh, problem, str(out))
+    expected, found = on_one_process, torch.load(out, weights_only=True)
     for name in MODES:
         reference = torch.cat([g.flatten() for g in expected[name]["gradient"].values()]).double()
         gradient = torch.cat([found[name]["gradient"][key].flatten() for key in expected[name]["gradient"]]).double()
