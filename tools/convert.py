@@ -32,7 +32,7 @@ from dapo_mcore.process import environment  # noqa: F401  (first: it sets what l
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand. Return 0 for done, 1 if the folders differ, 2 for wrong input or arguments."""
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
     except (DapoError, OSError) as error:
@@ -113,7 +113,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     about, examples = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(prog="convert.py", description=about, epilog=examples, formatter_class=_wide)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

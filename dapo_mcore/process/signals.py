@@ -32,7 +32,7 @@ MAIN_THREAD_TIMEOUT_S = 10.0
 REPEAT_S = 2.0
 """A signal this soon after the first one is a repeat of it, not a second one: Slurm and terminals signal torchrun and its
 ranks, and torchrun then passes its own signal on."""
-_POLL_S = 0.5
+POLL_S = 0.5
 _RESEND_S = 0.1
 
 
@@ -190,7 +190,7 @@ class ControllerShutdown:
         """Signal the main thread until it leaves the block. At the timeout, clean up here and end the process."""
         self._deferred = False
         deadline = time.monotonic() + MAIN_THREAD_TIMEOUT_S
-        while not self._cleanup_started.wait(_POLL_S) and time.monotonic() < deadline:
+        while not self._cleanup_started.wait(POLL_S) and time.monotonic() < deadline:
             # the main thread may have deferred the signal before, or have fallen asleep just before it could handle it
             os.kill(os.getpid(), signum)
         with self._cleanup_lock:
@@ -255,7 +255,7 @@ class WorkerShutdown:
                 os.kill(self._controller_pid, 0)
             except ProcessLookupError:
                 os._exit(Interrupted(signum).status)
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
 
 Shutdown = ControllerShutdown | WorkerShutdown

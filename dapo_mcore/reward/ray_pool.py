@@ -17,7 +17,7 @@ from dapo_mcore.reward.pool import START_SECONDS, RewardPool
 
 _LARGEST_CHUNK = 16
 _CHUNKS_A_WORKER = 4
-_LOSSES = 3
+MOST_LOSSES = 3
 """Number of lost nodes after which the attempts they worked on count as failed, or a worker's start fails the run."""
 
 
@@ -57,6 +57,11 @@ class RayRewardPool:
             self.close()
             raise
 
+    @property
+    def actors(self) -> tuple[Any, ...]:
+        """The Ray actor of each worker. A lost one is replaced."""
+        return tuple(self._actors)
+
     def score(self, attempts: Sequence[Attempt]) -> list[Outcome]:
         """Return one outcome per attempt, in order. Raise RewardError if there is no worker. An interrupted call closes."""
         assert self._actors, "the pool is closed"
@@ -81,7 +86,7 @@ class RayRewardPool:
         """Start worker `number` on a node. Return a Ray reference that is ready when the worker is."""
         import ray
 
-        actor = ray.remote(_Host).options(num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0)
+        actor = ray.remote(RewardHost).options(num_cpus=1, scheduling_strategy="SPREAD", max_restarts=0)
         self._actors[number : number + 1] = [actor.remote(*self._arguments)]
         return self._actors[number].start.remote()
 
@@ -121,17 +126,17 @@ class RayRewardPool:
         self, job: _Job, problem: str, running: dict[Any, _Job], waiting: deque[_Job], outcomes: dict[int, Outcome]
     ) -> None:
         """Start a new actor for one that was lost during `job`."""
-        spent = job.losses >= _LOSSES
+        spent = job.losses >= MOST_LOSSES
         if spent and not job.indices:
-            raise RewardError(f"reward worker {job.worker} was lost {_LOSSES} times while it started: {problem}")
+            raise RewardError(f"reward worker {job.worker} was lost {MOST_LOSSES} times while it started: {problem}")
         running[self._start(job.worker)] = _Job(job.worker, losses=0 if job.indices else job.losses)
         if spent:
-            outcomes.update({index: Outcome(failure=f"exit: lost with {_LOSSES} nodes") for index in job.indices})
+            outcomes.update({index: Outcome(failure=f"exit: lost with {MOST_LOSSES} nodes") for index in job.indices})
         elif job.indices:
             waiting.append(job)
 
 
-class _Host:
+class RewardHost:
     """The Ray actor: a RewardPool of one process."""
 
     def __init__(self, *arguments: Any):

@@ -70,7 +70,7 @@ def check_convert(words: list[str]) -> None:
     spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools/convert.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module._parser().parse_args(words)
+    module.build_parser().parse_args(words)
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words)[:80] for _, words in COMMANDS])

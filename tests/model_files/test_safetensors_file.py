@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.model_files import safetensors_file
 from dapo_mcore.model_files.safetensors_file import DTYPES, SafetensorsFile, SafetensorsWriter, TensorInfo
 
 MATRIX = torch.arange(12, dtype=torch.float32).view(4, 3)
@@ -121,8 +122,9 @@ def test_system_calls_that_read_or_write_less_than_asked_are_repeated(
         def __exit__(self, *_):
             self.file.close()
 
-    writer = SafetensorsWriter(tmp_path / "file", {"a": TensorInfo(torch.float32, (4, 3))})
-    writer._file = Slow(writer._file)
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_file, "open", lambda *how, **more: Slow(open(*how, **more)), raising=False)  # noqa: SIM115
+        writer = SafetensorsWriter(tmp_path / "file", {"a": TensorInfo(torch.float32, (4, 3))})
     writer.write("a", MATRIX)
     writer.close()
     assert torch.equal(load_file(tmp_path / "file")["a"], MATRIX)

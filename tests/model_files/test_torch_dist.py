@@ -161,6 +161,24 @@ def test_a_file_full_of_zeros(checkpoint: Path) -> None:
         DistributedReader(checkpoint).read("grid", [0, 0], [1, 1])
 
 
+def edited(checkpoint: Path, edit: Any) -> Path:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    edit(metadata)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    return checkpoint
+
+
+def layers_at_byte_0(checkpoint: Path, length: int) -> Path:
+    """Let `.metadata` say that every chunk of `layers` has these bytes."""
+
+    def edit(metadata: Metadata) -> None:
+        for index, place in metadata.storage_data.items():
+            if index.fqn == "layers":
+                place.offset, place.length = 0, length
+
+    return edited(checkpoint, edit)
+
+
 def test_chunks_of_another_shape_or_type(checkpoint: Path) -> None:
     """A file of another checkpoint that happens to be as large."""
     path = checkpoint / "__1_0.distcp"
@@ -169,9 +187,7 @@ def test_chunks_of_another_shape_or_type(checkpoint: Path) -> None:
         torch.save(stranger, file := io.BytesIO())
         path.write_bytes(file.getvalue())
         os.truncate(path, max(length, len(file.getvalue())))
-        reader = DistributedReader(checkpoint)
-        first = next(index for index in reader._places if index.fqn == "layers")
-        reader._places[first].length = len(file.getvalue())
+        reader = DistributedReader(layers_at_byte_0(checkpoint, len(file.getvalue())))
         with pytest.raises(CheckpointError, match=r"layers at byte 0 is not what \.metadata says"):
             reader.read("layers", [0, 0, 0], [1, 3, 2])
 
@@ -199,10 +215,7 @@ def test_a_chunk_that_runs_a_command_is_refused_and_does_not_run(checkpoint: Pat
     torch.save(Evil(tmp_path / "ran"), file := io.BytesIO())
     path.write_bytes(file.getvalue())
     os.truncate(path, max(length, len(file.getvalue())))
-    reader = DistributedReader(checkpoint)
-    for index, place in reader._places.items():
-        if index.fqn == "layers":
-            place.offset, place.length = 0, len(file.getvalue())
+    reader = DistributedReader(layers_at_byte_0(checkpoint, len(file.getvalue())))
     with pytest.raises(CheckpointError, match="is damaged: layers"):
         reader.read("layers", [0, 0, 0], [1, 3, 2])
     assert not (tmp_path / "ran").exists()
@@ -223,13 +236,6 @@ def test_truncated_metadata(checkpoint: Path) -> None:
         (checkpoint / ".metadata").write_bytes(data[:size])
         with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
             DistributedReader(checkpoint)
-
-
-def edited(checkpoint: Path, edit: Any) -> Path:
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    edit(metadata)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    return checkpoint
 
 
 def test_a_checkpoint_with_a_hole(checkpoint: Path) -> None:

@@ -82,11 +82,14 @@ def test_without_locks_of_the_file_system_the_age_decides_on_one_machine_too(
     def refuses(*_: object) -> None:
         raise OSError(37, "No locks available")
 
+    own = RunLock(tmp_path / "own")
+    boot = json.loads((tmp_path / "own" / LOCK).read_text())["boot"]
+    own.release()
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuses)
-    left_by(tmp_path / "run", 1, boot=run_lock._boot_id())
+    left_by(tmp_path / "run", 1, boot=boot)
     with pytest.raises(ConfigError, match="another run is using"):
         RunLock(tmp_path / "run")
-    left_by(tmp_path / "old", STALE_S + 1, boot=run_lock._boot_id())
+    left_by(tmp_path / "old", STALE_S + 1, boot=boot)
     RunLock(tmp_path / "old").release()
 
 

@@ -135,7 +135,7 @@ run(body)
 
 
 WORKER = """
-signals.REPEAT_S, signals._POLL_S = 0.3, 0.05
+signals.REPEAT_S, signals.POLL_S = 0.3, 0.05
 import subprocess
 controller = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 atexit.register(controller.kill)

@@ -119,6 +119,16 @@ def test_last_boxed():
     assert last_boxed("\\boxed{}") == ""
 
 
+VERL_SUBSTITUTIONS = (
+    ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"), (",\\text{and}", ","),
+    ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
+)  # fmt: skip
+VERL_REMOVED = (
+    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", "\\ldots", "sue", "points", "feet",
+    "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
+    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
+    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
+)  # fmt: skip
 VERL_REWRITES = (
     (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
     (r"(\\text\{)(.*?)(\})", r"\2"),
@@ -131,11 +141,11 @@ VERL_REWRITES = (
 
 
 def as_verl_normalizes(answer: str) -> str:
-    """verl's normalize_final_answer, with its own expressions (utils/reward_score/math_dapo.py)."""
+    """verl's normalize_final_answer, with its own tables and expressions (utils/reward_score/math_dapo.py)."""
     answer = answer.split("=")[-1]
-    for before, after in math_answer._REPLACED:
+    for before, after in VERL_SUBSTITUTIONS:
         answer = answer.replace(before, after)
-    for expression in math_answer._REMOVED:
+    for expression in VERL_REMOVED:
         answer = answer.replace(expression, "")
     for pattern, replacement in VERL_REWRITES:
         answer = re.sub(pattern, replacement, answer)

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
 from dapo_mcore.config.sections import RewardConfig
@@ -19,6 +21,7 @@ from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.types import Prompt, Rollout
 from tests.reward.waiting import wait_for
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
@@ -81,21 +84,21 @@ def test_rewards_are_not_starved_by_a_trainer_beside_them(workers):
 
 @needs_ray
 def test_the_work_of_a_lost_actor_is_done_by_the_others_and_it_is_replaced(workers, tmp_path):
-    lost, begun = workers._actors[0], tmp_path / "begun"
+    lost, begun = workers.actors[0], tmp_path / "begun"
     killer = threading.Thread(target=lambda: (wait_for(begun.exists), kill(lost)))
     killer.start()
     outcomes = workers.score(attempts(f"hang-once {begun}", *["score 1"] * 29))
     killer.join()
     assert [outcome.score for outcome in outcomes] == [1.0] * 30
-    assert workers._actors[0] is not lost
+    assert workers.actors[0] is not lost
     assert [outcome.score for outcome in workers.score(attempts(*["score 3"] * 30))] == [3.0] * 30
 
 
 @needs_ray
 def test_attempts_that_lose_every_node_fail(workers, monkeypatch):
-    monkeypatch.setattr(ray_pool, "_LOSSES", 1)
+    monkeypatch.setattr(ray_pool, "MOST_LOSSES", 1)
     frail = pool()
-    kill(frail._actors[0])
+    kill(frail.actors[0])
     outcomes = frail.score(attempts(*["score 2"] * 16))
     frail.close()
     assert [outcome.failure for outcome in outcomes] == ["exit: lost with 1 nodes"] * 2 + [None] * 14
@@ -103,11 +106,11 @@ def test_attempts_that_lose_every_node_fail(workers, monkeypatch):
 
 @needs_ray
 def test_a_worker_that_no_node_can_start_is_the_error_of_the_run(workers, monkeypatch):
-    class Doomed(ray_pool._Host):
+    class Doomed(ray_pool.RewardHost):
         def __init__(self, *_):
             raise ImportError("no dapo_mcore on this node")
 
-    monkeypatch.setattr(ray_pool, "_Host", Doomed)
+    monkeypatch.setattr(ray_pool, "RewardHost", Doomed)
     with pytest.raises(RewardError, match=r"worker 0 was lost 3 times while it started: (?s:.*)no dapo_mcore"):
         pool(num_workers=1)
 
@@ -129,7 +132,12 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused(workers):
 def test_the_configuration_chooses_the_cluster(workers):
     config = RewardConfig(function=f"{ZOO}:by_text", workers=1, placement="ray")
     reward = build_reward(config, max_response_tokens=8)
-    assert isinstance(reward._pool, RayRewardPool)
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7")
+    rollout = Rollout(np.zeros(1, np.int32), np.zeros(1, np.float32), np.ones(1, bool), "stop", 0)
+    (scored,) = reward([prompt], [rollout], ["pid"])
+    assert psutil.Process(int(scored.pred)).ppid() != os.getpid(), (
+        "workers of this machine are children of this process"
+    )
     reward.close()
 
 

@@ -124,7 +124,7 @@ def test_inspect(folder: Path, megatron_folder: Path) -> None:
 
 
 def test_help_names_every_command_and_option(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = tool._parser()
+    parser = tool.build_parser()
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
     assert list(commands) == ["hf-to-mcore", "mcore-to-hf", "verify", "inspect"]
     text = parser.format_help()

@@ -30,7 +30,7 @@ ON_RAY = [
     "reward.placement=ray",
     "reward.workers=2",
 ]
-ACTOR = "ray::_Host"  # or ray::_Host.score, while it does that
+SERVER_ACTOR, REWARD_ACTOR = "ray::_Host", "ray::RewardHost"  # or ray::_Host.start, while it does that
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'dapo_mcore[ray]'")
@@ -42,10 +42,10 @@ def test_servers_and_rewards_of_a_run_are_on_its_cluster(task, tmp_path):
     assert all(row["rollout/servers_serving"] == 2 and row["rollout/retries"] == 0 for row in rows)
     files = sorted((task / "runs/on-ray/samples").glob("*.jsonl"))
     scorers = {json.loads(line)["pred"] for file in files for line in file.read_text().splitlines()}
-    assert len(scorers) == 2 and all(scorer.startswith(ACTOR) for scorer in scorers)
+    assert len(scorers) == 2 and all(scorer.startswith(REWARD_ACTOR) for scorer in scorers)
     # each actor asks its node's interpreter what it has, then starts its server with it
     parents = (tmp_path / "parents").read_text().split()
-    assert len(parents) == 4 and all(parent.startswith(ACTOR) for parent in parents)
+    assert len(parents) == 4 and all(parent.startswith(SERVER_ACTOR) for parent in parents)
 
 
 def watched(folder: Path) -> Path:
