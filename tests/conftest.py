@@ -20,7 +20,7 @@ for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP
         signal.signal(number, handler)
 
 # Kernels run compiled where there is a GPU, and elsewhere in Triton's interpreter. Triton decides when a kernel's
-# module is first imported, and megatron imports Triton: hence here, before any test module.
+# module is first imported, and megatron imports Triton: so set it here, before any test module.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with whole runs and real servers first, so that no worker of several is left alone with one at the end."""
+    """Put the files with whole runs and real servers first, so that no worker starts a long one last."""
     longest = ("tests/train/", "tests/rollout/sglang/", "tests/checkpoint/")
     items.sort(key=lambda item: not item.nodeid.startswith(longest))
 

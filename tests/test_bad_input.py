@@ -1,6 +1,6 @@
-"""Mistakes that users make, each told by one short line that names the key, the numbers and the remedy.
+"""Mistakes in a configuration: each gives one short line with the key, the numbers and the remedy.
 
-Here mistakes in the configuration itself; those in what it names are in test_preflight.py.
+Mistakes in the files that it names are in test_preflight.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BASE = "model: {path: model}\ndata: {files: [train.jsonl]}\n"
 LONG = "x" * 300
 
 OVERRIDES = {
-    # numbers that are none, or beyond any use
+    # values that are no numbers, or far too large
     "optimizer.lr=.inf": "optimizer.lr: Input should be a finite number (got inf)",
     "optimizer.lr=1e30": "optimizer.lr: Input should be less than or equal to 1 (got 1e+30)",
     "optimizer.lr=-1e-6": "optimizer.lr: Input should be greater than 0",
@@ -161,7 +161,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path, capsys: pytest.Capt
     assert "cannot be read: File name too long" in mistake(["config", LONG], capsys)
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dapo_mcore.config.file import load_config
 
     (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbf" + BASE.encode())

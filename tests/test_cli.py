@@ -23,7 +23,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_config_prints_what_reads_back(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_prints_a_file_that_reads_back_to_the_same_configuration(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["config", "--only-values", str(config), "optimizer.lr=1e-5", "name=x"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "printed.yaml") == load_config(config, ["optimizer.lr=1e-5", "name=x"])
@@ -85,7 +87,7 @@ def test_reward_explain_reads_the_response_from_standard_input(
     assert capsys.readouterr().out.splitlines()[5] == "  score       -1 (wrong)"
 
 
-def test_reward_explain_hands_over_the_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reward_explain_gives_the_row_to_the_function(capsys: pytest.CaptureFixture[str]) -> None:
     zoo = Path(__file__).parent / "reward" / "plugin_zoo.py"
     row = '{"prompt": [{"role": "user", "content": "3 + 4?"}], "solution": "7"}'
     argv = [

@@ -1,3 +1,5 @@
+"""Evaluation metrics by hand, and the sampling of evaluation sets."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,14 +22,14 @@ def make_rollout(length: int = 1, truncated: bool = False) -> Rollout:
 
 
 def make_group(preds: str, length: int = 1, truncated: bool = False) -> Group:
-    """One sample a letter: R is the right answer, `.` no answer found, `F` a failed score, others are wrong answers."""
+    """Return a group with one sample per letter: R is right, `.` has no answer, `F` failed to score, others are wrong answers."""
     rollout = make_rollout(length, truncated)
     return Group(make_prompt(0), tuple(Sample(rollout, "", _score(pred)) for pred in preds))
 
 
 def _score(pred: str) -> Score:
     if pred == "F":
-        # What a configured failure value looks like: not masked, but failed.
+        # failed, but not masked, as with reward.on_failure value
         return Score(reward=-1.0, score=-1.0, acc=False, pred="", failure="timeout")
     return Score(reward=1.0, score=1.0, acc=pred == "R", pred="" if pred == "." else pred)
 
@@ -63,7 +65,7 @@ def test_set_metrics_by_hand():
 
 @pytest.mark.parametrize("preds", ["..", "FF", ".F"])
 def test_without_any_named_answer_there_is_no_majority(preds):
-    """What a reward gives that returns a number alone: 0 would say that all majorities are wrong."""
+    """Reward functions that return only a number name no answers. A maj@k of 0 would say that all majorities are wrong."""
     metrics = set_metrics([make_group(preds), make_group(preds)])
     assert "maj@2" not in metrics and metrics["mean@2"] == 0.0
     assert set_metrics([make_group(preds), make_group("RA")])["maj@2"] == 0.5
@@ -90,15 +92,15 @@ def reward(prompts, rollouts, texts):
     return [_score("R" if len(rollout.token_ids) > 1 else "A") for rollout in rollouts]
 
 
-def test_evaluate_runs_every_set_with_its_own_law():
+def test_evaluate_samples_every_set_as_the_section_says():
     engine = RecordingEngine()
     config = EvalConfig(samples_per_prompt=3, temperature=0.6, top_p=0.7, seed=11)
     sets = {"easy": [make_prompt(1), make_prompt(2)], "hard": [make_prompt(0)]}
     result = evaluate(engine, sets, reward, lambda ids: f"{len(ids)} tokens", config, max_new_tokens=9)
     assert [prompts for prompts, _ in engine.calls] == [[1, 1, 1, 2, 2, 2], [0, 0, 0]]
     for _, params in engine.calls:
-        law = (params.temperature, params.top_p, params.top_k, params.max_new_tokens, params.seed)
-        assert law == (0.6, 0.7, -1, 9, 11)
+        sampled = (params.temperature, params.top_p, params.top_k, params.max_new_tokens, params.seed)
+        assert sampled == (0.6, 0.7, -1, 9, 11)
     assert result.metrics["val/easy/mean@3"] == 1.0 and result.metrics["val/hard/mean@3"] == 0.0
     assert result.metrics["val/easy/response_length"] == 2.5
     assert len(result.metrics) == 12

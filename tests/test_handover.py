@@ -1,4 +1,4 @@
-"""Turns of actor and engine on shared devices: their order, and a sync that must be repeated. On two ranks, TP2."""
+"""Handover between actor and engine on two tensor-parallel ranks: the order of calls, and syncs that must be repeated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.actor import parity
 from tests.actor.parity import Mesh
 
 
-def test_the_engine_is_told_in_order_and_gets_the_weights_of_every_step() -> None:
+def test_the_engine_is_called_in_order_and_gets_the_weights_of_every_step() -> None:
     told = parity.spawn(train, Mesh(tensor=2))
     assert told["calls"] == ["update 0", "resume", "release", "update 1", "resume", "release", "update 1", "resume"]
     first, second, again = told["sums"]
@@ -25,35 +25,35 @@ def test_the_engine_is_told_in_order_and_gets_the_weights_of_every_step() -> Non
     assert told["handover_s"] == 3 * 3.0 + 2 * 1.0  # three times resumed, twice released
 
 
-def test_servers_that_were_lost_in_training_get_the_weights_once_they_are_back() -> None:
+def test_servers_that_failed_during_training_get_the_weights_once_they_are_back() -> None:
     told = parity.spawn(lose_all_servers, Mesh(tensor=2))
     assert told["calls"] == ["update 0", "resume", "release", "update 0", "resume"]
     first, second = told["sums"]
     assert first == second
-    assert told["handover_s"] == 3.0 + 1.0 + 3.0  # resumed in vain, released, resumed; the syncs are not in it
+    assert told["handover_s"] == 3.0 + 1.0 + 3.0  # resumed without success, released, resumed; syncs are not counted
 
 
-def test_servers_that_lose_the_weights_get_them_from_all_ranks_while_they_are_attended() -> None:
+def test_servers_that_lose_the_weights_get_them_again_from_all_ranks_while_rank_0_waits_for_them() -> None:
     told = parity.spawn(attend, Mesh(tensor=2))
     assert told == {"calls": ["update 3", "update 3"], "answer": "answer", "elsewhere": [None], "weights_lost": 1.0}
 
 
-def test_what_fails_while_it_is_attended_fails_on_every_rank() -> None:
+def test_an_error_while_rank_0_waits_for_the_engine_is_raised_on_every_rank() -> None:
     told = parity.spawn(attend_failures, Mesh(tensor=2))
     assert told["here"] == ["no answers", "nobody takes them"]
     assert told["there"] == [["rank 0 failed: no answers", "rank 0 failed: nobody takes them"]]
     assert told["cancelled"], "requests would wait for weights that never come"
 
 
-def test_a_signal_lets_a_sync_finish_and_ends_the_requests_that_wait_for_it() -> None:
-    """And nothing else is begun."""
+def test_a_signal_lets_a_sync_finish_and_then_cancels_the_requests() -> None:
+    """Nothing else is started."""
     told = parity.spawn(attend_until_a_signal, Mesh(tensor=2))
     assert told["calls"] == ["update 0", "update 0", "synced", "cancelled"]
     assert told["answers"] == [None, None] and told["elsewhere"] == [[None, None]]
 
 
 class Engine:
-    """What handover.py asks of a colocated engine, written down; `now` is a clock that its calls move."""
+    """A colocated engine that records its calls. `now` is a clock that the calls advance."""
 
     def __init__(self, broken: int = 0):
         self.calls: list[str] = []
@@ -79,9 +79,10 @@ class Engine:
 
 
 class ForgetfulEngine(Engine):
-    """What it asks of one on servers. These lose the weights when they generate, until the next update; or refuse it.
+    """An engine on servers that lose the weights whenever they generate.
 
-    signals_in_sync  another sync is hit by SIGINT.
+    refuses          the servers refuse every update after the first.
+    signals_in_sync  SIGINT arrives during such an update.
     """
 
     def __init__(self, refuses: bool = False, signals_in_sync: bool = False):
@@ -130,7 +131,7 @@ def handover(layout: Any, mesh: Mesh, engine: Engine, colocated: bool = True, **
 
 
 def gathered(layout: Any, value: Any) -> list[Any]:
-    """Of every rank but the first."""
+    """Return the values of every rank but the first."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value, group=layout.control_group)
     return values[1:]
@@ -164,7 +165,7 @@ def attend_failures(layout: Any, mesh: Mesh) -> dict[str, Any]:
 
 
 def attend_until_a_signal(layout: Any, mesh: Mesh) -> dict[str, Any]:
-    """Worker: rank 0 gets SIGINT in the midst of a sync; the servers then still lack the weights."""
+    """Worker: rank 0 gets SIGINT during a sync, after which the servers still lack the weights."""
     engine = ForgetfulEngine(signals_in_sync=True)
     shutdown = ControllerShutdown(lambda: "go on")
     run_interruptible = shutdown.run_interruptible if layout.is_controller else None

@@ -41,7 +41,7 @@ FLOORS = {
     "dapo_mcore.train": 6,
     "dapo_mcore.cli": 6,
 }
-"""The longest matching prefix decides; a module of the top level must be named."""
+"""The longest matching prefix gives the floor of a module. Each module of the top level must be named."""
 
 MEGATRON = (
     "dapo_mcore.actor",
@@ -61,13 +61,13 @@ def within(module: str, *folders: str) -> bool:
 
 
 def floor(module: str) -> int | None:
-    """The floor of a module, None for an unnamed module of the top level."""
+    """Return the floor of a module, None for an unnamed module of the top level."""
     prefixes = [name for name in FLOORS if name != "dapo_mcore" and within(module, name)]
     return FLOORS[max(prefixes, key=len)] if prefixes else FLOORS.get(module)
 
 
 def imports(module: str, source: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of everything imported anywhere in the file, also in functions and for type checkers.
+    """Yield (line, absolute name) of every import in the file, also in functions and for type checkers.
 
     `from a import b` gives `a.b`, which is right for submodules and harmless for the rest: prefixes are compared.
     """
@@ -96,7 +96,7 @@ def reads_parallel_state(source: str) -> bool:
 
 
 def broken_rule(module: str, imported: str) -> str | None:
-    """What is wrong with this import, None when it is allowed."""
+    """Return the rule that this import breaks, or None if it is allowed."""
     top = imported.split(".")[0]
     if within(module, "dapo_mcore.kernels"):
         inside = top in KERNEL_PACKAGES or within(imported, "dapo_mcore.kernels")
@@ -124,7 +124,7 @@ def broken_floor(module: str, imported: str) -> str | None:
 
 
 def violations(sources: Mapping[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
-    """One line for each broken rule in {module name: source}."""
+    """Return one line for each broken rule in {module name: source}."""
     found = [f"{module}: a module without a floor: name it in FLOORS" for module in sources if floor(module) is None]
     for module, source in sources.items():
         for line, imported in imports(module, source, module in packages):
@@ -136,7 +136,7 @@ def violations(sources: Mapping[str, str], packages: frozenset[str] = frozenset(
 
 
 def two_way_folders(sources: Mapping[str, str], packages: frozenset[str]) -> list[str]:
-    """The pairs of folders that import each other. A folder's __init__ belongs to the folder; the top level is left out."""
+    """Return the pairs of folders that import each other. A folder's __init__ belongs to the folder; the top level is left out."""
 
     def folder(module: str) -> str:
         return module if module in packages else module.rpartition(".")[0]
@@ -152,7 +152,7 @@ def two_way_folders(sources: Mapping[str, str], packages: frozenset[str]) -> lis
 
 
 def project() -> tuple[dict[str, str], frozenset[str]]:
-    """{module name: source} of dapo_mcore and kernels, and which of the modules are packages."""
+    """Return {module name: source} of dapo_mcore and kernels, and the modules that are packages."""
     sources, packages = {}, set()
     for folder, prefix in ((ROOT / "dapo_mcore", "dapo_mcore"), (ROOT / "kernels", "dapo_mcore.kernels")):
         for path in sorted(folder.rglob("*.py")):

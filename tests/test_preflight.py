@@ -1,6 +1,6 @@
 """Mistakes in what a configuration names: files, data, the model's folder, the mesh, a checkpoint.
 
-Most go through `dapo-mcore config` in this process, which knows all that can be known before a run; a few through `train`.
+Most tests call `dapo-mcore config` in this process, which checks everything that can be checked before a run; a few call `train`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ batch: {mini_batch_prompts: 2, max_tokens: 64}
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a configuration and all that it names, and the working directory."""
+    """A folder with a configuration and all files that it names. It is the working directory."""
     (tmp_path / "run.yaml").write_text(GOOD)
     for name in ("train", "held"):
         rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
@@ -55,7 +55,7 @@ def change_json(path: Path | str, changes: dict) -> None:
 
 
 def row(file: str, **columns: object) -> Callable[[], None]:
-    """Appends a row."""
+    """Return a function that appends a row to the file."""
     return lambda: Path(file).write_text(Path(file).read_text() + json.dumps(columns) + "\n")
 
 
@@ -72,7 +72,7 @@ def model_key(**changes: object) -> Callable[[], None]:
 
 
 def sglang(version: str | None) -> Callable[[], None]:
-    """Makes an interpreter that tells the SGLang of its environment."""
+    """Return a function that makes an interpreter whose environment has this version of SGLang."""
     options = {"mem-fraction-static": "one", "disable-radix-cache": "flag"}
     told = json.dumps({"version": version, "models": [], "options": options})
 
@@ -284,7 +284,7 @@ def test_a_mistake_in_a_checkpoint(case: str, task: Path, capsys: pytest.Capture
 def test_a_mistake_in_what_the_configuration_names(
     case: str, task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if wandb were not installed
     spoil, arguments, expected = RUNS[case]
     spoil()
     message = mistake(["config", "run.yaml", *arguments], capsys)
@@ -292,7 +292,7 @@ def test_a_mistake_in_what_the_configuration_names(
     assert not (task / "runs").exists()
 
 
-def test_a_good_configuration_is_told_and_printed(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_configuration_is_described_and_printed(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "run.yaml", "seed=1", "seed=2"]) == 0
     out, err = capsys.readouterr()
     assert "seed: 2" in out
@@ -304,7 +304,7 @@ def test_a_good_configuration_is_told_and_printed(task: Path, capsys: pytest.Cap
     ]
 
 
-def test_servers_that_fit_and_those_of_other_machines_are_no_mistake(task: Path) -> None:
+def test_servers_that_fit_and_servers_on_other_machines_are_accepted(task: Path) -> None:
     sglang("0.5.21")()
     assert main(["config", "run.yaml", *SERVERS, "rollout.sglang.server_args={mem_fraction_static: 0.5}"]) == 0
     Path("python").write_text("not asked")
@@ -313,7 +313,7 @@ def test_servers_that_fit_and_those_of_other_machines_are_no_mistake(task: Path)
         assert main(["config", "run.yaml", *SERVERS, *elsewhere]) == 0
 
 
-# status and message of calls of train, and whether torch was imported by then
+# prints the status and message of each call of train, and whether torch and megatron were imported by then
 TRAIN = """
 import contextlib, io, json, os, sys
 from dapo_mcore.train.__main__ import main
@@ -330,7 +330,7 @@ print("RESULTS" + json.dumps(results))
 """
 
 
-def test_train_tells_mistakes_before_it_imports_what_takes_time(task: Path) -> None:
+def test_train_reports_mistakes_before_it_imports_slow_packages(task: Path) -> None:
     cases = [
         (
             {},
@@ -373,7 +373,7 @@ def test_under_torchrun_the_mistake_is_the_last_line(task: Path) -> None:
     assert not (task / "runs").exists()
 
 
-def test_a_run_says_which_of_its_sizes_are_the_papers() -> None:
+def test_the_line_about_a_step_names_the_sizes_that_are_still_the_papers() -> None:
     line = "a rollout step generates 1,536 prompts × 16 = 24,576 responses of up to 20,480 tokens at a time, and trains on 512 × 16 in 16 updates"
     tree = {"model": {"path": "m"}, "data": {"files": ["d"]}}
     assert describe_step(parse_config(tree)) == (

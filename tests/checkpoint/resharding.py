@@ -1,7 +1,7 @@
-"""Saving on one mesh and loading on others: what a rank holds must be, bit for bit, what was saved.
+"""Save on one mesh and load on others: each rank must hold, bit for bit, what was saved.
 
-Helpers of test_resharding.py; the workers run in real gloo processes, one start for many meshes. The oracle is gathered by
-another way than a checkpoint: weights by the stream of the weight sync, Adam's moments and fp32 copies through the data-parallel
+Workers of test_resharding.py; they run in real gloo processes, one start for many meshes. The expected tensors are gathered
+without a checkpoint: weights by the stream of the weight sync, Adam's moments and fp32 copies through the data-parallel
 buckets of the gradients. Also run as a program, under another version of megatron-core:
 
     python -m tests.checkpoint.resharding FOLDER '[["tied", {"tensor": 2}, {}], …]'
@@ -78,9 +78,7 @@ def run(cases: Sequence[Case], folder: Path) -> dict[str, list[str]]:
     for case in cases:
         (folder / case.model).mkdir(parents=True, exist_ok=True)
     num_ranks = max(case.mesh.world_size for case in cases)
-    stores = tempfile.mkdtemp(
-        prefix="stores_", dir=folder
-    )  # of this call alone: a store that was used hangs the next group
+    stores = tempfile.mkdtemp(prefix="stores_", dir=folder)  # one per call: a used store would hang the next group
     mp.start_processes(_enter, (list(cases), folder, stores), nprocs=num_ranks, start_method="forkserver")
     return json.loads((folder / "found.json").read_text())
 
@@ -104,7 +102,7 @@ def _enter(rank: int, cases: list[Case], folder: Path, stores: str) -> None:
 
 
 def save_and_load_all(layout: Any, case: Case, folder: Path) -> dict[str, list[str]]:
-    """Worker: of each pair the tensors that differ, over all ranks."""
+    """Worker: return the tensors that differ for each pair of meshes, over all ranks."""
     from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
     torch.manual_seed(zlib.crc32(str(case).encode()))
@@ -133,7 +131,7 @@ def save_and_load_all(layout: Any, case: Case, folder: Path) -> dict[str, list[s
 
 
 def gathered(actor: Any) -> dict[str, torch.Tensor]:
-    """Full tensors by kind and HF name, on rank 0: weights, fp32 copies, both moments, and Adam's steps."""
+    """Return full tensors by kind and HF name, on rank 0: weights, fp32 copies, both moments, and Adam's steps."""
     kinds = {"weight": {name: p.detach() for name, p in actor.policy.named_parameters()}, **_optimizer_state(actor)}
     found = {}
     for kind, tensors in kinds.items():
@@ -145,14 +143,14 @@ def gathered(actor: Any) -> dict[str, torch.Tensor]:
 
 
 def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The tensor, or where the stream of weights is bf16 both halves of its fp32 bits."""
+    """Return the tensor, or both halves of its fp32 bits if the stream of weights is bf16."""
     if tensor.dtype == dtype:
         return [tensor]
     return [half.contiguous() for half in tensor.contiguous().view(dtype).unflatten(-1, (-1, 2)).unbind(-1)]
 
 
 def _optimizer_state(actor: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """{kind: {local name: whole local tensor}}, from a buffer of gradients' shape that all data-parallel ranks add up in."""
+    """Return {kind: {local name: whole local tensor}}, summed over data-parallel ranks in a buffer of the gradients' shape."""
     parts = actor.optimizer.megatron.chained_optimizers
     state = {main: values for part in parts for main, values in part.optimizer.state.items()}
     kinds = ("exp_avg", "exp_avg_sq", *(["param"] if actor.config.model.dtype == "bf16" else []))
@@ -177,14 +175,14 @@ def _optimizer_state(actor: Any) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def local(actor: Any) -> dict[str, torch.Tensor]:
-    """Copies of this rank's own tensors; of both of a tied embedding, which only one of is gathered."""
+    """Return copies of this rank's tensors, including both copies of a tied embedding, of which only one is gathered."""
     found = {name: p.detach() for name, p in actor.policy.named_weights()}
     found |= {f"state {number}": tensor.detach() for number, tensor in enumerate(actor.optimizer.tensors())}
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def _torn(actor: Any) -> list[str]:
-    """Whether the copies of a tied embedding, on the first and on the last stage, differ."""
+    """Return ["tied embedding"] if its copies on the first and on the last stage differ, else []."""
     layout = actor.layout
     if not actor.shape.tied or layout.pipeline == 1:
         return []
@@ -214,7 +212,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _step(actor: Any, update: int) -> None:
-    """An update with made-up gradients, the same on copies of a parameter: no forward pass, so it is cheap on any mesh."""
+    """Take an update with made-up gradients, equal on all copies of a parameter. It needs no forward pass, so it is cheap."""
     names, layout = actor.policy.global_parameter_names(), actor.layout
     tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if actor.shape.tied else {}
     for name, parameter in actor.policy.named_parameters():
@@ -228,7 +226,7 @@ def _step(actor: Any, update: int) -> None:
 
 
 def _spoil(actor: Any) -> None:
-    """Nothing of what was there may be left after a load."""
+    """Fill all tensors with NaN, so that a load must replace every element."""
     with torch.no_grad():
         for _, weight in actor.policy.named_weights():
             weight.fill_(torch.nan)
@@ -251,7 +249,7 @@ def _actor(case: Case, layout: Any) -> Any:
 
 @contextmanager
 def _buckets(module: Any, size: int | None) -> Iterator[None]:
-    """Gradients in buckets of `size` elements; upstream makes them only where their reduction overlaps the backward pass."""
+    """Put gradients into buckets of `size` elements. Megatron makes buckets only if their reduction overlaps the backward pass."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     def wrap(policy: Any, config: Any) -> DistributedDataParallel:

@@ -39,7 +39,7 @@ STATE = TrainState(
 
 
 def build_actor(config: Any, layout: Any, family: str = "qwen2", tied: bool = False) -> Any:
-    """A fresh actor. 65 words are padded to 80 on two tensor-parallel ranks, to 72 on one."""
+    """Return a fresh actor. 65 words are padded to 80 on two tensor-parallel ranks, to 72 on one."""
     from dapo_mcore.actor.actor import Actor
 
     model = hf_config(family, tied)
@@ -48,14 +48,14 @@ def build_actor(config: Any, layout: Any, family: str = "qwen2", tied: bool = Fa
 
 
 def train(actor: Any, num_updates: int) -> list[float]:
-    """Gradient norms and learning rates of some gradient steps."""
+    """Take gradient steps and return their gradient norms and learning rates."""
     mini_batches = shared_step(actor.config, actor.layout, make_batch(), actor)
     updates = [actor.update(mini_batches[0]) for _ in range(num_updates)]
     return [value for update in updates for value in (update.grad_norm, update.lr)]
 
 
 def local_state(actor: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of this rank that training changes."""
+    """Return a copy of every tensor of this rank that training changes."""
     found = {f"policy.{name}": p.detach() for name, p in actor.policy.named_parameters()}
     for part in actor.optimizer.megatron.chained_optimizers:
         parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
@@ -66,7 +66,7 @@ def local_state(actor: Any) -> dict[str, torch.Tensor]:
 
 
 def differences(layout: Any, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not bitwise equal, over all ranks."""
+    """Return the names of tensors that are not bitwise equal, over all ranks."""
     assert ours.keys() == theirs.keys() and any(name.startswith("exp_avg_sq") for name in ours)
     here = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     found: list[Any] = [None] * layout.world_size
@@ -75,16 +75,16 @@ def differences(layout: Any, ours: dict[str, torch.Tensor], theirs: dict[str, to
 
 
 def settings(mesh: Mesh, **overrides: Any) -> Any:
-    """A warm-up longer than the run: every step has its own learning rate."""
+    """Return a configuration whose warm-up is longer than the run, so that every step has its own learning rate."""
     return make_config(mesh, optimizer__warmup_updates=8, **overrides)
 
 
 def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """Two steps, a checkpoint, two steps; then the same last two steps by a fresh actor that loads the checkpoint."""
+    """Take two steps, save, take two more; then load the checkpoint into a fresh actor and repeat the last two."""
     config = settings(mesh, **options)
     actor = build_actor(config, layout, tied=tied)
     train(actor, 2)
-    actor.freeze_reference()  # a reference that only the checkpoint knows
+    actor.freeze_reference()  # the reference differs from the start weights: only the checkpoint has it
     path = save_checkpoint(Path(folder), actor, STATE if layout.is_controller else None, layout, keep=2)
     saved = {name: p.detach().clone() for name, p in actor.policy.named_parameters()}
     expected = train(actor, 2)
@@ -116,7 +116,7 @@ def resume_and_fill_the_disk(layout: Any, mesh: Mesh, folder: str) -> dict[str, 
 
 
 def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, Any]:
-    """Both ranks' errors, and the folders that are left, where rank `full` may write no more than 10 kB into a file."""
+    """Return both ranks' errors and the remaining folders if rank `full` can write at most 10 kB into a file."""
     actor = build_actor(settings(mesh), layout)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if layout.rank == full:
@@ -132,7 +132,7 @@ def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, 
 
 
 def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: str) -> dict[str, Any]:
-    """All that needs an actor but no mesh; the plain optimizer, and a checkpoint that two tensor-parallel ranks wrote."""
+    """Run all checks that one process can make, with the plain optimizer and a checkpoint of two tensor-parallel ranks."""
     base = Path(folder)
     return {
         "plain": interrupt_and_resume(layout, mesh, folder, {"optimizer__distributed": False}, False),
@@ -157,7 +157,7 @@ def reshard(layout: Any, mesh: Mesh, path: Path) -> dict[str, Any]:
 
 
 def before_the_first_step(layout: Any, mesh: Mesh, folder: Path, distributed: bool) -> dict[str, Any]:
-    """Saving before any gradient step neither disturbs the run nor loses anything."""
+    """Save before any gradient step: the run goes on undisturbed, and a resumed one equals it."""
     config = settings(mesh, optimizer__distributed=distributed)
     undisturbed, saved, resumed = (build_actor(config, layout) for _ in range(3))
     path = save_checkpoint(folder, saved, replace(STATE, step=0, num_updates=0), layout, keep=1)
@@ -172,7 +172,7 @@ def before_the_first_step(layout: Any, mesh: Mesh, folder: Path, distributed: bo
 
 
 def changed_settings(layout: Any, mesh: Mesh, path: Path) -> list[float]:
-    """Learning rate and weight decay after a resume with other settings than the checkpoint's."""
+    """Return learning rate and weight decay after a resume with settings that differ from the checkpoint's."""
     actor = build_actor(settings(mesh, optimizer__lr=5e-4, optimizer__weight_decay=0.25), layout)
     load_checkpoint(path, actor, layout)
     train(actor, 1)
@@ -180,7 +180,7 @@ def changed_settings(layout: Any, mesh: Mesh, path: Path) -> list[float]:
 
 
 def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:
-    """Folders after each of four saves with keep=2, the third of a step that exists; leftovers stay out of it."""
+    """Return the folders after each of four saves with keep=2. The third save replaces a step; unfinished folders do not count."""
     actor = build_actor(settings(mesh), layout)
     (folder / "checkpoints" / "step_000004.partial" / "megatron").mkdir(parents=True)
     (folder / "checkpoints" / "step_000004.partial" / "junk.json").write_text("left by a killed run")
@@ -194,7 +194,7 @@ def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:
 
 
 def errors(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, str]:
-    """Messages by the kind of damage or misfit. A checkpoint of step 1 lies beside each damaged one."""
+    """Return the message for each kind of damage or misfit. A checkpoint of step 1 lies beside each damaged one."""
     actor = build_actor(settings(mesh), layout)
     with_reference = build_actor(settings(mesh, algo__kl__coef=0.1), layout)
 
@@ -221,7 +221,7 @@ def message(path: Path, actor: Any) -> str:
 
 
 def numbered_and_not(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, Any]:
-    """A checkpoint of an earlier version whose optimizer state is right is read as it always was."""
+    """Load the same checkpoint in the current and in the first format, and compare."""
     now, before = build_actor(settings(mesh), layout), build_actor(settings(mesh), layout)
     path = folder / "checkpoints" / "step_000002"
     shutil.copytree(good, path)

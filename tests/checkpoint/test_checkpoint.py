@@ -1,6 +1,6 @@
-"""A resumed run is the uninterrupted one: bit for bit on the same mesh, to 1e-6 on another.
+"""A resumed run equals the uninterrupted one: bit for bit on the same mesh, to 1e-6 on another.
 
-The workers (resuming.py) run in real gloo processes; each spawn checks several things, because starting it is what costs time.
+The workers (resuming.py) run in real gloo processes; each spawn checks several things, because a start takes long.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tensor_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 @pytest.mark.parametrize("full", [0, 1])
-def test_a_disk_that_takes_no_more_ends_every_rank_with_a_line(tensor_parallel_run: dict[str, Any], full: int) -> None:
+def test_a_full_disk_ends_every_rank_with_one_line(tensor_parallel_run: dict[str, Any], full: int) -> None:
     found = tensor_parallel_run["full"][full]
     for words in ("step_000003 cannot be written: File too large", "and start again: it goes on from", "step_000002"):
         assert words in found["told"][full]
@@ -81,7 +81,7 @@ def test_saving_leaves_no_process_behind(single_process_run: dict[str, Any]) -> 
     assert single_process_run["helpers"] == []
 
 
-def test_the_configuration_decides_rates_and_the_checkpoint_the_position(single_process_run: dict[str, Any]) -> None:
+def test_the_configuration_sets_the_rates_and_the_checkpoint_the_position(single_process_run: dict[str, Any]) -> None:
     assert single_process_run["settings"] == pytest.approx([5e-4 * 3 / 8, 0.25], rel=1e-12)
 
 
@@ -115,7 +115,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("case", "parts"), ERRORS.items(), ids=list(ERRORS))
-def test_errors_say_what_is_wrong(single_process_run: dict[str, Any], case: str, parts: list[str]) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_with_the_reason(
+    single_process_run: dict[str, Any], case: str, parts: list[str]
+) -> None:
     assert all(part in single_process_run["errors"][case] for part in parts), single_process_run["errors"][case]
 
 
@@ -123,7 +125,7 @@ def test_nothing_in_a_checkpoint_is_executed(single_process_run: dict[str, Any])
     assert single_process_run["errors"]["ran"] == []
 
 
-def test_an_unnumbered_checkpoint_is_read(single_process_run: dict[str, Any]) -> None:
+def test_a_checkpoint_of_the_first_format_is_read(single_process_run: dict[str, Any]) -> None:
     assert single_process_run["unnumbered"] == {"steps": [2.0, 2.0], "different": []}
 
 

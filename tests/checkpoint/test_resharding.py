@@ -1,4 +1,4 @@
-"""A checkpoint that any mesh saved is, bit for bit, the same on any other: weights, fp32 copies, moments, steps.
+"""A checkpoint of any mesh loads on any other, bit for bit: weights, fp32 copies, moments, steps.
 
 Tied and untied embeddings, fp32 and bf16, odd factors, several buckets of gradients, experts, the distributed and the plain
 optimizer, and two versions of megatron-core. Trajectories after a resume: test_checkpoint.py.
@@ -64,7 +64,7 @@ MANY = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """The folder of FEW's checkpoints, and what differed."""
+    """The folder of FEW's checkpoints, and the tensors that differed."""
     folder = tmp_path_factory.mktemp("meshes")
     return folder, run(FEW, folder)
 

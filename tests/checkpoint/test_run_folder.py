@@ -1,4 +1,4 @@
-"""The folders of checkpoints: which is the latest, how one appears at once, how old ones go, and what cannot be deleted."""
+"""The folders of checkpoints: which is the latest, how a new one replaces another, and how old ones are deleted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_finished_folder_replaces_one_of_its_name(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["folder", "file", "link"])
-def test_what_an_earlier_run_left_does_not_block(tmp_path: Path, left: str) -> None:
+def test_leftovers_of_an_earlier_run_are_removed(tmp_path: Path, left: str) -> None:
     partial, elsewhere = tmp_path / "step_000001.partial", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").touch()
@@ -74,13 +74,13 @@ def test_what_an_earlier_run_left_does_not_block(tmp_path: Path, left: str) -> N
     assert (elsewhere / "precious").exists()
 
 
-def test_old_checkpoints_go_and_the_newest_stays(run_dir: Path) -> None:
+def test_old_checkpoints_are_deleted_and_the_newest_stays(run_dir: Path) -> None:
     """Also if the newest has the lowest step, as after a start anew from an older one."""
     drop_old(checkpoint_path(run_dir, 1), 2, pytest.fail)
     assert names(run_dir) == ["step_000001", "step_000003", "step_000004.partial"]
 
 
-def test_of_a_link_only_the_link_goes(run_dir: Path) -> None:
+def test_a_link_is_deleted_and_its_target_stays(run_dir: Path) -> None:
     elsewhere = run_dir / "elsewhere"
     checkpoint_path(run_dir, 1).rename(elsewhere)
     checkpoint_path(run_dir, 1).symlink_to(elsewhere)
@@ -93,10 +93,10 @@ def busy(path: Path) -> None:
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "upload")
 
 
-def test_what_cannot_be_deleted_costs_a_warning_and_is_tried_again(
+def test_a_folder_that_cannot_be_deleted_gives_a_warning_and_is_tried_again(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mount inside an old checkpoint: all else in it may go, but it must not look like a checkpoint then."""
+    """An old checkpoint with a mount inside: what is left of it must not look like a checkpoint."""
     told: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
@@ -110,7 +110,7 @@ def test_what_cannot_be_deleted_costs_a_warning_and_is_tried_again(
     assert names(run_dir) == ["step_000002", "step_000003", "step_000004.partial"]
 
 
-def test_what_cannot_be_deleted_does_not_block_the_next_of_its_name(
+def test_a_folder_that_cannot_be_deleted_does_not_block_the_next_of_its_name(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

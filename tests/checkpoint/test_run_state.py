@@ -1,4 +1,4 @@
-"""state.json and state.safetensors, without a model: what was written is read; which old formats are refused."""
+"""state.json and state.safetensors, without a model: they read back, and wrong old formats are refused."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [1", "not valid YAML"), ("- 1\n- 2", "not a list")])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "bad.yaml")
@@ -53,7 +53,7 @@ def test_every_bad_key_is_named_at_once(file: Path) -> None:
     assert "unknown key 'algo.zzz'" in text
 
 
-def test_the_last_of_two_overrides_wins_with_a_word() -> None:
+def test_an_override_that_a_later_one_replaces_is_reported() -> None:
     assert repeated_overrides(["a.b=1", "a.bc=2", "a.b=3", "a={}"]) == [
         "a.b=1 is given, but a.b=3 comes after it and replaces it",
         "a.b=1 is given, but a={} comes after it and replaces it",
@@ -70,7 +70,7 @@ def test_the_dump_reads_back_to_the_same_configuration(file: Path, tmp_path: Pat
     assert isinstance(config, Config)
 
 
-def test_a_changed_configuration_leaves_the_one_of_before_readable(file: Path, tmp_path: Path) -> None:
+def test_a_changed_configuration_keeps_the_earlier_file_beside_it(file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     kept = []

@@ -23,7 +23,7 @@ def test_overrides_read_numbers_as_people_write_them(file: Path, override: str, 
     assert lr == value
 
 
-def test_scientific_notation_is_a_number_where_nothing_coerces_it(file: Path) -> None:
+def test_scientific_notation_is_a_number_where_any_type_is_allowed(file: Path) -> None:
     config = load_config(file, ["megatron.layernorm_epsilon=1e-6"])
     assert config.megatron == {"layernorm_epsilon": 1e-6}
 
@@ -52,7 +52,7 @@ def test_a_text_is_taken_as_it_stands(file: Path, key: str, text: str) -> None:
     assert config == text
 
 
-def test_a_text_may_be_null_and_quotes_around_all_of_it_are_yamls(file: Path) -> None:
+def test_a_text_may_be_null_and_yaml_reads_quotes_around_the_whole_text(file: Path) -> None:
     data = load_config(file, ["data.source_key=null", r'data.prompt_template="Q: {prompt}\nA:"']).data
     assert (data.source_key, data.prompt_template) == (None, "Q: {prompt}\nA:")
     assert load_config(file, ["data.source_key='null'"]).data.source_key == "null"
@@ -85,7 +85,7 @@ def written(folder: Path, *lines: str) -> Path:
     return path
 
 
-def test_a_comment_that_cuts_a_text_is_refused_and_others_are_comments(tmp_path: Path) -> None:
+def test_a_comment_that_cuts_a_text_short_is_refused_and_other_comments_are_ignored(tmp_path: Path) -> None:
     cut = written(tmp_path, "data:", "  files: y  # the file", "  system_prompt: End with #### and the number")
     with pytest.raises(
         ConfigError, match=r"line 4: YAML takes '#### and the number' after data.system_prompt for a com"

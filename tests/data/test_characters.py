@@ -1,4 +1,4 @@
-"""Characters that tokenizers of every kind lose, and those that they only write in another way."""
+"""Characters that a tokenizer has no token for, for tokenizers of every kind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def byte_level(*, symbols: list[str] = BYTES) -> Tokenizer:
 
 
 def pieces(*, byte_fallback: bool) -> Tokenizer:
-    """As SentencePiece makes them: a text begins with ▁."""
+    """A tokenizer as SentencePiece makes them: a text begins with ▁."""
     more = [(f"<0x{byte:02X}>", -9.0) for byte in range(256)] if byte_fallback else []
     tokenizer = Tokenizer(models.Unigram(PIECES + more, 0, byte_fallback))
     tokenizer.normalizer = normalizers.NFKC()
@@ -70,8 +70,8 @@ def lower_case() -> Tokenizer:
     ],
 )
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "undeclared"])
-def test_what_a_text_loses(made: Tokenizer, text: str, lost: str, declared: bool) -> None:
-    """The unknown token may be declared to transformers, or be the model's own affair."""
+def test_the_characters_that_a_text_loses_are_reported(made: Tokenizer, text: str, lost: str, declared: bool) -> None:
+    """transformers may know the unknown token, or only the tokenizer's model may."""
     unk = getattr(made.model, "unk_token", None) or ("<unk>" if isinstance(made.model, models.Unigram) else None)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unk if declared else None)
     characters = LostCharacters(tokenizer)
@@ -91,7 +91,7 @@ def load(folder: Path, *rows: dict, **settings):
     return load_prompts(DataConfig(files=[str(folder / "f.jsonl")], answer_key="a", **settings), tokenizer)
 
 
-def test_a_set_says_what_its_prompts_lose_and_refuses_one_of_which_nothing_is_left(tmp_path: Path) -> None:
+def test_a_set_reports_lost_characters_and_refuses_a_prompt_that_loses_all(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}+1=", "a": 1} for n in range(3)] + [{"prompt": f"Add {n}", "a": 1} for n in range(2)]
     (told,) = load(tmp_path, *rows).warnings()
     assert told == (

@@ -1,4 +1,4 @@
-"""Prompts to text and tokens."""
+"""Rendering of prompts to text and tokens, by templates that may fail in many ways."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_template_that_fails_names_the_row(tokenizer, tmp_path, template):
         render(tokenizer, "hi", chat_template=str(tmp_path / "t.jinja"))
 
 
-def test_prompts_that_are_no_text(tokenizer):
+def test_prompts_that_are_not_text_are_refused(tokenizer):
     with pytest.raises(DataError, match=r"f row 1: the prompt is a list.*chat_template true"):
         render(tokenizer, [{"role": "user", "content": "hi"}])
     with pytest.raises(DataError, match="f row 1: the prompt has no tokens"):
@@ -102,7 +102,7 @@ def test_prompts_that_are_no_text(tokenizer):
         ({"chat_template": "absent.jinja"}, "is not a file"),
     ],
 )
-def test_settings_that_contradict(tokenizer, settings, message):
+def test_a_template_that_does_not_exist_is_refused(tokenizer, settings, message):
     with pytest.raises(ConfigError, match=message):
         render(tokenizer, "hi", **settings)
 
@@ -139,7 +139,7 @@ def test_a_template_that_explodes_is_stopped_before_it_is_tokenized(load_file, w
 @pytest.mark.parametrize(
     "source", ["{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ range(10**9) }}"]
 )
-def test_a_template_may_fail_in_any_way(load_file, write_template, source: str):
+def test_any_error_inside_a_template_names_the_row(load_file, write_template, source: str):
     with pytest.raises(DataError, match="row 1: the chat template refused the prompt: ") as error:
         load_file("f.jsonl", GOOD, chat_template=write_template(source))
     assert "\n" not in str(error.value)
@@ -176,7 +176,7 @@ def test_named_templates_are_chosen_by_name(load_file, tokenizer, monkeypatch):
     assert load_file("f.jsonl", GOOD, chat_template=True).prompts[0].text == "Dx"
 
 
-def test_a_template_file_that_is_no_text(load_file, tmp_path: Path):
+def test_a_template_file_that_cannot_be_read_as_utf8_is_refused(load_file, tmp_path: Path):
     (tmp_path / "t.jinja").write_bytes(b"\xff\xfe{")
     for path in (tmp_path / "t.jinja", tmp_path):
         with pytest.raises(ConfigError, match=r"cannot be read: .*; give a Jinja file in UTF-8"):

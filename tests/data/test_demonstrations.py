@@ -55,7 +55,9 @@ def test_only_as_many_rows_are_read_as_are_asked_for_but_one_batch_at_least(load
 
 
 def test_fewer_rows_than_a_batch_are_refused(load):
-    with pytest.raises(DataError, match=r"hold 3 demonstrations, fewer than warm_start\.batch_size 4; add rows or lower"):
+    with pytest.raises(
+        DataError, match=r"hold 3 demonstrations, fewer than warm_start\.batch_size 4; add rows or lower"
+    ):
         load(*ROWS, batch_size=4)
 
 

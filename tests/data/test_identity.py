@@ -1,4 +1,4 @@
-"""A prompt's uid follows what the actor and the reward see, never the prompt's place in a file."""
+"""A prompt's uid depends on what the actor and the reward see, never on the prompt's row."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def test_another_wording_of_all_prompts_gives_each_another_uid(uids, settings: d
     rows = [*ROWS, {"prompt": "ab", "answer": 1}]
     before = uids(rows)
     after = uids(rows, **settings)
-    short = {"ab"} if "max_prompt_tokens" in settings else set()  # what fits is not cut, and stays what it was
+    short = {"ab"} if "max_prompt_tokens" in settings else set()  # a prompt that fits is not cut and keeps its uid
     assert {text for text in before if before[text] in after.values()} == short
 
 
-def test_equal_rows_that_are_kept_have_uids_of_their_own(tokenizer, tmp_path: Path):
+def test_equal_rows_get_different_uids_if_both_are_kept(tokenizer, tmp_path: Path):
     (tmp_path / "train.jsonl").write_text((json.dumps(ROWS[0]) + "\n") * 3)
     config = DataConfig(files=[str(tmp_path / "train.jsonl")], answer_key="answer", deduplicate=False)
     first, second, third = (prompt.uid for prompt in load_prompts(config, tokenizer).prompts)
     assert (second, third) == (f"{first}#2", f"{first}#3")
 
 
-def test_a_position_tells_data_and_order_apart(uids):
+def test_a_loaders_position_depends_on_data_and_order(uids):
     states = []
     for rows, settings in [(ROWS, {}), (ROWS, {}), (ROWS[::-1], {}), (ROWS[1:], {}), (ROWS, {"add_bos": True})]:
         uids(rows, **settings)

@@ -1,4 +1,4 @@
-"""The order of prompts: a permutation an epoch, independent of how it is cut, resumable to the prompt."""
+"""The order of prompts: one permutation per epoch, whatever the batch sizes are, and resumable at any prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def uids(loader: PromptLoader, *sizes: int) -> list[str]:
     return [prompt.uid for size in sizes for prompt in loader.take(size)]
 
 
-def test_without_shuffle_it_is_file_order_again_and_again():
+def test_without_shuffle_every_epoch_has_the_order_of_the_file():
     assert uids(PromptLoader(PROMPTS, seed=0, shuffle=False), 5, 4) == [f"t:{i % 7}" for i in range(9)]
 
 
@@ -35,7 +35,7 @@ def test_the_order_does_not_depend_on_how_many_are_taken_at_a_time():
     assert uids(PromptLoader(PROMPTS, seed=4, shuffle=True), 30) != whole
 
 
-def test_the_order_is_fixed_for_all_time():
+def test_the_order_never_changes_between_versions():
     """A resumed run may use another numpy: these numbers must never change."""
     assert epoch_order(seed=0, epoch=0, num_prompts=6).tolist() == [1, 4, 5, 2, 0, 3]
     assert epoch_order(seed=0, epoch=1, num_prompts=6).tolist() == [2, 3, 1, 0, 4, 5]
@@ -46,7 +46,7 @@ def test_negative_seeds_are_seeds_too():
 
 
 @pytest.mark.parametrize("taken", [0, 3, 7, 10, 14, 20])
-def test_a_restored_loader_goes_on_exactly(taken: int):
+def test_a_restored_loader_continues_at_the_same_prompt(taken: int):
     loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
     loader.take(taken)
     state = json.loads(json.dumps(loader.state()))
@@ -68,7 +68,7 @@ def test_a_restored_loader_goes_on_exactly(taken: int):
         (dict(shuffle=False), "the order of the training data has changed (seed 5, now None)"),
     ],
 )
-def test_a_place_in_another_order_is_left_for_the_next_epoch(change: dict, told: str):
+def test_a_position_in_other_data_or_another_order_starts_the_next_epoch(change: dict, told: str):
     before = dict(prompts=PROMPTS, seed=5, shuffle=True)
     loader = PromptLoader(**before)
     loader.take(10)
@@ -83,15 +83,15 @@ def test_a_place_in_another_order_is_left_for_the_next_epoch(change: dict, told:
     assert uids(moved, 9) == uids(fresh, 9)
 
 
-def test_an_epoch_that_was_not_begun_is_kept_in_another_order():
+def test_an_epoch_that_was_not_started_is_used_in_full_in_another_order():
     loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
     loader.take(7)
     moved = PromptLoader(PROMPTS[:3], seed=5, shuffle=True)
     assert "training starts at epoch 1 of the new data" in moved.load_state(loader.state())
 
 
-def test_a_place_that_names_no_data_means_nothing():
-    """What checkpoints held before positions knew their data."""
+def test_a_position_without_its_data_starts_the_next_epoch():
+    """Older checkpoints do not name the data of a position."""
     loader = PromptLoader(PROMPTS, seed=5, shuffle=True)
     line = loader.load_state({"epoch": 0, "offset": 3})
     assert line.startswith("the checkpoint does not say which training data it belongs to")
@@ -99,7 +99,7 @@ def test_a_place_that_names_no_data_means_nothing():
 
 
 @pytest.mark.parametrize("wrong", [{"offset": 7}, {"epoch": -1}, {"offset": -1}, {"offset": None}, {"offset": True}])
-def test_a_state_that_can_be_no_position_is_refused_and_changes_nothing(wrong: dict):
+def test_an_impossible_position_is_refused_and_changes_nothing(wrong: dict):
     loader = PromptLoader(PROMPTS, seed=0, shuffle=True)
     loader.take(2)
     before = loader.state()

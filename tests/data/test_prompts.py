@@ -1,4 +1,4 @@
-"""Prompt files: both schemas, both formats, and what becomes of rows that do not fit."""
+"""Prompt files: both schemas, both formats, and rows that do not fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VERL = {
 
 
 def write(path: Path, *rows) -> str:
-    """A JSONL file; text is written as it is, anything else as JSON."""
+    """Write a JSONL file and return its path. Text is written as it is, anything else as JSON."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
@@ -75,7 +75,7 @@ def test_a_column_with_a_dot_in_its_name_comes_first(load):
     assert prompt.answer == "flat"
 
 
-def test_prompts_know_their_file_and_row_whatever_is_left_out(load, tmp_path):
+def test_prompts_know_their_file_and_row_even_if_other_rows_are_left_out(load, tmp_path):
     one = write(tmp_path / "one.jsonl", {"q": "x", "a": "1"}, "{broken", "", {"q": "x", "a": "1"})
     two = write(tmp_path / "two.jsonl", {"q": "y", "a": "1"})
     found = load(files=[one, two], on_bad_row="skip")
@@ -117,7 +117,7 @@ def test_a_bad_row_is_refused_or_skipped_and_counted(load, row, reason):
     assert reason in found.first_bad_row
 
 
-def test_bytes_that_are_no_utf8(load, tmp_path):
+def test_bytes_that_are_not_utf8_are_refused(load, tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"q": "\xff", "a": "1"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl row 1: byte 8 \(0xff\) is not UTF-8; convert the file"):
         load(files=[str(tmp_path / "b.jsonl")])
@@ -129,7 +129,7 @@ def test_nulls_in_parquet_are_bad_rows(load, tmp_path):
         load(files=[str(tmp_path / "n.parquet")])
 
 
-def test_files_that_cannot_be_read(load, tmp_path):
+def test_files_that_cannot_be_read_are_named(load, tmp_path):
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "c.csv").write_text("q,a")
     for name, reason in {"absent.jsonl": "no data file", "c.parquet": "cannot be read", "c.csv": "neither"}.items():
@@ -137,7 +137,7 @@ def test_files_that_cannot_be_read(load, tmp_path):
             load(files=[str(tmp_path / name)])
 
 
-def test_nothing_left_is_an_error(load):
+def test_a_set_without_any_usable_prompt_is_an_error(load):
     with pytest.raises(DataError, match=r"no usable prompt.*0 rows gave 0 prompts"):
         load()
     with pytest.raises(DataError, match=r"2 rows gave 0 prompts .2 bad.; first bad row:.* no 'q'"):
@@ -151,14 +151,14 @@ def test_duplicates_are_equal_prompt_and_answer(load):
     assert len(load(*rows, deduplicate=False).prompts) == 3
 
 
-def test_one_prompt_with_two_answers_is_told_with_both_rows(load):
+def test_one_prompt_with_two_answers_gives_a_warning_with_both_rows(load):
     found = load({"q": "x", "a": "1"}, {"q": "y", "a": "1"}, {"q": "x", "a": "2"}, {"q": "x", "a": "1"})
     (line,) = found.warnings()
     assert line.startswith("warning: 1 prompts of data come with another answer than before")
     assert "f.jsonl row 3 says '2', " in line and "f.jsonl row 1 says '1'; correct or remove" in line
 
 
-def test_long_prompts(load):
+def test_long_prompts_are_cut_dropped_or_refused(load):
     rows = [{"q": "abcdef", "a": "1"}, {"q": "abc", "a": "1"}]
     cut = load(*rows, max_prompt_tokens=3)
     assert [prompt.text for prompt in cut.prompts] == ["def", "abc"]
@@ -222,7 +222,7 @@ def test_nulls_inside_parquet_columns_are_bad_rows(load_file, tmp_path: Path, wr
     assert "row 2: message 1 must have text under 'content', got None" in found.first_bad_row
 
 
-def test_a_chosen_source_column_must_be_there_and_the_default_one_need_not(load_file):
+def test_a_source_column_that_the_user_chose_must_exist_and_the_default_one_may_be_absent(load_file):
     assert load_file("f.jsonl", b'{"q": "x", "a": 1}\n').prompts[0].source == ""
     with pytest.raises(
         DataError, match=r"row 1: no 'origin', the row has q, a; name the column in eval.sets.s.source_key;"

@@ -47,7 +47,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_that_cannot_be_right(load_file, row: bytes):
+def test_a_broken_row_is_refused_or_skipped_and_counted(load_file, row: bytes):
     with pytest.raises(DataError) as error:
         load_file("f.jsonl", GOOD + row + b"\n")
     assert "f.jsonl row 2: " in message(error) and ROWS[row] in message(error)
@@ -57,7 +57,7 @@ def test_a_row_that_cannot_be_right(load_file, row: bytes):
     assert skipped.warnings() == ["warning: 1 of 2 rows of data are unusable and left out"]
 
 
-def test_escapes_that_are_text_are_text(load_file):
+def test_json_escapes_are_decoded(load_file):
     (prompt,) = load_file("f.jsonl", rb'{"q": "\u0041\ud83d\ude00", "a": "\u00e9"}' + b"\n").prompts
     assert (prompt.text, prompt.answer) == ("A😀", "é")
 
@@ -87,14 +87,14 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_right(load_file, name: str):
+def test_a_file_of_another_format_is_named_with_what_to_do(load_file, name: str):
     content, told = FILES[name]
     with pytest.raises(DataError, match=told) as error:
         load_file(name, content, on_bad_row="error")
     assert name[:20] in message(error)
 
 
-def test_a_file_that_may_not_be_read(load_file, tmp_path: Path, monkeypatch):
+def test_a_file_without_read_permission_is_named(load_file, tmp_path: Path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -107,7 +107,7 @@ def test_a_file_that_may_not_be_read(load_file, tmp_path: Path, monkeypatch):
         check_files([str(tmp_path / "f.jsonl")], "data")
 
 
-def test_files_are_looked_at_before_a_run():
+def test_files_are_checked_before_a_run():
     check_files([str(FOLDER / "test_rows.py")], "data")
     for name, told in {"": "is a folder", "absent": "no data file", "n" * 300: "File name too long"}.items():
         with pytest.raises(DataError, match=told):
@@ -118,7 +118,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(load_file):
     assert len(load_file("f.jsonl", b"\xef\xbb\xbf" + GOOD).prompts) == 1
 
 
-def test_damaged_parquet_is_an_error_or_read_never_a_crash(load_file, tmp_path: Path):
+def test_damaged_parquet_is_either_read_or_a_data_error(load_file, tmp_path: Path):
     whole = parquet(tmp_path, q=["ab", "c" * 40, "de"], a=[1, 2, 3], day=[date(2020, 1, 1)] * 3)
     assert len(load_file("f.parquet", whole).prompts) == 3
     outcomes = {"cut": 0, "flipped": 0}

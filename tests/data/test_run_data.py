@@ -1,4 +1,4 @@
-"""All data of a run is held against the model's positions and the batch's budget, and messages name the right keys."""
+"""All data of a run is checked against the model's positions and the token budget. Messages name the right keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dapo_mcore.model_files.hf_config import max_positions
 
 @pytest.fixture
 def load(tokenizer, tmp_path: Path):
-    """Loads a run's data: prompts of 1, 2, … 5 characters in each file, demonstrations of twice as many."""
+    """Load a run's data: prompts of 1, 2, … 5 characters in each file, and demonstrations of twice as many."""
     rows = [{"prompt": "abcde"[:n], "answer": n, "response": "abcde"[:n]} for n in range(1, 6)]
     for name in ("train", "test", "demos", "choose"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,7 +47,7 @@ def load(tokenizer, tmp_path: Path):
     return load
 
 
-def test_what_just_fits_is_loaded(load):
+def test_data_that_just_fits_is_loaded(load):
     data = load()
     assert [found.section for found in data.prompt_sets] == ["data", "eval.sets.held.out", "warm_start.choose"]
     assert [len(row) for row in data.demonstrations] == [3, 5, 7, 9, 11]
@@ -78,7 +78,7 @@ def test_a_prompt_without_room_for_a_response_is_named_with_the_key_of_its_set(l
     )
 
 
-def test_responses_that_leave_no_room_at_all(load):
+def test_responses_that_leave_no_room_for_any_prompt_are_refused(load):
     with pytest.raises(
         DataError, match=r"row 1: .* max_position_embeddings 8 .*5 of 5 .*; lower rollout.* to 3, or use"
     ):
@@ -88,14 +88,14 @@ def test_responses_that_leave_no_room_at_all(load):
 
 
 def test_rope_scaling_does_not_add_positions():
-    """Engines hold prompts to the number itself, SGLang's servers too."""
+    """Engines, and SGLang's servers too, limit prompts to max_position_embeddings itself."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
     assert max_positions(Qwen2Config(max_position_embeddings=64, rope_parameters=yarn)) == 64
     with pytest.raises(ConfigError, match="must say max_position_embeddings"):
         max_positions(BloomConfig())
 
 
-def test_demonstrations_are_held_to_positions_and_budget(load):
+def test_demonstrations_must_fit_the_positions_and_the_token_budget(load):
     small = {name: {"max_prompt_tokens": 2, "on_long_prompt": "drop"} for name in ("data", "test", "choose")}
     with pytest.raises(DataError, match=r"demos.jsonl row 5: .* 11 tokens .* max_position_embeddings 10; shorten"):
         load(positions=10, **small)
@@ -108,7 +108,7 @@ def test_demonstrations_are_held_to_positions_and_budget(load):
         load(batch_size=6)
 
 
-def test_characters_that_demonstrations_lose_are_told(load, tmp_path: Path):
+def test_characters_that_demonstrations_lose_give_a_warning(load, tmp_path: Path):
     with (tmp_path / "demos.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": "dé", "response": "1é字"}\n')
     told = load().lines()[-1]
@@ -118,7 +118,7 @@ def test_characters_that_demonstrations_lose_are_told(load, tmp_path: Path):
     )
 
 
-def test_many_prompts_that_do_not_fit_are_told_loudly(load):
+def test_prompts_that_do_not_fit_give_a_warning_with_their_number(load):
     lines = load(
         data={"max_prompt_tokens": 4}, test={"max_prompt_tokens": 1, "on_long_prompt": "drop", "limit": 9}
     ).lines()
@@ -131,7 +131,7 @@ def test_many_prompts_that_do_not_fit_are_told_loudly(load):
     ]
 
 
-def test_a_set_of_which_every_prompt_would_be_cut_is_refused(load, tmp_path: Path):
+def test_a_set_whose_prompts_would_all_be_cut_is_refused(load, tmp_path: Path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "abc", "answer": 1}\n{"prompt": "abcd", "answer": 1}\n')
     with pytest.raises(
         DataError, match=r"all 2 prompts of .* than eval.sets.held.out.max_prompt_tokens 2.* 2 to at most 4"

@@ -1,4 +1,4 @@
-"""Settings of libraries that a training process makes before it loads them."""
+"""Importing the module changes settings of libraries that are loaded later."""
 
 from __future__ import annotations
 

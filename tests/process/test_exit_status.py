@@ -1,4 +1,4 @@
-"""What a failing process says, and to whom; statuses after signals are tests/process/test_signals.py."""
+"""The message and status of a failing process. Statuses after signals are in test_signals.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from dapo_mcore.process.exit_status import exit_status, is_lost_rank, record_failure
 
 
-def test_torchrun_takes_the_recorded_message_of_the_rank_that_is_the_cause(tmp_path, monkeypatch):
+def test_torchrun_shows_the_message_of_the_rank_that_failed_first(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     assert not record_failure("nobody asks")
     failures = {}
@@ -24,7 +24,7 @@ def test_torchrun_takes_the_recorded_message_of_the_rank_that_is_the_cause(tmp_p
     assert str(error).rstrip("=\n").endswith("traceback : no data file at nowhere.jsonl")
 
 
-def test_the_loss_of_another_rank_is_told_from_other_errors():
+def test_the_loss_of_another_rank_is_distinguished_from_other_errors():
     assert is_lost_rank(
         RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
     )
@@ -32,7 +32,7 @@ def test_the_loss_of_another_rank_is_told_from_other_errors():
     assert not is_lost_rank(ValueError("Connection closed by peer"))
 
 
-def test_what_the_operating_system_refuses_is_one_line_and_other_errors_keep_their_traceback(
+def test_a_refusal_of_the_operating_system_is_one_line_and_other_errors_keep_their_traceback(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)

@@ -1,4 +1,4 @@
-"""What the environment says of the launcher. That ranks end with their torchrun is tests/train/test_end.py."""
+"""The variables of a launcher. tests/train/test_end.py shows that ranks end with their torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_
         {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
     ],
 )
-def test_a_place_in_a_job_is_accepted(environment: dict[str, str]) -> None:
+def test_the_variables_of_one_process_of_a_job_are_accepted(environment: dict[str, str]) -> None:
     check_launcher(environment)
 
 
@@ -41,12 +41,12 @@ def test_a_place_in_a_job_is_accepted(environment: dict[str, str]) -> None:
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     ],
 )
-def test_no_place_in_a_job_is_refused(environment: dict[str, str], message: str) -> None:
+def test_variables_that_describe_no_process_of_a_job_are_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_launcher(environment)
 
 
-def test_only_torchrun_limits_how_long_a_run_may_take_to_save() -> None:
+def test_only_torchrun_limits_the_time_that_a_run_has_to_save() -> None:
     assert (
         shutdown_timeout_note(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"})
         == "; torchrun waits 30 s for it, or --shutdown-timeout"

@@ -1,4 +1,4 @@
-"""Who may write to a run's folder. Other machines are played by other boot ids and old files."""
+"""Which process may write to a run's folder. Other boot ids and old files stand for other machines."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_live_process_keeps_the_folder_and_a_killed_one_leaves_it(tmp_path: Pa
     assert (tmp_path / "run").is_dir() and list((tmp_path / "run").iterdir()) == []
 
 
-def test_another_machine_is_believed_alive_while_it_touches_its_lock(
+def test_another_machine_counts_as_alive_while_it_touches_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_by(tmp_path / "fresh", STALE_S - 20, job="77")
@@ -76,7 +76,7 @@ def test_another_machine_is_believed_alive_while_it_touches_its_lock(
     RunLock(tmp_path / "fresh").release()  # Slurm has ended the job before it started it again
 
 
-def test_without_locks_of_the_file_system_the_age_decides_on_one_machine_too(
+def test_on_a_file_system_without_locks_the_age_of_the_lock_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(*_: object) -> None:
@@ -93,7 +93,7 @@ def test_without_locks_of_the_file_system_the_age_decides_on_one_machine_too(
     RunLock(tmp_path / "old").release()
 
 
-def test_a_live_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_lock_is_touched_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.01)
     lock = RunLock(tmp_path)
     os.utime(tmp_path / LOCK, (1, 1))
@@ -104,7 +104,7 @@ def test_a_live_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lock.release()
 
 
-def test_folders_made_for_nothing_go_again(tmp_path: Path) -> None:
+def test_a_release_removes_the_folders_that_the_lock_made_and_nothing_uses(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "runs/deep/name")
     lock.release()
     lock.release()

@@ -1,4 +1,4 @@
-"""How a block ends by a signal: in processes of their own, which a signal may end."""
+"""How a signal ends a block of code. Each test runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ QUIET = (["clean", "at exit"], ["stopped by SIGINT: go on"])
 
 
 def ended(script: str) -> tuple[int, list[str], list[str]]:
-    """Status, standard output and standard error of a process that runs it."""
+    """Return the status, standard output and standard error of a process that runs the script."""
     root = str(Path(__file__).parents[2])
     # Python 3.12 warns at every fork of a process with threads, though the child here only sleeps
     command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", START + script]
@@ -115,7 +115,7 @@ def body():
     ],
     ids=["saved", "not saved", "a second signal ends it at once"],
 )
-def test_a_deferred_signal_interrupts_what_may_be_and_lets_the_rest_be_finished(then, said):
+def test_a_deferred_signal_interrupts_interruptible_work_and_lets_the_rest_finish(then, said):
     status, out, err = ended(SAVING.replace("{then}", then) + "run(body)")
     assert (status, out) == (128 + 15, ["None", "None", *said, "clean", "at exit"])
     error = ["error: the disk is full"] if "disk" in then else []
@@ -153,13 +153,13 @@ with worker.defer_signals(lambda: ""):
 @pytest.mark.parametrize(
     "then", ["me(signal.SIGINT)", "controller.kill(); controller.wait()"], ids=["second", "controller"]
 )
-def test_another_rank_leaves_the_first_signal_to_rank_0_and_ends_with_it(then):
+def test_another_rank_ignores_the_first_signal_and_ends_with_rank_0(then):
     status, out, _ = ended(WORKER.replace("{then}", then))
     assert (status, out) == (128 + (2 if "SIGINT" in then else 15), ["follows"])
 
 
-def test_a_main_thread_that_does_not_notice_is_ended_for():
-    """It is in a library, which the signal does not wake."""
+def test_a_main_thread_that_does_not_react_is_ended_after_a_deadline():
+    """It is inside a C library, which the signal does not interrupt."""
     script = """
 signals.MAIN_THREAD_TIMEOUT_S = 0.5
 blocked, sleep = threading.Event(), ctypes.CDLL(None).sleep
@@ -177,13 +177,13 @@ run(body)
     assert ended(script) == (128 + 15, ["clean"], ["stopped by SIGTERM: go on"])
 
 
-def test_an_error_is_told_though_a_signal_follows_it():
-    """torchrun sends one as soon as another rank has ended."""
+def test_an_error_is_shown_although_a_signal_follows_it():
+    """torchrun sends a signal as soon as another rank has ended."""
     status, out, err = ended("def body(): raise ValueError('the cause')\nrun(body)")
     assert (status, out, err[-1]) == (1, ["clean"], "ValueError: the cause")
 
 
-def test_without_a_signal_all_is_as_before():
+def test_without_a_signal_the_handlers_of_before_are_restored():
     script = """
 before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook
 clean = lambda: print("clean", flush=True)
@@ -225,7 +225,7 @@ run(lambda: me(signal.SIGHUP))
     assert ended(script) == (0, ["clean"], [])
 
 
-def test_outside_the_main_thread_it_only_cleans_up():
+def test_outside_the_main_thread_only_the_cleanup_runs():
     done = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Reward functions for tests: good ones in both conventions, and every way to misbehave."""
+"""Reward functions for tests: good ones in both conventions, and ones that fail in every way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class FunctionTimedOut(BaseException):
-    """As the package func_timeout raises it: no Exception."""
+    """The package func_timeout raises such an error: it is no Exception."""
 
 
 class TextlessError(Exception):
@@ -43,7 +43,7 @@ def length(data_source, solution_str, ground_truth, extra_info):
 
 
 def by_text(data_source, solution_str, ground_truth, extra_info):
-    """Does what the response says."""
+    """Do what the response says."""
     word, _, value = solution_str.partition(" ")
     if word == "spin":
         while True:
@@ -70,7 +70,7 @@ def by_text(data_source, solution_str, ground_truth, extra_info):
         return float(value)
     if word == "niceness":
         return {"score": 1.0, "pred": os.nice(0)}
-    if word == "hang-once":  # until the process that asked is gone; `value` is a file that remembers
+    if word == "hang-once":  # the first time, until the parent process is gone; the file `value` marks that it happened
         parent, first = os.getppid(), not os.path.exists(value)
         open(value, "a").close()
         while first and os.getppid() == parent:
@@ -96,7 +96,7 @@ LOOPS = []
 
 
 async def awaited(data_source, solution_str, ground_truth, extra_info=None):
-    """Right as long as every call has the same event loop, in which a client would live."""
+    """Return a right answer if every call runs in the same event loop, as a client needs."""
     await asyncio.sleep(0)
     LOOPS.append(asyncio.get_running_loop())
     return {"score": 1.0, "acc": LOOPS[0] is LOOPS[-1]}

@@ -1,4 +1,4 @@
-"""The grader math_verify: exact first, then by value, in a process that is killed at its deadline."""
+"""The grader math_verify: it compares text first, then values, in a process that is killed at its deadline."""
 
 from __future__ import annotations
 

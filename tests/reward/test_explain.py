@@ -78,7 +78,7 @@ def test_a_users_function_shows_its_outcome_or_its_failure(tmp_path: Path) -> No
     assert "none: exception: ZeroDivisionError" in explain(attempt("", "3"), spec)[-1]
 
 
-def test_a_grader_that_is_missing_is_one_line_without_the_words_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grader_that_is_not_installed_gives_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RewardError("reward.function math_verify needs the package math-verify")
 

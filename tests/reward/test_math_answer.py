@@ -27,7 +27,7 @@ from dapo_mcore.reward.math_answer import compute_score, last_boxed, normalize_a
         ("Answer: \\frac12", "\\frac{1}{2}", "\\frac{1}{2}"),
     ],
 )
-def test_right(response: str, truth: str, pred: str):
+def test_right_answers(response: str, truth: str, pred: str):
     assert compute_score(response, truth) == {"score": 1.0, "acc": True, "pred": pred}
 
 
@@ -45,7 +45,7 @@ def test_right(response: str, truth: str, pred: str):
         ("Answer: 7." + " " * 300, "7", "[INVALID]"),
     ],
 )
-def test_wrong(response: str, truth: str, pred: str):
+def test_wrong_answers(response: str, truth: str, pred: str):
     assert compute_score(response, truth) == {"score": -1.0, "acc": False, "pred": pred}
 
 
@@ -181,8 +181,8 @@ def test_the_normal_form_is_verls_on_random_text():
 @pytest.mark.parametrize(
     "piece", ["a", "$", "\\text{", "\\textbf{", "\\overline{", "\\boxed{", "x\n", "frac", "Answer "]
 )
-def test_a_page_of_anything_takes_linear_time(piece):
-    """Quadratic time, as of the expressions above, would be minutes."""
+def test_a_long_text_of_any_kind_takes_linear_time(piece):
+    """The expressions above take quadratic time: minutes for such a text."""
     assert compute_score("Answer: 7", piece * (200_000 // len(piece)))["acc"] is False
 
 
@@ -204,6 +204,6 @@ def test_a_truth_is_normalized_once(monkeypatch):
         ("Answer: 18.0", "18", False),
     ],
 )
-def test_where_the_papers_rule_errs(response: str, truth: str, right: bool):
-    """Said in the module's docstring, since the rule stays as it was published."""
+def test_answers_that_the_papers_rule_gets_wrong_stay_wrong(response: str, truth: str, right: bool):
+    """The rule stays as it was published. The module's docstring names these errors."""
     assert compute_score(response, truth)["acc"] is right

@@ -1,4 +1,4 @@
-"""Paper eq. 13 with its own numbers, and every corner."""
+"""Paper eq. 13 with the paper's numbers, and its limits."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def test_a_cache_as_wide_as_the_limit_starts_at_the_first_token():
     assert [soft_overlong_penalty(n, max_length=4, cache=4, factor=1.0) for n in (0, 1, 4)] == [0.0, -0.25, -1.0]
 
 
-def test_no_penalty_is_plain_zero():
+def test_no_penalty_is_positive_zero():
     assert math.copysign(1, soft_overlong_penalty(8, max_length=16, cache=8, factor=1.0)) == 1.0

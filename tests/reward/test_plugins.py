@@ -1,4 +1,4 @@
-"""Loading reward functions by name, the two conventions, and what counts as a score."""
+"""Loading reward functions by name, and calling them in both conventions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def outcome(name: str, adapter: str = "verl", **attempt) -> Outcome:
     return judged(build_judge(f"{ZOO}:{name}", adapter, strict_box=False), Attempt(**settings))
 
 
-def test_by_module_and_by_file():
+def test_a_function_is_loaded_by_module_or_by_file():
     assert load_function("math:sqrt")(4) == 2
     assert load_function(f"{ZOO}:half")("s", "r", "t") == 0.5
 
@@ -36,7 +36,7 @@ def test_by_module_and_by_file():
         (f"{ZOO}:not_a_function", "has no function 'not_a_function'"),
     ],
 )
-def test_what_cannot_be_loaded(spec: str, reason: str):
+def test_a_function_that_cannot_be_loaded_is_refused_with_the_reason(spec: str, reason: str):
     with pytest.raises(RewardError) as error:
         build_judge(spec, "verl", strict_box=False)
     assert reason in str(error.value)
@@ -76,7 +76,7 @@ def test_trl_arguments_and_numbers():
 
 
 def seen_by_trl(**attempt) -> tuple:
-    """What a function of TRL's convention was called with."""
+    """Return the arguments that a function of TRL's convention was called with."""
     judge = build_judge(f"{ZOO}:trl_repr", "trl", strict_box=False)
     assert judged(judge, Attempt("<user>q", "7", "8", **attempt)) == Outcome(1.0, True)
     return sys.modules["reward_plugin_plugin_zoo"].TRL_SEEN[-1]
@@ -168,7 +168,7 @@ def test_an_async_function_is_awaited_in_one_event_loop():
         ("trl_schedule", "trl", "it needs trainer_state, log_metric, which only TRL's trainer has; give a default"),
     ],
 )
-def test_a_signature_that_does_not_fit_is_told_at_the_start(name: str, adapter: str, reason: str):
+def test_a_signature_that_does_not_fit_is_refused_at_the_start(name: str, adapter: str, reason: str):
     with pytest.raises(RewardError) as error:
         build_judge(f"{ZOO}:{name}", adapter, strict_box=False)
     assert f"plugin_zoo.py:{name}' cannot be called as reward.adapter {adapter}: " in str(error.value)

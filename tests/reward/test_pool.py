@@ -1,4 +1,4 @@
-"""The pool: order, deadlines, dying workers, and that nothing is left behind."""
+"""The pool of reward processes: order, deadlines, dying workers, and no process left behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_outcomes_come_back_in_order_and_workers_live_on():
+def test_outcomes_come_back_in_order_and_workers_are_reused():
     with pool() as workers:
         assert workers.score([]) == []
         slow_first = workers.score(attempts("sleep 0.2", *(f"score {n}" for n in range(-3, 9))))
@@ -54,7 +54,7 @@ def test_outcomes_come_back_in_order_and_workers_live_on():
         assert len(pids[0] | pids[1]) <= 2
 
 
-def test_a_hanging_or_dying_worker_costs_its_own_sample_only():
+def test_a_hanging_or_dying_worker_loses_only_its_own_sample():
     work = ["score 1", "spin", "exit 7", "sleep 60", "raise no", "leave 2", "score nan", *["score 2"] * 20]
     with pool(timeout_seconds=3.0) as workers:
         start_s = time.monotonic()
@@ -74,7 +74,7 @@ def test_a_hanging_or_dying_worker_costs_its_own_sample_only():
 
 
 @pytest.mark.parametrize("word", ["spin", "exit 7"])
-def test_a_function_that_never_answers_ends_the_run_before_the_step_is_through(monkeypatch, word: str):
+def test_a_function_that_never_answers_ends_the_run_early_in_its_first_step(monkeypatch, word: str):
     monkeypatch.setattr("dapo_mcore.reward.pool.HOPELESS", 3)
     lost = "timeout" if word == "spin" else "exit: the reward process ended with code 7"
     told = rf"by_text' has answered none of its first 3 samples \(the last: {lost}; reward.timeout_seconds is 0.2\)"
@@ -84,8 +84,8 @@ def test_a_function_that_never_answers_ends_the_run_before_the_step_is_through(m
         assert workers.score(attempts("score 1", *[word] * 3))[-1].failure == lost
 
 
-def test_a_controller_held_up_until_a_late_worker_has_ended_itself_still_tells_a_timeout(monkeypatch):
-    # as on a starved machine: it looks again only when there is something to read
+def test_a_late_worker_that_ended_itself_before_the_controller_looked_counts_as_a_timeout(monkeypatch):
+    # as on a busy machine: the controller wakes up only when there is something to read
     monkeypatch.setattr("dapo_mcore.reward.pool.wait", lambda connections, timeout: wait(connections))
     with pool(num_workers=1, timeout_seconds=0.2) as workers:
         assert [outcome.failure for outcome in workers.score(attempts("spin"))] == ["timeout"]
@@ -94,7 +94,7 @@ def test_a_controller_held_up_until_a_late_worker_has_ended_itself_still_tells_a
         assert [outcome.failure for outcome in workers.score(attempts("exit 1", "score 2"))] == [ended, None]
 
 
-def test_a_worker_killed_while_idle_costs_nothing():
+def test_a_worker_killed_while_idle_is_replaced_without_a_failure():
     with pool(num_workers=1) as workers:
         (before,) = workers.score(attempts("pid"))
         os.kill(int(before.pred), 9)
@@ -121,7 +121,7 @@ def test_an_interrupted_call_closes_the_pool(tmp_path: Path):
         assert gone(int(outcome.pred))
 
 
-def test_large_responses_pass():
+def test_large_responses_reach_the_function():
     with pool(num_workers=1, function=f"{ZOO}:length") as workers:
         assert workers.score(attempts("x" * 1_000_000)) == [Outcome(1e6, True)]
 
@@ -156,7 +156,7 @@ def test_a_function_that_cannot_be_loaded_fails_at_once():
         RewardPool(2, f"{ZOO}:absent", "verl", False, 30.0)
 
 
-def test_a_file_that_ends_the_process_on_import_is_told(tmp_path: Path):
+def test_a_file_that_ends_the_process_on_import_is_named(tmp_path: Path):
     (tmp_path / "ends.py").write_text("import os; os._exit(5)")
     with pytest.raises(RewardError, match="did not start: exit: the reward process ended with code 5"):
         RewardPool(1, f"{tmp_path / 'ends.py'}:f", "verl", False, 30.0)

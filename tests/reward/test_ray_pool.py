@@ -1,4 +1,4 @@
-"""Reward workers on a local Ray cluster: the pool's rules hold there too, and a lost actor costs no attempt."""
+"""Reward workers on a local Ray cluster: the pool's rules hold there too, and a lost actor loses no attempt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attempts(*responses: str) -> list[Attempt]:
 
 
 def kill(actor: Any) -> None:
-    """Returns when it is dead: Ray only asks for that."""
+    """Kill an actor and wait until it is dead."""
     import ray
 
     ray.kill(actor)
@@ -51,7 +51,7 @@ def kill(actor: Any) -> None:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[RayRewardPool]:
-    """The pool that starts the module's cluster, and ends it."""
+    """The pool that starts this module's cluster and ends it."""
     made = pool()
     yield made
     made.close()
@@ -68,7 +68,7 @@ def test_outcomes_come_back_in_order_from_every_worker(workers):
 
 
 @needs_ray
-def test_an_attempt_that_hangs_or_kills_its_process_costs_itself_alone(workers):
+def test_an_attempt_that_hangs_or_kills_its_process_loses_only_itself(workers):
     hasty = pool(timeout_seconds=3.0)
     outcomes = hasty.score(attempts("score 1", "spin", "exit 7", "raise no", *["score 2"] * 6))
     hasty.close()
@@ -119,7 +119,7 @@ def test_a_worker_that_no_node_can_start_is_the_error_of_the_run(workers, monkey
 def test_a_function_that_cannot_be_loaded_on_a_node_is_the_error_of_the_run(workers):
     with pytest.raises(RewardError, match="nowhere"):
         RayRewardPool(1, f"{ZOO}:nowhere", "verl", False, 10.0, None)
-    assert workers.score(attempts("score 5"))[0].score == 5.0, "who did not connect does not disconnect"
+    assert workers.score(attempts("score 5"))[0].score == 5.0, "a pool that did not connect must not disconnect"
 
 
 @needs_ray

@@ -1,4 +1,4 @@
-"""Scores: reward = score + penalty, raw correctness, and what a failure becomes."""
+"""Scores: reward = score + penalty, raw correctness, and the score of a failure."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_failures_are_masked(workers: int):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_exception_that_is_no_exception_costs_its_own_sample(workers: int):
+def test_a_base_exception_loses_only_its_own_sample(workers: int):
     words = ("cancel", "interrupt", "out-of-time", "leave 3")
     *bad, good = score(*words, "score 1", function=f"{ZOO}:by_text", workers=workers)
     kinds = ("CancelledError", "KeyboardInterrupt", "FunctionTimedOut: scoring", "SystemExit: 3")
@@ -77,14 +77,14 @@ def test_an_exception_that_is_no_exception_costs_its_own_sample(workers: int):
     assert good == Score(reward=1.0, score=1.0, acc=True)
 
 
-def test_or_failures_get_the_configured_value():
+def test_failures_get_the_configured_value_instead():
     settings = {"function": f"{ZOO}:by_text", "on_failure": "value", "failure_value": -3.0, "overlong": OVERLONG}
     settings["workers"] = 0
     (bad,) = score("score nan", lengths=(12,), **settings)
     assert bad == Score(reward=-3.5, score=-3.0, acc=False, penalty=-0.5, failure="nan", masked=False)
 
 
-def test_an_imported_function_has_a_deadline_without_being_asked():
+def test_an_imported_function_has_a_deadline_by_default():
     bad, good = score("spin", "score 1", function=f"{ZOO}:by_text", timeout_seconds=2.0)
     assert (bad.failure, bad.masked, good.reward) == ("timeout", True, 1.0)
 
