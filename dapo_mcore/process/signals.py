@@ -119,7 +119,7 @@ class ControllerShutdown:
             yield
         finally:
             if self.signum is not None:
-                self._notified.wait(_POLL_S)  # the other thread must see that the signal was deferred
+                self._notified.wait(POLL_S)  # the other thread must see that the signal was deferred
             self._deferred = False
         if self.signum is not None:
             raise Interrupted(self.signum)
