@@ -1,6 +1,6 @@
 """Mistakes in what a configuration names: files, data, the model's folder, the mesh, a checkpoint.
 
-Most tests call `dapo-mcore config` in this process, which checks everything that can be checked before a run; a few call `train`.
+Most tests call `dapo-mcore config` in this process: it checks all that can be checked before a run. A few call `train`.
 """
 
 from __future__ import annotations

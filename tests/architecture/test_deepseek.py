@@ -1,4 +1,4 @@
-"""DeepSeek-V3's config in Megatron's terms. What it computes: test_policy.py."""
+"""DeepSeek-V3's config in Megatron's terms. tests/actor/model/test_policy.py compares what the model computes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_published_config_in_bf16_is_understood(tmp_path):
         ({"rope_scaling": HUB["rope_scaling"] | {"mscale": 0}}, "mscale_all_dim only together with mscale"),
     ],
 )
-def test_what_megatron_computes_otherwise_is_refused(change, message, tmp_path):
+def test_a_setting_that_megatron_computes_differently_is_refused(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, **change)
 

@@ -1,4 +1,4 @@
-"""The table against transformers: names and shapes of every tensor that save_pretrained writes, no more and no less."""
+"""The table of families has exactly the names and shapes of the tensors that transformers' save_pretrained writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.model_files.zoo import CONFIGS, MOE, config_of
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_names_and_shapes_are_transformers_own(family: str, hf_folder: Callable[..., Path]) -> None:
+def test_names_and_shapes_equal_those_of_transformers(family: str, hf_folder: Callable[..., Path]) -> None:
     shape = weight_shape(config_of(family), 1)
     ours = [pair for own in parameters(shape) for pair in zip(own.hf, hf_shapes(own, shape), strict=True)]
     reader = SafetensorsReader(hf_folder(family))

@@ -1,4 +1,4 @@
-"""A model in memory, seen by the names of its file."""
+"""Views of a model in memory under the names of its file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.model_files.zoo import CONFIGS, config_of
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_what_is_written_to_the_views_the_model_has(family: str, hf_folder: Callable[..., Path]) -> None:
-    """The names and shapes are those of the weight table, and so of the weight stream; the values those of a file that
-    transformers wrote, after which the model computes what one loaded by transformers does."""
+def test_writing_to_the_views_changes_the_model(family: str, hf_folder: Callable[..., Path]) -> None:
+    """Names and shapes equal those of the weight table and so of the weight stream. With the values of a file that
+    transformers wrote, the model computes the same as one that transformers loaded."""
     folder = hf_folder(family)
     model = AutoModelForCausalLM.from_config(config_of(family)).requires_grad_(False)
     views, stored = hf_views(model), load_file(folder / "model.safetensors")

@@ -1,3 +1,5 @@
+"""The check of a weight stream against a model's tensors, and its split into buckets."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""Merges and shards: against layouts worked out by hand, and back again bit for bit for every family."""
+"""Merged and split weights, against layouts by hand; export restores every family's tensors bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.model_files.zoo import CONFIGS, config_of
 
 
 def tiny_shape(**changes: Any) -> WeightShape:
-    """Qwen2 with sizes of one row or column a head, so that layouts can be written down."""
+    """Return a Qwen2 shape with one row or column per head, so that layouts can be written by hand."""
     sizes: dict[str, Any] = dict(num_layers=1, hidden_size=1, ffn_size=4, num_heads=4, num_kv_heads=2, head_dim=1)
     rest = dict(architecture="Qwen2ForCausalLM", vocab_size=3, padded_vocab_size=16, tied=False, moe_layers=(False,))
     return WeightShape(**{**sizes, **rest, **changes})
@@ -43,7 +43,7 @@ def column(*values: float) -> torch.Tensor:
 
 
 def shards(name: str, state: dict[str, torch.Tensor], shape: WeightShape, num_ranks: int) -> list[list]:
-    """What each tensor-parallel rank holds of a parameter; matrices of one column as lists of rows."""
+    """Return each tensor-parallel rank's part of a parameter, a matrix of one column as a list of its rows."""
     parameter = find_parameter(name, shape)
     found = [import_parameter(parameter, DictReader(state), shape, rank, num_ranks) for rank in range(num_ranks)]
     return [(part[:, 0] if part.dim() == 2 and part.shape[1] == 1 else part).tolist() for part in found]
@@ -69,7 +69,7 @@ def test_query_groups_are_interleaved() -> None:
 
 
 def test_more_ranks_than_key_value_heads_cut_through_a_group() -> None:
-    """Megatron cuts the merged rows evenly, whatever they are, and gathers them in the forward pass."""
+    """Megatron splits the merged rows evenly, even inside a group, and gathers them in the forward pass."""
     one = tiny_shape(num_kv_heads=1)
     assert shards(QKV, attention(1), one, 1) == [[10, 11, 12, 13, 20, 30]]
     assert shards(QKV, attention(1), one, 2) == [[10, 11, 12], [13, 20, 30]]
@@ -168,8 +168,8 @@ def test_local_shapes_and_row_ranges() -> None:
     assert row_ranges(find_parameter(QKV, shape), shape, 1, 4) == [(2, 4)]
 
 
-def test_what_cannot_be_cut_evenly_is_named() -> None:
-    """The halves of gate_up are cut alone: three ranks fit neither 4 rows nor the 8 of both."""
+def test_a_parameter_that_cannot_be_split_evenly_is_named() -> None:
+    """The halves of gate_up are split separately: three ranks fit neither 4 rows nor the 8 rows of both."""
     for name, told in ((FC1, "3 does not divide the 4 rows of .*linear_fc1"), (FC2, "the 4 columns of .*linear_fc2")):
         with pytest.raises(ConfigError, match=told):
             local_shape(find_parameter(name, tiny_shape()), tiny_shape(), 3)
@@ -217,7 +217,7 @@ def test_local_and_transformer_engine_names(name: str, hf: str) -> None:
         "lm_head",
     ],
 )
-def test_strangers_are_named(name: str) -> None:
+def test_parameters_without_a_rule_are_named(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"no weight rule for the Megatron parameter {name}; add it in"):
         find_parameter(name, weight_shape(config_of("qwen2-moe-mixed"), 1))
 
@@ -231,7 +231,7 @@ def test_tensors_of_another_shape_are_named() -> None:
 
 
 def hf_state(shape: WeightShape) -> dict[str, torch.Tensor]:
-    """Random tensors of the names and shapes that the table gives."""
+    """Return random tensors with the names and shapes of the table."""
     noise = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(size, generator=noise)
@@ -268,7 +268,7 @@ def place(family: str, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]
     return tuple(checkpoint_slice(find_parameter(name, shape), shape))
 
 
-def test_places_in_a_checkpoint() -> None:
+def test_each_parameter_has_its_place_in_a_checkpoint() -> None:
     """Layers and experts are leading axes; layers that are not alike have keys of their own."""
     expert = "decoder.layers.2.mlp.experts.local_experts.3.linear_fc1.weight"
     assert place("qwen2", "embedding.word_embeddings.weight") == ("embedding.word_embeddings.weight", (), ())

@@ -1,6 +1,6 @@
-"""Our Megatron parameters against those of mbridge, another HF ↔ Megatron bridge: names, merges and tensor-parallel cuts.
+"""Our Megatron parameters against those of mbridge, another HF ↔ Megatron bridge: names, merges and TP splits.
 
-Only its mapping runs, on CPU: which HF tensors a Megatron parameter is made of, how they are merged, how the result is split.
+Only its mapping runs, on CPU: the HF tensors of a Megatron parameter, how they are merged, and how the result is split.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def bridge_of(family: str, num_ranks: int) -> Any:
     config.head_dim = weight_shape(config, 1).head_dim
     states = ParallelStates(tp_size=num_ranks, etp_size=num_ranks)
     kind = _MODEL_REGISTRY[config.model_type]
-    # a tied model changes the table of its class, and so that of every later model
+    # a tied model changes its class's table, which later models would use
     own = type(kind.__name__, (kind,), {"_DIRECT_MAPPING": dict(kind._DIRECT_MAPPING)})
     return own(config, dtype=torch.float32, parallel_states=states)
 
@@ -58,11 +58,11 @@ def random_state(shape: WeightShape) -> dict[str, torch.Tensor]:
 def theirs(
     bridge: Any, parameter: Parameter, state: dict[str, torch.Tensor], shape: WeightShape, num_ranks: int
 ) -> tuple[list[str], list[torch.Tensor]]:
-    """The HF names and each rank's part by mbridge, which names Transformer Engine's layers alone."""
+    """Return the HF names and each rank's part by mbridge, which knows only the names of Transformer Engine's layers."""
     name = parameter.names[-1]
     names = bridge._weight_name_mapping_mcore_to_hf(name)
     merged = bridge._weight_to_mcore_format(name, [state[own] for own in names])
-    if parameter.rule.is_vocab:  # its padding has another rule
+    if parameter.rule.is_vocab:  # mbridge pads it to another size
         merged = torch.cat([merged, merged.new_zeros(shape.padded_vocab_size - len(merged), merged.shape[1])])
     local = torch.empty(local_shape(parameter, shape, num_ranks))
     return names, list(bridge._weight_split_across_tp(name, merged, local, num_ranks))
@@ -70,7 +70,7 @@ def theirs(
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_are_mbridges_own(family: str, num_ranks: int) -> None:
+def test_parameters_equal_those_of_mbridge(family: str, num_ranks: int) -> None:
     shape = weight_shape(config_of(family), num_ranks)
     state, bridge = random_state(shape), bridge_of(family, num_ranks)
     reader, compared = DictReader(state), 0

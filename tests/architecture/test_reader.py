@@ -1,4 +1,4 @@
-"""Every key of config.json is read, required, harmless or refused by name. No processes."""
+"""Every key of config.json is read, required, harmless or refused by name."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_well_known_models_are_understood(model, expected, tmp_path):
         ("Qwen3-30B-A3B", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 with normalized"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(model, change, message, tmp_path):
+def test_a_setting_that_is_not_understood_is_refused_by_name(model, change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_architecture(stored(HUB[model] | change, tmp_path), 1024)
 
@@ -156,7 +156,7 @@ def test_published_models_are_accepted_or_refused_with_the_reason(model, tmp_pat
 
 
 def test_unquantized_deepseek_v3_is_accepted(tmp_path):
-    """Its keys for DeepSeek's own training loss change nothing here."""
+    """Its keys for DeepSeek's own training loss have no effect here."""
     tree = {key: value for key, value in HUB["DeepSeek-V3"].items() if key != "quantization_config"}
     found = read_architecture(stored(tree, tmp_path), 4096)
     assert (found.fields["num_moe_experts"], found.fields["moe_router_group_topk"], found.num_layers) == (256, 4, 61)

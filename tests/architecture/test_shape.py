@@ -1,4 +1,4 @@
-"""Sizes from config.json, by hand; and configs whose tensors the table does not know."""
+"""Sizes from config.json, by hand, and configs whose tensors the weight rules do not cover."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_padded_vocabulary(vocab_size: int, tensor_parallel: int, padded: int) -
     assert padded_vocab_size(vocab_size, tensor_parallel) == padded
 
 
-def test_the_class_names_an_architecture_that_the_file_does_not() -> None:
+def test_a_config_without_an_architecture_gets_that_of_its_class() -> None:
     config = config_of("qwen3")
     config.architectures = None
     assert weight_shape(config, 1).architecture == "Qwen3ForCausalLM"
@@ -84,7 +84,7 @@ def test_settings_that_change_the_tensors_are_refused(family: str, changes: dict
         weight_shape(config_of(family, **changes), 1)
 
 
-def test_key_value_heads_that_do_not_divide_the_heads() -> None:
+def test_key_value_heads_must_divide_the_heads() -> None:
     config = SimpleNamespace(architectures=["Qwen2ForCausalLM"], num_attention_heads=6, num_key_value_heads=4)
     with pytest.raises(ConfigError, match="num_key_value_heads 4 does not divide num_attention_heads 6"):
         weight_shape(config, 1)

@@ -1,4 +1,4 @@
-"""Stored tensors that are no weights of the model; convert's refusals of them are in test_convert_errors.py."""
+"""Stored tensors that are not weights of the model. tests/convert/test_convert_errors.py has the same for convert."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("edit", BAD)
-def test_a_run_starts_from_no_folder_with_other_tensors(edit: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_a_run_does_not_start_from_a_folder_with_other_tensors(edit: str, tmp_path: Path, hf_folder: Folders) -> None:
     family, change, told = BAD[edit]
     folder = edited_copy(hf_folder(family), tmp_path, change)
     with pytest.raises(CheckpointError, match=told):

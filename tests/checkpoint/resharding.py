@@ -212,7 +212,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _step(actor: Any, update: int) -> None:
-    """Take an update with made-up gradients, equal on all copies of a parameter. It needs no forward pass, so it is cheap."""
+    """Take an update with made-up gradients, equal on all copies of a parameter, and without a forward pass."""
     names, layout = actor.policy.global_parameter_names(), actor.layout
     tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if actor.shape.tied else {}
     for name, parameter in actor.policy.named_parameters():
@@ -249,7 +249,7 @@ def _actor(case: Case, layout: Any) -> Any:
 
 @contextmanager
 def _buckets(module: Any, size: int | None) -> Iterator[None]:
-    """Put gradients into buckets of `size` elements. Megatron makes buckets only if their reduction overlaps the backward pass."""
+    """Put gradients into buckets of `size` elements, which Megatron has only if reduction overlaps the backward pass."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     def wrap(policy: Any, config: Any) -> DistributedDataParallel:

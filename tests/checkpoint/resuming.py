@@ -180,7 +180,7 @@ def changed_settings(layout: Any, mesh: Mesh, path: Path) -> list[float]:
 
 
 def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:
-    """Return the folders after each of four saves with keep=2. The third save replaces a step; unfinished folders do not count."""
+    """Return the folders after each of four saves with keep=2. The third replaces a step; unfinished ones do not count."""
     actor = build_actor(settings(mesh), layout)
     (folder / "checkpoints" / "step_000004.partial" / "megatron").mkdir(parents=True)
     (folder / "checkpoints" / "step_000004.partial" / "junk.json").write_text("left by a killed run")

@@ -100,7 +100,7 @@ def _convert(command: str, *arguments: Path | str) -> Run:
     process = subprocess.Popen([sys.executable, CONVERT, command, *arguments])
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, f"{command} ended with {status}"
-    # the kernel counts in KiB
+    # the kernel counts KiB
     return Run(command, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9)
 
 

@@ -1,4 +1,4 @@
-"""HF → Megatron → HF: bit for bit for every family, dtype and cut, and whatever interrupts it."""
+"""HF → Megatron → HF is exact for every family, dtype and layout, also after an interruption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MOE_CUTS = [Cut(), Cut(2, 1, 2), Cut(4, 2, 1), Cut(1, 2, 2), Cut(2, 2, 2, 2), Cu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_round_trip_is_exact(family: str, dtype: torch.dtype, tmp_path: Path, hf_folder: Folders) -> None:
-    """Every cut of Megatron's side; three layers on two stages; 101 words padded to 104, 112 or 128."""
+    """Every layout on Megatron's side: three layers on two stages, and 101 words padded to 104, 112 or 128."""
     source = hf_folder(family, dtype, shard="20KB" if dtype == torch.float32 else "5GB")
     for number, cut in enumerate(MOE_CUTS if family in MOE else DENSE_CUTS):
         out = round_trip(source, tmp_path / str(cut), cut, SMALL if number % 2 else ONE_FILE)
@@ -78,7 +78,7 @@ def test_transformers_computes_the_same_from_the_result(family: str, tmp_path: P
     assert torch.equal(ours, theirs)
 
 
-def test_the_index_is_transformers_own(tmp_path: Path, hf_folder: Folders) -> None:
+def test_the_index_has_the_same_content_as_transformers_index(tmp_path: Path, hf_folder: Folders) -> None:
     source = hf_folder("qwen2", torch.float32, shard="20KB")
     out = round_trip(source, tmp_path, shard_bytes=SMALL)
     ours, theirs = (json.loads((folder / "model.safetensors.index.json").read_bytes()) for folder in (out, source))
@@ -86,12 +86,12 @@ def test_the_index_is_transformers_own(tmp_path: Path, hf_folder: Folders) -> No
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     assert set(ours["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
     sizes = {path: sum(t.nbytes for t in load_file(path).values()) for path in out.glob("*.safetensors")}
-    # a parameter's tensors stay together: gate and up, and here the query group, fit into one file
+    # a parameter's tensors stay together: gate and up, and query, key and value, fit into one file
     assert len(sizes) > 3 and max(sizes.values()) <= SMALL
 
 
-def test_a_folder_for_training(tmp_path: Path, hf_folder: Folders) -> None:
-    """What hf-to-mcore writes: one file a layer and one each for the ends, named by the stage that reads it."""
+def test_a_converted_folder_has_one_file_per_layer(tmp_path: Path, hf_folder: Folders) -> None:
+    """One file per layer and one each for embedding and head, named by the stage that reads it."""
     hf_to_mcore(hf_folder("qwen2"), tmp_path / "out", Cut(2, 2), NoReport())
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     chunks = {f"megatron/__{stage}_{number}.distcp" for number, stage in enumerate((0, 0, 0, 1, 1))}
@@ -106,7 +106,7 @@ def test_the_output_head_of_tied_embeddings_is_left_out(tmp_path: Path, hf_folde
     assert_same_model(round_trip(copy, tmp_path / "work"), source)
 
 
-def test_buffers_that_every_model_makes_anew_are_left_out(tmp_path: Path, hf_folder: Folders) -> None:
+def test_buffers_that_a_model_computes_itself_are_left_out(tmp_path: Path, hf_folder: Folders) -> None:
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     copy = edited_copy(hf_folder("llama"), tmp_path, lambda state: state.update({extra: torch.ones(4)}))
     assert_same_model(round_trip(copy, tmp_path / "work"), hf_folder("llama"))
@@ -116,7 +116,7 @@ def test_buffers_that_every_model_makes_anew_are_left_out(tmp_path: Path, hf_fol
 
 
 class Interrupting(NoReport):
-    """Ctrl-C after so many tensors (-1: never), for every thread; remembers where the job began."""
+    """Raise KeyboardInterrupt after so many tensors (-1: never) in every thread, and remember where the job began."""
 
     def __init__(self, after: int):
         self.left, self.began, self.count = after, (0, 0), 0
@@ -135,13 +135,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def times(partial: Path) -> dict[str, int]:
-    """Inodes and times of the finished files, by name."""
+    """Return inode and time of each finished file by its name."""
     done = json.loads((partial / JOURNAL).read_bytes())["done"]
     return {name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in done}
 
 
 @pytest.mark.parametrize("direction", ["hf-to-mcore", "mcore-to-hf"])
-def test_an_interrupted_conversion_goes_on(direction: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_an_interrupted_conversion_continues(direction: str, tmp_path: Path, hf_folder: Folders) -> None:
     source = hf_folder("qwen3-moe")
     hf_to_mcore(source, mcore := tmp_path / "mcore", Cut(2, 2, 2), NoReport())
 
@@ -171,7 +171,7 @@ def test_an_interrupted_conversion_goes_on(direction: str, tmp_path: Path, hf_fo
     assert contents(tmp_path / "out") == whole
 
 
-def test_other_options_or_inputs_start_anew(tmp_path: Path, hf_folder: Folders) -> None:
+def test_other_options_or_inputs_start_from_the_beginning(tmp_path: Path, hf_folder: Folders) -> None:
     source = Path(shutil.copytree(hf_folder("qwen2"), tmp_path / "source"))
     out = tmp_path / "out"
 
@@ -191,7 +191,7 @@ def test_other_options_or_inputs_start_anew(tmp_path: Path, hf_folder: Folders) 
     assert_same_model(round_trip_back(out, tmp_path), source)
 
 
-def test_a_disk_that_fills_up_in_the_middle(
+def test_a_conversion_continues_after_the_disk_was_full(
     tmp_path: Path, hf_folder: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, count, original = hf_folder("qwen2-moe"), [], conversion.write_chunk
@@ -232,8 +232,8 @@ hf_to_mcore(Path(sys.argv[1]), Path(sys.argv[2]), Cut(2, 1, 2), Killing())
 """
 
 
-def test_a_killed_process_is_gone_on_with(tmp_path: Path, hf_folder: Folders) -> None:
-    """SIGKILL, as from a batch system or for want of memory: nothing can be tidied up."""
+def test_the_work_of_a_killed_process_is_continued(tmp_path: Path, hf_folder: Folders) -> None:
+    """SIGKILL comes from a batch system or if memory runs out; the process cannot clean up."""
     source = hf_folder("qwen2-moe")
     root = Path(__file__).parents[2]
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""Folders and layouts that cannot be converted: each a clear error that names the tensor or key, nothing left behind."""
+"""Folders and layouts that cannot be converted: each gives an error with the tensor or key, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ TENSOR_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = 
 
 
 @pytest.mark.parametrize("edit", TENSOR_EDITS)
-def test_tensors_that_do_not_fit(edit: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_tensors_that_do_not_fit_are_refused(edit: str, tmp_path: Path, hf_folder: Folders) -> None:
     change, told = TENSOR_EDITS[edit]
     refused(edited_copy(hf_folder("qwen2-moe"), tmp_path, change), tmp_path, told, error=CheckpointError)
 
 
-def test_a_head_that_is_not_the_embedding_it_should_be_tied_to(tmp_path: Path, hf_folder: Folders) -> None:
-    """transformers unties the two then; leaving one out would change the model."""
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path, hf_folder: Folders) -> None:
+    """transformers would untie the two; leaving one out would change the model."""
     copy = edited_copy(
         hf_folder("qwen2-tied"), tmp_path, lambda state: state.update({HEAD: state[EMBEDDING].clone() + 1})
     )
@@ -99,7 +99,7 @@ CONFIG_EDITS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("edit", CONFIG_EDITS)
-def test_configs_that_disagree_with_the_tensors(edit: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_configs_that_disagree_with_the_tensors_are_refused(edit: str, tmp_path: Path, hf_folder: Folders) -> None:
     changes, told = CONFIG_EDITS[edit]
     copy = Path(shutil.copytree(hf_folder("qwen2"), tmp_path / "source"))
     set_config(copy, **changes)
@@ -107,7 +107,7 @@ def test_configs_that_disagree_with_the_tensors(edit: str, tmp_path: Path, hf_fo
 
 
 def broken_files(folder: Path, how: str) -> str:
-    """Breaks a folder of several files; what the error must say."""
+    """Break a folder of several files, and return what the error must say."""
     index = json.loads((folder / INDEX).read_bytes())
     shard = folder / index["weight_map"][NORM]
     if how == "truncated data":
@@ -140,7 +140,7 @@ def broken_files(folder: Path, how: str) -> str:
         "no config", "no index",
     ],
 )  # fmt: skip
-def test_broken_files(how: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_broken_files_are_refused(how: str, tmp_path: Path, hf_folder: Folders) -> None:
     copy = Path(shutil.copytree(hf_folder("qwen2", torch.float32, shard="20KB"), tmp_path / "source"))
     refused(copy, tmp_path, broken_files(copy, how))
 
@@ -159,14 +159,16 @@ def test_broken_files(how: str, tmp_path: Path, hf_folder: Folders) -> None:
         ("qwen2-moe", Cut(4), None),
     ],
 )
-def test_layouts_that_do_not_fit(family: str, cut: Cut, told: str | None, tmp_path: Path, hf_folder: Folders) -> None:
+def test_layouts_that_do_not_fit_are_refused(
+    family: str, cut: Cut, told: str | None, tmp_path: Path, hf_folder: Folders
+) -> None:
     if told is None:
         hf_to_mcore(hf_folder(family), tmp_path / "out", cut, NoReport())
     else:
         refused(hf_folder(family), tmp_path, told, cut, ConfigError)
 
 
-def test_folders_of_the_other_kind_and_outputs_that_exist(tmp_path: Path, hf_folder: Folders) -> None:
+def test_folders_of_the_other_kind_and_outputs_that_exist_are_refused(tmp_path: Path, hf_folder: Folders) -> None:
     source, mcore = hf_folder("qwen2"), tmp_path / "mcore"
     hf_to_mcore(source, mcore, Cut(), NoReport())
     with pytest.raises(CheckpointError, match="is a Megatron checkpoint already; the other direction is mcore-to-hf"):
@@ -184,7 +186,7 @@ def test_folders_of_the_other_kind_and_outputs_that_exist(tmp_path: Path, hf_fol
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "zeros", "metadata", "config"])
-def test_broken_megatron_checkpoints(how: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_broken_megatron_checkpoints_are_refused(how: str, tmp_path: Path, hf_folder: Folders) -> None:
     hf_to_mcore(hf_folder("qwen2"), mcore := tmp_path / "mcore", Cut(2), NoReport())
     chunk = mcore / "megatron" / "__0_1.distcp"
     told = {
@@ -209,6 +211,8 @@ def test_broken_megatron_checkpoints(how: str, tmp_path: Path, hf_folder: Folder
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
 
 
-def test_a_disk_too_small(tmp_path: Path, hf_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_refused(
+    tmp_path: Path, hf_folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     refused(hf_folder("qwen2"), tmp_path, r"out needs 0\.1 GB, but its disk has 0\.0 GB free")

@@ -1,4 +1,4 @@
-"""What is told of a folder, against counts by hand."""
+"""The description of a folder, against counts by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dapo_mcore.convert.job import NoReport
 
 
 def test_a_hugging_face_folder(hf_folder: Callable[..., Path]) -> None:
-    """A layer: q 1024 + 32, k and v 512 + 16 each, o 1024, the MLP 3 · 1536, two norms of 32; ends 2 · 3232 + 32."""
+    """Per layer: q 1024 + 32, k and v 512 + 16 each, o 1024, the MLP 3 · 1536, two norms of 32; ends 2 · 3232 + 32."""
     folder = hf_folder("qwen2", torch.float32)
     lines = describe(folder).splitlines()
     parameters = 3 * (1056 + 2 * 528 + 1024 + 3 * 1536 + 64) + 2 * 3232 + 32
@@ -27,7 +27,7 @@ def test_a_hugging_face_folder(hf_folder: Callable[..., Path]) -> None:
 
 
 def test_a_megatron_folder_with_experts(tmp_path: Path, hf_folder: Callable[..., Path]) -> None:
-    """Layers that differ are not stacked; a layer's gate and up lie in 4 experts × 2 halves × 2 ranks."""
+    """Layers that differ are not stacked; gate and up of a layer are in 4 experts × 2 halves × 2 ranks = 16 chunks."""
     hf_to_mcore(hf_folder("qwen2-moe-mixed", torch.bfloat16), tmp_path / "out", Cut(2, 1, 2, 2), NoReport())
     lines = describe(tmp_path / "out").splitlines()
     assert lines[0] == f"{tmp_path / 'out'}: a Megatron distributed checkpoint"

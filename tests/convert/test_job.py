@@ -1,4 +1,4 @@
-"""A job of several files: written, resumed, kept apart from others, and gone after an error."""
+"""A job of several files: written, resumed, kept apart from other jobs, and removed after an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Recorder:
 
 
 class Writer:
-    """Makes files of ten bytes; `fails` gives the error that a file of this name raises."""
+    """Makes files of ten bytes. `fails` gives the error that writing a file of that name raises."""
 
     def __init__(self, **fails: BaseException):
         self.fails = fails
@@ -71,7 +71,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_a_folder_of_files(tmp_path: Path, source: Path) -> None:
+def test_a_job_writes_its_files_into_a_new_folder(tmp_path: Path, source: Path) -> None:
     writer, report = Writer(), Recorder()
     notes = run(tmp_path / "out", writer.files("a", "sub/b", "sub/c"), source, report=report)
     assert notes == [{"of": "a"}, {"of": "sub/b"}, {"of": "sub/c"}]
@@ -99,7 +99,7 @@ def test_after_an_error_nothing_is_left(tmp_path: Path, source: Path, error: Exc
     assert listing(tmp_path) == ["input"]
 
 
-def test_an_error_in_what_is_added_last_leaves_nothing(tmp_path: Path, source: Path) -> None:
+def test_an_error_in_the_last_part_leaves_nothing(tmp_path: Path, source: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="bug"),
         Job(tmp_path / "out", Writer().files("a"), [source], ()).run(NoReport()),
@@ -109,14 +109,14 @@ def test_an_error_in_what_is_added_last_leaves_nothing(tmp_path: Path, source: P
 
 
 def interrupted(tmp_path: Path, source: Path, options: tuple[str, ...] = ()) -> Path:
-    """What an interruption at the third of three files leaves."""
+    """Interrupt a job in the third of three files, and return the folder that is left."""
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", Writer(c=KeyboardInterrupt()).files("a", "b", "c"), source, options)
     assert not (tmp_path / "out").exists()
     return tmp_path / "out.partial"
 
 
-def test_an_interrupted_job_goes_on(tmp_path: Path, source: Path) -> None:
+def test_an_interrupted_job_continues(tmp_path: Path, source: Path) -> None:
     partial = interrupted(tmp_path, source)
     assert sorted(json.loads((partial / JOURNAL).read_bytes())["done"]) == ["a", "b"]
     writer, report = Writer(), Recorder()
@@ -136,7 +136,7 @@ def test_a_finished_file_that_vanished_is_made_again(tmp_path: Path, source: Pat
 
 
 @pytest.mark.parametrize("change", ["size", "time", "options", "files", "journal"])
-def test_another_job_starts_anew(tmp_path: Path, source: Path, change: str) -> None:
+def test_another_job_starts_from_the_beginning(tmp_path: Path, source: Path, change: str) -> None:
     partial = interrupted(tmp_path, source)
     names, options = ["a", "b", "c"], ()
     if change == "size":
@@ -157,14 +157,14 @@ def test_another_job_starts_anew(tmp_path: Path, source: Path, change: str) -> N
     assert listing(tmp_path / "out") == sorted([*names, "config.json"])
 
 
-def test_a_disk_too_small(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=40_000_000))
     with pytest.raises(CheckpointError, match=r"out needs 0\.1 GB, but its disk has 0\.0 GB free"):
         run(tmp_path / "out", Writer().files("a"), source)
     assert listing(tmp_path) == ["input"]
 
 
-def test_a_disk_too_small_to_go_on_keeps_what_is_finished(
+def test_a_disk_that_is_too_small_to_continue_keeps_the_finished_files(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(tmp_path, source)
@@ -177,7 +177,7 @@ def test_a_disk_too_small_to_go_on_keeps_what_is_finished(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path, source: Path, number: int) -> None:
+def test_a_disk_that_fills_up_keeps_the_finished_files(tmp_path: Path, source: Path, number: int) -> None:
     full = OSError(number, os.strerror(number))
     with pytest.raises(CheckpointError, match=r"out is full; free some space and start again: 2 finished files in"):
         run(tmp_path / "out", Writer(c=full).files("a", "b", "c"), source)
@@ -201,7 +201,7 @@ def test_a_folder_that_no_job_made_is_left_alone(tmp_path: Path, source: Path) -
     assert listing(tmp_path) == ["input", "out.partial", "out.partial/precious"]
 
 
-def test_a_job_that_was_interrupted_in_its_first_file_is_known(tmp_path: Path, source: Path) -> None:
+def test_a_job_that_was_interrupted_in_its_first_file_is_recognized(tmp_path: Path, source: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", Writer(a=KeyboardInterrupt()).files("a"), source)
     assert listing(tmp_path / "out.partial") == [JOURNAL, "a.tmp"]
@@ -209,7 +209,7 @@ def test_a_job_that_was_interrupted_in_its_first_file_is_known(tmp_path: Path, s
     assert listing(tmp_path / "out") == ["a", "config.json"]
 
 
-def test_one_process_at_a_time(tmp_path: Path, source: Path) -> None:
+def test_only_one_process_at_a_time_works_on_a_job(tmp_path: Path, source: Path) -> None:
     interrupted(tmp_path, source)
     other = os.open(tmp_path / "out.partial", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)

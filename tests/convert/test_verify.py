@@ -1,4 +1,4 @@
-"""The manifest against hashes by hand, and what counts as a difference."""
+"""The manifest against hashes by hand, and the differences between two manifests."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_a_manifest_is_the_same_for_both_kinds_of_folder(tmp_path: Path, hf_fold
     assert str(ours[name]) == f"[24, 32] bfloat16 {ours[name].sha256[:12]}"
 
 
-def test_a_single_bit(tmp_path: Path, hf_folder: Callable[..., Path]) -> None:
-    """The sign of a zero: equal as numbers, another file all the same."""
+def test_a_single_bit_is_a_difference(tmp_path: Path, hf_folder: Callable[..., Path]) -> None:
+    """The sign of a zero: equal as numbers, but not as files."""
     state = load_file(hf_folder("qwen2") / "model.safetensors")
     entries = []
     for sign in (1.0, -1.0):

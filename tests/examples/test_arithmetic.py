@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_files(example: ModuleType, task: Path, tmp
     assert changed == {"choose.jsonl", "heldout.jsonl", "demonstrations.jsonl"}
 
 
-def test_the_tokenizer_has_one_token_a_character_and_one_for_answer(model: ModelConfig, tokenizer):
+def test_the_tokenizer_has_one_token_per_character_and_one_for_answer(model: ModelConfig, tokenizer):
     text = "66+20=6+0+0=6; 6+2+0=8;-Answer:86"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) == len(text) - len("Answer:") + 1
@@ -108,7 +108,7 @@ def test_the_tokenizer_has_one_token_a_character_and_one_for_answer(model: Model
 
 
 def test_other_readers_of_the_folder_agree(task: Path, tokenizer):
-    """A rollout server reads the same folder by AutoTokenizer or verbatim."""
+    """A rollout server reads the same folder with AutoTokenizer or PreTrainedTokenizerFast."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     text = "6+2+0=8;Answer:86 "

@@ -1,4 +1,4 @@
-"""Every configuration in examples/ loads, and the reference one says what the reference says."""
+"""Every configuration in examples/ loads, and the reference one has the numbers of the public script."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ CONFIG = {
     "rope_theta": 1000000.0,
 }
 
-# math would never be right with random weights, so that no group would vary; any reward does for this test
+# answers of random weights are never right, so no group would vary; any reward that varies will do
 REWARD = """
 import zlib
 

@@ -1,4 +1,4 @@
-"""Every command of every page is one that runs: pages are read, and each command is held against what it starts.
+"""Every command on every page runs: each is read from its page and checked against the program that it starts.
 
 Change here: a new command that pages may show. Commands are the lines that are indented by four spaces, or in a bash block.
 """
@@ -35,7 +35,7 @@ STANDS_FOR_ONE_OF_YOURS = {"my.yaml": "examples/gsm8k.yaml", "CONFIG.yaml": "exa
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command of a page, without the environment before it and the remark behind it."""
+    """Yield the words of each command of a page, without variables before it and a remark after it."""
     text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
     fenced = re.findall(r"```bash\n(.*?)```", text, re.S)
     indented = re.findall(r"^    (?! )(.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
@@ -57,7 +57,7 @@ def check_train(words: list[str]) -> None:
 
 
 def check_tool(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run what needs no files; of the rest only the arguments are read."""
+    """Run a command that needs no files; of others, only parse the arguments."""
     command, arguments = words[1], [STANDS_FOR_ONE_OF_YOURS.get(word, word) for word in words[2:]]
     if command == "config":
         arguments.append("--only-values")

@@ -1,4 +1,4 @@
-"""A model folder of characters, small enough to read: <pad> 0, <eos> 1, <bos> 2, then one id a character."""
+"""A model folder whose tokens are characters: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then one id per character."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = {
 
 
 def write_tokenizer(folder: Path, **special: str) -> None:
-    """tokenizer.json and tokenizer_config.json; a word-level model, which Qwen2's own class cannot rebuild."""
+    """Write tokenizer.json and tokenizer_config.json of a word-level model, which Qwen2's own class cannot rebuild."""
     vocab = {token: index for index, token in enumerate([*SPECIAL, " ", "\n", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

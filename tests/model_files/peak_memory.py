@@ -1,4 +1,4 @@
-"""How much memory of this process a block of code needs at most, as the kernel counts it."""
+"""The peak memory of a block of code in this process, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _M_MMAP_THRESHOLD = -3
 
 
 def give_freed_memory_back() -> None:
-    """From now on glibc returns every block from 64 KiB up to the kernel when it is freed; resident memory is what lives."""
+    """Make glibc return freed blocks of 64 KiB or more to the kernel, so that resident memory is memory in use."""
     assert _LIBC.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 class PeakMemory:
-    """After the block, `peak_bytes` is what resident memory rose by at its highest point."""
+    """After the block, `peak_bytes` is the largest rise of resident memory inside it."""
 
     peak_bytes = 0
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests of conversion: there and back, what must be the same, and folders with a flaw."""
+"""Helpers of the conversion tests: convert to Megatron and back, compare the folders, and make folders with a flaw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.model_files.zoo import TEXTS
 Folders = Callable[..., Path]
 WHOLE = Cut()
 SMALL, ONE_FILE = 20_000, 5_000_000_000
-"""Bytes a file: some ten of them, or all in one."""
+"""Bytes per file: about ten files, or all in one."""
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -28,12 +28,12 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """As the safetensors package reads them."""
+    """Return the tensors as the safetensors package reads them."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def assert_same_model(ours: Path, theirs: Path) -> None:
-    """Names, dtypes, shapes and bytes of all tensors, every other file but the index, and all settings."""
+    """Compare names, dtypes, shapes and bytes of all tensors, all settings, and every other file but the index."""
     found, expected = tensors_of(ours), tensors_of(theirs)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -63,7 +63,7 @@ def round_trip_back(mcore: Path, work: Path) -> Path:
 
 
 def edited_copy(source: Path, work: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    """The folder with its one file's tensors changed by `edit`."""
+    """Return a copy of the folder whose tensors, in one file, are changed by `edit`."""
     copy = Path(shutil.copytree(source, work / "source"))
     state = load_file(copy / "model.safetensors")
     edit(state)

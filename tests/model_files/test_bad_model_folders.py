@@ -1,4 +1,4 @@
-"""Model folders with one mistake each: a line that names the file, the number and what to do, before anything is built."""
+"""Model folders with one mistake each: one line names the file, the number and what to do, before anything is built."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.model_files.zoo import config_of
 
 
 def check(folder: Path, **settings: Any) -> None:
-    """All that is known of a model folder before its weights are read."""
+    """Check everything about a model folder that can be checked before its weights are read."""
     model = ModelConfig(path=str(folder), **settings)
     hf_config = load_hf_config(model)
     read_architecture(hf_config, longest_sequence=64)
@@ -60,13 +60,13 @@ def assert_told(folder: Path, message: str, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_settings_that_no_model_can_have(case: str, copy: Path) -> None:
+def test_a_config_json_that_no_model_can_have_is_refused(case: str, copy: Path) -> None:
     changes, message = SETTINGS[case]
     (copy / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     assert_told(copy, message, init="random")
 
 
-def test_overrides_are_held_to_the_same(model_folder: Path) -> None:
+def test_overrides_are_checked_as_config_json_is(model_folder: Path) -> None:
     assert_told(
         model_folder, "model.overrides over .*: hidden_size 0 must", init="random", overrides={"hidden_size": 0}
     )
@@ -88,7 +88,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_tokenizers_that_cannot_be_used(case: str, copy: Path) -> None:
+def test_a_tokenizer_that_cannot_be_used_is_refused(case: str, copy: Path) -> None:
     damage, message = TOKENIZERS[case]
     damage(copy)
     assert_told(copy, message, init="random")
@@ -96,7 +96,7 @@ def test_tokenizers_that_cannot_be_used(case: str, copy: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with weights in two files, too."""
+    """A folder that also has weights, in two files."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("whole") / "model"
@@ -134,7 +134,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_weights_that_are_not_whole(case: str, whole: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_complete_are_refused(case: str, whole: Path, tmp_path: Path) -> None:
     damage, message = WEIGHTS[case]
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
     damage(folder)

@@ -1,4 +1,4 @@
-"""Model folders: what is read, and every way in which one can be unusable."""
+"""config.json and tokenizer files of a model folder, and every way in which they can be unusable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def copy(model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_folder, tmp_path / "copy"))
 
 
-def test_the_stored_architecture(model_folder: Path):
+def test_config_json_is_read_as_it_is_stored(model_folder: Path):
     config = load_hf_config(model(model_folder))
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("qwen2", 4, 16)
 
@@ -37,7 +37,7 @@ def test_overrides_apply_before_derived_fields(copy: Path):
     assert config.hidden_size == 16
 
 
-def test_an_override_the_file_does_not_have_but_the_class_does(model_folder: Path):
+def test_an_override_may_set_a_key_that_only_the_config_class_has(model_folder: Path):
     assert load_hf_config(model(model_folder, overrides={"tie_word_embeddings": True})).tie_word_embeddings is True
 
 
@@ -51,7 +51,7 @@ def test_an_override_of_a_wrong_type_is_refused(model_folder: Path):
         load_hf_config(model(model_folder, overrides={"num_hidden_layers": "two"}))
 
 
-def test_missing_folder_and_files(tmp_path: Path):
+def test_a_missing_folder_or_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="is not a folder"):
         load_hf_config(model(tmp_path / "absent"))
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -81,7 +81,7 @@ def test_the_two_tokenizer_files_are_enough(copy: Path):
 
 
 def test_tokenizer_json_wins_over_the_class_of_the_architecture(model_folder: Path):
-    """transformers makes a Qwen2Tokenizer of any folder with model_type qwen2 and would drop what BPE cannot spell."""
+    """transformers makes a Qwen2Tokenizer for any folder of model_type qwen2, whose BPE would drop some of this text."""
     tokenizer = load_tokenizer(model(model_folder))
     text = "Answer: 12 + 3\n= 15"
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -89,7 +89,7 @@ def test_tokenizer_json_wins_over_the_class_of_the_architecture(model_folder: Pa
     assert tokenizer.decode([*ids, 1], skip_special_tokens=True) == text
 
 
-def test_the_real_qwen_tokenizer_stays_qwens(real_data, copy: Path):
+def test_the_real_qwen_tokenizer_keeps_its_own_class(real_data, copy: Path):
     shutil.copy(real_data("qwen/tokenizer.json"), copy / "tokenizer.json")
     (copy / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer"}')
     tokenizer = load_tokenizer(model(copy))
@@ -116,14 +116,14 @@ def test_the_vocabulary_must_hold_every_token(model_folder: Path):
     ("stored", "expected"),
     [(None, (1,)), ({}, (1,)), ({"eos_token_id": 5}, (5, 1)), ({"eos_token_id": [1, 7, 7]}, (1, 7))],
 )
-def test_stop_tokens(copy: Path, stored, expected):
+def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizers_eos(copy: Path, stored, expected):
     if stored is not None:
         (copy / "generation_config.json").write_text(json.dumps(stored))
     assert stop_token_ids(model(copy), load_tokenizer(model(copy))) == expected
 
 
 @pytest.mark.parametrize("eos", ["<eos>", [1, None], True, -1])
-def test_stop_tokens_that_are_no_ids_are_refused(copy: Path, eos):
+def test_stop_tokens_that_are_not_ids_are_refused(copy: Path, eos):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(ConfigError, match="eos_token_id"):
         stop_token_ids(model(copy), load_tokenizer(model(copy)))

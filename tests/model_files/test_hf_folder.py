@@ -1,4 +1,4 @@
-"""Model folders: read slice by slice with errors that name the file, written whole or not at all."""
+"""Model folders: read slice by slice, with errors that name the file, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sharded_folder(folder: Path) -> Path:
     return folder
 
 
-def test_slices_of_a_single_file(tmp_path: Path) -> None:
+def test_slices_of_a_single_file_are_read(tmp_path: Path) -> None:
     save_file({"a": MATRIX, "b": torch.tensor([1.0, 2.0])}, tmp_path / "model.safetensors")
     reader = SafetensorsReader(tmp_path)
     assert reader.shape("a") == (4, 3) and reader.shape("b") == (2,)
@@ -80,14 +80,14 @@ def test_errors_name_what_is_missing(tmp_path: Path) -> None:
         SafetensorsReader(tmp_path)
 
 
-def test_a_shard_that_lacks_what_the_index_says(tmp_path: Path) -> None:
+def test_a_shard_that_lacks_a_tensor_of_the_index_is_named(tmp_path: Path) -> None:
     sharded_folder(tmp_path)
     save_file({"other": MATRIX}, tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"names c in two\.safetensors, which lacks it"):
         SafetensorsReader(tmp_path)
 
 
-def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+def test_a_tensor_in_another_shard_than_the_index_says_is_named(tmp_path: Path) -> None:
     index = json.loads((sharded_folder(tmp_path) / INDEX).read_bytes())
     index["weight_map"]["a"] = "two.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -95,8 +95,8 @@ def test_a_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
         SafetensorsReader(tmp_path)
 
 
-def test_an_index_beside_a_whole_file(tmp_path: Path) -> None:
-    """transformers would take the whole file, other tools the shards."""
+def test_an_index_beside_a_single_file_is_refused(tmp_path: Path) -> None:
+    """transformers would read the single file, other tools the shards."""
     save_file({"a": MATRIX}, sharded_folder(tmp_path) / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"holds both model\.safetensors and {INDEX}; .* remove it"):
         SafetensorsReader(tmp_path)
@@ -105,7 +105,7 @@ def test_an_index_beside_a_whole_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 3}}']
 )
-def test_broken_indices(tmp_path: Path, text: str) -> None:
+def test_a_broken_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json is broken"):
         SafetensorsReader(tmp_path)
@@ -150,14 +150,14 @@ def info(*shape: int) -> TensorInfo:
 
 
 def test_shards_are_as_full_as_they_may_be() -> None:
-    """48 bytes a matrix: two fill a shard of 100; a group stays together; one beyond the limit gets its own file."""
+    """A matrix has 48 bytes: two fill a shard of 100; a group stays together; a tensor above the limit gets its own file."""
     groups = [{"a": info(4, 3)}, {"b": info(4, 3)}, {"c": info(4), "d": info(9)}, {"large": info(40)}, {"e": info(1)}]
     assert [list(tensors) for tensors in plan_files(groups, 100).values()] == [["a", "b"], ["c", "d"], ["large"], ["e"]]
     assert list(plan_files(groups, 100)) == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
     assert list(plan_files(groups, 1000)) == ["model.safetensors"]
 
 
-def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
+def test_an_index_is_written_only_for_several_files(tmp_path: Path) -> None:
     write_index(tmp_path, {"model.safetensors": {"a": info(4)}})
     assert list(tmp_path.iterdir()) == []
     write_index(tmp_path, {"1.safetensors": {"a": info(4), "b": info(2)}, "2.safetensors": {"c": info(1)}})
@@ -217,7 +217,7 @@ def test_transformers_loads_the_written_folder(tmp_path: Path, source: Path, tie
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in weights)
 
 
-def test_a_stream_that_reuses_its_buffer_and_has_an_order_of_its_own(tmp_path: Path, source: Path) -> None:
+def test_a_stream_may_reuse_its_buffer_and_have_any_order(tmp_path: Path, source: Path) -> None:
     _, weights = unique_weights(hf_config())
     buffer = torch.empty(10_000)
 
@@ -232,7 +232,7 @@ def test_a_stream_that_reuses_its_buffer_and_has_an_order_of_its_own(tmp_path: P
     assert all(torch.equal(found[name], tensor) for name, tensor in weights)
 
 
-def test_a_stream_that_fails_or_ends_early_leaves_the_folder_of_before(tmp_path: Path, source: Path) -> None:
+def test_a_stream_that_fails_or_ends_early_keeps_the_earlier_folder(tmp_path: Path, source: Path) -> None:
     _, weights = unique_weights(hf_config())
 
     def failing() -> Iterator[tuple[str, torch.Tensor]]:
@@ -256,7 +256,7 @@ def test_a_stream_that_fails_or_ends_early_leaves_the_folder_of_before(tmp_path:
 
 
 @pytest.mark.parametrize("place", ["out", "out.partial"])
-def test_only_what_an_export_has_written_is_deleted_for_one(tmp_path: Path, source: Path, place: str) -> None:
+def test_an_export_replaces_only_folders_that_an_export_wrote(tmp_path: Path, source: Path, place: str) -> None:
     _, weights = unique_weights(hf_config())
     theirs = tmp_path / place
     theirs.mkdir()
@@ -266,7 +266,7 @@ def test_only_what_an_export_has_written_is_deleted_for_one(tmp_path: Path, sour
     assert (theirs / "notes.txt").read_text() == "mine" and exported_step(tmp_path / "out") is None
 
     theirs.rename(tmp_path / "moved")
-    (tmp_path / place).mkdir()  # empty: nobody's
+    (tmp_path / place).mkdir()  # an empty folder may be replaced
     with pytest.raises(RuntimeError, match="killed"):
         export(itertools.chain(weights[:2], killed()), tmp_path / "out", source, hf_config())
     assert (tmp_path / "out.partial").is_dir()

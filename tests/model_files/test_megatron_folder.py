@@ -1,4 +1,4 @@
-"""Converted checkpoints are megatron-core's own: its models load them in any layout, and what they save reads back.
+"""Converted checkpoints have megatron-core's format: its models load them in any layout, and we read what they save.
 
 The workers run in real gloo processes, one start for all families of a mesh.
 """
@@ -46,7 +46,7 @@ CASES = [(mesh, DENSE) for mesh in DENSE_MESHES] + [(mesh, list(MOE)) for mesh i
 
 
 def load_and_save(layout: Any, mesh: Mesh, families: dict[str, list[str]]) -> dict[str, Any]:
-    """Of each family's (HF folder, converted folder, folder to save to) what went wrong, over all ranks."""
+    """Return the differences for each family's (HF folder, converted folder, folder to save to), over all ranks."""
     return {family: load_and_save_one(layout, mesh, *map(Path, paths)) for family, paths in families.items()}
 
 
@@ -67,7 +67,7 @@ def load_and_save_one(layout: Any, mesh: Mesh, hf: Path, mcore: Path, out: Path)
         (out / MEGATRON).mkdir(parents=True)
         shutil.copyfile(hf / "config.json", out / "config.json")
     dist.barrier()
-    # spares each rank a helper process that holds the queue of an asynchronous save
+    # saves each rank the helper process that would hold the queue of an asynchronous save
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     dist_checkpointing.save({"policy": direct.sharded_state_dict()}, str(out / MEGATRON))
     found = {
@@ -94,7 +94,7 @@ def sharded_tensors(policy: Any) -> dict[str, Any]:
 
 
 def places(state: dict[str, Any]) -> dict[str, list[int]]:
-    """By key the whole tensor's shape. Upstream makes the halves of gate and up by factories."""
+    """Return each whole tensor's shape by its key. Megatron makes the halves of gate and up by factories."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
@@ -103,7 +103,7 @@ def places(state: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def different(direct: Any, loaded: Any, shape: WeightShape, layout: Any) -> list[str]:
-    """Names of local weights whose bits differ; rows of words that do not exist are left out."""
+    """Return the names of local weights whose bits differ. Rows of the vocabulary's padding are left out."""
     names, found = direct.global_parameter_names(), []
     theirs = dict(loaded.named_weights())
     for name, ours in direct.named_weights():
@@ -119,14 +119,14 @@ def different(direct: Any, loaded: Any, shape: WeightShape, layout: Any) -> list
 
 
 def expected_places(hf: Path) -> dict[str, list[int]]:
-    """By checkpoint key the whole tensor's shape, layers and experts in front."""
+    """Return each whole tensor's shape by its checkpoint key, with layers and experts as leading axes."""
     shape = weight_shape(load_hf_config(ModelConfig(path=str(hf))), 1)
     places = [(parameter, checkpoint_slice(parameter, shape)) for parameter in parameters(shape)]
     return {place.key: [*place.size, *local_shape(parameter, shape)] for parameter, place in places}
 
 
 def without_padding(places: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The padded vocabulary differs with the mesh; megatron-core allows it."""
+    """Remove the padded vocabulary's size, which depends on the mesh."""
     vocab = ("embedding.word_embeddings.weight", "output_layer.weight")
     return {key: size[1:] if key in vocab else size for key, size in places.items()}
 
@@ -135,7 +135,7 @@ def without_padding(places: dict[str, list[int]]) -> dict[str, list[int]]:
 def test_policies_load_converted_checkpoints_and_their_own_read_back(
     mesh: Mesh, families: list[str], tmp_path: Path, hf_folder: Folders
 ) -> None:
-    """The chunks were cut for other layouts than the mesh, and for its own; three layers lie on two stages."""
+    """Chunks were made for this mesh and for others. Two stages share three layers."""
     work: dict[str, list[str]] = {}
     for number, family in enumerate(families):
         hf, mcore = hf_folder(family), tmp_path / f"{family}-mcore"
@@ -158,7 +158,7 @@ def assert_reads_back(saved: Path, hf: Path) -> None:
 
 
 def save_run(layout: Any, mesh: Mesh, run_dir: str) -> str:
-    """Worker: the folder of a run's checkpoint: policy, optimizer and schedule after no step at all."""
+    """Worker: save a checkpoint of policy and optimizer before any step, and return its folder."""
     from dapo_mcore.checkpoint.checkpoint import save_checkpoint
     from dapo_mcore.checkpoint.run_state import TrainState
 
@@ -168,7 +168,7 @@ def save_run(layout: Any, mesh: Mesh, run_dir: str) -> str:
 
 
 def test_a_training_checkpoint_reads_back(tmp_path: Path) -> None:
-    """The optimizer's tensors lie between the policy's, and are left alone."""
+    """The checkpoint also holds the optimizer's tensors, which the reader ignores."""
     folder = Path(spawn(save_run, Mesh(tensor=2, pipeline=2), str(tmp_path)))
     reader = MegatronReader(folder, weight_shape(hf_config("qwen3"), 1))
     assert any(key.startswith("optimizer") for key in reader.store.tensors)
@@ -178,7 +178,7 @@ def test_a_training_checkpoint_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-moe", "qwen2-moe-mixed"])
-def test_every_slice_of_every_tensor(family: str, tmp_path: Path, hf_folder: Folders) -> None:
+def test_every_slice_of_every_tensor_is_read(family: str, tmp_path: Path, hf_folder: Folders) -> None:
     hf, shape = hf_folder(family), weight_shape(config_of(family), 4)
     hf_to_mcore(hf, tmp_path / "mcore", Cut(4, 2, 2 if family in MOE else 1), NoReport())
     reader, expected = MegatronReader(tmp_path / "mcore", shape), load_file(hf / "model.safetensors")
@@ -191,7 +191,7 @@ def test_every_slice_of_every_tensor(family: str, tmp_path: Path, hf_folder: Fol
                 assert torch.equal(found, tensor.narrow(dim, start, stop - start)), (name, dim, start, stop)
 
 
-def test_in_its_own_layout_a_rank_reads_its_own_bytes_alone(
+def test_in_the_layout_of_the_checkpoint_a_rank_reads_only_its_own_bytes(
     tmp_path: Path, hf_folder: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hf_to_mcore(hf_folder("qwen2-moe"), tmp_path / "mcore", Cut(2, 1, 1, 2), NoReport())
@@ -205,7 +205,7 @@ def test_in_its_own_layout_a_rank_reads_its_own_bytes_alone(
         read.clear()
 
 
-def test_what_the_config_and_the_checkpoint_disagree_on(tmp_path: Path, hf_folder: Folders) -> None:
+def test_a_config_that_disagrees_with_the_checkpoint_is_refused(tmp_path: Path, hf_folder: Folders) -> None:
     hf_to_mcore(hf_folder("qwen2"), tmp_path / "mcore", Cut(), NoReport())
     shape = weight_shape(config_of("qwen2"), 1)
     reader = MegatronReader(tmp_path / "mcore", shape)
@@ -222,7 +222,7 @@ def test_what_the_config_and_the_checkpoint_disagree_on(tmp_path: Path, hf_folde
             MegatronReader(tmp_path / "mcore", dataclasses.replace(shape, **change))
 
 
-def test_what_is_a_megatron_folder(tmp_path: Path, hf_folder: Folders) -> None:
+def test_a_megatron_folder_is_recognized(tmp_path: Path, hf_folder: Folders) -> None:
     hf_to_mcore(hf_folder("qwen2"), tmp_path / "mcore", Cut(), NoReport())
     assert is_megatron_folder(tmp_path / "mcore")
     assert not is_megatron_folder(hf_folder("qwen2")) and not is_megatron_folder(tmp_path / "absent")

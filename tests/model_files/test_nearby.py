@@ -1,4 +1,4 @@
-"""What is proposed to who gave a path that holds no model."""
+"""The folders that an error proposes if the given path holds no model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_runs_folder_proposes_its_checkpoints_and_exports(run):
     assert told(run, "Hugging Face") == f"{no_model}give {export}"
 
 
-def test_what_holds_a_model_of_the_kind_is_let_through(run):
+def test_a_folder_with_a_model_of_the_kind_is_accepted(run):
     new, export = run / "checkpoints/step_000100", run / "hf/final"
     for folder, kind in ((new, "any"), (new, "Megatron"), (export, "any"), (export, "Hugging Face")):
         check_model_folder(folder, kind)
@@ -62,7 +62,7 @@ def test_the_inside_of_a_checkpoint_proposes_the_folder_around_it(run):
     assert told(new / "megatron", "Megatron").endswith(f"; give {new}")
 
 
-def test_a_mistyped_step_proposes_those_that_are_there(run):
+def test_a_mistyped_step_proposes_the_existing_ones(run):
     found = told(run / "checkpoints/step_100", "Megatron")
     assert re.search(r"step_100 is not a folder; give one of .*step_000090, .*step_000100$", found)
 
@@ -74,7 +74,7 @@ def test_many_checkpoints_are_counted_and_the_newest_named(tmp_path):
     assert re.search(r"give one of \S+step_000004, .*step_000007 \(and 3 before\)$", found)
 
 
-def test_where_nothing_is_near_the_kinds_of_folders_are_named(tmp_path):
+def test_if_no_model_is_near_the_kinds_of_folders_are_named(tmp_path):
     absent, bare = tmp_path / "absent", make(tmp_path / "bare")
     kinds = "a Hugging Face model folder, one that hf-to-mcore wrote, or a run's checkpoints/step_N"
     assert told(absent) == f"{absent} is not a folder; give {kinds}"
@@ -83,7 +83,7 @@ def test_where_nothing_is_near_the_kinds_of_folders_are_named(tmp_path):
     assert told(bare, "Megatron").endswith("; give one that hf-to-mcore wrote, or a run's checkpoints/step_N")
 
 
-def test_a_checkpoint_without_its_config_is_told_so(run):
+def test_a_checkpoint_without_its_config_is_named(run):
     new = run / "checkpoints/step_000100"
     (new / "config.json").unlink()
     assert told(new, "Megatron").startswith(f"{new} holds no model: no config.json in it; give ")

@@ -1,4 +1,4 @@
-"""Safetensors files: the package reads what we write, we read what it writes, and broken files are told apart."""
+"""Safetensors files: the package reads our files, we read its files, and broken files are recognized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MATRIX = torch.arange(12, dtype=torch.float32).view(4, 3)
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    """Six random bytes' worth of every dtype (odd counts, so that types of different widths lie side by side)."""
+    """Return a random tensor of every dtype, with odd counts, so that types of different widths are neighbours."""
     noise = torch.Generator().manual_seed(0)
     tensors = {}
     for name, dtype in DTYPES.items():
@@ -32,7 +32,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Bit for bit, NaNs too."""
+    """Return True if both are equal bit for bit, NaNs too."""
     raw = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (ours, theirs)]
     return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(*raw)
 
@@ -71,7 +71,7 @@ def test_every_tensor_is_aligned_to_its_type_and_there_are_no_gaps(tmp_path: Pat
     assert data + sum(info.nbytes for info in file.tensors.values()) == path.stat().st_size
 
 
-def test_what_a_written_file_looks_like(tmp_path: Path) -> None:
+def test_a_written_file_has_the_documented_layout(tmp_path: Path) -> None:
     """Eight bytes of length, the header filled with spaces, and the wider type first."""
     tensors = {"b": torch.tensor([1], dtype=torch.int16), "a": torch.tensor([2], dtype=torch.int32)}
     data = write(tmp_path / "file", tensors).read_bytes()
@@ -84,7 +84,7 @@ def test_what_a_written_file_looks_like(tmp_path: Path) -> None:
     assert data[8 + length :] == bytes([2, 0, 0, 0, 1, 0])
 
 
-def test_slices(tmp_path: Path) -> None:
+def test_slices_are_read(tmp_path: Path) -> None:
     file = SafetensorsFile(write(tmp_path / "file", {"a": MATRIX, "b": torch.tensor([1.0, 2.0])}))
     assert file.read("a", 0, 1, 3).tolist() == [[3, 4, 5], [6, 7, 8]]
     assert file.read("a", 1, 2, 3).tolist() == [[2], [5], [8], [11]]
@@ -92,7 +92,7 @@ def test_slices(tmp_path: Path) -> None:
     assert file.read("a", 0, 4, 4).shape == (0, 3)
 
 
-def test_a_slice_of_rows_reads_its_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_of_rows_reads_only_its_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = SafetensorsFile(write(tmp_path / "file", {"a": MATRIX}))
     sizes: list[int] = []
     preadv = os.preadv
@@ -104,7 +104,7 @@ def test_a_slice_of_rows_reads_its_own_bytes_alone(tmp_path: Path, monkeypatch: 
 def test_system_calls_that_read_or_write_less_than_asked_are_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Linux moves at most 2 GiB a call; here a call moves 5 bytes."""
+    """Linux moves at most 2 GiB per call; here a call moves 5 bytes."""
 
     class Slow:
         def __init__(self, file):
@@ -137,7 +137,7 @@ def test_system_calls_that_read_or_write_less_than_asked_are_repeated(
 @pytest.mark.parametrize(
     ("size", "told"), [(-1, "a ends at byte"), (40, "header does not fit"), (4, "header"), (0, "header")]
 )
-def test_truncated_files(tmp_path: Path, size: int, told: str) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, size: int, told: str) -> None:
     save_file({"a": MATRIX}, tmp_path / "file")
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:size])
     with pytest.raises(CheckpointError, match=rf"file is truncated: .*{told}"):
@@ -164,14 +164,14 @@ def header(**changes: object) -> bytes:
         (b'{"a": 1, "a": 2}', "'a' is given twice"),
     ],
 )
-def test_broken_headers(tmp_path: Path, text: bytes, told: str) -> None:
+def test_broken_headers_are_refused(tmp_path: Path, text: bytes, told: str) -> None:
     (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(CheckpointError, match=rf"has a broken header: .*{told}"):
         SafetensorsFile(tmp_path / "file")
 
 
-def test_tensors_that_share_bytes(tmp_path: Path) -> None:
-    """Eight bytes each, four of them the same; four that are nobody's make the sum right."""
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    """Two tensors of eight bytes share four; four unused bytes make the sum right."""
     entry = {"dtype": "F32", "shape": [2]}
     text = json.dumps({"a": entry | {"data_offsets": [0, 8]}, "b": entry | {"data_offsets": [4, 12]}}).encode()
     (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
@@ -179,20 +179,20 @@ def test_tensors_that_share_bytes(tmp_path: Path) -> None:
         SafetensorsFile(tmp_path / "file")
 
 
-def test_bytes_that_belong_to_no_tensor(tmp_path: Path) -> None:
-    """The safetensors package refuses them, too: two files were joined, or the header is another file's."""
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path: Path) -> None:
+    """The safetensors package refuses them, too: two files were joined, or the header belongs to another file."""
     path = write(tmp_path / "file", {"a": MATRIX})
     path.write_bytes(path.read_bytes() + bytes(4))
     with pytest.raises(CheckpointError, match="has 52 bytes of data, but its tensors 48"):
         SafetensorsFile(path)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="absent is missing; fetch the whole folder again"):
         SafetensorsFile(tmp_path / "absent")
 
 
-def test_a_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_open_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "file", {"a": MATRIX})
     file = SafetensorsFile(path)
     os.truncate(path, path.stat().st_size - 4)

@@ -1,4 +1,4 @@
-"""What goes along with exported weights: a config.json for every reader, and all that a tokenizer needs."""
+"""The files beside exported weights: a config.json for every reader, and all that a tokenizer needs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def hf_config(name: str) -> Any:
     return config_of(family, rope_parameters={"rope_theta": THETA, **rope})
 
 
-# reads every folder that is named on standard input with the transformers of its PYTHONPATH
+# reads each folder named on standard input with the transformers of PYTHONPATH
 READER = f"""
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM
@@ -78,7 +78,7 @@ def read_by_4(folders: list[str]) -> dict[str, Any]:
 
 
 def test_transformers_4_reads_the_exports_of_5(tmp_path: Path) -> None:
-    """Every family, and every kind of RoPE scaling: the settings by hand, and the logits."""
+    """Every family and every kind of RoPE scaling: settings by hand, and equal logits."""
     models = {}
     for name in MODELS:
         config, folder = hf_config(name), tmp_path / name
@@ -105,7 +105,7 @@ def test_transformers_4_reads_the_exports_of_5(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_written_config_is_read_as_the_one_it_was(name: str, tmp_path: Path) -> None:
+def test_a_written_config_reads_back_to_the_same_settings(name: str, tmp_path: Path) -> None:
     config = hf_config(name)
     write_model_files(tmp_path, config, torch.bfloat16, tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
@@ -118,7 +118,7 @@ def test_a_written_config_is_read_as_the_one_it_was(name: str, tmp_path: Path) -
     assert {key: ours[key] for key in theirs} == theirs
 
 
-def test_an_old_spelling_gains_the_new_one() -> None:
+def test_old_keys_are_written_under_their_new_names_as_well() -> None:
     scaling = {"type": "yarn", "factor": 4.0}
     old = {"rope_theta": 1e6, "rope_scaling": scaling, "torch_dtype": "bfloat16", "num_experts": 4}
     named = scaling | {"rope_type": "yarn"}
@@ -147,7 +147,7 @@ class CharTokenizer(PreTrainedTokenizer):
 
 
 def custom_folder(folder: Path) -> Path:
-    """A tokenizer of its own code and vocabulary, beside what is not to be copied."""
+    """A tokenizer with its own code and vocabulary, and files that must not be copied."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 8, "rope_theta": 7.0}))
     settings = {"auto_map": {"AutoTokenizer": ["tokenization_chars.CharTokenizer", None]}, "eos_token": "e"}
@@ -161,7 +161,7 @@ def custom_folder(folder: Path) -> Path:
     return folder
 
 
-def test_a_tokenizer_of_its_own_code_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_with_its_own_code_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(model_files, "LARGEST_FILE", 10_000)

@@ -1,4 +1,4 @@
-"""Checkpoints without a process group: regions, the bytes on disk, threads, and everything that can be broken."""
+"""Distributed checkpoints read without a process group: regions, bytes on disk, threads, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = torch.arange(2 * 3 * 2, dtype=torch.bfloat16).view(2, 3, 2)
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """`grid` in four chunks of 2 × 3, `layers` in two, one a layer, over two files."""
+    """Write `grid` in four chunks of 2 × 3, and `layers` in two, one per layer, into two files."""
     folder.mkdir(exist_ok=True)
     chunks = []
     with open(folder / "__0_0.distcp", "wb") as file:
@@ -45,7 +45,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "checkpoint")
 
 
-def test_what_is_stored(checkpoint: Path) -> None:
+def test_the_stored_tensors_are_listed_with_dtype_and_size(checkpoint: Path) -> None:
     reader = DistributedReader(checkpoint)
     assert is_checkpoint(checkpoint) and not is_checkpoint(checkpoint.parent)
     assert {key: (reader.dtype(key), reader.size(key)) for key in reader.tensors} == {
@@ -54,7 +54,7 @@ def test_what_is_stored(checkpoint: Path) -> None:
     }
 
 
-def test_every_region_of_a_tensor(checkpoint: Path) -> None:
+def test_every_region_of_a_tensor_is_read(checkpoint: Path) -> None:
     reader = DistributedReader(checkpoint)
     for top in range(4):
         for left in range(6):
@@ -71,14 +71,14 @@ def test_only_the_chunks_of_a_region_are_read(checkpoint: Path, monkeypatch: pyt
     original = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **options: count.append(1) or original(*args, **options))
     reader.read("grid", [0, 1], [2, 2])
-    reader.read("grid", [1, 0], [1, 3])  # the chunk of before
+    reader.read("grid", [1, 0], [1, 3])  # the same chunk again
     assert len(count) == 1
     reader.read("grid", [0, 2], [2, 2])
     assert len(count) == 2
 
 
-def test_threads_have_a_chunk_each(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one for all, a thread could be given the chunk that another has just put in its place."""
+def test_each_thread_keeps_its_own_last_chunk(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one chunk for all, a thread could get the chunk that another thread has just read."""
     reader, count = DistributedReader(checkpoint), []
     original = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **options: count.append(1) or original(*args, **options))
@@ -90,14 +90,14 @@ def test_threads_have_a_chunk_each(checkpoint: Path, monkeypatch: pytest.MonkeyP
     assert len(count) == 2
 
 
-def test_torch_reads_it(checkpoint: Path) -> None:
+def test_torch_reads_what_we_write(checkpoint: Path) -> None:
     state = {"grid": torch.zeros(4, 6), "layers": torch.zeros(2, 3, 2, dtype=torch.bfloat16)}
     load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
     assert torch.equal(state["grid"], GRID) and torch.equal(state["layers"], LAYERS)
 
 
-def test_a_chunk_holds_its_own_elements_alone(tmp_path: Path) -> None:
-    """A slice of a large tensor must not drag the whole of it into the file; neither must a transposed one."""
+def test_a_chunk_holds_only_its_own_elements(tmp_path: Path) -> None:
+    """A slice of a large tensor, transposed or not, must not write the whole tensor into the file."""
     large = torch.zeros(1000, 1000)
     for block in (large[:2, :3], large[:3, :2].t(), large[0, :6]):
         write_chunk(file := io.BytesIO(), "name", "key", (0, 0), (2, 3), block)
@@ -106,7 +106,7 @@ def test_a_chunk_holds_its_own_elements_alone(tmp_path: Path) -> None:
         assert torch.load(file, weights_only=True).shape == (2, 3)
 
 
-def test_checksums_are_off_only_inside(tmp_path: Path) -> None:
+def test_checksums_are_off_only_inside_the_block(tmp_path: Path) -> None:
     assert torch.serialization.get_crc32_options()
     with pytest.raises(RuntimeError), without_crc():
         assert not torch.serialization.get_crc32_options()
@@ -114,8 +114,8 @@ def test_checksums_are_off_only_inside(tmp_path: Path) -> None:
     assert torch.serialization.get_crc32_options()
 
 
-def test_a_full_disk_is_told_as_such() -> None:
-    """torch's zip writer ends with an error of its own, over what the file said."""
+def test_a_full_disk_keeps_its_own_error() -> None:
+    """torch's zip writer would replace the file's error with its own."""
 
     class Full(io.BytesIO):
         def write(self, data: Any) -> int:
@@ -133,18 +133,18 @@ def test_unknown_tensors_are_named(checkpoint: Path) -> None:
         DistributedReader(checkpoint).read("other", [0], [1])
 
 
-def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no distributed checkpoint: it lacks \.metadata"):
         DistributedReader(tmp_path)
 
 
-def test_a_missing_file(checkpoint: Path) -> None:
+def test_a_missing_file_is_named(checkpoint: Path) -> None:
     (checkpoint / "__1_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp is missing: layers"):
         DistributedReader(checkpoint)
 
 
-def test_a_truncated_file(checkpoint: Path) -> None:
+def test_a_truncated_file_is_named(checkpoint: Path) -> None:
     path = checkpoint / "__0_0.distcp"
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(
@@ -153,8 +153,8 @@ def test_a_truncated_file(checkpoint: Path) -> None:
         DistributedReader(checkpoint)
 
 
-def test_a_file_full_of_zeros(checkpoint: Path) -> None:
-    """What some file systems leave after a crash: the right size, nothing in it."""
+def test_a_file_full_of_zeros_is_damaged(checkpoint: Path) -> None:
+    """Some file systems leave such a file after a crash."""
     path = checkpoint / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged: grid at byte 0"):
@@ -179,8 +179,8 @@ def layers_at_byte_0(checkpoint: Path, length: int) -> Path:
     return edited(checkpoint, edit)
 
 
-def test_chunks_of_another_shape_or_type(checkpoint: Path) -> None:
-    """A file of another checkpoint that happens to be as large."""
+def test_chunks_of_another_shape_or_type_are_refused(checkpoint: Path) -> None:
+    """The file of another checkpoint may have the same size."""
     path = checkpoint / "__1_0.distcp"
     for stranger in (LAYERS[0].view(1, 2, 3), LAYERS[0].half().view(1, 3, 2), {"a": 1}):
         length = path.stat().st_size
@@ -193,7 +193,7 @@ def test_chunks_of_another_shape_or_type(checkpoint: Path) -> None:
 
 
 class Evil:
-    """Pickled, it calls os.system."""
+    """Calls os.system when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -224,13 +224,13 @@ def test_a_chunk_that_runs_a_command_is_refused_and_does_not_run(checkpoint: Pat
 @pytest.mark.parametrize(
     "data", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps(Metadata({})), pickle.dumps(SimpleNamespace(a=1))]
 )
-def test_metadata_that_is_something_else(checkpoint: Path, data: bytes) -> None:
+def test_metadata_of_another_kind_is_refused(checkpoint: Path, data: bytes) -> None:
     (checkpoint / ".metadata").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
         DistributedReader(checkpoint)
 
 
-def test_truncated_metadata(checkpoint: Path) -> None:
+def test_truncated_metadata_is_refused(checkpoint: Path) -> None:
     data = (checkpoint / ".metadata").read_bytes()
     for size in range(0, len(data) - 1, 7):
         (checkpoint / ".metadata").write_bytes(data[:size])
@@ -238,19 +238,19 @@ def test_truncated_metadata(checkpoint: Path) -> None:
             DistributedReader(checkpoint)
 
 
-def test_a_checkpoint_with_a_hole(checkpoint: Path) -> None:
+def test_a_checkpoint_with_a_missing_chunk_is_refused(checkpoint: Path) -> None:
     edited(checkpoint, lambda metadata: metadata.state_dict_metadata["grid"].chunks.pop())
     with pytest.raises(CheckpointError, match=r"grid \[4, 6\] is stored as 3 chunks of 18 elements in all, not as 24"):
         DistributedReader(checkpoint).read("grid", [0, 0], [1, 1])
 
 
-def test_a_chunk_without_a_place(checkpoint: Path) -> None:
+def test_a_chunk_without_a_place_in_a_file_is_refused(checkpoint: Path) -> None:
     edited(checkpoint, lambda metadata: metadata.storage_data.popitem())
     with pytest.raises(CheckpointError, match="does not say where all of layers lies"):
         DistributedReader(checkpoint)
 
 
-def test_chunks_over_several_layers(tmp_path: Path) -> None:
+def test_chunks_over_several_layers_are_refused(tmp_path: Path) -> None:
     with open(tmp_path / "__0_0.distcp", "wb") as file:
         chunk = write_chunk(file, "__0_0.distcp", "layers", (0, 0, 0), (2, 3, 2), LAYERS)
     write_metadata(tmp_path, [chunk], {"layers": torch.bfloat16}, {"layers": (2, 3, 2)})

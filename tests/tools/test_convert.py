@@ -1,4 +1,4 @@
-"""The command line as users call it: each command once in a process of its own, wrong calls in this one."""
+"""The command line of tools/convert.py: each command once in its own process, wrong calls in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = "Solve 12+345=; the Answer: x.\n"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2 whose 101 words hold a tokenizer of characters; its output head is small, as a trained one's is."""
+    """A Qwen2 model with a vocabulary of 101, which has room for the tokenizer of characters."""
     path = save_model(tmp_path_factory.mktemp("convert") / "hf", "qwen2")
     write_tokenizer(path, eos_token="<eos>")
     return path
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def megatron_folder(folder: Path) -> Path:
-    """Made by the command itself, for two tensor-parallel ranks and two stages."""
+    """The same model as hf-to-mcore writes it for two tensor-parallel ranks and two stages."""
     out = folder.with_name("mcore")
     done = convert("hf-to-mcore", folder, out, "--tensor-parallel", "2", "--pipeline-parallel", "2")
     assert (done.returncode, done.stdout) == (0, f"wrote {out}; train from it with model.path={out}\n"), done.stderr
@@ -52,7 +52,7 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[ModuleType]:
-    """The script as a module. What it does to the process, for being a process of its own, is undone."""
+    """The script as a module. Its changes to the process (environment, paths, logging) are undone at the end."""
     spec = importlib.util.spec_from_file_location("convert_tool", CONVERT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ def tool() -> Iterator[ModuleType]:
     sys.path[:] = path
 
 
-def test_there_and_back(folder: Path, megatron_folder: Path, tmp_path: Path) -> None:
+def test_a_conversion_and_back_gives_the_same_tensors(folder: Path, megatron_folder: Path, tmp_path: Path) -> None:
     done = convert("mcore-to-hf", megatron_folder, tmp_path / "back", "--shard-size", "0.00003")
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'back'}, a folder for transformers and SGLang\n"
     expected = load_file(folder / "model.safetensors")
@@ -78,7 +78,7 @@ def test_there_and_back(folder: Path, megatron_folder: Path, tmp_path: Path) -> 
 
 
 def test_verify_with_logits_and_a_manifest(folder: Path, megatron_folder: Path, tmp_path: Path) -> None:
-    """transformers on one side, Megatron on the other: in float32 they differ by rounding alone."""
+    """transformers and Megatron differ only by rounding in float32."""
     done = convert("verify", folder, megatron_folder, "--text", TEXT, "--manifest", tmp_path / "manifest.json")
     assert done.returncode == 0, done.stdout + done.stderr
     same, logits = done.stdout.splitlines()
@@ -97,7 +97,7 @@ def test_verify_with_logits_and_a_manifest(folder: Path, megatron_folder: Path, 
 
 
 def flipped(folder: Path, out: Path) -> Path:
-    """A copy with the lowest bit of the model's last number changed."""
+    """Return a copy in which the lowest bit of the model's last number is changed."""
     shutil.copytree(folder, out)
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-4] ^= 1
@@ -142,7 +142,7 @@ def test_help_names_every_command_and_option(tool: ModuleType, capsys: pytest.Ca
 
 
 def wrong(tool: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a wrong call says; argparse ends the process itself, with the same status."""
+    """Return the message of a wrong call, which must end with status 2. argparse raises SystemExit with it."""
     try:
         status = tool.main([str(argument) for argument in arguments])
     except SystemExit as ended:
@@ -179,7 +179,7 @@ def test_wrong_input_ends_with_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_made(
+def test_an_output_that_cannot_be_made_is_an_error(
     tool: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()

@@ -33,7 +33,7 @@ def check(folder: Path, *arguments: str, **variables: str) -> subprocess.Complet
     return subprocess.run([SCRIPT, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_every_kind_of_part_runs_and_all_results_are_in_one_file(tmp_path):
+def test_parts_of_every_kind_run_and_all_results_are_in_one_file(tmp_path):
     done = check(tmp_path, "10", "results", *EXPECTED, SGLANG_PYTHON=str(fake_python(tmp_path)))
     node, *records = map(json.loads, (tmp_path / "results" / "gpu_check.jsonl").read_text().splitlines())
     assert {record["part"]: record["state"] for record in records} == EXPECTED, done.stdout + str(records)
