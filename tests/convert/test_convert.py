@@ -112,9 +112,6 @@ def test_buffers_that_a_model_computes_itself_are_left_out(tmp_path: Path, hf_fo
     assert_same_model(round_trip(copy, tmp_path / "work"), hf_folder("llama"))
 
 
-# ---- interruptions ---------------------------------------------------------------------------------------------------
-
-
 class Interrupting(NoReport):
     """Raise KeyboardInterrupt after so many tensors (-1: never) in every thread, and remember where the job began."""
 

@@ -42,9 +42,6 @@ MOE_MESHES = [
 CASES = [(mesh, DENSE) for mesh in DENSE_MESHES] + [(mesh, list(MOE)) for mesh in MOE_MESHES]
 
 
-# ---- workers ---------------------------------------------------------------------------------------------------------
-
-
 def load_and_save(layout: Any, mesh: Mesh, families: dict[str, list[str]]) -> dict[str, Any]:
     """Return the differences for each family's (HF folder, converted folder, folder to save to), over all ranks."""
     return {family: load_and_save_one(layout, mesh, *map(Path, paths)) for family, paths in families.items()}
@@ -113,9 +110,6 @@ def different(direct: Any, loaded: Any, shape: WeightShape, layout: Any) -> list
         if not torch.equal(ours[:rows], theirs[name][:rows]):
             found.append(names[name])
     return found
-
-
-# ---- tests -----------------------------------------------------------------------------------------------------------
 
 
 def expected_places(hf: Path) -> dict[str, list[int]]:
