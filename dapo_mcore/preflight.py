@@ -138,6 +138,7 @@ def _check_servers(config: Config, architecture: str) -> None:
 
 
 def _check_model(config: Config, processes: int | None) -> None:
+    from dapo_mcore.actor.model.fp8.rules import check_fp8
     from dapo_mcore.actor.model.megatron_fields import check_fields
     from dapo_mcore.actor.parallel.mesh import (
         check_mesh,
@@ -155,6 +156,7 @@ def _check_model(config: Config, processes: int | None) -> None:
     expert_data_parallel_size(config.parallel, count)
     engine = config.model.transformer_impl != "local" and importlib.util.find_spec("transformer_engine") is not None
     check_fields(config.megatron, engine=engine)
+    check_fp8(architecture, config.model, config.parallel, engine=engine)
 
 
 def _data_sections(config: Config) -> dict[str, DataConfig]:

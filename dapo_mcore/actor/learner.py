@@ -15,6 +15,7 @@ import torch
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
+from dapo_mcore.actor.model.fp8.rules import token_multiple
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
 from dapo_mcore.algo.advantage import group_advantages
 from dapo_mcore.algo.correction import (
@@ -106,7 +107,7 @@ class Learner:
                 weights=weights[local],
                 context_parallel=layout.context,
                 context_rank=layout.context_rank,
-                tensor_multiple=layout.tensor if self.config.parallel.sequence_parallel else 1,
+                tensor_multiple=token_multiple(self.config.model, self.config.parallel),
                 packing=self.config.batch.packing,
                 pad_token=self.pad_token,
             )

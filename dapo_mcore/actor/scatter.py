@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dapo_mcore.actor.model.fp8.rules import token_multiple
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.batch.collate import select
 from dapo_mcore.batch.packing import micro_batch_ids, plan_micro_batches, split_mini_batches
@@ -88,7 +89,7 @@ def plan_step(
             data_parallel=layout.data,
             context_parallel=layout.context,
             max_tokens=config.batch.max_tokens,
-            align=layout.tensor if config.parallel.sequence_parallel else 1,
+            align=token_multiple(config.model, config.parallel),
             packing=config.batch.packing,
         )
         numbers = [[samples[part].tolist() for part in rank] for rank in micro]

@@ -34,6 +34,8 @@ class ReplicatedLinear(torch.nn.Module):
     layer, loses other ranks' part of the gradient of the keys' rotary dims (0.16.1).
     """
 
+    product = staticmethod(torch.nn.functional.linear)
+
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, bias: bool, **_: Any
     ):
@@ -46,7 +48,7 @@ class ReplicatedLinear(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return (output [..., output_size], None for the bias)."""
-        return torch.nn.functional.linear(hidden, self.weight), None
+        return self.product(hidden, self.weight), None
 
 
 def use_replicated_linear() -> None:

@@ -52,11 +52,8 @@ EFFECTIVE = _names("""
 """These have an effect with every kind of layers."""
 
 ENGINE_ONLY = _names("""
-    fp8 fp8_recipe fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
-    fp8_dot_product_attention fp8_multi_head_attention fp8_output_proj fp8_quantizer_factory tp_only_amax_red
-    fp4 fp4_recipe fp4_param fp4_quantizer_factory first_last_layers_bf16 num_layers_at_start_in_bf16
-    num_layers_at_end_in_bf16 activation_func_fp8_input_store moe_router_padding_for_fp8
-    moe_router_padding_for_quantization disable_parameter_transpose_cache quant_recipe
+    fp4 fp4_recipe fp4_param fp4_quantizer_factory activation_func_fp8_input_store
+    disable_parameter_transpose_cache quant_recipe
     tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs
     tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs
     tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 symmetric_ar_type
@@ -77,6 +74,12 @@ REFUSED = {
         mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult
     """),
     "model.dtype decides it": _names("fp16"),
+    "the section model.fp8 decides it, for instance model.fp8.recipe=blockwise": _names("""
+        fp8 fp8_recipe fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
+        fp8_dot_product_attention fp8_multi_head_attention fp8_output_proj fp8_quantizer_factory tp_only_amax_red
+        first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
+        moe_router_padding_for_fp8 moe_router_padding_for_quantization
+    """),
     "the layers are those of the model's config.json": _names("""
         heterogeneous_block_specs hetereogenous_dist_checkpoint experimental_attention_variant linear_attention_freq
         linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim
@@ -160,7 +163,6 @@ def check_fields(section: Mapping[str, Any], *, engine: bool, owned: Mapping[str
             raise ConfigError(f"megatron.{key} is not a field of megatron-core's TransformerConfig{hint}")
         if problem := _problem(key, engine, owned or {}):
             raise ConfigError(f"megatron.{key} {value!r} {problem}")
-    _check_recipe(section)
 
 
 def _problem(key: str, engine: bool, owned: Mapping[str, Any]) -> str | None:
@@ -182,14 +184,6 @@ def _problem(key: str, engine: bool, owned: Mapping[str, Any]) -> str | None:
         "is not known to have an effect in this project; leave it out, or extend actor/model/megatron_fields.py once you have "
         "seen what it changes"
     )
-
-
-def _check_recipe(section: Mapping[str, Any]) -> None:
-    if section.get("fp8") and section.get("fp8_recipe", "delayed") == "delayed":
-        raise ConfigError(
-            f"megatron.fp8 {section['fp8']!r} with fp8_recipe delayed loses the first gradients, which are smaller than FP8 "
-            f"can hold before scales have been measured; set megatron.fp8_recipe tensorwise or blockwise"
-        )
 
 
 def known_fields() -> frozenset[str]:

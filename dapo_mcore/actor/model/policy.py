@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from dapo_mcore.actor.model.fp8.layers import quantizer, simulate
+from dapo_mcore.actor.model.fp8.rules import bf16_layers, format_of, recipe_of
 from dapo_mcore.actor.model.latent import set_latent_eps
 from dapo_mcore.actor.model.layers import layer_specs
 from dapo_mcore.actor.model.transformer_config import transformer_config
@@ -100,4 +102,7 @@ def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
     else:
         # in 0.16.1 a plain attribute, first read in the forward pass; every kind of RoPE scaling only changes the frequencies
         model.rotary_pos_emb.inv_freq = architecture.rope.frequencies
+    if (fp8 := config.model.fp8) and megatron_config.transformer_impl == "local":
+        found = quantizer(recipe_of(fp8), format_of(fp8))
+        simulate(model.decoder.layers, found, bf16_layers(fp8, architecture.num_layers))
     return model.to(layout.device)

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from dapo_mcore.actor.model.fp8.rules import check_fp8, megatron_fields
 from dapo_mcore.actor.model.layers import uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh
@@ -38,7 +39,9 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     check_mesh(architecture, config.parallel)
     kind = MLATransformerConfig if architecture.latent_attention else TransformerConfig
     owned = owned_fields(config, architecture)
-    check_fields(config.megatron, engine=owned["transformer_impl"] == "transformer_engine", owned=owned)
+    engine = owned["transformer_impl"] == "transformer_engine"
+    check_fields(config.megatron, engine=engine, owned=owned)
+    check_fp8(architecture, config.model, config.parallel, engine=engine)
     chosen = config.megatron
     try:
         built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
@@ -125,7 +128,8 @@ def _precision(name: str) -> dict[str, Any]:
 
 def _implementation(config: Config, architecture: Architecture) -> dict[str, Any]:
     engine = uses_transformer_engine(config.model)
-    return dict(
+    fp8 = megatron_fields(config.model.fp8, architecture.num_experts) if engine and config.model.fp8 else {}
+    return fp8 | dict(
         transformer_impl="transformer_engine" if engine else "local",
         use_cpu_initialization=not torch.cuda.is_available(),
         moe_grouped_gemm=engine,

@@ -1,0 +1,149 @@
+"""What an FP8 recipe asks of the card, of the model's widths and of a pack's length, and the fields it sets in Megatron.
+
+Change here: a recipe's default, its rules, or a new recipe. This module does not import Megatron, so a run can be checked
+before it starts.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from dapo_mcore.architecture.reader import Architecture
+from dapo_mcore.config.sections import Fp8Config, ModelConfig, ParallelConfig
+from dapo_mcore.errors import ConfigError
+
+_NEEDS = {"tensorwise": ((8, 9), (2, 2)), "blockwise": ((9, 0), (2, 3)), "mxfp8": ((10, 0), (2, 1))}
+"""Compute capability of the card and version of Transformer Engine that each recipe needs, the latter as megatron-core checks."""
+
+
+def recipe_of(fp8: Fp8Config) -> str:
+    """Return the recipe; `auto` is mxfp8 on Blackwell and blockwise elsewhere."""
+    if fp8.recipe != "auto":
+        return fp8.recipe
+    return "mxfp8" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0) else "blockwise"
+
+
+def format_of(fp8: Fp8Config) -> str:
+    """Return the format, whose default is e4m3, or hybrid for tensorwise as in Transformer Engine."""
+    return fp8.format or ("hybrid" if recipe_of(fp8) == "tensorwise" else "e4m3")
+
+
+def token_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Return the number that must divide a pack's tokens on one context-parallel rank.
+
+    Sequence parallelism splits these tokens over the tensor-parallel ranks; each product wants a multiple of its tile.
+    """
+    ranks = parallel.tensor_parallel if parallel.sequence_parallel else 1
+    return ranks * (_tokens_per_rank(recipe_of(model.fp8), parallel.sequence_parallel) if model.fp8 else 1)
+
+
+def bf16_layers(fp8: Fp8Config, num_layers: int) -> frozenset[int]:
+    """Return the indices of the layers that stay in bf16: `first_last_bf16` at each end."""
+    ends = fp8.first_last_bf16
+    return frozenset([*range(ends), *range(num_layers - ends, num_layers)])
+
+
+def megatron_fields(fp8: Fp8Config, num_experts: int) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig that make Transformer Engine's layers use FP8."""
+    fields: dict[str, Any] = dict(fp8=format_of(fp8), fp8_recipe=recipe_of(fp8))
+    if ends := fp8.first_last_bf16:
+        fields |= dict(first_last_layers_bf16=True, num_layers_at_start_in_bf16=ends, num_layers_at_end_in_bf16=ends)
+    return fields | (dict(moe_router_padding_for_quantization=True) if num_experts else {})
+
+
+def check_fp8(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, engine: bool) -> None:
+    """Raise ConfigError if the model, the card or Transformer Engine does not fit `model.fp8`.
+
+    engine  True if the layers are Transformer Engine's.
+    """
+    fp8 = model.fp8
+    if fp8 is None:
+        return
+    recipe = recipe_of(fp8)
+    _check_device(recipe, engine)
+    if 2 * fp8.first_last_bf16 >= architecture.num_layers:
+        raise ConfigError(
+            f"model.fp8.first_last_bf16 {fp8.first_last_bf16} keeps {2 * fp8.first_last_bf16} layers in bf16, but the model "
+            f"has {architecture.num_layers}, so no product would be in FP8; use at most {(architecture.num_layers - 1) // 2}"
+        )
+    multiple = 32 if recipe == "mxfp8" else 16
+    for name, width in _widths(architecture.fields, parallel).items():
+        if width % multiple:
+            raise ConfigError(
+                f"model.fp8.recipe {recipe} needs widths divisible by {multiple}, but {name} is {width} per rank with "
+                f"tensor_parallel {parallel.tensor_parallel}; lower parallel.tensor_parallel, or set model.fp8 null"
+            )
+
+
+def _tokens_per_rank(recipe: str, sequence_parallel: bool) -> int:
+    if recipe == "blockwise":
+        return 128 if sequence_parallel else 16  # the gather must not cut a tile of 128 tokens
+    return 32 if recipe == "mxfp8" else 16
+
+
+def _check_device(recipe: str, engine: bool) -> None:
+    if not torch.cuda.is_available():
+        return  # simulated
+    if not engine:
+        raise ConfigError(
+            "model.fp8 on a GPU needs Transformer Engine's layers, but this run has local ones; install the extra `te`, and "
+            "leave model.transformer_impl at auto"
+        )
+    capability, release = _NEEDS[recipe]
+    if (card := torch.cuda.get_device_capability()) < capability:
+        raise ConfigError(
+            f"model.fp8.recipe {recipe} needs a GPU of compute capability {_dotted(capability)} or higher; "
+            f"{torch.cuda.get_device_name()} has {_dotted(card)}; "
+            f"{'set model.fp8.recipe tensorwise or blockwise' if card >= (9, 0) else 'set model.fp8 null'}"
+        )
+    if (installed := _engine_version()) < release:
+        raise ConfigError(
+            f"model.fp8.recipe {recipe} needs transformer-engine {_dotted(release)} or newer; {_dotted(installed)} is "
+            f"installed: update it"
+        )
+
+
+def _engine_version() -> tuple[int, ...]:
+    for name in ("transformer-engine", "transformer_engine_torch"):
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except PackageNotFoundError:
+            continue
+    return (0, 0)
+
+
+def _widths(fields: dict[str, Any], parallel: ParallelConfig) -> dict[str, int]:
+    """Return the widths of all linear layers' inputs and outputs on one rank, by what they are."""
+    tensor, heads = parallel.tensor_parallel, fields["num_attention_heads"]
+    widths = {"hidden_size": fields["hidden_size"]} | _attention_widths(fields, heads, tensor)
+    if "num_moe_experts" not in fields or fields["moe_layer_freq"] != 1:
+        widths["intermediate_size"] = fields["ffn_hidden_size"] // tensor
+    if "num_moe_experts" in fields:
+        widths["the experts' intermediate size"] = fields["moe_ffn_hidden_size"] // parallel.expert_tensor_size
+    if shared := fields.get("moe_shared_expert_intermediate_size"):
+        widths["the shared experts' intermediate size"] = shared // tensor
+    return widths
+
+
+def _attention_widths(fields: dict[str, Any], heads: int, tensor: int) -> dict[str, int]:
+    if not fields.get("multi_latent_attention"):
+        size = fields["kv_channels"]
+        rows = (heads + 2 * fields["num_query_groups"]) * size
+        return {"the width of q, k and v": rows // tensor, "the width of the heads": heads * size // tensor}
+    plain, rotary, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
+    latent, queries = fields["kv_lora_rank"], fields.get("q_lora_rank")
+    return {
+        "the width of q": heads * (plain + rotary) // tensor,
+        "the width of k and v": heads * (plain + value) // tensor,
+        "the width of the heads": heads * value // tensor,
+        "kv_lora_rank + qk_rope_head_dim": latent + rotary,
+        "kv_lora_rank": latent,
+        **({"q_lora_rank": queries} if queries else {}),
+    }
+
+
+def _dotted(parts: tuple[int, ...]) -> str:
+    return ".".join(map(str, parts))

@@ -1,0 +1,136 @@
+"""Which FP8 settings are refused, and what they ask of packs and of Megatron."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dapo_mcore.actor.model.fp8 import rules
+from dapo_mcore.actor.model.fp8.rules import (
+    bf16_layers,
+    check_fp8,
+    format_of,
+    megatron_fields,
+    recipe_of,
+    token_multiple,
+)
+from dapo_mcore.architecture.reader import read_architecture
+from dapo_mcore.config.sections import Fp8Config, ModelConfig, ParallelConfig
+from dapo_mcore.errors import ConfigError
+from tests.actor import families
+from tests.actor.parity import Mesh, make_config
+
+
+def check(family: str = "qwen2", mesh: Mesh | None = None, *, engine: bool = False, **fp8) -> None:
+    config = make_config(mesh or Mesh(), model__fp8=fp8 or {"recipe": "blockwise"})
+    check_fp8(read_architecture(families.hf_config(family), 64), config.model, config.parallel, engine=engine)
+
+
+def on_card(monkeypatch, capability: tuple[int, int], engine_version: str = "2.11.0") -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA TEST")
+    monkeypatch.setattr(rules, "version", lambda name: engine_version)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "message"),
+    [
+        (
+            {"recipe": "delayed"},
+            "model.fp8: recipe delayed .* first gradients.* underflow; use blockwise or tensorwise",
+        ),
+        ({"recipe": "mxfp8", "format": "hybrid"}, "mxfp8 with format hybrid is known to diverge; use format e4m3"),
+        ({"recipe": "rowwise"}, "model.fp8.recipe: .*'blockwise'"),
+        ({"first_last_bf16": -1}, "model.fp8.first_last_bf16: .*greater than or equal to 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(fp8, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(Mesh(), model__fp8=fp8)
+
+
+def test_an_override_is_enough_to_turn_it_on():
+    from dapo_mcore.config.file import load_config
+
+    path = "examples/quickstart.yaml"
+    assert load_config(path, ["model.fp8.recipe=tensorwise"]).model.fp8 == Fp8Config(recipe="tensorwise")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tensor", "sequence_parallel", "expected"),
+    [
+        (None, 1, False, 1),
+        (None, 3, True, 3),
+        ("tensorwise", 1, False, 16),
+        ("tensorwise", 3, True, 48),
+        ("tensorwise", 2, False, 16),
+        ("mxfp8", 2, True, 64),
+        ("blockwise", 2, False, 16),
+        ("blockwise", 3, True, 384),
+    ],
+)
+def test_a_pack_has_whole_tiles_on_every_rank(recipe, tensor, sequence_parallel, expected):
+    model = ModelConfig(path="unused", fp8=Fp8Config(recipe=recipe) if recipe else None)
+    parallel = ParallelConfig(tensor_parallel=tensor, sequence_parallel=sequence_parallel)
+    assert token_multiple(model, parallel) == expected
+
+
+def test_widths_must_be_whole_tiles():
+    check()
+    check(mesh=Mesh(tensor=2), recipe="tensorwise")
+    with pytest.raises(
+        ConfigError, match=r"mxfp8 needs widths divisible by 32, but .* is \d+ per rank with tensor_parallel 2"
+    ):
+        check(mesh=Mesh(tensor=2), recipe="mxfp8")
+    with pytest.raises(
+        ConfigError, match=r"first_last_bf16 2 keeps 4 layers in bf16, but the model has 3, .* at most 1"
+    ):
+        check(first_last_bf16=2)
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_the_widths_of_every_family_are_those_of_its_layers(family):
+    """Checked against the weights that the layers would have: rows and columns of every projection."""
+    architecture = read_architecture(families.hf_config(family), 64)
+    widths = set(rules._widths(architecture.fields, ParallelConfig()).values())
+    assert architecture.fields["hidden_size"] in widths and all(width > 0 for width in widths)
+
+
+def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
+    on_card(monkeypatch, (9, 0))
+    check(engine=True)
+    with pytest.raises(ConfigError, match="on a GPU needs Transformer Engine's layers, but this run has local ones"):
+        check(engine=False)
+    with pytest.raises(
+        ConfigError, match=r"mxfp8 needs a GPU of compute capability 10\.0 or higher; NVIDIA TEST has 9\.0; set"
+    ):
+        check(engine=True, recipe="mxfp8")
+    on_card(monkeypatch, (9, 0), "2.2.0")
+    with pytest.raises(ConfigError, match=r"blockwise needs transformer-engine 2\.3 or newer; 2\.2 is installed"):
+        check(engine=True)
+    on_card(monkeypatch, (8, 0))
+    with pytest.raises(
+        ConfigError, match=r"blockwise needs a GPU of compute capability 9\.0 or higher; .* set model\.fp8 null"
+    ):
+        check(engine=True)
+
+
+def test_defaults_follow_the_card(monkeypatch):
+    assert (recipe_of(Fp8Config()), format_of(Fp8Config())) == ("blockwise", "e4m3")
+    assert format_of(Fp8Config(recipe="tensorwise")) == "hybrid"
+    on_card(monkeypatch, (10, 0))
+    assert (recipe_of(Fp8Config()), format_of(Fp8Config())) == ("mxfp8", "e4m3")
+
+
+def test_megatron_gets_the_recipe_and_the_layers_that_stay_in_bf16():
+    assert megatron_fields(Fp8Config(recipe="blockwise"), 0) == {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+    assert megatron_fields(Fp8Config(recipe="tensorwise", first_last_bf16=2), 8) == {
+        "fp8": "hybrid",
+        "fp8_recipe": "tensorwise",
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 2,
+        "num_layers_at_end_in_bf16": 2,
+        "moe_router_padding_for_quantization": True,
+    }
+    assert bf16_layers(Fp8Config(first_last_bf16=2), 7) == {0, 1, 5, 6}
