@@ -131,9 +131,9 @@ def _parallel_product(
     Collectives over `tp_group`: a gather of the input under sequence parallelism, and in the backward pass the sum of its
     gradient. So a scale is that of the whole input, on every rank.
     """
-    assert bias is None
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    return fp8_product(input, weight, fp8)
+    product = fp8_product(input, weight, fp8)
+    return product if bias is None else product + bias

@@ -89,14 +89,6 @@ def test_widths_must_be_whole_tiles():
         check(first_last_bf16=2)
 
 
-@pytest.mark.parametrize("family", list(families.FAMILIES))
-def test_the_widths_of_every_family_are_those_of_its_layers(family):
-    """Checked against the weights that the layers would have: rows and columns of every projection."""
-    architecture = read_architecture(families.hf_config(family), 64)
-    widths = set(rules._widths(architecture.fields, ParallelConfig()).values())
-    assert architecture.fields["hidden_size"] in widths and all(width > 0 for width in widths)
-
-
 def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
     on_card(monkeypatch, (9, 0))
     check(engine=True)
