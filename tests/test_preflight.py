@@ -188,7 +188,18 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
         ["megatron.num_layers=3"],
         "megatron.num_layers 3 is decided by the model, parallel and batch",
     ),
-    "an ignored field": (nothing, ["megatron.fp8=hybrid"], "megatron.fp8 'hybrid' "),
+    "an ignored field": (
+        nothing,
+        ["megatron.tp_comm_overlap=true"],
+        "megatron.tp_comm_overlap True would change nothing",
+    ),
+    "fp8 in the wrong section": (nothing, ["megatron.fp8=hybrid"], "the section model.fp8 decides it"),
+    "a delayed recipe": (nothing, ["model.fp8.recipe=delayed"], "model.fp8: recipe delayed"),
+    "too many bf16 layers": (
+        nothing,
+        ["model.fp8.first_last_bf16=9"],
+        "model.fp8.first_last_bf16 9 keeps 18 layers in bf16",
+    ),
     # the model's folder
     "an activation": (model_key(hidden_act="gelu"), [], "hidden_act 'gelu' in config.json is not supported"),
     "an unknown key": (model_key(soft_cap=30), [], "soft_cap 30 in config.json is not understood"),

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,8 @@ Value = TypeVar("Value")
 class Case:
     """A model of `layers` layers, trained on two packs of at most `max_tokens` tokens.
 
-    multiple  every sequence length is a multiple of it; FP8 needs a multiple of 16 per pack.
+    fp8       recipe of model.fp8, None without FP8.
+    multiple  every sequence length is a multiple of it.
     """
 
     name: str
@@ -59,28 +60,25 @@ class Case:
     dtype: str = "bf16"
     recompute: str = "none"
     transformer_impl: str = "auto"
-    megatron: dict[str, Any] = field(default_factory=dict)
+    fp8: str | None = None
     max_tokens: int = 22_528
     multiple: int = 128
 
 
-def fp8(recipe: str) -> dict[str, Any]:
-    return {"fp8": "hybrid", "fp8_recipe": recipe}
-
-
 GPU_CASES = (
     Case("32B-2L-bf16", "32B", 2),
-    Case("32B-2L-fp8-tensorwise", "32B", 2, megatron=fp8("tensorwise")),
+    Case("32B-2L-fp8-tensorwise", "32B", 2, fp8="tensorwise"),
     Case("1.5B-14L-bf16", "1.5B", 14),
-    Case("1.5B-14L-fp8-tensorwise", "1.5B", 14, megatron=fp8("tensorwise")),
-    Case("32B-2L-fp8-blockwise", "32B", 2, megatron=fp8("blockwise")),
+    Case("1.5B-14L-fp8-tensorwise", "1.5B", 14, fp8="tensorwise"),
+    Case("32B-2L-fp8-blockwise", "32B", 2, fp8="blockwise"),
     Case("7B-4L-bf16-ragged", "7B", 4, multiple=1),
+    Case("7B-4L-fp8-blockwise-ragged", "7B", 4, fp8="blockwise", multiple=1),
     Case("1.5B-28L-bf16-recompute", "1.5B", 28, recompute="full"),
     Case("1.5B-8L-local", "1.5B", 8, transformer_impl="local"),
 )
 CPU_CASES = (
     Case("tiny-fp32", "tiny", 2, "fp32", max_tokens=512, multiple=16),
-    Case("tiny-fp8-tensorwise", "tiny", 2, "fp32", megatron=fp8("tensorwise"), max_tokens=512, multiple=16),
+    Case("tiny-fp8-tensorwise", "tiny", 2, "fp32", fp8="tensorwise", max_tokens=512, multiple=1),
 )
 
 
@@ -197,7 +195,7 @@ def forward_flops(case: Case, lengths: np.ndarray, num_loss_tokens: int) -> floa
 
 
 def _attempt(case: Case, layout: layouts.Layout) -> dict[str, Any]:
-    if case.megatron.get("fp8") and find_spec("transformer_engine") is None:
+    if GPU and case.fp8 and find_spec("transformer_engine") is None:
         return {"state": "needs Transformer Engine"}
     try:
         return {"state": "ok", **measure(case, layout)}
@@ -214,6 +212,7 @@ def _tree(case: Case, model_folder: str, lengths: np.ndarray | list[int]) -> dic
             "dtype": case.dtype,
             "transformer_impl": case.transformer_impl,
             "recompute": case.recompute,
+            "fp8": case.fp8 and {"recipe": case.fp8},
         },
         "data": {"files": ["unused"], "max_prompt_tokens": 64},
         "rollout": {"max_response_tokens": case.max_tokens - 64},
@@ -225,7 +224,6 @@ def _tree(case: Case, model_folder: str, lengths: np.ndarray | list[int]) -> dic
             "shuffle": False,
         },
         "optimizer": {"lr": 1e-6},
-        "megatron": case.megatron,
     }
 
 

@@ -34,8 +34,11 @@ def test_every_field_of_the_installed_megatron_is_in_exactly_one_table():
             {"moe_aux_loss_coeff": 0.01},
             r"megatron\.moe_aux_loss_coeff 0\.01 is refused: its weight would depend on the pack",
         ),
-        ({"fp8": "hybrid"}, r"megatron\.fp8 'hybrid' would change nothing: only Transformer Engine's layers read it"),
-        ({"fp8_param": True}, r"megatron\.fp8_param True would change nothing"),
+        ({"fp8": "hybrid"}, r"megatron\.fp8 'hybrid' is refused: the section model\.fp8 decides it"),
+        (
+            {"tp_comm_overlap": True},
+            "tp_comm_overlap True would change nothing: only Transformer Engine's layers read it",
+        ),
         ({"layernorm_zero_centered_gamma": True}, "would change nothing"),
         ({"cross_entropy_loss_fusion": True}, "is refused: the policy head makes loss and logits itself"),
         ({"use_te_rng_tracker": True}, "is refused: only Megatron's own training loop reads it"),
@@ -53,11 +56,16 @@ def test_a_field_that_no_table_knows_is_refused(monkeypatch):
         check_fields({"brand_new": 1}, engine=True)
 
 
-def test_transformer_engine_reads_more_and_delayed_scaling_is_refused():
-    check_fields({"fp8": "hybrid", "fp8_recipe": "tensorwise", "tp_comm_overlap": True}, engine=True)
-    for section in ({"fp8": "hybrid"}, {"fp8": "hybrid", "fp8_recipe": "delayed"}):
-        with pytest.raises(ConfigError, match="fp8_recipe delayed loses the first gradients"):
-            check_fields(section, engine=True)
+def test_transformer_engine_reads_more():
+    check_fields({"tp_comm_overlap": True, "layernorm_zero_centered_gamma": True}, engine=True)
+
+
+@pytest.mark.parametrize("field", ["fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16"])
+def test_fp8_is_asked_for_in_its_own_section_only(field):
+    with pytest.raises(
+        ConfigError, match=r"the section model\.fp8 decides it, for instance model\.fp8\.recipe=blockwise"
+    ):
+        check_fields({field: 1}, engine=True)
 
 
 def test_the_check_imports_neither_torch_nor_megatron():

@@ -71,9 +71,12 @@ def test_a_field_that_the_model_decides_is_refused_with_its_value():
         built("mixtral", megatron={"hidden_size": 64})
 
 
-def test_fp8_without_transformer_engine_is_refused_before_the_model_is_built():
-    with pytest.raises(ConfigError, match=r"megatron\.fp8 'e4m3' would change nothing"):
-        built(megatron={"fp8": "e4m3"})
+def test_fp8_is_refused_before_the_model_is_built_if_the_widths_do_not_fit():
+    assert (
+        built(model__fp8={"recipe": "blockwise"}).fp8 is None
+    )  # simulated: Megatron's own FP8 needs Transformer Engine
+    with pytest.raises(ConfigError, match=r"mxfp8 needs widths divisible by 32, but intermediate_size is 48 per rank"):
+        built(mesh=Mesh(tensor=2), model__fp8={"recipe": "mxfp8"})
 
 
 def test_the_tables_name_what_other_sections_decide():
