@@ -138,7 +138,7 @@ def _check_servers(config: Config, architecture: str) -> None:
 
 
 def _check_model(config: Config, processes: int | None) -> None:
-    from dapo_mcore.actor.model.fp8.rules import check_fp8
+    from dapo_mcore.actor.model.fp8_rules import check_fp8
     from dapo_mcore.actor.model.megatron_fields import check_fields
     from dapo_mcore.actor.parallel.mesh import (
         check_mesh,

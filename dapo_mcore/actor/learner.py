@@ -15,7 +15,7 @@ import torch
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
-from dapo_mcore.actor.model.fp8.rules import token_multiple
+from dapo_mcore.actor.model.fp8_rules import token_multiple
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
 from dapo_mcore.algo.advantage import group_advantages
 from dapo_mcore.algo.correction import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dapo_mcore.actor.model.fp8.rules import token_multiple
+from dapo_mcore.actor.model.fp8_rules import token_multiple
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.batch.collate import select
 from dapo_mcore.batch.packing import micro_batch_ids, plan_micro_batches, split_mini_batches

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from dapo_mcore.actor.model.fp8.layers import quantizer, simulate
-from dapo_mcore.actor.model.fp8.rules import bf16_layers, format_of, recipe_of
+from dapo_mcore.actor.model.fp8_layers import quantizer, simulate
+from dapo_mcore.actor.model.fp8_rules import bf16_layers, format_of, recipe_of
 from dapo_mcore.actor.model.latent import set_latent_eps
 from dapo_mcore.actor.model.layers import layer_specs
 from dapo_mcore.actor.model.transformer_config import transformer_config

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from dapo_mcore.actor.model.fp8.rules import check_fp8, megatron_fields
+from dapo_mcore.actor.model.fp8_rules import check_fp8, megatron_fields
 from dapo_mcore.actor.model.layers import uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh

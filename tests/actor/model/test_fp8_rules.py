@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dapo_mcore.actor.model.fp8 import rules
-from dapo_mcore.actor.model.fp8.rules import (
+from dapo_mcore.actor.model import fp8_rules
+from dapo_mcore.actor.model.fp8_rules import (
     bf16_layers,
     check_fp8,
     format_of,
@@ -30,7 +30,7 @@ def on_card(monkeypatch, capability: tuple[int, int], engine_version: str = "2.1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA TEST")
-    monkeypatch.setattr(rules, "version", lambda name: engine_version)
+    monkeypatch.setattr(fp8_rules, "version", lambda name: engine_version)
 
 
 @pytest.mark.parametrize(

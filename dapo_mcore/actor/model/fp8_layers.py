@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from dapo_mcore.actor.model.fp8.numbers import quantize_mx, quantize_tensor, quantize_tiles
+from dapo_mcore.actor.model.fp8_numbers import quantize_mx, quantize_tensor, quantize_tiles
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dapo_mcore.actor.model.fp8 import rules
+from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.policy import build_model
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.config.sections import ParallelConfig
@@ -69,7 +69,7 @@ def test_the_widths_that_are_checked_are_those_of_the_layers(alone, family):
     linear = [m for m in model.decoder.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
     sizes = {size for module in linear for size in module.weight.shape}
     fields = read_architecture(hf_config, 64).fields
-    widths = set(rules._widths(fields, ParallelConfig()).values())
+    widths = set(fp8_rules._widths(fields, ParallelConfig()).values())
     gated = {2 * width for width in widths}
     assert sizes <= widths | gated, family
 
@@ -95,7 +95,7 @@ def train(layout: Any, mesh: Mesh, path: str) -> dict[str, dict[str, Any]]:
             "deviation": deviation(gradient, plain) if layout.is_controller else 0.0,
             "first_ratio_deviation": metrics["actor/first_update_ratio_deviation"],
             "tokens_per_rank": [micro.tokens.numel() for micro in scored.mini_batches[0]],
-            "multiple": rules.token_multiple(config.model, config.parallel),
+            "multiple": fp8_rules.token_multiple(config.model, config.parallel),
         }
     return rows
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_mcore.actor.model.fp8.numbers import cast, quantize_mx, quantize_tensor, quantize_tiles
+from dapo_mcore.actor.model.fp8_numbers import cast, quantize_mx, quantize_tensor, quantize_tiles
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 INF, NAN = math.inf, math.nan
