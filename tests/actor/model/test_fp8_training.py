@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from dapo_mcore.actor.model import fp8_rules
+from dapo_mcore.actor.model.latent import ReplicatedLinear
 from dapo_mcore.actor.model.policy import build_model
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.errors import ConfigError
 from tests.actor import families, parity
 from tests.actor.parity import Mesh
 
@@ -22,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mxfp8": {"recipe": "mxfp8"},
     "bf16 ends": {"recipe": "blockwise", "first_last_bf16": 1},
 }
+LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 MESHES = [Mesh(), Mesh(pipeline=2), Mesh(tensor=2, context=2, sequence_parallel=True)]
 
 
@@ -61,17 +65,20 @@ def test_every_rank_has_whole_tiles_of_tokens(found):
 
 
 @pytest.mark.parametrize("family", list(families.FAMILIES))
-def test_the_widths_that_are_checked_are_those_of_the_layers(alone, family):
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
+def test_every_linear_layer_of_every_family_is_checked_and_simulated(alone, family):
     hf_config = families.hf_config(family)
-    model = build_model(parity.make_config(Mesh()), hf_config, alone)
-    linear = [m for m in model.decoder.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-    sizes = {size for module in linear for size in module.weight.shape}
-    fields = read_architecture(hf_config, 64).fields
-    widths = set(fp8_rules._widths(fields, ParallelConfig()).values())
-    gated = {2 * width for width in widths}
-    assert sizes <= widths | gated, family
+    config = parity.make_config(Mesh(), model__fp8={"recipe": "blockwise", "first_last_bf16": 1})
+    widths = set(fp8_rules._widths(read_architecture(hf_config, 64).fields, ParallelConfig()).values())
+    if any(width % 16 for width in widths):
+        with pytest.raises(ConfigError, match="needs widths divisible by 16"):
+            build_model(config, hf_config, alone)
+        return
+    layers = build_model(config, hf_config, alone).decoder.layers
+    linear = [[m for m in layer.modules() if isinstance(m, LINEAR)] for layer in layers]
+    simulated = [[bool({"_forward_impl", "product"} & vars(module).keys()) for module in some] for some in linear]
+    assert [set(some) for some in simulated] == [{False}, *[{True}] * (len(layers) - 2), {False}]
+    sizes = {size for some in linear for module in some for size in module.weight.shape}
+    assert sizes <= widths | {2 * width for width in widths}  # gate and up projection are one matrix
 
 
 def train(layout: Any, mesh: Mesh, path: str) -> dict[str, dict[str, Any]]:
