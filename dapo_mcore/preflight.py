@@ -140,6 +140,7 @@ def _check_servers(config: Config, architecture: str) -> None:
 def _check_model(config: Config, processes: int | None) -> None:
     from dapo_mcore.actor.model.fp8_rules import check_fp8
     from dapo_mcore.actor.model.megatron_fields import check_fields
+    from dapo_mcore.actor.model.recompute import check_recompute
     from dapo_mcore.actor.parallel.mesh import (
         check_mesh,
         data_parallel_size,
@@ -157,6 +158,7 @@ def _check_model(config: Config, processes: int | None) -> None:
     engine = config.model.transformer_impl != "local" and importlib.util.find_spec("transformer_engine") is not None
     check_fields(config.megatron, engine=engine)
     check_fp8(architecture, config.model, config.parallel, engine=engine)
+    check_recompute(architecture, config.model, engine=engine)
 
 
 def _data_sections(config: Config) -> dict[str, DataConfig]:

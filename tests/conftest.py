@@ -65,7 +65,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_folder: Path):
-    from dapo_mcore.config.sections import ModelConfig
+    from dapo_mcore.config.model import ModelConfig
     from dapo_mcore.model_files.hf_config import load_tokenizer
 
     return load_tokenizer(ModelConfig(path=str(model_folder)))

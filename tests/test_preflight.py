@@ -194,6 +194,11 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
         "megatron.tp_comm_overlap True would change nothing",
     ),
     "fp8 in the wrong section": (nothing, ["megatron.fp8=hybrid"], "the section model.fp8 decides it"),
+    "recomputed experts of a dense model": (
+        nothing,
+        ["model.recompute=[mlp, moe]"],
+        "model.recompute moe would save nothing: this Qwen2ForCausalLM has no experts",
+    ),
     "a delayed recipe": (nothing, ["model.fp8.recipe=delayed"], "model.fp8: recipe delayed"),
     "too many bf16 layers": (
         nothing,

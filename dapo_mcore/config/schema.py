@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.config.sections import (
     AlgoConfig,
     BatchConfig,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    ModelConfig,
     ObserveConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -1,13 +1,13 @@
 """The sections of a configuration: frozen, typed, each checked on its own.
 
-Change here: what a user may set, its default, and a rule inside one section. The types of fields are in values.py, the
-section `rollout.sglang` is in sglang.py, and rules between sections are in schema.py. Every default is here: the stages
+Change here: what a user may set, its default, and a rule inside one section. The types of fields are in values.py, the section
+`model` is in model.py, `rollout.sglang` in sglang.py, and rules between sections are in schema.py. Every default is here: the stages
 that use a section fill in none.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,52 +32,6 @@ from dapo_mcore.config.values import (
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
 ]
-
-
-class Fp8Config(Section):
-    """FP8 for the products of the policy's linear layers. Weights, optimizer, head, attention and norms stay as they are.
-
-    On a GPU Transformer Engine computes it; on a CPU it is simulated with the same codes and scales, to see what it does to
-    a run. Scoring uses the same products as training. With NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 in the environment,
-    `blockwise` has fp32 scales in place of powers of two.
-    """
-
-    recipe: Literal["auto", "blockwise", "tensorwise", "mxfp8", "delayed"] = "auto"
-    """`blockwise`: a scale per 128 values of a token, and per 128 × 128 weights. `tensorwise`: one scale per matrix, so all
-    sequences of a pack share it; the fastest on Hopper. `mxfp8`: a scale per 32 values, on Blackwell. `auto` takes mxfp8 on
-    Blackwell, else blockwise. `delayed` is refused: its scales start at 1, where the first gradients underflow."""
-    format: Literal["e4m3", "hybrid"] | None = None
-    """`hybrid` has e5m2 for gradients. None: hybrid for tensorwise, else e4m3."""
-    first_last_bf16: int = Field(0, ge=0)
-    """Number of layers at each end of the model that stay in bf16."""
-
-    @model_validator(mode="after")
-    def _check_recipe(self) -> Fp8Config:
-        if self.recipe == "delayed":
-            raise ValueError(
-                "recipe delayed takes scales from earlier steps and starts without any, so DAPO's first gradients, which are "
-                "divided by the number of tokens, underflow; use blockwise or tensorwise"
-            )
-        if self.recipe == "mxfp8" and self.format == "hybrid":
-            raise ValueError("recipe mxfp8 with format hybrid is known to diverge; use format e4m3")
-        return self
-
-
-class ModelConfig(Section):
-    """The policy: a Hugging Face folder, and how Megatron builds it."""
-
-    path: FilePath
-    """Folder with config.json, tokenizer files and (for init=pretrained) safetensors."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` draws weights from `seed` with the config's initializer_range: for tests and for the quickstart."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Keys of config.json to replace, for instance {num_hidden_layers: 2}; only with init=random."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """`auto` takes Transformer Engine where it is installed and a GPU is present, else the local layers."""
-    fp8: Fp8Config | None = None
-    recompute: Literal["none", "selective", "full"] = "none"
-    trust_remote_code: bool = False
 
 
 class ParallelConfig(Section):

@@ -29,7 +29,7 @@ from dapo_mcore.architecture.mapping import (
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.architecture.shape import WeightShape, weight_shape
 from dapo_mcore.architecture.weight_rules import EMBEDDING
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.convert.job import Job, OutputFile, Report
 from dapo_mcore.errors import CheckpointError, ConfigError
 from dapo_mcore.model_files.hf_config import load_hf_config

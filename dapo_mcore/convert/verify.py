@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dapo_mcore.architecture.mapping import parameters
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import ModelConfig
 from dapo_mcore.convert.convert import Reader, num_bytes, open_model
 from dapo_mcore.convert.job import Report
 from dapo_mcore.model_files.hf_config import load_hf_config, load_tokenizer

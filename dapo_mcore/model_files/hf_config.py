@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.config_json import check_numbers, read_json_object
 

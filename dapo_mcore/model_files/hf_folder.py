@@ -18,7 +18,7 @@ import torch
 from dapo_mcore.architecture.mapping import Parameter, hf_shapes, parameters
 from dapo_mcore.architecture.shape import WeightShape, weight_shape
 from dapo_mcore.architecture.tensor_check import check_tensors, check_tied
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.megatron_folder import MegatronReader, is_megatron_folder
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo

@@ -31,6 +31,7 @@ MODES: dict[str, dict[str, Any]] = {
     "Dr. GRPO": {"algo__loss_mode": "seq-mean-token-sum-norm", "algo__advantage_std": "none"},
     "full recompute": {"model__recompute": "full"},
     "selective recompute": {"model__recompute": "selective"},
+    "attention and MLP recomputed": {"model__recompute": ["core_attn", "mlp"]},
 }
 
 
@@ -85,6 +86,8 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem,
     assert tis == ["truncated importance sampling", "masked importance sampling"]
     assert all(0 < found[name]["metrics"]["tis/truncated_ratio"] < 1 for name in tis)
     plain = expected["selective recompute"]["gradient"]
+    for name in ("full recompute", "attention and MLP recomputed"):
+        assert all(torch.equal(plain[key], expected[name]["gradient"][key]) for key in plain), name
     assert not torch.equal(plain["lm_head.weight"], expected["entropy bonus"]["gradient"]["lm_head.weight"])
     for name in ("old log-probs from the actor", "truncated importance sampling", "kl in the reward"):
         assert found[name]["metrics"]["actor/first_update_ratio_deviation"] == 0.0, name

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from dapo_mcore.architecture.families import FAMILIES
 from dapo_mcore.architecture.reader import Architecture, read_architecture
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.hf_config import load_hf_config
 from tests.actor import families

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dapo_mcore.architecture.tensor_check import FiniteReader
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.hf_folder import open_weights
 from tests.model_files.round_trip import EMBEDDING, HEAD, NORM, Folders, edited_copy

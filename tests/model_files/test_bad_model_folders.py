@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dapo_mcore.architecture.reader import read_architecture
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import DapoError
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.model_files.hf_folder import open_stored

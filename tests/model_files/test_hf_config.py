@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dapo_mcore.architecture.mapping import parameters
 from dapo_mcore.architecture.shape import weight_shape
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.convert.convert import Cut, hf_to_mcore
 from dapo_mcore.convert.job import NoReport
 from dapo_mcore.errors import CheckpointError

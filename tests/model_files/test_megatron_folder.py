@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dapo_mcore.architecture.mapping import checkpoint_slice, find_parameter, import_parameter, local_shape, parameters
 from dapo_mcore.architecture.shape import WeightShape, weight_shape
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.convert.convert import Cut, hf_to_mcore
 from dapo_mcore.convert.job import NoReport
 from dapo_mcore.errors import CheckpointError

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dapo_mcore.architecture.hf_views import hf_views
 from dapo_mcore.architecture.shape import weight_shape
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.model_files import side_files as model_files
 from dapo_mcore.model_files.hf_config import load_hf_config
 from dapo_mcore.model_files.hf_folder import save_hf_folder

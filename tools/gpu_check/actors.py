@@ -58,7 +58,7 @@ class Case:
     model: str
     layers: int
     dtype: str = "bf16"
-    recompute: str = "none"
+    recompute: str | list[str] = "none"
     transformer_impl: str = "auto"
     fp8: str | None = None
     max_tokens: int = 22_528
@@ -74,6 +74,7 @@ GPU_CASES = (
     Case("7B-4L-bf16-ragged", "7B", 4, multiple=1),
     Case("7B-4L-fp8-blockwise-ragged", "7B", 4, fp8="blockwise", multiple=1),
     Case("1.5B-28L-bf16-recompute", "1.5B", 28, recompute="full"),
+    Case("1.5B-28L-bf16-recompute-mlp", "1.5B", 28, recompute=["mlp"]),
     Case("1.5B-8L-local", "1.5B", 8, transformer_impl="local"),
 )
 CPU_CASES = (

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dapo_mcore.actor.model.attention import CoreAttention
 from dapo_mcore.actor.model.latent import LatentAttention, ReplicatedLinear, use_replicated_linear
-from dapo_mcore.config.sections import ModelConfig
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 
 

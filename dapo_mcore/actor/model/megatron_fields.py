@@ -40,14 +40,14 @@ EFFECTIVE = _names("""
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split num_layers_in_first_pipeline_stage
     num_layers_in_last_pipeline_stage pipeline_model_parallel_layout virtual_pipeline_model_parallel_size
     batch_p2p_sync deallocate_pipeline_outputs num_microbatches_with_partial_activation_checkpoints
-    recompute_granularity recompute_method recompute_num_layers recompute_modules distribute_saved_activations
+    recompute_granularity recompute_method recompute_num_layers distribute_saved_activations
     clone_scatter_output_in_embedding config_logger_dir deterministic_mode enable_autocast autocast_dtype
     fp32_residual_connection activation_func_clamp_value glu_linear_offset attention_output_gate
     no_rope_freq rotary_interleaved
     moe_apply_probs_on_input moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
     moe_input_jitter_eps moe_latent_size moe_router_dtype moe_router_force_load_balancing moe_router_force_biased
     moe_shared_expert_overlap moe_token_dispatcher_type moe_flex_dispatcher_backend moe_enable_deepep moe_deepep_num_sms
-    moe_hybridep_num_sms moe_layer_recompute mlp_chunks_for_training
+    moe_hybridep_num_sms mlp_chunks_for_training
 """)
 """These have an effect with every kind of layers."""
 
@@ -80,6 +80,7 @@ REFUSED = {
         first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
         moe_router_padding_for_fp8 moe_router_padding_for_quantization
     """),
+    "model.recompute decides it, for instance model.recompute=[mlp]": _names("recompute_modules moe_layer_recompute"),
     "the layers are those of the model's config.json": _names("""
         heterogeneous_block_specs hetereogenous_dist_checkpoint experimental_attention_variant linear_attention_freq
         linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim

@@ -1,7 +1,8 @@
 """Megatron's TransformerConfig, from the model, the parallel layout, the layer implementations and the user's own fields.
 
-Change here: the options of Megatron that this project decides: precision in _precision, recompute levels in _recompute.
-megatron_fields.py lists the options that a user may set, mesh.py the rules of the parallel layout.
+Change here: the options of Megatron that this project decides: precision, fusions, stages. The sections `model.fp8` and
+`model.recompute` have modules of their own; megatron_fields.py lists the options that a user may set, mesh.py the rules of the
+parallel layout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from dapo_mcore.actor.model.fp8_rules import check_fp8, megatron_fields
+from dapo_mcore.actor.model import fp8_rules, recompute
 from dapo_mcore.actor.model.layers import uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh
@@ -41,7 +42,8 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     owned = owned_fields(config, architecture)
     engine = owned["transformer_impl"] == "transformer_engine"
     check_fields(config.megatron, engine=engine, owned=owned)
-    check_fp8(architecture, config.model, config.parallel, engine=engine)
+    fp8_rules.check_fp8(architecture, config.model, config.parallel, engine=engine)
+    recompute.check_recompute(architecture, config.model, engine=engine)
     chosen = config.megatron
     try:
         built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
@@ -58,7 +60,7 @@ def owned_fields(config: Config, architecture: Architecture) -> dict[str, Any]:
         **_mesh(config.parallel),
         **_precision(config.model.dtype),
         **_implementation(config, architecture),
-        **_recompute(config.model.recompute),
+        **recompute.megatron_fields(config.model.recompute),
         "moe_router_load_balancing_type": "none",
     }
 
@@ -128,7 +130,7 @@ def _precision(name: str) -> dict[str, Any]:
 
 def _implementation(config: Config, architecture: Architecture) -> dict[str, Any]:
     engine = uses_transformer_engine(config.model)
-    fp8 = megatron_fields(config.model.fp8, architecture.num_experts) if engine and config.model.fp8 else {}
+    fp8 = fp8_rules.megatron_fields(config.model.fp8, architecture.num_experts) if engine and config.model.fp8 else {}
     return fp8 | dict(
         transformer_impl="transformer_engine" if engine else "local",
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -140,11 +142,3 @@ def _implementation(config: Config, architecture: Architecture) -> dict[str, Any
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
     )
-
-
-def _recompute(level: str) -> dict[str, Any]:
-    if level == "none":
-        return {}
-    if level == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

@@ -58,6 +58,16 @@ def test_megatron_section_may_choose_the_stages_itself():
 def test_what_upstream_refuses_is_a_config_error():
     with pytest.raises(ConfigError, match=r"megatron-core refuses the configuration .*allgather"):
         built("mixtral", megatron={"moe_token_dispatcher_type": "allgather"})
+    with pytest.raises(
+        ConfigError, match=r"megatron-core refuses the configuration .*shared_experts recompute cannot work"
+    ):
+        built("qwen2-moe", model__recompute=["shared_experts"], megatron={"moe_shared_expert_overlap": True})
+
+
+def test_recomputed_modules_are_checked_before_the_model_is_built():
+    assert built("mixtral", model__recompute=["core_attn", "moe"]).recompute_modules == ["core_attn", "moe"]
+    with pytest.raises(ConfigError, match=r"model\.recompute mlp would save nothing"):
+        built("mixtral", model__recompute=["mlp"])
 
 
 def test_interleaved_pipelines_are_refused():
