@@ -1,26 +1,29 @@
 """AdamW on this rank: gradient steps, the learning-rate schedule, the optimizer state, and the count of skipped steps.
 
 Change here: anything that differs between Megatron's optimizers (plain or distributed, with torch's AdamW or Transformer
-Engine's FusedAdam), or optimizer state that lives elsewhere (offload).
+Engine's FusedAdam, or hybrid: a part of the state on the host).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from dapo_mcore.config import sections as settings
-from dapo_mcore.errors import TrainingError
+from dapo_mcore.errors import ConfigError, TrainingError
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ADVICE = (
     "see actor/grad_norm, actor/ratio_max_deviation and mismatch/logprob_diff_max in metrics.jsonl for the steps before; "
     "lower optimizer.lr, clip more (optimizer.clip_grad) or look for NaN in the model's weights, and resume from a "
@@ -48,24 +51,14 @@ class Optimizer:
     """Megatron's optimizer with its scheduler. Gradient steps count from 1: step u uses lr · min(1, u / warm-up)."""
 
     def __init__(self, model: DistributedDataParallel, config: settings.OptimizerConfig, dtype: torch.dtype):
+        if config.saves_memory:
+            check_memory_support()
         self.config = config
+        # Megatron's precision-aware optimizers read fp32 gradients of bf16 parameters from an attribute of its own
+        self._gradient = "decoupled_grad" if config.saves_memory else "grad"
         self._parameters = list(model.parameters())
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                min_lr=config.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                use_distributed_optimizer=config.distributed,
-                params_dtype=dtype,
-                bf16=dtype == torch.bfloat16,
-            ),
-            [model],
-            use_gloo_process_groups=False,
+            _upstream_config(config, dtype), [model], use_gloo_process_groups=False
         )
         # upstream exempts norms and biases from weight decay only through this scheduler, which applies their group's factor
         self.scheduler = OptimizerParamScheduler(
@@ -103,7 +96,9 @@ class Optimizer:
         """
         for part in self._parts:
             if self.config.clip_grad > 0 and (parameters := part.get_parameters()):
-                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip_grad, total_norm=norm)
+                clip_grad_by_total_norm_fp32(
+                    parameters, self.config.clip_grad, norm, use_decoupled_grad=self.config.saves_memory
+                )
         updated = self.megatron.step_with_ready_grads()
         assert updated, "only a loss scale could refuse the step, and there is none"
 
@@ -126,12 +121,12 @@ class Optimizer:
         Creates the state, all zero, if the optimizer has not stepped yet.
         """
         for part in self._parts:
-            _allocate(part.optimizer)
+            _allocate(part.optimizer, self._gradient)
         for parameter, main, start, is_divided in self._updated_tensors():
             state = next(part.optimizer.state[main] for part in self._parts if main in part.optimizer.state)
-            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and name != "step"}
+            tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             if parameter.dtype != torch.float32:
-                tensors["param"] = main.detach()
+                tensors["param"] = state.get("master_param", main).detach()
             flat = {name: value.view(-1) for name, value in tensors.items()}
             yield OptimizerShard(parameter, start, flat, is_divided)
 
@@ -144,9 +139,8 @@ class Optimizer:
         counts = (
             float(entry["step"])
             for part in self._parts
-            for entry in (
-                part.optimizer.state.values() if _counts_per_parameter(part.optimizer) else part.optimizer.param_groups
-            )
+            for adam in _adams(part.optimizer)
+            for entry in (adam.state.values() if _counts_per_parameter(adam) else adam.param_groups)
             if "step" in entry
         )
         return max(counts, default=0.0)
@@ -156,13 +150,13 @@ class Optimizer:
 
         Learning rate, weight decay and betas stay those of this run's config.
         """
-        for part in self._parts:
-            if _counts_per_parameter(part.optimizer):
-                for state in part.optimizer.state.values():
+        for adam in (adam for part in self._parts for adam in _adams(part.optimizer)):
+            if _counts_per_parameter(adam):
+                for state in adam.state.values():
                     # a tensor of its own: a shared count would advance once per parameter
                     state["step"] = torch.tensor(adam_step)
             else:
-                for group in part.optimizer.param_groups:
+                for group in adam.param_groups:
                     group["step"] = int(adam_step)
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=num_updates)
@@ -173,10 +167,10 @@ class Optimizer:
         They belong to parameters that tensor parallelism does not split, and to the last stage's copy of a tied embedding.
         """
         copies = [
-            parameter.grad
+            gradient
             for part in self._parts
             for parameter in part.get_parameters()
-            if parameter.grad is not None
+            if (gradient := getattr(parameter, self._gradient, None)) is not None
             and (not getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "shared", False))
         ]
         return math.isfinite(float(torch.nn.utils.get_total_norm(copies)))
@@ -236,10 +230,11 @@ def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
     return any("step" in state for state in optimizer.state.values())
 
 
-def _allocate(optimizer: torch.optim.Optimizer) -> None:
+def _allocate(optimizer: torch.optim.Optimizer, gradient: str) -> None:
     """Create the state of an optimizer that has not stepped yet.
 
-    A step without gradient at learning rate 0 creates it and changes nothing else.
+    A step without gradient at learning rate 0 creates it and changes nothing else. `gradient` is the attribute that the
+    optimizer reads.
     """
     if optimizer.state:
         return
@@ -247,11 +242,53 @@ def _allocate(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.numel() else None
+            setattr(parameter, gradient, torch.zeros_like(parameter) if parameter.numel() else None)
     optimizer.step()
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for entry in (*optimizer.state.values(), *optimizer.param_groups):
-        if "step" in entry:
-            entry["step"] = torch.tensor(0.0) if isinstance(entry["step"], Tensor) else 0
+    for adam in _adams(optimizer):
+        for entry in (*adam.state.values(), *adam.param_groups):
+            if "step" in entry:
+                entry["step"] = torch.tensor(0.0) if isinstance(entry["step"], Tensor) else 0
+
+
+def _adams(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that update parameters: those inside a hybrid one, on the host and on the GPU, or it itself."""
+    return optimizer.sub_optimizers if isinstance(optimizer, HybridDeviceOptimizer) else [optimizer]
+
+
+def _upstream_config(config: settings.OptimizerConfig, dtype: torch.dtype) -> OptimizerConfig:
+    memory: dict[str, Any] = {}
+    if config.saves_memory:
+        memory = dict(
+            use_precision_aware_optimizer=True,
+            store_param_remainders=False,  # a checkpoint has whole fp32 parameters
+            exp_avg_dtype=_DTYPES[config.exp_avg_dtype],
+            exp_avg_sq_dtype=_DTYPES[config.exp_avg_sq_dtype],
+            optimizer_cpu_offload=config.offload_fraction > 0,
+            optimizer_offload_fraction=config.offload_fraction,
+        )
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        use_distributed_optimizer=config.distributed,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        **memory,
+    )
+
+
+def check_memory_support() -> None:
+    """Raise ConfigError if this process cannot have optimizer state on the host or in bf16."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "optimizer.offload_fraction and moments in bf16 need a CUDA device and Transformer Engine's FusedAdam; install the "
+            "extra `te` on a GPU machine, or set offload_fraction 0, exp_avg_dtype fp32 and exp_avg_sq_dtype fp32"
+        )

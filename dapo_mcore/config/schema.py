@@ -124,6 +124,11 @@ def _check_algo(c: Config) -> None:
         raise ValueError(
             f"optimizer.min_lr {c.optimizer.min_lr} is above optimizer.lr {c.optimizer.lr}, which decays to it; lower min_lr"
         )
+    if c.optimizer.saves_memory and c.model.dtype != "bf16":
+        raise ValueError(
+            f"optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
+            "model.dtype bf16, or leave both at their defaults"
+        )
     if c.model.overrides and c.model.init != "random":
         raise ValueError(
             "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"

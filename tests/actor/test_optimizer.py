@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dapo_mcore.actor.optimizer import SkippedUpdates
-from dapo_mcore.errors import TrainingError
+from dapo_mcore.errors import ConfigError, TrainingError
 from tests.actor import families, parity
 from tests.actor.cross_entropy import cross_entropy, micro_batch, own_batches
 from tests.actor.parity import Mesh
@@ -96,3 +97,100 @@ def step(ddp: Any, optimizer: Any, problem: Any, layout: Any) -> float:
     norm = optimizer.prepare()
     optimizer.step(norm)
     return norm
+
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "all on the host": {"optimizer__offload_fraction": 1.0},
+    "half on the host, half fused": {"optimizer__offload_fraction": 0.5},
+    "moments in bf16": {"optimizer__exp_avg_dtype": "bf16", "optimizer__exp_avg_sq_dtype": "bf16"},
+    "one moment in bf16": {"optimizer__exp_avg_dtype": "bf16"},
+}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, alone: Any) -> Any:
+    from tests.actor import fake_engine
+
+    fake_engine.pretend(monkeypatch)
+    if "host" not in (name := request.node.callspec.params["name"]) or "fused" in name:
+        fake_engine.use_fused_adam(monkeypatch)
+    return alone
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_state_that_saves_memory_resumes_bitwise_and_a_load_moves_no_weight(engine, name, tmp_path):
+    from dapo_mcore.checkpoint.checkpoint import load_checkpoint
+    from tests.checkpoint import resuming
+
+    config = resuming.settings(Mesh(), model__dtype="bf16", **MEMORY[name])
+    found = resuming.interrupt_and_resume(engine, Mesh(), str(tmp_path), MEMORY[name] | {"model__dtype": "bf16"}, False)
+    assert found["moved"] and found["loaded"] and found["found"] == found["expected"] and found["different"] == []
+    actor = resuming.build_actor(config, engine)
+    load_checkpoint(Path(found["path"]), actor, engine)
+    before = resuming.local_state(actor)
+    take_a_step_at_rate_0(actor)
+    after = resuming.local_state(actor)
+    still = [key for key in before if key.startswith(("policy.", "master"))]
+    assert len(still) > 50 and all(torch.equal(before[key], after[key]) for key in still)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_state_that_saves_memory_trains_like_other_state(engine, name):
+    from tests.actor.fake_engine import HostTensor
+    from tests.checkpoint import resuming
+
+    actors = {}
+    for way, options in (("plain", {}), ("memory", MEMORY[name])):
+        with pytest.MonkeyPatch.context() as patch:
+            if way == "plain":
+                patch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", True)
+            options = options | {"model__dtype": "bf16", "optimizer__clip_grad": 0.01}
+            actors[way] = resuming.build_actor(resuming.settings(Mesh(), **options), engine)
+        resuming.train(actors[way], 3)
+    states = {way: list(actor.optimizer.shards()) for way, actor in actors.items()}
+    for plain, memory in zip(states["plain"], states["memory"], strict=True):
+        assert memory.state.keys() == plain.state.keys() == {"exp_avg", "exp_avg_sq", "param"}
+        moved = (memory.state["param"] - plain.state["param"]).norm()
+        assert moved <= 6e-5 * plain.state["param"].numel() ** 0.5, "a tenth of the three steps' learning rates"
+        for name in ("exp_avg", "exp_avg_sq"):
+            difference = (memory.state[name].float() - plain.state[name]).norm()
+            assert difference <= 0.05 * plain.state[name].norm(), name
+    dtypes = {key: tensor.dtype for key, tensor in states["memory"][0].state.items()}
+    expected = {"exp_avg": actors["memory"].config.optimizer.exp_avg_dtype, "param": "fp32"}
+    assert all(
+        str(dtypes[key]) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[kind] for key, kind in expected.items()
+    )
+    fraction = actors["memory"].config.optimizer.offload_fraction
+    on_host = [
+        shard.state["exp_avg"].numel() for shard in states["memory"] if isinstance(shard.state["exp_avg"], HostTensor)
+    ]
+    assert sum(on_host) >= fraction * sum(shard.state["exp_avg"].numel() for shard in states["memory"])
+    assert bool(on_host) == bool(fraction) and (len(on_host) < len(states["memory"])) == (fraction < 1)
+
+
+def take_a_step_at_rate_0(actor: Any) -> None:
+    (mini_batch,) = parity.shared_step(actor.config, actor.layout, parity.make_batch(), actor)
+    actor.backward(mini_batch)
+    norm = actor.optimizer.prepare()
+    for group in actor.optimizer.megatron.param_groups:
+        group["lr"] = 0.0
+    actor.optimizer.step(norm)
+
+
+@pytest.mark.parametrize("name", ["all on the host", "moments in bf16"])
+def test_a_gradient_that_is_not_finite_is_found_in_decoupled_gradients(engine, name):
+    from tests.checkpoint import resuming
+
+    actor = resuming.build_actor(resuming.settings(Mesh(), model__dtype="bf16", **MEMORY[name]), engine)
+    (mini_batch,) = parity.shared_step(actor.config, engine, parity.make_batch(), actor)
+    actor.backward(mini_batch)
+    actor.policy.decoder.final_layernorm.weight.main_grad[0] = float("nan")
+    actor.optimizer.megatron.prepare_grads()
+    assert not actor.optimizer._copies_are_finite()
+
+
+def test_state_on_the_host_or_in_bf16_is_refused_without_a_gpu(alone):
+    with pytest.raises(
+        ConfigError, match="moments in bf16 need a CUDA device and Transformer Engine's FusedAdam; install"
+    ):
+        parity.build_actor(parity.make_config(Mesh(), model__dtype="bf16", optimizer__offload_fraction=1.0), alone)

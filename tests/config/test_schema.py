@@ -24,6 +24,10 @@ CLUSTER = ["rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"]
 
 RULES: list[tuple[list[str], str]] = [
     (
+        ["optimizer.offload_fraction=0.5"],
+        "optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is fp32; set model.dtype bf16",
+    ),
+    (
         ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=5"],
         "batch.mini_batch_prompts 5 does not divide sampling.train_batch_prompts 12; use one of 1, 2, 3, 4, 6, 12",
     ),

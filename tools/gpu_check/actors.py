@@ -51,6 +51,7 @@ class Case:
     """A model of `layers` layers, trained on two packs of at most `max_tokens` tokens.
 
     fp8       recipe of model.fp8, None without FP8.
+    offload   optimizer.offload_fraction.
     multiple  every sequence length is a multiple of it.
     """
 
@@ -61,6 +62,7 @@ class Case:
     recompute: str | list[str] = "none"
     transformer_impl: str = "auto"
     fp8: str | None = None
+    offload: float = 0.0
     max_tokens: int = 22_528
     multiple: int = 128
 
@@ -75,6 +77,7 @@ GPU_CASES = (
     Case("7B-4L-fp8-blockwise-ragged", "7B", 4, fp8="blockwise", multiple=1),
     Case("1.5B-28L-bf16-recompute", "1.5B", 28, recompute="full"),
     Case("1.5B-28L-bf16-recompute-mlp", "1.5B", 28, recompute=["mlp"]),
+    Case("1.5B-14L-bf16-offload", "1.5B", 14, offload=1.0),
     Case("1.5B-8L-local", "1.5B", 8, transformer_impl="local"),
 )
 CPU_CASES = (
@@ -224,7 +227,7 @@ def _tree(case: Case, model_folder: str, lengths: np.ndarray | list[int]) -> dic
             "head_chunk_tokens": 4096,
             "shuffle": False,
         },
-        "optimizer": {"lr": 1e-6},
+        "optimizer": {"lr": 1e-6, "offload_fraction": case.offload},
     }
 
 
