@@ -87,10 +87,10 @@ def _config(args: argparse.Namespace) -> int:
 
 def _dry_run(config: Config, processes: int | None) -> list[str]:
     import dapo_mcore.process.environment  # noqa: F401  before torch is imported
-    from dapo_mcore.preflight import check_contents, check_run, describe_step
+    from dapo_mcore.preflight import check_contents, check_run, describe_run
 
     check_run(config, processes)
-    return [*check_contents(config), describe_step(config)]
+    return [*check_contents(config), *describe_run(config)]
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:

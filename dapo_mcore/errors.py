@@ -1,6 +1,7 @@
 """All errors of the project, by who must act. Every message gives the numbers, the rule and the remedy."""
 
 import errno
+from collections.abc import Sequence
 
 
 class DapoError(Exception):
@@ -79,7 +80,7 @@ def output_error(error: OSError, doing: str) -> Exception:
     return OutputError(f"cannot {doing}: {error.strerror}{where}; {remedy}")
 
 
-def listed(values: list[int]) -> str:
+def listed(values: Sequence[object]) -> str:
     """Return the values as text for a message: `1, 2 or 4`."""
     *head, last = map(str, values)
     return f"{', '.join(head)} or {last}" if head else last

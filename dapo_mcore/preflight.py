@@ -93,6 +93,13 @@ def check_files_of(config: Config) -> None:
         )
 
 
+def describe_run(config: Config) -> list[str]:
+    """Return what a run prints first: the size of a rollout step, and the FP8 recipe if it has one."""
+    from dapo_mcore.actor.model.fp8_rules import describe_fp8
+
+    return [describe_step(config), *([describe_fp8(config.model.fp8)] if config.model.fp8 else [])]
+
+
 def describe_step(config: Config) -> str:
     """Return one line about the size of a rollout step, with the settings that still have the paper's size by default."""
     s, size = config.sampling, config.rollout.group_size

@@ -41,7 +41,7 @@ def _train(path: str, overrides: Sequence[str]) -> None:
 def _checked(path: str, overrides: Sequence[str]) -> Config:
     """Return the configuration. Raise the DapoError that the run would end with as far as it can be known here."""
     from dapo_mcore.config.file import load_config, repeated_overrides
-    from dapo_mcore.preflight import check_run, describe_step
+    from dapo_mcore.preflight import check_run, describe_run
     from dapo_mcore.process.launcher import check_launcher
 
     config = load_config(path, overrides)
@@ -50,7 +50,7 @@ def _checked(path: str, overrides: Sequence[str]) -> Config:
         for note in repeated_overrides(overrides):
             print(f"note: {note}")
         check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-        print(describe_step(config), flush=True)
+        print("\n".join(describe_run(config)), flush=True)
     return config
 
 

@@ -1,13 +1,13 @@
-"""The linear layers' products with FP8 operands, simulated: operands are quantized, the product is computed in fp32.
+"""The linear layers' products with FP8 operands, simulated: operands are quantized, and the product is computed in fp32.
 
-Change here: which operand is quantized in which way, and which layers are. For a layer with input X [T, in], weight W
+Change here: how each operand is quantized, and in which layers. For a layer with input X [T, in], weight W
 [out, in] and output gradient dY [T, out], Transformer Engine (v2.11, pytorch/module/linear.py) computes
 
     forward            Y  = X · Wᵀ      tiles of both along `in`
     input gradient     dX = dY · W      tiles of both along `out`
     weight gradient    dW = dYᵀ · X     tiles of both along the tokens
 
-Codes and scales are Transformer Engine's, bit for bit; its sums are not, as their order differs. The head, the embedding,
+Codes and scales are Transformer Engine's, bit for bit; sums may differ in the last bits, because their order differs. The head, the embedding,
 attention, norms and the router stay as they are, as on a GPU.
 """
 
@@ -29,7 +29,7 @@ from dapo_mcore.actor.model.fp8_numbers import quantize_mx, quantize_tensor, qua
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-"""Transformer Engine's own variable: 1 gives `blockwise` fp32 scales in place of powers of two."""
+"""Transformer Engine's own variable: If 1, `blockwise` uses fp32 scales instead of powers of two."""
 _BLOCK, _MX_BLOCK = 128, 32
 
 
@@ -47,18 +47,18 @@ class Quantizer:
     power_of_two: bool = True
 
     def weight(self, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        """Return W as the product that sums over dim `along` sees it, float32."""
+        """Return W quantized for a product that sums over dim `along`, as float32."""
         if self.recipe == "blockwise":
             square = (_BLOCK, _BLOCK)
             return quantize_tiles(matrix, torch.float8_e4m3fn, square, power_of_two=self.power_of_two).values()
         return self._operand(matrix, torch.float8_e4m3fn, along)
 
     def activation(self, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        """Return X as the product that sums over dim `along` sees it, float32."""
+        """Return X quantized for a product that sums over dim `along`, as float32."""
         return self._operand(matrix, torch.float8_e4m3fn, along)
 
     def output_gradient(self, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        """Return dY as the product that sums over dim `along` sees it, float32."""
+        """Return dY quantized for a product that sums over dim `along`, as float32."""
         return self._operand(matrix, self.gradient, along)
 
     def _operand(self, matrix: torch.Tensor, dtype: torch.dtype, along: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _parallel_product(
     """Take the place of `_forward_impl` in megatron-core's parallel linear layers (0.16.1 to 0.19.2).
 
     Collectives over `tp_group`: a gather of the input under sequence parallelism, and in the backward pass the sum of its
-    gradient. So a scale is that of the whole input, on every rank.
+    gradient. So after the gather a scale covers the tokens of all ranks.
     """
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)

@@ -45,7 +45,7 @@ def quantize_tensor(matrix: torch.Tensor, dtype: torch.dtype) -> Quantized:
 def quantize_tiles(
     matrix: torch.Tensor, dtype: torch.dtype, tile: tuple[int, int], *, power_of_two: bool = True
 ) -> Quantized:
-    """Quantize a matrix [M, N] with one scale per tile (recipe `blockwise`). A tile at an edge has only what exists there."""
+    """Quantize a matrix [M, N] with one scale per tile (recipe `blockwise`). A tile at an edge may be smaller."""
     if_infinite = torch.finfo(matrix.dtype).max
     scales = _scales(_largest(matrix, tile), dtype, if_infinite=if_infinite, power_of_two=power_of_two)
     return _quantize(matrix, dtype, tile, scales, scales.reciprocal())
@@ -85,9 +85,11 @@ def _largest(matrix: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
 def _scales(largest: torch.Tensor, dtype: torch.dtype, *, if_infinite: float, power_of_two: bool) -> torch.Tensor:
     """Return what values are multiplied by, float32: FP8's largest value over the magnitude. 1 for magnitudes 0, inf and NaN.
 
-    power_of_two  rounds down, so that the scaled values still fit.
+    power_of_two  round the scale down to a power of two; the scaled values still fit.
     """
-    scales = torch.tensor(torch.finfo(dtype).max) / largest  # a Python number would be multiplied by the reciprocal
+    scales = (
+        torch.tensor(torch.finfo(dtype).max) / largest
+    )  # torch divides a Python number by multiplying with the reciprocal
     scales = torch.where(scales.isinf(), if_infinite, scales)
     if power_of_two:
         scales = (scales.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
@@ -97,7 +99,7 @@ def _scales(largest: torch.Tensor, dtype: torch.dtype, *, if_infinite: float, po
 def _e8m0(values: torch.Tensor) -> torch.Tensor:
     """Return the biased exponents of the next powers of two at or above `values` (float32, at least 0), as int32.
 
-    0 for values that such an exponent cannot hold, 254 for infinity, 255 for NaN.
+    0 for values too small for E8M0, 254 for infinity, 255 for NaN.
     """
     bits = values.view(torch.int32)
     exponents, mantissas = (bits & _EXPONENT_BITS) >> 23, bits & _MANTISSA_BITS

@@ -1,4 +1,4 @@
-"""What an FP8 recipe asks of the card, of the model's widths and of a pack's length, and the fields it sets in Megatron.
+"""What an FP8 recipe requires of the GPU, the model's widths and a pack's length, and which Megatron fields it sets.
 
 Change here: a recipe's default, its rules, or a new recipe. This module does not import Megatron, so a run can be checked
 before it starts.
@@ -14,10 +14,12 @@ import torch
 from dapo_mcore.architecture.reader import Architecture
 from dapo_mcore.config.model import Fp8Config, ModelConfig
 from dapo_mcore.config.sections import ParallelConfig
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, listed
 
 _NEEDS = {"tensorwise": ((8, 9), (2, 2)), "blockwise": ((9, 0), (2, 3)), "mxfp8": ((10, 0), (2, 1))}
-"""Compute capability of the card and version of Transformer Engine that each recipe needs, the latter as megatron-core checks."""
+"""Per recipe: the lowest compute capability, and the oldest Transformer Engine, which is the one that megatron-core checks."""
+
+_ONE_RANK = {"tensor_parallel": 1, "expert_tensor_parallel": 1}
 
 
 def recipe_of(fp8: Fp8Config) -> str:
@@ -56,7 +58,7 @@ def megatron_fields(fp8: Fp8Config, num_experts: int) -> dict[str, Any]:
 
 
 def check_fp8(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, engine: bool) -> None:
-    """Raise ConfigError if the model, the card or Transformer Engine does not fit `model.fp8`.
+    """Raise ConfigError if the model, the card or Transformer Engine does not support `model.fp8`.
 
     engine  True if the layers are Transformer Engine's.
     """
@@ -68,15 +70,27 @@ def check_fp8(architecture: Architecture, model: ModelConfig, parallel: Parallel
     if 2 * fp8.first_last_bf16 >= architecture.num_layers:
         raise ConfigError(
             f"model.fp8.first_last_bf16 {fp8.first_last_bf16} keeps {2 * fp8.first_last_bf16} layers in bf16, but the model "
-            f"has {architecture.num_layers}, so no product would be in FP8; use at most {(architecture.num_layers - 1) // 2}"
+            f"has {architecture.num_layers}, so no product would be in FP8; set it to at most {(architecture.num_layers - 1) // 2}"
         )
-    multiple = 32 if recipe == "mxfp8" else 16
+    multiple, whole = 32 if recipe == "mxfp8" else 16, parallel.model_copy(update=_ONE_RANK)
+    usable = _widths(architecture.fields, whole)
     for name, width in _widths(architecture.fields, parallel).items():
         if width % multiple:
-            raise ConfigError(
-                f"model.fp8.recipe {recipe} needs widths divisible by {multiple}, but {name} is {width} per rank with "
-                f"tensor_parallel {parallel.tensor_parallel}; lower parallel.tensor_parallel, or set model.fp8 null"
+            remedy = (
+                "lower parallel.tensor_parallel"
+                if usable[name] % multiple == 0
+                else "set model.fp8 null for this model"
             )
+            raise ConfigError(
+                f"model.fp8.recipe {recipe} needs widths divisible by {multiple}, but {name} is {width} per rank "
+                f"(tensor_parallel {parallel.tensor_parallel}); {remedy}"
+            )
+
+
+def describe_fp8(fp8: Fp8Config) -> str:
+    """Return one line about the recipe of a run."""
+    how = "by Transformer Engine" if torch.cuda.is_available() else "simulated on the CPU"
+    return f"FP8: recipe {recipe_of(fp8)}, format {format_of(fp8)}, {how}"
 
 
 def _tokens_per_rank(recipe: str, sequence_parallel: bool) -> int:
@@ -95,10 +109,11 @@ def _check_device(recipe: str, engine: bool) -> None:
         )
     capability, release = _NEEDS[recipe]
     if (card := torch.cuda.get_device_capability()) < capability:
+        possible = [name for name, (lowest, _) in _NEEDS.items() if card >= lowest]
         raise ConfigError(
             f"model.fp8.recipe {recipe} needs a GPU of compute capability {_dotted(capability)} or higher; "
             f"{torch.cuda.get_device_name()} has {_dotted(card)}; "
-            f"{'set model.fp8.recipe tensorwise or blockwise' if card >= (9, 0) else 'set model.fp8 null'}"
+            f"set model.fp8{f'.recipe {listed(possible)}' if possible else ' null'}"
         )
     if (installed := _engine_version()) < release:
         raise ConfigError(
@@ -117,7 +132,7 @@ def _engine_version() -> tuple[int, ...]:
 
 
 def _widths(fields: dict[str, Any], parallel: ParallelConfig) -> dict[str, int]:
-    """Return the widths of all linear layers' inputs and outputs on one rank, by what they are."""
+    """Return the widths of all linear layers' inputs and outputs on one rank, by name."""
     tensor, heads = parallel.tensor_parallel, fields["num_attention_heads"]
     widths = {"hidden_size": fields["hidden_size"]} | _attention_widths(fields, heads, tensor)
     if "num_moe_experts" not in fields or fields["moe_layer_freq"] != 1:
@@ -133,7 +148,10 @@ def _attention_widths(fields: dict[str, Any], heads: int, tensor: int) -> dict[s
     if not fields.get("multi_latent_attention"):
         size = fields["kv_channels"]
         rows = (heads + 2 * fields["num_query_groups"]) * size
-        return {"the width of q, k and v": rows // tensor, "the width of the heads": heads * size // tensor}
+        return {
+            "the output of the q, k and v projection": rows // tensor,
+            "num_attention_heads * head_dim": heads * size // tensor,
+        }
     plain, rotary, value = fields["qk_head_dim"], fields["qk_pos_emb_head_dim"], fields["v_head_dim"]
     latent, queries = fields["kv_lora_rank"], fields.get("q_lora_rank")
     return {

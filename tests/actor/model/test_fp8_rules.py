@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.fp8_rules import (
     bf16_layers,
     check_fp8,
+    describe_fp8,
     format_of,
     megatron_fields,
     recipe_of,
@@ -81,13 +84,26 @@ def test_widths_must_be_whole_tiles():
     check()
     check(mesh=Mesh(tensor=2), recipe="tensorwise")
     with pytest.raises(
-        ConfigError, match=r"mxfp8 needs widths divisible by 32, but .* is \d+ per rank with tensor_parallel 2"
+        ConfigError,
+        match=r"mxfp8 needs widths divisible by 32, but intermediate_size is 48 per rank \(tensor_parallel 2\); lower parallel",
     ):
         check(mesh=Mesh(tensor=2), recipe="mxfp8")
     with pytest.raises(
-        ConfigError, match=r"first_last_bf16 2 keeps 4 layers in bf16, but the model has 3, .* at most 1"
+        ConfigError, match=r"first_last_bf16 2 keeps 4 layers in bf16, but the model has 3, .* set it to at most 1"
     ):
         check(first_last_bf16=2)
+
+
+def test_a_model_that_no_layout_helps_is_told_to_go_without():
+    fields = {**read_architecture(families.hf_config("qwen2"), 64).fields, "ffn_hidden_size": 200}
+    config = make_config(Mesh(tensor=2), model__fp8={"recipe": "tensorwise"})
+    architecture = replace(read_architecture(families.hf_config("qwen2"), 64), fields=fields)
+    with pytest.raises(ConfigError, match=r"intermediate_size is 100 per rank .*; set model\.fp8 null for this model"):
+        check_fp8(architecture, config.model, config.parallel, engine=False)
+
+
+def test_a_run_says_which_recipe_it_has():
+    assert describe_fp8(Fp8Config()) == "FP8: recipe blockwise, format e4m3, simulated on the CPU"
 
 
 def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
@@ -101,6 +117,9 @@ def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
         check(engine=True, recipe="mxfp8")
     on_card(monkeypatch, (9, 0), "2.2.0")
     with pytest.raises(ConfigError, match=r"blockwise needs transformer-engine 2\.3 or newer; 2\.2 is installed"):
+        check(engine=True)
+    on_card(monkeypatch, (8, 9))
+    with pytest.raises(ConfigError, match=r"NVIDIA TEST has 8\.9; set model\.fp8\.recipe tensorwise$"):
         check(engine=True)
     on_card(monkeypatch, (8, 0))
     with pytest.raises(
