@@ -173,7 +173,8 @@ class MicroBatch:
     tokens, position_ids   int64 [b, s]; packed (THD): b = 1 and s = this rank's share of the pack.
     cu_seqlens             int32 [n+1], boundaries of the whole padded sequences before the context-parallel split; None
                            if not packed.
-    max_seqlen             longest padded sequence, in tokens.
+    lengths                int64 [n], numpy: the padded length of each of these sequences. On the host, so that planning with
+                           them never waits for the device.
     rows                   int64 [L], positions that predict a loss token: indices into the hidden states [s, b, H], flattened
                            to [s·b, H].
     targets                int64 [L], the token that each row predicts.
@@ -188,7 +189,7 @@ class MicroBatch:
     tokens: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None
-    max_seqlen: int
+    lengths: np.ndarray
     rows: torch.Tensor
     targets: torch.Tensor
     advantages: torch.Tensor
@@ -197,6 +198,11 @@ class MicroBatch:
     sample_ids: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest padded sequence, in tokens."""
+        return int(self.lengths.max())
 
     def with_(self, **changes: Any) -> MicroBatch:
         """Return a copy with some fields replaced."""

@@ -63,8 +63,8 @@ def test_a_changed_micro_batch_is_a_copy_that_shares_the_rest() -> None:
         "rollout_logprobs",
         "sample_ids",
     )
-    before = MicroBatch(cu_seqlens=None, max_seqlen=3, **{name: torch.zeros(3) for name in fields})
-    after = before.with_(advantages=torch.ones(3), max_seqlen=4)
+    before = MicroBatch(cu_seqlens=None, lengths=np.array([2, 3]), **{name: torch.zeros(3) for name in fields})
+    after = before.with_(advantages=torch.ones(3), lengths=np.array([4]))
     assert (before.advantages.tolist(), before.max_seqlen) == ([0, 0, 0], 3)
     assert (after.advantages.tolist(), after.max_seqlen) == ([1, 1, 1], 4)
     assert after.tokens is before.tokens and after.old_logprobs is None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dapo_mcore.actor.model.attention import SequenceParams, plan_attention
@@ -68,7 +69,9 @@ def _forward_step(
     iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]]]:
     batch = to_device(next(iterator), layout.device)
-    hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=_sequence_params(batch, layout))
+    engine = model.config.transformer_impl == "transformer_engine"
+    packed = _sequence_params(batch, layout, engine=engine)
+    hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=packed)
     return hidden, partial(_loss, model, batch, loss_function)
 
 
@@ -81,17 +84,26 @@ def _loss(
     return loss, torch.zeros((), dtype=torch.int, device=hidden.device), output
 
 
-def _sequence_params(batch: MicroBatch, layout: Layout) -> SequenceParams | None:
+def _sequence_params(batch: MicroBatch, layout: Layout, *, engine: bool) -> PackedSeqParams | None:
+    """Return Megatron's parameters of a packed micro-batch, None for a rectangle.
+
+    Transformer Engine reads the boundaries on the device. Local layers read them on the host (Megatron's rotary embedding,
+    in every layer) and share an attention plan. Neither waits for the device.
+    """
     if batch.cu_seqlens is None:
         return None
-    lengths = torch.diff(batch.cu_seqlens).cpu().numpy().astype(np.int64)
-    return SequenceParams(
+    boundaries = batch.cu_seqlens if engine else torch.from_numpy(np.cumsum(np.append(0, batch.lengths)))
+    common = dict(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
-        plan=plan_attention(lengths, layout.context, layout.context_rank, layout.device),
+    )
+    if engine:
+        return PackedSeqParams(**common)
+    return SequenceParams(
+        **common, plan=plan_attention(batch.lengths, layout.context, layout.context_rank, layout.device)
     )
 
 

@@ -30,7 +30,7 @@ def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, 
     old_minus_new = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
     sums = torch.stack(
         [
-            new.new_tensor(float(new.numel())),
+            new.new_full((), new.numel()),
             output.loss.detach().double(),
             -new.sum(),
             output.entropy.double().sum(),

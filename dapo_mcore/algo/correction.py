@@ -40,7 +40,7 @@ def importance_weights(
     if mode == "truncate":
         return log_ratio.exp().clamp(max=cap)
     # The comparison of logarithms is exact at the limits, and symmetric.
-    return (log_ratio.abs() <= torch.tensor(cap, dtype=log_ratio.dtype).log().to(log_ratio.device)).to(log_ratio.dtype)
+    return (log_ratio.abs() <= torch.tensor(cap, dtype=log_ratio.dtype).log()).to(log_ratio.dtype)
 
 
 def importance_sums(
@@ -55,7 +55,7 @@ def importance_sums(
     weights = importance_weights(old_logprobs, rollout_logprobs, mode, cap)
     limited = weights < ratios if mode == "truncate" else weights == 0
     ratios, weights = ratios.double(), weights.double()
-    count = weights.new_tensor(weights.numel())
+    count = weights.new_full((), weights.numel())
     return torch.stack([count, ratios.sum(), weights.sum(), weights.square().sum(), limited.sum().double()])
 
 
@@ -99,10 +99,13 @@ def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor)
     # The engine sampled the tokens, so this estimates KL(engine ‖ actor).
     k3 = (log_ratio.expm1() - log_ratio).sum()
     edges = _bin_edges(distance.device)
-    histogram = torch.bincount(torch.bucketize(distance, edges), minlength=len(edges) + 1)
-    head = torch.stack([distance.sum(), k3, k3.new_tensor(distance.numel())])
+    # no bincount: it makes the host wait for a GPU
+    histogram = distance.new_zeros(len(edges) + 1).index_add_(
+        0, torch.bucketize(distance, edges), torch.ones_like(distance)
+    )
+    head = torch.stack([distance.sum(), k3, k3.new_full((), distance.numel())])
     maximum = distance.max().reshape(1) if distance.numel() else distance.new_zeros(1)
-    return MismatchStats(torch.cat([head, histogram.double()]), maximum)
+    return MismatchStats(torch.cat([head, histogram]), maximum)
 
 
 def mismatch_metrics(total: MismatchStats) -> dict[str, float]:

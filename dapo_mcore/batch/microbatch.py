@@ -60,7 +60,7 @@ def build_micro_batch(
         tokens=torch.from_numpy(tokens[held].reshape(num_rows, -1)),
         position_ids=torch.from_numpy(position_ids[held].reshape(num_rows, -1)),
         cu_seqlens=torch.from_numpy(np.append(begins, len(tokens)).astype(np.int32)) if packing else None,
-        max_seqlen=int(segments.max()),
+        lengths=segments,
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(batch.tokens[source].astype(np.int64)),
         advantages=torch.from_numpy(advantages[sample_ids].astype(np.float32)),

@@ -42,7 +42,7 @@ def micro_batch(problem: Problem, batch: int, layout: Any) -> Any:
         tokens=rectangle(problem.tokens[batch]),
         position_ids=rectangle(positions),
         cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int() if batch == 0 else None,
-        max_seqlen=int(lengths.max()),
+        lengths=lengths.numpy(),
         rows=held,
         targets=problem.targets[batch][held],
         advantages=empty,

@@ -3,6 +3,7 @@
     with FakeDevice():
         …                # tensors made on DEVICE, moved there or computed from such say that they are there
 
+`waits` collects the calls for which the host would wait until the device's queue is empty.
 Every call of a torch function from Python is seen; what C++ calls by itself (autograd, DDP's hooks) is not, so its tensors
 belong to neither side and go with both. Host tensors without dimensions go with both as well, as they do on CUDA.
 """
@@ -25,6 +26,13 @@ _FACTORIES = {
 }
 _ACROSS = {"copy_", "set_", "__get__", "__set__", "_make_subclass", "_has_compatible_shallow_copy_type"}
 """May take tensors of both sides."""
+_NEED_VALUES = {
+    *("item", "tolist", "nonzero", "argwhere", "bincount", "unique", "_unique2", "masked_select", "equal", "allclose"),
+    *("__bool__", "__int__", "__float__", "__index__", "is_nonzero", "numpy"),
+}
+"""The host needs what the device has computed."""
+_FROM_NUMBERS = {"tensor", "as_tensor", "new_tensor"}
+"""Copy a number to the device and wait for the copy; `full` and `new_full` do not."""
 
 
 class FakeDevice(TorchFunctionMode):
@@ -33,6 +41,7 @@ class FakeDevice(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._sides: dict[int, tuple[torch.UntypedStorage, torch.device]] = {}
+        self.waits: list[str] = []
 
     def __enter__(self) -> FakeDevice:
         self._from_numpy, torch.from_numpy = torch.from_numpy, self._tagged  # torch shows this function to no mode
@@ -69,7 +78,8 @@ class FakeDevice(TorchFunctionMode):
         if function == torch.Tensor.device.__get__:
             return self.side(tensors[0]) or function(*args, **kwargs)
         if name in ("to", "cpu"):
-            return self._moved(tensors[0], name, [*args[1:], *kwargs.values()])
+            return self._moved(tensors[0], name, [*args[1:], *kwargs.values()], kwargs.get("non_blocking", False))
+        self._look_for_wait(name, args, kwargs)
         if name == "numpy" and self.side(tensors[0]) == DEVICE:
             raise TypeError("can't convert a device tensor to numpy; use Tensor.cpu() first")
         self._check(name, tensors)
@@ -83,7 +93,14 @@ class FakeDevice(TorchFunctionMode):
                     self._put(leaf, side)
         return result
 
-    def _moved(self, tensor: torch.Tensor, name: str, given: list[Any]) -> torch.Tensor:
+    def _look_for_wait(self, name: str, args: Any, kwargs: Any) -> None:
+        there = bool(args) and isinstance(args[0], torch.Tensor) and self.side(args[0]) == DEVICE
+        index = args[1:] if name == "__getitem__" else ()
+        waits = there and (name in _NEED_VALUES or any(getattr(i, "dtype", None) == torch.bool for i in index))
+        if waits or (name in _FROM_NUMBERS and (there or kwargs.get("device") == DEVICE)):
+            self.waits.append(f"{name} in {_caller()}")
+
+    def _moved(self, tensor: torch.Tensor, name: str, given: list[Any], non_blocking: bool) -> torch.Tensor:
         """Perform `to` or `cpu`: return the tensor itself if it is there already, otherwise a copy on the other side."""
         dtypes = [value for value in given if isinstance(value, torch.dtype)]
         places = [torch.device(value) for value in given if isinstance(value, torch.device | str)]
@@ -95,6 +112,8 @@ class FakeDevice(TorchFunctionMode):
         result = tensor.to(*dtypes) if dtypes else tensor
         if goal != here:
             result = result.clone()
+            if DEVICE in (goal, here) and not (non_blocking and goal == DEVICE):
+                self.waits.append(f"{name} in {_caller()}")
         if goal is not None:
             self._put(result, goal)
         return result
@@ -118,9 +137,14 @@ class FakeDevice(TorchFunctionMode):
         return DEVICE if DEVICE in sides else HOST if HOST in sides else None
 
 
-def _called_by_the_project() -> bool:
-    """Megatron's `cuda` is the CPU here (actor/parallel/cpu_device.py), so only the project's own word for the host counts."""
+def _caller() -> str:
+    """Return the module whose code has called torch."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__", "").startswith(("torch", __name__)):
         frame = frame.f_back
-    return frame.f_globals.get("__name__", "").startswith("dapo_mcore")
+    return frame.f_globals.get("__name__", "")
+
+
+def _called_by_the_project() -> bool:
+    """Megatron's `cuda` is the CPU here (actor/parallel/cpu_device.py), so only the project's own word for the host counts."""
+    return _caller().startswith("dapo_mcore")

@@ -1,4 +1,5 @@
-"""Parameters on one device and records on another: no call mixes them where CUDA would refuse. On a fake device.
+"""Parameters on one device and records on another: no call mixes them where CUDA would refuse, and no micro-batch waits for
+the device. On a fake device.
 
 Proves: that every Python-level call of the project has its tensors on one side. Does not prove: that CUDA computes right.
 """
@@ -32,6 +33,13 @@ MODES = {
 }
 
 
+ON_A_CPU_ONLY = {
+    "__int__ in dapo_mcore.kernels.policy_loss.shard",
+    "__bool__ in dapo_mcore.kernels.policy_head.main_grad",
+}
+"""Checks of values that ask for the tensors' real device first."""
+
+
 def test_no_step_mixes_host_and_device(tmp_path):
     path = parity.save_problem(tmp_path / "problem.pt", parity.off_policy(parity.make_batch()))
     told = parity.spawn(run_all_modes, Mesh(), str(path))
@@ -39,7 +47,7 @@ def test_no_step_mixes_host_and_device(tmp_path):
 
 
 def test_the_fake_device_refuses_what_cuda_refuses():
-    with FakeDevice():
+    with FakeDevice() as fake:
         there, here = torch.ones(3, device=DEVICE), torch.from_numpy(torch.ones(3).numpy())
         assert there.device == (there + 1).device == there[:2].device == here.to(DEVICE).device == DEVICE
         assert there.cpu().device == here.device == torch.device("cpu")
@@ -54,6 +62,14 @@ def test_the_fake_device_refuses_what_cuda_refuses():
                 mix()
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
+        fake.waits.clear()
+        here.tolist(), here[here > 0], here.new_tensor(1), here.to(DEVICE, non_blocking=True), there.new_full((), 1)
+        assert fake.waits == []
+        there.tolist(), there[there > 0], there.new_tensor(1), here.to(DEVICE), there.cpu(), there.sum().item()
+        torch.bincount(there.long()), torch.tensor([1], device=DEVICE)
+        assert [wait.split()[0] for wait in fake.waits] == [
+            *("tolist", "__getitem__", "new_tensor", "to", "cpu", "item", "bincount", "tensor"),
+        ]
         there.copy_(here)
         assert there.to(DEVICE, torch.float64).device == there.to(torch.float64).device == DEVICE
         assert there.to(DEVICE, torch.float64).dtype == torch.float64
@@ -99,6 +115,11 @@ def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
         if isinstance(mode, FakeDevice):
             adopt(mode, actor)
         (mini_batch,) = parity.scored_step(config, layout, batch, actor).mini_batches
+        if isinstance(mode, FakeDevice):
+            mode.waits.clear()
+            actor.score(mini_batch)
+            actor.backward(mini_batch)
+            assert len(mini_batch) > 1 and set(mode.waits) <= ON_A_CPU_ONLY, set(mode.waits)
         update_metrics([actor.update(mini_batch)])
         assert all(weight.device == layout.device for weight in actor.policy.parameters())
         if config.algo.tis.mode == "truncate":

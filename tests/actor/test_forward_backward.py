@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
+from dapo_mcore.actor import forward_backward
 from dapo_mcore.actor.actor import wrap
 from dapo_mcore.actor.forward_backward import run_micro_batches, to_device
+from dapo_mcore.actor.model.attention import SequenceParams
 from dapo_mcore.types import MicroBatch
 from tests.actor import parity
 from tests.actor.parity import Mesh
@@ -21,7 +25,7 @@ def micro_batch(tokens: list[int], lengths: list[int] | None = None) -> MicroBat
         tokens=row[None],
         position_ids=torch.cat([torch.arange(n) for n in lengths or [len(tokens)]])[None],
         cu_seqlens=None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int(),
-        max_seqlen=max(lengths or [len(tokens)]),
+        lengths=np.array(lengths or [len(tokens)]),
         rows=torch.arange(len(tokens)),
         targets=row,
         advantages=none,
@@ -73,6 +77,26 @@ def test_packed_sequences_give_what_each_gives_alone(ddp, alone):
     (packed,) = run(micro_batch(parts[0] + parts[1], lengths=[3, 4]))
     separate = run(*map(micro_batch, parts))
     torch.testing.assert_close(packed["hidden"], torch.cat([output["hidden"] for output in separate]))
+
+
+def test_transformer_engine_gets_boundaries_on_the_device_and_no_plan(ddp, alone, monkeypatch):
+    """The layers here are local: only what a model would get is looked at."""
+    given, batch = [], micro_batch([5, 3, 8, 2], lengths=[3, 1])
+
+    def forward(tokens: torch.Tensor, *_: Any, packed_seq_params: Any) -> torch.Tensor:
+        given.append(packed_seq_params)
+        return torch.zeros(tokens.size(1), 1, 64)
+
+    monkeypatch.setattr(ddp.module, "forward", forward)
+    for implementation in ("local", "transformer_engine"):
+        monkeypatch.setattr(ddp.module.config, "transformer_impl", implementation)
+        run_micro_batches(ddp.module, [batch], weighted_sum, alone, backward=False)
+        monkeypatch.setattr(forward_backward, "plan_attention", None)
+    local, engine = given
+    assert isinstance(local, SequenceParams) and len(local.plan.output_slots) == 4
+    assert type(engine) is PackedSeqParams and engine.cu_seqlens_q is engine.cu_seqlens_kv is batch.cu_seqlens
+    assert local.cu_seqlens_q.tolist() == engine.cu_seqlens_q.tolist() == [0, 3, 4]
+    assert local.max_seqlen_q == engine.max_seqlen_kv == 3
 
 
 def test_a_micro_batch_is_copied_only_to_another_device():

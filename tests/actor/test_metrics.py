@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from dapo_mcore.kernels.policy_loss import PolicyHeadOutput
 
@@ -17,7 +18,7 @@ def test_ppo_kl_is_old_minus_new_log_prob_as_in_verl() -> None:
         tokens=torch.zeros(1, 3, dtype=torch.int64),
         position_ids=torch.arange(3)[None],
         cu_seqlens=None,
-        max_seqlen=3,
+        lengths=np.array([3]),
         rows=torch.tensor([0, 1]),
         targets=torch.zeros(2, dtype=torch.int64),
         advantages=none,
