@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from dapo_mcore.architecture.flops import forward_flops
 from dapo_mcore.batch.collate import to_train_batch
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
 from dapo_mcore.checkpoint.run_state import TrainState
@@ -30,6 +31,7 @@ from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.samples import write_answers, write_samples
 from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
+from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.run_lock import LOCK
 from dapo_mcore.reward.scorer import build_reward
@@ -59,7 +61,9 @@ class Controller:
         tokenizer: Any,
         progress: NullProgress,
         timer: PhaseTimer,
+        *,
         num_local_ranks: int = 1,
+        num_ranks: int = 1,
     ):
         self.config, self.progress, self.timer = config, progress, timer
         check_services(config.observe)
@@ -92,6 +96,7 @@ class Controller:
         self.sinks: MetricSinks | None = None
         self.collected: Collected | None = None
         self.rollout_times: dict[str, float] = {}
+        self.flops, self.num_ranks, self.work = forward_flops(hf_config), num_ranks, StepWork(0, 0, 0.0)
         self.last_eval: EvalResult | None = None
         self.num_failures = 0
 
@@ -158,7 +163,13 @@ class Controller:
         self.positions = {step - 1: self.positions[step - 1], step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
-        return to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
+        batch = to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
+        self.work = StepWork(
+            num_tokens=len(batch.tokens),
+            num_generated=self.collected.stats.get("sampling/generated_tokens", 0),
+            train_flops=3 * self.config.batch.epochs * self.flops.count(batch.lengths, int(batch.loss_mask.sum())),
+        )
+        return batch
 
     def finish_rollout(self) -> None:
         """Wait until weights may be updated: when nothing is generated any more, or at once with sampling.on_full keep.
@@ -227,7 +238,7 @@ class Controller:
             **self.collected.stats,
             **self.engine.metrics(),
             **metrics,
-            **_throughput(self.collected, times),
+            **throughput_metrics(self.work, times, self.num_ranks, peak_tflops(card_name())),
             **times,
             "memory/rss_gib": psutil.Process().memory_info().rss / GIB,
         }
@@ -317,19 +328,6 @@ def finished_step(config: Config) -> int | None:
 def pad_token(tokenizer: Any) -> int:
     """Return the padding token. No loss and no attended position ever reads it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def _throughput(collected: Collected, times: dict[str, float]) -> dict[str, float]:
-    trained = sum(
-        len(group.prompt.token_ids) + len(sample.rollout.token_ids)
-        for group in collected.groups
-        for sample in group.samples
-    )
-    generated = collected.stats.get("sampling/generated_tokens", 0.0)
-    return {
-        "perf/tokens_per_s": trained / max(times["time/step_s"], 1e-9),
-        "perf/generated_tokens_per_s": generated / max(times.get("time/generate_s", 0.0), 1e-9),
-    }
 
 
 def _answers(groups: dict[str, list[Group]], count: int = 4) -> dict[str, str]:

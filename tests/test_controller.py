@@ -100,9 +100,13 @@ def test_a_rollout_step_gives_the_batch_the_row_and_the_position_of_its_step(bui
     batch = controller.rollout(1)
     assert (batch.num_samples, batch.rewards.tolist()) == (2, [1.0, 1.0])
     assert batch.lengths.tolist() == [4 + len(controller.engine.answer)] * 2
+    with controller.timer.phase("train"):
+        pass
     controller.record(1, num_updates=3, metrics={"actor/loss": 0.5})
     (row,) = read_metrics(controller.config.run_dir)
     assert (row["step"], row["updates"], row["actor/loss"], row["rollout/made_up"]) == (1, 3.0, 0.5, 1.0)
+    flops = 3 * controller.flops.count(batch.lengths, int(batch.num_loss_tokens.sum()))
+    assert row["perf/tflops_per_gpu"] * row["time/train_s"] * 1e12 == pytest.approx(flops)
     assert controller.rollout(2).rewards.tolist() == [-1.0, -1.0]
     states = [controller.train_state(step, num_updates=3) for step in (1, 2)]
     assert [(s.step, s.weight_version, s.loader["offset"] + 2 * s.loader["epoch"]) for s in states] == [

@@ -220,6 +220,14 @@ def _check_keep(c: Config) -> None:
         )
 
 
+def _check_profile(c: Config) -> None:
+    if beyond := [step for step in c.observe.profile_steps if step > c.num_rollout_steps]:
+        raise ValueError(
+            f"observe.profile_steps has {beyond[0]}, but the run ends at num_rollout_steps {c.num_rollout_steps}; name earlier "
+            "steps, for instance [2]: the first one also compiles and allocates"
+        )
+
+
 def _check_ray(c: Config) -> None:
     servers, address = c.rollout.sglang, c.ray.address
     on_nodes = servers.placement == "ray" and address is not None
@@ -244,5 +252,6 @@ RULES = (
     _check_sampling,
     _check_generation,
     _check_keep,
+    _check_profile,
     _check_ray,
 )

@@ -367,6 +367,9 @@ class ObserveConfig(Section):
     wandb_project: str | None = Field(None, min_length=1, max_length=128)
     samples_per_step: int = Field(4, ge=0, le=1_000_000)
     plot_at_end: bool = True
+    profile_steps: list[Steps] = Field(default_factory=list)
+    """Rollout steps whose scoring and gradient steps rank 0 records with torch.profiler, in profile/step_000003.json.gz. Such a
+    step is slower, and of a large model its trace has hundreds of MB."""
 
 
 class WarmStartConfig(Section):

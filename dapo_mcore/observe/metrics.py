@@ -144,6 +144,15 @@ METRICS: dict[str, Metric] = {
         "s", "colocated: trainer and servers releasing and allocating memory, without the sync itself"
     ),
     "perf/tokens_per_s": Metric("tokens/s", "trained tokens (prompt and response) / time/step_s, over all GPUs"),
+    "perf/tokens_per_s_per_gpu": Metric("tokens/s", "the same for each training process, of which a GPU has one"),
+    "perf/tflops_per_gpu": Metric(
+        "TFLOP/s",
+        "model FLOPs of the gradient steps (architecture/flops.py) / time/train_s, for each training process",
+    ),
+    "perf/mfu/actor": Metric(
+        "fraction",
+        "perf/tflops_per_gpu / the card's dense bf16 peak, also with FP8; absent on a CPU and an unknown card",
+    ),
     "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens generated / time/generate_s"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
     "updates": Metric("updates", "gradient steps since the start of the run"),

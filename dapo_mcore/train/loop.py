@@ -34,6 +34,7 @@ from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
+from dapo_mcore.observe.profile import profiled
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.launcher import shutdown_timeout_note, watch_launcher
@@ -166,23 +167,29 @@ class Run:
         seed = config.seed + step if config.batch.shuffle else None
         with self._phase("sync"):
             self.handover.to_training()
-        with self._phase("logprob"):
-            share = scatter_step(
-                batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
-            )
-            scored = self.learner.score(share)
-        if self._signal() is not None:
-            return None
-        with self._phase("train"):
-            updates = self.learner.update(scored.mini_batches)
-            if config.parallel.check_replicas:
-                check_replicas(self.actor.policy, self.actor.shape, self.layout)
+        with profiled(self._profile(step), self.progress.line):
+            with self._phase("logprob"):
+                share = scatter_step(
+                    batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
+                )
+                scored = self.learner.score(share)
+            if self._signal() is not None:
+                return None
+            with self._phase("train"):
+                updates = self.learner.update(scored.mini_batches)
+                if config.parallel.check_replicas:
+                    check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
         self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
         if self._signal() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
         return update_metrics(updates) | scored.metrics | self.handover.pop_metrics()
+
+    def _profile(self, step: int) -> Path | None:
+        """Return the file for this rank's profile of the step; None if there is none."""
+        profiles = self.layout.is_controller and step in self.config.observe.profile_steps
+        return self.config.run_dir / "profile" / f"step_{step:06d}.json.gz" if profiles else None
 
     def _signal(self) -> int | None:
         """Return the signal that has asked rank 0 to stop, on every rank. Collective: one gloo broadcast."""
@@ -242,7 +249,13 @@ class Run:
             raise output_error(error, f"write to {self.config.run_dir}") from error
         self.shutdown.cleanup.callback(lock.release)
         controller = Controller(
-            self.config, self.hf_config, tokenizer, self.progress, self.timer, layouts.num_local_ranks()
+            self.config,
+            self.hf_config,
+            tokenizer,
+            self.progress,
+            self.timer,
+            num_local_ranks=layouts.num_local_ranks(),
+            num_ranks=self.layout.world_size,
         )
         self.shutdown.cleanup.callback(controller.close)
         return controller

@@ -92,6 +92,10 @@ RULES: list[tuple[list[str], str]] = [
         [*AHEAD, "algo.tis.mode=truncate", "sampling.max_staleness=0"],
         "sampling.max_staleness 0 is below rollout.async_steps 1: every group would be dropped as stale; use at least 1",
     ),
+    (
+        ["observe.profile_steps=[2,30]", "num_rollout_steps=20"],
+        "observe.profile_steps has 30, but the run ends at num_rollout_steps 20; name earlier steps",
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ from tests.train.runs import QUICKSTART, SMALL, metrics, python, rewind, run, st
 def test_a_run_on_two_processes_writes_every_documented_output(task):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    output = run(task, "pair", "num_rollout_steps=2", "parallel.sequence_parallel=true", processes=2)
+    options = ["num_rollout_steps=2", "parallel.sequence_parallel=true", "observe.profile_steps=[2]"]
+    output = run(task, "pair", *options, processes=2)
     folder = task / "runs/pair"
     rows = metrics(task, "pair")
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -26,6 +28,8 @@ def test_a_run_on_two_processes_writes_every_documented_output(task):
     assert rows[1]["mismatch/logprob_diff_max"] < 1e-4
     check_times(rows)
     assert len(list((folder / "samples").glob("*.jsonl"))) == 2
+    assert [path.name for path in (folder / "profile").iterdir()] == ["step_000002.json.gz"]
+    assert b'"aten::mm"' in gzip.decompress((folder / "profile/step_000002.json.gz").read_bytes())
     assert (folder / "plot.png").stat().st_size > 10_000
     model = AutoModelForCausalLM.from_pretrained(folder / "hf/final")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf/final")
@@ -57,6 +61,8 @@ def check_times(rows: list[dict]) -> None:
         assert 0 < sum(phases) <= row["time/step_s"]
         tokens = row["perf/tokens_per_s"] * row["time/step_s"]
         assert tokens == pytest.approx(round(tokens)) and tokens > 0
+        assert row["perf/tokens_per_s_per_gpu"] == row["perf/tokens_per_s"] / 2
+        assert row["perf/tflops_per_gpu"] > 0 and "perf/mfu/actor" not in row, "a CPU's peak is not known"
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):

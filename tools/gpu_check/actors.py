@@ -3,7 +3,7 @@
     python -m tools.gpu_check.actors FOLDER        # from the root of the repository; writes FOLDER/actors.jsonl
 
 Change here: the cases. They have the real shapes of a model with fewer layers and random weights. TFLOP/s count the
-model's FLOPs (three forward passes per step, causal attention halved, head included); recomputation is not counted.
+model's FLOPs (dapo_mcore/architecture/flops.py), three forward passes per gradient step.
 A CPU runs one tiny case, as a rehearsal.
 """
 
@@ -29,6 +29,7 @@ from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.parallel import layout as layouts
 from dapo_mcore.actor.scatter import scatter_step
+from dapo_mcore.architecture.flops import forward_flops
 from dapo_mcore.architecture.manifest import WeightManifest
 from dapo_mcore.config.file import parse_config
 from dapo_mcore.model_files.hf_config import load_hf_config
@@ -142,7 +143,7 @@ def measure(case: Case, layout: layouts.Layout) -> dict[str, Any]:
         seconds, sums = _timed(lambda scored=scored: learner.update(scored.mini_batches))
         update_s.append(seconds)
         grad_norms.append(sums[0].grad_norm)
-    flops = forward_flops(case, lengths, int(batch.loss_mask.sum()))
+    flops = forward_flops(hf_config).count(lengths, int(batch.loss_mask.sum()))
     return {
         "num_tokens": int(lengths.sum()),
         "num_samples": len(lengths),
@@ -185,17 +186,6 @@ def make_batch(lengths: np.ndarray, vocab_size: int) -> TrainBatch:
         group_ids=(numbers // 2).astype(np.int64),
         in_statistics=np.ones(len(lengths), bool),
     )
-
-
-def forward_flops(case: Case, lengths: np.ndarray, num_loss_tokens: int) -> float:
-    """Return the FLOPs of a forward pass: matrices, causal attention, and the head on the loss tokens."""
-    s = SHAPES[case.model]
-    hidden, heads = s["hidden_size"], s["num_attention_heads"]
-    head_dim = hidden // heads
-    projections = hidden * (heads + 2 * s["num_key_value_heads"]) * head_dim + heads * head_dim * hidden
-    matrices = 2.0 * (projections + 3 * hidden * s["intermediate_size"]) * lengths.sum()
-    attention = 2.0 * (lengths.astype(float) ** 2).sum() * heads * head_dim
-    return case.layers * (matrices + attention) + 2.0 * num_loss_tokens * hidden * s["vocab_size"]
 
 
 def _attempt(case: Case, layout: layouts.Layout) -> dict[str, Any]:
