@@ -182,7 +182,9 @@ class MicroBatch:
     token_weights          float32 [L], see algo/loss.py; the loss is the weighted sum over rows.
     rollout_logprobs       float32 [L]
     sample_ids             int64 [L], the sample of the TrainBatch that each row belongs to.
-    old_logprobs, ref_logprobs  float32 [L] or None until scored.
+    old_logprobs   float32 [L], the policy's before the rollout step's first update; None if not scored: then the update that
+                   reads them must be the first, whose own log-probs they are.
+    ref_logprobs   float32 [L], the reference policy's; None without one.
     Row tensors hold the rows of this context-parallel rank only.
     """
 

@@ -8,7 +8,7 @@ beside the policy with a `wrap`, an Optimizer and a head of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,23 +63,38 @@ class Actor:
         self.skipped_updates = SkippedUpdates(config.max_skipped_updates)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Return the micro-batches, on last-stage ranks with old (and reference) log-probs filled in.
+        """Return the micro-batches, on last-stage ranks with the policy's log-probs as old log-probs.
 
-        It uses the same micro-batches, head and chunks as `update`, so the ratio of the first gradient step is exactly 1.
+        It uses the same micro-batches, head and chunks as `update`, so the ratio of a gradient step with the same weights is
+        exactly 1. That step gives the same gradient, bitwise, without old log-probs: they are its own then.
         """
-        scored = self._with_logprobs(self.policy, micro_batches, "old_logprobs")
-        return scored if self.reference is None else self._with_logprobs(self.reference, scored, "ref_logprobs")
+        return self._with_logprobs(self.policy, micro_batches, "old_logprobs")
 
-    def update(self, micro_batches: Sequence[MicroBatch], *, supervised: bool = False) -> UpdateStats:
+    def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Return the micro-batches, on last-stage ranks with the log-probs of the reference policy if there is one."""
+        if self.reference is None:
+            return list(micro_batches)
+        return self._with_logprobs(self.reference, micro_batches, "ref_logprobs")
+
+    def update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        supervised: bool = False,
+        check: Callable[[UpdateStats], None] | None = None,
+    ) -> UpdateStats:
         """Take one gradient step on a mini-batch and return its statistics over all ranks.
 
         supervised  maximise the targets' likelihood instead of the policy objective; advantages are not read
+        check       called with the statistics before the weights change; an exception, on all ranks, leaves them as they are
         If a gradient is not finite on any rank, all ranks skip the step. Raises TrainingError, on every rank, at the last of
         optimizer.max_skipped_updates skipped steps in a row. Collectives: all of Megatron's for a gradient step.
         """
         outputs = self.backward(micro_batches, supervised=supervised)
         norm = self.optimizer.prepare()
         stats = UpdateStats.reduce(outputs, self.layout, grad_norm=norm, lr=self.optimizer.lr)
+        if check is not None:
+            check(stats)
         if not stats.skipped:
             self.optimizer.step(norm)
         self.num_updates += 1
@@ -97,6 +112,8 @@ class Actor:
         return run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
 
     def _with_logprobs(self, model: PolicyModel, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
+        if not micro_batches:
+            return []
         outputs = run_micro_batches(model, micro_batches, self._logprobs, self.layout, backward=False)
         if not self.layout.is_last_stage:
             return list(micro_batches)
@@ -113,19 +130,25 @@ class Actor:
         self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, MicroBatchOutput]:
         output = self.head.supervised_loss(model, hidden, batch)
-        return output.loss, micro_batch_stats(output, batch)
+        return output.loss, micro_batch_stats(output, batch, self.config.algo.tis)
 
     def _policy_loss(
         self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch
     ) -> tuple[torch.Tensor, MicroBatchOutput]:
-        algo = self.config.algo
-        tis = None
-        if algo.tis.mode != "off" and batch.old_logprobs is not None:
-            tis = importance_weights(batch.old_logprobs, batch.rollout_logprobs, algo.tis.mode, algo.tis.cap)
-        if algo.old_logprobs == "rollout" and batch.old_logprobs is not None:
+        tis_weights = self._tis_weights(batch)
+        if self.config.algo.old_logprobs == "rollout":
             batch = batch.with_(old_logprobs=batch.rollout_logprobs)
-        output = self.head.loss(model, hidden, batch, tis)
-        return output.loss, micro_batch_stats(output, batch)
+        output = self.head.loss(model, hidden, batch, tis_weights)
+        return output.loss, micro_batch_stats(output, batch, self.config.algo.tis)
+
+    def _tis_weights(self, batch: MicroBatch) -> torch.Tensor | Callable[[torch.Tensor, slice], torch.Tensor] | None:
+        """Return the weights from the old log-probs, or, where the batch has none, a function of the forward pass's own."""
+        tis, rollout = self.config.algo.tis, batch.rollout_logprobs
+        if tis.mode == "off":
+            return None
+        if batch.old_logprobs is not None:
+            return importance_weights(batch.old_logprobs, rollout, tis.mode, tis.cap)
+        return lambda own, rows: importance_weights(own, rollout[rows], tis.mode, tis.cap)
 
 
 def wrap(policy: PolicyModel, config: Config) -> DistributedDataParallel:

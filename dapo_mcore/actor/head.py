@@ -5,6 +5,7 @@ Change here: what the last stage computes from hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,15 +53,25 @@ class PolicyHead:
         )
 
     def loss(
-        self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch, tis_weights: torch.Tensor | None
+        self,
+        model: PolicyModel,
+        hidden: torch.Tensor,
+        batch: MicroBatch,
+        tis_weights: torch.Tensor | Callable[[torch.Tensor, slice], torch.Tensor] | None,
     ) -> PolicyHeadOutput:
-        """Return the weighted sum of token losses over this rank's rows, differentiable. hidden [s, b, H]."""
+        """Return the weighted sum of token losses over this rank's rows, differentiable. hidden [s, b, H].
+
+        batch        old_logprobs None means the log-probs of this forward pass, detached: the ratio is exactly 1
+        tis_weights  float32 [L], or a function of this forward pass's log-probs of a slice of the L rows
+        """
+        given = tis_weights if isinstance(tis_weights, torch.Tensor) else None
         return linear_policy_loss(
             self._rows(hidden, batch),
             model.head_weight(),
             batch.targets,
-            TokenInputs(batch.advantages, batch.token_weights, batch.old_logprobs, batch.ref_logprobs, tis_weights),
+            TokenInputs(batch.advantages, batch.token_weights, batch.old_logprobs, batch.ref_logprobs, given),
             self.objective,
+            own_tis_weights=tis_weights if given is None else None,
             **self._gradients(model),
             **self.common,
         )

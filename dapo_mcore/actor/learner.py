@@ -21,8 +21,6 @@ from dapo_mcore.algo.advantage import group_advantages
 from dapo_mcore.algo.correction import (
     MismatchStats,
     check_mismatch,
-    importance_metrics,
-    importance_sums,
     mismatch_metrics,
     mismatch_stats,
 )
@@ -37,10 +35,13 @@ from dapo_mcore.types import MicroBatch
 
 @dataclass(frozen=True)
 class ScoredStep:
-    """The mini-batches of a rollout step, ready for gradient steps, and the metrics of scoring."""
+    """The mini-batches of a rollout step, ready for gradient steps.
+
+    mismatch  over all ranks, of the mini-batches after the first. Empty if these are not scored.
+    """
 
     mini_batches: list[list[MicroBatch]]
-    metrics: dict[str, float]
+    mismatch: MismatchStats
 
 
 class Learner:
@@ -53,41 +54,50 @@ class Learner:
         self.pad_token = pad_token
 
     def score(self, step: ScatteredStep) -> ScoredStep:
-        """Return the step's micro-batches with old (and reference) log-probs and advantages.
+        """Return the step's micro-batches with advantages, and with old and reference log-probs where a loss needs them.
 
-        Builds the micro-batches before it scores them, so scoring and training use the same ones. Raises RolloutError on every
-        rank if the engine's log-probs differ from the actor's by more than algo.max_mismatch.
+        Builds the micro-batches before it scores them, so scoring and training use the same ones.
         """
         mini_batches = self.build(step, self.config.algo.loss_mode)
-        sizes = [len(mini) for mini in mini_batches]
+        bounds = np.cumsum([0, *(len(mini) for mini in mini_batches)])
         flat = [micro for mini in mini_batches for micro in mini]
-        metrics = {}
-        if self._needs_scoring():
-            flat = self.actor.score(flat)
-            metrics = mismatch_metrics(self._mismatch(flat))
-            check_mismatch(metrics, self.config.algo.max_mismatch)
-        if self.config.algo.tis.mode != "off":
-            metrics |= importance_metrics(self._importance(flat))
+        start = bounds[self._num_unscored(len(mini_batches))]
+        flat[start:] = self.actor.score(flat[start:])
+        flat = self.actor.score_reference(flat)
+        mismatch = self._mismatch(flat[max(start, bounds[1]) :])
         advantages = self._advantages(step.metadata, flat)
         flat = [micro.with_(advantages=advantages[micro.sample_ids]) for micro in flat]
-        if self.config.algo.old_logprobs == "rollout" and not self._needs_scoring():
-            flat = [micro.with_(old_logprobs=micro.rollout_logprobs) for micro in flat]
-        bounds = np.cumsum([0, *sizes])
-        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], metrics)
+        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch)
 
     def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
         """Return this rank's micro-batches of every mini-batch, with token weights and without advantages."""
         return [self._build_mini_batch(step, plan, loss_mode) for plan in step.plan]
 
-    def update(self, mini_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateStats]:
-        """Take one gradient step per mini-batch, `batch.epochs` times over, and return the statistics of each."""
-        return [self.actor.update(mini) for _ in range(self.config.batch.epochs) for mini in mini_batches]
+    def update(self, scored: ScoredStep) -> list[UpdateStats]:
+        """Take one gradient step per mini-batch, `batch.epochs` times over, and return the statistics of each.
 
-    def _needs_scoring(self) -> bool:
+        Raises RolloutError on every rank, before any weight changes, if the engine's log-probs differ from the actor's by more
+        than algo.max_mismatch.
+        """
+        first, *others = [mini for _ in range(self.config.batch.epochs) for mini in scored.mini_batches]
+
+        def check(stats: UpdateStats) -> None:
+            check_mismatch(mismatch_metrics(stats.mismatch + scored.mismatch), self.config.algo.max_mismatch)
+
+        return [self.actor.update(first, check=check), *(self.actor.update(mini) for mini in others)]
+
+    def _num_unscored(self, num_mini_batches: int) -> int:
+        """Return how many mini-batches, from the first on, need no scoring pass.
+
+        The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass. A KL
+        in the reward needs those of whole samples before that step, and a second epoch needs them again after it.
+        """
         algo = self.config.algo
-        return (
-            algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.kl.coef > 0 or algo.max_mismatch is not None
-        )
+        if algo.kl.coef > 0 and algo.kl.place == "reward":
+            return 0
+        if algo.old_logprobs == "rollout" and algo.tis.mode == "off" and algo.max_mismatch is None:
+            return num_mini_batches
+        return 1 if self.config.batch.epochs == 1 else 0
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout
@@ -142,21 +152,16 @@ class Learner:
         return self.layout.sum_over_ranks(sums).numpy()
 
     def _mismatch(self, scored: Sequence[MicroBatch]) -> MismatchStats:
-        """Return how far old log-probs are from rollout log-probs, over all loss tokens. Collectives: two gloo all-reduces."""
-        nothing = torch.zeros(0)
-        total = mismatch_stats(nothing, nothing)
-        if self.layout.reports_loss:
-            for micro in scored:
-                old = micro.old_logprobs.cpu()
-                total = total + mismatch_stats(old, micro.rollout_logprobs.to(old.dtype))
-        return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
+        """Return how far old log-probs are from rollout log-probs, over all ranks' loss tokens of the scored micro-batches.
 
-    def _importance(self, scored: Sequence[MicroBatch]) -> torch.Tensor:
-        """Return the importance_sums of all loss tokens of the step. Collective: one gloo all-reduce."""
+        Collectives: two gloo all-reduces, unless there is no micro-batch.
+        """
         tis, nothing = self.config.algo.tis, torch.zeros(0)
-        total = importance_sums(nothing, nothing, tis.mode, tis.cap)
+        total = mismatch_stats(nothing, nothing)
+        if not scored:
+            return total
         if self.layout.reports_loss:
             for micro in scored:
                 old = micro.old_logprobs.cpu()
-                total += importance_sums(old, micro.rollout_logprobs, tis.mode, tis.cap)
-        return self.layout.sum_over_ranks(total)
+                total += mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), tis.mode, tis.cap)
+        return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))

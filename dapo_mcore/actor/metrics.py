@@ -13,6 +13,7 @@ import torch
 
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
+from dapo_mcore.config.sections import TISConfig
 from dapo_mcore.kernels.policy_head import PolicyHeadOutput
 from dapo_mcore.types import MicroBatch
 
@@ -20,7 +21,7 @@ SUMS = ("tokens", "loss", "nll", "entropy", "clip_low", "clip_high", "clip_dual"
 MAXIMA = ("ratio_max_deviation",)
 
 
-def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, torch.Tensor]:
+def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch, tis: TISConfig) -> dict[str, torch.Tensor]:
     """Return one micro-batch's sums and maxima over this rank's loss tokens.
 
     {"sums": fp64 in the order of SUMS, then MismatchStats.sums, "maxima": fp64 in the order of MAXIMA, then
@@ -43,7 +44,7 @@ def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch) -> dict[str, 
     )
     deviation = (output.ratio.double() - 1).abs()
     largest = deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)
-    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs)
+    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs, tis.mode, tis.cap)
     return {"sums": torch.cat([sums, mismatch.sums]), "maxima": torch.cat([largest, mismatch.maximum])}
 
 
@@ -94,8 +95,12 @@ class UpdateStats:
         )
 
 
-def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
-    """Return the `actor/…` metrics of one rollout step: token means and maxima over its gradient steps, and the last lr."""
+def update_metrics(updates: Sequence[UpdateStats], rest: MismatchStats | None = None) -> dict[str, float]:
+    """Return the metrics of one rollout step. `actor/…`: token means and maxima over its gradient steps, and the last lr.
+
+    rest  the mismatch of the policy before the step on the mini-batches after the first. The first one's is that of the
+          first gradient step; later steps also differ because the policy has learned.
+    """
     tokens = max(1.0, sum(u.sums["tokens"] for u in updates))
     mean = {name: sum(u.sums[name] for u in updates) / tokens for name in SUMS if name not in ("tokens", "loss")}
     count = len(updates)
@@ -108,5 +113,5 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "actor/first_update_ratio_deviation": updates[0].maxima["ratio_max_deviation"],
         "actor/skipped_updates": float(sum(u.skipped for u in updates)),
         "updates_per_step": float(count),
-        **mismatch_metrics(updates[0].mismatch),  # later gradient steps also differ because the policy has learned
+        **mismatch_metrics(updates[0].mismatch if rest is None else updates[0].mismatch + rest),
     }

@@ -15,6 +15,7 @@ from dapo_mcore.errors import RolloutError
 
 LOG_RATIO_LIMIT = 20.0
 BINS_PER_DECADE = 40
+NUM_IMPORTANCE_SUMS = 5
 FIRST_DECADE, LAST_DECADE = -7, 2
 LARGEST_USUAL_MISMATCH = 0.1
 """Nats. bf16 on both sides gives a mean of about 1e-2; wrong weights on a server give 0.1 and more."""
@@ -44,13 +45,16 @@ def importance_weights(
 
 
 def importance_sums(
-    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["truncate", "mask"], cap: float
+    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["off", "truncate", "mask"], cap: float
 ) -> torch.Tensor:
     """Return float64 [5] over one rank's loss tokens: their number, Σ exp(old - rollout), Σ w, Σ w², and the number of
-    truncated or masked tokens; w is what `importance_weights` returns. Ranks combine them by an all-reduce with SUM.
+    truncated or masked tokens; w is what `importance_weights` returns. All are 0 if the mode is off. Ranks combine them by an
+    all-reduce with SUM.
 
     Example: ratios 1 and 4, truncated at 2, give [2, 5, 3, 5, 1].
     """
+    if mode == "off":
+        return old_logprobs.new_zeros(NUM_IMPORTANCE_SUMS, dtype=torch.float64)
     ratios = _log_ratio(old_logprobs, rollout_logprobs).exp()
     weights = importance_weights(old_logprobs, rollout_logprobs, mode, cap)
     limited = weights < ratios if mode == "truncate" else weights == 0
@@ -80,20 +84,38 @@ def importance_metrics(sums: torch.Tensor) -> dict[str, float]:
 class MismatchStats:
     """Partial statistics of |Δ log p| over one rank's loss tokens; ranks combine them with two all-reduces.
 
-    sums     float64 [3 + bins]: Σ|Δ|, Σ k3, number of tokens, then the histogram of |Δ|: all-reduce with SUM.
+    sums     float64 [3 + 5 + bins]: Σ|Δ|, Σ k3, number of tokens, the importance_sums, then the histogram of |Δ|: all-reduce
+             with SUM.
     maximum  float64 [1]: all-reduce with MAX.
-    Example: two tokens with Δ = 0 and 0.1 have sums [0.1, 0.00517, 2, 1, …, 1, …] and maximum [0.1].
+    Example: two tokens with Δ = 0 and 0.1 and no correction have sums [0.1, 0.00517, 2, 0, 0, 0, 0, 0, 1, …, 1, …] and
+    maximum [0.1].
     """
 
     sums: torch.Tensor
     maximum: torch.Tensor
 
+    @property
+    def importance(self) -> torch.Tensor:
+        return self.sums[3 : 3 + NUM_IMPORTANCE_SUMS]
+
+    @property
+    def histogram(self) -> torch.Tensor:
+        return self.sums[3 + NUM_IMPORTANCE_SUMS :]
+
     def __add__(self, other: MismatchStats) -> MismatchStats:
         return MismatchStats(self.sums + other.sums, torch.maximum(self.maximum, other.maximum))
 
 
-def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> MismatchStats:
-    """Return the statistics of one rank's loss tokens (float [L] each; L may be 0), on the inputs' device."""
+def mismatch_stats(
+    actor_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
+    mode: Literal["off", "truncate", "mask"] = "off",
+    cap: float = 1.0,
+) -> MismatchStats:
+    """Return the statistics of one rank's loss tokens (float [L] each; L may be 0), on the inputs' device.
+
+    mode, cap  the correction (algo.tis) whose importance_sums they hold.
+    """
     log_ratio = _log_ratio(actor_logprobs, rollout_logprobs).double()
     distance = (actor_logprobs - rollout_logprobs).detach().double().abs()
     # The engine sampled the tokens, so this estimates KL(engine ‖ actor).
@@ -105,12 +127,13 @@ def mismatch_stats(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor)
     )
     head = torch.stack([distance.sum(), k3, k3.new_full((), distance.numel())])
     maximum = distance.max().reshape(1) if distance.numel() else distance.new_zeros(1)
-    return MismatchStats(torch.cat([head, histogram]), maximum)
+    importance = importance_sums(actor_logprobs, rollout_logprobs, mode, cap)
+    return MismatchStats(torch.cat([head, importance, histogram]), maximum)
 
 
 def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
-    """Return mean, 99th percentile, maximum and histogram of |Δ log p|, and the k3 estimate of KL(engine ‖ actor), over
-    all loss tokens; {} if there are none.
+    """Return mean, 99th percentile, maximum and histogram of |Δ log p|, the k3 estimate of KL(engine ‖ actor), and the
+    importance_metrics of the correction if there is one, over all loss tokens; {} if there are none.
 
     The percentile is the upper edge of its histogram bin: up to 6 % too high, never too low, 1e-7 for anything smaller, and at most
     the maximum. For the histogram see `histogram_shares`.
@@ -121,10 +144,11 @@ def mismatch_metrics(total: MismatchStats) -> dict[str, float]:
     maximum = total.maximum.item()
     return {
         "mismatch/logprob_diff_mean": distance_sum / count,
-        "mismatch/logprob_diff_p99": min(_percentile(total.sums[3:], 0.99), maximum),
+        "mismatch/logprob_diff_p99": min(_percentile(total.histogram, 0.99), maximum),
         "mismatch/logprob_diff_max": maximum,
         "mismatch/k3_kl": k3_sum / count,
-        **histogram_shares(total.sums[3:]),
+        **histogram_shares(total.histogram),
+        **importance_metrics(total.importance),
     }
 
 

@@ -95,7 +95,9 @@ METRICS: dict[str, Metric] = {
     "actor/clip_dual": Metric("fraction", "loss tokens whose loss the dual clip capped"),
     "actor/ppo_kl": Metric("nats", "old minus new log-prob, mean over loss tokens; may be negative"),
     "actor/ratio_max_deviation": Metric("", "largest |ratio - 1| of the step"),
-    "actor/first_update_ratio_deviation": Metric("", "largest |ratio - 1| before the first update; 0 but for rounding"),
+    "actor/first_update_ratio_deviation": Metric(
+        "", "largest |ratio - 1| of the first update; 0 with algo.old_logprobs actor"
+    ),
     "actor/ref_kl": Metric(
         "nats", "reference KL: KL(policy ‖ reference policy) by algo.kl.estimator, mean over loss tokens"
     ),

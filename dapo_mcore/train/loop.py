@@ -176,7 +176,7 @@ class Run:
             if self._signal() is not None:
                 return None
             with self._phase("train"):
-                updates = self.learner.update(scored.mini_batches)
+                updates = self.learner.update(scored)
                 if config.parallel.check_replicas:
                     check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
@@ -184,7 +184,7 @@ class Run:
         if self._signal() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
-        return update_metrics(updates) | scored.metrics | self.handover.pop_metrics()
+        return update_metrics(updates, scored.mismatch) | self.handover.pop_metrics()
 
     def _profile(self, step: int) -> Path | None:
         """Return the file for this rank's profile of the step; None if there is none."""

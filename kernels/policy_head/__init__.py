@@ -45,6 +45,7 @@ def linear_policy_loss(
     main_grad: Tensor | None = None,
     grad_scale: float = 1.0,
     reduce_hidden_grad: bool = False,
+    own_tis_weights: chunks.OwnWeights | None = None,
     implementation: Implementation = "auto",
 ) -> PolicyHeadOutput:
     """Return the loss Σ_t weight_t · (policy term + kl_coef · KL - entropy_coef · entropy), and results per token.
@@ -67,6 +68,10 @@ def linear_policy_loss(
     reduce_hidden_grad
                    this call sums the gradient to hidden over tp_group while the gradient to weight is computed.
                    Otherwise the caller must reduce (or reduce-scatter) it.
+    own_tis_weights
+                   returns the TIS weights [n] of a chunk from this call's own log-probs [n] of its rows (a slice of T), where
+                   no earlier pass has given any. It takes the place of tokens.tis_weights and costs one more read of each
+                   chunk's logits and, under tensor parallelism, one more all-gather; no matrix product.
     implementation "auto" takes Triton for fp32 and bf16 on a GPU where it is installed, otherwise PyTorch. "triton" on
                    CPU tensors needs TRITON_INTERPRET=1, for tests.
 
@@ -85,7 +90,9 @@ def linear_policy_loss(
     )
     tokens = tokens.checked(hidden.new_empty(len(hidden), dtype=compute_dtype(hidden)), objective)
     target = main_grad_target(weight, main_grad, grad_scale, compute_dtype(weight))
-    return chunks.linear_policy_loss(hidden, weight, targets, tokens, objective, projection, target, reduce_hidden_grad)
+    return chunks.linear_policy_loss(
+        hidden, weight, targets, tokens, objective, projection, target, reduce_hidden_grad, own_tis_weights
+    )
 
 
 @torch.no_grad()

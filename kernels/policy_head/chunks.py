@@ -9,7 +9,7 @@ Letters: T tokens, n tokens of a chunk, H hidden, V_local vocabulary rows of thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -23,6 +23,9 @@ from ..policy_loss.records import compute_dtype
 from ..policy_loss.shard import VocabShard
 from .main_grad import MainGradTarget, with_hidden_gradient
 from .products import add_product, product, wide_operands
+
+OwnWeights = Callable[[Tensor, slice], Tensor]
+"""Returns the TIS weights [n] of some rows from their own log-probs [n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,10 @@ class Projection:
         """Return [n, V_local], before the division by the temperature."""
         return product(hidden, weight.t(), self.logits_dtype or compute_dtype(hidden))
 
+    def score(self, logits: Tensor, targets: Tensor, *, keep_logits: bool = False) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies [n], bitwise those of the loss."""
+        return self.implementation.score(logits, targets, self.shard, self.temperature, keep_logits=keep_logits)
+
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """Yield row ranges in order; one empty range for no tokens, so that results keep their shapes and dtypes."""
         for start in range(0, max(num_tokens, 1), self.chunk_tokens):
@@ -50,8 +57,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, projection:
     hidden, weight = wide_operands(hidden.detach(), weight.detach())
 
     def score(rows: slice) -> tuple[Tensor, Tensor]:
-        logits = projection.logits(hidden[rows], weight)
-        return projection.implementation.score(logits, targets[rows], projection.shard, projection.temperature)
+        return projection.score(projection.logits(hidden[rows], weight), targets[rows])
 
     logprobs, entropy = zip(*map(score, projection.chunks(len(hidden))))
     return torch.cat(logprobs), torch.cat(entropy)
@@ -66,15 +72,20 @@ def linear_policy_loss(
     projection: Projection,
     target: MainGradTarget | None,
     reduce_hidden_grad: bool,
+    own_tis_weights: OwnWeights | None,
 ) -> PolicyHeadOutput:
     """Return the loss. Compute the gradients to hidden and weight now; the backward pass only scales them."""
     grads = _Gradients(hidden, weight, target, projection.shard if reduce_hidden_grad else None)
 
     def differentiate(rows: slice) -> PolicyHeadOutput:
+        logits, chunk = projection.logits(x[rows], w), tokens.rows(rows)
+        if own_tis_weights is not None:
+            logprobs, _ = projection.score(logits, targets[rows], keep_logits=True)
+            chunk = chunk._replace(tis_weights=own_tis_weights(logprobs, rows)).checked(logprobs, objective)
         losses, grad_logits = projection.implementation.differentiate(
-            projection.logits(x[rows], w),
+            logits,
             targets[rows],
-            tokens.rows(rows),
+            chunk,
             objective,
             projection.shard,
             projection.temperature,

@@ -69,8 +69,10 @@ def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) ->
     return TokenTerms(loss, grad, ratio, low != 0, high != 0, dual != 0, kl)
 
 
-def score(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return torch_path.score, but leave `logits` unchanged."""
+def score(
+    logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float, *, keep_logits: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return torch_path.score. `logits` stay unchanged in any case."""
     fields = _launch(logits, targets, TokenInputs(None, None), Objective(), shard, temperature, None)
     return fields[1], fields[2]
 

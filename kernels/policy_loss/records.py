@@ -53,8 +53,8 @@ class TokenInputs(NamedTuple):
 
     advantages     A in the policy term.
     token_weights  multiply every term; they hold the normalisation (1/N) and the masks.
-    old_logprobs   None means on-policy: the ratio is exactly 1, and with advantages 1 the gradient is that of weighted
-                   cross-entropy.
+    old_logprobs   None means the token's own log-prob, detached: the ratio is exactly 1, and with advantages 1 the gradient
+                   is that of weighted cross-entropy.
     ref_logprobs   log-probs of the reference policy; needed only for a KL.
     tis_weights    importance weights; they multiply only the policy term.
     """

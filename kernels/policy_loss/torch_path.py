@@ -89,12 +89,14 @@ def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) ->
     return terms._replace(loss=weights * terms.loss, grad_logprobs=weights * terms.grad_logprobs)
 
 
-def score(logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
+def score(
+    logits: Tensor, targets: Tensor, shard: VocabShard, temperature: float, *, keep_logits: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies [n] of `logits` [n, V_local] / temperature, by the operations of `differentiate`.
 
-    Overwrites `logits`. Collective: one all-gather over shard.group if it has several ranks.
+    Overwrites `logits` unless `keep_logits`. Collective: one all-gather over shard.group if it has several ranks.
     """
-    softmax = _softmax(logits, targets, shard, temperature)
+    softmax = _softmax(logits.clone() if keep_logits else logits, targets, shard, temperature)
     return softmax.logprobs, softmax.entropy
 
 

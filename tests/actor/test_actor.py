@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.metrics import UpdateStats
 from dapo_mcore.types import MicroBatch
 from tests.actor import parity
 from tests.actor.parity import Mesh
@@ -67,12 +68,45 @@ def test_scores_are_what_the_first_gradient_step_finds(plain):
 
 def test_with_old_log_probs_of_the_rollout_the_scores_do_not_enter_the_loss(alone):
     actor, mini_batch = built(alone, algo__old_logprobs="rollout")
-    actor.backward(mini_batch)
+    assert all(micro.old_logprobs is None for micro in mini_batch)
+    outputs = actor.backward(mini_batch)
     expected = gradient(actor)
-    scored = actor.score(mini_batch)
-    assert not torch.equal(scored[0].old_logprobs, mini_batch[0].old_logprobs)
-    actor.backward(scored)
+    assert all(output["maxima"][0] > 0.5 for output in outputs), "the engine's log-probs are 0"
+    actor.backward(actor.score(mini_batch))
     assert torch.equal(gradient(actor), expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"batch__head_eager_grad": False, "batch__head_chunk_tokens": 7, "algo__entropy_coef": 0.01},
+        {"algo__tis": {"mode": "truncate", "cap": 0.01}, "algo__kl__coef": 0.1},
+        {"algo__tis": {"mode": "mask", "cap": 100.0}, "batch__head_chunk_tokens": 7},
+        {"algo__tis": {"mode": "mask", "cap": 100.0}, "algo__old_logprobs": "rollout"},
+    ],
+    ids=str,
+)
+def test_a_first_gradient_step_finds_its_old_log_probs_itself_bit_by_bit(alone, overrides):
+    actor, mini_batch = built(alone, **{"algo__old_logprobs": "actor"} | overrides)
+    assert all(micro.old_logprobs is None for micro in mini_batch)
+    own = actor.backward(mini_batch)
+    expected = gradient(actor)
+    scored = actor.backward(actor.score(mini_batch))
+    assert torch.equal(gradient(actor), expected) and expected.norm() > 0
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(own, scored, strict=True) for name in a)
+
+
+def test_a_check_that_fails_leaves_the_weights(plain):
+    actor, mini_batch = plain
+    before = weights(actor.policy)
+    with pytest.raises(RuntimeError, match="as found"):
+        actor.update(mini_batch, check=fail)
+    assert torch.equal(weights(actor.policy), before)
+
+
+def fail(stats: UpdateStats) -> None:
+    raise RuntimeError(f"{stats.sums['tokens']} tokens, as found")
 
 
 def test_a_reference_stays_where_the_policy_was_until_it_is_frozen_again(alone):
@@ -80,6 +114,8 @@ def test_a_reference_stays_where_the_policy_was_until_it_is_frozen_again(alone):
     start = weights(actor.reference)
     assert torch.equal(start, weights(actor.policy)) and not any(p.requires_grad for p in actor.reference.parameters())
     assert all(torch.equal(micro.ref_logprobs, micro.old_logprobs) for micro in actor.score(mini_batch))
+    again = actor.score_reference([micro.with_(ref_logprobs=None) for micro in mini_batch])
+    assert all(torch.equal(a.ref_logprobs, b.ref_logprobs) for a, b in zip(again, mini_batch, strict=True))
     assert not actor.update(mini_batch).skipped
     assert torch.equal(weights(actor.reference), start) and not torch.equal(weights(actor.policy), start)
     actor.freeze_reference()

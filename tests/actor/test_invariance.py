@@ -21,6 +21,11 @@ MODES: dict[str, dict[str, Any]] = {
     "old log-probs from the actor": {"algo__old_logprobs": "actor"},
     "truncated importance sampling": {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 1.2}},
     "masked importance sampling": {"algo__tis": {"mode": "mask", "cap": 1.5}},
+    "two updates": {
+        "batch__mini_batch_prompts": 2,
+        "algo__old_logprobs": "actor",
+        "algo__tis": {"mode": "truncate", "cap": 1.2},
+    },
     "kl in the loss": {"algo__kl": {"coef": 0.1, "estimator": "k3"}},
     "kl in the reward": {
         "algo__old_logprobs": "actor",
@@ -83,13 +88,14 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem,
         assert (gradient - reference).norm() <= TOLERANCE * reference.norm(), name
         assert found[name]["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-4, abs=1e-5), name
     tis = [name for name in MODES if any(metric.startswith("tis/") for metric in found[name]["metrics"])]
-    assert tis == ["truncated importance sampling", "masked importance sampling"]
+    assert tis == ["truncated importance sampling", "masked importance sampling", "two updates"]
+    assert all(found[name]["own_is_scored"] and expected[name]["own_is_scored"] for name in MODES)
     assert all(0 < found[name]["metrics"]["tis/truncated_ratio"] < 1 for name in tis)
     plain = expected["selective recompute"]["gradient"]
     for name in ("full recompute", "attention and MLP recomputed"):
         assert all(torch.equal(plain[key], expected[name]["gradient"][key]) for key in plain), name
     assert not torch.equal(plain["lm_head.weight"], expected["entropy bonus"]["gradient"]["lm_head.weight"])
-    for name in ("old log-probs from the actor", "truncated importance sampling", "kl in the reward"):
+    for name in ("old log-probs from the actor", "truncated importance sampling", "two updates", "kl in the reward"):
         assert found[name]["metrics"]["actor/first_update_ratio_deviation"] == 0.0, name
 
 
@@ -143,6 +149,7 @@ def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
 
 def all_modes(layout: Any, mesh: Mesh, path: str, out: str) -> None:
     """Save gradient and metrics of one step in every mode, on rank 0. Runs in a worker."""
+    from dapo_mcore.actor.learner import Learner
     from dapo_mcore.actor.metrics import update_metrics
 
     batch, _ = parity.load_problem(path)
@@ -155,8 +162,18 @@ def all_modes(layout: Any, mesh: Mesh, path: str, out: str) -> None:
                 for parameter in actor.reference.parameters():
                     parameter.mul_(1.01)  # with a reference equal to the policy the KL would be 0
         scored = parity.scored_step(config, layout, batch, actor)
+        same = own_is_scored(actor, scored.mini_batches[0])
         gradient = parity.capture_first_gradient(actor)
-        metrics = update_metrics([actor.update(scored.mini_batches[0])]) | scored.metrics
-        results[name] = {"gradient": dict(gradient), "metrics": metrics}
+        metrics = update_metrics(Learner(actor, pad_token=0).update(scored), scored.mismatch)
+        results[name] = {"gradient": dict(gradient), "metrics": metrics, "own_is_scored": same}
     if layout.is_controller:
         torch.save(results, out)
+
+
+def own_is_scored(actor: Any, mini_batch: Any) -> bool:
+    """Return True if the gradient has, on every rank, the bits that it has with scored old log-probs."""
+    actor.backward([micro.with_(old_logprobs=None) for micro in mini_batch])
+    own = [parameter.main_grad.clone() for parameter in actor.policy.parameters()]
+    actor.backward(actor.score(mini_batch))
+    differ = sum(not torch.equal(p.main_grad, g) for p, g in zip(actor.policy.parameters(), own, strict=True))
+    return not actor.layout.sum_over_ranks(torch.tensor([float(differ)])).item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from dapo_mcore.actor.learner import Learner
+from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
+from dapo_mcore.algo.correction import mismatch_metrics, mismatch_stats
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.types import MicroBatch, TrainBatch
+from tests.actor import parity
 from tests.actor.parity import Mesh, make_config
 
 ALONE = SimpleNamespace(
@@ -25,22 +29,27 @@ REWARDS = [1.0, -1.0, 1.0, -1.0]
 
 
 class MadeUpActor:
-    """Scores every token with log-prob -0.5, and -1 by the reference policy if there is one. Notes the gradient steps."""
+    """Scores every token with log-prob -0.5, and -1 by the reference policy if there is one. Notes the gradient steps.
+
+    A gradient step finds log-probs of its own, -0.3.
+    """
 
     def __init__(self, **overrides: Any):
         self.config, self.layout = make_config(Mesh(), **overrides), ALONE
         self.updates: list[Sequence[MicroBatch]] = []
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        return [
-            micro.with_(
-                old_logprobs=torch.full_like(micro.token_weights, -0.5),
-                ref_logprobs=torch.full_like(micro.token_weights, -1.0) if self.config.algo.kl.coef else None,
-            )
-            for micro in micro_batches
-        ]
+        return [micro.with_(old_logprobs=torch.full_like(micro.token_weights, -0.5)) for micro in micro_batches]
 
-    def update(self, micro_batches: Sequence[MicroBatch]) -> int:
+    def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        if not self.config.algo.kl.coef:
+            return list(micro_batches)
+        return [micro.with_(ref_logprobs=torch.full_like(micro.token_weights, -1.0)) for micro in micro_batches]
+
+    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None) -> int:
+        rollout = torch.cat([micro.rollout_logprobs for micro in micro_batches])
+        if check is not None:
+            check(SimpleNamespace(mismatch=mismatch_stats(torch.full_like(rollout, -0.3), rollout)))
         self.updates.append(micro_batches)
         return len(self.updates)
 
@@ -67,11 +76,13 @@ def step() -> ScatteredStep:
     return ScatteredStep(metadata, plan, batch, np.arange(4), {sample: sample for sample in range(4)})
 
 
-def by_sample(mini_batches: Sequence[Sequence[MicroBatch]], field: str) -> dict[int, list[float]]:
+def by_sample(mini_batches: Sequence[Sequence[MicroBatch]], field: str) -> dict[int, list[float | None]]:
     """Return the field's values of each sample's loss tokens."""
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[float | None]] = {}
     for micro in (micro for mini in mini_batches for micro in mini):
-        for sample, value in zip(micro.sample_ids.tolist(), getattr(micro, field).tolist(), strict=True):
+        values = getattr(micro, field)
+        values = [None] * len(micro.sample_ids) if values is None else values.tolist()
+        for sample, value in zip(micro.sample_ids.tolist(), values, strict=True):
             found.setdefault(sample, []).append(value)
     return found
 
@@ -95,12 +106,61 @@ def test_a_loss_mode_weights_tokens_by_the_lengths_of_their_samples():
         assert weights[sample] == pytest.approx([0.5 / n] * n), "1 / (2 samples · loss tokens)"
 
 
-@pytest.mark.parametrize(("source", "old_logprob"), [("rollout", -0.25), ("actor", -0.5)])
-def test_old_log_probs_of_the_rollout_need_no_scoring_pass(source, old_logprob):
-    scored = Learner(MadeUpActor(algo__old_logprobs=source), pad_token=0).score(step())
-    assert by_sample(scored.mini_batches, "old_logprobs") == {s: [old_logprob] * n for s, n in enumerate(LOSS_TOKENS)}
-    mismatch = {"rollout": None, "actor": pytest.approx(0.25)}[source]
-    assert scored.metrics.get("mismatch/logprob_diff_mean") == mismatch
+ALL, REST, NONE = {0, 1, 2, 3}, {2, 3}, set()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "samples"),
+    [
+        ({"algo__old_logprobs": "actor"}, REST),
+        ({"algo__old_logprobs": "actor", "algo__kl__coef": 0.1}, REST),
+        ({"algo__old_logprobs": "actor", "batch__epochs": 2}, ALL),
+        ({"algo__old_logprobs": "actor", "algo__kl": {"coef": 0.1, "place": "reward"}}, ALL),
+        ({"algo__old_logprobs": "rollout", "algo__kl": {"coef": 0.1, "place": "reward"}}, ALL),
+        ({"algo__old_logprobs": "rollout"}, NONE),
+        ({"algo__old_logprobs": "rollout", "algo__kl__coef": 0.1}, NONE),
+        ({"algo__old_logprobs": "rollout", "algo__tis__mode": "mask"}, REST),
+        ({"algo__old_logprobs": "rollout", "algo__max_mismatch": 0.3}, REST),
+    ],
+    ids=str,
+)
+def test_only_mini_batches_whose_scores_are_read_are_scored(overrides, samples):
+    actor = MadeUpActor(**overrides)
+    scored = Learner(actor, pad_token=0).score(step())
+    old = {sample: [-0.5 if sample in samples else None] * n for sample, n in enumerate(LOSS_TOKENS)}
+    assert by_sample(scored.mini_batches, "old_logprobs") == old
+    reference = -1.0 if actor.config.algo.kl.coef else None
+    assert by_sample(scored.mini_batches, "ref_logprobs") == {s: [reference] * n for s, n in enumerate(LOSS_TOKENS)}
+    found = mismatch_metrics(scored.mismatch).get("mismatch/logprob_diff_mean")
+    assert found == (pytest.approx(0.25) if samples else None), "of the mini-batches after the first"
+
+
+def test_a_step_of_one_gradient_step_is_not_scored_at_all():
+    one = replace(step(), plan=step().plan[:1])
+    scored = Learner(MadeUpActor(algo__old_logprobs="actor", algo__max_mismatch=1.0), pad_token=0).score(one)
+    assert all(micro.old_logprobs is None for micro in scored.mini_batches[0])
+    assert mismatch_metrics(scored.mismatch) == {}
+
+
+def test_gradient_steps_and_metrics_are_those_of_a_step_that_is_scored_whole(alone):
+    overrides = {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 0.01}}
+    config = make_config(Mesh(), batch__mini_batch_prompts=2, **overrides)
+    weights, metrics = [], []
+    for whole in (False, True):
+        actor = parity.build_actor(config, alone)
+        learner = Learner(actor, pad_token=0)
+        scored = parity.scored_step(config, alone, parity.make_batch(), actor)
+        every = [actor.score(mini) for mini in scored.mini_batches]
+        flat = [micro for mini in every for micro in mini]
+        old, rollout = (torch.cat([getattr(m, f"{name}_logprobs") for m in flat]) for name in ("old", "rollout"))
+        updates = learner.update(replace(scored, mini_batches=every) if whole else scored)
+        metrics.append(update_metrics(updates, scored.mismatch))
+        weights.append([parameter.detach().clone() for parameter in actor.policy.parameters()])
+    assert len(updates) == 2 and all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert metrics[0] == metrics[1] and metrics[0]["actor/first_update_ratio_deviation"] == 0.0
+    expected = mismatch_metrics(mismatch_stats(old, rollout, "truncate", 0.01))
+    assert 0 < expected["tis/truncated_ratio"] < 1
+    assert {name: metrics[0][name] for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_kl_in_the_reward_lowers_it_by_the_sum_over_the_sample_s_tokens():
@@ -112,20 +172,23 @@ def test_a_kl_in_the_reward_lowers_it_by_the_sum_over_the_sample_s_tokens():
     assert [found[sample][0] for sample in range(4)] == pytest.approx([1.1, -1.1, 1.0, -1.0])
 
 
-def test_a_mismatch_above_the_limit_ends_the_run():
-    with pytest.raises(RolloutError, match=r"0\.25"):
-        Learner(MadeUpActor(algo__max_mismatch=0.2), pad_token=0).score(step())
-
-
-def test_truncated_importance_weights_are_measured_over_the_step():
-    actor = MadeUpActor(algo__old_logprobs="actor", algo__tis={"mode": "truncate", "cap": 0.5})
-    metrics = Learner(actor, pad_token=0).score(step()).metrics
-    assert metrics["tis/truncated_ratio"] == 1.0, "exp(-0.5 + 0.25) = 0.78 is above the cap everywhere"
+def test_a_mismatch_above_the_limit_over_the_whole_step_ends_the_run_before_the_first_gradient_step():
+    """0.05 for the four tokens of the first gradient step, which finds it itself, and 0.25 for the four that were scored."""
+    for limit in (0.2, 0.14):
+        actor = MadeUpActor(algo__max_mismatch=limit)
+        learner = Learner(actor, pad_token=0)
+        scored = learner.score(step())
+        if limit > 0.15:
+            assert learner.update(scored) == [1, 2]
+            continue
+        with pytest.raises(RolloutError, match=r"mean 0\.15 nats"):
+            learner.update(scored)
+        assert actor.updates == []
 
 
 def test_every_epoch_takes_one_gradient_step_per_mini_batch_in_order():
     actor = MadeUpActor(batch__epochs=2)
     learner = Learner(actor, pad_token=0)
-    mini_batches = learner.score(step()).mini_batches
-    assert learner.update(mini_batches) == [1, 2, 3, 4]
-    assert [id(mini) for mini in actor.updates] == [id(mini) for mini in mini_batches] * 2
+    scored = learner.score(step())
+    assert learner.update(scored) == [1, 2, 3, 4]
+    assert [id(mini) for mini in actor.updates] == [id(mini) for mini in scored.mini_batches] * 2

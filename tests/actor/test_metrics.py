@@ -7,6 +7,7 @@ import torch
 from dapo_mcore.kernels.policy_loss import PolicyHeadOutput
 
 from dapo_mcore.actor.metrics import SUMS, micro_batch_stats
+from dapo_mcore.config.sections import TISConfig
 from dapo_mcore.types import MicroBatch
 
 
@@ -27,5 +28,5 @@ def test_ppo_kl_is_old_minus_new_log_prob_as_in_verl() -> None:
         sample_ids=torch.zeros(2, dtype=torch.int64),
         old_logprobs=torch.tensor([-1.0, -3.0]),
     )
-    sums = dict(zip(SUMS, micro_batch_stats(output, batch)["sums"].tolist(), strict=False))
+    sums = dict(zip(SUMS, micro_batch_stats(output, batch, TISConfig())["sums"].tolist(), strict=False))
     assert (sums["tokens"], sums["nll"], sums["ppo_kl"]) == (2.0, 4.5, 0.5)

@@ -166,6 +166,9 @@ def test_ranks_add_up_to_the_whole():
     cuts = [0, 0, 7, 9000, 20_000]  # one rank holds nothing
     parts = [mismatch_stats(actor[a:b], engine[a:b]) for a, b in itertools.pairwise(cuts)]
     assert mismatch_metrics(sum(parts[1:], parts[0])) == pytest.approx(whole, rel=1e-12)
+    corrected = [mismatch_stats(actor[a:b], engine[a:b], "mask", 1.02) for a, b in itertools.pairwise(cuts)]
+    correction = importance_metrics(importance_sums(actor, engine, "mask", 1.02))
+    assert mismatch_metrics(sum(corrected[1:], corrected[0])) == pytest.approx(whole | correction, rel=1e-12)
 
 
 def test_extremes_land_in_the_outer_bins():
@@ -179,4 +182,5 @@ def test_extremes_land_in_the_outer_bins():
 
 def test_no_tokens_give_no_metrics():
     assert importance_metrics(importance_sums(torch.zeros(0), torch.zeros(0), "mask", 2.0)) == {}
+    assert importance_metrics(importance_sums(RATIOS, RATIOS, "off", 2.0)) == {}
     assert mismatch_metrics(mismatch_stats(torch.zeros(0), torch.zeros(0))) == {}

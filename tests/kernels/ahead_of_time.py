@@ -69,6 +69,10 @@ OBJECTIVES = {
     "DAPO": (Objective(), token_inputs()),
     "DAPO, dual clip, TIS": (Objective(dual_clip=10.0), token_inputs(tis=True)),
     "supervised": (Objective(), token_inputs(old=False)),
+    "own old log-probs, dual clip, KL k3, TIS": (
+        Objective(dual_clip=10.0, kl_coef=0.1),
+        token_inputs(old=False, ref=True, tis=True),
+    ),
     "entropy, KL k1": (Objective(entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"), token_inputs(ref=True)),
     "dual clip, KL k2": (Objective(dual_clip=10.0, kl_coef=0.1, kl_estimator="k2"), token_inputs(ref=True)),
     "entropy, dual clip, KL k3, TIS": EVERYTHING,

@@ -94,7 +94,7 @@ def train(layout: Any, mesh: Mesh, path: str) -> dict[str, dict[str, Any]]:
         actor = parity.build_actor(config, layout)
         scored = parity.scored_step(config, layout, batch, actor)
         gradient = parity.capture_first_gradient(actor)
-        metrics = update_metrics([actor.update(scored.mini_batches[0])]) | scored.metrics
+        metrics = update_metrics([actor.update(actor.score(scored.mini_batches[0]))])
         if fp8 is None:
             plain = gradient
             continue

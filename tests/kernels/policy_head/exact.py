@@ -6,7 +6,7 @@ Change here: the inputs and the tolerances of the comparison.
 from __future__ import annotations
 
 import torch
-from dapo_mcore.kernels.policy_head import reference
+from dapo_mcore.kernels.policy_head import linear_logprobs, reference
 
 from tests.kernels.keywords import linear_policy_loss, split
 
@@ -114,3 +114,22 @@ def check_confident(doubt, **options):
     for ours, gradient in zip(grads, exact_grads):
         torch.testing.assert_close(ours.double(), gradient, rtol=1e-5, atol=1e-5 * doubt)
         assert relative_error(ours, gradient) < 1e-5
+
+
+def check_own(hidden, weight, targets, inputs, **options):
+    """Check that log-probs found by the loss itself serve as old log-probs, and for TIS weights, with the bits of scored ones."""
+    engine = inputs["old_logprobs"]
+
+    def weigh(own, rows=slice(None)):
+        return (own - engine[rows]).exp().clamp(max=1.1)
+
+    how = {name: value for name, value in options.items() if name not in ("dual_clip", "kl_coef", "entropy_coef")}
+    scored, _ = linear_logprobs(hidden, weight, targets, **how)
+    given = {**inputs, "old_logprobs": scored, "tis_weights": weigh(scored)}
+    own = {**inputs, "old_logprobs": None, "tis_weights": None, "own_tis_weights": weigh}
+    expected, found = (run(hidden, weight, targets, **tokens, **options) for tokens in (given, own))
+    assert found[0].ratio.eq(1).all() and 0 < given["tis_weights"].eq(1.1).sum() < len(engine)
+    assert all(torch.equal(a, b) for a, b in zip([*found[0], *found[1:]], [*expected[0], *expected[1:]], strict=True))
+    main_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    run(hidden, weight, targets, **own, **options, main_grad=main_grad)
+    assert torch.equal(main_grad.to(weight.dtype), expected[2])

@@ -8,7 +8,7 @@ from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.keywords import linear_policy_loss
-from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, problem, relative_error, run
+from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, check_own, problem, relative_error, run
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 1000])
@@ -70,6 +70,11 @@ def test_extreme_old_logprobs_give_no_gradient(old):
     out, *grads = run(hidden, weight, targets, advantages=inputs["advantages"],
                       token_weights=inputs["token_weights"], old_logprobs=torch.full((9,), old))  # fmt: skip
     assert out.loss.isfinite() and all(grad.eq(0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_finds_old_log_probs_and_tis_weights_itself(dtype):
+    check_own(*problem(63, dtype=dtype), chunk_tokens=40, **EVERYTHING)
 
 
 def test_without_old_logprobs_it_is_supervised_cross_entropy():

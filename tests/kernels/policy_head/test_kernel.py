@@ -10,7 +10,7 @@ import torch
 from dapo_mcore.kernels.policy_head import linear_logprobs
 
 from tests.kernels.keywords import linear_policy_loss
-from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, problem, run
+from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, check_own, problem, run
 from tests.kernels.triton_here import DEVICE, UNAVAILABLE
 
 if UNAVAILABLE:
@@ -154,6 +154,10 @@ def test_scoring_pass_has_the_bits_of_the_training_pass(vocab_size):
     with torch.no_grad():
         silent = linear_policy_loss(hidden, weight, targets, **inputs, **options)
     assert torch.equal(silent.logprobs, old) and not silent.loss.requires_grad
+
+
+def test_the_loss_finds_old_log_probs_and_tis_weights_itself():
+    check_own(*problem(9, **FP32), chunk_tokens=6, **EVERYTHING, **TRITON)
 
 
 def test_chunking_changes_rounding_only():
