@@ -23,7 +23,7 @@ from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import weight_shape
-from dapo_mcore.config import sections as settings
+from dapo_mcore.config import optimizer as settings
 from dapo_mcore.config.schema import Config
 from dapo_mcore.types import MicroBatch
 

@@ -20,7 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from dapo_mcore.config import sections as settings
+from dapo_mcore.config import optimizer as settings
 from dapo_mcore.errors import ConfigError, TrainingError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

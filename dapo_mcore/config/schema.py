@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from dapo_mcore.config.model import ModelConfig
+from dapo_mcore.config.optimizer import OptimizerConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.sections import (
     AlgoConfig,
     BatchConfig,
@@ -18,8 +20,6 @@ from dapo_mcore.config.sections import (
     DataConfig,
     EvalConfig,
     ObserveConfig,
-    OptimizerConfig,
-    ParallelConfig,
     RayConfig,
     RewardConfig,
     RolloutConfig,

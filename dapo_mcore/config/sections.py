@@ -1,8 +1,8 @@
 """The sections of a configuration: frozen, typed, each checked on its own.
 
-Change here: what a user may set, its default, and a rule inside one section. The types of fields are in values.py, the section
-`model` is in model.py, `rollout.sglang` in sglang.py, and rules between sections are in schema.py. Every default is here: the stages
-that use a section fill in none.
+Change here: what a user may set, its default, and a rule inside one section. The types of fields are in values.py, the sections
+`model`, `parallel` and `optimizer` are in model.py, parallel.py and optimizer.py, `rollout.sglang` in sglang.py, and rules
+between sections in schema.py. Every default is in these files: the stages that use a section fill in none.
 """
 
 from __future__ import annotations
@@ -32,38 +32,6 @@ from dapo_mcore.config.values import (
 LossMode = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
 ]
-
-_MOST_BETA_IN_BF16 = 0.996
-"""1 - beta must exceed 2^-8: half the distance of two neighbours in bf16, relative to a value just above a power of two."""
-
-
-class ParallelConfig(Section):
-    """The process mesh. World size = tensor · pipeline · context · data; data is what remains.
-
-    The experts of an MoE model have their own mesh over the same processes: world size = expert_tensor · expert ·
-    pipeline · expert data, where expert data is what remains.
-    """
-
-    tensor_parallel: Count = 1
-    pipeline_parallel: Count = 1
-    context_parallel: Count = 1
-    data_parallel: Count | None = None
-    """Only a check: when given, the world size must be exactly the product."""
-    expert_parallel: Count = 1
-    """Ranks over which the experts of a layer are distributed."""
-    expert_tensor_parallel: Count | None = None
-    """Ranks that share one expert. None: tensor_parallel while expert_parallel is 1, else 1 (whole experts)."""
-    sequence_parallel: bool = False
-    timeout_minutes: int = Field(240, ge=1, le=30 * 1440)
-    """Collectives wait this long: it must outlast the longest rollout."""
-    check_replicas: bool = True
-    """Compare checksums of the weights that several ranks hold, after the gradient steps of every rollout step; a
-    difference ends the run."""
-
-    @property
-    def expert_tensor_size(self) -> int:
-        """expert_tensor_parallel with its default filled in."""
-        return self.expert_tensor_parallel or (self.tensor_parallel if self.expert_parallel == 1 else 1)
 
 
 class DataConfig(Section):
@@ -278,63 +246,6 @@ class BatchConfig(Section):
     head_eager_grad: bool = True
     """Add the output matrix's gradient to Megatron's fp32 main_grad in the forward pass: saves a copy of that matrix and,
     in bf16, a rounding. False keeps it until the backward pass."""
-
-
-class OptimizerConfig(Section):
-    """AdamW as Megatron runs it. Warm-up and decay are counted in gradient steps."""
-
-    lr: LearningRate = 1e-6
-    min_lr: float = Field(0.0, ge=0, le=1)
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = Field(10, ge=0, le=1_000_000_000)
-    decay_updates: Steps | None = None
-    """Length of the cosine; required by schedule=cosine."""
-    weight_decay: float = Field(0.1, ge=0, le=10)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, le=1)
-    clip_grad: float = Field(1.0, ge=0)
-    max_skipped_updates: int = Field(10, ge=1)
-    """A gradient step whose gradient is not finite is skipped. This many skipped steps in a row end the run."""
-    distributed: bool = True
-    """Shard optimizer state over data-parallel ranks."""
-    offload_fraction: float = Field(0.0, ge=0, le=1)
-    """Fraction of the state that is on the host, where torch's AdamW updates it. Saves 12 bytes of GPU memory per parameter whose
-    state this rank has, and takes 16 of host memory (fp32 copy, two moments, gradient). Every gradient step moves 8 bytes per
-    parameter over PCIe while the GPU waits. Needs bf16, Transformer Engine and `distributed`."""
-    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 saves 2 of 12 bytes per parameter whose state this rank has. A step still needs 4 bytes for a moment, because Transformer
-    Engine's FusedAdam computes in fp32, and rounds the result to nearest. Needs bf16 and `distributed`."""
-    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
-    """The same for the second moment. beta2 0.999 would change it by less than a rounding, so bf16 needs a lower beta2."""
-
-    @property
-    def saves_memory(self) -> bool:
-        """True if state is on the host or in bf16."""
-        return self.offload_fraction > 0 or "bf16" in (self.exp_avg_dtype, self.exp_avg_sq_dtype)
-
-    @model_validator(mode="after")
-    def _check_memory(self) -> OptimizerConfig:
-        if not self.saves_memory:
-            return self
-        moments = {"exp_avg_dtype": ("beta1", self.beta1), "exp_avg_sq_dtype": ("beta2", self.beta2)}
-        low = {key: beta for key, beta in moments.items() if getattr(self, key) == "bf16"}
-        if not self.distributed:
-            raise ValueError(
-                "offload_fraction and moments in bf16 need distributed true; the plain optimizer has neither"
-            )
-        if self.offload_fraction and low:
-            raise ValueError(
-                f"{' and '.join(low)} bf16 would be ignored on the host, where moments are fp32; set offload_fraction 0 or fp32"
-            )
-        for key, (name, beta) in low.items():
-            if beta > _MOST_BETA_IN_BF16:
-                raise ValueError(
-                    f"{key} bf16 with {name} {beta}: a step shrinks the moment by 1 - {name} = {1 - beta:.3g} of itself at most, "
-                    f"which bf16 can round away (half a unit is up to 2^-8), so it would grow but not shrink; use {name} of at "
-                    f"most {_MOST_BETA_IN_BF16}, or {key} fp32"
-                )
-        return self
 
 
 class EvalConfig(Section):

@@ -13,7 +13,7 @@ import torch
 
 from dapo_mcore.architecture.reader import Architecture
 from dapo_mcore.config.model import Fp8Config, ModelConfig
-from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError, listed
 
 _NEEDS = {"tensorwise": ((8, 9), (2, 2)), "blockwise": ((9, 0), (2, 3)), "mxfp8": ((10, 0), (2, 1))}

@@ -18,8 +18,8 @@ from dapo_mcore.actor.model.layers import uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh
 from dapo_mcore.architecture.reader import Architecture
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import ParallelConfig
 from dapo_mcore.errors import ConfigError
 
 _STAGE_FIELDS = (

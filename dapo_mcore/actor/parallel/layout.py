@@ -18,7 +18,7 @@ import torch.distributed as dist
 from dapo_mcore.actor.parallel import cpu_device
 from dapo_mcore.actor.parallel.megatron_version import check_version
 from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size
-from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import OtherRankFailed
 from dapo_mcore.process.launcher import check_launcher
 

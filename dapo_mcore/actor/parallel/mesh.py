@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from dapo_mcore.architecture.reader import Architecture
-from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError, listed
 
 

@@ -19,7 +19,7 @@ from dapo_mcore.actor.model.fp8_rules import (
 )
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.config.model import Fp8Config, ModelConfig
-from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError
 from tests.actor import families
 from tests.actor.parity import Mesh, make_config

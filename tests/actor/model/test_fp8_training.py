@@ -13,7 +13,7 @@ from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 from dapo_mcore.actor.model.policy import build_model
 from dapo_mcore.architecture.reader import read_architecture
-from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError
 from tests.actor import families, parity
 from tests.actor.parity import Mesh

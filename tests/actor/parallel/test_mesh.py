@@ -11,7 +11,7 @@ from dapo_mcore.actor.parallel.mesh import (
     fewest_processes,
 )
 from dapo_mcore.architecture.reader import read_architecture
-from dapo_mcore.config.sections import ParallelConfig
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError
 from tests.actor import families
 from tests.actor.parity import Mesh, make_config

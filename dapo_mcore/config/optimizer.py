@@ -1,0 +1,72 @@
+"""The section `optimizer`: AdamW, its schedule, and where and how precisely its state is kept.
+
+Change here: what a user may set about the optimizer, its default, and a rule inside the section.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dapo_mcore.config.values import LearningRate, Section, Steps
+
+_MOST_BETA_IN_BF16 = 0.996
+"""1 - beta must exceed 2^-8: half the distance of two neighbours in bf16, relative to a value just above a power of two."""
+
+
+class OptimizerConfig(Section):
+    """AdamW as Megatron runs it. Warm-up and decay are counted in gradient steps."""
+
+    lr: LearningRate = 1e-6
+    min_lr: float = Field(0.0, ge=0, le=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = Field(10, ge=0, le=1_000_000_000)
+    decay_updates: Steps | None = None
+    """Length of the cosine; required by schedule=cosine."""
+    weight_decay: float = Field(0.1, ge=0, le=10)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0, le=1)
+    clip_grad: float = Field(1.0, ge=0)
+    max_skipped_updates: int = Field(10, ge=1)
+    """A gradient step whose gradient is not finite is skipped. This many skipped steps in a row end the run."""
+    distributed: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    offload_fraction: float = Field(0.0, ge=0, le=1)
+    """Fraction of the state that is on the host, where torch's AdamW updates it. Saves 12 bytes of GPU memory per parameter whose
+    state this rank has, and takes 16 of host memory (fp32 copy, two moments, gradient). Every gradient step moves 8 bytes per
+    parameter over PCIe while the GPU waits. Needs bf16, Transformer Engine and `distributed`."""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 saves 2 of 12 bytes per parameter whose state this rank has. A step still needs 4 bytes for a moment, because Transformer
+    Engine's FusedAdam computes in fp32, and rounds the result to nearest. Needs bf16 and `distributed`."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The same for the second moment. beta2 0.999 would change it by less than a rounding, so bf16 needs a lower beta2."""
+
+    @property
+    def saves_memory(self) -> bool:
+        """True if state is on the host or in bf16."""
+        return self.offload_fraction > 0 or "bf16" in (self.exp_avg_dtype, self.exp_avg_sq_dtype)
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> OptimizerConfig:
+        if not self.saves_memory:
+            return self
+        moments = {"exp_avg_dtype": ("beta1", self.beta1), "exp_avg_sq_dtype": ("beta2", self.beta2)}
+        low = {key: beta for key, beta in moments.items() if getattr(self, key) == "bf16"}
+        if not self.distributed:
+            raise ValueError(
+                "offload_fraction and moments in bf16 need distributed true; the plain optimizer has neither"
+            )
+        if self.offload_fraction and low:
+            raise ValueError(
+                f"{' and '.join(low)} bf16 would be ignored on the host, where moments are fp32; set offload_fraction 0 or fp32"
+            )
+        for key, (name, beta) in low.items():
+            if beta > _MOST_BETA_IN_BF16:
+                raise ValueError(
+                    f"{key} bf16 with {name} {beta}: a step shrinks the moment by 1 - {name} = {1 - beta:.3g} of itself at most, "
+                    f"which bf16 can round away (half a unit is up to 2^-8), so it would grow but not shrink; use {name} of at "
+                    f"most {_MOST_BETA_IN_BF16}, or {key} fp32"
+                )
+        return self
