@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from dapo_mcore.actor.forward_backward import MicroBatchOutput, finalize_without_division, run_micro_batches
 from dapo_mcore.actor.head import PolicyHead
 from dapo_mcore.actor.metrics import UpdateStats, micro_batch_stats
-from dapo_mcore.actor.model.policy import PolicyModel, build_model
+from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
 from dapo_mcore.actor.optimizer import Optimizer, SkippedUpdates
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.correction import importance_weights
@@ -36,7 +36,7 @@ class Actor:
         self.hf_config = hf_config
         self.layout = layout
         self.shape = weight_shape(hf_config, layout.tensor)
-        self.policy = build_model(config, hf_config, layout)
+        self.policy = build_policy(config, hf_config, layout)
         self.policy.load_weights(reader, self.shape, layout)
         self.reference = self._build_reference(hf_config)
         self.ddp = wrap(self.policy, config)
@@ -44,10 +44,10 @@ class Actor:
         self.num_updates = 0
         self.reset_optimizer(config.optimizer)
 
-    def _build_reference(self, hf_config: Any) -> PolicyModel | None:
+    def _build_reference(self, hf_config: Any) -> Policy | None:
         if self.config.algo.kl.coef == 0:
             return None
-        reference = build_model(self.config, hf_config, self.layout).requires_grad_(False)
+        reference = build_policy(self.config, hf_config, self.layout).requires_grad_(False)
         reference.load_state_dict(self.policy.state_dict())
         return reference
 
@@ -106,15 +106,16 @@ class Actor:
 
         Afterwards main_grad holds the gradient, summed over data- and context-parallel ranks and not clipped. The weights stay.
         """
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.megatron.zero_grad()
         loss = self._supervised_loss if supervised else self._policy_loss
         return run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
 
-    def _with_logprobs(self, model: PolicyModel, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
+    def _with_logprobs(self, policy: Policy, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
         if not micro_batches:
             return []
-        outputs = run_micro_batches(model, micro_batches, self._logprobs, self.layout, backward=False)
+        outputs = run_micro_batches(policy, micro_batches, self._logprobs, self.layout, backward=False)
         if not self.layout.is_last_stage:
             return list(micro_batches)
         return [
@@ -151,16 +152,14 @@ class Actor:
         return lambda own, rows: importance_weights(own, rollout[rows], tis.mode, tis.cap)
 
 
-def wrap(policy: PolicyModel, config: Config) -> DistributedDataParallel:
-    """Return the policy with fp32 gradient buffers, which are summed over ranks once per gradient step and never divided."""
+def wrap(policy: Policy, config: Config) -> list[DistributedDataParallel]:
+    """Return the policy's chunks with fp32 gradient buffers, which are summed over ranks once per gradient step and never
+    divided."""
     policy.config.finalize_model_grads_func = finalize_without_division
-    return DistributedDataParallel(
-        policy.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=config.optimizer.distributed,
-            average_in_collective=False,
-        ),
-        policy,
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.optimizer.distributed,
+        average_in_collective=False,
     )
+    return [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.model.policy import Policy
 from dapo_mcore.actor.optimizer import OptimizerShard
 
 
@@ -58,16 +58,17 @@ def checkpoint_blocks(actor: Actor) -> list[CheckpointBlock]:
     return blocks
 
 
-def _sharded_tensors(model: PolicyModel) -> Iterator[tuple[Tensor, ShardedTensor]]:
+def _sharded_tensors(policy: Policy) -> Iterator[tuple[Tensor, ShardedTensor]]:
     """Yield (weight, the rectangle of a stored tensor that it holds). A weight that stacks gate and up holds two.
 
     Leaves out Transformer Engine's objects: they describe FP8 scaling, and are empty without FP8.
     """
-    for entry in nested_values(model.sharded_state_dict(metadata={"singleton_local_shards": False})):
-        if isinstance(entry, ShardedTensorFactory):
-            yield from ((entry.data, sharded) for sharded in nested_values(entry.build()))
-        elif isinstance(entry, ShardedTensor):
-            yield entry.data, entry
+    for chunk in policy:
+        for entry in nested_values(chunk.sharded_state_dict(metadata={"singleton_local_shards": False})):
+            if isinstance(entry, ShardedTensorFactory):
+                yield from ((entry.data, sharded) for sharded in nested_values(entry.build()))
+            elif isinstance(entry, ShardedTensor):
+                yield entry.data, entry
 
 
 def _weight_block(sharded: ShardedTensor, prefix: str) -> CheckpointBlock:

@@ -8,7 +8,7 @@ contain 1/N, with N counted over the whole mini-batch before the first forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dapo_mcore.actor.model.attention import SequenceParams, plan_attention
-from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.model.policy import Policy, PolicyModel
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.types import MicroBatch
 
@@ -30,7 +30,7 @@ LossFunction = Callable[[PolicyModel, torch.Tensor, MicroBatch], tuple[torch.Ten
 
 
 def run_micro_batches(
-    model: DistributedDataParallel | PolicyModel,
+    chunks: Iterable[DistributedDataParallel] | Policy,
     micro_batches: Sequence[MicroBatch],
     loss_function: LossFunction,
     layout: Layout,
@@ -39,9 +39,10 @@ def run_micro_batches(
 ) -> list[MicroBatchOutput]:
     """Return the output that `loss_function` keeps of each micro-batch, on last-stage ranks; an empty list elsewhere.
 
-    `loss_function(policy, hidden [s, b, H], micro_batch)` returns (loss to differentiate, output to keep). With `backward`,
-    main_grad holds the gradients afterwards, summed over data- and context-parallel ranks. Every rank must call this with the
-    same number of micro-batches. Collectives: all of Megatron's for one gradient step.
+    `chunks` are the policy's, wrapped in DDP for a backward pass. `loss_function(chunk, hidden [s, b, H], micro_batch)` gets the
+    last one and returns (loss to differentiate, output to keep). With `backward`, main_grad holds the gradients afterwards,
+    summed over data- and context-parallel ranks. Every rank must call this with the same number of micro-batches.
+    Collectives: all of Megatron's for one gradient step.
     """
     forward_step = partial(_forward_step, loss_function=loss_function, layout=layout)
     schedule = get_forward_backward_func()
@@ -50,7 +51,7 @@ def run_micro_batches(
         return schedule(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
-            model=[model],
+            model=list(chunks),
             num_microbatches=len(micro_batches),
             seq_length=tokens.size(1) * layout.context,
             micro_batch_size=tokens.size(0),

@@ -71,8 +71,8 @@ class ActorMemory:
                 yield from model.buffers()
 
     def _gradient_tensors(self) -> Iterable[Tensor]:
-        ddp = self._actor.ddp
-        return (buffer.grad_data for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers))
+        for chunk in self._actor.ddp:
+            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
 
     def _state_tensors(self) -> Iterable[Tensor]:
         device = self._actor.layout.device

@@ -50,15 +50,15 @@ class OptimizerShard(NamedTuple):
 class Optimizer:
     """Megatron's optimizer with its scheduler. Gradient steps count from 1: step u uses lr · min(1, u / warm-up)."""
 
-    def __init__(self, model: DistributedDataParallel, config: settings.OptimizerConfig, dtype: torch.dtype):
+    def __init__(self, chunks: list[DistributedDataParallel], config: settings.OptimizerConfig, dtype: torch.dtype):
         if config.saves_memory:
             check_memory_support()
         self.config = config
         # Megatron's precision-aware optimizers read fp32 gradients of bf16 parameters from an attribute of its own
         self._gradient = "decoupled_grad" if config.saves_memory else "grad"
-        self._parameters = list(model.parameters())
+        self._parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
-            _upstream_config(config, dtype), [model], use_gloo_process_groups=False
+            _upstream_config(config, dtype), chunks, use_gloo_process_groups=False
         )
         # upstream exempts norms and biases from weight decay only through this scheduler, which applies their group's factor
         self.scheduler = OptimizerParamScheduler(

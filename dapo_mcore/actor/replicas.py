@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.model.policy import Policy
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.architecture.mapping import find_parameter
 from dapo_mcore.architecture.shape import WeightShape
@@ -20,7 +20,7 @@ _LOWEST = torch.iinfo(torch.int64).min + 1  # its negative is an int64 too
 _SHOWN = 3
 
 
-def check_replicas(policy: PolicyModel, shape: WeightShape, layout: Layout) -> None:
+def check_replicas(policy: Policy, shape: WeightShape, layout: Layout) -> None:
     """Raise TrainingError, on every rank, if two copies of a weight differ in a bit. The error names weights and ranks.
 
     Reads the weights once. Collectives: all-reduces of one number per weight over the groups of copies, the tensor-parallel
@@ -28,8 +28,7 @@ def check_replicas(policy: PolicyModel, shape: WeightShape, layout: Layout) -> N
     """
     if layout.world_size == 1:
         return
-    names = policy.global_parameter_names()
-    sums = {names[name]: checksum(weight) for name, weight in policy.named_weights()}
+    sums = {name: checksum(weight) for name, weight in policy.named_weights()}
     differing = _differing_weights(sums, shape, layout)
     if layout.max_over_ranks(torch.tensor([float(len(differing))])).item():
         raise TrainingError(_describe({name: int(sums[name]) for name in differing}, layout))

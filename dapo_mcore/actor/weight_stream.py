@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 import torch
 import torch.distributed as dist
 
-from dapo_mcore.actor.model.policy import PolicyModel
+from dapo_mcore.actor.model.policy import Policy
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.architecture.mapping import Parameter, export_parameter, find_parameter, local_shape
 from dapo_mcore.architecture.shape import WeightShape
@@ -72,11 +72,10 @@ class WeightStream:
     Communication: one message per bucket from each of its holders to rank 0. Construction all-gathers the names.
     """
 
-    def __init__(self, policy: PolicyModel, shape: WeightShape, layout: Layout, bucket_bytes: int = BUCKET_BYTES):
+    def __init__(self, policy: Policy, shape: WeightShape, layout: Layout, bucket_bytes: int = BUCKET_BYTES):
         self.shape = shape
         self.layout = layout
-        names = policy.global_parameter_names()
-        local = {names[name]: weight for name, weight in policy.named_weights()}
+        local = dict(policy.named_weights())
         if shape.tied and not layout.is_first_stage:
             local.pop("output_layer.weight", None)
         self.dtype = policy.config.params_dtype

@@ -78,7 +78,7 @@ def _transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _megatron_logits(folder: Path, tokens: Tensor) -> Tensor:
-    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.model.policy import build_policy
     from dapo_mcore.actor.parallel import layout as layouts
     from dapo_mcore.architecture.shape import weight_shape
     from dapo_mcore.model_files.hf_folder import open_weights
@@ -88,11 +88,12 @@ def _megatron_logits(folder: Path, tokens: Tensor) -> Tensor:
     try:
         hf_config = load_hf_config(config.model)
         shape = weight_shape(hf_config, 1)
-        policy = build_model(config, hf_config, layout)
+        policy = build_policy(config, hf_config, layout)
         policy.load_weights(open_weights(config.model, hf_config, 0), shape, layout)
         tokens = tokens.to(layout.device)
         positions = torch.arange(tokens.size(1), device=layout.device)[None]
-        hidden = policy(tokens, positions, None)[:, 0]
-        return (hidden @ policy.head_weight().t())[:, : shape.vocab_size].float().cpu()
+        (model,) = policy
+        hidden = model(tokens, positions, None)[:, 0]
+        return (hidden @ model.head_weight().t())[:, : shape.vocab_size].float().cpu()
     finally:
         layouts.stop()

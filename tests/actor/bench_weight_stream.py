@@ -45,11 +45,11 @@ ROUNDS = 2
 
 def measure(layout: Any, mesh: Mesh, folder: str, layers: int) -> dict[str, Any]:
     """Return seconds and peak bytes of every way, the best of ROUNDS, on rank 0."""
-    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.model.policy import build_policy
     from dapo_mcore.architecture.shape import weight_shape
 
     hf_config = Qwen2Config(**SIZES, num_hidden_layers=layers)
-    policy = build_model(make_config(mesh, model__dtype="bf16"), hf_config, layout)
+    policy = build_policy(make_config(mesh, model__dtype="bf16"), hf_config, layout)
     for _, weight in policy.named_weights():
         weight.detach().normal_(std=0.02)
     stream = WeightStream(policy, weight_shape(hf_config, layout.tensor), layout)

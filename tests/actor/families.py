@@ -274,13 +274,12 @@ def megatron_part(name: str, disk: dict[str, torch.Tensor], hf: Any, layout: Any
 
 
 def fill(policy: Any, problem: Problem, layout: Any) -> None:
-    """Load the problem's weights from the converted folder into a PolicyModel."""
+    """Load the problem's weights from the converted folder into a Policy."""
     shape = weight_shape(problem.hf_config, layout.tensor)
     policy.load_weights(MegatronReader(problem.converted, shape), shape, layout)
-    names = policy.global_parameter_names()
     for name, tensor in policy.named_weights():
-        expected = megatron_part(names[name], problem.weights, problem.hf_config, layout)
-        assert torch.equal(tensor, expected.to(tensor.dtype)), names[name]
+        expected = megatron_part(name, problem.weights, problem.hf_config, layout)
+        assert torch.equal(tensor, expected.to(tensor.dtype)), name
 
 
 _LATENT = {

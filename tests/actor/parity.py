@@ -265,28 +265,31 @@ def build_actor(config: Config, layout: Any, family: str = "qwen2", tied: bool =
 
 
 def gather_named(actor: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return whole HF-named tensors on rank 0, from local ones named like the policy's parameters."""
+    """Return whole HF-named tensors on rank 0, from local ones named as by the policy's `named_weights`."""
     from dapo_mcore.actor.weight_stream import WeightStream
 
     stream = WeightStream(actor.policy, actor.shape, actor.layout)
-    names = actor.policy.global_parameter_names()
-    stream.local = {names[name]: tensor for name, tensor in tensors.items()}
+    stream.local = tensors
     return {name: tensor.clone() for name, tensor in stream()}
+
+
+def buffers(actor: Any) -> list[Any]:
+    """Return DDP's gradient buffers."""
+    return [buffer for chunk in actor.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
 
 def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
     """Return main_grad of every parameter. With the distributed optimizer, gather its reduced shards first."""
     import torch.distributed as dist
 
-    sharded = actor.ddp.buffers + actor.ddp.expert_parallel_buffers if actor.config.optimizer.distributed else []
-    for buffer in sharded:
+    for buffer in buffers(actor) if actor.config.optimizer.distributed else []:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
             parts = [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(parts, shard, group=group)
             bucket.grad_data.copy_(torch.cat(parts))
-    return {name: p.main_grad.clone() for name, p in actor.policy.named_parameters()}
+    return {name: p.main_grad.clone() for name, p in actor.policy.named_weights() if p.requires_grad}
 
 
 def capture_first_gradient(actor: Any) -> dict[str, torch.Tensor]:

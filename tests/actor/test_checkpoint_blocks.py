@@ -71,8 +71,8 @@ def test_a_block_is_a_view_that_loading_can_overwrite(actor):
     assert {block.size for block in blocks} == {(parity.LAYERS, 64, 64)}
     (third,) = (block for block in blocks if block.offsets[0] == 2)
     third.data.fill_(7.0)
-    assert actor.policy.get_parameter("decoder.layers.2.self_attention.linear_proj.weight").eq(7).all()
-    assert not actor.policy.get_parameter("decoder.layers.1.self_attention.linear_proj.weight").eq(7).any()
+    assert actor.policy[0].get_parameter("decoder.layers.2.self_attention.linear_proj.weight").eq(7).all()
+    assert not actor.policy[0].get_parameter("decoder.layers.1.self_attention.linear_proj.weight").eq(7).any()
 
 
 def test_only_tensors_with_a_row_per_token_of_the_vocabulary_are_padded(actor):

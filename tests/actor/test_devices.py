@@ -145,7 +145,7 @@ def go_on(actor: Any, mini_batch: Any) -> None:
 
 def adopt(fake: FakeDevice, actor: Any) -> None:
     """Treat Megatron's tensors as on the device. It allocates on `cuda`, which cpu_device.py makes the CPU."""
-    for buffer in actor.ddp.buffers:
+    for buffer in parity.buffers(actor):
         fake.adopt(tensor for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None)
     for model in filter(None, (actor.policy, actor.reference)):
         fake.adopt((*model.parameters(), *model.buffers()))

@@ -43,12 +43,13 @@ def weighted_sum(model: Any, hidden: torch.Tensor, batch: MicroBatch) -> tuple[t
 @pytest.fixture(scope="module")
 def ddp(alone) -> Any:
     config = parity.make_config(Mesh(), optimizer__distributed=False)
-    return wrap(parity.build_actor(config, alone).policy, config)
+    (ddp,) = wrap(parity.build_actor(config, alone).policy, config)
+    return ddp
 
 
 def gradient(ddp: Any, layout: Any, batches: list[MicroBatch]) -> torch.Tensor:
     ddp.zero_grad_buffer()
-    run_micro_batches(ddp, batches, weighted_sum, layout, backward=True)
+    run_micro_batches([ddp], batches, weighted_sum, layout, backward=True)
     return torch.cat([parameter.main_grad.flatten() for parameter in ddp.module.parameters()])
 
 
@@ -64,7 +65,7 @@ def test_the_gradient_of_two_micro_batches_is_the_sum_of_theirs(ddp, alone):
 def test_outputs_come_in_order_and_without_a_gradient_when_there_is_no_backward_pass(ddp, alone):
     ddp.zero_grad_buffer()
     batches = [micro_batch([5, 3, 8]), micro_batch([2]), micro_batch([4, 4])]
-    outputs = run_micro_batches(ddp.module, batches, weighted_sum, alone, backward=False)
+    outputs = run_micro_batches([ddp.module], batches, weighted_sum, alone, backward=False)
     assert [len(output["hidden"]) for output in outputs] == [3, 1, 2]
     assert all(not parameter.main_grad.any() for parameter in ddp.module.parameters())
     for output, batch in zip(outputs, batches, strict=True):
@@ -73,7 +74,7 @@ def test_outputs_come_in_order_and_without_a_gradient_when_there_is_no_backward_
 
 def test_packed_sequences_give_what_each_gives_alone(ddp, alone):
     parts = [[5, 3, 8], [2, 7, 6, 1]]
-    run = lambda *batches: run_micro_batches(ddp.module, batches, weighted_sum, alone, backward=False)  # noqa: E731
+    run = lambda *batches: run_micro_batches([ddp.module], batches, weighted_sum, alone, backward=False)  # noqa: E731
     (packed,) = run(micro_batch(parts[0] + parts[1], lengths=[3, 4]))
     separate = run(*map(micro_batch, parts))
     torch.testing.assert_close(packed["hidden"], torch.cat([output["hidden"] for output in separate]))
@@ -90,7 +91,7 @@ def test_transformer_engine_gets_boundaries_on_the_device_and_no_plan(ddp, alone
     monkeypatch.setattr(ddp.module, "forward", forward)
     for implementation in ("local", "transformer_engine"):
         monkeypatch.setattr(ddp.module.config, "transformer_impl", implementation)
-        run_micro_batches(ddp.module, [batch], weighted_sum, alone, backward=False)
+        run_micro_batches([ddp.module], [batch], weighted_sum, alone, backward=False)
         monkeypatch.setattr(forward_backward, "plan_attention", None)
     local, engine = given
     assert isinstance(local, SequenceParams) and len(local.plan.output_slots) == 4

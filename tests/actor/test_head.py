@@ -67,7 +67,7 @@ def both_modes(layout: Any, mesh: Mesh, path: str, settings: dict[str, Any], ove
         actor = build_overlapping(config, layout, expected) if overlap else build(config, layout, expected)
         (mini_batch,) = parity.shared_step(config, layout, batch, actor)
         gradients.append(parity.gradient_of(actor, mini_batch))
-        told = layout.is_last_stage and actor.policy.head_weight().grad_added_to_main_grad
+        told = layout.is_last_stage and actor.policy[-1].head_weight().grad_added_to_main_grad
         told_ddp.append(bool(layout.max_over_ranks(torch.tensor(float(told)))))
     if not layout.is_controller:
         return {}
@@ -85,7 +85,7 @@ def without_the_flag(layout: Any, mesh: Mesh, path: str) -> float:
     config = parity.make_config(mesh)
     actor = build(config, layout, expected)
     (mini_batch,) = parity.shared_step(config, layout, batch, actor)
-    del actor.policy.head_weight().zero_out_wgrad
+    del actor.policy[-1].head_weight().zero_out_wgrad
     return parity.worst(parity.gradient_of(actor, mini_batch), expected["grads"])
 
 
@@ -103,6 +103,7 @@ def build_overlapping(config: Any, layout: Any, expected: dict[str, Any]) -> Any
     )
     actor = build(config, layout, expected)
     module.DistributedDataParallelConfig = plain
-    actor.policy.config.no_sync_func = actor.ddp.no_sync
-    assert sum(len(buffer.buckets) for buffer in actor.ddp.buffers) > 3
+    (ddp,) = actor.ddp
+    actor.policy.config.no_sync_func = ddp.no_sync
+    assert sum(len(buffer.buckets) for buffer in ddp.buffers) > 3
     return actor

@@ -132,10 +132,10 @@ def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     nothing = replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
     (empty,) = parity.shared_step(config, layout, nothing, actor)
     empty_gradient = parity.gradient_of(actor, empty)
-    before = {name: p.clone() for name, p in actor.policy.named_parameters()}
+    before = {name: p.clone() for name, p in actor.policy.named_weights()}
     # only one rank has rows, so only one rank's gradient becomes NaN
     poisoned = actor.update([micro.with_(token_weights=micro.token_weights * float("nan")) for micro in mini_batch])
-    unmoved = all(torch.equal(p, before[name]) for name, p in actor.policy.named_parameters())
+    unmoved = all(torch.equal(p, before[name]) for name, p in actor.policy.named_weights())
     moved = not actor.update(mini_batch).skipped
     return {
         "poisoned_is_skipped": poisoned.skipped and unmoved,

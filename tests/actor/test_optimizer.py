@@ -90,7 +90,8 @@ def train_one(layout: Any, mesh: Mesh, path: str, folder: Path, action: str, dis
 def step(ddp: Any, optimizer: Any, problem: Any, layout: Any) -> float:
     from dapo_mcore.actor.forward_backward import run_micro_batches
 
-    ddp.zero_grad_buffer()
+    for chunk in ddp:
+        chunk.zero_grad_buffer()
     optimizer.megatron.zero_grad()
     batches = [micro_batch(problem, batch, layout) for batch in own_batches(layout)]
     run_micro_batches(ddp, batches, partial(cross_entropy, layout=layout), layout, backward=True)
@@ -184,7 +185,7 @@ def test_a_gradient_that_is_not_finite_is_found_in_decoupled_gradients(engine, n
     actor = resuming.build_actor(resuming.settings(Mesh(), model__dtype="bf16", **MEMORY[name]), engine)
     (mini_batch,) = parity.shared_step(actor.config, engine, parity.make_batch(), actor)
     actor.backward(mini_batch)
-    actor.policy.decoder.final_layernorm.weight.main_grad[0] = float("nan")
+    actor.policy[0].decoder.final_layernorm.weight.main_grad[0] = float("nan")
     actor.optimizer.megatron.prepare_grads()
     assert not actor.optimizer._copies_are_finite()
 

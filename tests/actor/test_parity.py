@@ -85,7 +85,7 @@ def compare(layout: Any, mesh: Mesh, path: str, **overrides: Any) -> dict[str, A
     broken |= {name: skipped(actor, mini_batch) for name, skipped in skipped_reductions(mesh).items()}
     gradient = parity.capture_first_gradient(actor)
     norms = [actor.update(mini_batch).grad_norm for _ in range(parity.STEPS)]
-    parameters = parity.gather_named(actor, dict(actor.policy.named_parameters()))
+    parameters = parity.gather_named(actor, dict(actor.policy.named_weights()))
     if not layout.is_controller:
         return {}
     return {

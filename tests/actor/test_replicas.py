@@ -100,7 +100,7 @@ def told(actor: Any, name: str = "", here: bool = False) -> str | None:
     """Return the check's message, shortened. With `here`, one bit of the named weight's last element differs on this rank."""
     from dapo_mcore.actor.replicas import check_replicas
 
-    weight = dict(actor.policy.named_parameters()).get(name)
+    weight = dict(actor.policy.named_weights()).get(name)
     if here:
         weight.data.view(torch.int32).view(-1)[-1] ^= 1
     try:

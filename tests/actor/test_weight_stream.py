@@ -127,12 +127,12 @@ def test_the_engine_takes_the_stream_and_agrees_with_hugging_face(result: dict[s
 
 def stream_of_experts(layout: Any, mesh: Mesh, paths: list[str]) -> list[Any]:
     """Of each problem, the names whose streamed tensors are not bitwise those on disk; on rank 0."""
-    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.model.policy import build_policy
     from dapo_mcore.architecture.shape import weight_shape
 
     found = []
     for problem in map(families.load_problem, paths):
-        policy = build_model(make_config(mesh), problem.hf_config, layout)
+        policy = build_policy(make_config(mesh), problem.hf_config, layout)
         families.fill(policy, problem, layout)
         streamed = dict(WeightStream(policy, weight_shape(problem.hf_config, layout.tensor), layout)())
         if layout.is_controller:

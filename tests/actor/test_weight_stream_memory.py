@@ -35,13 +35,13 @@ WAYS = {
 
 
 def peaks_of_syncs(layout: Any, mesh: Mesh, folder: str, sizes: dict[str, int]) -> dict[str, int]:
-    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.model.policy import build_policy
     from dapo_mcore.architecture.shape import weight_shape
     from dapo_mcore.rollout.sglang.engine import SGLangEngine
 
     give_freed_memory_back()
     hf_config = Qwen2Config(**{**SIZES, **sizes})
-    policy = build_model(make_config(mesh), hf_config, layout)
+    policy = build_policy(make_config(mesh), hf_config, layout)
     for _, weight in policy.named_weights():
         weight.detach().fill_(0.5)
     stream = WeightStream(policy, weight_shape(hf_config, layout.tensor), layout)

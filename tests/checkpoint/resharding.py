@@ -132,7 +132,7 @@ def save_and_load_all(layout: Any, case: Case, folder: Path) -> dict[str, list[s
 
 def gathered(actor: Any) -> dict[str, torch.Tensor]:
     """Return full tensors by kind and HF name, on rank 0: weights, fp32 copies, both moments, and Adam's steps."""
-    kinds = {"weight": {name: p.detach() for name, p in actor.policy.named_parameters()}, **_optimizer_state(actor)}
+    kinds = {"weight": {name: p.detach() for name, p in actor.policy.named_weights()}, **_optimizer_state(actor)}
     found = {}
     for kind, tensors in kinds.items():
         halves = [_in_dtype(tensor, actor.policy.config.params_dtype) for tensor in tensors.values()]
@@ -150,16 +150,16 @@ def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _optimizer_state(actor: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Return {kind: {local name: whole local tensor}}, summed over data-parallel ranks in a buffer of the gradients' shape."""
+    """Return {kind: {name: whole local tensor}}, summed over data-parallel ranks in a buffer of the gradients' shape."""
     parts = actor.optimizer.megatron.chained_optimizers
     state = {main: values for part in parts for main, values in part.optimizer.state.items()}
     kinds = ("exp_avg", "exp_avg_sq", *(["param"] if actor.config.model.dtype == "bf16" else []))
     if not actor.config.optimizer.distributed:
-        mains = {name: getattr(p, "main_param", p) for name, p in actor.policy.named_parameters()}
+        mains = {name: getattr(p, "main_param", p) for name, p in actor.policy.named_weights()}
         return {kind: {n: m if kind == "param" else state[m][kind] for n, m in mains.items()} for kind in kinds}
-    names = {p: name for name, p in actor.policy.named_parameters()}
+    names = {p: name for name, p in actor.policy.named_weights()}
     whole: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
-    for buffer in actor.ddp.buffers + actor.ddp.expert_parallel_buffers:
+    for buffer in parity.buffers(actor):
         for kind in kinds:
             flat = torch.zeros(buffer.grad_data.numel())
             for part in parts:
@@ -186,7 +186,7 @@ def _torn(actor: Any) -> list[str]:
     layout = actor.layout
     if not actor.shape.tied or layout.pipeline == 1:
         return []
-    kinds = {"weight": dict(actor.policy.named_parameters()), **_optimizer_state(actor)}
+    kinds = {"weight": dict(actor.policy.named_weights()), **_optimizer_state(actor)}
     mine = [
         kind[name]
         for kind in kinds.values()
@@ -213,10 +213,10 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _step(actor: Any, update: int) -> None:
     """Take an update with made-up gradients, equal on all copies of a parameter, and without a forward pass."""
-    names, layout = actor.policy.global_parameter_names(), actor.layout
+    layout = actor.layout
     tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if actor.shape.tied else {}
-    for name, parameter in actor.policy.named_parameters():
-        whole = tied.get(name, names[name])
+    for name, parameter in actor.policy.named_weights():
+        whole = tied.get(name, name)
         split = getattr(parameter, "tensor_model_parallel", False)
         rank = layout.expert_tensor_rank if ".experts." in name else layout.tensor_rank if split else 0
         noise = torch.Generator().manual_seed(zlib.crc32(f"{whole} {rank} {update}".encode()))
@@ -252,16 +252,17 @@ def _buckets(module: Any, size: int | None) -> Iterator[None]:
     """Put gradients into buckets of `size` elements, which Megatron has only if reduction overlaps the backward pass."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    def wrap(policy: Any, config: Any) -> DistributedDataParallel:
+    def wrap(policy: Any, config: Any) -> list[DistributedDataParallel]:
         options = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=True,
             bucket_size=size,
             use_distributed_optimizer=config.optimizer.distributed,
         )
-        ddp = DistributedDataParallel(policy.config, options, policy)
-        assert len(ddp.buffers[0].buckets) > 2 or not policy.pre_process, "upstream cuts the first stage alone"
-        return ddp
+        wrapped = [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]
+        first = wrapped[0].buffers[0].buckets
+        assert len(first) > 2 or not policy[0].pre_process, "upstream cuts the first stage alone"
+        return wrapped
 
     original = module.wrap
     module.wrap = original if size is None else wrap

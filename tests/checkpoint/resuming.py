@@ -56,7 +56,7 @@ def train(actor: Any, num_updates: int) -> list[float]:
 
 def local_state(actor: Any) -> dict[str, torch.Tensor]:
     """Return a copy of every tensor of this rank that training changes."""
-    found = {f"policy.{name}": p.detach() for name, p in actor.policy.named_parameters()}
+    found = {f"policy.{name}": p.detach() for name, p in actor.policy.named_weights()}
     for part in actor.optimizer.megatron.chained_optimizers:
         parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
         for index, parameter in enumerate(parameters):
@@ -86,19 +86,19 @@ def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str
     train(actor, 2)
     actor.freeze_reference()  # the reference differs from the start weights: only the checkpoint has it
     path = save_checkpoint(Path(folder), actor, STATE if layout.is_controller else None, layout, keep=2)
-    saved = {name: p.detach().clone() for name, p in actor.policy.named_parameters()}
+    saved = {name: p.detach().clone() for name, p in actor.policy.named_weights()}
     expected = train(actor, 2)
     resumed = build_actor(config, layout, tied=tied)
     state = load_checkpoint(path, resumed, layout)
-    loaded = {name: p.detach().clone() for name, p in resumed.policy.named_parameters()}
+    loaded = {name: p.detach().clone() for name, p in resumed.policy.named_weights()}
     found = train(resumed, 2)
-    weights = gather_named(resumed, dict(resumed.policy.named_parameters()))
+    weights = gather_named(resumed, dict(resumed.policy.named_weights()))
     if layout.is_controller:
         np.savez(
             Path(folder) / "after.npz", trace=found, **{name: t.detach().float().numpy() for name, t in weights.items()}
         )
     return {
-        "moved": any(not torch.equal(saved[name], p) for name, p in actor.policy.named_parameters()),
+        "moved": any(not torch.equal(saved[name], p) for name, p in actor.policy.named_weights()),
         "loaded": all(torch.equal(saved[name], loaded[name]) for name in saved),
         "expected": expected,
         "found": found,
@@ -150,7 +150,7 @@ def reshard(layout: Any, mesh: Mesh, path: Path) -> dict[str, Any]:
     actor = build_actor(settings(mesh), layout)
     load_checkpoint(path, actor, layout)
     trace = train(actor, 2)
-    weights = gather_named(actor, dict(actor.policy.named_parameters()))
+    weights = gather_named(actor, dict(actor.policy.named_weights()))
     after = np.load(path.parents[1] / "after.npz")
     worst = max(np.abs(weights[name].detach().numpy() - after[name]).max() for name in weights)
     return {"trace": trace, "expected": after["trace"].tolist(), "worst": float(worst), "tensors": len(weights)}

@@ -58,18 +58,18 @@ def load_and_save_one(layout: Any, mesh: Mesh, hf: Path, mcore: Path, out: Path)
     with torch.no_grad():
         for _, weight in loaded.named_weights():
             weight.fill_(torch.nan)
-    tensors = dist_checkpointing.load(sharded_tensors(loaded), str(mcore / MEGATRON))
-    _, unexpected = loaded.load_state_dict(tensors, strict=False)
+    tensors = dist_checkpointing.load(sharded_tensors(loaded[0]), str(mcore / MEGATRON))
+    _, unexpected = loaded[0].load_state_dict(tensors, strict=False)
     if layout.is_controller:
         (out / MEGATRON).mkdir(parents=True)
         shutil.copyfile(hf / "config.json", out / "config.json")
     dist.barrier()
     # saves each rank the helper process that would hold the queue of an asynchronous save
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
-    dist_checkpointing.save({"policy": direct.sharded_state_dict()}, str(out / MEGATRON))
+    dist_checkpointing.save({"policy": direct[0].sharded_state_dict()}, str(out / MEGATRON))
     found = {
         "different": [*different(direct, loaded, shape, layout), *unexpected],
-        "places": places(sharded_tensors(loaded)),
+        "places": places(sharded_tensors(loaded[0])),
     }
     everyone: list[Any] = [None] * layout.world_size
     dist.all_gather_object(everyone, found, group=layout.control_group)
@@ -80,14 +80,14 @@ def load_and_save_one(layout: Any, mesh: Mesh, hf: Path, mcore: Path, out: Path)
 
 
 def new_policy(mesh: Mesh, hf_config: Any, layout: Any) -> Any:
-    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.model.policy import build_policy
 
-    return build_model(make_config(mesh), hf_config, layout)
+    return build_policy(make_config(mesh), hf_config, layout)
 
 
-def sharded_tensors(policy: Any) -> dict[str, Any]:
+def sharded_tensors(model: Any) -> dict[str, Any]:
     """The model's tensors as megatron-core's checkpoints see them; Transformer Engine's extra states are in no HF folder."""
-    return {name: entry for name, entry in policy.sharded_state_dict().items() if "_extra_state" not in name}
+    return {name: entry for name, entry in model.sharded_state_dict().items() if "_extra_state" not in name}
 
 
 def places(state: dict[str, Any]) -> dict[str, list[int]]:
@@ -101,14 +101,13 @@ def places(state: dict[str, Any]) -> dict[str, list[int]]:
 
 def different(direct: Any, loaded: Any, shape: WeightShape, layout: Any) -> list[str]:
     """Return the names of local weights whose bits differ. Rows of the vocabulary's padding are left out."""
-    names, found = direct.global_parameter_names(), []
-    theirs = dict(loaded.named_weights())
+    theirs, found = dict(loaded.named_weights()), []
     for name, ours in direct.named_weights():
         rows = ours.shape[0]
-        if find_parameter(names[name], shape).rule.is_vocab:
+        if find_parameter(name, shape).rule.is_vocab:
             rows = max(0, min(rows, shape.vocab_size - layout.tensor_rank * rows))
         if not torch.equal(ours[:rows], theirs[name][:rows]):
-            found.append(names[name])
+            found.append(name)
     return found
 
 

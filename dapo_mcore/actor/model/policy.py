@@ -1,6 +1,6 @@
-"""The policy: a Megatron GPTModel that returns hidden states. The policy head (actor/head.py) computes logits and losses.
+"""The policy: Megatron GPTModels that return hidden states. The policy head (actor/head.py) computes logits and losses.
 
-Change here: how the model object is built, and the names of its parameters across ranks. architecture/ says what the model
+Change here: how the model objects are built, and the names of their parameters across ranks. architecture/ says what the model
 computes, transformer_config.py sets Megatron's options, layers.py chooses the parts of a layer.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_mcore.actor.model.fp8_layers import quantizer, simulate
 from dapo_mcore.actor.model.fp8_rules import bf16_layers, format_of, recipe_of
@@ -20,7 +21,7 @@ from dapo_mcore.actor.model.layers import layer_specs
 from dapo_mcore.actor.model.transformer_config import transformer_config
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.architecture.mapping import WeightReader, find_parameter, import_parameter
-from dapo_mcore.architecture.reader import read_architecture
+from dapo_mcore.architecture.reader import Architecture, read_architecture
 from dapo_mcore.architecture.shape import WeightShape, padded_vocab_size
 from dapo_mcore.architecture.tensor_check import FiniteReader
 from dapo_mcore.config.schema import Config
@@ -44,13 +45,13 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) of all stored weights: the parameters, and the routers' fixed biases (DeepSeek)."""
-        yield from self.named_parameters()
-        yield from ((name, buffer) for name, buffer in self.named_buffers() if name.endswith("router.expert_bias"))
+        """Yield (name, tensor) of all stored weights: the parameters, and the routers' fixed biases (DeepSeek).
 
-    def global_parameter_names(self) -> dict[str, str]:
-        """Return the global name of each of `named_weights`: its layer and expert numbers are those of the whole model."""
-        return {name: self._global_name(name) for name, _ in self.named_weights()}
+        A name has the layer and expert numbers of the whole model.
+        """
+        yield from ((self._global_name(name), parameter) for name, parameter in self.named_parameters())
+        biases = ((name, buffer) for name, buffer in self.named_buffers() if name.endswith("router.expert_bias"))
+        yield from ((self._global_name(name), buffer) for name, buffer in biases)
 
     def _global_name(self, name: str) -> str:
         match = _LAYER.fullmatch(name)
@@ -61,31 +62,53 @@ class PolicyModel(GPTModel):
             rest = f"{expert[1]}{layer.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
         return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
+
+class Policy(torch.nn.ModuleList):
+    """This rank's part of the policy: its chunks of the model (PolicyModel), in the order of their layers.
+
+    All chunks share one TransformerConfig.
+    """
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the `named_weights` of all chunks. No name occurs twice on a rank."""
+        for chunk in self:
+            yield from chunk.named_weights()
+
     def load_weights(self, reader: WeightReader, shape: WeightShape, layout: Layout) -> None:
         """Fill `named_weights` from HF tensors, reading only this rank's slices.
 
         Raises CheckpointError for NaN and infinite values, ConfigError if shapes do not match the config.
         """
-        names, reader = self.global_parameter_names(), FiniteReader(reader)
+        reader = FiniteReader(reader)
         with torch.no_grad():
             for name, weight in self.named_weights():
-                parameter = find_parameter(names[name], shape)
+                parameter = find_parameter(name, shape)
                 rank, size = layout.tensor_rank, layout.tensor
                 if parameter.rule.per_expert:
                     rank, size = layout.expert_tensor_rank, layout.expert_tensor
                 value = import_parameter(parameter, reader, shape, rank, size)
                 if value.shape != weight.shape:
                     raise ConfigError(
-                        f"{names[name]}: config.json implies shape {tuple(weight.shape)} on this rank, "
+                        f"{name}: config.json implies shape {tuple(weight.shape)} on this rank, "
                         f"but the stored tensors give {tuple(value.shape)}; config.json and weights disagree"
                     )
                 weight.copy_(value)
 
 
-def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
+def build_policy(config: Config, hf_config: Any, layout: Layout) -> Policy:
     """Return this rank's part of the policy, with uninitialised weights. Raises ConfigError if it cannot be built."""
     architecture = read_architecture(hf_config, config.longest_sequence)
     megatron_config = transformer_config(config, architecture)
+    return Policy([_build_chunk(config, architecture, megatron_config, layout)]).to(layout.device)
+
+
+def _build_chunk(
+    config: Config, architecture: Architecture, megatron_config: TransformerConfig, layout: Layout
+) -> PolicyModel:
     model = PolicyModel(
         megatron_config,
         layer_specs(megatron_config),
@@ -105,4 +128,4 @@ def build_model(config: Config, hf_config: Any, layout: Layout) -> PolicyModel:
     if (fp8 := config.model.fp8) and megatron_config.transformer_impl == "local":
         found = quantizer(recipe_of(fp8), format_of(fp8))
         simulate(model.decoder.layers, found, bf16_layers(fp8, architecture.num_layers))
-    return model.to(layout.device)
+    return model

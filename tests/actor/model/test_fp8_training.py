@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.latent import ReplicatedLinear
-from dapo_mcore.actor.model.policy import build_model
+from dapo_mcore.actor.model.policy import build_policy
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError
@@ -71,9 +71,10 @@ def test_every_linear_layer_of_every_family_is_checked_and_simulated(alone, fami
     widths = set(fp8_rules._widths(read_architecture(hf_config, 64).fields, ParallelConfig()).values())
     if any(width % 16 for width in widths):
         with pytest.raises(ConfigError, match="needs widths divisible by 16"):
-            build_model(config, hf_config, alone)
+            build_policy(config, hf_config, alone)
         return
-    layers = build_model(config, hf_config, alone).decoder.layers
+    (model,) = build_policy(config, hf_config, alone)
+    layers = model.decoder.layers
     linear = [[m for m in layer.modules() if isinstance(m, LINEAR)] for layer in layers]
     simulated = [[bool({"_forward_impl", "product"} & vars(module).keys()) for module in some] for some in linear]
     assert [set(some) for some in simulated] == [{False}, *[{True}] * (len(layers) - 2), {False}]

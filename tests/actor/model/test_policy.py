@@ -77,14 +77,15 @@ def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any]
     """Take a gradient step on the problem. Return the policy, its logits and the gradient norm."""
     from dapo_mcore.actor.actor import wrap
     from dapo_mcore.actor.forward_backward import run_micro_batches
-    from dapo_mcore.actor.model.policy import build_model
+    from dapo_mcore.actor.model.policy import build_policy
     from dapo_mcore.actor.optimizer import Optimizer
 
-    policy = build_model(config, problem.hf_config, layout)
+    policy = build_policy(config, problem.hf_config, layout)
     families.fill(policy, problem, layout)
     ddp = wrap(policy, config)
     optimizer = Optimizer(ddp, config.optimizer, torch.float32)
-    ddp.zero_grad_buffer()
+    for chunk in ddp:
+        chunk.zero_grad_buffer()
     batches = [micro_batch(problem, batch, layout) for batch in own_batches(layout)]
     outcomes = run_micro_batches(ddp, batches, partial(cross_entropy, layout=layout), layout, backward=True)
     norm = optimizer.prepare()
@@ -106,14 +107,14 @@ def logits_errors(problem: Problem, outcomes: list[Any], layout: Any) -> dict[st
 
 
 def gradient_sums(policy: Any, problem: Problem, layout: Any, scale: float) -> dict[str, tuple[float, float]]:
-    """Return global parameter name → (‖Δ‖², ‖g‖²) of this rank's part. Clipping scales the expected gradient by `scale`."""
+    """Return parameter name → (‖Δ‖², ‖g‖²) of this rank's part. Clipping scales the expected gradient by `scale`."""
     sums = {}
-    names = policy.global_parameter_names()
-    for name, parameter in policy.named_parameters():
-        global_name = names[name]
-        expected = scale * families.megatron_part(global_name, problem.gradients, problem.hf_config, layout)
+    for name, parameter in policy.named_weights():
+        if not parameter.requires_grad:
+            continue
+        expected = scale * families.megatron_part(name, problem.gradients, problem.hf_config, layout)
         delta = parameter.main_grad.double() - expected
-        sums[global_name] = (float(delta.square().sum()), float(expected.square().sum()))
+        sums[name] = (float(delta.square().sum()), float(expected.square().sum()))
     return sums
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dapo_mcore.actor.model.policy import build_model
+from dapo_mcore.actor.model.policy import build_policy
 from dapo_mcore.actor.model.recompute import check_recompute, megatron_fields
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.config.model import ModelConfig
@@ -58,7 +58,7 @@ def test_a_recomputed_mlp_keeps_its_input_only(alone):
 
 def gradients(layout: Any, family: str, **overrides: Any) -> tuple[dict[str, torch.Tensor], int]:
     """Return the gradients of a model with fixed weights, and the bytes that its forward pass keeps for the backward pass."""
-    model = build_model(make_config(Mesh(), **overrides), families.hf_config(family), layout)
+    (model,) = build_policy(make_config(Mesh(), **overrides), families.hf_config(family), layout)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
