@@ -31,8 +31,9 @@ def build_micro_batch(
 
     advantages, weights  float64 [B], one per sample of the batch, used for each of its loss tokens.
     tensor_multiple      divides a rank's number of tokens: TP with sequence parallelism, else 1.
-    packing              True: sequences back to back, each padded to 2·CP, and a dummy sequence of `pad_token` at the end
-                         if alignment needs it, with a boundary in cu_seqlens. False: a right-padded rectangle.
+    packing              True: sequences back to back, each padded to 2·CP, and a dummy sequence at the end if alignment
+                         needs it, with a boundary in cu_seqlens. False: a right-padded rectangle.
+    pad_token            fills a micro-batch without samples. Other pads repeat the longest sample, see `_pads`.
 
     Position t predicts token t + 1, so a row is at t if the loss mask is set at t + 1. Without samples, return the
     smallest micro-batch that runs (no rows): a rank without work must still join its peers' collectives.
@@ -46,7 +47,8 @@ def build_micro_batch(
 
     source = ragged_ranges(batch.offsets[samples], lengths)
     place = ragged_ranges(begins[: len(samples)], lengths)
-    tokens = np.full(segments.sum(), pad_token, dtype=np.int64)
+    position_ids = ragged_ranges(np.zeros_like(segments), segments)
+    tokens = _pads(batch, samples, position_ids, pad_token)
     tokens[place] = batch.tokens[source]
 
     held = zigzag_positions(segments, context_parallel, context_rank)
@@ -55,7 +57,6 @@ def build_micro_batch(
     rows, mine = _rows(place[trained] - 1, held, len(tokens), num_rows)
     source = source[trained][mine]
     sample_ids = np.repeat(samples, lengths)[trained][mine]
-    position_ids = ragged_ranges(np.zeros_like(segments), segments)
     return MicroBatch(
         tokens=torch.from_numpy(tokens[held].reshape(num_rows, -1)),
         position_ids=torch.from_numpy(position_ids[held].reshape(num_rows, -1)),
@@ -68,6 +69,19 @@ def build_micro_batch(
         rollout_logprobs=torch.from_numpy(batch.rollout_logprobs[source]),
         sample_ids=torch.from_numpy(sample_ids),
     )
+
+
+def _pads(batch: TrainBatch, samples: np.ndarray, position_ids: np.ndarray, pad_token: int) -> np.ndarray:
+    """Return int64 [T], the token that each position has if it is a pad: the longest sample's token at the same position.
+
+    No loss reads a pad, but a scale of FP8 covers all tokens of its tile, pads too. So pads look like the pack's own tokens:
+    a dummy is the beginning of its longest sample, and does not raise a scale per tensor.
+    """
+    if not len(samples):
+        return np.full(len(position_ids), pad_token, dtype=np.int64)
+    longest = samples[np.argmax(batch.lengths[samples])]
+    tokens = batch.tokens[batch.offsets[longest] : batch.offsets[longest + 1]]
+    return tokens[position_ids % len(tokens)].astype(np.int64)
 
 
 def _packed(lengths: np.ndarray, context_parallel: int, multiple: int) -> np.ndarray:

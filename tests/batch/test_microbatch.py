@@ -58,7 +58,9 @@ SMALL = TrainBatch(
 
 def test_packed_by_hand():
     micro = build(SMALL, [1, 0], multiple=4)  # 6 tokens, a dummy of 2 fills the pack
-    assert micro.tokens.tolist() == [[8, 9, 10, 5, 6, 7, PAD, PAD]]
+    assert micro.tokens.tolist() == [
+        [8, 9, 10, 5, 6, 7, 8, 9]
+    ]  # the dummy is the beginning of the longest, first of all
     assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
     assert micro.cu_seqlens.tolist() == [0, 3, 6, 8] and micro.cu_seqlens.dtype == torch.int32
     assert micro.max_seqlen == 3
@@ -73,7 +75,7 @@ def test_packed_by_hand():
 def test_packed_context_parallel_by_hand():
     # each sequence is padded to 4 and split into chunks of 1: rank 0 holds positions 0 and 3, rank 1 positions 1 and 2
     first, second = build(SMALL, [0, 1], cp=2, rank=0), build(SMALL, [0, 1], cp=2, rank=1)
-    assert first.tokens.tolist() == [[5, PAD, 8, PAD]] and second.tokens.tolist() == [[6, 7, 9, 10]]
+    assert first.tokens.tolist() == [[5, 5, 8, 5]] and second.tokens.tolist() == [[6, 7, 9, 10]]
     assert first.position_ids.tolist() == [[0, 3, 0, 3]] and second.position_ids.tolist() == [[1, 2, 1, 2]]
     assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 4, 8]
     assert (first.rows.tolist(), first.targets.tolist()) == ([2], [9])
@@ -82,7 +84,7 @@ def test_packed_context_parallel_by_hand():
 
 def test_rectangle_by_hand():
     micro = build(SMALL, [0, 1], multiple=4, packing=False)
-    assert micro.tokens.tolist() == [[5, 6, 7, PAD], [8, 9, 10, PAD]]
+    assert micro.tokens.tolist() == [[5, 6, 7, 5], [8, 9, 10, 5]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 3]] * 2
     assert (micro.cu_seqlens, micro.max_seqlen) == (None, 4)
     assert micro.rows.tolist() == [1 * 2 + 0, 0 * 2 + 1, 1 * 2 + 1]  # position · b + sample
@@ -132,13 +134,15 @@ def test_all_ranks_together_hold_every_token_and_every_row_exactly_once(cp, mult
 
     tokens, positions = (whole_of(parts, segments, cp, packing, name) for name in ("tokens", "position_ids"))
     begins = np.cumsum(segments) - segments
+    longest = np.resize(batch.tokens[batch.offsets[2] : batch.offsets[3]], segments.max())
     for sample, begin, segment in zip(samples, begins, segments):
         length = batch.lengths[sample]
         expected = batch.tokens[batch.offsets[sample] : batch.offsets[sample + 1]].tolist()
         assert tokens[begin : begin + length].tolist() == expected
-        assert (tokens[begin + length : begin + segment] == PAD).all()
+        assert tokens[begin + length : begin + segment].tolist() == longest[length:segment].tolist()
         assert positions[begin : begin + segment].tolist() == list(range(segment))
-    assert (tokens[sum(segments[: len(samples)]) :] == PAD).all()
+    dummy = tokens[sum(segments[: len(samples)]) :]
+    assert dummy.tolist() == longest[: len(dummy)].tolist()
 
     found = sorted(entry for part in parts for entry in rows_of(part))
     wanted = sorted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 from dapo_mcore.actor.model.policy import build_policy
+from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.architecture.reader import read_architecture
+from dapo_mcore.config.model import Fp8Config
 from dapo_mcore.config.parallel import ParallelConfig
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, DapoError
 from tests.actor import families, parity
 from tests.actor.parity import Mesh
 
@@ -25,6 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mxfp8": {"recipe": "mxfp8"},
     "bf16 ends": {"recipe": "blockwise", "first_last_bf16": 1},
 }
+LOUD = 7
 LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 MESHES = [Mesh(), Mesh(pipeline=2), Mesh(tensor=2, context=2, sequence_parallel=True)]
 
@@ -64,6 +69,15 @@ def test_every_rank_has_whole_tiles_of_tokens(found):
     assert found[str(MESHES[2])]["blockwise"]["multiple"] == 256
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_gradients_do_not_depend_on_the_padding_token_nor_on_the_number_of_pads(alone, recipe, monkeypatch):
+    """Pads are a beginning of the longest sample. More of them change a gradient's last bits only."""
+    few, loud = (padded_gradient(alone, recipe, 32, pad, monkeypatch) for pad in (0, LOUD))
+    assert all(torch.equal(few[name], loud[name]) for name in few)
+    many = padded_gradient(alone, recipe, 56, 0, monkeypatch)
+    assert deviation(many, few) < 1e-6
+
+
 @pytest.mark.parametrize("family", list(families.FAMILIES))
 def test_every_linear_layer_of_every_family_is_checked_and_simulated(alone, family):
     hf_config = families.hf_config(family)
@@ -87,6 +101,7 @@ def train(layout: Any, mesh: Mesh, path: str) -> dict[str, dict[str, Any]]:
     from dapo_mcore.actor.metrics import update_metrics
 
     batch, _ = parity.load_problem(path)
+    refuse_other_scales(layout)
     rows, plain = {}, {}
     for name, fp8 in [("none", None), *RECIPES.items()]:
         if fp8 and fp8["recipe"] == "mxfp8" and mesh.tensor > 1:
@@ -106,6 +121,36 @@ def train(layout: Any, mesh: Mesh, path: str) -> dict[str, dict[str, Any]]:
             "multiple": fp8_rules.token_multiple(config.model, config.parallel),
         }
     return rows
+
+
+def padded_gradient(
+    layout: Any, recipe: str, multiple: int, pad_token: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
+    """Return the gradient of one pack of `multiple` tokens or more, where the token LOUD has an embedding unlike all others."""
+    monkeypatch.setattr(fp8_rules, "_tokens_per_rank", lambda *_: multiple)
+    config = parity.make_config(Mesh(), model__fp8={"recipe": recipe}, batch__max_tokens=512)
+    actor = parity.build_actor(config, layout)
+    with torch.no_grad():
+        actor.policy.embedding.word_embeddings.weight[LOUD, 3] = 1e6
+    batch = parity.off_policy(parity.make_batch())
+    batch.tokens[batch.tokens == LOUD] = 0
+    share = scatter_step(batch, config, layout, mini_batch_prompts=4, seed=None)
+    (mini_batch,) = Learner(actor, pad_token).score(share).mini_batches
+    num_pads = sum(micro.tokens.numel() for micro in mini_batch) - batch.lengths.sum()
+    assert len(mini_batch) == 1 and 0 < num_pads <= batch.lengths.max()
+    actor.backward(mini_batch)
+    return {name: parameter.main_grad.clone() for name, parameter in actor.policy.named_parameters()}
+
+
+def refuse_other_scales(layout: Any) -> None:
+    """Check that every rank ends if the last rank has fp32 scales and the others have not."""
+    if layout.world_size == 1:
+        return
+    os.environ[fp8_rules.FP32_SCALES] = str(int(layout.rank == layout.world_size - 1))
+    with pytest.raises(DapoError, match=f"blockwise with fp32 scales on rank {layout.world_size - 1}"):
+        fp8_rules.check_same_on_all_ranks(Fp8Config(), layout)
+    del os.environ[fp8_rules.FP32_SCALES]
+    fp8_rules.check_same_on_all_ranks(Fp8Config(), layout)
 
 
 def deviation(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
