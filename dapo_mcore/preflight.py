@@ -97,7 +97,7 @@ def describe_run(config: Config) -> list[str]:
     """Return what a run prints first: the size of a rollout step, and the FP8 recipe if it has one."""
     from dapo_mcore.actor.model.fp8_rules import describe_fp8
 
-    return [describe_step(config), *([describe_fp8(config.model.fp8)] if config.model.fp8 else [])]
+    return [describe_step(config), *([describe_fp8(config.model)] if config.model.fp8 else [])]
 
 
 def describe_step(config: Config) -> str:

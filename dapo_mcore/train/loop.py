@@ -21,6 +21,7 @@ from typing import Any
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.metrics import UpdateStats, update_metrics
+from dapo_mcore.actor.model.fp8_rules import check_same_on_all_ranks
 from dapo_mcore.actor.parallel import layout as layouts
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
@@ -98,6 +99,8 @@ class Run:
         self.shutdown = shutdown
         self.saved_step, self.save_s = -1, None
         with self._phase("start"):
+            if config.model.fp8:
+                check_same_on_all_ranks(config.model.fp8, layout)
             self.hf_config = load_hf_config(config.model)
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)

@@ -13,7 +13,6 @@ attention, norms and the router stay as they are, as on a GPU.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,10 +25,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from dapo_mcore.actor.model.fp8_numbers import quantize_mx, quantize_tensor, quantize_tiles
+from dapo_mcore.actor.model.fp8_rules import has_fp32_scales
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 
-FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-"""Transformer Engine's own variable: If 1, `blockwise` uses fp32 scales instead of powers of two."""
 _BLOCK, _MX_BLOCK = 128, 32
 
 
@@ -74,7 +72,7 @@ class Quantizer:
 def quantizer(recipe: str, fmt: str) -> Quantizer:
     """Return the quantizer of a recipe and format (e4m3, or hybrid: e5m2 for gradients)."""
     gradient = torch.float8_e5m2 if fmt == "hybrid" else torch.float8_e4m3fn
-    return Quantizer(recipe, gradient, power_of_two=os.environ.get(FP32_SCALES) != "1")
+    return Quantizer(recipe, gradient, power_of_two=not has_fp32_scales())
 
 
 class _Product(torch.autograd.Function):

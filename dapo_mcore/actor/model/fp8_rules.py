@@ -6,11 +6,14 @@ before it starts.
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from typing import Any
 
 import torch
 
+from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.architecture.reader import Architecture
 from dapo_mcore.config.model import Fp8Config, ModelConfig
 from dapo_mcore.config.parallel import ParallelConfig
@@ -19,11 +22,14 @@ from dapo_mcore.errors import ConfigError, listed
 _NEEDS = {"tensorwise": ((8, 9), (2, 2)), "blockwise": ((9, 0), (2, 3)), "mxfp8": ((10, 0), (2, 1))}
 """Per recipe: the lowest compute capability, and the oldest Transformer Engine, which is the one that megatron-core checks."""
 
+FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+"""Transformer Engine's own variable: if it is 1, `blockwise` uses fp32 scales instead of powers of two."""
+
 _ONE_RANK = {"tensor_parallel": 1, "expert_tensor_parallel": 1}
 
 
 def recipe_of(fp8: Fp8Config) -> str:
-    """Return the recipe; `auto` is mxfp8 on Blackwell and blockwise elsewhere."""
+    """Return the recipe; `auto` is mxfp8 where this process has a Blackwell card, else blockwise."""
     if fp8.recipe != "auto":
         return fp8.recipe
     return "mxfp8" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0) else "blockwise"
@@ -32,6 +38,11 @@ def recipe_of(fp8: Fp8Config) -> str:
 def format_of(fp8: Fp8Config) -> str:
     """Return the format, whose default is e4m3, or hybrid for tensorwise as in Transformer Engine."""
     return fp8.format or ("hybrid" if recipe_of(fp8) == "tensorwise" else "e4m3")
+
+
+def has_fp32_scales() -> bool:
+    """Return True if this process' environment asks for fp32 scales of `blockwise`."""
+    return os.environ.get(FP32_SCALES) == "1"
 
 
 def token_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -66,7 +77,7 @@ def check_fp8(architecture: Architecture, model: ModelConfig, parallel: Parallel
     if fp8 is None:
         return
     recipe = recipe_of(fp8)
-    _check_device(recipe, engine)
+    _check_device(recipe, model.dtype, engine)
     if 2 * fp8.first_last_bf16 >= architecture.num_layers:
         raise ConfigError(
             f"model.fp8.first_last_bf16 {fp8.first_last_bf16} keeps {2 * fp8.first_last_bf16} layers in bf16, but the model "
@@ -87,10 +98,56 @@ def check_fp8(architecture: Architecture, model: ModelConfig, parallel: Parallel
             )
 
 
-def describe_fp8(fp8: Fp8Config) -> str:
-    """Return one line about the recipe of a run."""
-    how = "by Transformer Engine" if torch.cuda.is_available() else "simulated on the CPU"
-    return f"FP8: recipe {recipe_of(fp8)}, format {format_of(fp8)}, {how}"
+def check_same_on_all_ranks(fp8: Fp8Config, layout: Layout) -> None:
+    """Raise ConfigError, on every rank, if cards or environments would make ranks quantize differently.
+
+    Collectives: a gather and a broadcast over the control group.
+    """
+    found: list[Any] = layout.gather_objects((_how(fp8), _card()))
+    layout.on_controller_or_raise(lambda: _check_same(found))
+
+
+def describe_fp8(model: ModelConfig) -> str:
+    """Return one line about the FP8 of a run, as this process resolves it."""
+    fp8 = model.fp8
+    assert fp8 is not None
+    on_gpu = torch.cuda.is_available()
+    chosen = (
+        "" if fp8.recipe != "auto" else " (auto)" if on_gpu else " (auto; mxfp8 if the training GPUs are Blackwell)"
+    )
+    where = (
+        f"by Transformer Engine on {_card()}"
+        if on_gpu
+        else f"simulated on the CPU with {model.dtype} values{'' if model.dtype == 'bf16' else ' (a GPU needs model.dtype bf16)'}"
+    )
+    return f"FP8: recipe {_how(fp8)}{chosen}, format {format_of(fp8)}, {where}"
+
+
+def _how(fp8: Fp8Config) -> str:
+    recipe = recipe_of(fp8)
+    return f"{recipe} with fp32 scales" if recipe == "blockwise" and has_fp32_scales() else recipe
+
+
+def _card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _check_same(found: list[tuple[str, str]]) -> None:
+    """Raise ConfigError if the (recipe, card) of the ranks, in rank order, have different recipes."""
+    if len({how for how, _ in found}) < 2:
+        return
+    alike = [
+        (how, card, [rank for rank, _ in part])
+        for (how, card), part in groupby(enumerate(found), lambda entry: entry[1])
+    ]
+    parts = [
+        f"{how} on rank{f's {ranks[0]} to {ranks[-1]}' if ranks[1:] else f' {ranks[0]}'} ({card})"
+        for how, card, ranks in alike
+    ]
+    raise ConfigError(
+        f"model.fp8: ranks would quantize differently: {'; '.join(parts)}; name one model.fp8.recipe that all cards have, and "
+        f"set {FP32_SCALES} alike on all nodes"
+    )
 
 
 def _tokens_per_rank(recipe: str, sequence_parallel: bool) -> int:
@@ -99,9 +156,14 @@ def _tokens_per_rank(recipe: str, sequence_parallel: bool) -> int:
     return 32 if recipe == "mxfp8" else 16
 
 
-def _check_device(recipe: str, engine: bool) -> None:
+def _check_device(recipe: str, dtype: str, engine: bool) -> None:
     if not torch.cuda.is_available():
         return  # simulated
+    if dtype != "bf16":
+        raise ConfigError(
+            f"model.fp8 on a GPU needs model.dtype bf16, but it is {dtype}: Transformer Engine's flash and fused attention refuse "
+            f"{dtype}, and its unfused one keeps scores for every pair of tokens; set model.dtype bf16"
+        )
     if not engine:
         raise ConfigError(
             "model.fp8 on a GPU needs Transformer Engine's layers, but this run has local ones; install the extra `te`, and "

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dapo_mcore.actor.model.fp8_layers import FP32_SCALES, fp8_product, quantizer
+from dapo_mcore.actor.model.fp8_layers import fp8_product, quantizer
 from dapo_mcore.actor.model.fp8_numbers import quantize_mx, quantize_tensor, quantize_tiles
+from dapo_mcore.actor.model.fp8_rules import FP32_SCALES
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

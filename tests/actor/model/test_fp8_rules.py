@@ -9,8 +9,10 @@ import torch
 
 from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.fp8_rules import (
+    FP32_SCALES,
     bf16_layers,
     check_fp8,
+    check_same_on_all_ranks,
     describe_fp8,
     format_of,
     megatron_fields,
@@ -25,15 +27,28 @@ from tests.actor import families
 from tests.actor.parity import Mesh, make_config
 
 
-def check(family: str = "qwen2", mesh: Mesh | None = None, *, engine: bool = False, **fp8) -> None:
-    config = make_config(mesh or Mesh(), model__fp8=fp8 or {"recipe": "blockwise"})
+class Gathered:
+    """Rank 0's layout, where `others` arrive from the ranks after it."""
+
+    def __init__(self, *others: tuple[str, str]):
+        self.others = others
+
+    def gather_objects(self, value: object) -> list[object]:
+        return [value, *self.others]
+
+    def on_controller_or_raise(self, action):
+        return action()
+
+
+def check(family: str = "qwen2", mesh: Mesh | None = None, *, engine: bool = False, dtype: str = "bf16", **fp8) -> None:
+    config = make_config(mesh or Mesh(), model__dtype=dtype, model__fp8=fp8 or {"recipe": "blockwise"})
     check_fp8(read_architecture(families.hf_config(family), 64), config.model, config.parallel, engine=engine)
 
 
 def on_card(monkeypatch, capability: tuple[int, int], engine_version: str = "2.11.0") -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA TEST")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"NVIDIA TEST {capability[0]}")
     monkeypatch.setattr(fp8_rules, "version", lambda name: engine_version)
 
 
@@ -102,8 +117,52 @@ def test_a_model_that_no_layout_helps_is_told_to_go_without():
         check_fp8(architecture, config.model, config.parallel, engine=False)
 
 
-def test_a_run_says_which_recipe_it_has():
-    assert describe_fp8(Fp8Config()) == "FP8: recipe blockwise, format e4m3, simulated on the CPU"
+@pytest.mark.parametrize(
+    ("fp8", "dtype", "expected"),
+    [
+        (
+            Fp8Config(),
+            "fp32",
+            "blockwise (auto; mxfp8 if the training GPUs are Blackwell), format e4m3, simulated on the CPU with fp32 values (a GPU "
+            "needs model.dtype bf16)",
+        ),
+        (Fp8Config(recipe="tensorwise"), "bf16", "tensorwise, format hybrid, simulated on the CPU with bf16 values"),
+    ],
+)
+def test_a_run_on_a_cpu_says_its_recipe_and_that_it_is_simulated(fp8, dtype, expected):
+    assert describe_fp8(ModelConfig(path="unused", dtype=dtype, fp8=fp8)) == f"FP8: recipe {expected}"
+
+
+def test_a_run_on_a_gpu_says_what_auto_became(monkeypatch):
+    on_card(monkeypatch, (10, 0))
+    found = describe_fp8(ModelConfig(path="unused", dtype="bf16", fp8=Fp8Config()))
+    assert found == "FP8: recipe mxfp8 (auto), format e4m3, by Transformer Engine on NVIDIA TEST 10"
+
+
+def test_a_gpu_needs_bf16(monkeypatch):
+    check(dtype="fp32")
+    on_card(monkeypatch, (9, 0))
+    with pytest.raises(
+        ConfigError, match=r"model\.fp8 on a GPU needs model\.dtype bf16, but it is fp32: .*; set model\.dtype bf16"
+    ):
+        check(engine=True, dtype="fp32")
+
+
+def test_ranks_that_would_quantize_differently_are_refused_with_their_numbers(monkeypatch):
+    on_card(monkeypatch, (10, 0))
+    check_same_on_all_ranks(Fp8Config(), Gathered(("mxfp8", "NVIDIA OTHER")))
+    message = (
+        r"ranks would quantize differently: mxfp8 on ranks 0 to 1 \(NVIDIA TEST 10\); blockwise on rank 2 \(NVIDIA H100\); "
+        r"name one model\.fp8\.recipe that all cards have"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_same_on_all_ranks(Fp8Config(), Gathered(("mxfp8", "NVIDIA TEST 10"), ("blockwise", "NVIDIA H100")))
+    monkeypatch.setenv(FP32_SCALES, "1")  # blockwise alone reads it
+    check_same_on_all_ranks(Fp8Config(), Gathered(("mxfp8", "NVIDIA TEST 10")))
+    with pytest.raises(
+        ConfigError, match=rf"blockwise with fp32 scales on rank 0 .*; blockwise on rank 1 .*set {FP32_SCALES} alike"
+    ):
+        check_same_on_all_ranks(Fp8Config(recipe="blockwise"), Gathered(("blockwise", "NVIDIA TEST 10")))
 
 
 def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
@@ -112,14 +171,14 @@ def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
     with pytest.raises(ConfigError, match="on a GPU needs Transformer Engine's layers, but this run has local ones"):
         check(engine=False)
     with pytest.raises(
-        ConfigError, match=r"mxfp8 needs a GPU of compute capability 10\.0 or higher; NVIDIA TEST has 9\.0; set"
+        ConfigError, match=r"mxfp8 needs a GPU of compute capability 10\.0 or higher; NVIDIA TEST 9 has 9\.0; set"
     ):
         check(engine=True, recipe="mxfp8")
     on_card(monkeypatch, (9, 0), "2.2.0")
     with pytest.raises(ConfigError, match=r"blockwise needs transformer-engine 2\.3 or newer; 2\.2 is installed"):
         check(engine=True)
     on_card(monkeypatch, (8, 9))
-    with pytest.raises(ConfigError, match=r"NVIDIA TEST has 8\.9; set model\.fp8\.recipe tensorwise$"):
+    with pytest.raises(ConfigError, match=r"NVIDIA TEST 8 has 8\.9; set model\.fp8\.recipe tensorwise$"):
         check(engine=True)
     on_card(monkeypatch, (8, 0))
     with pytest.raises(

@@ -131,7 +131,7 @@ def padded_gradient(
     config = parity.make_config(Mesh(), model__fp8={"recipe": recipe}, batch__max_tokens=512)
     actor = parity.build_actor(config, layout)
     with torch.no_grad():
-        actor.policy.embedding.word_embeddings.weight[LOUD, 3] = 1e6
+        actor.policy[0].embedding.word_embeddings.weight[LOUD, 3] = 1e6
     batch = parity.off_policy(parity.make_batch())
     batch.tokens[batch.tokens == LOUD] = 0
     share = scatter_step(batch, config, layout, mini_batch_prompts=4, seed=None)
