@@ -34,6 +34,7 @@ def check_run(config: Config, processes: int | None = None) -> None:
     if config.observe.wandb_project:
         check_wandb()
     _check_model(config, processes)
+    _check_feeder(config)
 
 
 def check_contents(config: Config) -> list[str]:
@@ -166,6 +167,12 @@ def _check_model(config: Config, processes: int | None) -> None:
     check_fields(config.megatron, engine=engine)
     check_fp8(architecture, config.model, config.parallel, engine=engine)
     check_recompute(architecture, config.model, engine=engine)
+
+
+def _check_feeder(config: Config) -> None:
+    from dapo_mcore.batch.feeder import check_feeder
+
+    check_feeder(config.batch.feeder)
 
 
 def _data_sections(config: Config) -> dict[str, DataConfig]:

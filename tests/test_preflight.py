@@ -270,6 +270,7 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
     ),
     "few demonstrations": (nothing, ["warm_start.batch_size=9"], "warm_start.files hold 3 demonstrations, fewer than"),
     # services
+    "no DALI": (nothing, ["batch.feeder=dali"], "batch.feeder dali needs NVIDIA DALI"),
     "no wandb": (nothing, ["observe.wandb_project=p"], "observe.wandb_project is set, but wandb"),
 }
 
@@ -300,7 +301,8 @@ def test_a_mistake_in_a_checkpoint(case: str, task: Path, capsys: pytest.Capture
 def test_a_mistake_in_what_the_configuration_names(
     case: str, task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if wandb were not installed
+    for package in ("wandb", "nvidia.dali.plugin.pytorch.torch_utils"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     spoil, arguments, expected = RUNS[case]
     spoil()
     message = mistake(["config", "run.yaml", *arguments], capsys)

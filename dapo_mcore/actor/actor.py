@@ -23,6 +23,7 @@ from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import weight_shape
+from dapo_mcore.batch.feeder import build_feeder
 from dapo_mcore.config import optimizer as settings
 from dapo_mcore.config.schema import Config
 from dapo_mcore.types import MicroBatch
@@ -41,6 +42,7 @@ class Actor:
         self.reference = self._build_reference(hf_config)
         self.ddp = wrap(self.policy, config)
         self.head = PolicyHead(config, layout, self.shape.vocab_size)
+        self.feeder = build_feeder(config.batch.feeder, layout.device)
         self.num_updates = 0
         self.reset_optimizer(config.optimizer)
 
@@ -110,12 +112,14 @@ class Actor:
             chunk.zero_grad_buffer()
         self.optimizer.megatron.zero_grad()
         loss = self._supervised_loss if supervised else self._policy_loss
-        return run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True)
+        return run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True, feeder=self.feeder)
 
     def _with_logprobs(self, policy: Policy, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
         if not micro_batches:
             return []
-        outputs = run_micro_batches(policy, micro_batches, self._logprobs, self.layout, backward=False)
+        outputs = run_micro_batches(
+            policy, micro_batches, self._logprobs, self.layout, backward=False, feeder=self.feeder
+        )
         if not self.layout.is_last_stage:
             return list(micro_batches)
         return [

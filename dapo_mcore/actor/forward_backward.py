@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from dapo_mcore.actor.model.attention import SequenceParams, plan_attention
 from dapo_mcore.actor.model.policy import Policy, PolicyModel
 from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.batch.feeder import Feeder, PlainFeeder
 from dapo_mcore.types import MicroBatch
 
 MicroBatchOutput = dict[str, torch.Tensor]
@@ -36,6 +38,7 @@ def run_micro_batches(
     layout: Layout,
     *,
     backward: bool,
+    feeder: Feeder | None = None,
 ) -> list[MicroBatchOutput]:
     """Return the output that `loss_function` keeps of each micro-batch, on last-stage ranks; an empty list elsewhere.
 
@@ -43,15 +46,17 @@ def run_micro_batches(
     last one and returns (loss to differentiate, output to keep). With `backward`, main_grad holds the gradients afterwards,
     summed over data- and context-parallel ranks. Every rank must call this with the same number of micro-batches.
     Collectives: all of Megatron's for one gradient step.
+    feeder  brings the micro-batches to the device; the plain one by default
     """
+    chunks, feed = list(chunks), feeder or PlainFeeder(layout.device)
     forward_step = partial(_forward_step, loss_function=loss_function, layout=layout)
     schedule = get_forward_backward_func()
     tokens = micro_batches[0].tokens
     with torch.enable_grad() if backward else torch.no_grad():
         return schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=list(chunks),
+            data_iterator=list(tee(feed(micro_batches), len(chunks))),  # every chunk reads the same copies
+            model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=tokens.size(1) * layout.context,
             micro_batch_size=tokens.size(0),
@@ -69,7 +74,7 @@ def finalize_without_division(
 def _forward_step(
     iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]]]:
-    batch = to_device(next(iterator), layout.device)
+    batch = next(iterator)
     engine = model.config.transformer_impl == "transformer_engine"
     packed = _sequence_params(batch, layout, engine=engine)
     hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=packed)
@@ -106,13 +111,3 @@ def _sequence_params(batch: MicroBatch, layout: Layout, *, engine: bool) -> Pack
     return SequenceParams(
         **common, plan=plan_attention(batch.lengths, layout.context, layout.context_rank, layout.device)
     )
-
-
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Return the micro-batch with every tensor on `device`."""
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name in MicroBatch.__dataclass_fields__
-        if torch.is_tensor(value := getattr(batch, name)) and value.device != device
-    }
-    return batch.with_(**moved) if moved else batch

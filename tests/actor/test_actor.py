@@ -66,6 +66,21 @@ def test_scores_are_what_the_first_gradient_step_finds(plain):
     assert ratios == [0.0] * len(mini_batch), "|ratio - 1| of every micro-batch"
 
 
+def test_scoring_and_gradient_steps_take_what_the_feeder_gives(plain, monkeypatch):
+    actor, mini_batch = plain
+    given = []
+
+    def feeder(micro_batches: Any) -> Any:
+        given.append(micro_batches)
+        return iter([micro.with_(tokens=torch.zeros_like(micro.tokens)) for micro in micro_batches])
+
+    before = actor.score(mini_batch)[0].old_logprobs
+    monkeypatch.setattr(actor, "feeder", feeder)
+    after = actor.score(mini_batch)[0].old_logprobs
+    actor.backward(mini_batch)
+    assert [len(fed) for fed in given] == [len(mini_batch)] * 2 and not torch.equal(before, after)
+
+
 def test_with_old_log_probs_of_the_rollout_the_scores_do_not_enter_the_loss(alone):
     actor, mini_batch = built(alone, algo__old_logprobs="rollout")
     assert all(micro.old_logprobs is None for micro in mini_batch)

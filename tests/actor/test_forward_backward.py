@@ -11,8 +11,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from dapo_mcore.actor import forward_backward
 from dapo_mcore.actor.actor import wrap
-from dapo_mcore.actor.forward_backward import run_micro_batches, to_device
+from dapo_mcore.actor.forward_backward import run_micro_batches
 from dapo_mcore.actor.model.attention import SequenceParams
+from dapo_mcore.batch.feeder import Feeder, build_feeder
 from dapo_mcore.types import MicroBatch
 from tests.actor import parity
 from tests.actor.parity import Mesh
@@ -47,9 +48,9 @@ def ddp(alone) -> Any:
     return ddp
 
 
-def gradient(ddp: Any, layout: Any, batches: list[MicroBatch]) -> torch.Tensor:
+def gradient(ddp: Any, layout: Any, batches: list[MicroBatch], feeder: Feeder | None = None) -> torch.Tensor:
     ddp.zero_grad_buffer()
-    run_micro_batches([ddp], batches, weighted_sum, layout, backward=True)
+    run_micro_batches([ddp], batches, weighted_sum, layout, backward=True, feeder=feeder)
     return torch.cat([parameter.main_grad.flatten() for parameter in ddp.module.parameters()])
 
 
@@ -100,9 +101,8 @@ def test_transformer_engine_gets_boundaries_on_the_device_and_no_plan(ddp, alone
     assert local.max_seqlen_q == engine.max_seqlen_kv == 3
 
 
-def test_a_micro_batch_is_copied_only_to_another_device():
-    batch = micro_batch([5, 3], lengths=[1, 1])
-    assert to_device(batch, torch.device("cpu")) is batch
-    moved = to_device(batch, torch.device("meta"))
-    assert {moved.tokens.device.type, moved.cu_seqlens.device.type, moved.rows.device.type} == {"meta"}
-    assert moved.max_seqlen == 1 and moved.old_logprobs is None and batch.tokens.device.type == "cpu"
+def test_every_feeder_gives_the_same_gradient(ddp, alone):
+    pytest.importorskip("nvidia.dali", reason="needs the extra dali")
+    batches = [micro_batch([5, 3, 8], lengths=[2, 1]), micro_batch([2]), micro_batch([4, 4, 1, 7], lengths=[4])]
+    plain, dali = (gradient(ddp, alone, batches, build_feeder(kind, alone.device)) for kind in ("plain", "dali"))
+    assert torch.equal(plain, dali) and plain.norm() > 0
