@@ -1,4 +1,4 @@
-"""GPU kernels and the same operations in PyTorch: the packages `policy_head`, `policy_loss` and `fp8_quant`.
+"""GPU kernels and the same operations in PyTorch: `policy_head`, `policy_loss`, `swiglu` and `fp8_quant`.
 
 Change here: nothing. The packages are in the folder `kernels/` of the repository and are installed under this name. In a
 checkout that is not installed, `__path__` finds that folder.

@@ -24,6 +24,7 @@ PART = [
     "model/test_policy.py::test_logits_and_gradients_equal_the_fp64_run_of_transformers[TP1PP1CP1DP1]",  # latent attention, too
     "model/test_experts.py::test_the_gradient_is_that_of_one_fp64_process[TP1PP1CP1DP2EP2]",
     "model/test_megatron_fields.py",
+    "model/test_swiglu.py",
 ]
 SMALL = [
     *("rollout.group_size=4", "rollout.max_response_tokens=12", "reward.overlong.cache=4", "sampling.style=none"),

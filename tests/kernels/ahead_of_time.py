@@ -26,6 +26,7 @@ from dapo_mcore.kernels.fp8_quant import kernel as fp8_quant
 from dapo_mcore.kernels.policy_loss import Objective, TokenInputs
 from dapo_mcore.kernels.policy_loss import kernel as policy_loss
 from dapo_mcore.kernels.policy_loss.shard import VocabShard
+from dapo_mcore.kernels.swiglu import kernel as swiglu
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
@@ -106,7 +107,17 @@ def fp8_quant_calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{rows} x {columns} in {str(dtype)[6:]}", partial(fp8_quant.quantize_rows, weight)
 
 
-CALLS = (policy_loss_calls, fp8_quant_calls)
+def swiglu_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (27_648, 768, 1_003):
+            x, grad = meta(TOKENS, 2 * width, dtype=dtype), meta(TOKENS, width, dtype=dtype)
+            for name, weights in {"": None, ", weighted": meta(TOKENS, 1)}.items():
+                case = f"width {width} in {str(dtype)[6:]}{name}"
+                yield case, partial(swiglu.forward, x, weights)
+                yield case, partial(swiglu.backward, grad, x, weights)
+
+
+CALLS = (policy_loss_calls, fp8_quant_calls, swiglu_calls)
 
 
 def kernels() -> set[str]:
@@ -165,6 +176,11 @@ def accesses(ptx: str) -> str:
     return "".join(letters[found] for found in re.findall(r"ld\.global|st\.global|bar\.sync", ptx))
 
 
+def wide_bytes(ptx: str, warps: int) -> dict[str, int]:
+    """Return the bytes that all threads together read and write in accesses of 16 bytes, loops counted once."""
+    return {way: 16 * 32 * warps * len(re.findall(rf"{way}\.global[\w.:]*\.v4\.b32", ptx)) for way in ("ld", "st")}
+
+
 def compile_all() -> Iterator[dict[str, object]]:
     """Yield a record per different compiled kernel."""
     triton.runtime.driver.set_active(NoDevice())
@@ -190,6 +206,7 @@ def compile_all() -> Iterator[dict[str, object]]:
                         **resources(compiled.asm["ptx"]),
                         "sum_layouts": sum_layouts(compiled.asm["ttgir"]),
                         "accesses": accesses(compiled.asm["ptx"]),
+                        "wide_bytes": wide_bytes(compiled.asm["ptx"], compiled.metadata.num_warps),
                     }
 
 

@@ -58,3 +58,15 @@ def test_scoring_adds_in_the_order_of_training(records):
     assert len(orders) >= 4 and all(len(layouts) == 1 for layouts in orders.values()), orders
     scored = {record["case"].split(":")[0] for record in rows if record["case"].endswith("score")}
     assert scored == set(orders)
+
+
+@pytest.mark.parametrize(("width", "block"), [(27_648, 2_048), (768, 1_024)])
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_swiglu_reads_and_writes_every_number_once_in_accesses_of_16_bytes(records, width, block, dtype, itemsize):
+    """A forward step of `block` columns reads gate and up and writes y; a backward step reads dy, too, and writes two gradients."""
+    expected = {"swiglu_kernel": (2, 1), "swiglu_gradient_kernel": (3, 2)}
+    for weighted in ("", ", weighted"):
+        case = f"width {width} in {dtype}{weighted}"
+        found = {r["kernel"].split(".")[-1]: r["wide_bytes"] for r in records[:-1] if r["case"] == case}
+        numbers = {name: (b["ld"] / block / itemsize, b["st"] / block / itemsize) for name, b in found.items()}
+        assert numbers == expected, case

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from dapo_mcore.actor.model.attention import CoreAttention
 from dapo_mcore.actor.model.latent import LatentAttention, ReplicatedLinear, use_replicated_linear
+from dapo_mcore.actor.model.swiglu import use_own_swiglu
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 
@@ -58,6 +59,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
 
 def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Return the layers of this rank's pipeline stage; `config.moe_layer_freq` says which of them have experts."""
+    use_own_swiglu()
     engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
     if config.multi_latent_attention:

@@ -42,7 +42,8 @@ EFFECTIVE = _names("""
     batch_p2p_sync deallocate_pipeline_outputs num_microbatches_with_partial_activation_checkpoints
     recompute_granularity recompute_method recompute_num_layers distribute_saved_activations
     clone_scatter_output_in_embedding config_logger_dir deterministic_mode enable_autocast autocast_dtype
-    fp32_residual_connection activation_func_clamp_value glu_linear_offset attention_output_gate
+    fp32_residual_connection activation_func_clamp_value activation_func_fp8_input_store glu_linear_offset
+    attention_output_gate
     no_rope_freq rotary_interleaved
     moe_apply_probs_on_input moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
     moe_input_jitter_eps moe_latent_size moe_router_dtype moe_router_force_load_balancing moe_router_force_biased
@@ -52,7 +53,7 @@ EFFECTIVE = _names("""
 """These have an effect with every kind of layers."""
 
 ENGINE_ONLY = _names("""
-    fp4 fp4_recipe fp4_param fp4_quantizer_factory activation_func_fp8_input_store
+    fp4 fp4_recipe fp4_param fp4_quantizer_factory
     disable_parameter_transpose_cache quant_recipe
     tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs
     tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs

@@ -30,6 +30,9 @@ _STAGE_FIELDS = (
     "account_for_loss_in_pipeline_split",
 )
 
+_OTHER_SWIGLU = ("activation_func_clamp_value", "glu_linear_offset", "use_te_activation_func")
+"""Fields that change how a SwiGLU is computed; megatron-core refuses or ignores them with `bias_activation_fusion`."""
+
 
 def transformer_config(config: Config, architecture: Architecture) -> TransformerConfig:
     """Return Megatron's config of the model.
@@ -42,6 +45,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     owned = owned_fields(config, architecture)
     engine = owned["transformer_impl"] == "transformer_engine"
     check_fields(config.megatron, engine=engine, owned=owned)
+    _check_swiglu(config.megatron)
     fp8_rules.check_fp8(architecture, config.model, config.parallel, engine=engine)
     recompute.check_recompute(architecture, config.model, engine=engine)
     chosen = config.megatron
@@ -63,6 +67,19 @@ def owned_fields(config: Config, architecture: Architecture) -> dict[str, Any]:
         **recompute.megatron_fields(config.model.recompute),
         "moe_router_load_balancing_type": "none",
     }
+
+
+def _other_swiglu(megatron: dict[str, Any]) -> list[str]:
+    """Return the fields of the `megatron` section that need megatron-core's unfused SwiGLU in place of ours (swiglu.py)."""
+    return [field for field in _OTHER_SWIGLU if megatron.get(field)]
+
+
+def _check_swiglu(megatron: dict[str, Any]) -> None:
+    if megatron.get("activation_func_fp8_input_store") and (others := _other_swiglu(megatron)):
+        raise ConfigError(
+            f"megatron.activation_func_fp8_input_store would change nothing: megatron.{others[0]} needs a SwiGLU that keeps "
+            f"its input in full; leave one of them out"
+        )
 
 
 def _check_stages(built: TransformerConfig) -> None:
@@ -135,7 +152,7 @@ def _implementation(config: Config, architecture: Architecture) -> dict[str, Any
         transformer_impl="transformer_engine" if engine else "local",
         use_cpu_initialization=not torch.cuda.is_available(),
         moe_grouped_gemm=engine,
-        bias_activation_fusion=engine,
+        bias_activation_fusion=not _other_swiglu(config.megatron),
         bias_dropout_fusion=engine,
         apply_rope_fusion=engine and not architecture.latent_attention,
         masked_softmax_fusion=False,

@@ -13,9 +13,11 @@ from dapo_mcore.kernels.fp8_quant import quantize_blocks, quantize_rows
 from dapo_mcore.kernels.policy_loss import Objective, TokenInputs
 from dapo_mcore.kernels.policy_loss.dispatch import choose
 from dapo_mcore.kernels.policy_loss.shard import VocabShard
+from dapo_mcore.kernels.swiglu import choose as choose_swiglu
+from dapo_mcore.kernels.swiglu import torch_path as swiglu_in_torch
 
 from tests.kernels.bench.measure import Timing, num_copies, time_calls
-from tests.kernels.bench.problem import Shape
+from tests.kernels.bench.problem import MLP_WIDTHS, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Pass:
 
 
 def measure_passes(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Pass]:
-    """Measure the loss over [rows, V] logits in fp32 and `dtype`, and FP8 quantisation of a [V, H] weight in `dtype`."""
+    """Measure the loss over [rows, V] logits in fp32 and `dtype`, FP8 quantisation of a [V, H] weight in `dtype`, and SwiGLU."""
     for logits_dtype in dict.fromkeys((torch.float32, dtype)):
         yield policy_loss_pass(rows, shape.vocab, logits_dtype, dtype, device)
     size = shape.vocab * shape.hidden
@@ -42,6 +44,27 @@ def measure_passes(shape: Shape, rows: int, dtype: torch.dtype, device: torch.de
     yield Pass(f"FP8 blocks of 128, [{shape.vocab}, {shape.hidden}] {name(dtype)}", timing, size * (dtype.itemsize + 1))
     timing = time_calls(quantize_rows, weights)
     yield Pass(f"FP8 rows, [{shape.vocab}, {shape.hidden}] {name(dtype)}", timing, size * (2 * dtype.itemsize + 1))
+    yield from swiglu_passes(rows, MLP_WIDTHS[shape.model] // shape.tensor_parallel, dtype, device)
+
+
+def swiglu_passes(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Pass]:
+    """Measure SwiGLU and its gradient for [rows, width] outputs, and on a GPU the same formulas through torch.compile."""
+    size = rows * width * dtype.itemsize
+    copies = num_copies(3 * size, device)
+    inputs = [torch.randn(rows, 3 * width, device=device).to(dtype).split((2 * width, width), 1) for _ in range(copies)]
+    weights = torch.rand(rows, 1, device=device)
+    chosen = choose_swiglu(inputs[0][0])
+    calls = {
+        "SwiGLU": (lambda given: chosen.forward(given[0], None), 3),
+        "SwiGLU's gradient": (lambda given: chosen.backward(given[1], given[0], None), 5),
+        "SwiGLU's gradient, weighted": (lambda given: chosen.backward(given[1], given[0], weights), 5),
+    }
+    if device.type == "cuda":
+        forward, backward = torch.compile(swiglu_in_torch.forward), torch.compile(swiglu_in_torch.backward)
+        calls["SwiGLU, torch.compile"] = (lambda given: forward(given[0], None), 3)
+        calls["SwiGLU's gradient, torch.compile"] = (lambda given: backward(given[1], given[0], None), 5)
+    for what, (call, times) in calls.items():
+        yield Pass(f"{what}, [{rows}, {width}] {name(dtype)}", time_calls(call, inputs), times * size)
 
 
 def policy_loss_pass(

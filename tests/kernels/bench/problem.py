@@ -16,6 +16,7 @@ from torch import Tensor
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 MODELS = {"Qwen2.5-1.5B": (1536, 151_936), "Qwen2.5-7B": (3584, 152_064), "Qwen2.5-32B": (5120, 152_064)}
+MLP_WIDTHS = {"Qwen2.5-1.5B": 8_960, "Qwen2.5-7B": 18_944, "Qwen2.5-32B": 27_648, "tiny": 256}
 GPU_TOKENS = (4_096, 20_480, 65_536)
 
 
