@@ -8,7 +8,9 @@ beside the policy with a `wrap`, an Optimizer and a head of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from dapo_mcore.actor.metrics import UpdateStats, micro_batch_stats
 from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
 from dapo_mcore.actor.optimizer import Optimizer, SkippedUpdates
 from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.actor.param_gather import gather_parameters
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import weight_shape
@@ -41,6 +44,7 @@ class Actor:
         self.policy.load_weights(reader, self.shape, layout)
         self.reference = self._build_reference(hf_config)
         self.ddp = wrap(self.policy, config)
+        gather_parameters(self.ddp)  # Megatron takes those of a new model for outdated
         self.head = PolicyHead(config, layout, self.shape.vocab_size)
         self.feeder = build_feeder(config.batch.feeder, layout.device)
         self.num_updates = 0
@@ -84,11 +88,14 @@ class Actor:
         *,
         supervised: bool = False,
         check: Callable[[UpdateStats], None] | None = None,
+        update_follows: bool = False,
     ) -> UpdateStats:
         """Take one gradient step on a mini-batch and return its statistics over all ranks.
 
-        supervised  maximise the targets' likelihood instead of the policy objective; advantages are not read
-        check       called with the statistics before the weights change; an exception, on all ranks, leaves them as they are
+        supervised      maximise the targets' likelihood instead of the policy objective; advantages are not read
+        check           called with the statistics before the weights change; an exception, on all ranks, leaves them as they are
+        update_follows  nothing reads the weights before the next `update`. With parallel.overlap_param_gather its forward pass
+                        gathers them then; otherwise they are whole when this returns
         If a gradient is not finite on any rank, all ranks skip the step. Raises TrainingError, on every rank, at the last of
         optimizer.max_skipped_updates skipped steps in a row. Collectives: all of Megatron's for a gradient step.
         """
@@ -99,6 +106,8 @@ class Actor:
             check(stats)
         if not stats.skipped:
             self.optimizer.step(norm)
+        if not update_follows:
+            gather_parameters(self.ddp)
         self.num_updates += 1
         self.skipped_updates.add(stats.skipped)
         return stats
@@ -162,8 +171,22 @@ def wrap(policy: Policy, config: Config) -> list[DistributedDataParallel]:
     policy.config.finalize_model_grads_func = finalize_without_division
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        bucket_size=config.parallel.bucket_size,
         use_distributed_optimizer=config.optimizer.distributed,
         average_in_collective=False,
     )
-    return [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]
+    chunks = [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]
+    if config.parallel.overlap_grad_reduce:
+        policy.config.no_sync_func = partial(_without_reduction, chunks)
+    return chunks
+
+
+@contextmanager
+def _without_reduction(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Let micro-batches add their gradients. Megatron's schedules leave this before the last one, which starts the sums."""
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(chunk.no_sync())
+        yield

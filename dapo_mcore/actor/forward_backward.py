@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from dapo_mcore.actor.model.attention import SequenceParams, plan_attention
 from dapo_mcore.actor.model.policy import Policy, PolicyModel
 from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.actor.param_gather import wait_for_parameter
 from dapo_mcore.batch.feeder import Feeder, PlainFeeder
 from dapo_mcore.types import MicroBatch
 
@@ -84,7 +85,10 @@ def _forward_step(
 def _loss(
     model: torch.nn.Module, batch: MicroBatch, loss_function: LossFunction, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]:
-    policy = model.module if isinstance(model, DistributedDataParallel) else model
+    policy = model
+    if isinstance(model, DistributedDataParallel):
+        policy = model.module
+        wait_for_parameter(model, policy.head_weight())
     loss, output = loss_function(policy, hidden, batch)
     # Megatron neither averages nor scales a loss in the form (loss, token count, output); it does not use the count
     return loss, torch.zeros((), dtype=torch.int, device=hidden.device), output

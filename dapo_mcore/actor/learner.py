@@ -79,12 +79,16 @@ class Learner:
         Raises RolloutError on every rank, before any weight changes, if the engine's log-probs differ from the actor's by more
         than algo.max_mismatch.
         """
-        first, *others = [mini for _ in range(self.config.batch.epochs) for mini in scored.mini_batches]
+        mini_batches = [mini for _ in range(self.config.batch.epochs) for mini in scored.mini_batches]
+        last = len(mini_batches) - 1
 
         def check(stats: UpdateStats) -> None:
             check_mismatch(mismatch_metrics(stats.mismatch + scored.mismatch), self.config.algo.max_mismatch)
 
-        return [self.actor.update(first, check=check), *(self.actor.update(mini) for mini in others)]
+        return [
+            self.actor.update(mini, check=None if number else check, update_follows=number < last)
+            for number, mini in enumerate(mini_batches)
+        ]
 
     def _num_unscored(self, num_mini_batches: int) -> int:
         """Return how many mini-batches, from the first on, need no scoring pass.

@@ -83,6 +83,21 @@ def _check_batch(c: Config) -> None:
         )
 
 
+def _check_param_gather(c: Config) -> None:
+    if not c.parallel.overlap_param_gather:
+        return
+    if not c.optimizer.distributed:
+        raise ValueError(
+            "parallel.overlap_param_gather needs optimizer.distributed true: without it every rank updates all parameters, and "
+            "there is nothing to gather; set overlap_param_gather false"
+        )
+    if c.megatron.get("moe_shared_expert_overlap"):
+        raise ValueError(
+            "parallel.overlap_param_gather waits for a weight where its module's forward pass begins, and "
+            "megatron.moe_shared_expert_overlap calls parts of the shared experts without one; leave one of both out"
+        )
+
+
 def _check_tokens(c: Config) -> None:
     longest = c.longest_sequence
     budget, context = c.batch.max_tokens, c.parallel.context_parallel
@@ -246,6 +261,7 @@ def _check_ray(c: Config) -> None:
 
 RULES = (
     _check_batch,
+    _check_param_gather,
     _check_tokens,
     _check_overlong,
     _check_algo,

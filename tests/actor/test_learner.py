@@ -46,7 +46,7 @@ class MadeUpActor:
             return list(micro_batches)
         return [micro.with_(ref_logprobs=torch.full_like(micro.token_weights, -1.0)) for micro in micro_batches]
 
-    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None) -> int:
+    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None, update_follows: bool = False) -> int:
         rollout = torch.cat([micro.rollout_logprobs for micro in micro_batches])
         if check is not None:
             check(SimpleNamespace(mismatch=mismatch_stats(torch.full_like(rollout, -0.3), rollout)))

@@ -15,8 +15,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +58,7 @@ class Case:
     """A model on a mesh. It saves, then loads its own checkpoint and those of earlier cases with the same model.
 
     distributed   the distributed optimizer, else the plain one
-    bucket_size   elements of a bucket of gradients; None for one bucket, which is what training has today
+    bucket_size   that of the section `parallel`, with overlap_grad_reduce; None for one bucket
     """
 
     model: str
@@ -132,7 +131,7 @@ def save_and_load_all(layout: Any, case: Case, folder: Path) -> dict[str, list[s
 
 def gathered(actor: Any) -> dict[str, torch.Tensor]:
     """Return full tensors by kind and HF name, on rank 0: weights, fp32 copies, both moments, and Adam's steps."""
-    kinds = {"weight": {name: p.detach() for name, p in actor.policy.named_weights()}, **_optimizer_state(actor)}
+    kinds = {"weight": {name: p.detach() for name, p in actor.policy.named_weights()}, **optimizer_state(actor)}
     found = {}
     for kind, tensors in kinds.items():
         halves = [_in_dtype(tensor, actor.policy.config.params_dtype) for tensor in tensors.values()]
@@ -149,7 +148,7 @@ def _in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     return [half.contiguous() for half in tensor.contiguous().view(dtype).unflatten(-1, (-1, 2)).unbind(-1)]
 
 
-def _optimizer_state(actor: Any) -> dict[str, dict[str, torch.Tensor]]:
+def optimizer_state(actor: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Return {kind: {name: whole local tensor}}, summed over data-parallel ranks in a buffer of the gradients' shape."""
     parts = actor.optimizer.megatron.chained_optimizers
     state = {main: values for part in parts for main, values in part.optimizer.state.items()}
@@ -186,7 +185,7 @@ def _torn(actor: Any) -> list[str]:
     layout = actor.layout
     if not actor.shape.tied or layout.pipeline == 1:
         return []
-    kinds = {"weight": dict(actor.policy.named_weights()), **_optimizer_state(actor)}
+    kinds = {"weight": dict(actor.policy.named_weights()), **optimizer_state(actor)}
     mine = [
         kind[name]
         for kind in kinds.values()
@@ -237,44 +236,28 @@ def _spoil(actor: Any) -> None:
 def _actor(case: Case, layout: Any) -> Any:
     import transformers
 
-    from dapo_mcore.actor import actor as module
+    from dapo_mcore.actor.actor import Actor
     from dapo_mcore.model_files.hf_folder import RandomReader
 
     kind, _, own = MODELS[case.model]
     model = getattr(transformers, f"{kind}Config")(**SIZES | own, architectures=[f"{kind}ForCausalLM"])
     reader = RandomReader(model, seed=zlib.crc32(str(case).encode()))
-    with _buckets(module, case.bucket_size):
-        return module.Actor(_config(case), model, layout, reader)
-
-
-@contextmanager
-def _buckets(module: Any, size: int | None) -> Iterator[None]:
-    """Put gradients into buckets of `size` elements, which Megatron has only if reduction overlaps the backward pass."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    def wrap(policy: Any, config: Any) -> list[DistributedDataParallel]:
-        options = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=True,
-            bucket_size=size,
-            use_distributed_optimizer=config.optimizer.distributed,
-        )
-        wrapped = [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]
-        first = wrapped[0].buffers[0].buckets
-        assert len(first) > 2 or not policy[0].pre_process, "upstream cuts the first stage alone"
-        return wrapped
-
-    original = module.wrap
-    module.wrap = original if size is None else wrap
-    try:
-        yield
-    finally:
-        module.wrap = original
+    actor = Actor(_config(case), model, layout, reader)
+    first = actor.ddp[0]
+    if case.bucket_size:  # upstream cuts the first stage alone
+        assert len(first.buffers[0].buckets) > 2 or not first.module.pre_process
+    return actor
 
 
 def _config(case: Case) -> Any:
     dtype = MODELS[case.model][1]
-    return parity.make_config(case.mesh, model__dtype=dtype, optimizer__distributed=case.distributed)
+    overlap = {"parallel__overlap_grad_reduce": True, "parallel__bucket_size": case.bucket_size}
+    return parity.make_config(
+        case.mesh,
+        model__dtype=dtype,
+        optimizer__distributed=case.distributed,
+        **overlap if case.bucket_size else {},
+    )
 
 
 def _train_state(num_updates: int) -> Any:

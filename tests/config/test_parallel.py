@@ -1,6 +1,8 @@
-"""Defaults of the section `parallel`."""
+"""Defaults and rules of the section `parallel`."""
 
 from __future__ import annotations
+
+import pytest
 
 from dapo_mcore.config.parallel import ParallelConfig
 
@@ -9,3 +11,17 @@ def test_the_experts_of_one_rank_share_its_tensor_parallelism_and_those_of_sever
     assert ParallelConfig(tensor_parallel=4).expert_tensor_size == 4
     assert ParallelConfig(tensor_parallel=4, expert_parallel=2).expert_tensor_size == 1
     assert ParallelConfig(tensor_parallel=4, expert_parallel=2, expert_tensor_parallel=2).expert_tensor_size == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"overlap_param_gather": True}, "gathers the buckets of overlap_grad_reduce, which is false"),
+        ({"bucket_size": 1000}, "bucket_size 1000 has no effect without overlap_grad_reduce"),
+        ({"bucket_size": 0, "overlap_grad_reduce": True}, "greater than or equal to 1"),
+    ],
+)
+def test_what_needs_overlapped_reduction_is_refused_without_it(given: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**given)
+    ParallelConfig(**given | {"overlap_grad_reduce": True, "bucket_size": 1})

@@ -19,6 +19,9 @@ AHEAD = ["rollout.engine=sglang", "rollout.async_steps=1", "reward.workers=1"]
 KEEP = ["rollout.engine=sglang", "sampling.on_full=keep", "algo.old_logprobs=rollout"]
 
 
+GATHER = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+
+
 CLUSTER = ["rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"]
 
 
@@ -36,6 +39,8 @@ RULES: list[tuple[list[str], str]] = [
         "data.max_prompt_tokens 100 + rollout.max_response_tokens 205 = 305 tokens, "
         "but a micro-batch holds batch.max_tokens 100 ",
     ),
+    ([*GATHER, "optimizer.distributed=false"], "overlap_param_gather needs optimizer.distributed true"),
+    ([*GATHER, "megatron.moe_shared_expert_overlap=true"], "calls parts of the shared experts without one"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1"),
     (
         [*LONG, "batch.max_tokens=100"],
@@ -120,6 +125,7 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
     [
         ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=6"],
         ["parallel.sequence_parallel=true", "parallel.tensor_parallel=2"],
+        [*GATHER, "megatron.moe_shared_expert_overlap=false"],
         [*LONG, "batch.max_tokens=102"],
         ["reward.overlong.penalty=true", "rollout.max_response_tokens=4096"],
         ["algo.old_logprobs=rollout", "algo.tis.mode=mask"],
