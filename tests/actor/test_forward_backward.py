@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from dapo_mcore.actor import forward_backward
 from dapo_mcore.actor.actor import wrap
@@ -106,3 +108,50 @@ def test_every_feeder_gives_the_same_gradient(ddp, alone):
     batches = [micro_batch([5, 3, 8], lengths=[2, 1]), micro_batch([2]), micro_batch([4, 4, 1, 7], lengths=[4])]
     plain, dali = (gradient(ddp, alone, batches, build_feeder(kind, alone.device)) for kind in ("plain", "dali"))
     assert torch.equal(plain, dali) and plain.norm() > 0
+
+
+def test_a_gradient_step_is_one_call_of_the_schedule_for_layers_that_begin_anew_in_each(alone):
+    """With FP8, the first micro-batch of a call replaces main_grad in Transformer Engine's layers, and the others add to it."""
+    config = parity.make_config(Mesh(), batch__max_tokens=40)
+    actor = parity.build_actor(config, alone)
+    mini_batch = parity.shared_step(config, alone, parity.make_batch(), actor)[0]
+    actor.backward(mini_batch)
+    expected = [parameter.main_grad.clone() for parameter in actor.policy.parameters()]
+    actor.policy.config.fp8 = "e4m3"  # local layers do not read it; the flag is set with FP8 only
+    linear = [m for m in actor.policy.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    for module in linear:
+        module.is_first_microbatch, module._forward_impl = False, partial(flagged_product, layer=module)
+    for _ in range(2):
+        actor.score(mini_batch)
+        actor.backward(mini_batch)
+        for parameter, gradient in zip(actor.policy.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-5, atol=1e-7)
+    assert len(mini_batch) > 2 and not any(module.is_first_microbatch for module in linear[:-1])
+    gradient = linear[0].weight.main_grad.clone()
+    run_micro_batches(actor.ddp, mini_batch, actor._policy_loss, alone, backward=True)
+    torch.testing.assert_close(
+        linear[0].weight.main_grad, gradient, rtol=1e-5, atol=1e-7
+    )  # a second call loses the first
+
+
+class FlaggedProduct(torch.autograd.Function):
+    """A product that treats main_grad as Transformer Engine's fused accumulation does (2.11, pytorch/module/linear.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, first: bool) -> torch.Tensor:
+        ctx.weight, ctx.hidden, ctx.first = weight, hidden.detach(), first
+        return hidden @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        weight = ctx.weight
+        found = gradient.flatten(0, -2).T @ ctx.hidden.flatten(0, -2)
+        weight.main_grad.copy_(found if ctx.first else weight.main_grad + found)
+        weight.grad_added_to_main_grad = True
+        return gradient @ weight, torch.zeros_like(weight), None
+
+
+def flagged_product(*, input: torch.Tensor, weight: torch.Tensor, bias: Any, layer: Any, **_: Any) -> torch.Tensor:
+    product = FlaggedProduct.apply(input, weight, layer.is_first_microbatch)
+    layer.is_first_microbatch = False
+    return product if bias is None else product + bias

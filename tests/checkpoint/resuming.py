@@ -65,6 +65,18 @@ def local_state(actor: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
+def rounded_masters(actor: Any) -> bool:
+    """Return True if each weight has, on this rank, the bits of its fp32 master in the model's dtype."""
+    shards = [shard for shard in actor.optimizer.shards() if "param" in shard.state]
+    return bool(shards or actor.policy.config.params_dtype == torch.float32) and all(
+        torch.equal(
+            shard.parameter.detach().flatten().narrow(0, shard.start, master.numel()), master.to(shard.parameter.dtype)
+        )
+        for shard in shards
+        for master in [shard.state["param"]]
+    )
+
+
 def differences(layout: Any, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
     """Return the names of tensors that are not bitwise equal, over all ranks."""
     assert ours.keys() == theirs.keys() and any(name.startswith("exp_avg_sq") for name in ours)
@@ -99,6 +111,7 @@ def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str
         )
     return {
         "moved": any(not torch.equal(saved[name], p) for name, p in actor.policy.named_weights()),
+        "rounded": rounded_masters(resumed),
         "loaded": all(torch.equal(saved[name], loaded[name]) for name in saved),
         "expected": expected,
         "found": found,
@@ -136,6 +149,7 @@ def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: s
     base = Path(folder)
     return {
         "plain": interrupt_and_resume(layout, mesh, folder, {"optimizer__distributed": False}, False),
+        "fp8": resume_in_fp8(layout, mesh, base / "fp8"),
         "reshard": reshard(layout, mesh, Path(tensor_parallel_path)),
         "first_step": [before_the_first_step(layout, mesh, base / str(own), own) for own in (True, False)],
         "settings": changed_settings(layout, mesh, Path(tensor_parallel_path)),
@@ -144,6 +158,13 @@ def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: s
         "errors": errors(layout, mesh, Path(tensor_parallel_path), base / "damaged"),
         "unnumbered": numbered_and_not(layout, mesh, Path(tensor_parallel_path), base / "unnumbered"),
     }
+
+
+def resume_in_fp8(layout: Any, mesh: Mesh, folder: Path) -> dict[str, Any]:
+    options = {"model__dtype": "bf16", "model__fp8": {"recipe": "blockwise"}, "batch__max_tokens": 400}
+    found = interrupt_and_resume(layout, mesh, str(folder), options, False)
+    plain = build_actor(settings(mesh, **(options | {"model__fp8": None})), layout)
+    return found | {"without_fp8": train(plain, 4)[::2]}
 
 
 def reshard(layout: Any, mesh: Mesh, path: Path) -> dict[str, Any]:

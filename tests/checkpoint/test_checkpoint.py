@@ -17,7 +17,7 @@ from tests.checkpoint.resuming import STATE, in_one_process, interrupt_and_resum
 
 
 def check_resumed(result: dict[str, Any]) -> None:
-    assert result["moved"] and result["loaded"]
+    assert result["moved"] and result["loaded"] and result["rounded"]
     assert result["found"] == result["expected"]
     assert result["found"][1::2] == pytest.approx([1e-3 * 3 / 8, 1e-3 * 4 / 8], rel=1e-12)
     assert result["different"] == []
@@ -62,6 +62,13 @@ def single_process_run(tensor_parallel_run: dict[str, Any], tmp_path_factory: py
 
 def test_resume_is_bitwise_with_the_plain_optimizer(single_process_run: dict[str, Any]) -> None:
     check_resumed(single_process_run["plain"])
+
+
+def test_resume_is_bitwise_with_fp8(single_process_run: dict[str, Any]) -> None:
+    """Checkpoints hold fp32 masters, and weights in bf16, which are the rounded masters; nothing holds FP8."""
+    found = single_process_run["fp8"]
+    check_resumed(found)
+    assert found["without_fp8"] != found["expected"][::2]
 
 
 def test_a_tensor_parallel_checkpoint_continues_in_one_process(single_process_run: dict[str, Any]) -> None:

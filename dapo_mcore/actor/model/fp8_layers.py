@@ -82,7 +82,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(tokens, weight)
         ctx.fp8, ctx.shape = fp8, hidden.shape
         product = fp8.activation(tokens, along=1) @ fp8.weight(weight, along=1).T
-        return product.to(hidden.dtype).view(*hidden.shape[:-1], -1)
+        return product.to(hidden.dtype).view(*hidden.shape[:-1], weight.size(0))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:

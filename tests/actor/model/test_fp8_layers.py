@@ -98,3 +98,26 @@ def test_recomputation_repeats_the_product_and_its_gradients_bitwise():
         compute(hidden, weight).square().sum().backward()
         gradients.append((hidden.grad, weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_zero_and_tiny_gradients_stay_finite_and_masked_tokens_give_exactly_nothing(recipe):
+    """Tokens without loss, whole tiles of them, one value per tile, and values near the smallest of fp32."""
+    hidden, weight, gradient = operands()
+    gradient[3] = 0
+    gradient[128:] = 0
+    gradient[:, 128:] *= 1e-38
+    gradient[40:80] *= 1e-7  # what a token-mean over ten million tokens gives
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    fp8_product(hidden, weight, quantizer(recipe, "e4m3")).backward(gradient)
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all() and weight.grad.norm() > 0
+    assert not hidden.grad[3].any() and not hidden.grad[128:].any()
+    assert hidden.grad[40:80].any() == (recipe != "tensorwise")  # one scale for all loses them
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_an_expert_without_tokens_has_a_gradient_of_zero(recipe):
+    hidden, weight = torch.zeros(0, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+    fp8_product(hidden, weight, quantizer(recipe, "e4m3")).sum().backward()
+    assert hidden.grad.shape == (0, 64) and weight.grad.shape == (32, 64) and not weight.grad.any()

@@ -19,6 +19,7 @@ TOKENS = 24
 LEVELS: dict[str, list[str | list[str]]] = {
     "qwen2": ["selective", ["mlp"], ["core_attn", "mlp"], "full"],
     "qwen2-moe": [["mlp"], ["shared_experts"], ["moe"], ["core_attn", "mlp", "moe"], "full"],
+    "mixtral": [["core_attn", "moe"], "full"],
     "deepseek-v3": [["core_attn"], ["core_attn", "mla_up_proj"], ["mlp", "shared_experts"], ["moe"], "full"],
 }
 """By family, what its local layers can recompute."""
@@ -33,7 +34,12 @@ def check(family: str, *modules: str, engine: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "fp8"), [*((family, None) for family in LEVELS), ("qwen2", {"recipe": "blockwise"})]
+    ("family", "fp8"),
+    [
+        *((family, None) for family in LEVELS),
+        *(("qwen2", {"recipe": recipe}) for recipe in ("tensorwise", "blockwise", "mxfp8")),
+        ("mixtral", {"recipe": "blockwise"}),
+    ],
 )
 def test_gradients_are_those_without_recomputation_and_less_is_kept(alone, family, fp8):
     """Bit for bit, except that recomputed shared experts add their part to the gradient of their input in another order."""
