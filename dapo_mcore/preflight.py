@@ -146,6 +146,7 @@ def _check_servers(config: Config, architecture: str) -> None:
 
 
 def _check_model(config: Config, processes: int | None) -> None:
+    from dapo_mcore.actor.model.expert_rules import check_routing
     from dapo_mcore.actor.model.fp8_rules import check_fp8
     from dapo_mcore.actor.model.megatron_fields import check_fields
     from dapo_mcore.actor.model.recompute import check_recompute
@@ -167,6 +168,7 @@ def _check_model(config: Config, processes: int | None) -> None:
     check_fields(config.megatron, engine=engine)
     check_fp8(architecture, config.model, config.parallel, engine=engine)
     check_recompute(architecture, config.model, engine=engine)
+    check_routing(architecture, config.model, config.megatron)
 
 
 def _check_feeder(config: Config) -> None:

@@ -185,6 +185,11 @@ class MicroBatch:
     old_logprobs   float32 [L], the policy's before the rollout step's first update; None if not scored: then the update that
                    reads them must be the first, whose own log-probs they are.
     ref_logprobs   float32 [L], the reference policy's; None without one.
+    sequence_ids     int64 [b, s], the number of each token's sample in the micro-batch, n for padding; None if experts have no
+                     load-balancing loss.
+    balance_weights  float32 [n], see algo/loss.py; of each of these samples.
+    routes   the experts of each token by Megatron's layer number, [tokens of this rank, experts per token], for routers to fill
+             in a scoring pass and to replay in gradient steps; None if every pass has routes of its own.
     Row tensors hold the rows of this context-parallel rank only.
     """
 
@@ -200,6 +205,9 @@ class MicroBatch:
     sample_ids: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    sequence_ids: torch.Tensor | None = None
+    balance_weights: torch.Tensor | None = None
+    routes: dict[int, torch.Tensor] | None = None
 
     @property
     def max_seqlen(self) -> int:

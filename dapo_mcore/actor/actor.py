@@ -53,7 +53,9 @@ class Actor:
     def _build_reference(self, hf_config: Any) -> Policy | None:
         if self.config.algo.kl.coef == 0:
             return None
-        reference = build_policy(self.config, hf_config, self.layout).requires_grad_(False)
+        without_replay = self.config.model.model_copy(update={"routing_replay": "none"})  # its routes are its own
+        config = self.config.model_copy(update={"model": without_replay})
+        reference = build_policy(config, hf_config, self.layout).requires_grad_(False)
         reference.load_state_dict(self.policy.state_dict())
         return reference
 
@@ -72,8 +74,11 @@ class Actor:
         """Return the micro-batches, on last-stage ranks with the policy's log-probs as old log-probs.
 
         It uses the same micro-batches, head and chunks as `update`, so the ratio of a gradient step with the same weights is
-        exactly 1. That step gives the same gradient, bitwise, without old log-probs: they are its own then.
+        exactly 1. That step gives the same gradient, bitwise, without old log-probs: they are its own then. With routing replay
+        the micro-batches have routes too, on every rank.
         """
+        if self.config.model.routing_replay == "scoring":
+            micro_batches = [batch.with_(routes={}) for batch in micro_batches]
         return self._with_logprobs(self.policy, micro_batches, "old_logprobs")
 
     def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -101,7 +106,9 @@ class Actor:
         """
         outputs = self.backward(micro_batches, supervised=supervised)
         norm = self.optimizer.prepare()
-        stats = UpdateStats.reduce(outputs, self.layout, grad_norm=norm, lr=self.optimizer.lr)
+        stats = UpdateStats.reduce(
+            outputs, self.layout, grad_norm=norm, lr=self.optimizer.lr, aux_loss=self.take_aux_loss()
+        )
         if check is not None:
             check(stats)
         if not stats.skipped:
@@ -120,8 +127,17 @@ class Actor:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.megatron.zero_grad()
+        self.take_aux_loss()  # of a gradient without a step
         loss = self._supervised_loss if supervised else self._policy_loss
         return run_micro_batches(self.ddp, micro_batches, loss, self.layout, backward=True, feeder=self.feeder)
+
+    def take_aux_loss(self) -> torch.Tensor | None:
+        """Return this rank's part of the last gradient's load-balancing loss, mean over layers, fp64; None if there is none."""
+        if not self.config.model.moe_aux_loss_coef:
+            return None
+        losses = [chunk.expert_routing.take_loss() for chunk in self.policy if chunk.expert_routing is not None]
+        nothing = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        return sum(losses, nothing) / sum(self.shape.moe_layers)
 
     def _with_logprobs(self, policy: Policy, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
         if not micro_batches:

@@ -50,7 +50,7 @@ def run_micro_batches(
     feeder  brings the micro-batches to the device; the plain one by default
     """
     chunks, feed = list(chunks), feeder or PlainFeeder(layout.device)
-    forward_step = partial(_forward_step, loss_function=loss_function, layout=layout)
+    forward_step = partial(_forward_step, loss_function=loss_function, layout=layout, record=not backward)
     schedule = get_forward_backward_func()
     tokens = micro_batches[0].tokens
     with torch.enable_grad() if backward else torch.no_grad():
@@ -73,25 +73,33 @@ def finalize_without_division(
 
 
 def _forward_step(
-    iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout
+    iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout, record: bool
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]]]:
     batch = next(iterator)
     engine = model.config.transformer_impl == "transformer_engine"
     packed = _sequence_params(batch, layout, engine=engine)
+    routing = _unwrapped(model).expert_routing
+    if routing is not None:
+        routing.enter(batch, record=record)
     hidden = model(batch.tokens, batch.position_ids, None, packed_seq_params=packed)
+    if routing is not None and hidden.requires_grad:
+        hidden.register_hook(lambda _: routing.enter(batch, record=record))  # before the layers' backward pass
     return hidden, partial(_loss, model, batch, loss_function)
 
 
 def _loss(
     model: torch.nn.Module, batch: MicroBatch, loss_function: LossFunction, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]:
-    policy = model
-    if isinstance(model, DistributedDataParallel):
-        policy = model.module
+    policy = _unwrapped(model)
+    if policy is not model:
         wait_for_parameter(model, policy.head_weight())
     loss, output = loss_function(policy, hidden, batch)
     # Megatron neither averages nor scales a loss in the form (loss, token count, output); it does not use the count
     return loss, torch.zeros((), dtype=torch.int, device=hidden.device), output
+
+
+def _unwrapped(model: torch.nn.Module) -> PolicyModel:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _sequence_params(batch: MicroBatch, layout: Layout, *, engine: bool) -> PackedSeqParams | None:

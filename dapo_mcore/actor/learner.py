@@ -25,7 +25,7 @@ from dapo_mcore.algo.correction import (
     mismatch_stats,
 )
 from dapo_mcore.algo.kl import penalised_rewards
-from dapo_mcore.algo.loss import sample_weights
+from dapo_mcore.algo.loss import balance_weights, sample_weights
 from dapo_mcore.batch.microbatch import build_micro_batch
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sections import LossMode
@@ -105,10 +105,12 @@ class Learner:
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout
-        weights = np.zeros(len(metadata.lengths))
+        loss_tokens = metadata.num_loss_tokens[plan.samples]
+        weights, balance = np.zeros((2, len(metadata.lengths)))
+        balance[plan.samples] = balance_weights(loss_tokens, metadata.lengths[plan.samples])
         weights[plan.samples] = sample_weights(
             loss_mode,
-            metadata.num_loss_tokens[plan.samples],
+            loss_tokens,
             micro_batch_ids=plan.micro_batch_ids,
             loss_length=self.config.algo.loss_length or self.config.rollout.max_response_tokens,
         )
@@ -124,6 +126,7 @@ class Learner:
                 tensor_multiple=token_multiple(self.config.model, self.config.parallel),
                 packing=self.config.batch.packing,
                 pad_token=self.pad_token,
+                balance_weights=balance[local] if self.config.model.moe_aux_loss_coef else None,
             )
             for samples in plan.micro[layout.data_rank]
         ]

@@ -56,6 +56,7 @@ class UpdateStats:
     maxima    by MAXIMA
     mismatch  compares the policy before this step with the rollout engine
     skipped   True, on every rank, if the gradient norm was not finite on any rank
+    aux_loss  the load-balancing loss, mean over layers with experts and samples, without its coefficient; None if there is none
     """
 
     sums: dict[str, float]
@@ -64,14 +65,21 @@ class UpdateStats:
     grad_norm: float
     lr: float
     skipped: bool
+    aux_loss: float | None = None
 
     @classmethod
     def reduce(
-        cls, micro_batches: Sequence[dict[str, torch.Tensor]], layout: Layout, *, grad_norm: float, lr: float
+        cls,
+        micro_batches: Sequence[dict[str, torch.Tensor]],
+        layout: Layout,
+        *,
+        grad_norm: float,
+        lr: float,
+        aux_loss: torch.Tensor | None = None,
     ) -> UpdateStats:
         """Add up the micro_batch_stats of all ranks, and decide whether the step is skipped.
 
-        `grad_norm` is NaN on a rank whose gradient is not finite. Collectives: two small gloo all-reduces over the control
+        `grad_norm` is NaN on a rank whose gradient is not finite. `aux_loss` is each rank's part of a sum over ranks. Collectives: two small gloo all-reduces over the control
         group.
         """
         nothing = torch.zeros(0)
@@ -81,6 +89,7 @@ class UpdateStats:
         if layout.reports_loss:
             sums = torch.stack([stats["sums"] for stats in micro_batches]).sum(0).cpu()
             maxima = torch.stack([stats["maxima"] for stats in micro_batches]).amax(0).cpu()
+        sums = torch.cat([sums, torch.zeros(1, dtype=sums.dtype) if aux_loss is None else aux_loss.view(1).cpu()])
         layout.sum_over_ranks(sums)
         maxima = torch.cat([maxima, maxima.new_tensor([not math.isfinite(grad_norm)])])
         layout.max_over_ranks(maxima)
@@ -88,10 +97,11 @@ class UpdateStats:
         return cls(
             dict(zip(SUMS, sums.tolist())),
             dict(zip(MAXIMA, maxima.tolist())),
-            MismatchStats(sums[len(SUMS) :], maxima[len(MAXIMA) : -1]),
+            MismatchStats(sums[len(SUMS) : -1], maxima[len(MAXIMA) : -1]),
             grad_norm=math.nan if skipped else grad_norm,
             lr=lr,
             skipped=skipped,
+            aux_loss=None if aux_loss is None else float(sums[-1]),
         )
 
 
@@ -104,6 +114,7 @@ def update_metrics(updates: Sequence[UpdateStats], rest: MismatchStats | None = 
     tokens = max(1.0, sum(u.sums["tokens"] for u in updates))
     mean = {name: sum(u.sums[name] for u in updates) / tokens for name in SUMS if name not in ("tokens", "loss")}
     count = len(updates)
+    aux_losses = [u.aux_loss for u in updates if u.aux_loss is not None]
     return {
         "actor/loss": sum(u.sums["loss"] for u in updates) / count,
         **{f"actor/{name}": value for name, value in mean.items()},
@@ -112,6 +123,7 @@ def update_metrics(updates: Sequence[UpdateStats], rest: MismatchStats | None = 
         "actor/ratio_max_deviation": max(u.maxima["ratio_max_deviation"] for u in updates),
         "actor/first_update_ratio_deviation": updates[0].maxima["ratio_max_deviation"],
         "actor/skipped_updates": float(sum(u.skipped for u in updates)),
+        **({"actor/moe_aux_loss": sum(aux_losses) / count} if aux_losses else {}),
         "updates_per_step": float(count),
         **mismatch_metrics(updates[0].mismatch if rest is None else updates[0].mismatch + rest),
     }

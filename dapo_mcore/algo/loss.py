@@ -59,6 +59,16 @@ def sample_weights(
     return np.where(trained, weights, 0.0)
 
 
+def balance_weights(num_loss_tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return float64 [n], the weight of each sample's load-balancing loss: 1 / (S · T_b²), or 0 without loss tokens.
+
+    num_loss_tokens, lengths  int64 [n], of all samples of a mini-batch. S counts those with a loss token; T_b is the length.
+    Both of the loss's factors, loads and scores, are sums over the sample's tokens (actor/model/routing.py).
+    """
+    trained = np.asarray(num_loss_tokens) > 0
+    return np.where(trained, 1.0 / (max(int(trained.sum()), 1) * np.asarray(lengths, dtype=np.float64) ** 2), 0.0)
+
+
 def _micro_batch_weights(tokens: np.ndarray, micro_batch_ids: np.ndarray) -> np.ndarray:
     _, index, num_samples = np.unique(micro_batch_ids, return_inverse=True, return_counts=True)
     loss_tokens = np.zeros(len(num_samples), dtype=np.int64)

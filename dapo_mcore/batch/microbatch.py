@@ -26,10 +26,12 @@ def build_micro_batch(
     tensor_multiple: int,
     packing: bool,
     pad_token: int,
+    balance_weights: np.ndarray | None = None,
 ) -> MicroBatch:
     """Return the micro-batch of the given samples of `batch` for `context_rank`, as CPU tensors; see MicroBatch for shapes.
 
     advantages, weights  float64 [B], one per sample of the batch, used for each of its loss tokens.
+    balance_weights      float64 [B], see MicroBatch; None without a load-balancing loss.
     tensor_multiple      divides a rank's number of tokens: TP with sequence parallelism, else 1.
     packing              True: sequences back to back, each padded to 2·CP, and a dummy sequence at the end if alignment
                          needs it, with a boundary in cu_seqlens. False: a right-padded rectangle.
@@ -57,6 +59,12 @@ def build_micro_batch(
     rows, mine = _rows(place[trained] - 1, held, len(tokens), num_rows)
     source = source[trained][mine]
     sample_ids = np.repeat(samples, lengths)[trained][mine]
+    balance: dict[str, torch.Tensor] = {}
+    if balance_weights is not None:
+        owners = np.full(len(tokens), len(samples))
+        owners[place] = np.repeat(np.arange(len(samples)), lengths)  # the rest are pads
+        balance["sequence_ids"] = torch.from_numpy(owners[held].reshape(num_rows, -1))
+        balance["balance_weights"] = torch.from_numpy(balance_weights[samples].astype(np.float32))
     return MicroBatch(
         tokens=torch.from_numpy(tokens[held].reshape(num_rows, -1)),
         position_ids=torch.from_numpy(position_ids[held].reshape(num_rows, -1)),
@@ -68,6 +76,7 @@ def build_micro_batch(
         token_weights=torch.from_numpy(weights[sample_ids].astype(np.float32)),
         rollout_logprobs=torch.from_numpy(batch.rollout_logprobs[source]),
         sample_ids=torch.from_numpy(sample_ids),
+        **balance,
     )
 
 

@@ -74,6 +74,15 @@ class ModelConfig(Section):
     shared_experts   like mlp, for the shared experts' width
 
     layernorm and moe_act need Transformer Engine's layers."""
+    moe_aux_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Coefficient of the experts' load-balancing loss; 0 for none. Each layer with experts adds, for the mean sample, the loss
+    of actor/model/routing.py, which is 1 for equal loads. It costs a softmax per router and one small all-reduce over the tensor-
+    and context-parallel ranks."""
+    routing_replay: Literal["none", "scoring"] = "none"
+    """`scoring`: every gradient step routes a token to the experts that the scoring pass chose, so that only weights move the
+    ratio. The step that needs no scoring pass has the same weights, and routes of its own. Holds one byte (two beyond 256 experts)
+    per token, layer with experts and expert chosen in host memory until the rollout step ends: 7.7 MB for 20,000 tokens, 48
+    layers and 8 experts."""
     trust_remote_code: bool = False
 
     @field_validator("recompute", mode="before")

@@ -150,6 +150,16 @@ def _check_algo(c: Config) -> None:
         )
 
 
+def _check_replay(c: Config) -> None:
+    algo = c.algo
+    scores = algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.max_mismatch is not None
+    if c.model.routing_replay == "scoring" and not (scores or (algo.kl.coef > 0 and algo.kl.place == "reward")):
+        raise ValueError(
+            "model.routing_replay scoring replays the routes of a scoring pass, but algo.old_logprobs rollout with algo.tis.mode "
+            "off and algo.max_mismatch null has none; use old_logprobs actor, or set one of them, or routing_replay none"
+        )
+
+
 def _check_sampling(c: Config) -> None:
     s, size = c.sampling, c.rollout.group_size
     if s.style == "filter" and size < 2:
@@ -265,6 +275,7 @@ RULES = (
     _check_tokens,
     _check_overlong,
     _check_algo,
+    _check_replay,
     _check_sampling,
     _check_generation,
     _check_keep,

@@ -84,7 +84,10 @@ METRICS: dict[str, Metric] = {
         "fraction", "responses added to groups whose answers did not vary, among all responses generated"
     ),
     "sampling/samples_generated": Metric("samples", "responses generated in this step"),
-    "actor/loss": Metric("", "loss as optimised (policy term, KL and entropy bonus), mean over the step's updates"),
+    "actor/loss": Metric(
+        "",
+        "loss as optimised (policy term, KL and entropy bonus, not model.moe_aux_loss_coef), mean over the step's updates",
+    ),
     "actor/skipped_updates": Metric("updates", "gradient steps skipped because the gradient was not finite"),
     "actor/nll": Metric("nats", "negative log-prob of the loss tokens, mean"),
     "actor/entropy": Metric("nats", "entropy of the policy, mean over loss tokens"),
@@ -97,6 +100,9 @@ METRICS: dict[str, Metric] = {
     "actor/ratio_max_deviation": Metric("", "largest |ratio - 1| of the step"),
     "actor/first_update_ratio_deviation": Metric(
         "", "largest |ratio - 1| of the first update; 0 with algo.old_logprobs actor"
+    ),
+    "actor/moe_aux_loss": Metric(
+        "", "load-balancing loss without its coefficient, mean over layers with experts and samples; 1 for equal loads"
     ),
     "actor/ref_kl": Metric(
         "nats", "reference KL: KL(policy ‖ reference policy) by algo.kl.estimator, mean over loss tokens"

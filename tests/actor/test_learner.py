@@ -87,6 +87,16 @@ def by_sample(mini_batches: Sequence[Sequence[MicroBatch]], field: str) -> dict[
     return found
 
 
+def test_every_sample_gets_its_mini_batch_s_weight_of_the_load_balancing_loss():
+    (first, second), (third,) = (
+        Learner(MadeUpActor(model__moe_aux_loss_coef=0.1), pad_token=0).score(step()).mini_batches
+    )
+    weights = torch.cat([micro.balance_weights for micro in (first, second, third)])
+    # two samples in each mini-batch, of 2, 4, 3 and 3 tokens
+    torch.testing.assert_close(weights, torch.tensor([1 / 8, 1 / 32, 1 / 18, 1 / 18]))
+    assert Learner(MadeUpActor(), pad_token=0).score(step()).mini_batches[0][0].balance_weights is None
+
+
 def test_every_loss_token_gets_its_sample_s_advantage_and_its_mini_batch_s_weight():
     mini_batches = Learner(MadeUpActor(), pad_token=0).score(step()).mini_batches
     assert [len(mini) for mini in mini_batches] == [2, 1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from dapo_mcore.kernels.policy_loss import PolicyHeadOutput
 
-from dapo_mcore.actor.metrics import SUMS, micro_batch_stats
+from dapo_mcore.actor.metrics import SUMS, UpdateStats, micro_batch_stats, update_metrics
+from dapo_mcore.algo.correction import mismatch_stats
 from dapo_mcore.config.sections import TISConfig
 from dapo_mcore.types import MicroBatch
 
@@ -30,3 +32,14 @@ def test_ppo_kl_is_old_minus_new_log_prob_as_in_verl() -> None:
     )
     sums = dict(zip(SUMS, micro_batch_stats(output, batch, TISConfig())["sums"].tolist(), strict=False))
     assert (sums["tokens"], sums["nll"], sums["ppo_kl"]) == (2.0, 4.5, 0.5)
+
+
+def update(aux_loss: float | None) -> UpdateStats:
+    mismatch = mismatch_stats(torch.zeros(0), torch.zeros(0))
+    sums, maxima = dict.fromkeys(SUMS, 1.0), {"ratio_max_deviation": 0.0}
+    return UpdateStats(sums, maxima, mismatch, grad_norm=1.0, lr=0.1, skipped=False, aux_loss=aux_loss)
+
+
+def test_the_load_balancing_loss_is_a_metric_if_there_is_one() -> None:
+    assert update_metrics([update(1.0), update(1.5)])["actor/moe_aux_loss"] == pytest.approx(1.25)
+    assert "actor/moe_aux_loss" not in update_metrics([update(None)])

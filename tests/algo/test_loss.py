@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dapo_mcore.algo.loss import sample_weights
+from dapo_mcore.algo.loss import balance_weights, sample_weights
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"]
 TOKENS = np.array([4, 1, 0, 3])
@@ -24,6 +24,12 @@ OPTIONS = {"micro_batch_ids": MICRO, "loss_length": 10}
 )
 def test_by_hand(mode, expected):
     np.testing.assert_allclose(sample_weights(mode, TOKENS, **OPTIONS), expected, rtol=1e-15)
+
+
+def test_load_balancing_counts_samples_with_loss_tokens_and_divides_by_their_squared_length():
+    found = balance_weights(TOKENS, np.array([5, 10, 7, 4]))
+    np.testing.assert_allclose(found, [1 / (3 * 25), 1 / (3 * 100), 0, 1 / (3 * 16)], rtol=1e-15)
+    assert balance_weights(np.array([0]), np.array([3])).tolist() == [0.0]
 
 
 def direct_loss(mode, losses, mask, micro, loss_length):

@@ -30,7 +30,7 @@ def make_batch(lengths, seed=0):
     )
 
 
-def build(batch, samples, cp=1, rank=0, multiple=1, packing=True):
+def build(batch, samples, cp=1, rank=0, multiple=1, packing=True, balance=None):
     numbers = np.arange(batch.num_samples, dtype=np.float64)
     return build_micro_batch(
         batch,
@@ -42,6 +42,7 @@ def build(batch, samples, cp=1, rank=0, multiple=1, packing=True):
         tensor_multiple=multiple,
         packing=packing,
         pad_token=PAD,
+        balance_weights=balance,
     )
 
 
@@ -198,3 +199,17 @@ def test_the_batch_is_not_shared():
     micro.tokens.zero_()
     micro.rollout_logprobs.zero_()
     assert SMALL.tokens.tolist() == [5, 6, 7, 8, 9, 10] and SMALL.rollout_logprobs.any()
+
+
+def test_tokens_know_their_sample_and_padding_has_none():
+    balance = np.array([0.5, 0.25])
+    packed = build(SMALL, [1, 0], multiple=4, balance=balance)
+    assert packed.sequence_ids.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]]
+    assert packed.balance_weights.tolist() == [0.25, 0.5]
+    # over two context-parallel ranks each sequence has four tokens, and rank 1 has the middle two
+    assert build(SMALL, [1, 0], cp=2, rank=1, balance=balance).sequence_ids.tolist() == [[0, 0, 1, 1]]
+    assert build(SMALL, [1, 0], cp=2, rank=0, balance=balance).sequence_ids.tolist() == [[0, 2, 1, 2]]
+    assert build(SMALL, [1], multiple=4, packing=False, balance=balance).sequence_ids.tolist() == [[0, 0, 0, 1]]
+    empty = build(SMALL, [], balance=balance)
+    assert empty.sequence_ids.tolist() == [[0]] and empty.balance_weights.tolist() == []
+    assert build(SMALL, [0]).sequence_ids is None and build(SMALL, [0]).balance_weights is None

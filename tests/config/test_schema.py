@@ -51,6 +51,10 @@ RULES: list[tuple[list[str], str]] = [
         "reward.overlong.cache 4096 exceeds the maximal length 1000",
     ),
     (["algo.old_logprobs=rollout", "algo.tis.mode=truncate"], "use tis.mode mask or off"),
+    (
+        ["model.routing_replay=scoring", "algo.old_logprobs=rollout", "algo.max_mismatch=null"],
+        "model.routing_replay scoring replays the routes of a scoring pass, but algo.old_logprobs rollout with algo.tis.mode off",
+    ),
     (["algo.tis.mode=mask", "algo.tis.cap=0.5"], "which no token meets at tis.cap 0.5; use a cap of at least 1"),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
     (["model.overrides={num_hidden_layers: 2}"], "set model.init random"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from dapo_mcore.actor.model.attention import CoreAttention
 from dapo_mcore.actor.model.latent import LatentAttention, ReplicatedLinear, use_replicated_linear
+from dapo_mcore.actor.model.routing import PolicyRouter
 from dapo_mcore.actor.model.swiglu import use_own_swiglu
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
@@ -62,9 +63,11 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     use_own_swiglu()
     engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
-    if config.multi_latent_attention:
-        for layer in block.layer_specs:
+    for layer in block.layer_specs:
+        if config.multi_latent_attention:
             layer.submodules.self_attention.module = LatentAttention
+        if _has_experts(layer):
+            _expert_submodules(layer).router = PolicyRouter
     if engine:
         return block
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -90,6 +93,11 @@ def _without_transformer_engine(layer: ModuleSpec, config: TransformerConfig) ->
 def _has_experts(layer: ModuleSpec) -> bool:
     mlp = layer.submodules.mlp  # a ModuleSpec, or from 0.18 on a functools.partial
     return MoELayer in (getattr(mlp, "module", None), getattr(mlp, "func", None))
+
+
+def _expert_submodules(layer: ModuleSpec) -> MoESubmodules:
+    mlp = layer.submodules.mlp
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
 
 def _stored_names(has_experts: bool, config: TransformerConfig) -> dict[str, str]:

@@ -81,6 +81,7 @@ REFUSED = {
         first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
         moe_router_padding_for_fp8 moe_router_padding_for_quantization
     """),
+    "model.routing_replay decides it": _names("moe_enable_routing_replay"),
     "model.recompute decides it, for instance model.recompute=[mlp]": _names("recompute_modules moe_layer_recompute"),
     "the layers are those of the model's config.json": _names("""
         heterogeneous_block_specs hetereogenous_dist_checkpoint experimental_attention_variant linear_attention_freq
@@ -115,7 +116,7 @@ REFUSED = {
         timers barrier_with_L1_time test_mode use_te_rng_tracker disable_bf16_reduced_precision_matmul
         hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank
         pipeline_model_parallel_comm_backend tp_comm_bootstrap_backend moe_per_layer_logging log_max_attention_logit
-        qk_clip qk_clip_alpha qk_clip_threshold moe_enable_routing_replay
+        qk_clip qk_clip_alpha qk_clip_threshold
     """),
     "it holds a Python object, which only code can set": _names("""
         _cpu_offloading_context finalize_model_grads_func grad_scale_func grad_sync_func no_sync_func param_sync_func
@@ -140,8 +141,11 @@ REFUSED = {
         moe_single_grouped_bias moe_single_grouped_weight moe_router_quantile_balancing_ema
         use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_transformer_engine_op_fuser
     """),
-    "its weight would depend on the packing: a router's auxiliary loss is multiplied by the tokens of each micro-batch and "
-    "divided by nothing": _names("moe_aux_loss_coeff moe_z_loss_coeff moe_router_load_balancing_type"),
+    "its weight would depend on the packing; set model.moe_aux_loss_coef, whose loss does not": _names(
+        "moe_aux_loss_coeff moe_router_load_balancing_type"
+    ),
+    "its weight would depend on the packing: Megatron multiplies it by the tokens of each micro-batch and divides it by "
+    "nothing": _names("moe_z_loss_coeff"),
 }
 """By reason: fields that a run cannot set, with any layers."""
 

@@ -18,6 +18,7 @@ from dapo_mcore.actor.model.fp8_layers import quantizer, simulate
 from dapo_mcore.actor.model.fp8_rules import bf16_layers, format_of, recipe_of
 from dapo_mcore.actor.model.latent import set_latent_eps
 from dapo_mcore.actor.model.layers import layer_specs
+from dapo_mcore.actor.model.routing import ExpertRouting, share_routing
 from dapo_mcore.actor.model.transformer_config import transformer_config
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.architecture.mapping import WeightReader, find_parameter, import_parameter
@@ -32,7 +33,12 @@ _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose last stage returns hidden states, so the logits of a whole batch never exist."""
+    """A GPTModel whose last stage returns hidden states, so the logits of a whole batch never exist.
+
+    expert_routing  what its routers share; None without experts
+    """
+
+    expert_routing: ExpertRouting | None = None
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return the hidden states [s, b, H]; under sequence parallelism, this rank's rows. Overrides megatron-core 0.16.1."""
@@ -128,4 +134,5 @@ def _build_chunk(
     if (fp8 := config.model.fp8) and megatron_config.transformer_impl == "local":
         found = quantizer(recipe_of(fp8), format_of(fp8))
         simulate(model.decoder.layers, found, bf16_layers(fp8, architecture.num_layers))
+    model.expert_routing = share_routing(model, config.model, layout)
     return model

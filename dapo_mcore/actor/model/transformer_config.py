@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from dapo_mcore.actor.model import fp8_rules, recompute
+from dapo_mcore.actor.model import expert_rules, fp8_rules, recompute
 from dapo_mcore.actor.model.layers import uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh
@@ -48,6 +48,7 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     _check_swiglu(config.megatron)
     fp8_rules.check_fp8(architecture, config.model, config.parallel, engine=engine)
     recompute.check_recompute(architecture, config.model, engine=engine)
+    expert_rules.check_routing(architecture, config.model, config.megatron)
     chosen = config.megatron
     try:
         built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)

@@ -32,7 +32,7 @@ def test_every_field_of_the_installed_megatron_is_in_exactly_one_table():
         ({"hidden_size": 64}, r"megatron\.hidden_size 64 is decided by the model, parallel and batch sections; set it"),
         (
             {"moe_aux_loss_coeff": 0.01},
-            r"megatron\.moe_aux_loss_coeff 0\.01 is refused: its weight would depend on the pack",
+            r"megatron\.moe_aux_loss_coeff 0\.01 is refused: its weight would depend on the packing; set model\.moe_aux_loss_coef",
         ),
         ({"recompute_modules": ["mlp"]}, r"model\.recompute decides it, for instance model\.recompute=\[mlp\]"),
         ({"fp8": "hybrid"}, r"megatron\.fp8 'hybrid' is refused: the section model\.fp8 decides it"),
