@@ -25,6 +25,8 @@ SETTINGS = [
     "model.path=moe",
     "parallel.tensor_parallel=1",
     "parallel.expert_parallel=2",
+    "model.moe_aux_loss_coef=0.01",
+    "model.routing_replay=scoring",
     "num_rollout_steps=2",
     "warm_start=null",
     "eval.at_start=false",
@@ -48,6 +50,7 @@ def test_a_model_with_experts_trains_and_resumes_bitwise(with_experts):
     first, whole = metrics(with_experts, "experts"), (folder / FINAL).read_bytes()
     assert [row["step"] for row in first] == [1, 2]
     assert all(row["mismatch/logprob_diff_max"] < 1e-4 for row in first)
+    assert all(row["updates_per_step"] > 1 and 1 < row["actor/moe_aux_loss"] < 1.5 for row in first)
     tensors = load_file(folder / FINAL)
     assert tensors["model.layers.1.mlp.experts.5.down_proj.weight"].shape == (64, 48)
 
