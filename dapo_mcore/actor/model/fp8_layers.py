@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from dapo_mcore.actor.model.fp8_numbers import quantize_mx, quantize_tensor, quantize_tiles
+from dapo_mcore.actor.model.fp8_numbers import Quantized, quantize_mx, quantize_tensor, quantize_tiles
 from dapo_mcore.actor.model.fp8_rules import has_fp32_scales
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 
@@ -44,29 +44,29 @@ class Quantizer:
     gradient: torch.dtype = torch.float8_e4m3fn
     power_of_two: bool = True
 
-    def weight(self, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        """Return W quantized for a product that sums over dim `along`, as float32."""
+    def weight(self, matrix: torch.Tensor, along: int) -> Quantized:
+        """Return W for a product that sums over dim `along`."""
         if self.recipe == "blockwise":
             square = (_BLOCK, _BLOCK)
-            return quantize_tiles(matrix, torch.float8_e4m3fn, square, power_of_two=self.power_of_two).values()
+            return quantize_tiles(matrix, torch.float8_e4m3fn, square, power_of_two=self.power_of_two)
         return self._operand(matrix, torch.float8_e4m3fn, along)
 
-    def activation(self, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        """Return X quantized for a product that sums over dim `along`, as float32."""
+    def activation(self, matrix: torch.Tensor, along: int) -> Quantized:
+        """Return X for a product that sums over dim `along`."""
         return self._operand(matrix, torch.float8_e4m3fn, along)
 
-    def output_gradient(self, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        """Return dY quantized for a product that sums over dim `along`, as float32."""
+    def output_gradient(self, matrix: torch.Tensor, along: int) -> Quantized:
+        """Return dY for a product that sums over dim `along`."""
         return self._operand(matrix, self.gradient, along)
 
-    def _operand(self, matrix: torch.Tensor, dtype: torch.dtype, along: int) -> torch.Tensor:
+    def _operand(self, matrix: torch.Tensor, dtype: torch.dtype, along: int) -> Quantized:
         if self.recipe == "tensorwise":
-            return quantize_tensor(matrix, dtype).values()
+            return quantize_tensor(matrix, dtype)
         size = _BLOCK if self.recipe == "blockwise" else _MX_BLOCK
         tile = (1, size) if along == 1 else (size, 1)
         if self.recipe == "blockwise":
-            return quantize_tiles(matrix, dtype, tile, power_of_two=self.power_of_two).values()
-        return quantize_mx(matrix, dtype, tile).values()
+            return quantize_tiles(matrix, dtype, tile, power_of_two=self.power_of_two)
+        return quantize_mx(matrix, dtype, tile)
 
 
 def quantizer(recipe: str, fmt: str) -> Quantizer:
@@ -81,15 +81,16 @@ class _Product(torch.autograd.Function):
         tokens = hidden.reshape(-1, hidden.size(-1))
         ctx.save_for_backward(tokens, weight)
         ctx.fp8, ctx.shape = fp8, hidden.shape
-        product = fp8.activation(tokens, along=1) @ fp8.weight(weight, along=1).T
+        product = fp8.activation(tokens, along=1).values() @ fp8.weight(weight, along=1).values().T
         return product.to(hidden.dtype).view(*hidden.shape[:-1], weight.size(0))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         tokens, weight = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.size(-1))
-        to_input = ctx.fp8.output_gradient(gradient, along=1) @ ctx.fp8.weight(weight, along=0)
-        to_weight = ctx.fp8.output_gradient(gradient, along=0).T @ ctx.fp8.activation(tokens, along=0)
+        fp8: Quantizer = ctx.fp8
+        to_input = fp8.output_gradient(gradient, along=1).values() @ fp8.weight(weight, along=0).values()
+        to_weight = fp8.output_gradient(gradient, along=0).values().T @ fp8.activation(tokens, along=0).values()
         return to_input.to(tokens.dtype).view(ctx.shape), to_weight.to(weight.dtype), None
 
 

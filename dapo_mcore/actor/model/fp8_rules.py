@@ -19,8 +19,14 @@ from dapo_mcore.config.model import Fp8Config, ModelConfig
 from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import ConfigError, listed
 
-_NEEDS = {"tensorwise": ((8, 9), (2, 2)), "blockwise": ((9, 0), (2, 3)), "mxfp8": ((10, 0), (2, 1))}
-"""Per recipe: the lowest compute capability, and the oldest Transformer Engine, which is the one that megatron-core checks."""
+_ANY = (99, 0)
+_NEEDS = {
+    "tensorwise": ((8, 9), _ANY, (2, 2), (12, 1)),
+    "blockwise": ((9, 0), _ANY, (2, 3), (12, 9)),
+    "mxfp8": ((10, 0), (12, 0), (2, 1), (0, 0)),
+}
+"""Per recipe: the lowest compute capability and the first one that lacks it, the oldest Transformer Engine that megatron-core
+accepts, and the oldest CUDA. Transformer Engine 2.11 checks cards and CUDA with an assertion in the first forward pass."""
 
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 """Transformer Engine's own variable: if it is 1, `blockwise` uses fp32 scales instead of powers of two."""
@@ -29,10 +35,10 @@ _ONE_RANK = {"tensor_parallel": 1, "expert_tensor_parallel": 1}
 
 
 def recipe_of(fp8: Fp8Config) -> str:
-    """Return the recipe; `auto` is mxfp8 where this process has a Blackwell card, else blockwise."""
+    """Return the recipe; `auto` is mxfp8 where this process has a card for it (Blackwell, except 12.x), else blockwise."""
     if fp8.recipe != "auto":
         return fp8.recipe
-    return "mxfp8" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0) else "blockwise"
+    return "mxfp8" if torch.cuda.is_available() and _fits("mxfp8") else "blockwise"
 
 
 def format_of(fp8: Fp8Config) -> str:
@@ -169,25 +175,35 @@ def _check_device(recipe: str, dtype: str, engine: bool) -> None:
             "model.fp8 on a GPU needs Transformer Engine's layers, but this run has local ones; install the extra `te`, and "
             "leave model.transformer_impl at auto"
         )
-    capability, release = _NEEDS[recipe]
-    if (card := torch.cuda.get_device_capability()) < capability:
-        possible = [name for name, (lowest, _) in _NEEDS.items() if card >= lowest]
+    lowest, end, release, cuda = _NEEDS[recipe]
+    if not _fits(recipe):
+        possible = [name for name in _NEEDS if _fits(name)]
         raise ConfigError(
-            f"model.fp8.recipe {recipe} needs a GPU of compute capability {_dotted(capability)} or higher; "
-            f"{torch.cuda.get_device_name()} has {_dotted(card)}; "
+            f"model.fp8.recipe {recipe} needs a GPU of compute capability {_dotted(lowest)} or higher"
+            f"{'' if end == _ANY else f', below {_dotted(end)}'}; "
+            f"{torch.cuda.get_device_name()} has {_dotted(torch.cuda.get_device_capability())}; "
             f"set model.fp8{f'.recipe {listed(possible)}' if possible else ' null'}"
         )
-    if (installed := _engine_version()) < release:
-        raise ConfigError(
-            f"model.fp8.recipe {recipe} needs transformer-engine {_dotted(release)} or newer; {_dotted(installed)} is "
-            f"installed: update it"
-        )
+    for name, installed, oldest in (
+        ("transformer-engine", _engine_version(), release),
+        ("CUDA", _numbers(torch.version.cuda or _dotted(_ANY)), cuda),
+    ):
+        if installed < oldest:
+            raise ConfigError(
+                f"model.fp8.recipe {recipe} needs {name} {_dotted(oldest)} or newer; {_dotted(installed)} is installed: update it"
+            )
+
+
+def _fits(recipe: str) -> bool:
+    """Return True if this process' card has the recipe."""
+    lowest, end, *_ = _NEEDS[recipe]
+    return lowest <= torch.cuda.get_device_capability() < end
 
 
 def _engine_version() -> tuple[int, ...]:
     for name in ("transformer-engine", "transformer_engine_torch"):
         try:
-            return tuple(int(part) for part in version(name).split(".")[:2])
+            return _numbers(version(name))
         except PackageNotFoundError:
             continue
     return (0, 0)
@@ -224,6 +240,10 @@ def _attention_widths(fields: dict[str, Any], heads: int, tensor: int) -> dict[s
         "kv_lora_rank": latent,
         **({"q_lora_rank": queries} if queries else {}),
     }
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".")[:2])
 
 
 def _dotted(parts: tuple[int, ...]) -> str:

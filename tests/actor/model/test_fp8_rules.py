@@ -171,12 +171,22 @@ def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
     with pytest.raises(ConfigError, match="on a GPU needs Transformer Engine's layers, but this run has local ones"):
         check(engine=False)
     with pytest.raises(
-        ConfigError, match=r"mxfp8 needs a GPU of compute capability 10\.0 or higher; NVIDIA TEST 9 has 9\.0; set"
+        ConfigError,
+        match=r"mxfp8 needs a GPU of compute capability 10\.0 or higher, below 12\.0; NVIDIA TEST 9 has 9\.0; set",
     ):
         check(engine=True, recipe="mxfp8")
+    on_card(monkeypatch, (12, 0))  # a workstation's Blackwell: Transformer Engine has no mxfp8 there
+    with pytest.raises(ConfigError, match=r"NVIDIA TEST 12 has 12\.0; set model\.fp8\.recipe tensorwise or blockwise$"):
+        check(engine=True, recipe="mxfp8")
+    check(engine=True, recipe="auto")
     on_card(monkeypatch, (9, 0), "2.2.0")
     with pytest.raises(ConfigError, match=r"blockwise needs transformer-engine 2\.3 or newer; 2\.2 is installed"):
         check(engine=True)
+    on_card(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ConfigError, match=r"blockwise needs CUDA 12\.9 or newer; 12\.8 is installed"):
+        check(engine=True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     on_card(monkeypatch, (8, 9))
     with pytest.raises(ConfigError, match=r"NVIDIA TEST 8 has 8\.9; set model\.fp8\.recipe tensorwise$"):
         check(engine=True)

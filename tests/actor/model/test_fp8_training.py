@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.model import fp8_rules
 from dapo_mcore.actor.model.fp8_layers import Quantizer
+from dapo_mcore.actor.model.fp8_numbers import Quantized
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 from dapo_mcore.actor.model.policy import build_policy
 from dapo_mcore.actor.scatter import scatter_step
@@ -175,11 +176,11 @@ def counting_lost_gradients() -> Iterator[Counter[str]]:
     """Count the elements of output gradients that are not 0, and those of them that are 0 in FP8."""
     counts, plain = Counter[str](), Quantizer.output_gradient
 
-    def counted(self: Quantizer, matrix: torch.Tensor, along: int) -> torch.Tensor:
-        values = plain(self, matrix, along)
+    def counted(self: Quantizer, matrix: torch.Tensor, along: int) -> Quantized:
+        found = plain(self, matrix, along)
         counts["all"] += int((matrix != 0).sum())
-        counts["lost"] += int(((matrix != 0) & (values == 0)).sum())
-        return values
+        counts["lost"] += int(((matrix != 0) & (found.values() == 0)).sum())
+        return found
 
     Quantizer.output_gradient = counted
     yield counts
