@@ -6,7 +6,7 @@
 # MINUTES  time limit in all (30); each part has a limit of its own, too.
 # FOLDER   gets gpu_check.jsonl, one record per part as soon as it ends, and a folder per part with its log
 #          (runs/gpu_check). A second call adds to it.
-# PART     kernel-tests gpu-tests head actors fp8-tensor fp8-disk cuda-graphs cuda-graphs-released (all of them).
+# PART     kernel-tests gpu-tests head actors fp8 fp8-tensor fp8-disk cuda-graphs cuda-graphs-released (all of them).
 #
 # A part that lacks a GPU, SGLang or another package says so and is not a failure. Exit status 1: a part failed or ran
 # out of time. Environment:

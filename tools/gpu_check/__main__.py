@@ -58,6 +58,7 @@ def parts() -> list[Part]:
     some_tests = "tests/kernels/policy_loss/test_dispatch.py" if TINY else "tests/kernels"
     some_shapes = ("-k", "TP1-T256") if TINY else ("-k", "32B or memory_bound")
     colocated = () if TINY else ("GPU",)
+    engine = () if TINY else ("GPU", "Transformer Engine")
     results = (("DAPO_MCORE_BENCH_RESULTS", "{folder}"),)
     return [
         Part("kernel-tests", 5, (*pytest, "-m", "not bench", some_tests), ("pytest",)),
@@ -69,6 +70,7 @@ def parts() -> list[Part]:
         ),
         Part("head", 8, (*pytest, "-m", "bench", "tests/kernels", *some_shapes), ("pytest", "rich"), results),
         Part("actors", 6, ("-m", "tools.gpu_check.actors", "{folder}"), ("megatron-core",)),
+        Part("fp8", 3, ("-m", "tools.gpu_check.fp8", "{folder}"), ("megatron-core", *engine)),
         Part("fp8-tensor", 5, _colocated("fp8-tensor"), ("megatron-core", "SGLang", *colocated)),
         Part("fp8-disk", 5, _colocated("fp8-disk"), ("megatron-core", "SGLang", *colocated)),
         Part("cuda-graphs", 5, _colocated("cuda-graphs"), ("megatron-core", "SGLang", "GPU")),
@@ -207,6 +209,7 @@ def _has_sglang() -> bool:
 NEEDS: dict[str, Callable[[], bool]] = {
     "GPU": _has_gpu,
     "SGLang": _has_sglang,
+    "Transformer Engine": lambda: find_spec("transformer_engine") is not None,
     "megatron-core": lambda: _version("megatron-core") is not None,
     "pytest": lambda: find_spec("pytest") is not None,
     "rich": lambda: find_spec("rich") is not None,
