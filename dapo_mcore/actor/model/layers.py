@@ -58,6 +58,23 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return available and model.transformer_impl != "local"
 
 
+def has_apex_accumulation() -> bool:
+    """Return True if NVIDIA's apex can add local layers' weight gradients to main_grad. PyPI's `apex` is another package."""
+    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def accumulate_in_products(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's layers add weight gradients to fp32 main_grad in the matrix products that compute them.
+
+    Otherwise each gradient is rounded to bf16, and a pass of its own adds it. Upstream's gradient_accumulation_fusion would set
+    this, but then its output layer (megatron-core 0.16.1 to 0.19.2), which never runs here, asks for apex. With FP8 the first
+    micro-batch of a schedule call overwrites main_grad, so a gradient step must be one call.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Return the layers of this rank's pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     use_own_swiglu()

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dapo_mcore.actor.model.fp8_layers import quantizer, simulate
 from dapo_mcore.actor.model.fp8_rules import bf16_layers, format_of, recipe_of
 from dapo_mcore.actor.model.latent import set_latent_eps
-from dapo_mcore.actor.model.layers import layer_specs
+from dapo_mcore.actor.model.layers import accumulate_in_products, layer_specs
 from dapo_mcore.actor.model.routing import ExpertRouting, share_routing
 from dapo_mcore.actor.model.transformer_config import transformer_config
 from dapo_mcore.actor.parallel.layout import Layout
@@ -126,6 +126,7 @@ def _build_chunk(
         position_embedding_type="rope",
         rotary_base=architecture.rope.base,
     )
+    accumulate_in_products(model)
     if megatron_config.multi_latent_attention:  # its layers have their own rotary embeddings
         set_latent_eps(model)
     else:

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from dapo_mcore.actor.model import expert_rules, fp8_rules, recompute
-from dapo_mcore.actor.model.layers import uses_transformer_engine
+from dapo_mcore.actor.model.layers import has_apex_accumulation, uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh
 from dapo_mcore.architecture.reader import Architecture
@@ -158,5 +158,5 @@ def _implementation(config: Config, architecture: Architecture) -> dict[str, Any
         apply_rope_fusion=engine and not architecture.latent_attention,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=has_apex_accumulation() and not engine,  # Transformer Engine's layers need no apex
     )
