@@ -20,15 +20,17 @@ RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe",
 class Fp8Config(Section):
     """FP8 for the products of the policy's linear layers. Weights, optimizer, head, attention and norms stay as they are.
 
-    On a GPU Transformer Engine computes it, with model.dtype bf16; on a CPU it is simulated with the same codes and scales, to
-    see what it does to a run. Scoring uses the same products as training. With NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 in the environment,
-    `blockwise` has fp32 scales in place of powers of two.
+    On a GPU Transformer Engine computes it, with model.dtype bf16. The inputs that the backward pass keeps then take one byte
+    per number instead of two, and two FP8 copies of each weight add two bytes. On a CPU it is simulated with the same codes
+    and scales, to see what it does to a run. Scoring uses the same products as training. With
+    NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 in the environment, `blockwise` has fp32 scales in place of powers of two.
     """
 
     recipe: Literal["auto", "blockwise", "tensorwise", "mxfp8", "delayed"] = "auto"
     """`blockwise`: a scale per 128 values of a token, and per 128 × 128 weights. `tensorwise`: one scale per matrix, so all
     sequences of a pack share it; the fastest on Hopper. `mxfp8`: a scale per 32 values, on Blackwell. `auto` takes mxfp8 on
-    Blackwell, else blockwise; the training ranks choose and must agree. `delayed` is refused: its scales start at 1, where the first gradients underflow."""
+    Blackwell (compute capability 10.x), else blockwise; the training ranks choose, and must agree. `delayed` is refused: its
+    scales start at 1, where the first gradients underflow."""
     format: Literal["e4m3", "hybrid"] | None = None
     """`hybrid` has e5m2 for gradients. None: hybrid for tensorwise, else e4m3."""
     first_last_bf16: int = Field(0, ge=0)

@@ -110,48 +110,60 @@ def test_every_feeder_gives_the_same_gradient(ddp, alone):
     assert torch.equal(plain, dali) and plain.norm() > 0
 
 
-def test_a_gradient_step_is_one_call_of_the_schedule_for_layers_that_begin_anew_in_each(alone):
-    """With FP8, the first micro-batch of a call replaces main_grad in Transformer Engine's layers, and the others add to it."""
+def test_layers_that_obey_the_flag_of_the_first_micro_batch_give_the_same_scores_and_gradients(alone):
+    """With FP8, the first micro-batch of a schedule call makes Transformer Engine's layers quantize their weights again, and
+    replace main_grad; later ones use the same weights and add to it. So a gradient step is one call."""
     config = parity.make_config(Mesh(), batch__max_tokens=40)
-    actor = parity.build_actor(config, alone)
-    mini_batch = parity.shared_step(config, alone, parity.make_batch(), actor)[0]
-    actor.backward(mini_batch)
-    expected = [parameter.main_grad.clone() for parameter in actor.policy.parameters()]
-    actor.policy.config.fp8 = "e4m3"  # local layers do not read it; the flag is set with FP8 only
-    linear = [m for m in actor.policy.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-    for module in linear:
-        module.is_first_microbatch, module._forward_impl = False, partial(flagged_product, layer=module)
-    for _ in range(2):
-        actor.score(mini_batch)
-        actor.backward(mini_batch)
-        for parameter, gradient in zip(actor.policy.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-5, atol=1e-7)
-    assert len(mini_batch) > 2 and not any(module.is_first_microbatch for module in linear[:-1])
+    plain, flagged = (parity.build_actor(config, alone) for _ in range(2))
+    linear = obey_the_flag(flagged)
+    mini_batch = parity.shared_step(config, alone, parity.make_batch(), plain)[0]
+    assert len(mini_batch) > 2
+    for factor in (1.0, 1.1):  # weights that stay from the first round would give other scores in the second
+        for actor in (plain, flagged):
+            with torch.no_grad():
+                torch._foreach_mul_(list(actor.policy.parameters()), factor)
+        for ours, theirs in zip(flagged.score(mini_batch), plain.score(mini_batch), strict=True):
+            torch.testing.assert_close(ours.old_logprobs, theirs.old_logprobs, rtol=1e-5, atol=1e-6)
+        for actor in (plain, flagged):
+            actor.backward(mini_batch)
+        for ours, theirs in zip(flagged.policy.parameters(), plain.policy.parameters(), strict=True):
+            torch.testing.assert_close(ours.main_grad, theirs.main_grad, rtol=1e-5, atol=1e-7)
     gradient = linear[0].weight.main_grad.clone()
-    run_micro_batches(actor.ddp, mini_batch, actor._policy_loss, alone, backward=True)
+    run_micro_batches(flagged.ddp, mini_batch, flagged._policy_loss, alone, backward=True)
     torch.testing.assert_close(
         linear[0].weight.main_grad, gradient, rtol=1e-5, atol=1e-7
     )  # a second call loses the first
 
 
+def obey_the_flag(actor: Any) -> list[torch.nn.Module]:
+    """Return the actor's linear layers, which now treat weights and main_grad as Transformer Engine's do."""
+    actor.policy.config.fp8 = "e4m3"  # Megatron sets the flag with FP8 only; local layers do not read this field
+    linear = [m for m in actor.policy.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    for module in linear:
+        module.is_first_microbatch, module._forward_impl = False, partial(flagged_product, layer=module)
+    return linear
+
+
 class FlaggedProduct(torch.autograd.Function):
-    """A product that treats main_grad as Transformer Engine's fused accumulation does (2.11, pytorch/module/linear.py)."""
+    """A product with the weight's quantized copy and fused accumulation (Transformer Engine 2.11, pytorch/module/linear.py)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, first: bool) -> torch.Tensor:
-        ctx.weight, ctx.hidden, ctx.first = weight, hidden.detach(), first
-        return hidden @ weight.T
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, copy: torch.Tensor, first: bool) -> torch.Tensor:
+        ctx.weight, ctx.copy, ctx.hidden, ctx.first = weight, copy, hidden.detach(), first
+        return hidden @ copy.T
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         weight = ctx.weight
         found = gradient.flatten(0, -2).T @ ctx.hidden.flatten(0, -2)
         weight.main_grad.copy_(found if ctx.first else weight.main_grad + found)
         weight.grad_added_to_main_grad = True
-        return gradient @ weight, torch.zeros_like(weight), None
+        return gradient @ ctx.copy, torch.zeros_like(weight), None, None
 
 
 def flagged_product(*, input: torch.Tensor, weight: torch.Tensor, bias: Any, layer: Any, **_: Any) -> torch.Tensor:
-    product = FlaggedProduct.apply(input, weight, layer.is_first_microbatch)
+    if layer.is_first_microbatch:
+        layer.copy = weight.detach().clone()
+    product = FlaggedProduct.apply(input, weight, layer.copy, layer.is_first_microbatch)
     layer.is_first_microbatch = False
     return product if bias is None else product + bias

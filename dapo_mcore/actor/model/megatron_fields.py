@@ -76,12 +76,15 @@ REFUSED = {
     """),
     "model.dtype decides it": _names("fp16"),
     "the section model.fp8 decides it, for instance model.fp8.recipe=blockwise": _names("""
-        fp8 fp8_recipe fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
+        fp8 fp8_recipe fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
         fp8_dot_product_attention fp8_multi_head_attention fp8_output_proj fp8_quantizer_factory tp_only_amax_red
         first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
         moe_router_padding_for_fp8 moe_router_padding_for_quantization
     """),
     "model.routing_replay decides it": _names("moe_enable_routing_replay"),
+    "weights stay in model.dtype: exports, syncs and checkpoints would get FP8 parameters back rounded": _names(
+        "fp8_param"
+    ),
     "model.recompute decides it, for instance model.recompute=[mlp]": _names("recompute_modules moe_layer_recompute"),
     "the layers are those of the model's config.json": _names("""
         heterogeneous_block_specs hetereogenous_dist_checkpoint experimental_attention_variant linear_attention_freq

@@ -35,6 +35,10 @@ def test_every_field_of_the_installed_megatron_is_in_exactly_one_table():
             r"megatron\.moe_aux_loss_coeff 0\.01 is refused: its weight would depend on the packing; set model\.moe_aux_loss_coef",
         ),
         ({"recompute_modules": ["mlp"]}, r"model\.recompute decides it, for instance model\.recompute=\[mlp\]"),
+        (
+            {"fp8_param": True},
+            r"fp8_param True is refused: weights stay in model\.dtype: .* FP8 parameters back rounded",
+        ),
         ({"fp8": "hybrid"}, r"megatron\.fp8 'hybrid' is refused: the section model\.fp8 decides it"),
         (
             {"tp_comm_overlap": True},
@@ -61,7 +65,7 @@ def test_transformer_engine_reads_more():
     check_fields({"tp_comm_overlap": True, "layernorm_zero_centered_gamma": True}, engine=True)
 
 
-@pytest.mark.parametrize("field", ["fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16"])
+@pytest.mark.parametrize("field", ["fp8", "fp8_recipe", "first_last_layers_bf16"])
 def test_fp8_is_asked_for_in_its_own_section_only(field):
     with pytest.raises(
         ConfigError, match=r"the section model\.fp8 decides it, for instance model\.fp8\.recipe=blockwise"
