@@ -112,7 +112,7 @@ class FakeDevice(TorchFunctionMode):
         result = tensor.to(*dtypes) if dtypes else tensor
         if goal != here:
             result = result.clone()
-            if DEVICE in (goal, here) and not (non_blocking and goal == DEVICE):
+            if DEVICE in (goal, here) and not non_blocking:  # torch pins the copy of such a `to` the host
                 self.waits.append(f"{name} in {_caller()}")
         if goal is not None:
             self._put(result, goal)

@@ -9,8 +9,9 @@ import torch
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
+from dapo_mcore.model_files.hf_folder import RandomReader
 from dapo_mcore.types import MicroBatch
-from tests.actor import parity
+from tests.actor import families, parity
 from tests.actor.parity import Mesh
 
 
@@ -135,6 +136,23 @@ def test_a_reference_stays_where_the_policy_was_until_it_is_frozen_again(alone):
     assert torch.equal(weights(actor.reference), start) and not torch.equal(weights(actor.policy), start)
     actor.freeze_reference()
     assert torch.equal(weights(actor.reference), weights(actor.policy))
+
+
+def test_scoring_records_routes_which_the_reference_does_not_take(alone):
+    options = dict(model__routing_replay="scoring", algo__old_logprobs="actor", algo__kl__coef=0.1)
+    config, hf_config = parity.make_config(Mesh(), **options), families.hf_config("qwen3-moe")
+    actor = Actor(config, hf_config, alone, RandomReader(hf_config, 0))
+    mini_batch = parity.shared_step(config, alone, parity.make_batch(), actor)[0]
+    assert all(micro.routes is None for micro in mini_batch), "the first gradient step needs no scoring pass"
+    scored = actor.score(mini_batch)
+    assert all(sorted(micro.routes) == [1, 2, 3] for micro in scored)
+    wrong = [micro.with_(routes={n: (r + 1) % 4 for n, r in micro.routes.items()}) for micro in scored]
+    for micro, before in zip(actor.score_reference(wrong), mini_batch, strict=True):
+        assert torch.equal(micro.ref_logprobs, before.ref_logprobs)
+    actor.backward(scored)
+    right = gradient(actor)
+    actor.backward(wrong)
+    assert not torch.equal(gradient(actor), right)
 
 
 def test_a_new_optimizer_starts_without_moments_and_counts_from_zero(alone):

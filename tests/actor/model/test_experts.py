@@ -22,7 +22,7 @@ from tests.actor.parity import Mesh
 TOLERANCE = 1e-6
 COEF = 0.5
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mixtral": {},
+    "mixtral": {"model__recompute": ["moe"]},
     "qwen2-moe": {"batch__packing": False, "batch__max_tokens": 400},
     "qwen3-moe": {"batch__max_tokens": 48, "model__recompute": "full"},
 }

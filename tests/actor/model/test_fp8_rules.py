@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,3 +216,22 @@ def test_megatron_gets_the_recipe_and_the_layers_that_stay_in_bf16():
         "moe_router_padding_for_quantization": True,
     }
     assert bf16_layers(Fp8Config(first_last_bf16=2), 7) == {0, 1, 5, 6}
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "mxfp8"])
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tensor=4, sequence_parallel=True)], ids=str)
+def test_padding_makes_every_expert_s_tokens_divide_into_tiles_in_the_smallest_micro_batch(recipe, mesh):
+    """Megatron pads with further tokens of the micro-batch, so there must be enough. An expert without tokens stays without."""
+    from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
+
+    config = make_config(mesh, model__fp8={"recipe": recipe})
+    fields = megatron_fields(config.model.fp8, num_experts=6)
+    assert fields["moe_router_padding_for_quantization"]
+    tile = get_align_size_for_quantization(SimpleNamespace(**fields))
+    tokens = token_multiple(config.model, config.parallel) // mesh.tensor
+    routes = torch.rand(tokens, 6, generator=torch.Generator().manual_seed(0)) < torch.tensor(
+        [0, 0.1, 0.3, 0.5, 0.9, 1]
+    )
+    padded = pad_routing_map(routes.clone(), tile)
+    assert not (padded.sum(0) % tile).any() and not padded[:, 0].any() and padded[:, 1:].any(0).all()
+    assert (padded | routes).equal(padded)

@@ -5,6 +5,7 @@ One process. The whole actor over expert meshes: test_experts.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from dapo_mcore.actor.actor import wrap
 from dapo_mcore.actor.forward_backward import run_micro_batches
 from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
-from dapo_mcore.actor.model.routing import PolicyRouter, routers
+from dapo_mcore.actor.model.routing import PolicyRouter, routers, share_routing
 from dapo_mcore.types import MicroBatch
 from tests.actor import families
+from tests.actor.fake_device import DEVICE, HOST, FakeDevice
 from tests.actor.parity import Mesh, make_config
 
 
@@ -178,6 +180,26 @@ def test_routes_that_were_not_recorded_or_are_another_micro_batch_s_are_an_error
         run([first.with_(routes={})])
     with pytest.raises(AssertionError, match="another micro-batch's"):
         run([first.with_(routes=second.routes)])
+
+
+def test_on_a_device_routes_wait_on_the_host_and_the_host_waits_for_none(alone):
+    options = dict(model__routing_replay="scoring", model__moe_aux_loss_coef=0.1, algo__old_logprobs="actor")
+    policy, config = built(alone, "qwen3-moe", **options)
+    router = next(routers(policy))
+    with FakeDevice() as fake:
+        shared = share_routing(router, config.model, replace(alone, device=DEVICE))
+        balance = dict(sequence_ids=torch.tensor([[0, 0, 1, 2, 1]]), balance_weights=torch.tensor([0.5, 0.5]))
+        batch = micro_batch([0] * 5, **{name: value.to(DEVICE) for name, value in balance.items()}, routes={})
+        logits = torch.randn(5, 1, 4, device=DEVICE, requires_grad=True)
+        fake.waits.clear()
+        shared.enter(batch, record=True)
+        with torch.no_grad():
+            router.routing(logits)
+        assert fake.side(batch.routes[1]) == HOST
+        shared.enter(batch, record=False)
+        probs, _ = router.routing(logits)
+        probs.sum().backward()
+        assert fake.side(shared.take_loss()) == DEVICE and not fake.waits
 
 
 def test_without_replay_a_router_is_megatrons_own(alone):
