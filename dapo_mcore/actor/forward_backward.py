@@ -45,7 +45,8 @@ def run_micro_batches(
 
     `chunks` are the policy's, wrapped in DDP for a backward pass. `loss_function(chunk, hidden [s, b, H], micro_batch)` gets the
     last one and returns (loss to differentiate, output to keep). With `backward`, main_grad holds the gradients afterwards,
-    summed over data- and context-parallel ranks. Every rank must call this with the same number of micro-batches.
+    summed over data- and context-parallel ranks. Every rank must call this with the same number of micro-batches, a multiple
+    of `parallel.micro_batch_multiple`. Each chunk takes them in order, so the outputs are in order too.
     Collectives: all of Megatron's for one gradient step.
     feeder  brings the micro-batches to the device; the plain one by default
     """

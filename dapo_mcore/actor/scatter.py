@@ -91,6 +91,7 @@ def plan_step(
             max_tokens=config.batch.max_tokens,
             align=token_multiple(config.model, config.parallel),
             packing=config.batch.packing,
+            multiple=config.parallel.micro_batch_multiple,
         )
         numbers = [[samples[part].tolist() for part in rank] for rank in micro]
         plans.append(MiniBatchPlan(samples, numbers, micro_batch_ids(micro, len(samples))))

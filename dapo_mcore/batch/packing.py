@@ -56,6 +56,7 @@ def plan_micro_batches(
     max_tokens: int,
     align: int = 1,
     packing: bool = True,
+    multiple: int = 1,
     crossover_tokens: float = CROSSOVER_TOKENS,
 ) -> Plan:
     """Return the sample indices of one mini-batch by [data-parallel rank][micro-batch]; each index occurs once.
@@ -64,6 +65,7 @@ def plan_micro_batches(
     max_tokens        tokens of a micro-batch on one context-parallel rank, rounded up to an aligned share, so that a
                       sample of max_tokens · CP tokens fits. With packing padded lengths count, otherwise rectangles.
     align             divides a rank's number of tokens (tensor_multiple of `build_micro_batch`).
+    multiple          divides the number of micro-batches of a rank.
     crossover_tokens  a sample costs len · (1 + len / crossover_tokens), in proportion to its FLOPs.
 
     First ranks are balanced by cost, then each rank's micro-batches. All ranks get the same number of micro-batches, the
@@ -71,16 +73,17 @@ def plan_micro_batches(
     Deterministic: every rank computes the same plan. Raise ConfigError for a sample that exceeds the budget.
     """
     padded = padded_length(np.asarray(lengths, dtype=np.int64), context_parallel)
-    multiple = pack_multiple(context_parallel, align)
-    budget = round_up(max_tokens * context_parallel, multiple)
+    tokens_multiple = pack_multiple(context_parallel, align)
+    budget = round_up(max_tokens * context_parallel, tokens_multiple)
     _check_budget(lengths, padded, budget, max_tokens, context_parallel)
     costs = padded * (1.0 + padded / crossover_tokens)
 
     ranks = largest_differencing(costs, data_parallel)
     fitted = [
-        _first_fit(rank, padded, budget) if packing else _rectangles(rank, padded, budget, multiple) for rank in ranks
+        _first_fit(rank, padded, budget) if packing else _rectangles(rank, padded, budget, tokens_multiple)
+        for rank in ranks
     ]
-    num_micro_batches = max(1, *map(len, fitted))
+    num_micro_batches = int(round_up(max(1, *map(len, fitted)), multiple))
     if packing:
         fitted = [_balanced(parts, padded, costs, budget, num_micro_batches) for parts in fitted]
     return [_in_order(parts, costs, num_micro_batches) for parts in fitted]

@@ -19,6 +19,11 @@ class ParallelConfig(Section):
 
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
+    virtual_pipeline_parallel: Count = 1
+    """Chunks of layers per pipeline stage. More than 1 interleaves them: the time that stages wait at the start and end of a
+    gradient step shrinks by this factor, but each micro-batch is sent between stages as many times more, and a stage keeps the
+    activations of more micro-batches. The number of micro-batches becomes a multiple of pipeline_parallel. Not yet measured on a
+    GPU."""
     context_parallel: Count = 1
     data_parallel: Count | None = None
     """Only a check: when given, the world size must be exactly the product."""
@@ -52,6 +57,21 @@ class ParallelConfig(Section):
         """expert_tensor_parallel with its default filled in."""
         return self.expert_tensor_parallel or (self.tensor_parallel if self.expert_parallel == 1 else 1)
 
+    @property
+    def virtual_pipeline_size(self) -> int | None:
+        """virtual_pipeline_parallel as Megatron wants it: None without interleaving."""
+        return self.virtual_pipeline_parallel if self.virtual_pipeline_parallel > 1 else None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks into which pipeline stages cut the model's layers."""
+        return self.pipeline_parallel * self.virtual_pipeline_parallel
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Divides the number of micro-batches of a gradient step: an interleaved schedule passes them on in groups."""
+        return self.pipeline_parallel if self.virtual_pipeline_size else 1
+
     @model_validator(mode="after")
     def _check_overlap(self) -> ParallelConfig:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
@@ -62,5 +82,14 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"bucket_size {self.bucket_size} has no effect without overlap_grad_reduce: all gradients are then summed at "
                 "once; set overlap_grad_reduce true, or leave bucket_size out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_chunks(self) -> ParallelConfig:
+        if self.virtual_pipeline_parallel > 1 and self.pipeline_parallel == 1:
+            raise ValueError(
+                f"virtual_pipeline_parallel {self.virtual_pipeline_parallel} interleaves the chunks of several pipeline stages, "
+                f"but pipeline_parallel is 1; raise pipeline_parallel, or leave virtual_pipeline_parallel out"
             )
         return self

@@ -98,6 +98,14 @@ def _check_param_gather(c: Config) -> None:
         )
 
 
+def _check_pipeline(c: Config) -> None:
+    if c.parallel.virtual_pipeline_size and c.megatron.get("deallocate_pipeline_outputs"):
+        raise ValueError(
+            f"megatron.deallocate_pipeline_outputs with parallel.virtual_pipeline_parallel {c.parallel.virtual_pipeline_parallel}: "
+            f"megatron-core 0.16 would free outputs that are still being sent; leave it out"
+        )
+
+
 def _check_tokens(c: Config) -> None:
     longest = c.longest_sequence
     budget, context = c.batch.max_tokens, c.parallel.context_parallel
@@ -272,6 +280,7 @@ def _check_ray(c: Config) -> None:
 RULES = (
     _check_batch,
     _check_param_gather,
+    _check_pipeline,
     _check_tokens,
     _check_overlong,
     _check_algo,

@@ -33,13 +33,15 @@ class Mesh:
     sequence_parallel: bool = False
     expert: int = 1
     expert_tensor: int | None = None
+    virtual: int = 1
 
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
 
     def __str__(self) -> str:
-        name = f"TP{self.tensor}PP{self.pipeline}CP{self.context}DP{self.data}"
+        chunks = f"VPP{self.virtual}" if self.virtual > 1 else ""
+        name = f"TP{self.tensor}PP{self.pipeline}{chunks}CP{self.context}DP{self.data}"
         experts = f"EP{self.expert}" if self.expert > 1 else ""
         shared = f"ETP{self.expert_tensor}" if self.expert_tensor else ""
         return name + ("SP" if self.sequence_parallel else "") + experts + shared
@@ -53,6 +55,7 @@ def make_config(mesh: Mesh, **overrides: Any) -> Config:
         "parallel": {
             "tensor_parallel": mesh.tensor,
             "pipeline_parallel": mesh.pipeline,
+            "virtual_pipeline_parallel": mesh.virtual,
             "context_parallel": mesh.context,
             "sequence_parallel": mesh.sequence_parallel,
             "expert_parallel": mesh.expert,
@@ -75,13 +78,15 @@ def make_config(mesh: Mesh, **overrides: Any) -> Config:
 
 
 def hf_config(family: str = "qwen2", tied: bool = False) -> Any:
+    """Return a small model. `family` may end in its number of layers: "qwen2, 7"."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+    family, _, layers = family.partition(", ")
     common = dict(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=int(layers or LAYERS),
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -54,8 +54,9 @@ def on_one_process(problem: str, tmp_path_factory: pytest.TempPathFactory) -> di
     return torch.load(out, weights_only=True)
 
 
-def test_gradient_is_the_same_for_any_micro_batch_size_and_order(problem):
-    rows = parity.spawn(vary_micro_batches, Mesh(data=2), problem)
+@pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(context=4)], ids=str)
+def test_gradient_is_the_same_for_any_micro_batch_size_and_order(mesh, problem):
+    rows = parity.spawn(vary_micro_batches, mesh, problem)
     assert len({row["num_micro_batches"] for row in rows}) >= 3, rows
     for row in rows:
         assert row["error"] <= TOLERANCE, row
@@ -77,7 +78,7 @@ def test_a_rank_without_any_loss_token_takes_part_and_an_empty_batch_moves_nothi
     assert result["next_step_moves"]
 
 
-@pytest.mark.parametrize("mesh", [Mesh(tensor=2, data=2), Mesh(pipeline=2, context=2)], ids=str)
+@pytest.mark.parametrize("mesh", [Mesh(tensor=2, data=2), Mesh(pipeline=2, virtual=2, context=2)], ids=str)
 def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem, on_one_process, tmp_path):
     out = tmp_path / "spread.pt"
     parity.spawn(all_modes, mesh, problem, str(out))

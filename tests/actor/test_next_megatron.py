@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not NEXT, reason="set DAPO_MCORE_MEGATRON_NEXT t
 
 PART = [
     "test_parity.py::test_three_steps_equal_the_fp64_reference_and_broken_scaling_does_not[TP2PP1CP1DP1SP]",
+    "test_parity.py::test_three_interleaved_stages_with_uneven_chunks_and_empty_micro_batches",
     "test_parity.py::test_families_and_tied_embeddings_over_tensor_and_pipeline_stages[qwen2-True]",
     "model/test_policy.py::test_logits_and_gradients_equal_the_fp64_run_of_transformers[TP1PP1CP1DP1]",  # latent attention, too
     "model/test_experts.py::test_the_gradient_is_that_of_one_fp64_process[TP1PP1CP1DP2EP2]",

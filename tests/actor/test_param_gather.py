@@ -25,7 +25,13 @@ STEP = {"batch__mini_batch_prompts": 2, "batch__max_tokens": 48, "batch__epochs"
 
 
 @pytest.mark.parametrize(
-    ("mesh", "tied", "dtype"), [(Mesh(data=3), False, "fp32"), (Mesh(pipeline=2, data=2), True, "bf16")], ids=str
+    ("mesh", "tied", "dtype"),
+    [
+        (Mesh(data=3), False, "fp32"),
+        (Mesh(pipeline=2, data=2), True, "bf16"),
+        (Mesh(pipeline=2, virtual=2, data=2), True, "fp32"),
+    ],
+    ids=str,
 )
 def test_overlapped_runs_equal_plain_ones_bit_for_bit(mesh: Mesh, tied: bool, dtype: str) -> None:
     found = parity.spawn(compare, mesh, tied, dtype)

@@ -84,6 +84,14 @@ def test_every_replica_has_as_many_micro_batches_as_the_one_that_needs_most():
     assert sorted(sample for rank in plan.micro for part in rank for sample in part) == [0, 1, 2, 3]
 
 
+def test_an_interleaved_pipeline_gets_its_micro_batches_in_groups_of_its_stages():
+    mesh = Mesh(pipeline=3, virtual=2, data=2)
+    config = make_config(mesh, batch__max_tokens=16, data__max_prompt_tokens=8, rollout__max_response_tokens=8)
+    (plan,) = plan_step(metadata([15, 15, 15, 2]), config, Replay(), mini_batch_prompts=2, seed=None)
+    assert [len(rank) for rank in plan.micro] == [3, 3]
+    assert sorted(sample for rank in plan.micro for part in rank for sample in part) == [0, 1, 2, 3]
+
+
 def test_a_seed_shuffles_whole_groups():
     plans = plan_step(metadata([4] * 40), CONFIG, Replay(), mini_batch_prompts=5, seed=3)
     orders = [plan.samples.tolist() for plan in plans]

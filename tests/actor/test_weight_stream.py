@@ -1,4 +1,4 @@
-"""The weight stream of a policy on four processes (TP2·PP2) gives back what the policy was loaded from."""
+"""The weight stream of a policy on four processes (TP2·PP2, interleaved) gives back what the policy was loaded from."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def logprob_error(engine: Any, tied: bool) -> float:
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return spawn(stream_and_sync, Mesh(tensor=2, pipeline=2))
+    return spawn(stream_and_sync, Mesh(tensor=2, pipeline=2, virtual=2))
 
 
 @pytest.mark.parametrize(("tied", "count"), [("False", 4 * 12 + 3), ("True", 4 * 12 + 2)])

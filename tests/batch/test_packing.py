@@ -99,7 +99,7 @@ def size_of(samples, lengths, context_parallel, align, packing):
 def test_plan_invariants(seed, packing):
     rng = np.random.default_rng(seed)
     data_parallel, context_parallel, align = rng.integers(1, 7), rng.choice([1, 2, 4]), rng.choice([1, 2, 3, 8])
-    max_tokens = int(rng.integers(20, 200))
+    max_tokens, multiple = int(rng.integers(20, 200)), 1 + seed % 4
     lengths = rng.integers(1, max_tokens * context_parallel + 1, rng.integers(0, 80))
 
     def make_plan():
@@ -110,11 +110,13 @@ def test_plan_invariants(seed, packing):
             max_tokens=max_tokens,
             align=int(align),
             packing=packing,
+            multiple=multiple,
         )
 
     plan = make_plan()
 
     assert len(plan) == data_parallel and len({len(rank) for rank in plan}) == 1 and len(plan[0]) >= 1
+    assert len(plan[0]) % multiple == 0
     flat = [sample for rank in plan for samples in rank for sample in samples]
     assert sorted(flat) == list(range(len(lengths)))
     zigzag = 2 * context_parallel if context_parallel > 1 else 1
@@ -131,6 +133,18 @@ def test_plan_by_hand_with_idle_ranks():
     plan = plan_micro_batches(np.array([6, 5, 4]), data_parallel=1, context_parallel=1, max_tokens=10)
     assert plan == [[[1, 2], [0]]]
     assert micro_batch_ids(plan, 3).tolist() == [1, 0, 0]
+
+
+def test_the_number_of_micro_batches_is_a_multiple_by_hand():
+    # three packs become four: of even cost if there are samples for it, else an empty one
+    plan = plan_micro_batches(np.array([9, 5, 4, 3, 2]), data_parallel=1, context_parallel=1, max_tokens=10, multiple=2)
+    assert plan == [[[0], [1], [3, 4], [2]]]
+    plan = plan_micro_batches(np.array([9, 8, 7]), data_parallel=1, context_parallel=1, max_tokens=10, multiple=2)
+    assert plan == [[[0], [1], [2], []]]
+    plan = plan_micro_batches(
+        np.array([3]), data_parallel=2, context_parallel=1, max_tokens=9, packing=False, multiple=3
+    )
+    assert plan == [[[0], [], []], [[], [], []]]
 
 
 def test_budget_goes_before_balance():

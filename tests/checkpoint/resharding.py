@@ -43,7 +43,7 @@ EXPERTS = dict(
     moe_intermediate_size=18,
     shared_expert_intermediate_size=18,
     mlp_only_layers=[1],
-    num_hidden_layers=2,
+    num_hidden_layers=4,
 )
 MODELS = {
     "tied": ("Qwen2", "fp32", {"tie_word_embeddings": True}),

@@ -23,6 +23,7 @@ NEXT = os.environ.get("DAPO_MCORE_MEGATRON_NEXT")
 
 FEW = [
     Case("tied", Mesh(tensor=2, pipeline=2)),
+    Case("tied", Mesh(pipeline=2, virtual=2)),
     Case("tied", Mesh(pipeline=2, data=3)),
     Case("tied", Mesh(pipeline=2, context=3)),
     Case("tied", Mesh(tensor=3, data=2), bucket_size=700),
@@ -35,11 +36,11 @@ FEW = [
     Case("untied bf16", Mesh(data=5)),
     Case("untied bf16", Mesh(pipeline=4)),
     Case("experts", Mesh(data=4, expert=2)),
-    Case("experts", Mesh(pipeline=2, data=3, expert=3), bucket_size=3000),
+    Case("experts", Mesh(pipeline=2, virtual=2, data=3, expert=3), bucket_size=3000),
     Case("experts", Mesh(tensor=2, data=2, sequence_parallel=True, expert=2, expert_tensor=1)),
     Case("experts", Mesh(), distributed=False),
 ]
-"""43 pairs."""
+"""50 pairs."""
 
 MANY = [
     Case(model, mesh, bucket_size=bucket_size)
@@ -71,7 +72,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
 
 def test_every_mesh_loads_what_every_earlier_one_saved(saved: tuple[Path, dict[str, list[str]]]) -> None:
     found = saved[1]
-    assert len(found) == 43
+    assert len(found) == 50
     assert {pair: names for pair, names in found.items() if names} == {}
 
 
@@ -86,7 +87,7 @@ def test_two_versions_of_megatron_read_each_other(saved: tuple[Path, dict[str, l
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["version"] != version("megatron-core")
     found = told["found"] | run([Case("tied", Mesh(tensor=2)), Case("experts", Mesh(pipeline=2))], folder)
-    assert len(found) == (6 + 1) + (4 + 1) + (7 + 1) + (5 + 1)
+    assert len(found) == (7 + 1) + (4 + 1) + (8 + 1) + (5 + 1)
     assert {pair: names for pair, names in found.items() if names} == {}
 
 

@@ -41,6 +41,10 @@ RULES: list[tuple[list[str], str]] = [
     ),
     ([*GATHER, "optimizer.distributed=false"], "overlap_param_gather needs optimizer.distributed true"),
     ([*GATHER, "megatron.moe_shared_expert_overlap=true"], "calls parts of the shared experts without one"),
+    (
+        ["parallel={pipeline_parallel: 2, virtual_pipeline_parallel: 2}", "megatron.deallocate_pipeline_outputs=true"],
+        "deallocate_pipeline_outputs with parallel.virtual_pipeline_parallel 2: megatron-core 0.16 would free outputs",
+    ),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel needs tensor_parallel > 1, but it is 1"),
     (
         [*LONG, "batch.max_tokens=100"],
@@ -130,6 +134,7 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         ["sampling.train_batch_prompts=12", "batch.mini_batch_prompts=6"],
         ["parallel.sequence_parallel=true", "parallel.tensor_parallel=2"],
         [*GATHER, "megatron.moe_shared_expert_overlap=false"],
+        ["parallel.pipeline_parallel=2", "parallel.virtual_pipeline_parallel=2"],
         [*LONG, "batch.max_tokens=102"],
         ["reward.overlong.penalty=true", "rollout.max_response_tokens=4096"],
         ["algo.old_logprobs=rollout", "algo.tis.mode=mask"],

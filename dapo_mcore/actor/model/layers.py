@@ -75,11 +75,11 @@ def accumulate_in_products(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Return the layers of this rank's pipeline stage; `config.moe_layer_freq` says which of them have experts."""
+def layer_specs(config: TransformerConfig, chunk: int = 0) -> TransformerBlockSubmodules:
+    """Return the layers of a chunk of this rank's pipeline stage; `config.moe_layer_freq` says which of them have experts."""
     use_own_swiglu()
     engine = config.transformer_impl == "transformer_engine"
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm")
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
     for layer in block.layer_specs:
         if config.multi_latent_attention:
             layer.submodules.self_attention.module = LatentAttention

@@ -33,12 +33,13 @@ OWNED = _names("""
     persist_layer_norm pipeline_dtype pipeline_model_parallel_size q_lora_rank qk_head_dim qk_layernorm
     qk_pos_emb_head_dim rope_type rotary_base rotary_scaling_factor sequence_parallel softmax_scale
     tensor_model_parallel_size transformer_impl use_cpu_initialization v_head_dim variable_seq_lengths
+    virtual_pipeline_model_parallel_size overlap_p2p_comm
 """)
 """The model, parallel and batch sections decide these."""
 
 EFFECTIVE = _names("""
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split num_layers_in_first_pipeline_stage
-    num_layers_in_last_pipeline_stage pipeline_model_parallel_layout virtual_pipeline_model_parallel_size
+    num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
     batch_p2p_sync deallocate_pipeline_outputs num_microbatches_with_partial_activation_checkpoints
     recompute_granularity recompute_method recompute_num_layers distribute_saved_activations
     clone_scatter_output_in_embedding config_logger_dir deterministic_mode enable_autocast autocast_dtype
@@ -125,8 +126,8 @@ REFUSED = {
         _cpu_offloading_context finalize_model_grads_func grad_scale_func grad_sync_func no_sync_func param_sync_func
         moe_grad_scale_func experimental_attention_variant_loss_scale_func
     """),
-    "interleaved pipelines and overlapped schedules are not supported": _names("""
-        overlap_p2p_comm overlap_p2p_comm_warmup_flush microbatch_group_size_per_vp_stage use_ring_exchange_p2p
+    "this project does not support such a schedule": _names("""
+        overlap_p2p_comm_warmup_flush microbatch_group_size_per_vp_stage use_ring_exchange_p2p
         overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
         overlap_dispatch_backward_with_experts_wgrad high_priority_a2a_comm_stream
     """),

@@ -72,7 +72,9 @@ class PolicyModel(GPTModel):
 class Policy(torch.nn.ModuleList):
     """This rank's part of the policy: its chunks of the model (PolicyModel), in the order of their layers.
 
-    All chunks share one TransformerConfig.
+    There is one chunk, or `parallel.virtual_pipeline_parallel` of them. With two per stage on two stages, rank 0 has the first
+    and third quarter of the layers, and the embedding; rank 1 has the second and fourth quarter, and the head. All chunks share
+    one TransformerConfig.
     """
 
     @property
@@ -109,22 +111,26 @@ def build_policy(config: Config, hf_config: Any, layout: Layout) -> Policy:
     """Return this rank's part of the policy, with uninitialised weights. Raises ConfigError if it cannot be built."""
     architecture = read_architecture(hf_config, config.longest_sequence)
     megatron_config = transformer_config(config, architecture)
-    return Policy([_build_chunk(config, architecture, megatron_config, layout)]).to(layout.device)
+    numbers = range(config.parallel.virtual_pipeline_parallel)
+    chunks = [_build_chunk(config, architecture, megatron_config, layout, number) for number in numbers]
+    return Policy(chunks).to(layout.device)
 
 
 def _build_chunk(
-    config: Config, architecture: Architecture, megatron_config: TransformerConfig, layout: Layout
+    config: Config, architecture: Architecture, megatron_config: TransformerConfig, layout: Layout, number: int
 ) -> PolicyModel:
+    is_last = number == config.parallel.virtual_pipeline_parallel - 1
     model = PolicyModel(
         megatron_config,
-        layer_specs(megatron_config),
+        layer_specs(megatron_config, number),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
         max_sequence_length=architecture.max_positions,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.is_first_stage and number == 0,
+        post_process=layout.is_last_stage and is_last,
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
         rotary_base=architecture.rope.base,
+        vp_stage=number,
     )
     accumulate_in_products(model)
     if megatron_config.multi_latent_attention:  # its layers have their own rotary embeddings

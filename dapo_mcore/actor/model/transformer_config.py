@@ -51,8 +51,8 @@ def transformer_config(config: Config, architecture: Architecture) -> Transforme
     expert_rules.check_routing(architecture, config.model, config.megatron)
     chosen = config.megatron
     try:
-        built = kind(**_defaults(architecture.num_layers, config.parallel.pipeline_parallel, chosen) | owned | chosen)
-        _check_stages(built)
+        built = kind(**_defaults(architecture.num_layers, config.parallel.num_chunks, chosen) | owned | chosen)
+        _check_stages(built, config.parallel)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"megatron-core refuses the configuration (megatron section: {chosen}): {error}") from error
     return built
@@ -83,16 +83,18 @@ def _check_swiglu(megatron: dict[str, Any]) -> None:
         )
 
 
-def _check_stages(built: TransformerConfig) -> None:
+def _check_stages(built: TransformerConfig, parallel: ParallelConfig) -> None:
     """Raise ConfigError for pipeline stages that this project does not support, or that upstream would build wrong silently."""
-    if (built.virtual_pipeline_model_parallel_size or 1) > 1:
+    chunks = built.virtual_pipeline_model_parallel_size or 1
+    if chunks != parallel.virtual_pipeline_parallel:
         raise ConfigError(
-            f"the megatron section asks for {built.virtual_pipeline_model_parallel_size} virtual pipeline stages per rank; "
-            f"interleaved pipelines are not supported: leave it out"
+            f"megatron.pipeline_model_parallel_layout has {built.pipeline_model_parallel_size * chunks} parts, {chunks} per "
+            f"pipeline stage, but parallel.virtual_pipeline_parallel is {parallel.virtual_pipeline_parallel}; set it to {chunks}"
         )
     if built.pipeline_model_parallel_layout is not None:
         return  # upstream checks it
-    counts = [get_num_layers_to_build(built, pp_rank=stage) for stage in range(built.pipeline_model_parallel_size)]
+    stages = range(built.pipeline_model_parallel_size)
+    counts = [get_num_layers_to_build(built, chunk, stage) for chunk in range(chunks) for stage in stages]
     if sum(counts) != built.num_layers or min(counts) < 1:
         raise ConfigError(
             f"the megatron section spreads {built.num_layers} layers over pipeline stages as {counts}; every layer must "
@@ -100,14 +102,14 @@ def _check_stages(built: TransformerConfig) -> None:
         )
 
 
-def _defaults(num_layers: int, stages: int, chosen: dict[str, Any]) -> dict[str, Any]:
+def _defaults(num_layers: int, num_chunks: int, chosen: dict[str, Any]) -> dict[str, Any]:
     """Return the fields whose values the `megatron` section may change."""
     # logits rounded to bf16 would choose other experts than the rollout engine does
     defaults: dict[str, Any] = dict(moe_router_dtype="fp32")
     # the lengths of micro-batches differ; with pipeline stages, upstream allows that only with `alltoall` and `flex`
     defaults["moe_token_dispatcher_type"] = "alltoall"
-    if num_layers % stages and not any(key in chosen for key in _STAGE_FIELDS):
-        defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, stages)
+    if num_layers % num_chunks and not any(key in chosen for key in _STAGE_FIELDS):
+        defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, num_chunks)
     return defaults
 
 
@@ -123,21 +125,26 @@ def split_layers(num_layers: int, stages: int) -> list[int]:
 
 
 def _mesh(parallel: ParallelConfig) -> dict[str, Any]:
+    interleaved = parallel.virtual_pipeline_parallel > 1
     return dict(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size,
         context_parallel_size=parallel.context_parallel,
         expert_model_parallel_size=parallel.expert_parallel,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
-        batch_p2p_comm=True,
+        # interleaved stages send activations and gradients at once. In one batch, with variable lengths, they would wait for each
+        # other for ever; so activations and gradients have calls of their own
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
         calculate_per_token_loss=True,
     )
 
 
-def _pipeline_layout(num_layers: int, stages: int) -> list[list[str]]:
-    layout = [["decoder"] * count for count in split_layers(num_layers, stages)]
+def _pipeline_layout(num_layers: int, num_chunks: int) -> list[list[str]]:
+    layout = [["decoder"] * count for count in split_layers(num_layers, num_chunks)]
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 

@@ -61,11 +61,7 @@ def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"tensor_parallel {parallel.tensor_parallel} with {'latent attention' if latent else 'experts'} needs "
             f"sequence_parallel: without it every rank would do the same work; set parallel.sequence_parallel true"
         )
-    if parallel.pipeline_parallel > architecture.num_layers:
-        raise ConfigError(
-            f"pipeline_parallel {parallel.pipeline_parallel} leaves stages empty: num_hidden_layers is "
-            f"{architecture.num_layers}; use at most {architecture.num_layers}"
-        )
+    _check_pipeline(architecture.num_layers, parallel)
     if architecture.num_experts:
         _check_experts(architecture, parallel)
     elif parallel.expert_parallel > 1 or parallel.expert_tensor_parallel is not None:
@@ -73,6 +69,20 @@ def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"{architecture.name} has no experts, so parallel.expert_parallel must be 1 (here "
             f"{parallel.expert_parallel}) and expert_tensor_parallel unset (here {parallel.expert_tensor_parallel})"
         )
+
+
+def _check_pipeline(num_layers: int, parallel: ParallelConfig) -> None:
+    stages, chunks = parallel.pipeline_parallel, parallel.virtual_pipeline_parallel
+    if parallel.num_chunks <= num_layers:
+        return
+    if chunks == 1:
+        raise ConfigError(
+            f"pipeline_parallel {stages} leaves stages empty: num_hidden_layers is {num_layers}; use at most {num_layers}"
+        )
+    raise ConfigError(
+        f"pipeline_parallel {stages} × virtual_pipeline_parallel {chunks} = {stages * chunks} leaves chunks empty: "
+        f"num_hidden_layers is {num_layers}; use a virtual_pipeline_parallel of at most {max(1, num_layers // stages)}"
+    )
 
 
 def _check_tensor_parallel(architecture: Architecture, tensor: int) -> None:

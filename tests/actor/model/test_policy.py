@@ -32,6 +32,7 @@ MESHES = [
     (Mesh(tensor=2, sequence_parallel=True, expert=2), EXPERTS),
     (Mesh(tensor=2, data=2, sequence_parallel=True, expert=2, expert_tensor=2), EXPERTS),
     (Mesh(context=2, pipeline=2, expert=2), EXPERTS),
+    (Mesh(context=2, pipeline=2, virtual=2, expert=2), ["deepseek-v3, four layers"]),
     (Mesh(pipeline=4), ["qwen2, seven layers"]),
     (Mesh(tensor=4), ["llama, eight heads", "qwen3", "llama, one key-value head"]),
     (Mesh(tensor=2, context=2, sequence_parallel=True), ["llama, one key-value head", "qwen3-moe"]),
@@ -41,7 +42,9 @@ MESHES = [
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory) -> dict[str, str]:
     folders = {name: tmp_path_factory.mktemp("family") for name in FAMILIES}
-    return {name: str(families.save_problem(name, folder)) for name, folder in folders.items()}
+    deep = families.save_problem("deepseek-v3", tmp_path_factory.mktemp("family"), num_hidden_layers=4)
+    found = {name: str(families.save_problem(name, folder)) for name, folder in folders.items()}
+    return found | {"deepseek-v3, four layers": str(deep)}
 
 
 @pytest.mark.parametrize(("mesh", "names"), MESHES, ids=[str(mesh) for mesh, _ in MESHES])

@@ -70,10 +70,26 @@ def test_recomputed_modules_are_checked_before_the_model_is_built():
         built("mixtral", model__recompute=["mlp"])
 
 
-def test_interleaved_pipelines_are_refused():
-    layout = [["embedding", "decoder"], ["decoder"], ["decoder"], ["loss"]]
-    with pytest.raises(ConfigError, match="2 virtual pipeline stages per rank"):
-        built(mesh=Mesh(pipeline=2), megatron={"pipeline_model_parallel_layout": layout})
+def test_interleaved_stages_have_chunks_of_layers_and_a_call_per_direction():
+    interleaved = built("qwen2, seven layers", Mesh(pipeline=2, virtual=2))
+    chunks = interleaved.pipeline_model_parallel_layout.layout
+    assert [[sum(layer.name == "decoder" for layer in chunk) for chunk in stage] for stage in chunks] == [
+        [2, 2],
+        [2, 1],
+    ]
+    assert [layer.name for layer in chunks[1][1]] == ["decoder", "loss"]
+    assert interleaved.overlap_p2p_comm and not interleaved.batch_p2p_comm
+    plain = built("qwen2, seven layers", Mesh(pipeline=2))
+    assert plain.virtual_pipeline_model_parallel_size is None and plain.batch_p2p_comm and not plain.overlap_p2p_comm
+
+
+def test_the_parts_of_a_layout_must_be_the_chunks_of_the_parallel_section():
+    layout = {"pipeline_model_parallel_layout": "Ettt|tt|tt|L"}
+    assert built("qwen2, seven layers", Mesh(pipeline=2, virtual=2), megatron=layout)
+    with pytest.raises(ConfigError, match=r"has 4 parts, 2 per pipeline stage, but .* is 1; set it to 2"):
+        built("qwen2, seven layers", Mesh(pipeline=2), megatron=layout)
+    with pytest.raises(ConfigError, match="conflicts with pipeline_model_parallel_layout"):
+        built("qwen2, seven layers", Mesh(pipeline=2, virtual=3), megatron=layout)
 
 
 def test_a_field_that_the_model_decides_is_refused_with_its_value():
