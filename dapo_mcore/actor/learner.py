@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -66,7 +67,7 @@ class Learner:
         flat = self.actor.score_reference(flat)
         mismatch = self._mismatch(flat[max(start, bounds[1]) :])
         advantages = self._advantages(step.metadata, flat)
-        flat = [micro.with_(advantages=advantages[micro.sample_ids]) for micro in flat]
+        flat = [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in flat]
         return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch)
 
     def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
@@ -115,23 +116,22 @@ class Learner:
             loss_length=self.config.algo.loss_length or self.config.rollout.max_response_tokens,
         )
         local = step.global_ids
-        micro_batches = [
-            build_micro_batch(
-                step.batch,
-                [step.local_of[sample] for sample in samples],
-                advantages=np.zeros(len(local)),
-                weights=weights[local],
-                context_parallel=layout.context,
-                context_rank=layout.context_rank,
-                tensor_multiple=token_multiple(self.config.model, self.config.parallel),
-                packing=self.config.batch.packing,
-                pad_token=self.pad_token,
-                balance_weights=balance[local] if self.config.model.moe_aux_loss_coef else None,
-            )
-            for samples in plan.micro[layout.data_rank]
-        ]
+        build = partial(
+            build_micro_batch,
+            step.batch,
+            advantages=np.zeros(len(local)),
+            weights=weights[local],
+            context_parallel=layout.context,
+            context_rank=layout.context_rank,
+            tensor_multiple=token_multiple(self.config.model, self.config.parallel),
+            packing=self.config.batch.packing,
+            pad_token=self.pad_token,
+            balance_weights=balance[local] if self.config.model.moe_aux_loss_coef else None,
+        )
+        parts = plan.micro[layout.data_rank]
+        micro_batches = [build([step.local_of[sample] for sample in samples]) for samples in parts]
         to_global = torch.from_numpy(local)
-        return [micro.with_(sample_ids=to_global[micro.sample_ids]) for micro in micro_batches]
+        return [micro.with_(sample_ids=to_global.index_select(0, micro.sample_ids)) for micro in micro_batches]
 
     def _advantages(self, metadata: SampleMetadata, scored: Sequence[MicroBatch]) -> torch.Tensor:
         """Return the advantages of all samples of the step, float32 [B], the same on every rank."""

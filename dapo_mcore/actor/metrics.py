@@ -35,9 +35,9 @@ def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch, tis: TISConfi
             output.loss.detach().double(),
             -new.sum(),
             output.entropy.double().sum(),
-            output.clipped_low.double().sum(),
-            output.clipped_high.double().sum(),
-            output.clipped_dual.double().sum(),
+            output.clipped_low.sum(dtype=torch.float64),
+            output.clipped_high.sum(dtype=torch.float64),
+            output.clipped_dual.sum(dtype=torch.float64),
             old_minus_new.sum(),
             output.kl.double().sum(),
         ]

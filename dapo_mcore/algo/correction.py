@@ -17,6 +17,7 @@ LOG_RATIO_LIMIT = 20.0
 BINS_PER_DECADE = 40
 NUM_IMPORTANCE_SUMS = 5
 FIRST_DECADE, LAST_DECADE = -7, 2
+_NUM_BINS = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE + 2  # between the edges, and one at either end
 LARGEST_USUAL_MISMATCH = 0.1
 """Nats. bf16 on both sides gives a mean of about 1e-2; wrong weights on a server give 0.1 and more."""
 
@@ -120,11 +121,8 @@ def mismatch_stats(
     distance = (actor_logprobs - rollout_logprobs).detach().double().abs()
     # The engine sampled the tokens, so this estimates KL(engine ‖ actor).
     k3 = (log_ratio.expm1() - log_ratio).sum()
-    edges = _bin_edges(distance.device)
     # no bincount: it makes the host wait for a GPU
-    histogram = distance.new_zeros(len(edges) + 1).index_add_(
-        0, torch.bucketize(distance, edges), torch.ones_like(distance)
-    )
+    histogram = distance.new_zeros(_NUM_BINS).index_add_(0, _bins(distance), torch.ones_like(distance))
     head = torch.stack([distance.sum(), k3, k3.new_full((), distance.numel())])
     maximum = distance.max().reshape(1) if distance.numel() else distance.new_zeros(1)
     importance = importance_sums(actor_logprobs, rollout_logprobs, mode, cap)
@@ -200,14 +198,22 @@ def _log_ratio(actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> 
     return (actor_logprobs - rollout_logprobs).detach().float().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def _bin_edges(device: torch.device) -> torch.Tensor:
-    num_bins = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE
-    return torch.logspace(FIRST_DECADE, LAST_DECADE, num_bins + 1, dtype=torch.float64, device=device)
+def _bins(distance: torch.Tensor) -> torch.Tensor:
+    """Return int64, the number of edges below each distance: a bin holds its upper edge. NaN is in the last one.
+
+    By logarithm: torch.bucketize takes eight times as long on a CPU.
+    """
+    above = (distance.log10() - FIRST_DECADE) * BINS_PER_DECADE
+    return above.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).ceil_().clamp_(0, _NUM_BINS - 1).long()
+
+
+def _bin_edges() -> torch.Tensor:
+    return torch.logspace(FIRST_DECADE, LAST_DECADE, _NUM_BINS - 1, dtype=torch.float64)
 
 
 def _percentile(histogram: torch.Tensor, fraction: float) -> float:
     """Return the upper edge of the first bin up to which at least `fraction` of the tokens lie."""
     reached = histogram.cumsum(0)
     bin_index = int(torch.searchsorted(reached, fraction * reached[-1]))
-    edges = _bin_edges(histogram.device)
+    edges = _bin_edges()
     return edges[bin_index].item() if bin_index < len(edges) else float("inf")

@@ -35,34 +35,33 @@ def build_micro_batch(
     tensor_multiple      divides a rank's number of tokens: TP with sequence parallelism, else 1.
     packing              True: sequences back to back, each padded to 2·CP, and a dummy sequence at the end if alignment
                          needs it, with a boundary in cu_seqlens. False: a right-padded rectangle.
-    pad_token            fills a micro-batch without samples. Other pads repeat the longest sample, see `_pads`.
+    pad_token            fills a micro-batch without samples. Other pads repeat the longest sample, see `_tokens`.
 
     Position t predicts token t + 1, so a row is at t if the loss mask is set at t + 1. Without samples, return the
     smallest micro-batch that runs (no rows): a rank without work must still join its peers' collectives.
     Example: tokens [5, 6, 7], mask [F, F, T], CP 1: rows [1], targets [7].
     """
     samples = np.asarray(samples, dtype=np.int64)
-    lengths = batch.lengths[samples]
+    starts = batch.offsets[samples]
+    lengths = batch.offsets[samples + 1] - starts
     multiple = pack_multiple(context_parallel, tensor_multiple)
     segments = _packed(lengths, context_parallel, multiple) if packing else _rectangle(lengths, multiple)
     begins = np.cumsum(segments) - segments
+    spans = [slice(begin, begin + length) for begin, length in zip(starts.tolist(), lengths.tolist())]
 
-    source = ragged_ranges(batch.offsets[samples], lengths)
-    place = ragged_ranges(begins[: len(samples)], lengths)
-    position_ids = ragged_ranges(np.zeros_like(segments), segments)
-    tokens = _pads(batch, samples, position_ids, pad_token)
-    tokens[place] = batch.tokens[source]
-
+    tokens = _tokens(batch.tokens, spans, segments, pad_token)
     held = zigzag_positions(segments, context_parallel, context_rank)
     num_rows = 1 if packing else len(segments)
-    trained = batch.loss_mask[source]
-    rows, mine = _rows(place[trained] - 1, held, len(tokens), num_rows)
-    source = source[trained][mine]
-    sample_ids = np.repeat(samples, lengths)[trained][mine]
+    trained = np.flatnonzero(_joined(batch.loss_mask, spans))
+    ends = np.cumsum(lengths)
+    counts = np.diff(np.searchsorted(trained, ends), prepend=0)
+    place = trained + np.repeat(begins[: len(samples)] - (ends - lengths), counts)
+    rows, mine = _rows(place - 1, held, len(tokens), num_rows)
+    sample_ids = np.repeat(samples, counts)[mine]
+    position_ids = ragged_ranges(np.zeros_like(segments), segments)
     balance: dict[str, torch.Tensor] = {}
     if balance_weights is not None:
-        owners = np.full(len(tokens), len(samples))
-        owners[place] = np.repeat(np.arange(len(samples)), lengths)  # the rest are pads
+        owners = _owners(lengths, segments)
         balance["sequence_ids"] = torch.from_numpy(owners[held].reshape(num_rows, -1))
         balance["balance_weights"] = torch.from_numpy(balance_weights[samples].astype(np.float32))
     return MicroBatch(
@@ -71,26 +70,39 @@ def build_micro_batch(
         cu_seqlens=torch.from_numpy(np.append(begins, len(tokens)).astype(np.int32)) if packing else None,
         lengths=segments,
         rows=torch.from_numpy(rows),
-        targets=torch.from_numpy(batch.tokens[source].astype(np.int64)),
+        targets=torch.from_numpy(tokens[place[mine]]),
         advantages=torch.from_numpy(advantages[sample_ids].astype(np.float32)),
         token_weights=torch.from_numpy(weights[sample_ids].astype(np.float32)),
-        rollout_logprobs=torch.from_numpy(batch.rollout_logprobs[source]),
+        rollout_logprobs=torch.from_numpy(_joined(batch.rollout_logprobs, spans)[trained[mine]]),
         sample_ids=torch.from_numpy(sample_ids),
         **balance,
     )
 
 
-def _pads(batch: TrainBatch, samples: np.ndarray, position_ids: np.ndarray, pad_token: int) -> np.ndarray:
-    """Return int64 [T], the token that each position has if it is a pad: the longest sample's token at the same position.
+def _joined(flat: np.ndarray, spans: Sequence[slice]) -> np.ndarray:
+    """Return the slices of `flat` back to back. Slices, because an index per token takes several times as long."""
+    return np.concatenate([flat[:0], *(flat[span] for span in spans)])
+
+
+def _tokens(flat: np.ndarray, spans: Sequence[slice], segments: np.ndarray, pad_token: int) -> np.ndarray:
+    """Return int64 [Σ segments], each sample's tokens with its pads: the longest sample's tokens at the same positions.
 
     No loss reads a pad, but a scale of FP8 covers all tokens of its tile, pads too. So pads look like the pack's own tokens:
     a dummy is the beginning of its longest sample, and does not raise a scale per tensor.
     """
-    if not len(samples):
-        return np.full(len(position_ids), pad_token, dtype=np.int64)
-    longest = samples[np.argmax(batch.lengths[samples])]
-    tokens = batch.tokens[batch.offsets[longest] : batch.offsets[longest + 1]]
-    return tokens[position_ids % len(tokens)].astype(np.int64)
+    longest = max((flat[span] for span in spans), key=len, default=np.array([pad_token]))
+    pads = np.resize(longest, segments.max())  # repeated if it is too short
+    samples = [flat[span] for span in spans] + [flat[:0]] * (len(segments) - len(spans))
+    parts = [part for own, length in zip(samples, segments.tolist()) for part in (own, pads[len(own) : length])]
+    return np.concatenate(parts, dtype=np.int64)
+
+
+def _owners(lengths: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Return int64 [Σ segments], which of the n samples each position belongs to; n for a pad."""
+    own, numbers = np.zeros_like(segments), np.arange(len(segments))
+    own[: len(lengths)] = lengths
+    pads = np.full_like(numbers, len(lengths))
+    return np.repeat(np.stack([numbers, pads], axis=1).ravel(), np.stack([own, segments - own], axis=1).ravel())
 
 
 def _packed(lengths: np.ndarray, context_parallel: int, multiple: int) -> np.ndarray:
@@ -107,14 +119,22 @@ def _rectangle(lengths: np.ndarray, multiple: int) -> np.ndarray:
     return np.full(max(len(lengths), 1), round_up(longest, multiple), dtype=np.int64)
 
 
-def _rows(predicting: np.ndarray, held: np.ndarray, num_tokens: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows of the flattened hidden states [s, b, H], and bool: which entries of `predicting` this rank has.
+def _rows(
+    predicting: np.ndarray, held: np.ndarray, num_tokens: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray | slice]:
+    """Return rows of the flattened hidden states [s, b, H], and the index of the entries of `predicting` that this rank has.
 
     predicting, held  positions in the whole micro-batch, sequences one after the other.
     """
-    local = np.full(num_tokens, -1, dtype=np.int64)
-    local[held] = np.arange(len(held))
-    index = local[predicting]
-    mine = index >= 0
-    row, position = np.divmod(index[mine], len(held) // num_rows)
+    if len(held) == num_tokens:
+        index, mine = predicting, slice(None)
+    else:
+        local = np.full(num_tokens, -1, dtype=np.int64)
+        local[held] = np.arange(len(held))
+        index = local[predicting]
+        mine = np.flatnonzero(index >= 0)
+        index = index[mine]
+    if num_rows == 1:
+        return index, mine
+    row, position = np.divmod(index, len(held) // num_rows)
     return position * num_rows + row, mine

@@ -171,6 +171,14 @@ def test_ranks_add_up_to_the_whole():
     assert mismatch_metrics(sum(corrected[1:], corrected[0])) == pytest.approx(whole | correction, rel=1e-12)
 
 
+def test_a_bin_holds_what_lies_above_one_edge_and_up_to_the_next():
+    edges = torch.logspace(-7, 2, 9 * 40 + 1, dtype=torch.float64)
+    below, above = edges * (1 - 1e-9), edges * (1 + 1e-9)
+    distances = torch.cat([torch.zeros(2), below, above, torch.tensor([1e300, math.inf, math.nan])])
+    found = mismatch_stats(distances, torch.zeros_like(distances)).histogram
+    assert found.tolist() == [3.0] + [2.0] * 360 + [4.0]
+
+
 def test_extremes_land_in_the_outer_bins():
     same = torch.full((100,), -0.5)
     exact = mismatch_metrics(mismatch_stats(same, same))

@@ -70,7 +70,7 @@ def plan_attention(lengths: np.ndarray, context_parallel: int, rank: int, device
     """Return the plan for sequences with these padded lengths, int64 [n], packed one after the other."""
     starts = np.cumsum(lengths) - lengths
     held = zigzag_positions(lengths, context_parallel, rank)
-    gathered = _gathered_tokens(lengths, context_parallel)
+    gathered = _gathered_tokens(lengths, context_parallel) if context_parallel > 1 else None
     rectangles, output_slots, num_slots = [], np.empty_like(held), 0
     for members in _similar_lengths(lengths):
         local, begin = lengths[members] // context_parallel, starts[members]
@@ -78,7 +78,7 @@ def plan_attention(lengths: np.ndarray, context_parallel: int, rank: int, device
         row, column = np.repeat(np.arange(len(members)), local), ragged_ranges(np.zeros_like(local), local)
         query_slots, positions = np.zeros((2, len(members), int(local.max())), dtype=np.int64)
         query_slots[row, column], positions[row, column] = tokens, held[tokens] - begin[row]
-        key_slots = _key_slots(lengths[members], begin, gathered)
+        key_slots = query_slots if gathered is None else _key_slots(lengths[members], begin, gathered)
         output_slots[tokens] = num_slots + row * query_slots.shape[1] + column
         num_slots += query_slots.size
         blocks = _blocks(positions, key_slots.shape[1]) if context_parallel > 1 else ()
