@@ -35,6 +35,11 @@ class Config(Section):
     name: Name = "run"
     output_dir: FilePath = "runs"
     seed: Seed = 0
+    deterministic: bool = False
+    """Use only kernels whose sums have a fixed order, so that a run on GPUs repeats bit by bit with the same GPUs, versions and
+    layout; runs on CPUs do so without it. Costs speed: attention's backward pass has slower kernels, and NCCL only rings.
+    SGLang servers on GPUs that the run starts get enable-deterministic-inference; servers at `urls` must have it already.
+    An operation without such a kernel ends the run. Changes roundings on CPUs, too. Not yet run on a GPU."""
     num_rollout_steps: Steps = 100
     model: ModelConfig
     data: DataConfig

@@ -41,7 +41,7 @@ def build_engine(
         from dapo_mcore.rollout.sglang.engine import SGLangEngine  # the embedded engine does not need its HTTP client
 
         return SGLangEngine(
-            _placed(config.rollout.sglang, num_local_ranks),
+            _server_settings(config, num_local_ranks),
             hf_config,
             stop_token_ids=stop_token_ids,
             dtype=dtype,
@@ -61,8 +61,12 @@ def build_engine(
     )
 
 
-def _placed(settings: SGLangConfig, num_local_ranks: int) -> SGLangConfig:
-    """Return the settings with `first_gpu` set: after the trainer's GPUs, or at 0 if colocated."""
-    if settings.first_gpu is not None:
-        return settings
-    return settings.model_copy(update={"first_gpu": 0 if settings.colocated else num_local_ranks})
+def _server_settings(config: Config, num_local_ranks: int) -> SGLangConfig:
+    """Return the settings with `first_gpu` set (after the trainer's GPUs, or 0 if colocated), and the option of a deterministic
+    run, which SGLang has on GPUs only."""
+    settings, changes = config.rollout.sglang, {}
+    if settings.first_gpu is None:
+        changes["first_gpu"] = 0 if settings.colocated else num_local_ranks
+    if config.deterministic and settings.device == "cuda":
+        changes["server_args"] = {"enable-deterministic-inference": True} | settings.server_args
+    return settings.model_copy(update=changes)

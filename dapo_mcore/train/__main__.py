@@ -42,9 +42,12 @@ def _checked(path: str, overrides: Sequence[str]) -> Config:
     """Return the configuration. Raise the DapoError that the run would end with as far as it can be known here."""
     from dapo_mcore.config.file import load_config, repeated_overrides
     from dapo_mcore.preflight import check_run, describe_run
+    from dapo_mcore.process.environment import set_deterministic
     from dapo_mcore.process.launcher import check_launcher
 
     config = load_config(path, overrides)
+    if config.deterministic:
+        set_deterministic(os.environ)
     check_launcher(os.environ)
     if os.environ.get("RANK", "0") == "0":
         for note in repeated_overrides(overrides):

@@ -23,6 +23,7 @@ from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.metrics import UpdateStats, update_metrics
 from dapo_mcore.actor.model.fp8_rules import check_same_on_all_ranks
 from dapo_mcore.actor.parallel import layout as layouts
+from dapo_mcore.actor.parallel.determinism import make_deterministic
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
@@ -49,6 +50,7 @@ def train(config: Config) -> None:
 
     Raise Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see process/signals.py).
     """
+    make_deterministic(config)
     with exit_on_signal():  # ranks wait here for each other
         layout = layouts.start(config.parallel, config.seed)
         shutdown = _new_shutdown(config, layout)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dapo_mcore.errors import ConfigError
 from dapo_mcore.process import environment
 
 NAMES = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY")
@@ -44,3 +45,16 @@ def test_warnings_of_libraries_are_silent_and_errors_are_not(caplog: pytest.LogC
     logging.getLogger("library").warning("an optional package is missing")
     logging.getLogger("library").error("broken")
     assert shown == [] and [record.message for record in caplog.records] == ["broken"]
+
+
+def test_a_deterministic_run_sets_what_the_user_has_not_set_and_refuses_the_rest() -> None:
+    chosen = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "HOME": "mine"}
+    environment.set_deterministic(chosen)
+    assert chosen == {
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "HOME": "mine",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "NCCL_ALGO": "Ring",
+    }
+    with pytest.raises(ConfigError, match=r"needs NCCL_ALGO=Ring, but the environment has NCCL_ALGO=Tree; unset it"):
+        environment.set_deterministic({"NCCL_ALGO": "Tree"})

@@ -21,11 +21,13 @@ def started(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("dapo_mcore.rollout.sglang.engine.SGLangEngine", engine)
 
-    def start(sampling: dict[str, object] | None = None, **settings: object) -> SimpleNamespace:
+    def start(
+        sampling: dict[str, object] | None = None, deterministic: bool = False, **settings: object
+    ) -> SimpleNamespace:
         config = make_config("none", train=1, engine="sglang", **sampling or {})
         rollout = config.rollout.model_copy(update={"sglang": SGLangConfig(**settings)})
         return build.build_engine(
-            config.model_copy(update={"rollout": rollout}),
+            config.model_copy(update={"rollout": rollout, "deterministic": deterministic}),
             None,
             stop_token_ids=(1,),
             pad_token_id=0,
@@ -47,3 +49,16 @@ def test_servers_take_the_gpus_after_the_trainers_unless_they_share_or_are_told(
 @pytest.mark.parametrize(("on_full", "max_lag"), [("wait", 0), ("keep", 3)])
 def test_only_groups_kept_in_flight_may_meet_newer_weights(on_full, max_lag, started):
     assert started({"on_full": on_full, "max_staleness": 3}).max_lag == max_lag
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda", {"mem-fraction-static": 0.8}, {"enable-deterministic-inference": True, "mem-fraction-static": 0.8}),
+        ("cuda", {"enable-deterministic-inference": None}, {"enable-deterministic-inference": None}),
+        ("cpu", {}, {}),
+    ],
+)
+def test_servers_on_gpus_of_a_deterministic_run_are_told(device, given, expected, started):
+    assert started(deterministic=True, device=device, server_args=given).settings.server_args == expected
+    assert started(device=device, server_args=given).settings.server_args == given

@@ -42,7 +42,7 @@ EFFECTIVE = _names("""
     num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
     batch_p2p_sync deallocate_pipeline_outputs num_microbatches_with_partial_activation_checkpoints
     recompute_granularity recompute_method recompute_num_layers distribute_saved_activations
-    clone_scatter_output_in_embedding config_logger_dir deterministic_mode enable_autocast autocast_dtype
+    clone_scatter_output_in_embedding config_logger_dir enable_autocast autocast_dtype
     fp32_residual_connection activation_func_clamp_value activation_func_fp8_input_store glu_linear_offset
     attention_output_gate
     no_rope_freq rotary_interleaved
@@ -56,9 +56,7 @@ EFFECTIVE = _names("""
 ENGINE_ONLY = _names("""
     fp4 fp4_recipe fp4_param fp4_quantizer_factory
     disable_parameter_transpose_cache quant_recipe
-    tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs
-    tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs
-    tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 symmetric_ar_type
+    symmetric_ar_type
     apply_query_key_layer_scaling attention_backend cp_comm_type softmax_type window_size window_attn_skip_freq
     layernorm_zero_centered_gamma use_te_activation_func fused_single_qkv_rope fused_residual_rmsnorm
     moe_permute_fusion moe_router_fusion flash_attention_version
@@ -116,10 +114,17 @@ REFUSED = {
         cuda_graph_impl cuda_graph_scope cuda_graph_modules cuda_graph_warmup_steps cuda_graph_use_single_mempool
         cuda_graph_retain_backward_graph enable_cuda_graph external_cuda_graph delay_offload_until_cuda_graph
     """),
+    "micro-batches have their own lengths, and each would have to fill Transformer Engine's communication buffers, whose shape is "
+    "set once, to the last token": _names("""
+        tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs
+        tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs
+        tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend
+    """),
+    "the key `deterministic` decides it, with all else that it needs": _names("deterministic_mode"),
     "only Megatron's own training loop reads it": _names("""
         timers barrier_with_L1_time test_mode use_te_rng_tracker disable_bf16_reduced_precision_matmul
         hierarchical_context_parallel_sizes hybrid_context_parallel max_seqlen_per_dp_cp_rank
-        pipeline_model_parallel_comm_backend tp_comm_bootstrap_backend moe_per_layer_logging log_max_attention_logit
+        pipeline_model_parallel_comm_backend moe_per_layer_logging log_max_attention_logit
         qk_clip qk_clip_alpha qk_clip_threshold
     """),
     "it holds a Python object, which only code can set": _names("""

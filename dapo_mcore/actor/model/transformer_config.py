@@ -67,6 +67,7 @@ def owned_fields(config: Config, architecture: Architecture) -> dict[str, Any]:
         **_implementation(config, architecture),
         **recompute.megatron_fields(config.model.recompute),
         "moe_router_load_balancing_type": "none",
+        "deterministic_mode": config.deterministic,
     }
 
 
