@@ -77,7 +77,9 @@ def linear_policy_loss(
 
     `loss` is differentiable with respect to hidden and weight; every other field is detached, [T] in fp32 (fp64).
     This call already computes the gradients if grad mode is on and an input requires them. They are kept in the input's
-    dtype, and the backward pass scales them. Equal inputs give equal bits.
+    dtype, and the backward pass scales them, in place unless it retains the graph. Equal inputs give equal bits.
+    Without main_grad, several chunks sum the gradient to weight in fp32 [V_local, H] beside the workspace: for bf16 twice its
+    final size, until this call returns. Rounded sums would lose what later chunks add.
     Tensor parallelism: one all-gather of [4, n] statistics per chunk over `tp_group`, and with reduce_hidden_grad one
     all-reduce of [n, H] per chunk (none for T = 0). Its ranks must pass the same rows. All results are equal on all ranks,
     except that **without reduce_hidden_grad the gradient to hidden is this rank's partial sum over its vocabulary

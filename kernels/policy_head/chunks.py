@@ -75,7 +75,8 @@ def linear_policy_loss(
     own_tis_weights: OwnWeights | None,
 ) -> PolicyHeadOutput:
     """Return the loss. Compute the gradients to hidden and weight now; the backward pass only scales them."""
-    grads = _Gradients(hidden, weight, target, projection.shard if reduce_hidden_grad else None)
+    one_chunk = len(hidden) <= projection.chunk_tokens
+    grads = _Gradients(hidden, weight, target, projection.shard if reduce_hidden_grad else None, one_chunk)
 
     def differentiate(rows: slice) -> PolicyHeadOutput:
         logits, chunk = projection.logits(x[rows], w), tokens.rows(rows)
@@ -103,25 +104,32 @@ def linear_policy_loss(
 
 
 class _Gradients:
-    """Gradients to hidden (in its dtype) and weight (in the compute dtype), if the inputs require them.
+    """Gradients to hidden (in its dtype) and weight, if the inputs require them.
 
-    The gradient to weight is kept until the backward pass, or added to `target` in the eager gradient mode. With `shard`
-    the gradient to hidden is summed over its ranks.
+    The gradient to weight is kept until the backward pass, or added to `target` in the eager gradient mode. Several chunks
+    are summed in the compute dtype; `one_chunk` is its own sum, in the dtype of weight. With `shard` the gradient to hidden is
+    summed over its ranks.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, target: MainGradTarget | None, shard: VocabShard | None) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: MainGradTarget | None,
+        shard: VocabShard | None,
+        one_chunk: bool,
+    ) -> None:
         on = torch.is_grad_enabled()
         self.inputs, self.target, self.shard = (hidden, weight), target, shard
         self.hidden = torch.empty_like(hidden) if on and hidden.requires_grad else None
-        self.weight, self.factor = None, 1.0
-        if target is not None:
-            self.weight, self.factor = target.main_grad, target.scale
-        elif on and weight.requires_grad:
-            self.weight = torch.zeros_like(weight, dtype=compute_dtype(weight))
+        self.weight: Tensor | None = None
+        self.weight_dtype = None
+        if target is None and on and weight.requires_grad:
+            self.weight_dtype = weight.dtype if one_chunk else compute_dtype(weight)
         self.sums: list[dist.Work] = []
 
     def __bool__(self) -> bool:
-        return self.hidden is not None or self.weight is not None
+        return self.hidden is not None or self.target is not None or self.weight_dtype is not None
 
     def add(self, grad_logits: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
         """Add the gradients of a chunk whose gradient to the logits is `grad_logits` [n, V_local]."""
@@ -130,8 +138,16 @@ class _Gradients:
             # Start the sum first: the product below overlaps it.
             if self.shard is not None and (started := self.shard.start_sum(self.hidden[rows])):
                 self.sums.append(started)
-        if self.weight is not None:
-            add_product(self.weight, grad_logits.t(), hidden, self.factor)
+        self._add_to_weight(grad_logits.t(), hidden)
+
+    def _add_to_weight(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Add the product [V_local, n] @ [n, H]. The first one is the sum so far: nothing is filled with zeros."""
+        if self.target is not None:
+            add_product(self.target.main_grad, grad_logits, hidden, self.target.scale)
+        elif self.weight is not None:
+            add_product(self.weight, grad_logits, hidden)
+        elif self.weight_dtype is not None:
+            self.weight = product(grad_logits, hidden, self.weight_dtype)
 
     def attach(self, loss: Tensor) -> Tensor:
         """Return the loss on the graph of hidden and weight. Wait for the sums over ranks."""

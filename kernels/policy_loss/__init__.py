@@ -80,9 +80,8 @@ def policy_loss_from_logits(
     targets        int64 [T], global token ids below vocab_size. The CPU checks this; on a GPU a wrong id has log-prob -inf.
     tokens         constants; converted to fp32 (fp64 for fp64).
     vocab_size     size of the vocabulary without padding; columns from there on have probability 0 and gradient 0.
-    in_place       writes the gradient into the memory of `logits`, whose values are lost. This saves two [T, V_local]
-                   tensors. Only one backward pass is possible then, and nothing else may need the logits' values
-                   (autograd raises an error if it does).
+    in_place       writes the gradient into the memory of `logits`, whose values are lost. This saves a [T, V_local] tensor.
+                   Nothing else may need the logits' values then (autograd raises an error if it does).
     implementation as in policy_loss, also for bf16.
 
     `loss` is differentiable with respect to logits; every other field is detached, [T] in fp32 (fp64).
@@ -107,7 +106,7 @@ def policy_loss_from_logits(
         torch.autograd.graph.increment_version(logits)
     loss = losses.loss.sum()
     if grad is not None:
-        loss = with_gradients(loss, (logits,), (grad,), reuse=in_place)
+        loss = with_gradients(loss, (logits,), (grad,))
     return losses._replace(loss=loss)
 
 

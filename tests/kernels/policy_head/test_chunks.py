@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from dapo_mcore.kernels.policy_head import chunk_tokens_for, linear_logprobs
+from dapo_mcore.kernels.policy_head.chunks import _Gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.keywords import linear_policy_loss
+from tests.kernels.live_bytes import LiveBytes
 from tests.kernels.policy_head.exact import EVERYTHING, check, check_confident, check_own, problem, relative_error, run
 
 
@@ -194,3 +196,29 @@ def test_logits_dtype_is_that_of_hidden_or_fp32():
     hidden, weight, targets, inputs = problem(4, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"logits_dtype torch.bfloat16 must be None, torch.float32 or .*torch.float32"):
         linear_policy_loss(hidden, weight, targets, **inputs, logits_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "peak", "final"), [(torch.float32, 1, 1), (torch.bfloat16, 2.5, 0.5)])
+def test_autograd_mode_holds_one_gradient_to_weight_and_the_backward_pass_makes_no_other(dtype, peak, final):
+    """Bytes in units of that gradient [V, H] in fp32, 80 times the logits of a chunk. A CPU also makes the weight fp32."""
+    hidden, weight, targets, inputs = problem(32, vocab=512, width=320, dtype=dtype)
+    unit, leaf = 4 * weight.numel(), weight.requires_grad_()
+    with LiveBytes() as live:
+        loss = linear_policy_loss(hidden, weight, targets, chunk_tokens=4, **inputs).loss
+        in_forward, live.peak, kept = live.peak, live.now, live.now
+        loss.backward()
+    found = [num_bytes / unit for num_bytes in (in_forward, kept, live.peak, live.now)]
+    assert found == pytest.approx([peak, final, final, final], abs=0.1) and leaf.grad.dtype == dtype
+
+
+def test_the_gradient_of_one_chunk_to_a_bf16_weight_is_never_wider():
+    """On a GPU, whose products take bf16: called as `linear_policy_loss` does there. A CPU has no product that widens."""
+    hidden, weight = torch.randn(4, 8).bfloat16(), torch.randn(512, 8).bfloat16().requires_grad_()
+    grad_logits = torch.randn(4, 512).bfloat16()
+    grads = _Gradients(hidden, weight, None, None, one_chunk=True)
+    with LiveBytes() as live, torch.no_grad():
+        grads.add(grad_logits, hidden, weight, slice(0, 4))
+    assert live.now == live.peak == 2 * weight.numel()
+    expected = (grad_logits.float().t() @ hidden.float()).bfloat16()
+    torch.testing.assert_close(grads.weight, expected, rtol=2.0**-7, atol=1e-6)
+    assert _Gradients(hidden, weight, None, None, one_chunk=False).weight_dtype == torch.float32
