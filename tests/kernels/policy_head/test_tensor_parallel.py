@@ -165,7 +165,8 @@ def test_the_sum_of_a_chunk_starts_before_its_weight_gradient_and_is_awaited_at_
     monkeypatch.setattr(chunks, "add_product", add_product)
     hidden, weight, targets, inputs = problem(32, None, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
-    linear_policy_loss(hidden, weight, targets, reduce_hidden_grad=True, **inputs, **OPTIONS)
+    eager = {"main_grad": torch.zeros(weight.shape)}
+    linear_policy_loss(hidden, weight, targets, reduce_hidden_grad=True, **inputs, **OPTIONS, **eager)
     assert seen == ["sum of 6", "product of 6", "sum of 4", "product of 4", "awaited", "awaited"]
     with torch.no_grad():
         linear_policy_loss(hidden, weight, targets, reduce_hidden_grad=True, **inputs, **OPTIONS)
