@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from dapo_mcore.kernels.policy_head import Objective, TokenInputs, chunk_tokens_for, linear_policy_loss
 from torch import Tensor
 from torch.nn.functional import pad
@@ -46,8 +47,8 @@ class Contender:
         return self.compute(problem)
 
 
-def ours(p: Problem, workspace_bytes: float) -> Answer:
-    return answer_of(_policy_loss(p, workspace_bytes), p)
+def ours(p: Problem, workspace_bytes: float, logits_dtype: torch.dtype = torch.float32) -> Answer:
+    return answer_of(_policy_loss(p, workspace_bytes, logits_dtype), p)
 
 
 def ours_eager(p: Problem, workspace_bytes: float, logits_dtype: torch.dtype = torch.float32) -> Answer:
@@ -106,6 +107,24 @@ def liger_scaled_cross_entropy(p: Problem) -> Answer:
     )
 
 
+def liger_tensor_parallel(p: Problem) -> Answer:
+    """Use the native CUTLASS and NVSHMEM kernels in a group of one rank.
+
+    Raises RuntimeError without the package liger-cute-kernels: Liger would then compute in torch, 512 tokens at a time.
+    """
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction as function
+    from liger_kernel.ops.cute.fused_linear_scaled_cross_entropy_tp import is_available
+
+    if not is_available():
+        raise RuntimeError("needs liger-cute-kernels, the native part of Liger's TP cross-entropy")
+    from liger_cute_kernels import nvshmem
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    nvshmem.resolve_team(dist.group.WORLD, create=True)
+    return answer_of(token_mean_loss(-function.apply(p.hidden, p.weight, p.targets, dist.group.WORLD), p), p)
+
+
 def verl(p: Problem) -> Answer:
     logprobs, _ = _verl_kernels().linear_cross_entropy(p.hidden, p.weight, p.targets, 1.0, "none", None)
     return answer_of(token_mean_loss(logprobs, p), p)
@@ -134,11 +153,17 @@ CONTENDERS = (
     Contender("ours, eager, 4 GB", partial(ours_eager, workspace_bytes=4e9), ours=True),
     Contender("ours, eager, 2 GB", partial(ours_eager, workspace_bytes=2e9), ours=True),
     Contender("ours, eager, 1 GB", partial(ours_eager, workspace_bytes=1e9), ours=True),
-    # rounds logits like the other packages, so their tolerance applies
+    # these round logits like the other packages, so their tolerance applies
     Contender(
-        "ours, eager, bf16 logits, 4 GB",
-        partial(ours_eager, workspace_bytes=4e9, logits_dtype=torch.bfloat16),
-        gpu_only=True,
+        "ours, bf16 logits, 4 GB", partial(ours, workspace_bytes=4e9, logits_dtype=torch.bfloat16), gpu_only=True
+    ),
+    *(
+        Contender(
+            f"ours, eager, bf16 logits, {gigabytes} GB",
+            partial(ours_eager, workspace_bytes=gigabytes * 1e9, logits_dtype=torch.bfloat16),
+            gpu_only=True,
+        )
+        for gigabytes in (4, 2)
     ),
     Contender("torch", naive),
     Contender("torch.compile", compiled, gpu_only=True),
@@ -146,6 +171,7 @@ CONTENDERS = (
     Contender("Liger triton_grpo_loss", liger_grpo, gpu_only=True),
     Contender("Liger fused linear GRPO", liger_fused_linear),
     Contender("Liger scaled cross-entropy", liger_scaled_cross_entropy),
+    Contender("Liger scaled cross-entropy, TP", liger_tensor_parallel, gpu_only=True),
     Contender("verl linear_cross_entropy", verl, gpu_only=True),
     Contender("cut-cross-entropy", cut_cross_entropy, gpu_only=True),
     Contender("fla fused_grpo_loss", fla_grpo, on_policy=True, gpu_only=True),

@@ -25,7 +25,7 @@ from tests.kernels.bench.problem import Shape
 
 RESULTS_VARIABLE = "DAPO_MCORE_BENCH_RESULTS"
 COMMIT_VARIABLE = "DAPO_MCORE_BENCH_COMMIT"
-PACKAGES = ("torch", "triton", "liger-kernel", "verl", "cut-cross-entropy", "fla-core")
+PACKAGES = ("torch", "triton", "liger-kernel", "liger-cute-kernels", "verl", "cut-cross-entropy", "fla-core")
 UNITS = {
     "ms": "median, p20 and p80 of forward and backward together, milliseconds",
     "peak_mib": "device memory beyond the inputs and main_grad, results included, MiB",

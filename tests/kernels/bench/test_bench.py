@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests.kernels.bench import report as reports
-from tests.kernels.bench.contenders import Contender, chunked, naive
+from tests.kernels.bench.contenders import CONTENDERS, Contender, chunked, naive
 from tests.kernels.bench.contest import check, check_all, measure
 from tests.kernels.bench.measure import Timing, time_calls, worst_row_error
 from tests.kernels.bench.passes import Pass
@@ -65,6 +67,17 @@ def test_a_failing_contender_keeps_its_row_with_one_line(given):
     assert measured[1].ms.p20 <= measured[1].ms.median <= measured[1].ms.p80
     table = shape_table(CPU_CHECK, Timing(1, 1, 1, 1), measured)
     assert table.row_count == 2 and list(table.columns[-1].cells) == ["NotImplementedError: no such kernel", ""]
+
+
+def test_ligers_torch_fallback_is_not_measured_as_its_kernels(given, monkeypatch):
+    ops, native = ModuleType("liger_kernel.ops"), ModuleType("fused_linear_scaled_cross_entropy_tp")
+    ops.LigerFusedLinearScaledCrossEntropyTPFunction, native.is_available = None, lambda: False
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.cute", ModuleType("cute"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.cute.fused_linear_scaled_cross_entropy_tp", native)
+    (contender,) = (c for c in CONTENDERS if c.name == "Liger scaled cross-entropy, TP")
+    assert "needs liger-cute-kernels" in check(replace(contender, gpu_only=False), given, 1e-5).failure
 
 
 def test_inputs_take_turns_and_are_prepared():
