@@ -1,5 +1,7 @@
-"""PNG plots of the policy head's benchmark, from the JSON that `pytest -m bench` writes: time and memory by tokens, or
-time against memory for a single number of tokens.
+"""PNG plots of the policy head's benchmark, from the JSON that `pytest -m bench` writes: time against memory for one or two
+shapes, otherwise time and memory by tokens.
+
+    dapo-mcore plot --bench kernels/results/nvidia-h100-80gb-hbm3-2026-11-27.json
 
 Change here: what the panels show. tests/kernels/bench/report.py defines the file's format.
 """
@@ -7,12 +9,14 @@ Change here: what the panels show. tests/kernels/bench/report.py defines the fil
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from itertools import cycle, product
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -28,6 +32,11 @@ RESULTS = Path("kernels/results")
 COLOURS = (*PALETTE, "#882255", "#44AA99", "#999933", "#332288", "#CC6677", "#117733", "#AA4499", "#777777")
 """One per contender: Okabe and Ito's colours, then Tol's muted ones."""
 ROOFLINE = {"color": "#222222", "linestyle": "--", "linewidth": 1.6, "label": "three GEMMs alone"}
+MOST_TRADE_OFFS = 2
+"""Shapes that are drawn as time against memory, a panel each."""
+EXACT = 0.01
+"""Largest error of any token's gradient, relative to it, of a contender with a filled marker."""
+_SIZE = re.compile(r"(.+), (\d+ GB)")
 _SIDES = (
     ("left", 0),
     ("right", 0),
@@ -38,7 +47,7 @@ _SIDES = (
     ("center", 1),
     ("center", -1),
 )
-_DISTANCES = (14, 24, 36, 50)
+_DISTANCES = (14, 24, 36, 50, 66)
 """Distances in points between a point of the chart and the middle of its name, nearest first."""
 Bench = dict[str, Any]
 Shapes = list[dict[str, Any]]
@@ -68,15 +77,16 @@ def plot_bench(file: Path, out: Path) -> Path:
 
 
 def draw_bench(bench: Bench) -> Figure:
-    """Return the figure of a benchmark, with a column per model and tensor-parallel size.
+    """Return the figure of a benchmark.
 
-    It shows time and, if measured, memory by tokens; if every column has a single number of tokens, time against memory.
+    One or two shapes with measured memory are drawn as time against memory. Otherwise there is a column per model and
+    tensor-parallel size, with time and, if measured, memory by tokens.
     """
-    groups, styles = _groups(bench["shapes"]), _styles(bench["shapes"])
-    one_size = all(len(shapes) == 1 and _has_memory(shapes) for shapes in groups.values())
-    figure = (_trade_off if one_size else _by_tokens)(groups, styles)
+    shapes = bench["shapes"]
+    trade_off = len(shapes) <= MOST_TRADE_OFFS and all(_has_memory([shape]) for shape in shapes)
+    figure = (_trade_off if trade_off else _by_tokens)(_groups(shapes), _styles(shapes))
     figure.suptitle(_heading(bench), fontsize=12, x=0.01, ha="left")
-    if one_size:
+    if trade_off:
         _label_points(figure)
     return figure
 
@@ -98,10 +108,15 @@ def _by_tokens(groups: dict[str, Shapes], styles: dict[str, dict[str, Any]]) -> 
 
 
 def _trade_off(groups: dict[str, Shapes], styles: dict[str, dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(max(7.0 * len(groups), 10.5), 6.4), dpi=120, layout="constrained")
-    for axes, (title, (shape,)) in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups.items()):
-        axes.set_title(f"{title}, {shape['tokens']:,} loss tokens: lower and further left is better")
+    panels = [(title, shape) for title, shapes in groups.items() for shape in shapes]
+    figure = Figure(figsize=(10.5, 0.4 + 6.0 * len(panels)), dpi=120, layout="constrained")
+    for axes, (title, shape) in zip(figure.subplots(len(panels), squeeze=False).flat, panels):
+        axes.set_title(f"{title}, {shape['tokens']:,} loss tokens")
         _draw_trade_off(axes, shape, styles)
+    figure.supxlabel(
+        f"Lower and further left is better. Filled: the gradient of every token is within {EXACT:.0%} of fp64; hollow: not.",
+        fontsize=10,
+    )
     return figure
 
 
@@ -173,59 +188,110 @@ def _draw_memory(axes: Axes, shapes: Shapes, styles: dict[str, dict[str, Any]]) 
 
 
 def _draw_trade_off(axes: Axes, shape: dict[str, Any], styles: dict[str, dict[str, Any]]) -> None:
-    """Draw time / time of the three GEMMs against peak memory, a named point per contender. A line joins ours."""
+    """Draw time / time of the three GEMMs against peak memory, a named point per contender.
+
+    A line joins the points of one contender that differ in their workspace; only its largest one carries the whole name.
+    """
     floor = shape["gemms_ms"]["median"]
     rows = [row for row in shape["rows"] if row["ms"] and row["peak_mib"]]
-    places = {row["contender"]: (row["peak_mib"] / 1024, row["ms"]["median"] / floor) for row in rows}
-    axes.axhline(1.0, **{**ROOFLINE, "label": None}, zorder=0)
-    ours = sorted(place for name, place in places.items() if _is_ours(name))
-    axes.plot(*zip(*ours) if ours else ((), ()), color=PALETTE[0], linewidth=2.4, alpha=0.5, zorder=1)
+    axes.axhline(1.0, color="#222222", linewidth=1.2, zorder=0)
+    families: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        name, (x, y) = row["contender"], places[row["contender"]]
+        name, x, y = row["contender"], row["peak_mib"] / 1024, row["ms"]["median"] / floor
+        family, size = _SIZE.fullmatch(name).groups() if _SIZE.fullmatch(name) else (name, "")
         colour = PALETTE[0] if _is_ours(name) else "#444444"
         axes.vlines(x, row["ms"]["p20"] / floor, row["ms"]["p80"] / floor, color=colour, linewidth=1.0)
-        axes.plot(x, y, **{**styles[name], "color": colour, "markersize": 8}, linestyle="")
-        axes.annotate(f"{name}, {row['ms']['median']:.3g} ms", (x, y), (0, 0), textcoords="offset points", color=colour)
+        axes.plot(x, y, **_marker(row, styles[name], colour), linestyle="")
+        label = f"{size if size and family in families else name}, {_milliseconds(row['ms']['median'])}"
+        axes.annotate(label, (x, y), (0, 0), textcoords="offset points", color=colour)
+        families.setdefault(family, []).append((x, y))
+    for points in families.values():
+        if len(points) > 1:
+            axes.plot(*zip(*sorted(points)), color=PALETTE[0], linewidth=2.4, alpha=0.5, zorder=1)
     axes.annotate(
-        f"three GEMMs alone, {floor:.3g} ms",
-        (1.0, 1.0),
-        (-4, -4),
+        f"three GEMMs alone, {_milliseconds(floor)}",
+        (0.0, 1.0),
+        (4, -4),
         xycoords=axes.get_yaxis_transform(),
         textcoords="offset points",
-        ha="right",
         va="top",
         fontsize=9,
     )
     _set_log(axes.yaxis, (1, 1.5, 2, 3, 5, 7), "x")
     _set_log(axes.xaxis, (1, 2, 5))
-    axes.margins(x=0.2, y=0.2)
+    axes.margins(x=0.22, y=0.2)
     axes.set(xlabel="peak beyond the inputs, GiB", ylabel="time / time of the three GEMMs")
 
 
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _marker(row: dict[str, Any], style: dict[str, Any], colour: str) -> dict[str, Any]:
+    exact = row["errors"] is not None and row["errors"]["worst_token"] <= EXACT
+    face = colour if exact else "white"
+    edge = "white" if exact else colour
+    return {**style, "color": colour, "markersize": 8, "markerfacecolor": face, "markeredgecolor": edge}
+
+
 def _label_points(figure: Figure) -> None:
-    """Move each point's name to the nearest position at which it hides no other name, point, bar or roofline."""
+    """Move each point's name to the nearest position at which it hides no other name, point, bar or line."""
     figure.draw_without_rendering()
     for axes in figure.axes:
         labels = [text for text in axes.texts if text.xycoords == "data"]
-        bars = [bar for collection in axes.collections for bar in collection.get_segments()]
-        roofline = [(axes.get_xlim()[0], 1.0), (axes.get_xlim()[1], 1.0)]
-        taken = [Bbox(axes.transData.transform(ends)).padded(3) for ends in (*bars, roofline)]
-        taken += [text.get_window_extent() for text in axes.texts if text not in labels]
-        taken += [Bbox([xy, xy]).padded(8) for xy in axes.transData.transform([label.xy for label in labels])]
-        for label in labels:
-            taken.append(_place(label, axes.bbox, taken))
+        bars = [axes.transData.transform(bar) for collection in axes.collections for bar in collection.get_segments()]
+        taken = [Bbox(ends).padded(3) for ends in (*bars, *_line_pieces(axes))]
+        points = axes.transData.transform([label.xy for label in labels])
+        taken += [Bbox([xy, xy]).padded(8) for xy in points]
+        names = [text.get_window_extent() for text in axes.texts if text not in labels]
+        distances = np.linalg.norm(points[:, None] - points[None], axis=2)
+        for number in np.sort(distances, axis=1)[:, 1:3].sum(1).argsort():  # where it is most crowded first
+            _place(labels[number], taken, names)
 
 
-def _place(label: Annotation, inside: Bbox, taken: Sequence[Bbox]) -> Bbox:
-    """Move a name and return its box. If no position is free, use the last one."""
-    box = label.get_window_extent()
-    for distance, (side, height) in product(_DISTANCES, _SIDES):
-        label.set(ha=side, va="center", position=({"left": 9, "right": -9, "center": 0}[side], height * distance))
-        box = label.get_window_extent()
-        within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-        if within and not box.count_overlaps(taken):
-            break
-    return box
+def _line_pieces(axes: Axes) -> Iterator[tuple[Any, Any]]:
+    """Yield the two ends in pixels of short pieces of each line."""
+    for line in axes.lines:
+        for start, end in pairwise(line.get_transform().transform(line.get_xydata())):
+            yield from _pieces(start, end)
+
+
+def _pieces(start: Any, end: Any, number: int = 24) -> Iterator[tuple[Any, Any]]:
+    """Yield the ends of pieces of a slanted line: the box of the whole would hold much free space."""
+    return pairwise([start + (end - start) * step / number for step in range(number + 1)])
+
+
+def _place(label: Annotation, taken: list[Bbox], names: list[Bbox]) -> None:
+    """Move a name to the position at which it and its leader hide least, the nearest of these.
+
+    A leader joins a distant name and its point. Add the name's box to `names`, and the leader's boxes to `taken`.
+    """
+
+    def hidden(position: tuple[int, tuple[str, int]]) -> float:
+        box, leader = _move(label, *position)
+        inside = label.axes.bbox.padded(-1)
+        outside = not (inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1)
+        return 1000 * outside + box.count_overlaps(taken + names) + sum(name.count_overlaps(leader) for name in names)
+
+    distance, (side, height) = min(product(_DISTANCES, _SIDES), key=hidden)
+    box, leader = _move(label, distance, (side, height))
+    if leader:
+        gap = {"shrinkA": 8 if side == "center" else 2, "shrinkB": 6}
+        look = {"arrowstyle": "-", "color": label.get_color(), "linewidth": 0.7, **gap}
+        label.axes.annotate("", label.xy, label.get_position(), textcoords="offset points", arrowprops=look)
+    names.append(box)
+    taken.extend(leader)
+
+
+def _move(label: Annotation, distance: int, way: tuple[str, int]) -> tuple[Bbox, list[Bbox]]:
+    """Move a name and return its box and those of its leader, if it needs one."""
+    side, height = way
+    label.set(ha=side, va="center", position=({"left": 9, "right": -9, "center": 0}[side], height * distance))
+    box, point = label.get_window_extent(), label.axes.transData.transform(label.xy)
+    if not height or distance == _DISTANCES[0]:
+        return box, []
+    anchor = {"left": box.x0, "right": box.x1, "center": point[0]}[side], box.y1 if height < 0 else box.y0
+    return box, [Bbox(ends) for ends in _pieces(point, np.array(anchor))]
 
 
 def _set_log(axis: Axis, ticks: tuple[float, ...], unit: str = "") -> None:

@@ -74,18 +74,42 @@ def test_every_contender_has_a_colour_of_its_own_and_ours_are_thick() -> None:
     assert min(line.get_linewidth() for line in lines[:5]) > max(line.get_linewidth() for line in lines[5:])
 
 
-def test_one_size_is_drawn_as_time_against_memory_with_ours_joined_and_names_that_hide_nothing() -> None:
-    rows = [row("ours, 4", 3.0, 2048.0), row("ours, 2", 3.2, 1024.0), row("x", 3.0, 2050.0), row("y", 8.0, 512.0)]
-    rows += [row("slow", 12.0, 2048.0), row("absent", None), row("ours, 3", 3.1, 1500.0)]
+def test_one_size_is_drawn_as_time_against_memory_with_sizes_joined_and_names_that_hide_nothing() -> None:
+    rows = [row("ours, 4 GB", 3.0, 2048.0), row("ours, 2 GB", 3.2, 1024.0), row("x", 3.0, 2050.0), row("y", 8.0, 512.0)]
+    rows += [
+        row("slow", 212.0, 2048.0),
+        row("absent", None),
+        row("ours, 3 GB", 3.1, 1500.0),
+        row("ours, bf16, 2 GB", 2.5, 900.0),
+    ]
     (axes,) = draw_bench(bench([shape(256, rows)])).axes
-    joined = next(line for line in axes.lines if len(line.get_xdata()) == 3)
+    (joined,) = (line for line in axes.lines if len(line.get_xdata()) == 3)
     assert [*zip(joined.get_xdata(), joined.get_ydata())] == [(1.0, 1.6), (1500 / 1024, 1.55), (2.0, 1.5)]
-    names = [text for text in axes.texts if text.xycoords == "data"]
-    assert [name.get_text() for name in names[:2]] == ["ours, 4, 3 ms", "ours, 2, 3.2 ms"] and len(names) == 6
-    boxes = [text.get_window_extent() for text in axes.texts]
+    names = [text for text in axes.texts if text.xycoords == "data" and text.get_text()]
+    found = [name.get_text() for name in names]
+    assert found[:2] == ["ours, 4 GB, 3 ms", "2 GB, 3.2 ms"] and found[4:] == [
+        "slow, 212 ms",
+        "3 GB, 3.1 ms",
+        "ours, bf16, 2 GB, 2.5 ms",
+    ]
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     assert all(box.count_overlaps(boxes) == 1 for box in boxes), "each overlaps itself alone"
     points = axes.transData.transform([name.xy for name in names])
     assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+def test_a_marker_is_filled_where_every_token_has_its_gradient() -> None:
+    errors = [{"grad_hidden": 1e-3, "grad_weight": 1e-3, "worst_token": worst} for worst in (0.005, 0.3)]
+    rows = [row("exact", 3.0, 512.0) | {"errors": errors[0]}, row("rounded", 3.0, 2048.0) | {"errors": errors[1]}]
+    (axes,) = draw_bench(bench([shape(256, rows)])).axes
+    exact, rounded = (line for line in axes.lines if len(line.get_xdata()) == 1)
+    assert exact.get_markerfacecolor() == exact.get_color() and rounded.get_markerfacecolor() == "white"
+
+
+def test_two_sizes_are_two_panels_of_time_against_memory() -> None:
+    rows = [row("ours", 3.0, 512.0), row("x", 4.0, 2048.0)]
+    figure = draw_bench(bench([shape(4096, rows), shape(256, rows)]))
+    assert [axes.get_title() for axes in figure.axes] == ["m, TP1, 256 loss tokens", "m, TP1, 4,096 loss tokens"]
 
 
 def test_each_file_gets_a_png_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
