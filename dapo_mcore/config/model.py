@@ -22,8 +22,9 @@ class Fp8Config(Section):
 
     On a GPU Transformer Engine computes it, with model.dtype bf16. The inputs that the backward pass keeps then take one byte
     per number instead of two, and two FP8 copies of each weight add two bytes. On a CPU it is simulated with the same codes
-    and scales, to see what it does to a run. Scoring uses the same products as training. With
-    NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 in the environment, `blockwise` has fp32 scales in place of powers of two.
+    and scales, to see what it does to a run. Scoring uses the same products as training. Transformer Engine's variables hold
+    for both, and must be alike on all ranks: NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 gives `blockwise` fp32 scales in place of
+    powers of two, NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1 gives `tensorwise` powers of two.
     """
 
     recipe: Literal["auto", "blockwise", "tensorwise", "mxfp8", "delayed"] = "auto"

@@ -50,25 +50,41 @@ class MXFP8BlockScaling(Recipe):
 
 
 class Float8CurrentScalingQuantizer:
-    def __init__(self, fp8_dtype: DType, device: torch.device, *, rowwise: bool, columnwise: bool):
+    def __init__(
+        self,
+        fp8_dtype: DType,
+        device: torch.device,
+        *,
+        rowwise: bool,
+        columnwise: bool,
+        force_pow_2_scales: bool = False,
+    ):
         assert rowwise and columnwise
-        self._dtype = fp8_dtype.value
+        self._dtype, self._power_of_two = fp8_dtype.value, force_pow_2_scales
 
     def __call__(self, matrix: torch.Tensor) -> SimpleNamespace:
-        found = quantize_tensor(matrix, self._dtype)
+        found = quantize_tensor(matrix, self._dtype, power_of_two=self._power_of_two)
         return SimpleNamespace(
             _data=_codes(found), _transpose=_codes(found).T.contiguous(), _scale_inv=found.factors.view(1)
         )
 
 
 class Float8BlockQuantizer:
-    def __init__(self, fp8_dtype: DType, *, rowwise: bool, columnwise: bool, block_scaling_dim: int = 2):
+    def __init__(
+        self,
+        fp8_dtype: DType,
+        *,
+        rowwise: bool,
+        columnwise: bool,
+        force_pow_2_scales: bool = True,
+        block_scaling_dim: int = 2,
+    ):
         assert rowwise and columnwise
-        self._dtype, self._dim = fp8_dtype.value, block_scaling_dim
+        self._dtype, self._power_of_two, self._dim = fp8_dtype.value, force_pow_2_scales, block_scaling_dim
 
     def __call__(self, matrix: torch.Tensor) -> SimpleNamespace:
         tiles = ((128, 128), (128, 128)) if self._dim == 2 else ((1, 128), (128, 1))
-        rows, columns = (quantize_tiles(matrix, self._dtype, tile) for tile in tiles)
+        rows, columns = (quantize_tiles(matrix, self._dtype, tile, power_of_two=self._power_of_two) for tile in tiles)
         along_rows, along_columns = rows.factors, columns.factors
         if self._dim == 1:
             along_rows = along_rows.T

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dapo_mcore.actor.model.fp8_rules import FP32_SCALES, POWER_2_SCALES
 from tests.tools import fake_transformer_engine
 from tools.gpu_check import fp8
 
@@ -91,8 +92,11 @@ def test_a_record_without_products_is_no_record(rehearsed, tmp_path):
         change(rehearsed, tmp_path / "changed.safetensors", "mxfp8-e4m3/output", None)
 
 
-def test_transformer_engines_calls_and_layouts_give_the_same_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize("other_scales", ["0", "1"])
+def test_transformer_engines_calls_and_layouts_give_the_same_record(tmp_path, monkeypatch, other_scales):
     """Through a stand-in that has Transformer Engine's names and padded, transposed scales."""
+    for variable in (FP32_SCALES, POWER_2_SCALES):
+        monkeypatch.setenv(variable, other_scales)
     fake_transformer_engine.install(monkeypatch)
     assert fp8.record(fp8.TransformerEngine("cpu"), tmp_path / "fake.safetensors") == {}
     assert fp8.compare(tmp_path / "fake.safetensors") == []

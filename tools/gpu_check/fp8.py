@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dapo_mcore.actor.model.fp8_layers import fp8_product, quantizer
+from dapo_mcore.actor.model.fp8_rules import has_power_of_two_scales
 
 Tensors = dict[str, torch.Tensor]
 NUM_TOKENS, NUM_IN, NUM_OUT = 160, 288, 224
@@ -116,7 +117,9 @@ class TransformerEngine:
     def quantized(self, case: Case, operand: str, matrix: torch.Tensor) -> Tensors:
         kinds = self._extension.DType
         kind = kinds.kFloat8E5M2 if operand == "gradient" and case.format == "hybrid" else kinds.kFloat8E4M3
-        both = dict(rowwise=True, columnwise=True)
+        both: dict[str, Any] = dict(rowwise=True, columnwise=True)
+        if case.recipe != "mxfp8":
+            both["force_pow_2_scales"] = has_power_of_two_scales(case.recipe)
         if case.recipe == "tensorwise":
             made = self._engine.Float8CurrentScalingQuantizer(kind, torch.device(self._device), **both)
         elif case.recipe == "blockwise":

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from dapo_mcore.actor.model.fp8_numbers import Quantized, quantize_mx, quantize_tensor, quantize_tiles
-from dapo_mcore.actor.model.fp8_rules import has_fp32_scales
+from dapo_mcore.actor.model.fp8_rules import has_power_of_two_scales
 from dapo_mcore.actor.model.latent import ReplicatedLinear
 
 _BLOCK, _MX_BLOCK = 128, 32
@@ -37,12 +37,12 @@ class Quantizer:
 
     recipe           blockwise, tensorwise or mxfp8.
     gradient         float8 dtype of dY; X and W are e4m3.
-    power_of_two     scales of `blockwise` tiles.
+    power_of_two     True if scales are rounded to powers of two; those of mxfp8 always are.
     """
 
     recipe: str
-    gradient: torch.dtype = torch.float8_e4m3fn
-    power_of_two: bool = True
+    gradient: torch.dtype
+    power_of_two: bool
 
     def weight(self, matrix: torch.Tensor, along: int) -> Quantized:
         """Return W for a product that sums over dim `along`."""
@@ -61,7 +61,7 @@ class Quantizer:
 
     def _operand(self, matrix: torch.Tensor, dtype: torch.dtype, along: int) -> Quantized:
         if self.recipe == "tensorwise":
-            return quantize_tensor(matrix, dtype)
+            return quantize_tensor(matrix, dtype, power_of_two=self.power_of_two)
         size = _BLOCK if self.recipe == "blockwise" else _MX_BLOCK
         tile = (1, size) if along == 1 else (size, 1)
         if self.recipe == "blockwise":
@@ -72,7 +72,7 @@ class Quantizer:
 def quantizer(recipe: str, fmt: str) -> Quantizer:
     """Return the quantizer of a recipe and format (e4m3, or hybrid: e5m2 for gradients)."""
     gradient = torch.float8_e5m2 if fmt == "hybrid" else torch.float8_e4m3fn
-    return Quantizer(recipe, gradient, power_of_two=not has_fp32_scales())
+    return Quantizer(recipe, gradient, power_of_two=has_power_of_two_scales(recipe))
 
 
 class _Product(torch.autograd.Function):

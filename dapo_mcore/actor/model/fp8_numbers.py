@@ -35,10 +35,10 @@ class Quantized:
         return self.codes.float() * _expand(self.factors, self.tile, self.codes.shape)
 
 
-def quantize_tensor(matrix: torch.Tensor, dtype: torch.dtype) -> Quantized:
+def quantize_tensor(matrix: torch.Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> Quantized:
     """Quantize a matrix [M, N] with one scale, from its largest magnitude (current scaling, recipe `tensorwise`)."""
     whole = (max(matrix.size(0), 1), max(matrix.size(1), 1))
-    scales = _scales(_largest(matrix, whole), dtype, if_infinite=_LARGEST_FP32, power_of_two=False)
+    scales = _scales(_largest(matrix, whole), dtype, if_infinite=_LARGEST_FP32, power_of_two=power_of_two)
     return _quantize(matrix, dtype, whole, scales, scales.reciprocal())
 
 

@@ -29,7 +29,8 @@ _NEEDS = {
 accepts, and the oldest CUDA. Transformer Engine 2.11 checks cards and CUDA with an assertion in the first forward pass."""
 
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-"""Transformer Engine's own variable: if it is 1, `blockwise` uses fp32 scales instead of powers of two."""
+POWER_2_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
+"""Transformer Engine's own variables: 1 gives `blockwise` fp32 scales, and `tensorwise` powers of two."""
 
 _ONE_RANK = {"tensor_parallel": 1, "expert_tensor_parallel": 1}
 
@@ -46,9 +47,11 @@ def format_of(fp8: Fp8Config) -> str:
     return fp8.format or ("hybrid" if recipe_of(fp8) == "tensorwise" else "e4m3")
 
 
-def has_fp32_scales() -> bool:
-    """Return True if this process' environment asks for fp32 scales of `blockwise`."""
-    return os.environ.get(FP32_SCALES) == "1"
+def has_power_of_two_scales(recipe: str) -> bool:
+    """Return True if a recipe's scales are powers of two, as this process' environment says."""
+    if recipe == "tensorwise":
+        return os.environ.get(POWER_2_SCALES) == "1"
+    return recipe == "mxfp8" or os.environ.get(FP32_SCALES) != "1"
 
 
 def token_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -131,7 +134,8 @@ def describe_fp8(model: ModelConfig) -> str:
 
 def _how(fp8: Fp8Config) -> str:
     recipe = recipe_of(fp8)
-    return f"{recipe} with fp32 scales" if recipe == "blockwise" and has_fp32_scales() else recipe
+    unusual = {("blockwise", False): " with fp32 scales", ("tensorwise", True): " with power-of-two scales"}
+    return recipe + unusual.get((recipe, has_power_of_two_scales(recipe)), "")
 
 
 def _card() -> str:
@@ -152,7 +156,7 @@ def _check_same(found: list[tuple[str, str]]) -> None:
     ]
     raise ConfigError(
         f"model.fp8: ranks would quantize differently: {'; '.join(parts)}; name one model.fp8.recipe that all cards have, and "
-        f"set {FP32_SCALES} alike on all nodes"
+        f"set {FP32_SCALES} and {POWER_2_SCALES} alike on all nodes"
     )
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dapo_mcore.actor.model.fp8_layers import fp8_product, quantizer
 from dapo_mcore.actor.model.fp8_numbers import quantize_mx, quantize_tensor, quantize_tiles
-from dapo_mcore.actor.model.fp8_rules import FP32_SCALES
+from dapo_mcore.actor.model.fp8_rules import FP32_SCALES, POWER_2_SCALES
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -80,10 +80,14 @@ def test_a_token_does_not_depend_on_its_neighbours_except_with_one_scale_for_all
         assert torch.equal(*first) == same
 
 
-def test_transformer_engines_variable_chooses_fp32_scales(monkeypatch):
-    assert quantizer("blockwise", "e4m3").power_of_two
+def test_transformer_engines_variables_choose_the_kind_of_scales(monkeypatch):
+    factor = lambda recipe: quantizer(recipe, "e4m3").activation(torch.full((1, 32), 3.0), 1).factors.item()  # noqa: E731
+    assert (factor("blockwise"), factor("mxfp8")) == (1 / 128, 1 / 128)  # 448 / 3 = 149.3
+    assert factor("tensorwise") == pytest.approx(3 / 448)
     monkeypatch.setenv(FP32_SCALES, "1")
-    assert not quantizer("blockwise", "e4m3").power_of_two
+    monkeypatch.setenv(POWER_2_SCALES, "1")
+    assert (factor("tensorwise"), factor("mxfp8")) == (1 / 128, 1 / 128)
+    assert factor("blockwise") == pytest.approx(3 / 448)
 
 
 def test_recomputation_repeats_the_product_and_its_gradients_bitwise():

@@ -161,9 +161,12 @@ def test_ranks_that_would_quantize_differently_are_refused_with_their_numbers(mo
     monkeypatch.setenv(FP32_SCALES, "1")  # blockwise alone reads it
     check_same_on_all_ranks(Fp8Config(), Gathered(("mxfp8", "NVIDIA TEST 10")))
     with pytest.raises(
-        ConfigError, match=rf"blockwise with fp32 scales on rank 0 .*; blockwise on rank 1 .*set {FP32_SCALES} alike"
+        ConfigError, match=rf"blockwise with fp32 scales on rank 0 .*; blockwise on rank 1 .*set {FP32_SCALES} and "
     ):
         check_same_on_all_ranks(Fp8Config(recipe="blockwise"), Gathered(("blockwise", "NVIDIA TEST 10")))
+    with pytest.raises(ConfigError, match=r"tensorwise on rank 0 .*; tensorwise with power-of-two scales on rank 1 "):
+        other = Gathered(("tensorwise with power-of-two scales", "NVIDIA TEST 10"))
+        check_same_on_all_ranks(Fp8Config(recipe="tensorwise"), other)
 
 
 def test_the_card_and_the_engine_must_know_the_recipe(monkeypatch):
