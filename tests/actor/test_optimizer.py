@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dapo_mcore.actor.optimizer import SkippedUpdates
 from dapo_mcore.errors import ConfigError, TrainingError
@@ -195,3 +197,36 @@ def test_state_on_the_host_or_in_bf16_is_refused_without_a_gpu(alone):
         ConfigError, match="moments in bf16 need a CUDA device and Transformer Engine's FusedAdam; install"
     ):
         parity.build_actor(parity.make_config(Mesh(), model__dtype="bf16", optimizer__offload_fraction=1.0), alone)
+
+
+class Passes(TorchDispatchMode):
+    """Counts how often operations read or write all elements of a buffer."""
+
+    def __init__(self, buffer: torch.Tensor):
+        super().__init__()
+        self.buffer, self.count = buffer, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            storage = self.buffer.untyped_storage().data_ptr()
+            own = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() == storage]
+            self.count += sum(tensor.numel() for tensor in own) / self.buffer.numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("clip", "clipping"), [(0.0, 0), (1000.0, 0), (1e-3, 2)])
+def test_gradients_are_read_once_for_norm_and_check_and_scaled_only_if_clipped(alone, clip, clipping):
+    """Two passes scale: a read and a write. Adam's own are not counted."""
+    actor = parity.build_actor(parity.make_config(Mesh(), optimizer__clip_grad=clip), alone)
+    (mini_batch,) = parity.shared_step(actor.config, alone, parity.make_batch(), actor)
+    actor.backward(mini_batch)
+    (buffer,) = parity.buffers(actor)
+    with Passes(buffer.grad_data) as prepared:
+        norm = actor.optimizer.prepare()
+    actor.optimizer.megatron.step_with_ready_grads = lambda: True
+    with Passes(buffer.grad_data) as clipped:
+        actor.optimizer.step(norm)
+    assert 1e-3 < norm < 1000
+    assert prepared.count == pytest.approx(1, abs=0.01), "norms and other unsplit parameters are checked once more"
+    assert clipped.count == pytest.approx(clipping, abs=0.01)
