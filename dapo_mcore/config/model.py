@@ -86,7 +86,23 @@ class ModelConfig(Section):
     ratio. The step that needs no scoring pass has the same weights, and routes of its own. Holds one byte (two beyond 256 experts)
     per token, layer with experts and expert chosen in host memory until the rollout step ends: 7.7 MB for 20,000 tokens, 48
     layers and 8 experts."""
+    offload_activations: bool = False
+    """With recompute full, keep the inputs of the layers in pinned host memory from the forward to the backward pass, for long
+    sequences. Two layers' inputs stay on the GPU. In bf16 this saves 2 · hidden_size bytes per token and further layer (divided
+    by tensor_parallel with sequence_parallel), and takes up to twice as much host memory on each rank. The same bytes cross the
+    bus in each pass, beside the computation. At F FLOP/s and P parameters per layer they are hidden if the bus carries
+    hidden_size · F / P bytes per second: at 500 TFLOP/s 5 GB/s for Qwen2.5-32B, 16 GB/s for 1.5B (tensor_parallel times as
+    much without sequence_parallel). Gradients stay the same."""
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> ModelConfig:
+        if self.offload_activations and self.recompute != "full":
+            raise ValueError(
+                "offload_activations moves the inputs of layers, which are all that recompute full keeps, but recompute is "
+                f"{self.recompute}: a layer would keep much more on the GPU; set recompute full, or offload_activations false"
+            )
+        return self
 
     @field_validator("recompute", mode="before")
     @classmethod

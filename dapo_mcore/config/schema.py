@@ -173,6 +173,15 @@ def _check_replay(c: Config) -> None:
         )
 
 
+def _check_offload(c: Config) -> None:
+    others = ("cpu_offloading", "fine_grained_activation_offloading", "distribute_saved_activations")
+    if c.model.offload_activations and (other := next((name for name in others if c.megatron.get(name)), None)):
+        raise ValueError(
+            f"model.offload_activations keeps the inputs of layers on the host, and megatron.{other} would keep them elsewhere "
+            "or in part; use one of the two"
+        )
+
+
 def _check_sampling(c: Config) -> None:
     s, size = c.sampling, c.rollout.group_size
     if s.style == "filter" and size < 2:
@@ -290,6 +299,7 @@ RULES = (
     _check_overlong,
     _check_algo,
     _check_replay,
+    _check_offload,
     _check_sampling,
     _check_generation,
     _check_keep,

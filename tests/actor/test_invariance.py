@@ -35,6 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     "GRPO's sequence mean": {"algo__loss_mode": "seq-mean-token-mean"},
     "Dr. GRPO": {"algo__loss_mode": "seq-mean-token-sum-norm", "algo__advantage_std": "none"},
     "full recompute": {"model__recompute": "full"},
+    "offloaded activations": {"model__recompute": "full", "model__offload_activations": True},
     "selective recompute": {"model__recompute": "selective"},
     "attention and MLP recomputed": {"model__recompute": ["core_attn", "mlp"]},
 }
@@ -93,7 +94,7 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem,
     assert all(found[name]["own_is_scored"] and expected[name]["own_is_scored"] for name in MODES)
     assert all(0 < found[name]["metrics"]["tis/truncated_ratio"] < 1 for name in tis)
     plain = expected["selective recompute"]["gradient"]
-    for name in ("full recompute", "attention and MLP recomputed"):
+    for name in ("full recompute", "offloaded activations", "attention and MLP recomputed"):
         assert all(torch.equal(plain[key], expected[name]["gradient"][key]) for key in plain), name
     assert not torch.equal(plain["lm_head.weight"], expected["entropy bonus"]["gradient"]["lm_head.weight"])
     for name in ("old log-probs from the actor", "truncated importance sampling", "two updates", "kl in the reward"):

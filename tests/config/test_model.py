@@ -41,3 +41,10 @@ def test_any_other_value_of_recompute_is_one_line(file: Path, text: str, message
     with pytest.raises(ConfigError, match=message) as error:
         load_config(file, [f"model.recompute={text}"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "[mlp]"])
+def test_offloaded_activations_need_full_recomputation(file: Path, recompute: str) -> None:
+    assert load_config(file, ["model.recompute=full", "model.offload_activations=true"]).model.offload_activations
+    with pytest.raises(ConfigError, match=r"offload_activations moves .*; set recompute full, or offload_activations"):
+        load_config(file, [f"model.recompute={recompute}", "model.offload_activations=true"])

@@ -27,6 +27,10 @@ CLUSTER = ["rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"]
 
 RULES: list[tuple[list[str], str]] = [
     (
+        ["model.recompute=full", "model.offload_activations=true", "megatron.distribute_saved_activations=true"],
+        "megatron.distribute_saved_activations would keep them elsewhere or in part; use one of the two",
+    ),
+    (
         ["optimizer.offload_fraction=0.5"],
         "optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is fp32; set model.dtype bf16",
     ),

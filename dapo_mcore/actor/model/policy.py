@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dapo_mcore.actor.model.fp8_layers import quantizer, simulate
 from dapo_mcore.actor.model.fp8_rules import bf16_layers, format_of, recipe_of
 from dapo_mcore.actor.model.latent import set_latent_eps
 from dapo_mcore.actor.model.layers import accumulate_in_products, layer_specs
+from dapo_mcore.actor.model.offload import LayerInputOffload
 from dapo_mcore.actor.model.routing import ExpertRouting, share_routing
 from dapo_mcore.actor.model.transformer_config import transformer_config
 from dapo_mcore.actor.parallel.layout import Layout
@@ -36,9 +38,16 @@ class PolicyModel(GPTModel):
     """A GPTModel whose last stage returns hidden states, so the logits of a whole batch never exist.
 
     expert_routing  what its routers share; None without experts
+    offload         keeps its layers' inputs on the host; None without model.offload_activations
     """
 
     expert_routing: ExpertRouting | None = None
+    offload: LayerInputOffload | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return GPTModel's output, and let the saved inputs of its layers wait on the host if it offloads them."""
+        with self.offload.forward_pass() if self.offload else nullcontext():
+            return super().forward(*args, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return the hidden states [s, b, H]; under sequence parallelism, this rank's rows. Overrides megatron-core 0.16.1."""
@@ -142,4 +151,6 @@ def _build_chunk(
         found = quantizer(recipe_of(fp8), format_of(fp8))
         simulate(model.decoder.layers, found, bf16_layers(fp8, architecture.num_layers))
     model.expert_routing = share_routing(model, config.model, layout)
+    if config.model.offload_activations:
+        model.offload = LayerInputOffload(model.decoder.layers, layout.device)
     return model
