@@ -80,29 +80,31 @@ class Learner:
         Raises RolloutError on every rank, before any weight changes, if the engine's log-probs differ from the actor's by more
         than algo.max_mismatch.
         """
-        mini_batches = [mini for _ in range(self.config.batch.epochs) for mini in scored.mini_batches]
-        last = len(mini_batches) - 1
+        first, *others = scored.mini_batches
 
         def check(stats: UpdateStats) -> None:
             check_mismatch(mismatch_metrics(stats.mismatch + scored.mismatch), self.config.algo.max_mismatch)
 
-        return [
-            self.actor.update(mini, check=None if number else check, update_follows=number < last)
-            for number, mini in enumerate(mini_batches)
-        ]
+        count = self.config.batch.epochs * len(scored.mini_batches)
+        stats = self.actor.update(first, check=check, update_follows=count > 1)
+        rest = others + [_with_own_logprobs(first, stats), *others] * (self.config.batch.epochs - 1)
+        return [stats, *(self.actor.update(mini, update_follows=n < count) for n, mini in enumerate(rest, 2))]
 
     def _num_unscored(self, num_mini_batches: int) -> int:
         """Return how many mini-batches, from the first on, need no scoring pass.
 
-        The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass. A KL
-        in the reward needs those of whole samples before that step, and a second epoch needs them again after it.
+        The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass, and
+        further epochs take them from there. A KL in the reward needs those of whole samples before that step, and further epochs
+        of a model that replays routes need the routes of scoring.
         """
         algo = self.config.algo
         if algo.kl.coef > 0 and algo.kl.place == "reward":
             return 0
+        if self.config.model.routing_replay == "scoring" and self.config.batch.epochs > 1:
+            return 0
         if algo.old_logprobs == "rollout" and algo.tis.mode == "off" and algo.max_mismatch is None:
             return num_mini_batches
-        return 1 if self.config.batch.epochs == 1 else 0
+        return 1
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout
@@ -172,3 +174,13 @@ class Learner:
                 old = micro.old_logprobs.cpu()
                 total += mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), tis.mode, tis.cap)
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
+
+
+def _with_own_logprobs(micro_batches: list[MicroBatch], first_step: UpdateStats) -> list[MicroBatch]:
+    """Return the micro-batches of the first gradient step for a further epoch: old log-probs that were not scored are those of
+    that step's forward pass, bitwise what scoring gives."""
+    if not first_step.logprobs or micro_batches[0].old_logprobs is not None:
+        return micro_batches
+    return [
+        micro.with_(old_logprobs=logprobs) for micro, logprobs in zip(micro_batches, first_step.logprobs, strict=True)
+    ]

@@ -22,10 +22,10 @@ MAXIMA = ("ratio_max_deviation",)
 
 
 def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch, tis: TISConfig) -> dict[str, torch.Tensor]:
-    """Return one micro-batch's sums and maxima over this rank's loss tokens.
+    """Return one micro-batch's sums and maxima over this rank's loss tokens, and their log-probs.
 
     {"sums": fp64 in the order of SUMS, then MismatchStats.sums, "maxima": fp64 in the order of MAXIMA, then
-    MismatchStats.maximum}
+    MismatchStats.maximum, "logprobs": float32 [L]}
     """
     new = output.logprobs.double()
     old_minus_new = new.new_zeros(new.shape) if batch.old_logprobs is None else (batch.old_logprobs.double() - new)
@@ -45,7 +45,8 @@ def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch, tis: TISConfi
     deviation = (output.ratio.double() - 1).abs()
     largest = deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)
     mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs, tis.mode, tis.cap)
-    return {"sums": torch.cat([sums, mismatch.sums]), "maxima": torch.cat([largest, mismatch.maximum])}
+    sums, maxima = torch.cat([sums, mismatch.sums]), torch.cat([largest, mismatch.maximum])
+    return {"sums": sums, "maxima": maxima, "logprobs": output.logprobs}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class UpdateStats:
     maxima    by MAXIMA
     mismatch  compares the policy before this step with the rollout engine
     skipped   True, on every rank, if the gradient norm was not finite on any rank
+    logprobs  of this rank's micro-batches before this step, float32 [L] each; on last-stage ranks, empty elsewhere
     aux_loss  the load-balancing loss, mean over layers with experts and samples, without its coefficient; None if there is none
     """
 
@@ -65,6 +67,7 @@ class UpdateStats:
     grad_norm: float
     lr: float
     skipped: bool
+    logprobs: list[torch.Tensor]
     aux_loss: float | None = None
 
     @classmethod
@@ -101,6 +104,7 @@ class UpdateStats:
             grad_norm=math.nan if skipped else grad_norm,
             lr=lr,
             skipped=skipped,
+            logprobs=[stats["logprobs"] for stats in micro_batches],
             aux_loss=None if aux_loss is None else float(sums[-1]),
         )
 

@@ -46,12 +46,14 @@ class MadeUpActor:
             return list(micro_batches)
         return [micro.with_(ref_logprobs=torch.full_like(micro.token_weights, -1.0)) for micro in micro_batches]
 
-    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None, update_follows: bool = False) -> int:
+    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None, update_follows: bool = False) -> Any:
+        own = [torch.full_like(micro.token_weights, -0.3) for micro in micro_batches]
         rollout = torch.cat([micro.rollout_logprobs for micro in micro_batches])
+        stats = SimpleNamespace(mismatch=mismatch_stats(torch.cat(own), rollout), logprobs=own)
         if check is not None:
-            check(SimpleNamespace(mismatch=mismatch_stats(torch.full_like(rollout, -0.3), rollout)))
+            check(stats)
         self.updates.append(micro_batches)
-        return len(self.updates)
+        return stats
 
 
 def step() -> ScatteredStep:
@@ -124,7 +126,8 @@ ALL, REST, NONE = {0, 1, 2, 3}, {2, 3}, set()
     [
         ({"algo__old_logprobs": "actor"}, REST),
         ({"algo__old_logprobs": "actor", "algo__kl__coef": 0.1}, REST),
-        ({"algo__old_logprobs": "actor", "batch__epochs": 2}, ALL),
+        ({"algo__old_logprobs": "actor", "batch__epochs": 2}, REST),
+        ({"algo__old_logprobs": "actor", "batch__epochs": 2, "model__routing_replay": "scoring"}, ALL),
         ({"algo__old_logprobs": "actor", "algo__kl": {"coef": 0.1, "place": "reward"}}, ALL),
         ({"algo__old_logprobs": "rollout", "algo__kl": {"coef": 0.1, "place": "reward"}}, ALL),
         ({"algo__old_logprobs": "rollout"}, NONE),
@@ -152,8 +155,10 @@ def test_a_step_of_one_gradient_step_is_not_scored_at_all():
     assert mismatch_metrics(scored.mismatch) == {}
 
 
-def test_gradient_steps_and_metrics_are_those_of_a_step_that_is_scored_whole(alone):
-    overrides = {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 0.01}}
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_gradient_steps_and_metrics_are_those_of_a_step_that_is_scored_whole(alone, epochs):
+    """Also in a second epoch, where the old log-probs of the first mini-batch are those of its first gradient step."""
+    overrides = {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 0.01}, "batch__epochs": epochs}
     config = make_config(Mesh(), batch__mini_batch_prompts=2, **overrides)
     weights, metrics = [], []
     for whole in (False, True):
@@ -166,7 +171,7 @@ def test_gradient_steps_and_metrics_are_those_of_a_step_that_is_scored_whole(alo
         updates = learner.update(replace(scored, mini_batches=every) if whole else scored)
         metrics.append(update_metrics(updates, scored.mismatch))
         weights.append([parameter.detach().clone() for parameter in actor.policy.parameters()])
-    assert len(updates) == 2 and all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert len(updates) == 2 * epochs and all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert metrics[0] == metrics[1] and metrics[0]["actor/first_update_ratio_deviation"] == 0.0
     expected = mismatch_metrics(mismatch_stats(old, rollout, "truncate", 0.01))
     assert 0 < expected["tis/truncated_ratio"] < 1
@@ -189,7 +194,7 @@ def test_a_mismatch_above_the_limit_over_the_whole_step_ends_the_run_before_the_
         learner = Learner(actor, pad_token=0)
         scored = learner.score(step())
         if limit > 0.15:
-            assert learner.update(scored) == [1, 2]
+            assert len(learner.update(scored)) == len(actor.updates) == 2
             continue
         with pytest.raises(RolloutError, match=r"mean 0\.15 nats"):
             learner.update(scored)
@@ -197,8 +202,13 @@ def test_a_mismatch_above_the_limit_over_the_whole_step_ends_the_run_before_the_
 
 
 def test_every_epoch_takes_one_gradient_step_per_mini_batch_in_order():
-    actor = MadeUpActor(batch__epochs=2)
+    actor = MadeUpActor(batch__epochs=2, algo__old_logprobs="actor")
     learner = Learner(actor, pad_token=0)
     scored = learner.score(step())
-    assert learner.update(scored) == [1, 2, 3, 4]
-    assert [id(mini) for mini in actor.updates] == [id(mini) for mini in scored.mini_batches] * 2
+    assert len(learner.update(scored)) == 4
+    assert [[micro.targets.tolist() for micro in mini] for mini in actor.updates] == [
+        [micro.targets.tolist() for micro in mini] for mini in scored.mini_batches
+    ] * 2
+    old = [by_sample([mini], "old_logprobs") for mini in actor.updates]
+    first, again = ({0: [value], 1: [value] * 3} for value in (None, float(torch.tensor(-0.3))))
+    assert old == [first, {2: [-0.5] * 2, 3: [-0.5] * 2}, again, {2: [-0.5] * 2, 3: [-0.5] * 2}]
