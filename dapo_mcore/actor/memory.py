@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.memory_use import GIB, gradient_tensors, storages, weight_tensors
 from dapo_mcore.actor.parallel.layout import num_local_ranks
 from dapo_mcore.errors import ResourceError
-
-GIB = 2**30
 
 
 class ActorMemory:
@@ -38,13 +37,13 @@ class ActorMemory:
     def nbytes(self) -> int:
         """Return the device memory that the actor's tensors hold now, in bytes, without activations and scratch memory."""
         tensors = (*self._weight_tensors(), *self._gradient_tensors(), *self._state_tensors())
-        return sum(storage.nbytes() for storage in _storages(tensors).values())
+        return sum(storage.nbytes() for storage in storages(tensors).values())
 
     def offload_state(self) -> None:
         """Move the optimizer state to the host and free the gradients. The next gradient step does not need their values."""
-        weights, gradients = _storages(self._weight_tensors()), _storages(self._gradient_tensors())
+        weights, gradients = storages(self._weight_tensors()), storages(self._gradient_tensors())
         # an fp32 optimizer updates the weights themselves, or shards of their buffer
-        state = {key: s for key, s in _storages(self._state_tensors()).items() if key not in weights | gradients}
+        state = {key: s for key, s in storages(self._state_tensors()).items() if key not in weights | gradients}
         self._state.offload(state.values())
         self._gradients = [(storage, storage.nbytes()) for storage in gradients.values()]
         for storage, _ in self._gradients:
@@ -53,7 +52,7 @@ class ActorMemory:
 
     def offload_weights(self) -> None:
         """Move the weights to the host."""
-        self._weights.offload(_storages(self._weight_tensors()).values())
+        self._weights.offload(storages(self._weight_tensors()).values())
         self._actor.layout.free_scratch()
 
     def onload(self) -> None:
@@ -65,14 +64,10 @@ class ActorMemory:
         self._state.onload()
 
     def _weight_tensors(self) -> Iterable[Tensor]:
-        for model in (self._actor.policy, self._actor.reference):
-            if model is not None:
-                yield from model.parameters()
-                yield from model.buffers()
+        return (*weight_tensors(self._actor.policy), *weight_tensors(self._actor.reference))
 
     def _gradient_tensors(self) -> Iterable[Tensor]:
-        for chunk in self._actor.ddp:
-            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
+        return gradient_tensors(self._actor)
 
     def _state_tensors(self) -> Iterable[Tensor]:
         device = self._actor.layout.device
@@ -92,10 +87,10 @@ class HostCopy:
         self._buffers: list[Tensor] = []
         self._offloaded: list[UntypedStorage] = []
 
-    def offload(self, storages: Iterable[UntypedStorage]) -> None:
+    def offload(self, given: Iterable[UntypedStorage]) -> None:
         """Copy the storages to the host and free their device memory. Raises ResourceError if the host has too little."""
         assert not self._offloaded, "offloaded already"
-        offloaded = list(storages)
+        offloaded = list(given)
         self._allocate([storage.nbytes() for storage in offloaded])
         for storage, buffer in zip(offloaded, self._buffers, strict=True):
             buffer.copy_(_bytes_of(storage), non_blocking=True)
@@ -127,12 +122,6 @@ class HostCopy:
                 f"available, of {memory.total / GIB:.1f}; use more nodes, or servers on GPUs of their own (colocated false)"
             )
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
-    """Return the distinct storages that have memory, by address."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
 def _bytes_of(storage: UntypedStorage) -> Tensor:

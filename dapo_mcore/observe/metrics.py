@@ -163,6 +163,26 @@ METRICS: dict[str, Metric] = {
     ),
     "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens generated / time/generate_s"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
+    "memory/weights_gib": Metric(
+        "GiB", "parameters and buffers of the policy, the largest rank's as in all that follow"
+    ),
+    "memory/reference_gib": Metric("GiB", "the same of the reference policy; absent without one"),
+    "memory/gradients_gib": Metric("GiB", "gradient buffers"),
+    "memory/optimizer_gib": Metric("GiB", "Adam's moments and, for bf16 weights, their fp32 copies, on the device"),
+    "memory/optimizer_host_gib": Metric("GiB", "the part of them on the host; absent if there is none"),
+    "memory/head_gib": Metric(
+        "GiB", "fp32 logits of one chunk (batch.head_chunk_tokens), which the policy head holds while it runs"
+    ),
+    "memory/score_peak_gib": Metric(
+        "GiB", "peak of allocated GPU memory in scoring; absent on a CPU, as the next three"
+    ),
+    "memory/score_activations_gib": Metric(
+        "GiB", "that peak above what was allocated before: activations, memory/head_gib, temporary tensors"
+    ),
+    "memory/update_peak_gib": Metric("GiB", "peak of allocated GPU memory in the gradient steps"),
+    "memory/update_activations_gib": Metric(
+        "GiB", "that peak above what was allocated before; in a run's first step also Adam's moments"
+    ),
     "updates": Metric("updates", "gradient steps since the start of the run"),
     "updates_per_step": Metric("updates", "gradient steps of this rollout step"),
     "time/step_s": Metric(

@@ -20,6 +20,7 @@ from typing import Any
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
+from dapo_mcore.actor.memory_use import MemoryUse
 from dapo_mcore.actor.metrics import UpdateStats, update_metrics
 from dapo_mcore.actor.model.fp8_rules import check_same_on_all_ranks
 from dapo_mcore.actor.parallel import layout as layouts
@@ -110,6 +111,8 @@ class Run:
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer))
+            self.memory = MemoryUse(self.actor)
+            self.progress.line(self.memory.start_line())
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
             engine = self.controller and self.controller.engine
             self.handover = Handover(
@@ -173,23 +176,24 @@ class Run:
         with self._phase("sync"):
             self.handover.to_training()
         with profiled(self._profile(step), self.progress.line):
-            with self._phase("logprob"):
+            with self._phase("logprob"), self.memory.phase("score"):
                 share = scatter_step(
                     batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
                 )
                 scored = self.learner.score(share)
             if self._signal() is not None:
                 return None
-            with self._phase("train"):
+            with self._phase("train"), self.memory.phase("update"):
                 updates = self.learner.update(scored)
                 if config.parallel.check_replicas:
                     check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
+        memory = self.memory.metrics()  # before the memory may go to servers
         self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
         if self._signal() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
-        return update_metrics(updates, scored.mismatch) | self.handover.pop_metrics()
+        return update_metrics(updates, scored.mismatch) | memory | self.handover.pop_metrics()
 
     def _profile(self, step: int) -> Path | None:
         """Return the file for this rank's profile of the step; None if there is none."""

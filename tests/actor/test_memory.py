@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dapo_mcore.actor import memory
+from dapo_mcore.actor.memory_use import GIB, MemoryUse
 from dapo_mcore.errors import ResourceError
 from tests.actor import parity
 from tests.actor.parity import Mesh
@@ -22,10 +23,37 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(tensor=2, sequence_parallel=True), Mesh(pipeline=2)], ids=str)
+LAYER = 64 + 128 * 64 + 128 + 64 * 64 + 64 + 192 * 64 + 64 * 96  # norm, qkv and its bias, o, norm, gate and up, down
+HALF = 64 + 64 * 64 + 64 + 64 * 32 + 64 + 96 * 64 + 64 * 48
+LARGEST = {
+    Mesh(data=2): 2 * 64 * 64 + 4 * LAYER + 64,
+    Mesh(tensor=2, sequence_parallel=True): 2 * 32 * 64 + 4 * HALF + 64,
+    Mesh(pipeline=2): 2 * LAYER + 64 + 64 * 64,
+}
+"""By mesh, the parameters of the rank with most: the vocabulary of 61 words is padded to 64, and the last of two stages has
+the last norm, too."""
+
+
+def by_hand(mesh: Mesh, kind: str) -> dict[str, int]:
+    """Return bytes. The distributed optimizer's buffers are padded to 128 elements, and each replica has Adam's state of one
+    part of them."""
+    num, bf16, divided = LARGEST[mesh], "bf16" in kind, kind != "fp32" and kind != "bf16"
+    padded = -(-num // 128) * 128 if divided else num
+    updated = padded // mesh.data if divided and mesh.data > 1 else num
+    bytes_of = {
+        "weights": padded * (2 if bf16 else 4),
+        "gradients": padded * 4,
+        "optimizer": updated * (12 if bf16 else 8),
+        "head": 1024 * 64 // mesh.tensor * 4,
+    }
+    return bytes_of | ({"reference": num * 4} if "reference" in kind else {})
+
+
+@pytest.mark.parametrize("mesh", LARGEST, ids=str)
 def test_training_continues_bitwise_and_the_memory_is_free_meanwhile(mesh: Mesh) -> None:
     for kind, told in parity.spawn(train, mesh).items():
         assert told["away"] == told["stayed"], kind
+        assert told["use"] == {f"memory/{name}_gib": size / GIB for name, size in by_hand(mesh, kind).items()}, kind
         assert told["bytes"]["all gone"] == 0, kind
         assert 0 < told["bytes"]["weights"] < 0.7 * told["bytes"]["all"], kind
         assert told["stream is the same"], kind
@@ -49,6 +77,7 @@ def compare(layout: Any, mesh: Mesh, overrides: dict[str, Any]) -> dict[str, Any
             (mini_batch,) = parity.shared_step(config, layout, parity.make_batch(seed=step), actor)
             told[way].append(actor.update(mini_batch).grad_norm)
         told[way].append(checksum(actor.policy))
+        told["use"] = MemoryUse(actor).metrics()
     return told
 
 

@@ -35,8 +35,8 @@ class LayerInput:
 
 class LayerInputOffload:
     """Copies saved layer inputs to the host during the next layer's forward pass, and back during the backward pass of the
-    layer after. At most two inputs are on the device at a time, and in a forward pass the embedding's output, which Megatron
-    holds until its end.
+    layer after. At most two inputs per model chunk are on the device at a time, and in a forward pass the embedding's
+    output, which Megatron holds until its end.
 
     All copies run one after the other on a side stream. So a copy back never overtakes the copy out, and nothing is written
     to a host buffer that is still read: PyTorch's pinned allocator hands a buffer out again only when copies from it are done.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dapo_mcore.actor.model import attention
 from dapo_mcore.actor.model.attention import CoreAttention, SequenceParams, plan_attention, plan_rectangle
@@ -93,6 +97,48 @@ def test_a_long_sequence_beside_many_short_ones_needs_memory_for_its_tokens_only
             sizes = [(end - begin) * keys * len(rectangle.key_slots) for begin, end, keys in rectangle.blocks]
             assert max(sizes) <= attention.MASK_ELEMENTS
         assert len(plan.rectangles[0].blocks) == {1: 0, 2: 13, 4: 7}[size]
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_attention_of_a_long_sequence_has_one_block_s_mask_at_a_time(size, monkeypatch):
+    """Forward and backward pass of the first of `size` ranks over 20,480 + 63 · 32 tokens. Most is a block's mask, one byte per
+    pair, and the fp32 bias that PyTorch makes of it; the mask of all queries would have 0.2 or 0.1 GB, its bias four times that.
+    """
+    lengths = np.array([20_480] + [32] * 63)
+    local, whole = int(lengths.sum()) // size, int(lengths.sum())
+    monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda own, **_: own.repeat(size, 1, 1))
+    query, key, value = (torch.randn(local, n, WIDTH).requires_grad_() for n in (2, 1, 1))
+    with PeakBytes() as peak:
+        out = core(size)(query, key, value, packed_seq_params=packed(lengths.tolist(), size))
+        out.sum().backward()
+    masks, token = (
+        5 * attention.MASK_ELEMENTS,
+        4 * WIDTH * 2,
+    )  # bytes per token of queries, or of keys and values of a head
+    assert masks < peak.bytes < 1.25 * masks + 16 * (local + whole) * token < 0.2e9
+
+
+class PeakBytes(TorchDispatchMode):
+    """The largest number of bytes that the results of operations had together, while entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.now = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self._add(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._add, storage._cdata, -storage.nbytes())
+        return result
+
+    def _add(self, address: int, nbytes: int) -> None:
+        self.alive ^= {address}
+        self.now += nbytes
+        self.bytes = max(self.bytes, self.now)
 
 
 def test_the_plan_of_a_rectangle_by_hand():

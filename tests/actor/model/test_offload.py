@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dapo_mcore.actor.model import offload
-from dapo_mcore.actor.model.policy import build_model
+from dapo_mcore.actor.model.policy import build_policy
 from tests.actor import families
 from tests.actor.parity import Mesh, make_config
 
@@ -69,7 +69,7 @@ def build(layout: Any, family: str, **overrides: Any) -> Any:
     """Return a model with fixed weights."""
     config = families.hf_config(family)
     config.num_hidden_layers = LAYERS
-    model = build_model(make_config(Mesh(), **overrides), config, layout)
+    (model,) = build_policy(make_config(Mesh(), **overrides), config, layout)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
