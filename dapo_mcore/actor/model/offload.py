@@ -23,7 +23,7 @@ class LayerInput:
 
     host      its copy in host memory, pinned on a GPU
     copied    the event after the latest copy, out or back
-    on_device the input itself: before the forward pass is one layer further, and from the copy back to its use
+    on_device the input itself: until the forward pass is one layer further, and from the copy back to its use
     before    the saved input of the layer before it in the same forward pass
     """
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dapo_mcore.actor.model import offload
 from dapo_mcore.actor.model.policy import build_policy
@@ -63,6 +64,43 @@ def test_copies_that_end_late_change_nothing_because_the_computation_waits_for_t
     for one, other in zip(found, expected, strict=True):
         assert torch.isnan(one["decoder.layers.0.mlp.linear_fc1.weight"]).any() != waits
         assert not waits or all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_gradients_are_the_same_and_layer_inputs_leave_its_memory() -> None:
+    plain, least = product_of_layers(torch.device("cuda"), offloads=False)
+    for _ in range(3):
+        gradients, peak = product_of_layers(torch.device("cuda"), offloads=True)
+        assert all(torch.equal(found, expected) for found, expected in zip(gradients, plain, strict=True))
+        assert least - peak >= 12 * 2**25, "of 16 inputs of 32 MiB"
+
+
+def product_of_layers(device: torch.device, offloads: bool) -> tuple[list[torch.Tensor], int]:
+    """Return the gradients of 16 recomputed layers, and on a GPU the peak of memory above what was allocated before."""
+    torch.manual_seed(0)
+    layers = [Product().to(device) for _ in range(16)]
+    kept = offload.LayerInputOffload(layers, device)
+    first = torch.randn(2**15, 256, device=device, requires_grad=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    with kept.forward_pass() if offloads else nullcontext():
+        hidden = first * 1
+        for layer in layers:
+            hidden = checkpoint(lambda x, layer=layer: layer(hidden_states=x), hidden, use_reentrant=True)
+    hidden.square().mean().backward()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return [layer.weight.grad for layer in layers], peak - before
+
+
+class Product(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(256, 256) / 16)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states @ self.weight
 
 
 def build(layout: Any, family: str, **overrides: Any) -> Any:
