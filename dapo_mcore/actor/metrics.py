@@ -57,8 +57,8 @@ class UpdateStats:
     maxima    by MAXIMA
     mismatch  compares the policy before this step with the rollout engine
     skipped   True, on every rank, if the gradient norm was not finite on any rank
-    logprobs  of this rank's micro-batches before this step, float32 [L] each; on last-stage ranks, empty elsewhere
     aux_loss  the load-balancing loss, mean over layers with experts and samples, without its coefficient; None if there is none
+    logprobs  of this rank's micro-batches before this step, float32 [L] each; on last-stage ranks, empty elsewhere
     """
 
     sums: dict[str, float]
@@ -67,8 +67,8 @@ class UpdateStats:
     grad_norm: float
     lr: float
     skipped: bool
-    logprobs: list[torch.Tensor]
     aux_loss: float | None = None
+    logprobs: Sequence[torch.Tensor] = ()
 
     @classmethod
     def reduce(
@@ -104,8 +104,8 @@ class UpdateStats:
             grad_norm=math.nan if skipped else grad_norm,
             lr=lr,
             skipped=skipped,
-            logprobs=[stats["logprobs"] for stats in micro_batches],
             aux_loss=None if aux_loss is None else float(sums[-1]),
+            logprobs=[stats["logprobs"] for stats in micro_batches],
         )
 
 

@@ -2,7 +2,7 @@
 
     pytest -s -m bench tests/actor/bench_scoring.py
 
-One process on a CPU; both ways train on the same samples of the same actor, in turn. A step of n gradient steps has n scoring
+One process on a CPU, in CPU time, which other processes disturb less; both ways train on the same samples of the same actor, in turn. A step of n gradient steps has n scoring
 passes fewer one, and n forward and backward passes, so 1 / (1 + 3) of the time goes with n = 1 and 1 / 64 with n = 16. With
 two epochs the second needs no scoring either.
 """
@@ -31,7 +31,7 @@ PROMPTS, GROUP, LENGTH, VOCAB, ROUNDS = 16, 2, 128, 4096, 3
 
 
 def test_print_the_time_of_a_step_with_and_without_the_first_scoring_pass(alone: Any) -> None:
-    table = Table("gradient steps", "epochs", "scored, s", "not scored, s", "ratio")
+    table = Table("gradient steps", "epochs", "scored, CPU s", "not scored, CPU s", "ratio")
     for updates, epochs in [(1, 1), (2, 1), (4, 1), (16, 1), (2, 2)]:
         with_it, without = measure(alone, PROMPTS // updates, epochs)
         table.add_row(
@@ -41,7 +41,7 @@ def test_print_the_time_of_a_step_with_and_without_the_first_scoring_pass(alone:
 
 
 def measure(layout: Any, mini_batch_prompts: int, epochs: int) -> tuple[float, float]:
-    """Return the seconds of a step with every mini-batch scored, and as it is: the median of ROUNDS each."""
+    """Return the CPU seconds of a step with every mini-batch scored, and as it is: the median of ROUNDS each."""
     config = make_config(
         Mesh(),
         rollout={"group_size": GROUP, "max_response_tokens": LENGTH},
@@ -56,9 +56,9 @@ def measure(layout: Any, mini_batch_prompts: int, epochs: int) -> tuple[float, f
     for _ in range(ROUNDS):
         for scores_all in (True, False):
             learner._num_unscored = (lambda count: 0) if scores_all else needed
-            start = time.perf_counter()
+            start = time.process_time()
             learner.update(learner.score(share))
-            seconds[scores_all].append(time.perf_counter() - start)
+            seconds[scores_all].append(time.process_time() - start)
     return float(np.median(seconds[True])), float(np.median(seconds[False]))
 
 
