@@ -2,9 +2,9 @@
 
     pytest -s -m bench tests/actor/bench_scoring.py
 
-One process on a CPU, in CPU time, which other processes disturb less; both ways train on the same samples of the same actor, in turn. A step of n gradient steps has n scoring
-passes fewer one, and n forward and backward passes, so 1 / (1 + 3) of the time goes with n = 1 and 1 / 64 with n = 16. With
-two epochs the second needs no scoring either.
+One process on a CPU, in CPU time, which other processes disturb less. Both ways train on the same samples of the same actor,
+in turn. A step of n gradient steps has n scoring passes, or one fewer, and n forward and backward passes; so 1 / 4 of the time
+is saved with n = 1 and 1 / 64 with n = 16. Two epochs have twice as many gradient steps.
 """
 
 from __future__ import annotations
