@@ -28,8 +28,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 # add in another order than the training pass.
 SUM_BLOCK = 4096
 GRADIENT_BLOCK = 8192
+ROW_WARPS = 16
 # Without fused multiply-add a formula rounds equally in every kernel: scoring and training agree bitwise.
-ROW_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
+ROW_OPTIONS = {"enable_fp_fusion": False}
 BLOCK_TOKENS = 256
 TOKEN_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -154,8 +155,9 @@ def _launch(
         0 if grad is None else grad.stride(0),
         KL=objective.kl_estimator,
         SHARED_ROWS=_overlap(grad, logits),
-        BLOCK=SUM_BLOCK,
-        GRADIENT_BLOCK=GRADIENT_BLOCK,
+        BLOCK=SUM_BLOCK // _share(logits),
+        GRADIENT_BLOCK=GRADIENT_BLOCK // _share(logits),
+        num_warps=ROW_WARPS // _share(logits),
         **ROW_OPTIONS,
     )
     return fields
@@ -175,10 +177,16 @@ def _all_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, temperat
         1 / temperature,
         statistics,
         len(logits),
-        BLOCK=SUM_BLOCK,
+        BLOCK=SUM_BLOCK // _share(logits),
+        num_warps=ROW_WARPS // _share(logits),
         **ROW_OPTIONS,
     )
     return shard.all_gather(statistics)
+
+
+def _share(logits: Tensor) -> int:
+    """Return the divisor of a program's size: for bf16 logits an H100 took 1.27 ms with half the size, and 1.31 with all of it."""
+    return 4 // logits.itemsize
 
 
 @triton.jit

@@ -103,8 +103,10 @@ def fp8_quant_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16):
         for rows, columns in ((5120, 27_648), (100, 1003)):
             weight = meta(rows, columns, dtype=dtype)
-            yield f"{rows} x {columns} in {str(dtype)[6:]}", partial(fp8_quant.quantize_blocks, weight, 128)
-            yield f"{rows} x {columns} in {str(dtype)[6:]}", partial(fp8_quant.quantize_rows, weight)
+            for rounding, hardware in {"": None, ", integer rounding": False}.items():
+                case = f"{rows} x {columns} in {str(dtype)[6:]}{rounding}"
+                yield case, partial(fp8_quant.quantize_blocks, weight, 128, hardware=hardware)
+                yield case, partial(fp8_quant.quantize_rows, weight, hardware=hardware)
 
 
 def swiglu_calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -206,6 +208,7 @@ def compile_all() -> Iterator[dict[str, object]]:
                         **resources(compiled.asm["ptx"]),
                         "sum_layouts": sum_layouts(compiled.asm["ttgir"]),
                         "accesses": accesses(compiled.asm["ptx"]),
+                        "e4m3_conversions": compiled.asm["ptx"].count("cvt.rn.satfinite.e4m3x2.f32"),
                         "wide_bytes": wide_bytes(compiled.asm["ptx"], compiled.metadata.num_warps),
                     }
 

@@ -70,3 +70,14 @@ def test_swiglu_reads_and_writes_every_number_once_in_accesses_of_16_bytes(recor
         found = {r["kernel"].split(".")[-1]: r["wide_bytes"] for r in records[:-1] if r["case"] == case}
         numbers = {name: (b["ld"] / block / itemsize, b["st"] / block / itemsize) for name, b in found.items()}
         assert numbers == expected, case
+
+
+def test_an_h100_rounds_to_e4m3_by_its_own_conversion_and_holds_two_tiles(records):
+    """Two numbers per instruction. With 16 warps two programs fit on a multiprocessor if a thread has at most 64 registers."""
+    found = [r for r in records[:-1] if r["kernel"].startswith("fp8_quant")]
+    for r in found:
+        assert bool(r["e4m3_conversions"]) is ("integer" not in r["case"]), r
+    tiles = [r for r in found if "blocks" in r["kernel"] and "27648" in r["case"] and "integer" not in r["case"]]
+    assert len(tiles) == 2 and all(r["warps"] == 16 and r["registers"] <= 64 for r in tiles)
+    assert all(r["e4m3_conversions"] == 128 * 128 / (16 * 32) / 2 for r in tiles)
+    assert all(r["wide_bytes"]["st"] == 128 * 128 for r in tiles), "all codes are stored 16 bytes at a time"

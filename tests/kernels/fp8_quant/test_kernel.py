@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,10 +38,11 @@ def ragged(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=g) * torch.randn(rows, columns, generator=g).exp()
 
 
+@pytest.mark.parametrize("hardware", sorted({False, kernel.converts_to_e4m3()}))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_rounds_as_in_the_torch_path(dtype):
+def test_every_number_rounds_as_in_the_torch_path(dtype, hardware):
     x = every(dtype)
-    assert same_bits(kernel.quantize_rows(x.to(DEVICE)), torch_path.quantize_rows(x))
+    assert same_bits(kernel.quantize_rows(x.to(DEVICE), hardware=hardware), torch_path.quantize_rows(x))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (3, 2500)], ids=str)
@@ -77,6 +79,18 @@ def test_a_broken_weight_breaks_its_group_and_no_other(bad):
 def test_zeros_and_both_ends_of_fp32():
     x = torch.tensor([[0.0, -0.0, 0.0], [3e38, -1e-45, 1.0], [1e-45, 0.0, 0.0], [2.0**-126, -(2.0**-130), 2.0**-137]])
     assert same_bits(kernel.quantize_rows(x.to(DEVICE)), torch_path.quantize_rows(x))
+
+
+@pytest.mark.parametrize(("arch", "expected"), [(80, False), (89, True), (90, True)])
+def test_gpus_from_8_9_on_round_themselves(monkeypatch, arch, expected):
+    active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend="cuda", arch=arch))
+    monkeypatch.setattr(
+        kernel, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+    )
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    assert kernel.converts_to_e4m3() is expected
+    monkeypatch.setattr(kernel, "INTERPRETED", True)
+    assert not kernel.converts_to_e4m3()
 
 
 def test_rows_too_far_apart_for_offsets_of_32_bits_are_refused():
