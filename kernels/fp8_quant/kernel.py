@@ -102,7 +102,8 @@ def quantize_blocks_kernel(
     x = tl.load(weight_ptr + rows * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.max(_magnitude_bits(x), 1), 0)
     factor, scale, broken = _scales(largest)
-    tl.store(codes_ptr + rows * num_columns + columns, _codes(x * factor, broken, HARDWARE), mask=inside)
+    codes = _codes(x * factor, broken, HARDWARE)  # before the addresses, which would take registers meanwhile
+    tl.store(codes_ptr + rows * num_columns + columns, codes, mask=inside)
     tl.store(scales_ptr + tile, scale)
 
 
@@ -121,7 +122,8 @@ def quantize_rows_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_columns
         x = tl.load(x_ptr + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(codes_ptr + row * num_columns + columns, _codes(x * factor, broken, HARDWARE), mask=inside)
+        codes = _codes(x * factor, broken, HARDWARE)
+        tl.store(codes_ptr + row * num_columns + columns, codes, mask=inside)
     tl.store(scales_ptr + row, scale)
 
 
@@ -148,7 +150,7 @@ def _codes(x, broken, HARDWARE: tl.constexpr):
     if HARDWARE:
         codes = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        codes = _e4m3_codes(x).to(tl.uint8)
+        codes = _e4m3_codes(x)
     return tl.where(broken, 0x7F, codes).to(tl.uint8)
 
 
