@@ -52,10 +52,10 @@ def compare(layout: Any, mesh: Mesh, tied: bool, dtype: str) -> dict[str, Any]:
     if layout.data == 2:
         row["overlapped reduction alone"] = same(late, trained(layout, mesh, tied, batch, **options, **BUCKETS)[0])
         row["one bucket"] = same(late, trained(layout, mesh, tied, batch, **options)[0])
-    little = [
-        trained(layout, mesh, tied, with_one_sample(batch), late, **options, **GATHER)[0] for late in (True, False)
-    ]
-    row["ranks without loss tokens"] = same(*little)
+    else:
+        few = with_one_sample(batch)
+        little = [trained(layout, mesh, tied, few, late, **options, **GATHER)[0] for late in (True, False)]
+        row["ranks without loss tokens"] = same(*little)
     told = [layout.max_over_ranks(torch.tensor([float(not value)])).item() == 0 for value in row.values()]
     return dict(zip(row, told)) | {
         "num_buckets": len(gathered.ddp[0].bucket_groups),
