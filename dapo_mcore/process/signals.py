@@ -6,7 +6,8 @@ What is saved is decided in train/loop.py; exit_status.py turns the end into a m
     `exit_on_signal`          during the start: a signal ends the process at once
     outside `defer_signals`   a signal ends the run at once
     inside `defer_signals`    the first signal asks the run to stop: it interrupts what runs in `run_interruptible`, and all
-                              other work is finished; a second signal ends the run at once
+                              other work is finished; a second signal ends the run at once. `request_stop` asks without a
+                              signal (see stop_file.py)
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dapo_mcore.errors import DapoError, OtherRankFailed
 
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_WAKE = signal.SIGUSR2
+"""Wakes the main thread of this process for `request_stop`. No other process sends it."""
 MAIN_THREAD_TIMEOUT_S = 10.0
 """The main thread must react to a signal within this time. torchrun kills all ranks 30 s after it passes a signal on."""
 REPEAT_S = 2.0
@@ -47,6 +50,12 @@ class Interrupted(KeyboardInterrupt):
     def status(self) -> int:
         """The exit status that shells use for this signal: 128 + signum."""
         return 128 + self.signum
+
+
+class Stop(NamedTuple):
+    """What has asked a run to stop: the signal `signum`, or with None a request without a signal."""
+
+    signum: int | None
 
 
 @contextmanager
@@ -83,6 +92,7 @@ class ControllerShutdown:
     def __init__(self, closing_line: Callable[[], str]):
         self.cleanup = ExitStack()
         self.signum: int | None = None
+        self._stop_requested = False
         self._closing_line = closing_line
         self._cleanup_started, self._cleanup_lock = threading.Event(), threading.Lock()
         self._first_signal_at: float | None = None
@@ -94,8 +104,13 @@ class ControllerShutdown:
     def __enter__(self) -> ControllerShutdown:
         if _in_main_thread():
             uninstall = _install(self._handle_in_main_thread, self._handle_in_signal_thread)
+            wake_before = signal.signal(_WAKE, self._wake)
             hook_before, sys.unraisablehook = sys.unraisablehook, partial(self._on_unraisable, sys.unraisablehook)
-            self._uninstall = lambda: (uninstall(), setattr(sys, "unraisablehook", hook_before))
+            self._uninstall = lambda: (
+                uninstall(),
+                signal.signal(_WAKE, wake_before),
+                setattr(sys, "unraisablehook", hook_before),
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -107,6 +122,18 @@ class ControllerShutdown:
                 self._uninstall()
         if self.signum is not None:
             raise Interrupted(self.signum) from None
+
+    @property
+    def stop(self) -> Stop | None:
+        """What has asked the run to stop so far; a signal counts before a request without one."""
+        return Stop(self.signum) if self.signum is not None or self._stop_requested else None
+
+    def request_stop(self) -> None:
+        """Ask the run to stop, as the first signal inside `defer_signals` does, but at any time and from any thread. Nothing is
+        raised: the caller of `stop` ends the run."""
+        self._stop_requested = True
+        if self._deferred and self._interruptible:
+            signal.pthread_kill(threading.main_thread().ident, _WAKE)
 
     @contextmanager
     def defer_signals(self, notice: Callable[[], str]) -> Iterator[None]:
@@ -125,12 +152,12 @@ class ControllerShutdown:
             raise Interrupted(self.signum)
 
     def run_interruptible(self, action: Callable[[], T]) -> T | None:
-        """Return `action()`. Return None if a signal asks the run to stop: a running action is interrupted, and a new one
-        does not start."""
+        """Return `action()`. Return None if the run is asked to stop: a running action is interrupted, and a new one does not
+        start."""
         try:
             try:
                 self._interruptible = True
-                return None if self._deferred and self.signum is not None else action()
+                return None if self._deferred and self.stop else action()
             finally:
                 self._interruptible = False
         except Interrupted:
@@ -166,6 +193,11 @@ class ControllerShutdown:
         if not self._raised and (self._interruptible or not self._deferred):
             self._raised = True
             raise Interrupted(self.signum)
+
+    def _wake(self, signum: int, _: FrameType | None) -> None:
+        if self._deferred and self._interruptible and not self._raised:
+            self._raised = True
+            raise Interrupted(signum)
 
     def _on_unraisable(self, before: Callable[[Any], None], ignored: Any) -> None:
         """Send the signal again: Python ignores exceptions raised in a finalizer, and the main thread may have been in one."""
@@ -213,7 +245,7 @@ class WorkerShutdown:
 
     def __init__(self, controller_pid: int | None = None):
         self._controller_pid = controller_pid
-        self.signum: int | None = None
+        self.stop: Stop | None = None
 
     def __enter__(self) -> WorkerShutdown:
         return self

@@ -11,6 +11,7 @@ Change here: the order of the stages. What a stage does is in its own folder.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -42,7 +43,8 @@ from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.launcher import shutdown_timeout_note, watch_launcher
 from dapo_mcore.process.run_lock import RunLock
-from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, WorkerShutdown, exit_on_signal
+from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, Stop, WorkerShutdown, exit_on_signal
+from dapo_mcore.process.stop_file import STOP, StopFile
 from dapo_mcore.warm_start import warm_start
 
 
@@ -50,6 +52,7 @@ def train(config: Config) -> None:
     """Run from start or resume to export. Every rank of the job must call it.
 
     Raise Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see process/signals.py).
+    Return early if the file `stop` in the run's folder asks for it (see process/stop_file.py).
     """
     make_deterministic(config)
     with exit_on_signal():  # ranks wait here for each other
@@ -101,6 +104,7 @@ class Run:
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.shutdown = shutdown
         self.saved_step, self.save_s = -1, None
+        self.stop_file: StopFile | None = None  # on rank 0
         with self._phase("start"):
             if config.model.fp8:
                 check_same_on_all_ranks(config.model.fp8, layout)
@@ -120,14 +124,18 @@ class Run:
             )
 
     def loop(self) -> None:
-        """Run all rollout steps and export the model. Raise Interrupted if a signal has stopped them early."""
+        """Run all rollout steps and export the model. Raise Interrupted if a signal has stopped them early; return if the stop file
+        has."""
         with self._phase("start"):
             first = self._resume_or_start()
         # what would not be saved is not worth waiting for
         with self.shutdown.defer_signals(self._notice) if self.config.checkpoint.at_end else nullcontext():
-            signum = self._steps(first)
-        if signum is not None:
-            raise Interrupted(signum)
+            stop = self._steps(first)
+        if stop is not None:
+            if stop.signum is not None:
+                raise Interrupted(stop.signum)
+            self.progress.line(f"stopped by {STOP}: {_how_to_go_on(self.config)}")
+            return
         self.actor.skipped_updates.check_trained()
         export = None
         if self.config.checkpoint.export_at_end:
@@ -135,9 +143,8 @@ class Run:
             export = self._export(final_export(self.config), max(first - 1, self.config.num_rollout_steps))
         self._on_controller(lambda c: c.finish(export))
 
-    def _steps(self, first: int) -> int | None:
-        """Run the rollout steps from `first` on. Return the signal that has ended them early, with the last completed step
-        saved, or None."""
+    def _steps(self, first: int) -> Stop | None:
+        """Run the rollout steps from `first` on. Return what has ended them early, with the last completed step saved, or None."""
         last = self.config.num_rollout_steps
         if first == 1 and self.config.eval.at_start:
             self._attended(lambda c: c.record_start())
@@ -153,7 +160,7 @@ class Run:
                 metrics |= self._attended(lambda c, step=step: c.evaluate(step)) or {}
             # recorded before it is saved: a run killed in between repeats the step instead of losing its row
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
-            if self._signal() is not None:
+            if self._stop() is not None:
                 return self._stop_after(step)
             self._save(step)
         return None
@@ -170,7 +177,7 @@ class Run:
         """
         config = self.config
         batch = self._attended(lambda c: c.rollout(step))
-        if self._signal() is not None:
+        if self._stop() is not None:
             return None
         seed = config.seed + step if config.batch.shuffle else None
         with self._phase("sync"):
@@ -181,7 +188,7 @@ class Run:
                     batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
                 )
                 scored = self.learner.score(share)
-            if self._signal() is not None:
+            if self._stop() is not None:
                 return None
             with self._phase("train"), self.memory.phase("update"):
                 updates = self.learner.update(scored)
@@ -190,7 +197,7 @@ class Run:
         self._tell_skips(updates)
         memory = self.memory.metrics()  # before the memory may go to servers
         self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
-        if self._signal() is None:
+        if self._stop() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
         return update_metrics(updates, scored.mismatch) | memory | self.handover.pop_metrics()
@@ -200,25 +207,32 @@ class Run:
         profiles = self.layout.is_controller and step in self.config.observe.profile_steps
         return self.config.run_dir / "profile" / f"step_{step:06d}.json.gz" if profiles else None
 
-    def _signal(self) -> int | None:
-        """Return the signal that has asked rank 0 to stop, on every rank. Collective: one gloo broadcast."""
-        return self.layout.broadcast_object(self.shutdown.signum)
+    def _stop(self) -> Stop | None:
+        """Return what has asked rank 0 to stop, on every rank. Collective: one gloo broadcast."""
+        return self.layout.broadcast_object(self.shutdown.stop)
+
+    def _on_stop_file(self) -> None:
+        print(f"{self.stop_file.path}: {self._what_follows('')}", file=sys.stderr, flush=True)
+        self.shutdown.request_stop()
 
     def _notice(self) -> str:
-        took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
-        return (
-            f"the run saves a checkpoint of the last completed rollout step{took} and "
-            f"ends{shutdown_timeout_note(os.environ)}; a second signal ends it without saving"
-        )
+        return f"{self._what_follows(shutdown_timeout_note(os.environ))}; a second signal ends it without saving"
 
-    def _stop_after(self, step: int) -> int | None:
-        """Save rollout step `step` if it is not saved yet, and return the signal. Before step 1 a checkpoint is written only after
-        a warm start."""
+    def _what_follows(self, limit: str) -> str:
+        took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
+        return f"the run saves a checkpoint of the last completed rollout step{took} and ends{limit}"
+
+    def _stop_after(self, step: int) -> Stop:
+        """Save rollout step `step` if it is not saved yet, and return what has stopped the run. Before step 1 a checkpoint is
+        written only after a warm start."""
         if step > self.saved_step and (step or self.config.warm_start):
             with self._phase("save"):
                 self.handover.to_training()
                 self._save_checkpoint(step)
-        return self._signal()
+        stop = self._stop()
+        if stop.signum is None and self.stop_file is not None:
+            self.stop_file.confirm(step)
+        return stop
 
     def _tell_skips(self, updates: Sequence[UpdateStats]) -> None:
         if skipped := sum(update.skipped for update in updates):
@@ -257,6 +271,9 @@ class Run:
         except OSError as error:
             raise output_error(error, f"write to {self.config.run_dir}") from error
         self.shutdown.cleanup.callback(lock.release)
+        self.stop_file = StopFile(self.config.run_dir)
+        self.stop_file.watch(self._on_stop_file)
+        self.shutdown.cleanup.callback(self.stop_file.close)
         controller = Controller(
             self.config,
             self.hf_config,

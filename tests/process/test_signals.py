@@ -122,6 +122,25 @@ def test_a_deferred_signal_interrupts_interruptible_work_and_lets_the_rest_finis
     assert err == ["SIGTERM: saves", *error, "stopped by SIGTERM: go on"]
 
 
+REQUESTED = """
+clean = lambda: print("clean", flush=True)
+def body():
+    shutdown.request_stop()
+    print(shutdown.run_interruptible(lambda: "outside the block"))
+    with shutdown.defer_signals(lambda: "saves"):
+        print(shutdown.run_interruptible(lambda: "not begun"))
+        shutdown._stop_requested = False
+        threading.Timer(0.2, shutdown.request_stop).start()
+        print(shutdown.run_interruptible(lambda: time.sleep(60)))
+        print(shutdown.stop)
+run(body)
+"""
+
+
+def test_a_request_interrupts_interruptible_work_and_raises_nothing() -> None:
+    assert ended(REQUESTED) == (0, ["outside the block", "None", "None", "Stop(signum=None)", "clean"], [])
+
+
 def test_a_deferred_signal_is_announced_even_if_the_block_ends_before_its_thread_runs():
     script = """
 handle, clean = shutdown._handle_in_signal_thread, lambda: print("clean")

@@ -1,4 +1,4 @@
-"""Runs that signals stop: they save where they stand, and go on bitwise as if nothing had been."""
+"""Runs that a signal or their stop file ends: they save where they stand, and go on bitwise as if nothing had been."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.rollout.sglang.serving import wait_for
 from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, metrics, python, stable
 
 # runs in one process, as importing takes longer. A case is overrides, and perhaps a signal in the midst of a step's
-# generation or before its second gradient step
+# generation or before its second gradient step; "file" makes the stop file in place of a signal
 RUNS = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 from dapo_mcore.actor.parallel import layout
 from dapo_mcore.actor.actor import Actor
@@ -34,9 +34,16 @@ def striking(owner, name, begins, at):
         else:
             counts[name] = counts.get(name, 0) + 1
             if plan.get("in") == name and plan["step"] == counts.get("step") and counts[name] == at:
-                os.kill(os.getpid(), getattr(signal, plan["signal"]))
+                strike(plan["signal"])
         return method(self, *arguments, **more)
     setattr(owner, name, wrapper)
+
+def strike(name):
+    if name == "file":
+        Path("runs/by-file/stop").touch()
+        time.sleep(2)
+    else:
+        os.kill(os.getpid(), getattr(signal, name))
 
 striking(Controller, "rollout", True, 0)
 striking(Controller, "evaluate", True, 0)
@@ -45,6 +52,8 @@ striking(Actor, "update", False, 2)
 for case, plan in json.loads(os.environ["CASES"]):
     status = main([*sys.argv[1:], *case])
     layout.stop()
+    requeue = Path("runs/by-file/requeue")
+    print(requeue.read_text() if requeue.exists() else "no requeue")
     print("ENDED", status, flush=True)
 """
 OPTIONS = ["warm_start.max_updates=1", "warm_start.stop_at=null", "parallel.tensor_parallel=1", "eval.every=100"]
@@ -93,6 +102,25 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
     assert [stable(row) for row in whole] == [stable(row) for row in parts]
     final = "hf/final/model.safetensors"
     assert (task / "runs/whole" / final).read_bytes() == (task / "runs/stopped" / final).read_bytes()
+
+
+def test_the_stop_file_ends_a_run_with_status_0_once_it_is_saved(task):
+    stopped = ["name=by-file"]
+    cases = [
+        (["name=undisturbed"], {}),
+        (stopped, signalled("file", "_forward", "rollout 2")),  # its step is saved already
+        (stopped, signalled("file", "update", "rollout 2")),  # the step is finished
+        (stopped, {}),
+    ]
+    ended = runs(task, *cases)
+    assert [status for status, _ in ended] == [0, 0, 0, 0], ended
+    for (_, output), step in zip(ended[1:3], (1, 2)):
+        told = f"stopped by stop: the last checkpoint is runs/by-file/checkpoints/step_00000{step}"
+        assert told in output and "runs/by-file/stop: the run saves" in output and "Traceback" not in output, output
+        assert f'{{"step": {step}}}' in output.splitlines(), output
+    assert "no requeue" in ended[3][1] and not (task / "runs/by-file/stop").exists()
+    whole, parts = metrics(task, "undisturbed"), metrics(task, "by-file")
+    assert [stable(row) for row in whole] == [stable(row) for row in parts]
 
 
 # the process group is never made, as if a rank were missing
