@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What job.sh runs on a node, in a container if there is one: node.sh check|show|train CONFIG.yaml [a.b=c …]
+#
+#   check   check all that can be known before the ranks start, and print the run's folder
+#   show    print the configuration with every default
+#   train   start this node's ranks
+set -euo pipefail
+action=$1
+shift
+[ -n "${CONTAINER:-}" ] || [ ! -e "${VENV:=.venv}/bin/activate" ] || . "$VENV/bin/activate"
+config=(python -m dapo_mcore.cli config "$@")
+
+environment() {  # each line can be replaced from outside
+  # one file system cache of compiled kernels per node and job: on a network file system they would be slow, or stale
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/dapo_mcore-$USER-${SLURM_JOB_ID:-0}/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/dapo_mcore-$USER-${SLURM_JOB_ID:-0}/inductor}
+  # Megatron's order of kernels for sequence parallelism; Blackwell does not need it
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # Where the fabric is not found by itself (NCCL_DEBUG=INFO says what is used), set in the job's environment:
+  #   NCCL_SOCKET_IFNAME  interfaces for NCCL's bootstrap, a prefix or list (=eth0, ^docker)
+  #   GLOO_SOCKET_IFNAME  exactly one interface, for the control group; needed where a host's name means 127.0.0.1
+  #   NCCL_IB_HCA         InfiniBand or RoCE adapters (=mlx5_0,mlx5_1); NCCL_IB_GID_INDEX for RoCE
+  #   FI_PROVIDER=efa     on AWS, with the plugin aws-ofi-nccl
+  ulimit -n "$(ulimit -Hn)"
+}
+
+case $action in
+  check)
+    "${config[@]}" --processes "$((NODES * RANKS_PER_NODE))" >/dev/null
+    "${config[@]}" --run-dir
+    ;;
+  show) "${config[@]}" --only-values ;;
+  train)
+    logs=RUN/logs/$ATTEMPT/NODE
+    [ -n "${DRY_RUN:-}" ] || logs=$("${config[@]}" --run-dir)/logs/$ATTEMPT/$SLURMD_NODENAME
+    command=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS"
+      --rdzv-id "$ATTEMPT" --max-restarts 0 --shutdown-timeout "$SAVE_SECONDS" --log-dir "$logs" --tee 3 --local-ranks-filter 0
+      -m dapo_mcore.train "$@")
+    if [ -n "${DRY_RUN:-}" ]; then echo "${command[@]}" && exit; fi
+    environment
+    mkdir -p "$logs"
+    exec "${command[@]}"
+    ;;
+esac
