@@ -69,6 +69,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only-values", action="store_true", help="check only the values, not files, model, parallel layout and data"
     )
+    parser.add_argument("--run-dir", action="store_true", help="check only the values, and print only the run's folder")
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -76,6 +77,9 @@ def _config(args: argparse.Namespace) -> int:
     if args.processes is not None and args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: a run has at least 1 process; give how many you will start")
     config = load_config(args.file, args.overrides)
+    if args.run_dir:
+        print(config.run_dir)
+        return 0
     notes = repeated_overrides(args.overrides)
     if not args.only_values:
         notes += _dry_run(config, args.processes)

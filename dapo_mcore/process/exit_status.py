@@ -104,7 +104,8 @@ def record_failure(message: str, is_consequence: bool = False) -> bool:
     if path is not None:
         # torchrun compares whole seconds, and the rank that failed first may write its file a little later than this one
         timestamp = int(time.time()) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
-        content = {"message": {"message": message, "extraInfo": {"timestamp": str(timestamp)}}}
+        info = {"timestamp": str(timestamp), "rank": os.environ.get("RANK"), "is_consequence": is_consequence}
+        content = {"message": {"message": message, "extraInfo": info}}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the error may be a full disk
             json.dump(content, file)
     return path is not None

@@ -5,33 +5,35 @@
 #
 # Read from the environment (sbatch passes it on):
 #   RANKS_PER_NODE   processes per node, one per GPU
-#   VENV             virtual environment on every node (default: .venv)
-#   CONTAINER        image for pyxis/enroot in place of VENV; MOUNTS: its mounts, as A:B,C:D (default: the checkout, at its path)
+#   VENV             virtual environment on every node (default: .venv of the checkout)
+#   CONTAINER        image for pyxis/enroot in place of VENV, which has the package installed
+#   MOUNTS           its mounts, as A:B,C:D (default: the checkout and the folder of the job, at their paths)
 #   SAVE_SECONDS     how long ranks may take to save once they are told to end (default: 600)
 #
 # How it ends. Before the job's time is over, Slurm sends USR1 to this shell alone. This shell makes RUN/stop; the run sees the
 # file in any phase, saves, writes RUN/requeue and ends with 0; this shell puts the job back into the queue. Without a new
 # rollout step since the last start it does not, as a job that is too short would be started for ever.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
+root=$(cd "$(dirname "$0")/../.." && pwd)
 
 config=$1 dry_run='' overrides=()
 for argument in "${@:2}"; do
   case $argument in
     --dry-run) dry_run=1 ;;
     --nodes=*) NODES=${argument#*=} ;;
-    *=*) overrides+=("$argument") ;;
+    [!-]*=*) overrides+=("$argument") ;;
     *.yaml | *.yml) config=$argument ;;
     *) echo "$argument is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c" >&2; exit 2 ;;
   esac
 done
 
 export RANKS_PER_NODE=${RANKS_PER_NODE:-8} NODES=${SLURM_JOB_NUM_NODES:-${NODES:-1}} SAVE_SECONDS=${SAVE_SECONDS:-600}
-export ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
+export VENV=${VENV:-$root/.venv} ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
 container=()
-[ -z "${CONTAINER:-}" ] || container=("--container-image=$CONTAINER" "--container-mounts=${MOUNTS:-$PWD:$PWD}" "--container-workdir=$PWD")
-node=(bash tools/slurm/node.sh)
+[ -z "${CONTAINER:-}" ] || container=("--container-image=$CONTAINER" "--container-mounts=${MOUNTS:-$root:$root,$PWD:$PWD}" "--container-workdir=$PWD")
+node=(bash "$root/tools/slurm/node.sh")
 check=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" check "$config" "${overrides[@]}")
+report=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" report)
 train=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
 
 first_node() {  # the address by which Slurm itself reaches the first node
@@ -44,17 +46,6 @@ free_port() {  # this shell is on the first node; below the ports that systems g
   local port=$((20000 + SLURM_JOB_ID % 10000))
   while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
   echo "$port"
-}
-
-first_failure() {  # of all ranks, from the files that they leave for torchrun
-  local file time
-  for file in "$run"/logs/"$ATTEMPT"/*/*/*/*/error.json; do
-    time=$(sed -n 's/.*"timestamp": "\{0,1\}\([0-9]*\).*/\1/p' "$file" 2>/dev/null) || continue
-    printf '%s %s\n' "$time" "$file"
-  done | sort -n | head -n 1 | while read -r _ file; do
-    node=${file#"$run/logs/$ATTEMPT/"} rank=$(basename "$(dirname "$file")")
-    echo "failed first: node ${node%%/*}, local rank $rank: $(sed -n 's/.*"message": "\(.*\)", "extraInfo".*/\1/p' "$file")"
-  done
 }
 
 if [ -n "$dry_run" ]; then
@@ -88,7 +79,7 @@ wait "$step" || status=$?
 rm -f "$run/stop"
 
 if [ "$status" -ne 0 ]; then
-  first_failure >&2
+  "${report[@]}" "$run/logs/$ATTEMPT" >&2 || true
   echo "the job has failed with status $status; logs of all ranks: $run/logs/$ATTEMPT" >&2
   exit "$status"
 fi

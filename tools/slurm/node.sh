@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# What job.sh runs on a node, in a container if there is one: node.sh check|show|train CONFIG.yaml [a.b=c …]
+# What job.sh runs on a node, in a container if there is one: node.sh check|show|train CONFIG.yaml [a.b=c …], or report LOGS
 #
 #   check   check all that can be known before the ranks start, and print the run's folder
 #   show    print the configuration with every default
 #   train   start this node's ranks
+#   report  name the node and the rank that failed first
 set -euo pipefail
 action=$1
 shift
-[ -n "${CONTAINER:-}" ] || [ ! -e "${VENV:=.venv}/bin/activate" ] || . "$VENV/bin/activate"
+# shellcheck disable=SC1091
+[ -n "${CONTAINER:-}" ] || [ ! -e "$VENV/bin/activate" ] || . "$VENV/bin/activate"
 config=(python -m dapo_mcore.cli config "$@")
 
 environment() {  # each line can be replaced from outside
@@ -31,6 +33,7 @@ case $action in
     "${config[@]}" --processes "$((NODES * RANKS_PER_NODE))" >/dev/null
     "${config[@]}" --run-dir
     ;;
+  report) python -m dapo_mcore.process.failures "$@" ;;
   show) "${config[@]}" --only-values ;;
   train)
     logs=RUN/logs/$ATTEMPT/NODE
@@ -41,6 +44,9 @@ case $action in
     if [ -n "${DRY_RUN:-}" ]; then echo "${command[@]}" && exit; fi
     environment
     mkdir -p "$logs"
-    exec "${command[@]}"
+    status=0
+    "${command[@]}" 2> >(tee "$logs/torchrun.log" >&2) || status=$?
+    wait $! # for tee
+    exit "$status"
     ;;
 esac

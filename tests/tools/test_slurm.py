@@ -1,0 +1,158 @@
+"""The Slurm job: what it would do, and a real one that is told to stop, goes on by itself, and fails with a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rollout.sglang.serving import wait_for
+from tests.tools.slurm_cluster import missing, slurm_cluster
+from tests.train.runs import QUICKSTART, ROOT, SMALL, TRAIN, metrics, python, stable, torchrun
+
+JOB = str(ROOT / "tools/dapo_32b.slurm")
+SCRIPTS = [*ROOT.glob("tools/*.slurm"), *ROOT.glob("tools/**/*.sh")]
+OPTIONS = [*SMALL, "num_rollout_steps=8", "warm_start.max_updates=1", "warm_start.stop_at=null", "checkpoint.every=1"]
+
+
+def dry_run(*arguments: str, **variables: str) -> list[str]:
+    command = [JOB, "--dry-run", *arguments]
+    environment = {**os.environ, "VENV": sys.prefix, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> None:
+    lines = dry_run("optimizer.lr=2e-6")
+    train = next(line for line in lines if line.startswith("torchrun"))
+    assert "--nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT" in train
+    assert "--shutdown-timeout 600" in train and train.endswith("dapo_32b.yaml optimizer.lr=2e-6")
+    assert sum(line.startswith("srun") and "optimizer.lr=2e-6" in line for line in lines) == 2
+    assert "  lr: 2.0e-06" in lines and "name: dapo_32b" in lines
+    assert any("--nnodes 2 " in line for line in dry_run("--nodes=2"))
+
+
+def test_a_container_is_mounted_where_the_checkout_and_the_job_are() -> None:
+    srun = [line for line in dry_run(CONTAINER="image.sqsh") if line.startswith("srun")]
+    place = f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()}"
+    assert len(srun) == 2 and all(f"{place} --container-workdir={Path.cwd()}" in line for line in srun)
+
+
+def test_a_word_that_means_nothing_is_refused() -> None:
+    done = subprocess.run([JOB, "--dry-run", "--node=2"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--node=2 is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c\n"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_the_scripts_are_clean() -> None:
+    assert len(SCRIPTS) > 3
+    done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    python(folder, str(ROOT / "examples/arithmetic.py"), "--out", "runs/arithmetic")
+    return folder
+
+
+class Jobs:
+    """Jobs of two nodes with one rank each, in the folder `task`."""
+
+    def __init__(self, task: Path, environment: dict[str, str]):
+        self.task, self.environment = task, os.environ | environment | {"RANKS_PER_NODE": "1", "VENV": sys.prefix}
+
+    def call(self, *command: str) -> str:
+        done = subprocess.run(command, cwd=self.task, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def submit(self, name: str, *overrides: str) -> str:
+        options = ["--parsable", "--nodes=2", f"--job-name={name}", f"--output={name}.log"]
+        variables = f"ALL,PYTHONPATH={ROOT},OMP_NUM_THREADS=1"
+        return self.call(
+            "sbatch", *options, f"--export={variables}", JOB, QUICKSTART, f"name={name}", *OPTIONS, *overrides
+        ).strip()
+
+    def state(self, job: str) -> str:
+        return re.search(r"JobState=(\w+)", self.call("scontrol", "show", "job", job))[1]
+
+    def wait(self, job: str, name: str, state: str) -> str:
+        """Return the job's log once it is in this state."""
+        log = self.task / f"{name}.log"
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        wait_for(lambda: self.state(job) in ends, 300, lambda: log.read_text())
+        assert self.state(job) == state, log.read_text()
+        return log.read_text()
+
+    def has_steps(self, name: str, count: int) -> bool:
+        path = self.task / "runs" / name / "metrics.jsonl"
+        return path.exists() and len(path.read_text().splitlines()) > count
+
+
+@pytest.fixture(scope="module")
+def jobs(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=2) as environment:
+        yield Jobs(task, environment)
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_job_that_is_told_to_end_saves_is_requeued_and_repeats_the_uninterrupted_run_bitwise(jobs: Jobs) -> None:
+    job = jobs.submit("stopped")
+    wait_for(lambda: jobs.has_steps("stopped", 2), 180, lambda: (jobs.task / "stopped.log").read_text())
+    jobs.call("scancel", "--batch", "--signal=USR1", job)
+    log = jobs.wait(job, "stopped", "COMPLETED")
+    assert f"attempt {job}.0 on n[0-1]" in log and f"attempt {job}.1 on n[0-1]" in log and "Traceback" not in log, log
+    assert "runs/stopped/stop: the run saves" in log and "resumed after rollout step" in log, log
+    whole = [*torchrun(2), *TRAIN, QUICKSTART, *OPTIONS, "name=whole"]
+    assert python(jobs.task, *whole).returncode == 0
+    rows = [[stable(row) for row in metrics(jobs.task, name)] for name in ("whole", "stopped")]
+    assert rows[0] == rows[1] and len(rows[0]) == 9
+    run = jobs.task / "runs/stopped"
+    assert json.loads((run / "requeued").read_text())["step"] >= 2
+    assert not (run / "stop").exists() and not (run / "requeue").exists()
+    assert len(list(run.glob("logs/*/n[01]/*/attempt_0/0/stdout.log"))) == 4
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_lost_rank_ends_the_job_with_its_node_and_number(jobs: Jobs) -> None:
+    job = jobs.submit("lost", "num_rollout_steps=1000")
+    wait_for(lambda: jobs.has_steps("lost", 1), 180, lambda: (jobs.task / "lost.log").read_text())
+    process, node = rank_of(job, 1)
+    os.kill(process, signal.SIGKILL)
+    log = jobs.wait(job, "lost", "FAILED")
+    assert f"failed first: node {node}, rank 1: Signal 9 (SIGKILL) received by PID {process}" in log, log
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_mistake_is_told_once_before_any_rank_starts(jobs: Jobs) -> None:
+    job = jobs.submit("mistaken", "optimizer.lr=fast")
+    log = jobs.wait(job, "mistaken", "FAILED")
+    assert log.count("optimizer.lr") == 1 and "torchrun" not in log, log
+
+
+def rank_of(job: str, rank: int) -> tuple[int, str]:
+    """Return the process id and the node of a job's rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        command = (folder / "cmdline").read_bytes()
+        is_rank = b"dapo_mcore.train" in command and b"torchrun" not in command
+        if is_rank and {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= {*variables}:
+            node = next(entry for entry in variables if entry.startswith(b"SLURMD_NODENAME="))
+            return int(folder.name), node.decode().partition("=")[2]
+    raise AssertionError(f"no rank {rank} of job {job}")
