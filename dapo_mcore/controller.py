@@ -64,6 +64,7 @@ class Controller:
         *,
         num_local_ranks: int = 1,
         num_ranks: int = 1,
+        nodes: Sequence[Any] = (),
     ):
         self.config, self.progress, self.timer = config, progress, timer
         check_services(config.observe)
@@ -85,6 +86,7 @@ class Controller:
             stop_token_ids=stop_token_ids(config.model, tokenizer),
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
+            nodes=nodes,
             progress=progress,
         )
         self.engine.on_progress = self.rollout_progress.advance

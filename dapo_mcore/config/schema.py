@@ -277,7 +277,7 @@ def _check_profile(c: Config) -> None:
 
 def _check_ray(c: Config) -> None:
     servers, address = c.rollout.sglang, c.ray.address
-    on_nodes = servers.placement == "ray" and address is not None
+    on_nodes = servers.placement == "nodes" or (servers.placement == "ray" and address is not None)
     if (servers.host == "node") != on_nodes:
         raise ValueError(
             f"rollout.sglang.host {servers.host} does not go with rollout.sglang.placement {servers.placement} and ray.address "
@@ -286,8 +286,9 @@ def _check_ray(c: Config) -> None:
         )
     if servers.sync == "tensor" and on_nodes:
         raise ValueError(
-            f"rollout.sglang.sync tensor hands over memory of rank 0's machine, but placement ray with ray.address {address} "
-            f"spreads num_servers {servers.num_servers} over a cluster's nodes; use placement local, or sync distributed"
+            f"rollout.sglang.sync tensor hands over memory of rank 0's machine, but placement {servers.placement} spreads "
+            f"num_servers {servers.num_servers} over nodes; use placement local, or sync "
+            f"{'disk with a sync_dir that all nodes share' if servers.colocated else 'distributed'}"
         )
 
 

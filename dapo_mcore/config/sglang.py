@@ -30,8 +30,9 @@ class SGLangConfig(Section):
     """JSON file of mode 0600 with the `api_key` and `admin_key` of the servers at `urls`. null: they need no keys. Servers
     started here get random keys, which are in servers/keys.json of the run's folder."""
 
-    placement: Literal["local", "ray"] = "local"
-    """Where servers are started: as child processes on this machine, or by Ray actors spread over a cluster's nodes."""
+    placement: Literal["local", "nodes", "ray"] = "local"
+    """Where servers are started: on rank 0's machine (local), in turn on all nodes of the training job by the first rank of each
+    (nodes; needs host node), or by Ray actors spread over a cluster (ray), whose nodes may be others."""
     num_servers: Count = 1
     """Number of servers to start. With `urls` it must equal the number of URLs."""
     python: FilePath | None = None
@@ -40,14 +41,14 @@ class SGLangConfig(Section):
     tensor_parallel: Count = 1
     """GPUs of one server."""
     first_gpu: int | None = Field(None, ge=0, le=10_000)
-    """placement local: servers get this GPU of the machine and the next ones. null: those after the trainer's processes on
-    it, or the same ones when colocated."""
+    """placement local and nodes: servers get this GPU of a machine and the next ones. null: those after the trainer's processes
+    on it, or the same ones when colocated."""
     colocated: bool = False
     """Servers and trainer share GPUs and take turns: servers give up their memory while the actor trains, and the actor
     waits in host memory while they generate. `server_args: {mem-fraction-static: …}` may then be high."""
     host: str = "127.0.0.1"
     """Address that servers started here listen on: loopback or the cluster's interface, never all of them; `node` is each
-    Ray node's own address."""
+    node's own address."""
     base_port: int | None = Field(None, ge=1, le=65535)
     """Server i listens on base_port + i; null: free ports."""
     server_args: dict[str, Any] = Field(default_factory=dict)

@@ -6,6 +6,7 @@ Change here: which launchers are known, and what happens when torchrun dies befo
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -55,6 +56,15 @@ def watch_launcher(environment: Mapping[str, str], on_lost: Callable[[], None]) 
         on_lost()
 
     threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def routed_address(environment: Mapping[str, str]) -> str:
+    """Return the address of this machine on the way to the job's first one (MASTER_ADDR): the others reach it there."""
+    first = environment.get("MASTER_ADDR", "127.0.0.1")
+    family, kind, *_, address = socket.getaddrinfo(first, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        return probe.getsockname()[0]
 
 
 def shutdown_timeout_note(environment: Mapping[str, str]) -> str:

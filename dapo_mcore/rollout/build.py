@@ -28,11 +28,13 @@ def build_engine(
     stop_token_ids: Sequence[int],
     pad_token_id: int,
     num_local_ranks: int,
+    nodes: Sequence[Any] = (),
     progress: NullProgress,
 ) -> Any:
     """Return the engine, a types.RolloutEngine with `on_progress`. SGLang servers are ready when it returns.
 
     num_local_ranks  number of trainer processes on this machine, each with its own GPU if there are GPUs.
+    nodes            of the job, each a launch.node_servers.Node, for servers with placement nodes.
     progress         shows how the servers start.
     Raise ConfigError if servers cannot be started or used.
     """
@@ -49,6 +51,7 @@ def build_engine(
             max_lag=config.sampling.max_staleness if config.sampling.on_full == "keep" else 0,
             progress=progress,
             ray_address=config.ray.address,
+            nodes=nodes,
         )
     return EmbeddedEngine(
         hf_config,

@@ -11,6 +11,7 @@ Change here: the order of the stages. What a stage does is in its own folder.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,10 +42,11 @@ from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
 from dapo_mcore.observe.profile import profiled
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.process.launcher import shutdown_timeout_note, watch_launcher
+from dapo_mcore.process.launcher import routed_address, shutdown_timeout_note, watch_launcher
 from dapo_mcore.process.run_lock import RunLock
 from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, Stop, WorkerShutdown, exit_on_signal
 from dapo_mcore.process.stop_file import STOP, StopFile
+from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost
 from dapo_mcore.warm_start import warm_start
 
 
@@ -105,13 +107,15 @@ class Run:
         self.shutdown = shutdown
         self.saved_step, self.save_s = -1, None
         self.stop_file: StopFile | None = None  # on rank 0
+        self.node: NodeHost | None = None  # on the first rank of each node, for servers there
         with self._phase("start"):
             if config.model.fp8:
                 check_same_on_all_ranks(config.model.fp8, layout)
             self.hf_config = load_hf_config(config.model)
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)
-            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer))
+            nodes = self._open_nodes()
+            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes))
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer))
@@ -262,7 +266,17 @@ class Run:
         self.handover.to_rollout(version=0)
         return 1
 
-    def _open_controller(self, tokenizer: Any) -> Controller | None:
+    def _open_nodes(self) -> list[Node]:
+        """Let the first rank of each node start servers there, if that is asked for. Return the nodes, on rank 0."""
+        if self.config.rollout.engine != "sglang" or self.config.rollout.sglang.placement != "nodes":
+            return []
+        token = self.layout.broadcast_object(secrets.token_hex(32) if self.layout.is_controller else None)
+        self.node = self.layout.on_every_rank_or_raise(
+            lambda: NodeHost(routed_address(os.environ), token) if layouts.is_first_of_node() else None
+        )
+        return [node for node in self.layout.gather_objects(self.node and self.node.node) if node]
+
+    def _open_controller(self, tokenizer: Any, nodes: Sequence[Node]) -> Controller | None:
         """Return rank 0's controller, None elsewhere. The run's folder is this run's alone before anything writes there."""
         if not self.layout.is_controller:
             return None
@@ -282,6 +296,7 @@ class Run:
             self.timer,
             num_local_ranks=layouts.num_local_ranks(),
             num_ranks=self.layout.world_size,
+            nodes=nodes,
         )
         self.shutdown.cleanup.callback(controller.close)
         return controller

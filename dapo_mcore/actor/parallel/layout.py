@@ -173,6 +173,11 @@ def num_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def is_first_of_node() -> bool:
+    """Return True on one of the job's processes on each machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def is_beside_rank_0() -> bool:
     """Return True if torchrun says that this rank runs on the same machine as rank 0."""
     return os.environ.get("GROUP_RANK") == "0"

@@ -23,6 +23,7 @@ from dapo_mcore.observe.progress import NullProgress, format_seconds
 from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient, ServerFacts
 from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, RequestRefused
 from dapo_mcore.rollout.sglang.client.versions import check_version
+from dapo_mcore.rollout.sglang.launch.node_servers import Node, start_node_servers
 from dapo_mcore.rollout.sglang.launch.process import LaunchedServer
 from dapo_mcore.rollout.sglang.launch.ray_servers import start_ray_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, start_servers
@@ -49,11 +50,16 @@ def new_sender(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_fo
     return DiskSender(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 
 
-def start_planned(plan: ServerPlan, ray_address: str | None) -> tuple[Sequence[LaunchedServer], Callable[[], None]]:
+def start_planned(
+    plan: ServerPlan, ray_address: str | None, nodes: Sequence[Node]
+) -> tuple[Sequence[LaunchedServer], Callable[[], None]]:
     """Start the plan's servers. Return them, and a function that ends the connection to a Ray cluster.
 
     ray_address  of the cluster for placement ray; None for a cluster of this machine alone.
+    nodes        of the training job, for placement nodes.
     """
+    if plan.settings.placement == "nodes":
+        return start_node_servers(plan, nodes), lambda: None
     if plan.settings.placement == "ray":
         return start_ray_servers(plan, ray_address)
     return start_servers(plan), lambda: None
@@ -190,7 +196,9 @@ def shown_startup(
     startup = Startup(progress, count, hint, clock)
     servers = "1 SGLang server" if count == 1 else f"{count} SGLang servers"
     if not settings.urls:
-        place = "by Ray, logs on their nodes" if settings.placement == "ray" else "logs"
+        place = {"local": "logs", "nodes": "on the job's nodes, logs", "ray": "by Ray, logs on their nodes"}[
+            settings.placement
+        ]
         progress.line(f"starting {servers} ({place} in {folder})")
     progress.phase("servers", total=count)
     try:

@@ -32,6 +32,7 @@ from dapo_mcore.rollout.sglang.client.api import Keys
 from dapo_mcore.rollout.sglang.client.http import HttpClient, LoopThread, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.client.reply import DROP_REASONS, Dropped, VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_LOST_SCALES
+from dapo_mcore.rollout.sglang.launch.node_servers import Node
 from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.pool.pool import ServerPool
@@ -62,6 +63,7 @@ class SGLangEngine:
                     continue under the new weights, and no token may be more versions than this behind the newest.
     progress        shows the servers' start.
     ray_address     of the Ray cluster for servers with placement ray; None for a cluster of this machine alone.
+    nodes           of the training job, for servers with placement nodes.
 
     Not repeatable: servers batch requests as they arrive. Raise ConfigError if a server cannot be started or used.
     `on_progress`, if set, is called with 1 for each finished sample. `pool` holds the servers until `close`, `sender` is the
@@ -79,6 +81,7 @@ class SGLangEngine:
         max_lag: int = 0,
         progress: NullProgress | None = None,
         ray_address: str | None = None,
+        nodes: Sequence[Node] = (),
     ):
         self.on_progress: Callable[[int], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
@@ -116,7 +119,7 @@ class SGLangEngine:
                     plan = ServerPlan.new(
                         settings, hf_config, name, self._stops, folder, continues_requests=max_lag > 0
                     )
-                    self._processes, self._disconnect = start_planned(plan, ray_address)
+                    self._processes, self._disconnect = start_planned(plan, ray_address, nodes)
                     keys = plan.keys
                 self.pool = self._loop.run(self._open(keys, startup))
             if settings.colocated:

@@ -95,7 +95,7 @@ def settings(python: Path, **changes: Any) -> SGLangConfig:
 def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
     python = changes.pop("python", None) or fake_python(folder)
     config = changes.pop("config", None) or tiny_config()
-    max_lag, progress = changes.pop("max_lag", 0), changes.pop("progress", None)
+    max_lag, progress, nodes = changes.pop("max_lag", 0), changes.pop("progress", None), changes.pop("nodes", ())
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
         config,
@@ -104,6 +104,7 @@ def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
         folder=folder / "servers",
         max_lag=max_lag,
         progress=progress,
+        nodes=nodes,
     )
     try:
         yield made

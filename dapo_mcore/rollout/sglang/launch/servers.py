@@ -1,9 +1,9 @@
 """The SGLang servers that a run starts: command line, environment, keys and model folder, and the devices they need.
 
 Change here: with which options a server is started. The process itself is in process.py, servers on other nodes are in
-ray_servers.py. The run's folder has these files of the servers in servers/: keys.json and server-N.yaml (both of mode 0600:
-they hold the keys, and everybody can see a command line), server-N.args (the options on the command line), server-N.log and
-model/.
+node_servers.py and ray_servers.py. The run's folder has these files of the servers in servers/: keys.json and server-N.yaml
+(both of mode 0600: they hold the keys, and everybody can see a command line), server-N.args (the options on the command line),
+server-N.log and model/.
 """
 
 from __future__ import annotations
@@ -51,7 +51,18 @@ _NOT_INHERITED = (
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
 )
-_NOT_INHERITED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_", "RAY_")
+_NOT_INHERITED_PREFIXES = (
+    "MASTER_",
+    "TORCHELASTIC_",
+    "GROUP_",
+    "ROLE_",
+    "TORCH_NCCL_",
+    "RAY_",
+    "SLURM_",
+    "PMI_",
+    "PMIX_",
+    "OMPI_",
+)
 
 
 @dataclass(frozen=True)
