@@ -25,10 +25,22 @@ def test_the_reference_configuration_has_the_numbers_of_the_public_script():
     assert (c.algo.clip_low, c.algo.clip_high, c.algo.dual_clip, c.algo.loss_mode) == (0.2, 0.28, 10.0, "token-mean")
     assert (c.algo.kl.coef, c.algo.entropy_coef) == (0.0, 0.0)
     o = c.optimizer
-    assert (o.lr, o.schedule, o.weight_decay, o.clip_grad, o.warmup_updates) == (1e-6, "constant", 0.1, 1.0, 10)
+    assert (o.lr, o.schedule, o.weight_decay, o.clip_grad, o.warmup_updates) == (1e-6, "constant", 0.1, 1.0, 10 * 16)
     assert (c.rollout.temperature, c.rollout.top_p, c.rollout.top_k) == (1.0, 1.0, -1)
     assert (c.eval.temperature, c.eval.top_p, c.eval.every, c.checkpoint.every) == (1.0, 0.7, 5, 5)
     overlong = c.reward.overlong
     assert (overlong.penalty, overlong.max_length, overlong.cache, overlong.factor) == (True, 20480, 4096, 1.0)
-    p = c.parallel
+    p, s = c.parallel, c.rollout.sglang
     assert p.tensor_parallel * p.pipeline_parallel * p.context_parallel * p.data_parallel == 16 * 8
+    assert s.num_servers * s.tensor_parallel == 16 * 8
+
+
+def test_the_configuration_of_one_node_differs_from_the_reference_in_size_alone():
+    large, small = load_config(EXAMPLES / "dapo_32b.yaml"), load_config(EXAMPLES / "dapo_7b.yaml")
+    for section in ("algo", "reward", "data"):
+        assert getattr(small, section) == getattr(large, section)
+    p, s = small.parallel, small.rollout.sglang
+    assert p.tensor_parallel * p.pipeline_parallel * p.context_parallel * p.data_parallel == 8
+    assert s.num_servers * s.tensor_parallel == 8
+    updates = small.sampling.train_batch_prompts // small.batch.mini_batch_prompts
+    assert small.optimizer.warmup_updates == 10 * updates

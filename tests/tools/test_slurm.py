@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from tests.rollout.sglang.serving import wait_for
 from tests.tools.slurm_cluster import missing, slurm_cluster
 from tests.train.runs import QUICKSTART, ROOT, SMALL, TRAIN, metrics, python, stable, torchrun
+from tests.train.served import SERVED, fake_beside_reward
 
 JOB = str(ROOT / "tools/dapo_32b.slurm")
 SCRIPTS = [*ROOT.glob("tools/*.slurm"), *ROOT.glob("tools/**/*.sh")]
@@ -78,7 +80,7 @@ class Jobs:
 
     def submit(self, name: str, *overrides: str) -> str:
         options = ["--parsable", "--nodes=2", f"--job-name={name}", f"--output={name}.log"]
-        variables = f"ALL,PYTHONPATH={ROOT},OMP_NUM_THREADS=1"
+        variables = f"ALL,PYTHONPATH={ROOT},OMP_NUM_THREADS=1,WRONG_FROM=1000000000,FAKE_DEAF=1"
         return self.call(
             "sbatch", *options, f"--export={variables}", JOB, QUICKSTART, f"name={name}", *OPTIONS, *overrides
         ).strip()
@@ -126,13 +128,20 @@ def test_a_job_that_is_told_to_end_saves_is_requeued_and_repeats_the_uninterrupt
 
 @pytest.mark.slurm
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_a_lost_rank_ends_the_job_with_its_node_and_number(jobs: Jobs) -> None:
-    job = jobs.submit("lost", "num_rollout_steps=1000")
-    wait_for(lambda: jobs.has_steps("lost", 1), 180, lambda: (jobs.task / "lost.log").read_text())
+def test_a_lost_rank_ends_the_job_with_its_node_and_number_and_leaves_no_server(jobs: Jobs, tmp_path: Path) -> None:
+    fake = fake_beside_reward(tmp_path)
+    reward, python = f"reward.function={tmp_path}/reward.py:compute_score", f"rollout.sglang.python={fake}"
+    places = [f"rollout.sglang.{key}" for key in ("placement=nodes", "host=node", "num_servers=2")]
+    job = jobs.submit("lost", *SERVED, reward, python, *places, "num_rollout_steps=1000")
+    wait_for(lambda: jobs.has_steps("lost", 2), 180, lambda: (jobs.task / "lost.log").read_text())
+    assert metrics(jobs.task, "lost")[-1]["rollout/servers_serving"] == 2
+    folder = jobs.task / "runs/lost/servers"
+    assert len(working_in(folder)) == 2
     process, node = rank_of(job, 1)
     os.kill(process, signal.SIGKILL)
     log = jobs.wait(job, "lost", "FAILED")
     assert f"failed first: node {node}, rank 1: Signal 9 (SIGKILL) received by PID {process}" in log, log
+    wait_for(lambda: not working_in(folder), 30)
 
 
 @pytest.mark.slurm
@@ -141,6 +150,15 @@ def test_a_mistake_is_told_once_before_any_rank_starts(jobs: Jobs) -> None:
     job = jobs.submit("mistaken", "optimizer.lr=fast")
     log = jobs.wait(job, "mistaken", "FAILED")
     assert log.count("optimizer.lr") == 1 and "torchrun" not in log, log
+
+
+def working_in(folder: Path) -> list[Path]:
+    """Return the processes with this working directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found += [process] * ((process / "cwd").readlink() == folder)
+    return found
 
 
 def rank_of(job: str, rank: int) -> tuple[int, str]:

@@ -31,7 +31,7 @@ from dapo_mcore.rollout.sglang.pool.pool import ServerPool
 from dapo_mcore.rollout.sglang.pool.recovery import Reload
 from dapo_mcore.rollout.sglang.pool.server import PoolSettings, Server, wait_until_healthy
 from dapo_mcore.rollout.sglang.pool.update import Checksums
-from dapo_mcore.rollout.sglang.sync.disk import DiskSender
+from dapo_mcore.rollout.sglang.sync.disk import DiskSender, check_sync_dir
 from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender, check_sync_host
 from dapo_mcore.rollout.sglang.sync.sender import Sender
 from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
@@ -90,6 +90,8 @@ async def open_pool(
     router = Server(ServerClient(http, s.router_url, keys, s.sync_timeout_s)) if s.router_url else None
     if s.sync == "distributed":
         check_sync_host(s.sync_host, [url for url, _ in places])
+    if s.sync == "disk":
+        check_sync_dir(Path(s.sync_dir), [url for url, _ in places])
     await asyncio.gather(*(_admit(server, s, hf_config, continues_requests, startup) for server in servers))
     if router is not None:
         await probe_router(router.client, s.urls)

@@ -6,10 +6,11 @@ Change here: how weights lie on disk, and when they are deleted.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 
 from dapo_mcore.architecture.manifest import Bucket
@@ -17,9 +18,22 @@ from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.model_files.safetensors_file import SafetensorsWriter, TensorInfo
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.pool.update import Transaction
+from dapo_mcore.rollout.sglang.sync.address import on_other_machines
 from dapo_mcore.rollout.sglang.sync.sender import Buckets
 
 GIB = 2**30
+
+
+def check_sync_dir(folder: Path, urls: Sequence[str]) -> None:
+    """Raise ConfigError if `folder` is in this machine's memory and some servers at `urls` are on others."""
+    where = folder.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if where.is_relative_to(part.mountpoint)]
+    in_memory = max(mounts, key=lambda part: len(part.mountpoint)).fstype in ("tmpfs", "ramfs")
+    if in_memory and (strangers := on_other_machines(urls)):
+        raise ConfigError(
+            f"rollout.sglang.sync_dir {folder} is in this machine's memory, but {len(strangers)} of {len(urls)} servers are on "
+            f"others: {', '.join(strangers)}; set sync_dir to a folder that all nodes see under the same path"
+        )
 
 
 class DiskSender:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dapo_mcore.errors import ConfigError, RolloutError
-from dapo_mcore.rollout.sglang.sync.disk import DiskSender
+from dapo_mcore.rollout.sglang.sync.disk import DiskSender, check_sync_dir
 from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.serving import engine, params, prompts, weights
 
@@ -16,6 +17,17 @@ from tests.rollout.sglang.serving import engine, params, prompts, weights
 def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"two versions of the model need 2000000\.0 GiB; choose a larger folder"):
         DiskSender(tmp_path / "weights", 10**6 * 2**30)
+
+
+def test_servers_on_other_machines_do_not_see_this_ones_memory(monkeypatch):
+    mounts = [SimpleNamespace(mountpoint=at, fstype=kind) for at, kind in (("/", "ext4"), ("/dev/shm", "tmpfs"))]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    here, far = "http://127.0.0.1:30000", "http://192.0.2.7:30000"
+    check_sync_dir(Path("/dev/shm"), [here])
+    check_sync_dir(Path("/shared/weights"), [here, far])
+    told = rf"sync_dir /dev/shm is in this machine's memory, but 1 of 2 servers are on others: {far}; set sync_dir to a folder"
+    with pytest.raises(ConfigError, match=told):
+        check_sync_dir(Path("/dev/shm"), [here, far])
 
 
 def test_a_full_disk_is_an_error_with_the_free_room_and_the_old_weights_stay_served(tmp_path, monkeypatch):
