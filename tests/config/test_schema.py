@@ -121,7 +121,12 @@ RULES += [
     (["rollout.sglang.host=node"], "host node does not go with rollout.sglang.placement local and ray.address None"),
     (
         [*CLUSTER, "rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: ray}"],
-        "ray.address 10.0.0.1:6379 spreads num_servers 4 over a cluster's nodes; use placement local, or sync distributed",
+        "placement ray spreads num_servers 4 over nodes; use placement local, or sync distributed",
+    ),
+    (["rollout.sglang.placement=nodes"], "host 127.0.0.1 does not go with rollout.sglang.placement nodes"),
+    (
+        ["rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: nodes, colocated: true}"],
+        "placement nodes spreads num_servers 4 over nodes; use placement local, or sync disk with a sync_dir that all nodes share",
     ),
 ]
 

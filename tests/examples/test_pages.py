@@ -6,8 +6,11 @@ Change here: a new command that pages may show. Commands are the lines that are 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +76,14 @@ def check_convert(words: list[str]) -> None:
     module.build_parser().parse_args(words)
 
 
+def check_job(words: list[str]) -> None:
+    """Show what the job would do."""
+    script = next(place for place, word in enumerate(words) if word.endswith(".slurm"))
+    arguments = [STANDS_FOR_ONE_OF_YOURS.get(word, word) for word in words[script + 1 :] if word != "--dry-run"]
+    environment = {**os.environ, "VENV": sys.prefix}
+    subprocess.run([words[script], "--dry-run", *arguments], env=environment, check=True, capture_output=True)
+
+
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words)[:80] for _, words in COMMANDS])
 def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -87,6 +98,8 @@ def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys):
         check_convert(words[2:])
     elif program in ("python", "python3") and words[1] != "-m":
         assert (ROOT / words[1]).is_file()
+    elif any(word.endswith(".slurm") for word in words):
+        check_job(words)
     elif program.startswith("tools/"):
         assert (ROOT / program).stat().st_mode & 0o100, f"{program} is not executable"
     else:
