@@ -45,7 +45,7 @@ case $action in
     environment
     mkdir -p "$logs"
     status=0
-    "${command[@]}" 2> >(tee "$logs/torchrun.log" >&2) || status=$?
+    { "${command[@]}" || status=$?; } 2> >(tee "$logs/torchrun.log" >&2)
     wait $! # for tee
     exit "$status"
     ;;
