@@ -190,8 +190,8 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
     ),
     "an ignored field": (
         nothing,
-        ["megatron.tp_comm_overlap=true"],
-        "megatron.tp_comm_overlap True would change nothing",
+        ["megatron.layernorm_zero_centered_gamma=true"],
+        "megatron.layernorm_zero_centered_gamma True would change nothing",
     ),
     "fp8 in the wrong section": (nothing, ["megatron.fp8=hybrid"], "the section model.fp8 decides it"),
     "recomputed experts of a dense model": (
