@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from torch.autograd.graph import saved_tensors_hooks
 
 from dapo_mcore.actor.model import swiglu
-from dapo_mcore.actor.model.policy import build_model
+from dapo_mcore.actor.model.policy import build_policy
 from dapo_mcore.actor.model.swiglu import bias_swiglu_impl, use_own_swiglu, weighted_bias_swiglu_impl
 from tests.actor import families
 from tests.actor.parity import Mesh, make_config
@@ -32,7 +32,7 @@ def step(model: torch.nn.Module, seed: int) -> tuple[torch.Tensor, dict[str, tor
 
 
 def filled(layout, family: str, **overrides) -> torch.nn.Module:
-    model = build_model(make_config(Mesh(), **overrides), families.hf_config(family), layout)
+    (model,) = build_policy(make_config(Mesh(), **overrides), families.hf_config(family), layout)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
