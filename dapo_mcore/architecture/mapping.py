@@ -74,7 +74,7 @@ def parameters(shape: WeightShape) -> Iterator[Parameter]:
     """Yield every parameter of the model once, in the order of execution. Leaves out a tied output layer."""
     yield Parameter(EMBEDDING)
     for layer in range(shape.num_layers):
-        for rule in _layer_rules(shape, layer):
+        for rule in layer_rules(shape, layer):
             for expert in range(shape.num_experts) if rule.per_expert else (-1,):
                 yield Parameter(rule, layer, expert)
     yield Parameter(FINAL_NORM)
@@ -88,7 +88,7 @@ def find_parameter(name: str, shape: WeightShape) -> Parameter:
     expert = int(match.group(1)) if (match := re.search(r"(?:local_experts\.|\.weight)(\d+)", name)) else -1
     known = layer < shape.num_layers and expert < shape.num_experts
     outside_layers = (EMBEDDING, TIED_OUTPUT if shape.tied else OUTPUT, FINAL_NORM)
-    for rule in () if not known else outside_layers if layer < 0 else _layer_rules(shape, layer):
+    for rule in () if not known else outside_layers if layer < 0 else layer_rules(shape, layer):
         if name in (found := Parameter(rule, layer, expert)).names:
             return found
     raise CheckpointError(
@@ -208,7 +208,8 @@ def checkpoint_slice(parameter: Parameter, shape: WeightShape) -> CheckpointSlic
     return CheckpointSlice(key, tuple(index for index, _ in dims), tuple(size for _, size in dims))
 
 
-def _layer_rules(shape: WeightShape, layer: int) -> list[WeightRule]:
+def layer_rules(shape: WeightShape, layer: int) -> list[WeightRule]:
+    """Return the weight rules of the parameters that a layer has. Layers with equal `moe_layers` entries have the same."""
     family = shape.family
     rules = family.attention + (family.moe if shape.moe_layers[layer] else family.dense)
     return [rule for rule in rules if all(shape.size(size) for sizes in rule.sizes for size in sizes)]

@@ -17,6 +17,7 @@ from dapo_mcore.actor.model import expert_rules, fp8_rules, recompute
 from dapo_mcore.actor.model.layers import has_apex_accumulation, uses_transformer_engine
 from dapo_mcore.actor.model.megatron_fields import check_fields
 from dapo_mcore.actor.parallel.mesh import check_mesh
+from dapo_mcore.actor.parallel.stages import split_layers
 from dapo_mcore.architecture.reader import Architecture
 from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.schema import Config
@@ -112,17 +113,6 @@ def _defaults(num_layers: int, num_chunks: int, chosen: dict[str, Any]) -> dict[
     if num_layers % num_chunks and not any(key in chosen for key in _STAGE_FIELDS):
         defaults["pipeline_model_parallel_layout"] = _pipeline_layout(num_layers, num_chunks)
     return defaults
-
-
-def split_layers(num_layers: int, stages: int) -> list[int]:
-    """Return the number of layers of each pipeline stage.
-
-    If the layers do not divide evenly, the middle stages get one more, later ones first because they hold fewer micro-batches;
-    then the first stage. The last stage, with the policy head, never does.
-    """
-    order = [*range(stages - 2, 0, -1), 0, stages - 1]
-    extra = order[: num_layers % stages]
-    return [num_layers // stages + (stage in extra) for stage in range(stages)]
 
 
 def _mesh(parallel: ParallelConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dapo_mcore.actor.model.transformer_config import owned_fields, split_layers, transformer_config
+from dapo_mcore.actor.model.transformer_config import owned_fields, transformer_config
 from dapo_mcore.architecture.reader import read_architecture
 from dapo_mcore.errors import ConfigError
 from tests.actor import families
@@ -15,22 +15,6 @@ def built(family: str = "qwen2", mesh: Mesh | None = None, **overrides):
     return transformer_config(
         make_config(mesh or Mesh(), **overrides), read_architecture(families.hf_config(family), 64)
     )
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "expected"),
-    [
-        (4, 2, [2, 2]),
-        (5, 2, [3, 2]),
-        (7, 4, [2, 2, 2, 1]),
-        (6, 4, [1, 2, 2, 1]),
-        (5, 4, [1, 1, 2, 1]),
-        (61, 8, [7, 7, 8, 8, 8, 8, 8, 7]),
-        (3, 3, [1, 1, 1]),
-    ],
-)
-def test_layers_that_do_not_divide_are_spread_with_light_ends(layers, stages, expected):
-    assert split_layers(layers, stages) == expected
 
 
 def test_expert_tensor_parallel_follows_tensor_parallel_until_experts_are_distributed():
