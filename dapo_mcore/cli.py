@@ -97,6 +97,27 @@ def _dry_run(config: Config, processes: int | None) -> list[str]:
     return [*check_contents(config), *describe_run(config)]
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a YAML configuration; of the model only config.json is read")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the configuration needs")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
+    parser.add_argument("--gpu", default="h100", choices=("h100", "h200", "b200"))
+    parser.add_argument("--suggest", action="store_true", help="rank layouts that fit by the predicted time of a step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to a file, too")
+    parser.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace a figure of the plan"
+    )
+    parser.add_argument("--figures", action="store_true", help="explain every figure behind the plan")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import dapo_mcore.process.environment  # noqa: F401  before torch is imported
+    from dapo_mcore.plan.command import run
+
+    return run(args)
+
+
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder; several are compared")
     parser.add_argument("--out", type=Path, help="the PNG to write (default: plot.png in RUN, compare.png for several)")
@@ -161,6 +182,12 @@ COMMANDS = (
         "Check all that can be known before a run, and print the configuration with every default.",
         _config_arguments,
         _config,
+    ),
+    Command(
+        "plan",
+        "Predict a run's memory and time on GPUs that need not be here; the exit code is 1 if something does not fit.",
+        _plan_arguments,
+        _plan,
     ),
     Command(
         "plot", "Plot one run, or compare several, from metrics.jsonl; or benchmark results.", _plot_arguments, _plot

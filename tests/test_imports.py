@@ -37,6 +37,7 @@ FLOORS = {
     "dapo_mcore.handover": 4,
     "dapo_mcore.preflight": 5,
     "dapo_mcore.controller": 5,
+    "dapo_mcore.plan": 5,
     "dapo_mcore.warm_start": 5,
     "dapo_mcore.train": 6,
     "dapo_mcore.cli": 6,

@@ -11,6 +11,10 @@ import torch
 from dapo_mcore.actor import memory
 from dapo_mcore.actor.memory_use import GIB, MemoryUse
 from dapo_mcore.errors import ResourceError
+from dapo_mcore.plan.hardware import Assumptions
+from dapo_mcore.plan.job import Cluster, make_job
+from dapo_mcore.plan.memory import held_bytes
+from dapo_mcore.plan.parameters import stage_counts
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -54,9 +58,21 @@ def test_training_continues_bitwise_and_the_memory_is_free_meanwhile(mesh: Mesh)
     for kind, told in parity.spawn(train, mesh).items():
         assert told["away"] == told["stayed"], kind
         assert told["use"] == {f"memory/{name}_gib": size / GIB for name, size in by_hand(mesh, kind).items()}, kind
+        assert planned(mesh, KINDS[kind]) == {name: told["use"].get(f"memory/{name}_gib", 0) for name in HELD}, kind
         assert told["bytes"]["all gone"] == 0, kind
         assert 0 < told["bytes"]["weights"] < 0.7 * told["bytes"]["all"], kind
         assert told["stream is the same"], kind
+
+
+HELD = ("weights", "gradients", "optimizer", "reference")
+
+
+def planned(mesh: Mesh, overrides: dict[str, Any]) -> dict[str, float]:
+    """Return what `dapo-mcore plan` says that the fullest rank holds, in GiB."""
+    cluster = Cluster(gpus_per_node=mesh.world_size, nodes=1)
+    job = make_job(parity.make_config(mesh, **overrides), parity.hf_config(), cluster, Assumptions())
+    stages = [held_bytes(job, stage_counts(job, stage)).values() for stage in range(mesh.pipeline)]
+    return {name: max(held) / GIB for name, held in zip(HELD, zip(*stages))}
 
 
 def train(layout: Any, mesh: Mesh) -> dict[str, Any]:

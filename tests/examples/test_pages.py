@@ -6,6 +6,7 @@ Change here: a new command that pages may show. Commands are the lines that are 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -59,11 +60,17 @@ def check_train(words: list[str]) -> None:
     load_config(ROOT / STANDS_FOR_ONE_OF_YOURS.get(config, config), overrides)
 
 
-def check_tool(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def check_tool(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Run a command that needs no files; of others, only parse the arguments."""
     command, arguments = words[1], [STANDS_FOR_ONE_OF_YOURS.get(word, word) for word in words[2:]]
     if command == "config":
         arguments.append("--only-values")
+    if command == "plan":
+        model = json.loads((ROOT / "tests/architecture/hub_configs.json").read_text())["Qwen2.5-32B"]
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        arguments.append(f"model.path={tmp_path}")
     for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):
         monkeypatch.setattr(module, name, lambda *given, **more: [ROOT])
     assert cli.main([command, *arguments]) == 0, capsys.readouterr().err
@@ -85,13 +92,13 @@ def check_job(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words)[:80] for _, words in COMMANDS])
-def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys):
+def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     program = words[0]
     if "dapo_mcore.train" in words:
         check_train(words)
     elif program == "dapo-mcore":
-        check_tool(words, monkeypatch, capsys)
+        check_tool(words, monkeypatch, capsys, tmp_path)
     elif program == "pytest" or words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
     elif words[:2] == ["python", "tools/convert.py"]:

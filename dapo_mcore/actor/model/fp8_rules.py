@@ -82,11 +82,17 @@ def check_fp8(architecture: Architecture, model: ModelConfig, parallel: Parallel
 
     engine  True if the layers are Transformer Engine's.
     """
+    if model.fp8 is not None:
+        _check_device(recipe_of(model.fp8), model.dtype, engine)
+        check_fp8_model(architecture, model, parallel)
+
+
+def check_fp8_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise ConfigError if no card could run the model's layers with `model.fp8`."""
     fp8 = model.fp8
     if fp8 is None:
         return
     recipe = recipe_of(fp8)
-    _check_device(recipe, model.dtype, engine)
     if 2 * fp8.first_last_bf16 >= architecture.num_layers:
         raise ConfigError(
             f"model.fp8.first_last_bf16 {fp8.first_last_bf16} keeps {2 * fp8.first_last_bf16} layers in bf16, but the model "

@@ -1,0 +1,72 @@
+"""The subcommand `dapo-mcore plan`: its options, and from them to a report.
+
+Change here: an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dapo_mcore.actor.model.fp8_rules import check_fp8_model
+from dapo_mcore.actor.model.recompute import check_recompute
+from dapo_mcore.actor.parallel.mesh import check_mesh
+from dapo_mcore.config.file import load_config
+from dapo_mcore.config.schema import Config
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.model_files.hf_config import load_hf_config
+from dapo_mcore.plan.hardware import GPUS, Assumptions, assume
+from dapo_mcore.plan.job import Cluster, Job, make_job
+from dapo_mcore.plan.plan import make_plan
+from dapo_mcore.plan.remedies import problems
+from dapo_mcore.plan.report import as_json, report
+from dapo_mcore.plan.suggest import suggest
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan. Return 0 if everything fits, else 1. Raises ConfigError as `dapo-mcore config` does."""
+    config = load_config(args.file, args.overrides)
+    chosen = _chosen(args.assume)
+    job = _job(config, args, chosen)
+    plan = make_plan(job)
+    found = problems(plan)
+    suggestions = suggest(plan) if args.suggest else None
+    if args.json is not None:
+        _write(args.json, as_json(plan, found, suggestions, list(chosen)))
+    print(*report(plan, args.gpu, found, suggestions, list(chosen), all_figures=args.figures), sep="\n")
+    return 0 if plan.fits else 1
+
+
+def _job(config: Config, args: argparse.Namespace, chosen: dict[str, float]) -> Job:
+    for name in ("nodes", "gpus_per_node"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: there is at least 1; give how many you have")
+    gpu, assumptions = assume(GPUS[args.gpu], Assumptions(), chosen)
+    job = make_job(config, load_hf_config(config.model), Cluster(gpu, args.gpus_per_node, args.nodes or 0), assumptions)
+    check_mesh(job.architecture, config.parallel)
+    check_fp8_model(job.architecture, config.model, config.parallel)
+    check_recompute(job.architecture, config.model, engine=config.model.transformer_impl != "local")
+    return job
+
+
+def _chosen(given: list[str]) -> dict[str, float]:
+    chosen = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        try:
+            chosen[name] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise ConfigError(f"--assume {text}: it is not of the form NAME=NUMBER; --figures lists the names")
+    return chosen
+
+
+def _write(path: Path, found: object) -> None:
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--json {path} cannot be written: {error.strerror}; name a file in a folder that exists"
+        ) from None

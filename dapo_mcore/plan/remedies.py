@@ -1,0 +1,164 @@
+"""What does not fit, what is to blame, and which setting helps by how much.
+
+Change here: the settings that a plan tries. Each is planned in full, so its effect is counted, not estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dapo_mcore.plan.batch import batch_of
+from dapo_mcore.plan.change import Changes, changed
+from dapo_mcore.plan.job import Job
+from dapo_mcore.plan.memory import GIB, Memory, Use, memory_of
+from dapo_mcore.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A setting that lowers a use. saved: bytes. fits: True if the use fits then."""
+
+    changes: Changes
+    saved: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that does not fit. missing: bytes; culprit: the largest part. Remedies that fit come first, then the best."""
+
+    where: str
+    missing: float
+    culprit: str
+    remedies: tuple[Remedy, ...]
+
+
+def problems(plan: Plan) -> list[Problem]:
+    """Return all that does not fit, the training GPU first."""
+    memory = plan.memory
+    found = [
+        _problem(plan.job, memory.worst, lambda other: other.worst, _train),
+        _problem(plan.job, memory.sync, lambda other: other.sync, _sync),
+        _server_problem(plan.job, memory),
+        _problem(plan.job, memory.host, lambda other: other.host, _host),
+        _problem(plan.job, memory.shared, lambda other: other.shared, _host),
+    ]
+    return [problem for problem in found if problem is not None]
+
+
+def _problem(
+    job: Job, use: Use, pick: Callable[[Memory], Use], tried: Callable[[Job], Iterator[Changes]]
+) -> Problem | None:
+    if use.fits:
+        return None
+    remedies = []
+    for changes in tried(job):
+        if (other := changed(job, changes)) is None:
+            continue
+        now = pick(memory_of(other, batch_of(other)))
+        if now.total < use.total - 0.01 * GIB:
+            remedies.append(Remedy(changes, use.total - now.total, now.fits))
+    return Problem(use.where, use.total - use.capacity, use.largest, _best(remedies))
+
+
+def _server_problem(job: Job, memory: Memory) -> Problem | None:
+    """Return the problem of a server whose cache cannot hold one longest sequence, or that leaves too little outside."""
+    server = memory.server
+    if server.fits:
+        return None
+    short = max(0, server.longest - server.kv_tokens)
+    remedies = []
+    for changes in _server(job):
+        if (other := changed(job, changes)) is None:
+            continue
+        now = memory_of(other, batch_of(other)).server
+        if now.kv_tokens > server.kv_tokens or now.fits:
+            remedies.append(Remedy(changes, server.use.total - now.use.total, now.fits))
+    missing = max(server.use.total - server.use.capacity, 0)
+    culprit = (
+        f"its weights, and the cache is {short:,} tokens short of one longest sequence" if short else server.use.largest
+    )
+    return Problem(server.use.where, missing, culprit, _best(remedies))
+
+
+def _best(remedies: list[Remedy], most: int = 4) -> tuple[Remedy, ...]:
+    return tuple(sorted(remedies, key=lambda own: (not own.fits, -own.saved if not own.fits else 0))[:most])
+
+
+def servers_on_all(job: Job, tensor: int = 0) -> Changes:
+    """Return the settings of SGLang servers that share all training GPUs."""
+    every, per_node = job.num_train + job.num_servers, job.cluster.gpus_per_node
+    size = tensor or min(per_node, every)
+    servers = job.config.rollout.sglang
+    changes: dict[str, Any] = {}
+    if every > per_node and servers.placement == "local":
+        changes |= {"rollout.sglang.placement": "nodes", "rollout.sglang.host": "node"}
+    if (
+        servers.sync == "distributed" or every > per_node
+    ):  # NCCL refuses two processes on one GPU, IPC is for one machine
+        changes["rollout.sglang.sync"] = "disk"
+    return changes | {
+        "rollout.engine": "sglang",
+        "rollout.sglang.colocated": True,
+        "rollout.sglang.tensor_parallel": size,
+        "rollout.sglang.num_servers": max(1, every // size),
+    }
+
+
+def _train(job: Job) -> Iterator[Changes]:
+    """Yield settings that lower memory while training, those that cost least first."""
+    config, parallel = job.config, job.config.parallel
+    if config.rollout.engine == "embedded":
+        yield servers_on_all(job)
+    if not config.optimizer.distributed:
+        yield {"optimizer.distributed": True}
+    if job.tensor > 1 and not parallel.sequence_parallel:
+        yield {"parallel.sequence_parallel": True}
+    yield {"batch.head_chunk_tokens": 512}
+    yield {"model.recompute": ["mlp"]}
+    yield {"model.recompute": ["moe"]}
+    yield {
+        "parallel.tensor_parallel": 2 * job.tensor,
+        "parallel.sequence_parallel": True,
+        "parallel.data_parallel": None,
+    }
+    yield {"parallel.pipeline_parallel": 2 * job.pipeline, "parallel.data_parallel": None}
+    yield {
+        "parallel.context_parallel": 2 * job.context,
+        "batch.max_tokens": -(-config.batch.max_tokens // 2),
+        "parallel.data_parallel": None,
+    }
+    yield {"batch.max_tokens": -(-config.longest_sequence // job.context)}
+    yield {"parallel.expert_parallel": 2 * parallel.expert_parallel}
+    yield {"model.recompute": "full"}
+    yield {"model.recompute": "full", "model.offload_activations": True}
+    yield {"optimizer.offload_fraction": 1.0}
+
+
+def _sync(job: Job) -> Iterator[Changes]:
+    if job.config.rollout.engine == "embedded":
+        yield servers_on_all(job)
+    yield {"rollout.sglang.bucket_mib": 128}
+    yield {"rollout.sglang.tensor_parallel": 2 * job.config.rollout.sglang.tensor_parallel}
+
+
+def _server(job: Job) -> Iterator[Changes]:
+    servers = job.config.rollout.sglang
+    if job.config.rollout.engine == "embedded":
+        yield servers_on_all(job)
+    for tensor in (2, 4, 8):
+        if tensor > servers.tensor_parallel:
+            count = max(1, servers.num_servers * servers.tensor_parallel // tensor)
+            yield {"rollout.sglang.tensor_parallel": tensor, "rollout.sglang.num_servers": count}
+    yield {"rollout.sglang.server_args": {**servers.server_args, "mem-fraction-static": 0.9}}
+    yield {"rollout.sglang.quantize": "fp8"}
+
+
+def _host(job: Job) -> Iterator[Changes]:
+    yield {"rollout.sglang.sync": "distributed"}
+    yield {"rollout.sglang.sync": "tensor"}
+    yield {"rollout.sglang.colocated": False}
+    yield {"optimizer.offload_fraction": 0.0}
+    yield {"checkpoint.every": None, "checkpoint.at_end": False}

@@ -1,0 +1,78 @@
+"""The time of a rollout step from its parts: generation, weight sync, scoring, gradient steps; and of the whole run.
+
+Change here: which parts of a step wait for each other, and what a weight sync costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dapo_mcore.plan.batch import Batch
+from dapo_mcore.plan.job import Job
+from dapo_mcore.plan.memory import Memory, held_bytes
+from dapo_mcore.plan.parameters import stage_counts, whole_model
+from dapo_mcore.plan.rollout_time import RolloutTime, rollout_time
+from dapo_mcore.plan.train_time import TrainTime, train_time
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a rollout step.
+
+    handover   colocated: the actor's way to the host and back
+    total      of the whole step; with rollout.async_steps generation runs beside training
+    """
+
+    rollout: RolloutTime
+    train: TrainTime
+    sync: float
+    handover: float
+    is_async: bool
+
+    @property
+    def total(self) -> float:
+        training = self.train.score_s + self.train.update_s
+        generation = self.rollout.total
+        both = max(generation, training) if self.is_async else generation + training
+        return both + self.sync + self.handover
+
+    @property
+    def bound(self) -> str:
+        """The part of the step that costs most."""
+        parts = {"generation": self.rollout.total, "gradient steps": self.train.update_s, "scoring": self.train.score_s}
+        parts |= {"weight sync": self.sync, "handover": self.handover}
+        return max(parts, key=lambda name: parts[name])
+
+
+def step_time(job: Job, batch: Batch, memory: Memory) -> StepTime:
+    """Return the times of the job's rollout step."""
+    return StepTime(
+        rollout=rollout_time(job, batch, memory),
+        train=train_time(job, batch),
+        sync=_sync(job),
+        handover=_handover(job),
+        is_async=job.config.rollout.async_steps > 0,
+    )
+
+
+def _sync(job: Job) -> float:
+    """Return the seconds of a weight sync: the model passes through rank 0, and from there to the servers."""
+    servers, assume = job.config.rollout.sglang, job.assume
+    nbytes = job.dtype_bytes * whole_model(job.shape)
+    per_node = job.cluster.gpus_per_node  # the first stage's ranks are beside rank 0, the others far from it
+    local = 1.0 if job.num_train <= per_node else min(per_node, job.tensor) / (job.tensor * job.pipeline)
+    network = assume.network_efficiency * job.gpu.network_gbs * 1e9
+    collected = nbytes * max(0.0, 1 - local) / network
+    if job.config.rollout.engine == "embedded":
+        return collected + nbytes / (assume.copy_efficiency * job.gpu.hbm_gbs * 1e9)
+    speed = {"disk": assume.disk_sync_gbs, "distributed": assume.sync_gbs, "tensor": assume.tensor_sync_gbs}
+    passes = -(-servers.num_servers // (servers.servers_per_group or servers.num_servers))
+    return collected + nbytes / (speed[servers.sync] * 1e9) * (passes if servers.sync == "distributed" else 1)
+
+
+def _handover(job: Job) -> float:
+    if job.config.rollout.engine != "sglang" or not job.config.rollout.sglang.colocated:
+        return 0.0
+    held = held_bytes(job, stage_counts(job, 0))
+    moved = 2 * (held["parameters"] + held["optimizer"] + held["reference"])
+    return moved / (job.assume.pcie_efficiency * job.gpu.pcie_gbs * 1e9)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from dapo_mcore.errors import ConfigError
+from tests.plan.jobs import job
+
+BESIDE = {"rollout__sglang__colocated": False}
+
+
+def test_servers_on_the_trainers_gpus_take_none() -> None:
+    paper = job()
+    assert (paper.num_train, paper.num_servers, paper.nodes, paper.num_gpus, paper.data) == (128, 0, 16, 128, 8)
+    assert (paper.token_split, paper.dtype_bytes, paper.chunks) == (8, 2, 1)
+
+
+def test_servers_of_their_own_leave_the_rest_for_training() -> None:
+    apart = job(**BESIDE, rollout__sglang__num_servers=16)
+    assert (apart.num_train, apart.num_servers, apart.data) == (64, 64, 4)
+
+
+def test_without_nodes_the_configuration_says_how_many() -> None:
+    assert (job(nodes=0).num_train, job(nodes=0).nodes) == (16, 2)
+    assert (job(nodes=0, parallel__data_parallel=8).num_train, job(nodes=0, parallel__data_parallel=8).nodes) == (
+        128,
+        16,
+    )
+    apart = job(nodes=0, **BESIDE)
+    assert (apart.num_train, apart.num_servers, apart.nodes) == (16, 128, 18)
+
+
+def test_the_vocabulary_is_padded_for_the_mesh() -> None:
+    assert (
+        job(parallel__tensor_parallel=4, of="Llama-2-7b", rollout__sglang__num_servers=1).shape.padded_vocab_size
+        == 32000
+    )
+    assert job(of="Qwen2.5-32B").shape.padded_vocab_size == 152064
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"nodes": 1, "gpus_per_node": 12},
+            "world size 12 is not a multiple of tensor_parallel 8 × pipeline_parallel 2",
+        ),
+        ({"parallel__data_parallel": 4}, "world size 128 is not tensor_parallel 8"),
+        (BESIDE, "num_servers 32 × tensor_parallel 4 = 128 GPUs leave none of 128 for training"),
+        ({"megatron": {"account_for_loss_in_pipeline_split": True}}, "plan does not read megatron.account_for_loss"),
+        ({"megatron": {"num_layers_in_first_pipeline_stage": 64}}, "leave 0 of 64 layers for 1 stages"),
+        (
+            {"megatron": {"num_layers_in_first_pipeline_stage": 8}, "parallel__virtual_pipeline_parallel": 2},
+            "only without virtual_pipeline_parallel",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        job(**overrides)

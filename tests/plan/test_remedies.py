@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from dapo_mcore.plan.change import changed
+from dapo_mcore.plan.memory import GIB
+from dapo_mcore.plan.plan import make_plan
+from dapo_mcore.plan.remedies import problems
+from tests.plan.jobs import job
+
+
+def test_nothing_is_told_of_a_run_that_fits() -> None:
+    assert problems(make_plan(job())) == []
+
+
+def test_activations_are_named_with_the_settings_that_help_and_by_how_much() -> None:
+    plan = make_plan(job(model__recompute="none", parallel__tensor_parallel=4, parallel__pipeline_parallel=4))
+    (found,) = problems(plan)
+    worst = plan.memory.worst
+    assert (found.where, found.culprit) == ("training, stage 0 of 4", "activations")
+    assert found.missing == worst.total - worst.capacity > 0
+    for remedy in found.remedies:
+        other = changed(plan.job, remedy.changes)
+        assert other is not None
+        now = make_plan(other).memory.worst
+        assert remedy.saved == pytest.approx(worst.total - now.total) and remedy.fits == now.fits
+    tried = [remedy.changes for remedy in found.remedies if remedy.fits]
+    assert {"model.recompute": "full"} in tried
+
+
+def test_the_embedded_engine_of_a_large_model_is_replaced_by_servers() -> None:
+    found = problems(make_plan(job(rollout={"engine": "embedded"})))
+    assert [problem.where.split(",")[0] for problem in found] == ["training", "sync", "generate"]
+    assert found[0].culprit == "embedded engine"
+    first = found[0].remedies[0]
+    assert first.fits and first.changes["rollout.engine"] == "sglang" and first.saved > 60 * GIB
+    assert "tokens short of one longest sequence" in found[2].culprit
+
+
+def test_a_server_without_room_for_its_cache() -> None:
+    (found,) = problems(
+        make_plan(
+            job(rollout__sglang={"colocated": True, "num_servers": 128, "server_args": {"mem-fraction-static": 0.8}})
+        )
+    )
+    assert found.where.startswith("generate")
+    assert {"rollout.sglang.tensor_parallel": 2, "rollout.sglang.num_servers": 64} in [
+        own.changes for own in found.remedies
+    ]
+
+
+def test_the_host_is_planned_too() -> None:
+    found = problems(make_plan(job(assumed={"host_gib": 500})))
+    assert found[0].where == "host of the first node" and found[0].culprit == "checkpoint"
+    small = problems(make_plan(job(assumed={"host_gib": 200})))
+    assert [problem.where for problem in small] == ["host of the first node", "/dev/shm of the first node"]

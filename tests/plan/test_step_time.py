@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dapo_mcore.plan.plan import make_plan
+from tests.plan.jobs import job
+
+BESIDE: dict[str, Any] = {"nodes": 32, "rollout__sglang__colocated": False, "rollout__sglang__sync": "distributed"}
+
+
+def test_parts_wait_for_each_other_unless_generation_runs_ahead() -> None:
+    time = make_plan(job(**BESIDE)).time
+    training = time.train.score_s + time.train.update_s
+    assert time.total == time.rollout.total + training + time.sync and time.handover == 0
+    ahead = {"rollout__async_steps": 1, "algo__tis": {"mode": "truncate"}, "reward__workers": 8}
+    beside = make_plan(job(**BESIDE, **ahead)).time
+    assert beside.total == pytest.approx(max(time.rollout.total, training) + time.sync)
+
+
+def test_a_sync_collects_the_model_from_other_nodes_and_sends_it_once_per_group_of_servers() -> None:
+    gigabytes = 2 * 32.763876352
+    collected = gigabytes * (1 - 8 / 16) / (0.7 * 50)
+    assert make_plan(job(**BESIDE)).time.sync == pytest.approx(collected + gigabytes / 20)
+    groups = make_plan(job(**BESIDE, rollout__sglang__servers_per_group=8)).time.sync
+    assert groups == pytest.approx(collected + 4 * gigabytes / 20)
+    assert make_plan(job()).time.sync == pytest.approx(collected + gigabytes / 1.1)  # by disk
+
+
+def test_colocated_actors_go_to_the_host_and_back() -> None:
+    plan = make_plan(job())
+    parts = plan.memory.train[0].parts
+    assert plan.time.handover == pytest.approx(2 * (parts["parameters"] + parts["optimizer"]) / (0.8 * 64e9))
+
+
+def test_the_largest_part_is_named() -> None:
+    assert make_plan(job()).time.bound == "generation"
+    assert make_plan(job(assumed={"disk_sync_gbs": 0.01})).time.bound == "weight sync"
