@@ -35,22 +35,38 @@ def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> 
     lines = dry_run("optimizer.lr=2e-6")
     train = next(line for line in lines if line.startswith("torchrun"))
     assert "--nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT" in train
-    assert "--shutdown-timeout 600" in train and train.endswith("dapo_32b.yaml optimizer.lr=2e-6")
+    assert "--shutdown-timeout 600" in train and train.endswith("dapo_32b.yaml optimizer.lr=2e-6 ")
     assert sum(line.startswith("srun") and "optimizer.lr=2e-6" in line for line in lines) == 2
+    assert any("--nodes=16 --ntasks=16 --ntasks-per-node=1" in line and "--gres=gpu:8" in line for line in lines)
     assert "  lr: 2.0e-06" in lines and "name: dapo_32b" in lines
     assert any("--nnodes 2 " in line for line in dry_run("--nodes=2"))
 
 
 def test_a_container_is_mounted_where_the_checkout_and_the_job_are() -> None:
-    srun = [line for line in dry_run(CONTAINER="image.sqsh") if line.startswith("srun")]
-    place = f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()}"
+    lines = dry_run(CONTAINER="image.sqsh", MOUNTS="/data:/data")
+    srun = [line.replace("\\,", ",") for line in lines if line.startswith("srun")]
+    place = f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()},/data:/data"
     assert len(srun) == 2 and all(f"{place} --container-workdir={Path.cwd()}" in line for line in srun)
 
 
-def test_a_word_that_means_nothing_is_refused() -> None:
-    done = subprocess.run([JOB, "--dry-run", "--node=2"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "--node=2 is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c\n"
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dry-run", "--node=2"], "--node=2 is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c"),
+        (["--dry-run", "--nodes=0"], "0 nodes × 8 ranks: both must be at least 1"),
+        ([], "this is no Slurm job: start it with sbatch, or add --dry-run"),
+    ],
+)
+def test_what_means_nothing_is_refused_in_one_line(words: list[str], message: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_JOB")}
+    done = subprocess.run([JOB, *words], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")
+
+
+def test_a_name_with_blanks_and_signs_stays_one_word() -> None:
+    lines = dry_run("/data/lr=1/my runs.yaml", VENV="/nowhere", PATH="/usr/bin:/bin")
+    assert sum(r"/data/lr=1/my\ runs.yaml" in line for line in lines) == 3
+    assert lines[-1] == "# not shown: there is no python with dapo_mcore here"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

@@ -6,13 +6,14 @@
 # Read from the environment (sbatch passes it on):
 #   RANKS_PER_NODE   processes per node, one per GPU
 #   VENV             virtual environment on every node (default: .venv of the checkout)
-#   CONTAINER        image for pyxis/enroot in place of VENV, which has the package installed
-#   MOUNTS           its mounts, as A:B,C:D (default: the checkout and the folder of the job, at their paths)
+#   CONTAINER        image for pyxis/enroot in place of VENV, with the package, python and torchrun installed
+#   MOUNTS           its further mounts, as A:B,C:D; the checkout and the folder of the job are mounted at their paths
 #   SAVE_SECONDS     how long ranks may take to save once they are told to end (default: 600)
 #
 # How it ends. Before the job's time is over, Slurm sends USR1 to this shell alone. This shell makes RUN/stop; the run sees the
 # file in any phase, saves, writes RUN/requeue and ends with 0; this shell puts the job back into the queue. Without a new
-# rollout step since the last start it does not, as a job that is too short would be started for ever.
+# rollout step since the last start it does not, as a job that is too short would be started for ever. Nor does it if a person
+# has made RUN/stop.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 
@@ -21,26 +22,34 @@ for argument in "${@:2}"; do
   case $argument in
     --dry-run) dry_run=1 ;;
     --nodes=*) NODES=${argument#*=} ;;
-    [!-]*=*) overrides+=("$argument") ;;
-    *.yaml | *.yml) config=$argument ;;
-    *) echo "$argument is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c" >&2; exit 2 ;;
+    *)
+      if [[ $argument =~ ^[A-Za-z_][A-Za-z_0-9.]*= ]]; then overrides+=("$argument") && continue; fi
+      if [[ $argument =~ \.ya?ml$ ]]; then config=$argument && continue; fi
+      echo "$argument is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c" >&2
+      exit 2
+      ;;
   esac
 done
 
-export RANKS_PER_NODE=${RANKS_PER_NODE:-8} NODES=${SLURM_JOB_NUM_NODES:-${NODES:-1}} SAVE_SECONDS=${SAVE_SECONDS:-600}
+[ -n "$dry_run" ] || [ -n "${SLURM_JOB_ID:-}" ] || { echo "this is no Slurm job: start it with sbatch, or add --dry-run" >&2; exit 2; }
+[ -n "$dry_run" ] || NODES=$SLURM_JOB_NUM_NODES
+for number in "${NODES:=1}" "${RANKS_PER_NODE:=8}"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "$NODES nodes × $RANKS_PER_NODE ranks: both must be at least 1" >&2; exit 2; }
+done
+export RANKS_PER_NODE NODES SAVE_SECONDS=${SAVE_SECONDS:-600}
 export VENV=${VENV:-$root/.venv} ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
 container=()
-[ -z "${CONTAINER:-}" ] || container=("--container-image=$CONTAINER" "--container-mounts=${MOUNTS:-$root:$root,$PWD:$PWD}" "--container-workdir=$PWD")
+[ -z "${CONTAINER:-}" ] || container=("--container-image=$CONTAINER" "--container-mounts=$root:$root,$PWD:$PWD${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD")
+host=FIRST_NODE gpus=("--gres=gpu:$RANKS_PER_NODE") # a step of a job with --exclusive gets GPUs only if it asks for them
+if [ -z "$dry_run" ]; then
+  facts=$(scontrol show node "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
+  host=$(sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' <<<"$facts") # by which Slurm itself reaches the first node
+  [[ $facts == *Gres=gpu* ]] || gpus=()
+fi
 node=(bash "$root/tools/slurm/node.sh")
 check=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" check "$config" "${overrides[@]}")
 report=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" report)
-train=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
-
-first_node() {  # the address by which Slurm itself reaches the first node
-  local name
-  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  scontrol show node "$name" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
-}
+train=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${gpus[@]}" "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
 
 free_port() {  # this shell is on the first node; below the ports that systems give to clients, and another one for each job
   local port=$((20000 + SLURM_JOB_ID % 10000))
@@ -49,30 +58,34 @@ free_port() {  # this shell is on the first node; below the ports that systems g
 }
 
 if [ -n "$dry_run" ]; then
-  export RENDEZVOUS=FIRST_NODE:PORT
+  export RENDEZVOUS=$host:PORT
   echo "# $NODES nodes × $RANKS_PER_NODE ranks; on the first node, to check the configuration:"
-  echo "${check[@]}"
+  printf '%q ' "${check[@]}" && echo
   echo "# on every node:"
-  echo "${train[@]}"
+  printf '%q ' "${train[@]}" && echo
   DRY_RUN=1 "${node[@]}" train "$config" "${overrides[@]}"
   echo "# the configuration:"
   exec "${node[@]}" show "$config" "${overrides[@]}"
 fi
 
+stopping=''
+trap 'stopping=1' USR1
 echo "attempt $ATTEMPT on $SLURM_JOB_NODELIST"
-run=$("${check[@]}")
-RENDEZVOUS=$(first_node):$(free_port)
+run=$("${check[@]}" | sed -n 's/^run_dir=//p' | tail -n 1)
+if [ -z "$run" ] || [ -z "$host" ]; then
+  echo "no folder of the run ('$run'), or no address of the first node ('$host')" >&2
+  exit 1
+fi
+RENDEZVOUS=$host:$(free_port)
 export RENDEZVOUS
 rm -f "$run/stop" "$run/requeue"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$run/requeued"
 
-stopping=''
-trap 'stopping=1' USR1
 "${train[@]}" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
   # again and again, as a run that is just starting removes the file of an earlier one
-  if [ -n "$stopping" ]; then mkdir -p "$run" && touch "$run/stop" && sleep 5; else wait "$step" || true; fi
+  if [ -n "$stopping" ]; then { mkdir -p "$run" && touch "$run/stop"; } || true; sleep 5; else wait "$step" || true; fi
 done
 status=0
 wait "$step" || status=$?
@@ -84,6 +97,7 @@ if [ "$status" -ne 0 ]; then
   exit "$status"
 fi
 [ -e "$run/requeue" ] || exit 0
+[ -n "$stopping" ] || { echo "stopped by $run/stop; submit the job again to go on"; exit 0; }
 if cmp -s "$run/requeue" "$run/requeued"; then
   echo "no rollout step was finished since the last start, so the job is not started again; give it more --time" >&2
   exit 1

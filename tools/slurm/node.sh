@@ -10,12 +10,17 @@ action=$1
 shift
 # shellcheck disable=SC1091
 [ -n "${CONTAINER:-}" ] || [ ! -e "$VENV/bin/activate" ] || . "$VENV/bin/activate"
+if [ -z "${DRY_RUN:-}" ] && ! python -c 'import dapo_mcore' 2>/dev/null; then
+  [ "$action" != show ] || { echo "# not shown: there is no python with dapo_mcore here" && exit; }
+  echo "no python with dapo_mcore on $(hostname): set VENV (now $VENV), or CONTAINER" >&2
+  exit 2
+fi
 config=(python -m dapo_mcore.cli config "$@")
 
 environment() {  # each line can be replaced from outside
   # one file system cache of compiled kernels per node and job: on a network file system they would be slow, or stale
-  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/dapo_mcore-$USER-${SLURM_JOB_ID:-0}/triton}
-  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/dapo_mcore-$USER-${SLURM_JOB_ID:-0}/inductor}
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/dapo_mcore-$UID-${SLURM_JOB_ID:-0}/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/dapo_mcore-$UID-${SLURM_JOB_ID:-0}/inductor}
   # Megatron's order of kernels for sequence parallelism; Blackwell does not need it
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
@@ -31,17 +36,19 @@ environment() {  # each line can be replaced from outside
 case $action in
   check)
     "${config[@]}" --processes "$((NODES * RANKS_PER_NODE))" >/dev/null
-    "${config[@]}" --run-dir
+    echo "run_dir=$("${config[@]}" --run-dir)"
     ;;
   report) python -m dapo_mcore.process.failures "$@" ;;
   show) "${config[@]}" --only-values ;;
   train)
     logs=RUN/logs/$ATTEMPT/NODE
-    [ -n "${DRY_RUN:-}" ] || logs=$("${config[@]}" --run-dir)/logs/$ATTEMPT/$SLURMD_NODENAME
+    [ -n "${DRY_RUN:-}" ] || logs=$("${config[@]}" --run-dir | tail -n 1)/logs/$ATTEMPT/$SLURMD_NODENAME
+    is_host=$([ "${SLURM_NODEID:-0}" = 0 ] && echo 1 || echo 0)
     command=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS"
+      --rdzv-conf "is_host=$is_host"
       --rdzv-id "$ATTEMPT" --max-restarts 0 --shutdown-timeout "$SAVE_SECONDS" --log-dir "$logs" --tee 3 --local-ranks-filter 0
       -m dapo_mcore.train "$@")
-    if [ -n "${DRY_RUN:-}" ]; then echo "${command[@]}" && exit; fi
+    if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${command[@]}" && echo && exit; fi
     environment
     mkdir -p "$logs"
     status=0
