@@ -88,14 +88,21 @@ def plan_step(
             metadata.lengths[samples],
             data_parallel=layout.data,
             context_parallel=layout.context,
-            max_tokens=config.batch.max_tokens,
-            align=token_multiple(config.model, config.parallel),
-            packing=config.batch.packing,
-            multiple=config.parallel.micro_batch_multiple,
+            **packing_options(config),
         )
         numbers = [[samples[part].tolist() for part in rank] for rank in micro]
         plans.append(MiniBatchPlan(samples, numbers, micro_batch_ids(micro, len(samples))))
     return plans
+
+
+def packing_options(config: Config) -> dict[str, int]:
+    """Return the arguments of plan_micro_batches that the configuration alone decides."""
+    return dict(
+        max_tokens=config.batch.max_tokens,
+        align=token_multiple(config.model, config.parallel),
+        packing=config.batch.packing,
+        multiple=config.parallel.micro_batch_multiple,
+    )
 
 
 def replica_samples(plan: Sequence[MiniBatchPlan], replica: int) -> list[int]:

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from dapo_mcore.actor.model.fp8_rules import token_multiple
+from dapo_mcore.actor.scatter import packing_options
 from dapo_mcore.batch.context import round_up
 from dapo_mcore.batch.packing import plan_micro_batches
 from dapo_mcore.config.schema import Config
@@ -135,16 +135,8 @@ def _estimated(job: Job, lengths: np.ndarray) -> _MicroBatches:
 
 
 def _packed(job: Job, lengths: np.ndarray) -> _MicroBatches:
-    config = job.config
-    return _plan(
-        tuple(lengths.tolist()),
-        data_parallel=job.data,
-        context_parallel=job.context,
-        max_tokens=config.batch.max_tokens,
-        align=token_multiple(config.model, config.parallel),
-        packing=config.batch.packing,
-        multiple=config.parallel.micro_batch_multiple,
-    )
+    options = packing_options(job.config)
+    return _plan(tuple(lengths.tolist()), data_parallel=job.data, context_parallel=job.context, **options)
 
 
 @cache

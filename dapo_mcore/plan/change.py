@@ -9,9 +9,6 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from dapo_mcore.actor.model.fp8_rules import check_fp8_model
-from dapo_mcore.actor.model.recompute import check_recompute
-from dapo_mcore.actor.parallel.mesh import check_mesh
 from dapo_mcore.config.schema import RULES, Config
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.plan.job import Job, place
@@ -24,9 +21,6 @@ def changed(job: Job, changes: Changes) -> Job | None:
     """Return the job with these settings on the same GPUs; None if a rule refuses them."""
     try:
         config = _with(job.config, changes)
-        check_mesh(job.architecture, config.parallel)
-        check_fp8_model(job.architecture, config.model, config.parallel)
-        check_recompute(job.architecture, config.model, engine=True)
         gpus = job.num_train + job.num_servers
         return place(config, job.architecture, job.shape, job.flops, job.cluster, job.assume, gpus=gpus)
     except (ValueError, ConfigError):  # pydantic's ValidationError is a ValueError

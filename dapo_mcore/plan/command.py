@@ -9,9 +9,6 @@ import argparse
 import json
 from pathlib import Path
 
-from dapo_mcore.actor.model.fp8_rules import check_fp8_model
-from dapo_mcore.actor.model.recompute import check_recompute
-from dapo_mcore.actor.parallel.mesh import check_mesh
 from dapo_mcore.config.file import load_config
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError
@@ -43,11 +40,8 @@ def _job(config: Config, args: argparse.Namespace, chosen: dict[str, float]) -> 
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: there is at least 1; give how many you have")
     gpu, assumptions = assume(GPUS[args.gpu], Assumptions(), chosen)
-    job = make_job(config, load_hf_config(config.model), Cluster(gpu, args.gpus_per_node, args.nodes or 0), assumptions)
-    check_mesh(job.architecture, config.parallel)
-    check_fp8_model(job.architecture, config.model, config.parallel)
-    check_recompute(job.architecture, config.model, engine=config.model.transformer_impl != "local")
-    return job
+    cluster = Cluster(gpu, args.gpus_per_node, args.nodes or 0)
+    return make_job(config, load_hf_config(config.model), cluster, assumptions)
 
 
 def _chosen(given: list[str]) -> dict[str, float]:

@@ -9,11 +9,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size, fewest_processes
+from dapo_mcore.actor.model.expert_rules import check_routing
+from dapo_mcore.actor.model.fp8_rules import check_fp8_model
+from dapo_mcore.actor.model.recompute import check_recompute
+from dapo_mcore.actor.parallel.mesh import (
+    check_mesh,
+    data_parallel_size,
+    expert_data_parallel_size,
+    fewest_processes,
+)
 from dapo_mcore.actor.parallel.stages import split_layers
 from dapo_mcore.architecture.flops import ForwardFlops, forward_flops
 from dapo_mcore.architecture.reader import Architecture, read_architecture
 from dapo_mcore.architecture.shape import WeightShape, padded_vocab_size, weight_shape
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.plan.hardware import GPUS, Assumptions, Gpu
@@ -128,10 +137,14 @@ def place(
     *,
     gpus: int = 0,
 ) -> Job:
-    """Return the job of a configuration whose model has been read already. gpus 0: those of the cluster's nodes."""
+    """Return the job of a configuration whose model has been read already. gpus 0: those of the cluster's nodes.
+
+    Raises ConfigError if the model, the mesh or the servers do not fit each other or the GPUs.
+    """
+    _check_model(architecture, config)
     shape = replace(shape, padded_vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor_parallel))
-    servers, per_node = server_gpus(config), cluster.gpus_per_node
-    gpus = gpus or cluster.nodes * per_node or fewest_processes(config.parallel) + servers
+    servers, shared, per_node = server_gpus(config), shared_gpus(config), cluster.gpus_per_node
+    gpus = gpus or cluster.nodes * per_node or _fewest_ranks(config.parallel, shared) + servers
     num_train, nodes = gpus - servers, -(-gpus // per_node)
     if num_train < 1:
         raise ConfigError(
@@ -141,14 +154,42 @@ def place(
         )
     job = Job(config, architecture, shape, flops, cluster, assume, num_train, servers, nodes)
     _ = (job.data, job.expert_data, job.stages)  # their errors
+    if shared > num_train:
+        sglang = config.rollout.sglang
+        raise ConfigError(
+            f"rollout.sglang.num_servers {sglang.num_servers} × tensor_parallel {sglang.tensor_parallel} = {shared} GPUs, but the "
+            f"trainer has {num_train} to share (rollout.sglang.colocated); lower either, or give more --nodes"
+        )
     return job
 
 
 def server_gpus(config: Config) -> int:
     """Return the GPUs of servers that no training process uses."""
+    return 0 if config.rollout.sglang.colocated else _all_server_gpus(config)
+
+
+def shared_gpus(config: Config) -> int:
+    """Return the GPUs of servers that training processes use, too."""
+    return _all_server_gpus(config) if config.rollout.sglang.colocated else 0
+
+
+def _all_server_gpus(config: Config) -> int:
     servers = config.rollout.sglang
-    beside = config.rollout.engine == "sglang" and not servers.colocated and servers.device == "cuda"
-    return servers.num_servers * servers.tensor_parallel if beside else 0
+    on_gpus = config.rollout.engine == "sglang" and servers.device == "cuda"
+    return servers.num_servers * servers.tensor_parallel if on_gpus else 0
+
+
+def _fewest_ranks(parallel: ParallelConfig, shared: int) -> int:
+    """Return the fewest ranks that the mesh allows, with a GPU for each that servers share unless data_parallel is given."""
+    ranks = fewest_processes(parallel)
+    return ranks if parallel.data_parallel else max(1, -(-shared // ranks)) * ranks
+
+
+def _check_model(architecture: Architecture, config: Config) -> None:
+    check_mesh(architecture, config.parallel)
+    check_fp8_model(architecture, config.model, config.parallel)
+    check_recompute(architecture, config.model, engine=config.model.transformer_impl != "local")
+    check_routing(architecture, config.model, config.megatron)
 
 
 def _layers_of_chunks(config: Config, num_layers: int) -> list[int]:

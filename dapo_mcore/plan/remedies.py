@@ -141,7 +141,11 @@ def _sync(job: Job) -> Iterator[Changes]:
     if job.config.rollout.engine == "embedded":
         yield servers_on_all(job)
     yield {"rollout.sglang.bucket_mib": 128}
-    yield {"rollout.sglang.tensor_parallel": 2 * job.config.rollout.sglang.tensor_parallel}
+    servers = job.config.rollout.sglang
+    yield {
+        "rollout.sglang.tensor_parallel": 2 * servers.tensor_parallel,
+        "rollout.sglang.num_servers": max(1, servers.num_servers // 2),
+    }
 
 
 def _server(job: Job) -> Iterator[Changes]:

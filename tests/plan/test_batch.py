@@ -31,14 +31,18 @@ def test_equal_lengths_are_packed_by_hand() -> None:
 
 def test_the_estimate_is_near_the_plan() -> None:
     for data in (1, 4, 16):
-        own = job(nodes=data, gpus_per_node=16)
+        own = job(nodes=data, gpus_per_node=16, rollout__sglang__num_servers=4)
         exact, estimated = batch_of(own).micro_batches, batch_of(own, exact=False).micro_batches
         assert estimated == pytest.approx(exact, rel=0.06, abs=1)
 
 
 def test_interleaving_makes_the_number_of_micro_batches_a_multiple_of_the_stages() -> None:
     own = job(
-        nodes=12, parallel__pipeline_parallel=4, parallel__tensor_parallel=4, parallel__virtual_pipeline_parallel=2
+        nodes=12,
+        rollout__sglang__num_servers=24,
+        parallel__pipeline_parallel=4,
+        parallel__tensor_parallel=4,
+        parallel__virtual_pipeline_parallel=2,
     )
     assert batch_of(own).micro_batches % 4 == 0
     assert batch_of(own, exact=False).micro_batches % 4 == 0

@@ -17,7 +17,7 @@ def test_settings_are_replaced_and_the_rest_stays() -> None:
 
 
 def test_the_gpus_stay_where_the_configuration_chose_their_number() -> None:
-    paper = job(nodes=0)
+    paper = job(nodes=0, rollout__sglang__num_servers=4)
     other = changed(paper, {"parallel.tensor_parallel": 4})
     assert other is not None and (paper.num_train, other.num_train, other.data) == (16, 16, 2)
 

@@ -23,7 +23,9 @@ def test_servers_of_their_own_leave_the_rest_for_training() -> None:
 
 
 def test_without_nodes_the_configuration_says_how_many() -> None:
-    assert (job(nodes=0).num_train, job(nodes=0).nodes) == (16, 2)
+    assert (job(nodes=0).num_train, job(nodes=0).nodes) == (128, 16)  # the servers share so many
+    few = job(nodes=0, rollout__sglang__num_servers=5)
+    assert (few.num_train, few.nodes) == (32, 4)  # a multiple of the mesh that has the servers' 20
     assert (job(nodes=0, parallel__data_parallel=8).num_train, job(nodes=0, parallel__data_parallel=8).nodes) == (
         128,
         16,
@@ -49,6 +51,8 @@ def test_the_vocabulary_is_padded_for_the_mesh() -> None:
         ),
         ({"parallel__data_parallel": 4}, "world size 128 is not tensor_parallel 8"),
         (BESIDE, "num_servers 32 × tensor_parallel 4 = 128 GPUs leave none of 128 for training"),
+        ({"nodes": 8}, "num_servers 32 × tensor_parallel 4 = 128 GPUs, but the trainer has 64 to share"),
+        ({"model__moe_aux_loss_coef": 0.01}, "model.moe_aux_loss_coef 0.01 would change nothing"),
         ({"megatron": {"account_for_loss_in_pipeline_split": True}}, "plan does not read megatron.account_for_loss"),
         ({"megatron": {"num_layers_in_first_pipeline_stage": 64}}, "leave 0 of 64 layers for 1 stages"),
         (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +14,17 @@ from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket
 from dapo_mcore.types import Rollout
-from tests.rollout.sglang.serving import params, prompts, shared_files, tiny_model, wait_for, weights
+from tests.rollout.sglang.serving import (
+    order,
+    params,
+    prompts,
+    servers,
+    shared_files,
+    tiny_model,
+    told,
+    wait_for,
+    weights,
+)
 
 
 def all_serve(made: SGLangEngine) -> None:
@@ -26,6 +38,24 @@ def assert_whole(rollouts: list[Rollout], asked: list[np.ndarray], length: int, 
     for rollout, prompt in zip(rollouts, asked):
         assert rollout.token_ids.tolist() == np.resize(prompt, length).tolist()
         assert rollout.weight_version == version and rollout.version_spans == () and rollout.finish_reason == "length"
+
+
+def assert_survives_two_deaths(made: SGLangEngine) -> None:
+    """Assert that answers are whole, and in the end all servers serve version 2, though fake servers die: one is killed after the
+    first update, another dies in the second."""
+    made.update_weights(weights(0), version=1)
+    first, second = servers(made)[:2]
+    asked = prompts(40)
+    assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+    os.kill(told(first)["pid"], signal.SIGKILL)
+    assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
+    all_serve(made)
+    order(second, "die", where="/update_weights_from_disk")
+    made.update_weights(weights(1), version=2)
+    assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
+    all_serve(made)
+    assert made.metrics()["rollout/server_restarts"] == 2
+    assert {told(server)["weight_version"] for server in servers(made)} == {made.pool.weight_version}
 
 
 def alive(pid: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,19 +13,16 @@ import pytest
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost, NodeServer, start_node_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan
-from tests.rollout.sglang.asserts import all_serve, assert_whole
+from tests.rollout.sglang.asserts import assert_survives_two_deaths, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
     STOP,
     engine,
-    order,
     params,
     processes,
     prompts,
-    servers,
     settings,
     tiny_config,
-    told,
     weights,
 )
 
@@ -49,19 +45,7 @@ def test_three_servers_on_two_nodes_serve_survive_faults_and_end_with_the_engine
     nodes = [host.node for host in hosts]
     with engine(tmp_path, placement="nodes", host="node", num_servers=3, nodes=nodes) as made:
         assert [server._node for server in processes(made)] == [nodes[0], nodes[1], nodes[0]]
-        made.update_weights(weights(0), version=1)
-        first, second, _ = servers(made)
-        asked = prompts(40)
-        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        os.kill(told(first)["pid"], signal.SIGKILL)
-        assert_whole(made.generate(asked, params(16)), asked, 16, version=1)
-        all_serve(made)
-        order(second, "die", where="/update_weights_from_disk")
-        made.update_weights(weights(1), version=2)
-        assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
-        all_serve(made)
-        assert made.metrics()["rollout/server_restarts"] == 2
-        assert {told(server)["weight_version"] for server in servers(made)} == {made.pool.weight_version}
+        assert_survives_two_deaths(made)
         pids = [process.pid for process in processes(made)]
     for pid in pids:
         with pytest.raises(ProcessLookupError):
