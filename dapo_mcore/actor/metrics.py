@@ -82,8 +82,8 @@ class UpdateStats:
     ) -> UpdateStats:
         """Add up the micro_batch_stats of all ranks, and decide whether the step is skipped.
 
-        `grad_norm` is NaN on a rank whose gradient is not finite. `aux_loss` is each rank's part of a sum over ranks. Collectives: two small gloo all-reduces over the control
-        group.
+        `grad_norm` is NaN on a rank whose gradient is not finite. `aux_loss` is each rank's part of a sum over ranks.
+        Collectives: two small gloo all-reduces over the control group.
         """
         nothing = torch.zeros(0)
         empty = mismatch_stats(nothing, nothing)

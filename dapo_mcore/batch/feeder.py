@@ -76,9 +76,8 @@ class PlainFeeder:
             moved = flat.to(self.device, non_blocking=True)
             return lambda: unpack(moved, micro)
         with torch.cuda.stream(self.stream):
-            moved = flat.pin_memory().to(
-                self.device, non_blocking=True
-            )  # torch reuses pinned memory only after its copies
+            # torch reuses pinned memory only after its copies
+            moved = flat.pin_memory().to(self.device, non_blocking=True)
             return partial(self._finish, moved, self.stream.record_event(), micro)
 
     def _finish(self, moved: torch.Tensor, copied: torch.cuda.Event, micro: MicroBatch) -> MicroBatch:

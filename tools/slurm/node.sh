@@ -18,7 +18,7 @@ fi
 config=(python -m dapo_mcore.cli config "$@")
 
 environment() {  # each line can be replaced from outside
-  # one file system cache of compiled kernels per node and job: on a network file system they would be slow, or stale
+  # compiled kernels on a disk of the node, apart for each job: on a network file system they would be slow, or stale
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/dapo_mcore-$UID-${SLURM_JOB_ID:-0}/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/dapo_mcore-$UID-${SLURM_JOB_ID:-0}/inductor}
   # Megatron's order of kernels for sequence parallelism; Blackwell does not need it

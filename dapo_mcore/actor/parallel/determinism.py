@@ -36,6 +36,5 @@ def make_deterministic(config: Config) -> None:
         )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a pass over every new tensor, of which nothing is read
-    )
+    # would be a pass over every new tensor, of which nothing is read
+    torch.utils.deterministic.fill_uninitialized_memory = False
