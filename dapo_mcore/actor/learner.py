@@ -62,7 +62,7 @@ class Learner:
         mini_batches = self.build(step, self.config.algo.loss_mode)
         bounds = np.cumsum([0, *(len(mini) for mini in mini_batches)])
         flat = [micro for mini in mini_batches for micro in mini]
-        start = bounds[self._num_unscored(len(mini_batches))]
+        start = bounds[self.config.num_unscored(len(mini_batches))]
         flat[start:] = self.actor.score(flat[start:])
         flat = self.actor.score_reference(flat)
         mismatch = self._mismatch(flat[max(start, bounds[1]) :])
@@ -89,22 +89,6 @@ class Learner:
         stats = self.actor.update(first, check=check, update_follows=count > 1)
         rest = others + [_with_own_logprobs(first, stats), *others] * (self.config.batch.epochs - 1)
         return [stats, *(self.actor.update(mini, update_follows=n < count) for n, mini in enumerate(rest, 2))]
-
-    def _num_unscored(self, num_mini_batches: int) -> int:
-        """Return how many mini-batches, from the first on, need no scoring pass.
-
-        The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass, and
-        further epochs take them from there. A KL in the reward needs those of whole samples before that step, and further epochs
-        of a model that replays routes need the routes of scoring.
-        """
-        algo = self.config.algo
-        if algo.kl.coef > 0 and algo.kl.place == "reward":
-            return 0
-        if self.config.model.routing_replay == "scoring" and self.config.batch.epochs > 1:
-            return 0
-        if algo.old_logprobs == "rollout" and algo.tis.mode == "off" and algo.max_mismatch is None:
-            return num_mini_batches
-        return 1
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout
@@ -139,7 +123,7 @@ class Learner:
         """Return the advantages of all samples of the step, float32 [B], the same on every rank."""
         algo = self.config.algo
         rewards = metadata.rewards
-        if algo.kl.coef > 0 and algo.kl.place == "reward":
+        if algo.penalises_rewards:
             rewards = penalised_rewards(rewards, self._kl_sums(len(rewards), scored), algo.kl.coef)
         advantages = group_advantages(
             rewards,

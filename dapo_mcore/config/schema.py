@@ -68,6 +68,17 @@ class Config(Section):
         """Tokens of the longest prompt with the longest response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
+    def num_unscored(self, num_mini_batches: int) -> int:
+        """Return how many mini-batches of a rollout step, from the first on, need no scoring pass.
+
+        The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass, and
+        further epochs take them from there. A KL in the reward needs those of whole samples before that step, and further epochs
+        of a model that replays routes need the routes of scoring.
+        """
+        if self.algo.penalises_rewards or (self.model.routing_replay == "scoring" and self.batch.epochs > 1):
+            return 0
+        return 1 if self.algo.reads_policy_logprobs else num_mini_batches
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         for rule in RULES:
@@ -164,9 +175,7 @@ def _check_algo(c: Config) -> None:
 
 
 def _check_replay(c: Config) -> None:
-    algo = c.algo
-    scores = algo.old_logprobs == "actor" or algo.tis.mode != "off" or algo.max_mismatch is not None
-    if c.model.routing_replay == "scoring" and not (scores or (algo.kl.coef > 0 and algo.kl.place == "reward")):
+    if c.model.routing_replay == "scoring" and not (c.algo.reads_policy_logprobs or c.algo.penalises_rewards):
         raise ValueError(
             "model.routing_replay scoring replays the routes of a scoring pass, but algo.old_logprobs rollout with algo.tis.mode "
             "off and algo.max_mismatch null has none; use old_logprobs actor, or set one of them, or routing_replay none"

@@ -221,13 +221,23 @@ class AlgoConfig(Section):
     entropy_coef: float = Field(0.0, ge=0, le=10)
     old_logprobs: Literal["actor", "rollout"] = "actor"
     """actor: those of the policy before the rollout step. The first gradient step finds its own, so only the mini-batches after
-    it cost a scoring pass (all of them with kl.place=reward or batch.epochs above 1). rollout: those of the engine."""
+    it cost a scoring pass (all of them with kl.place=reward, or where several epochs replay routes). rollout: those of the engine."""
     max_mismatch: float | None = Field(None, gt=0)
     """A larger mean |log-prob of actor - of rollout engine| of a step's loss tokens, in nats, ends the run before it trains
     on them: before the optimizer's first step. With old_logprobs=rollout the actor then scores the mini-batches after the
     first. With and without a limit, a mean above 0.1 at the first step after a start gives a warning."""
     kl: KLConfig = KLConfig()
     tis: TISConfig = TISConfig()
+
+    @property
+    def penalises_rewards(self) -> bool:
+        """True if the KL penalty is in the reward."""
+        return self.kl.coef > 0 and self.kl.place == "reward"
+
+    @property
+    def reads_policy_logprobs(self) -> bool:
+        """True if gradient steps read log-probs of the policy before the rollout step."""
+        return self.old_logprobs == "actor" or self.tis.mode != "off" or self.max_mismatch is not None
 
 
 class BatchConfig(Section):

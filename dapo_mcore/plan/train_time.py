@@ -71,20 +71,10 @@ def train_time(job: Job, batch: Batch) -> TrainTime:
         update=_update(job, batch),
         score=_pipelined(job, batch, backward=False),
         num_updates=batch.updates,
-        num_scored=num_minis - _num_unscored(job, num_minis),
+        num_scored=num_minis - job.config.num_unscored(num_minis),
         num_references=num_minis if job.config.algo.kl.coef else 0,
         flops=3 * per_mini * batch.micro_batches * job.data * batch.updates,
     )
-
-
-def _num_unscored(job: Job, num_minis: int) -> int:
-    """Return how many mini-batches need no scoring pass, by the rule of actor/learner.py."""
-    algo = job.config.algo
-    if algo.kl.coef > 0 and algo.kl.place == "reward":
-        return 0
-    if algo.old_logprobs == "rollout" and algo.tis.mode == "off" and algo.max_mismatch is None:
-        return num_minis
-    return 1 if job.config.batch.epochs == 1 else 0
 
 
 def _update(job: Job, batch: Batch) -> Pass:

@@ -72,7 +72,7 @@ def test_gradients_cross_the_network_once_and_overlap_hides_a_part() -> None:
     ("overrides", "scored", "references"),
     [
         ({}, 15, 0),
-        ({"batch__epochs": 2}, 16, 0),
+        ({"batch__epochs": 2}, 15, 0),
         ({"algo__old_logprobs": "rollout"}, 0, 0),
         ({"algo__kl": {"coef": 0.1, "place": "reward"}}, 16, 16),
     ],
