@@ -118,6 +118,19 @@ def _plan(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, help="a YAML configuration that is to run here")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings to a file, too")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import dapo_mcore.process.environment  # noqa: F401  before torch is imported
+    from dapo_mcore.doctor.command import run
+
+    return run(args.file, args.overrides, args.json)
+
+
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder; several are compared")
     parser.add_argument("--out", type=Path, help="the PNG to write (default: plot.png in RUN, compare.png for several)")
@@ -188,6 +201,12 @@ COMMANDS = (
         "Predict a run's memory and time on GPUs that need not be here; the exit code is 1 if something does not fit.",
         _plan_arguments,
         _plan,
+    ),
+    Command(
+        "doctor",
+        "Say what is in use here, what falls back and why, and whether a configuration can run; under torchrun, on all nodes.",
+        _doctor_arguments,
+        _doctor,
     ),
     Command(
         "plot", "Plot one run, or compare several, from metrics.jsonl; or benchmark results.", _plot_arguments, _plot

@@ -36,6 +36,7 @@ FLOORS = {
     "dapo_mcore.eval": 4,
     "dapo_mcore.handover": 4,
     "dapo_mcore.preflight": 5,
+    "dapo_mcore.doctor": 6,
     "dapo_mcore.controller": 5,
     "dapo_mcore.plan": 5,
     "dapo_mcore.warm_start": 5,

@@ -19,6 +19,7 @@ import pytest
 
 from dapo_mcore import cli
 from dapo_mcore.config.file import load_config
+from dapo_mcore.doctor import command as doctor
 from dapo_mcore.observe import bench_plots, plots
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,7 @@ def check_tool(
         arguments.append(f"model.path={tmp_path}")
     for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):
         monkeypatch.setattr(module, name, lambda *given, **more: [ROOT])
+    monkeypatch.setattr(doctor, "run", lambda *given: 0)
     assert cli.main([command, *arguments]) == 0, capsys.readouterr().err
 
 
@@ -98,6 +100,8 @@ def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys, tmp_path):
     program = words[0]
     if "dapo_mcore.train" in words:
         check_train(words)
+    elif "dapo_mcore.cli" in words:
+        check_tool(words[words.index("dapo_mcore.cli") :], monkeypatch, capsys, tmp_path)
     elif program == "dapo-mcore":
         check_tool(words, monkeypatch, capsys, tmp_path)
     elif program == "pytest" or words[1:3] == ["-m", "pytest"]:

@@ -135,16 +135,22 @@ def allow_open_files(num_connections: int) -> None:
 
     Raise ConfigError if the hard limit is too low.
     """
-    needed = num_connections + _NUM_SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if (needed := open_file_limit(num_connections, soft, hard)) != soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def open_file_limit(num_connections: int, soft: int, hard: int) -> int:
+    """Return the soft limit that the connections need, `soft` if that is enough. Raise ConfigError if `hard` is too low."""
+    needed = num_connections + _NUM_SPARE_FILES
     if soft >= needed or soft == resource.RLIM_INFINITY:
-        return
+        return soft
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
             f"{num_connections} requests in flight need {needed} open files, but this process may open {hard} "
             "(ulimit -Hn); lower rollout.sglang.max_in_flight or raise the limit"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return needed
 
 
 async def _cancel_others() -> None:

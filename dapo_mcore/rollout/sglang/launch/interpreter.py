@@ -55,6 +55,11 @@ def inspect_environment(settings: SGLangConfig, continues_requests: bool = False
     return Installed(report["models"], options)
 
 
+def version_of(python: str) -> str | None:
+    """Return the version of the interpreter's SGLang, None without one. Raise ConfigError if it cannot be asked."""
+    return _ask(python)["version"]
+
+
 def command_line(values: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
     """Return options and their values as command-line arguments; a value of None leaves the option to SGLang.
 

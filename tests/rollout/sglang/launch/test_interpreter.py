@@ -9,7 +9,7 @@ import pytest
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.rollout.sglang.launch.interpreter import check_names, command_line, python_of
+from dapo_mcore.rollout.sglang.launch.interpreter import check_names, command_line, python_of, version_of
 
 KINDS = {"a": "one", "many": "many", "flag": "flag", "pair": "pair"}
 
@@ -50,3 +50,14 @@ def test_unknown_options_are_refused_with_the_nearest_names():
     told = "server_args holds flagg, zzz, but here has no such options; the nearest ones: flagg: flag; zzz: nothing like it"
     with pytest.raises(ConfigError, match=told):
         check_names(["a", "flagg", "zzz"], KINDS, "here")
+
+
+def test_an_interpreter_is_asked_for_its_sglang(tmp_path):
+    bare, broken = tmp_path / "bare", tmp_path / "broken"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    broken.write_text("#!/bin/sh\necho no such library >&2\n")
+    for program in (bare, broken):
+        program.chmod(0o755)
+    assert version_of(str(bare)) is None
+    with pytest.raises(ConfigError, match="cannot be asked for SGLang: no such library; give the interpreter"):
+        version_of(str(broken))
