@@ -24,7 +24,14 @@ from dapo_mcore.actor.memory import ActorMemory
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.weight_stream import WeightStream
 from dapo_mcore.errors import UpdateBroken
-from dapo_mcore.types import ColocatedEngine, ContinuousEngine, ReceivingEngine, RolloutEngine
+from dapo_mcore.types import (
+    ColocatedEngine,
+    ContinuousEngine,
+    LeadingEngine,
+    ReceivingEngine,
+    RolloutEngine,
+    SyncPeer,
+)
 
 T = TypeVar("T")
 News = Literal["done", "weights lost"]
@@ -39,6 +46,7 @@ class Handover:
     """Weight syncs and, with `colocated`, turns on shared GPUs. Every rank calls its methods. Training comes first.
 
     engine       on rank 0, None elsewhere.
+    peer         this rank's part in syncs besides sending its shards; None on rank 0 and on ranks that have no such part.
     colocated    actor and engine share GPUs. If not, both keep their memory, and only weights cross.
     run_interruptible  runs a function in the main thread and returns its result, or None if a signal asks the run to stop. See
                  process/signals.py.
@@ -51,11 +59,12 @@ class Handover:
         layout: Layout,
         *,
         colocated: bool,
+        peer: SyncPeer | None = None,
         run_interruptible: Callable[[Callable[[], Any]], Any] = lambda action: action(),
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.stream = WeightStream(actor.policy, actor.shape, layout)
-        self._engine, self._layout = engine, layout
+        self._engine, self._peer, self._layout = engine, peer, layout
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
         self._run_interruptible = run_interruptible
@@ -178,7 +187,7 @@ class Handover:
         self._training = False
 
     def _sync(self, version: int) -> None:
-        self._layout.on_controller_or_raise(lambda: sync_weights(self.stream, self._engine, version))
+        self._layout.on_controller_or_raise(lambda: sync_weights(self.stream, self._engine, version, self._peer))
 
     def _resume(self) -> bool:
         """Return False, on every rank, if no server generates but another sync would find some that are healthy again."""
@@ -196,15 +205,17 @@ class Handover:
         return self._layout.on_controller_or_raise(lambda: action(self._engine) if self._engine is not None else None)
 
 
-def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: int) -> None:
-    """Give the engine on rank 0 the actor's current weights as `version`. Every rank must call it.
+def sync_weights(
+    stream: WeightStream, engine: RolloutEngine | None, version: int, peer: SyncPeer | None = None
+) -> None:
+    """Give the engine on rank 0 the actor's current weights as `version`. Every rank must call it, some with a `peer`.
 
     Repeat up to NUM_REPEATS times if the engine says that another try may succeed. Raise other errors on rank 0.
-    Collective: the stream's messages, and one broadcast per try over the control group.
+    Collective: the stream's messages, what engine and peers exchange, and one broadcast per try over the control group.
     """
     problem: Exception | None = None
     for repeats_left in reversed(range(1 + NUM_REPEATS)):
-        problem = _give(stream, engine, version)
+        problem = _take_part(stream, peer) if engine is None else _give(stream, engine, version)
         again = isinstance(problem, UpdateBroken) and repeats_left > 0
         if not stream.layout.broadcast_object(again):
             break
@@ -212,13 +223,22 @@ def sync_weights(stream: WeightStream, engine: RolloutEngine | None, version: in
         raise problem
 
 
-def _give(stream: WeightStream, engine: RolloutEngine | None, version: int) -> Exception | None:
-    """Send the stream once. Return what went wrong at the engine, so that every rank can be told first."""
-    if engine is None:
+def _take_part(stream: WeightStream, peer: SyncPeer | None) -> None:
+    """Send this rank's shards once, and do what its peer does."""
+    if peer is None:
         deque(stream(), maxlen=0)
-        return None
+    else:
+        peer.serve(stream())
+
+
+def _give(stream: WeightStream, engine: RolloutEngine, version: int) -> Exception | None:
+    """Send the stream once. Return what went wrong at the engine, so that every rank can be told first."""
     try:
-        engine.update_weights(stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream(), version)
+        try:
+            engine.update_weights(stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream(), version)
+        finally:
+            if isinstance(engine, LeadingEngine):
+                engine.dismiss_peers()
     except Exception as error:
         return error
     return None

@@ -285,6 +285,31 @@ class ReceivingEngine(RolloutEngine, Protocol):
         ...
 
 
+@runtime_checkable
+class LeadingEngine(RolloutEngine, Protocol):
+    """An engine whose `update_weights` may ask other ranks for more than their shards. Their part is a SyncPeer."""
+
+    def dismiss_peers(self) -> None:
+        """Let every peer return from `serve`. Called after each `update_weights`, also after one that failed."""
+        ...
+
+
+class SyncPeer(Protocol):
+    """The part in a weight sync of a rank other than 0, for instance to hand the weights to servers of its own node.
+
+    It does what rank 0's engine asks for during `update_weights`. How the engine asks is theirs.
+    """
+
+    def serve(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Take part in one `update_weights`, and return once rank 0 has called `dismiss_peers` for it.
+
+        weights  what the weight stream yields on this rank: nothing, unless the stream gathers tensors here too. Drain it in
+                 any case, without waiting for rank 0 meanwhile: rank 0 waits for the messages that are sent by it.
+        Tell rank 0 of an error, so that its update fails. An error that is raised ends the job.
+        """
+        ...
+
+
 class ColocatedEngine(RolloutEngine, Protocol):
     """An engine on the actor's devices. Both take turns.
 

@@ -52,6 +52,13 @@ def test_a_signal_lets_a_sync_finish_and_then_cancels_the_requests() -> None:
     assert told["answers"] == [None, None] and told["elsewhere"] == [[None, None]]
 
 
+def test_a_peer_takes_part_in_every_try_and_is_dismissed_however_the_try_ends() -> None:
+    told = parity.spawn(sync_with_a_peer, Mesh(tensor=2))
+    assert told["calls"] == ["update 3", "dismiss"] * 4
+    assert told["elsewhere"] == [4 * [[]]]  # the stream yields nothing on rank 1, but its shards have arrived
+    assert told["errors"] == ["no weights"] and len(set(told["sums"])) == 1
+
+
 class Engine:
     """A colocated engine that records its calls. `now` is a clock that the calls advance."""
 
@@ -121,6 +128,38 @@ class ForgetfulEngine(Engine):
     weight_version = 0
 
 
+class LeadingEngine(Engine):
+    """An engine whose peers wait for its word. Its updates fail with the errors of `outcomes`, None for a success."""
+
+    weight_version = 0
+    generate = metrics = close = Engine.release
+
+    def __init__(self, layout: Any, outcomes: list[Exception | None]):
+        super().__init__()
+        self._layout, self._outcomes = layout, outcomes
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        super().update_weights(weights, version)
+        if (error := self._outcomes.pop(0)) is not None:
+            raise error
+
+    def dismiss_peers(self) -> None:
+        self.calls.append("dismiss")
+        self._layout.broadcast_object("dismissed")
+
+
+class Peer:
+    """A peer that drains the stream and waits until it is dismissed."""
+
+    def __init__(self, layout: Any):
+        self._layout = layout
+        self.served: list[list[Any]] = []
+
+    def serve(self, weights: Any) -> None:
+        self.served.append(list(weights))
+        assert self._layout.broadcast_object(None) == "dismissed"
+
+
 def handover(layout: Any, mesh: Mesh, engine: Engine, colocated: bool = True, **more: Any) -> Any:
     from dapo_mcore.handover import Handover
 
@@ -145,6 +184,18 @@ def attend(layout: Any, mesh: Mesh) -> dict[str, Any]:
     elsewhere = gathered(layout, answer)
     lost = turns.pop_metrics()["sync/weights_lost"]
     return {"calls": engine.calls, "answer": answer, "elsewhere": elsewhere, "weights_lost": lost}
+
+
+def sync_with_a_peer(layout: Any, mesh: Mesh) -> dict[str, Any]:
+    """Worker: a sync that succeeds at its third try, and one that is refused."""
+    engine = LeadingEngine(layout, [UpdateBroken("again"), UpdateBroken("again"), None, RolloutError("no weights")])
+    peer = None if layout.is_controller else Peer(layout)
+    _, _, turns = handover(layout, mesh, engine, colocated=False, peer=peer)
+    turns.to_rollout(version=3)
+    with pytest.raises(DapoError, match="no weights") as caught:
+        turns.to_rollout(version=3)
+    elsewhere = gathered(layout, peer and peer.served)
+    return {"calls": engine.calls, "sums": engine.sums, "errors": [str(caught.value)], "elsewhere": elsewhere}
 
 
 def attend_failures(layout: Any, mesh: Mesh) -> dict[str, Any]:
