@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -79,8 +80,8 @@ class Refill:
         kept_ratio: float | None = None,
     ):
         sampling = step.config.sampling
-        self._step, self._responder, self._take, self._carried = step, responder, take, carried
-        self._missing = sampling.train_batch_prompts - len(carried)
+        self._step, self._responder, self._take = step, responder, take
+        self._num_wanted = sampling.train_batch_prompts - len(carried)
         self._batch = sampling.gen_batch_prompts if sampling.style == "filter" else sampling.train_batch_prompts
         self._limit = sampling.max_in_flight_groups or self._batch
         self._on_full = sampling.on_full
@@ -89,6 +90,9 @@ class Refill:
         self._in_flight: dict[int, InFlight] = {}
         self._finished: dict[int, Group] = {}
         self._kept: dict[int, Group] = {}
+        # groups by weight version: a step has thousands, so a decision about one must not look at all of them
+        self._kept_versions = Counter(group.weight_version for group in carried)
+        self._oldest_in_flight: Counter[int] = Counter()
         self._done: SimpleQueue[int] = SimpleQueue()
         self._num_begun = self._num_good = 0
         self._load = _Load()
@@ -120,11 +124,9 @@ class Refill:
             self._begin()
 
     def _must_wait(self) -> bool:
-        if not self._enough or self._on_full == "wait":
+        if self.missing > 0 or self._on_full == "wait":
             return bool(self._in_flight)
-        return self._on_full == "keep" and any(
-            map(self._too_old_soon, {group.oldest for group in self._in_flight.values()})
-        )
+        return self._on_full == "keep" and any(map(self._too_old_soon, +self._oldest_in_flight))
 
     def _too_old_soon(self, version: int) -> bool:
         """Return True if the following steps may be too few to train on all groups of weights as old as `version`.
@@ -132,34 +134,35 @@ class Refill:
         Such groups may be used in as many steps as `version` is newer than the oldest allowed version.
         """
         batch = self._step.config.sampling.train_batch_prompts
-        kept = sum(other <= version for other in self._versions()[batch:])
-        in_flight = sum(group.oldest <= version for group in self._in_flight.values())
+        kept = max(0, _up_to(version, self._kept_versions) - batch)  # the oldest are taken first
+        in_flight = _up_to(version, self._oldest_in_flight)
         return kept + groups_brought(in_flight, self._kept_ratio()) > batch * (version - self._step.oldest)
 
-    def _versions(self) -> list[int]:
-        """Return the weight version of each group to train on, oldest first, as they are taken."""
-        return sorted(group.weight_version for group in (*self._carried, *self._kept.values()))
+    @property
+    def missing(self) -> int:
+        """Number of groups that the batch still lacks; negative if there are more than it takes."""
+        return self._num_wanted - len(self._kept)
 
     @property
-    def _enough(self) -> bool:
-        return len(self._kept) >= self._missing
+    def budget(self) -> int:
+        """Number of groups that may still begin (sampling.max_gen_batches)."""
+        return self._step.config.sampling.max_gen_batches * self._batch - self._num_begun
 
     def _begin(self) -> None:
         """Begin groups until those in flight very likely suffice, within the limits; with on_full keep as many as they allow."""
-        missing, room = self._missing - len(self._kept), self._limit - len(self._in_flight)
-        wanted = groups_needed(missing, self._kept_ratio()) - len(self._in_flight)
-        if self._on_full == "keep" and missing > 0:
+        room = self._limit - len(self._in_flight)
+        wanted = groups_needed(self.missing, self._kept_ratio()) - len(self._in_flight)
+        if self._on_full == "keep" and self.missing > 0:
             wanted = self._room_to_keep(room)
-        budget = self._step.config.sampling.max_gen_batches * self._batch - self._num_begun
-        for prompt in self._take(max(0, min(wanted, room, budget))):
+        for prompt in self._take(max(0, min(wanted, room, self.budget))):
             self._ask(len(self._adopted) + self._num_begun, prompt, (), self._step.config.rollout.group_size)
             self._num_begun += 1
-        self._load.now(len(self._in_flight), self._enough)
+        self._load.now(len(self._in_flight), self.missing <= 0)
 
     def _room_to_keep(self, room: int) -> int:
         """Return how many of `room` more groups can be trained on, now or in a later step, before they are too old."""
         steps = self._responder.weight_version - self._step.oldest + 1
-        space = steps * self._step.config.sampling.train_batch_prompts - len(self._versions())
+        space = steps * self._step.config.sampling.train_batch_prompts - self._kept_versions.total()
         ratio, in_flight = self._kept_ratio(), len(self._in_flight)
         return bisect_right(range(room), space, key=lambda more: groups_brought(in_flight + more + 1, ratio))
 
@@ -182,6 +185,7 @@ class Refill:
 
     def _watch(self, number: int, group: InFlight) -> None:
         self._in_flight[number] = group
+        self._oldest_in_flight[group.oldest] += 1
         done = self._done  # not self: a future may outlive this step
         group.future.add_done_callback(lambda _: done.put(number))
 
@@ -196,6 +200,7 @@ class Refill:
     def _receive(self, numbers: Sequence[int]) -> None:
         """Score the groups that have arrived. Each is then finished, or grows (style resample)."""
         arrived = [self._in_flight.pop(number) for number in numbers]
+        self._oldest_in_flight.subtract(asked.oldest for asked in arrived)
         rollouts = [asked.future.result() for asked in arrived]
         repeated = [asked.prompt for asked, some in zip(arrived, rollouts) for _ in some]
         samples = iter(self._responder.score(repeated, [rollout for some in rollouts for rollout in some]))
@@ -219,6 +224,7 @@ class Refill:
             self._step.num_stale += 1
         else:
             self._kept[number] = group
+            self._kept_versions[group.weight_version] += 1
 
     def _give_up(self) -> list[Prompt]:
         """Abort all requests and return their prompts in the order in which they were begun."""
@@ -252,6 +258,11 @@ class _Load:
             "sampling/in_flight_mean": self._group_seconds / seconds if seconds else 0.0,
             "sampling/surplus_wait_s": self._mark - self._enough_at if self._enough_at is not None else 0.0,
         }
+
+
+def _up_to(version: int, counts: Counter[int]) -> int:
+    """Return how many groups have this version or an older one."""
+    return sum(count for other, count in counts.items() if other <= version)
 
 
 def _in_order(groups: dict[int, Group]) -> list[Group]:

@@ -375,3 +375,31 @@ def test_a_step_expects_what_the_steps_before_have_seen(collect):
         begun.append(len(engine.submitted) - before)
     # the fewest that bring 4 even if luck is two standard deviations bad: 26.6, 8.7, 7.1, 6.2
     assert begun == [27, 9, 8, 7]
+
+
+class CountedVersion(int):
+    """A weight version that counts how often versions are compared."""
+
+    comparisons = 0
+
+    def __lt__(self, other: int) -> bool:
+        CountedVersion.comparisons += 1
+        return int(self) < other
+
+    def __le__(self, other: int) -> bool:
+        CountedVersion.comparisons += 1
+        return int(self) <= other
+
+
+def test_the_work_of_a_step_grows_in_proportion_to_its_groups(collect):
+    def comparisons(num_groups: int) -> int:
+        sizes = dict(train=num_groups, max_in_flight_groups=num_groups, max_staleness=2)
+        sampler, engine = keeping(collect, [MIXED] * 3 * num_groups, one_by_one_last_first, **sizes)
+        CountedVersion.comparisons = 0
+        for version in (1, 2):
+            engine.weight_version = CountedVersion(version)
+            sampler.collect(step=version)
+        return CountedVersion.comparisons
+
+    few, many = comparisons(40), comparisons(80)
+    assert few > 40 and many < 2.2 * few  # a look at all groups for each that arrives would make it four times as many

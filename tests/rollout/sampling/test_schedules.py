@@ -271,11 +271,9 @@ class Play:
 
     def check_wait(self, refill: Refill) -> None:
         """Check that servers are not idle while groups are missing."""
-        missing = self.config.sampling.train_batch_prompts - len(refill._carried) - len(refill._kept)
-        budget = self.config.sampling.max_gen_batches * self.batch - refill._num_begun
-        room = self.limit - len(refill._in_flight)
-        assert refill._in_flight, "the sampler waits, and nothing is in flight"
-        assert len(refill._in_flight) >= missing or not room or not budget
+        num_in_flight = len(self.engine.alive())
+        assert num_in_flight, "the sampler waits, and nothing is in flight"
+        assert num_in_flight >= refill.missing or num_in_flight == self.limit or not refill.budget
 
     def check_batch(self, collected: Collected, oldest: int) -> None:
         s, stats, groups = self.config.sampling, collected.stats, collected.groups
@@ -342,8 +340,8 @@ def play(seed: int, **fixed: object) -> Play:
     receive = Refill._wait
 
     def wait(self: Refill) -> list[int]:
-        made.check_wait(self)
         if self._done.empty():
+            made.check_wait(self)
             made.engine.advance()
         assert not self._done.empty(), "nothing finishes that it waits for"
         return receive(self)
