@@ -102,7 +102,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the configuration needs")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
-    parser.add_argument("--gpu", default="h100", choices=("h100", "h200", "b200"))
+    parser.add_argument("--gpu", type=str.lower, default="h100", choices=("h100", "h200", "b200"))
     parser.add_argument("--suggest", action="store_true", help="rank layouts that fit by the predicted time of a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to a file, too")
     parser.add_argument(

@@ -285,6 +285,8 @@ def _check_profile(c: Config) -> None:
 
 
 def _check_ray(c: Config) -> None:
+    if c.rollout.engine != "sglang":
+        return
     servers, address = c.rollout.sglang, c.ray.address
     on_nodes = servers.placement == "nodes" or (servers.placement == "ray" and address is not None)
     if (servers.host == "node") != on_nodes:

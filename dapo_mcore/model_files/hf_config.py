@@ -130,7 +130,7 @@ def _existing_folder(model: ModelConfig) -> Path:
     if not folder.is_dir():
         raise ConfigError(
             f"model.path {model.path!r} is not a folder; give a local Hugging Face model folder, "
-            f"for instance one made by `hf download Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B`"
+            f"for instance one made by `hf download OWNER/{folder.name} --local-dir {model.path}`"
         )
     return folder
 

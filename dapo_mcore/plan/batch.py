@@ -6,7 +6,7 @@ Change here: which lengths a plan imagines. Micro-batches come from batch/packin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 
@@ -97,6 +97,15 @@ def kept_ratio(config: Config, assume: Assumptions) -> float:
     return min(1.0, assume.kept_ratio or sampling.train_batch_prompts / sampling.gen_batch_prompts)
 
 
+def assumed(config: Config, assume: Assumptions) -> Assumptions:
+    """Return the figures as this plan uses them: those that are 0 stand for what the configuration implies."""
+    return replace(assume, mean_response_tokens=_mean_response(config, assume), kept_ratio=kept_ratio(config, assume))
+
+
+def _mean_response(config: Config, assume: Assumptions) -> float:
+    return assume.mean_response_tokens or _DEFAULT_MEAN * config.rollout.max_response_tokens
+
+
 def mean_prompt(config: Config, assume: Assumptions) -> int:
     return round(min(assume.mean_prompt_tokens, config.data.max_prompt_tokens))
 
@@ -107,8 +116,7 @@ def response_lengths(config: Config, assume: Assumptions, count: int) -> np.ndar
     They are its quantiles in the middle of `count` equal parts, so two plans never differ by chance.
     """
     limit = config.rollout.max_response_tokens
-    mean = assume.mean_response_tokens or _DEFAULT_MEAN * limit
-    median = mean * math.exp(-(assume.response_spread**2) / 2)
+    median = _mean_response(config, assume) * math.exp(-(assume.response_spread**2) / 2)
     return np.clip(np.round(median * np.exp(assume.response_spread * _normal_quantiles(count))), 1, limit)
 
 

@@ -39,6 +39,13 @@ def _job(config: Config, args: argparse.Namespace, chosen: dict[str, float]) -> 
     for name in ("nodes", "gpus_per_node"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: there is at least 1; give how many you have")
+    limits = {
+        "mean_prompt_tokens": ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        "mean_response_tokens": ("rollout.max_response_tokens", config.rollout.max_response_tokens),
+    }
+    for name, (key, limit) in limits.items():
+        if chosen.get(name, 0) > limit:
+            raise ConfigError(f"--assume {name}={chosen[name]:g}: {key} is {limit}; give a mean of at most that")
     gpu, assumptions = assume(GPUS[args.gpu], Assumptions(), chosen)
     cluster = Cluster(gpu, args.gpus_per_node, args.nodes or 0)
     return make_job(config, load_hf_config(config.model), cluster, assumptions)

@@ -7,6 +7,7 @@ Transformer Engine 2.11, kernels/results), `vendor` (a data sheet), or `guess`. 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,20 @@ from typing import Any, Literal, NamedTuple
 from dapo_mcore.errors import ConfigError
 
 Source = Literal["measured", "vendor", "guess", "config"]
+_MAY_BE_ZERO = ("share", "B", "ms", "ns")
+"""Units of figures whose 0 means that something costs or hides nothing. Others divide."""
 
 
-def _figure(default: float, unit: str, source: Source, note: str) -> Any:
-    return field(default=default, metadata={"unit": unit, "source": source, "note": note})
+def _figure(
+    default: float, unit: str, source: Source, note: str, *, least: float | None = None, most: float = math.inf
+) -> Any:
+    """Return a field with its bounds. least None: 0 for a cost or a share, else anything above 0."""
+    if unit == "share" or unit.startswith("of "):
+        most = 1.0
+    if least is None and unit in _MAY_BE_ZERO:
+        least = 0.0
+    about = {"unit": unit, "source": source, "note": note, "least": least, "most": most}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,15 @@ class Assumptions:
     """What part of a GPU's peak a run gets, and what a configuration does not say about its data."""
 
     mean_response_tokens: float = _figure(
-        0, "tokens", "guess", "mean response before the cut; 0: 35 % of max_response_tokens"
+        0, "tokens", "guess", "mean response before the cut; unless given, 35 % of max_response_tokens", least=0
     )
-    response_spread: float = _figure(0.9, "", "guess", "sigma of log-normal response lengths, cut at the limit")
-    mean_prompt_tokens: float = _figure(150, "tokens", "guess", "mean prompt")
-    kept_ratio: float = _figure(0, "", "config", "groups that vary; 0: train_batch_prompts / gen_batch_prompts")
+    response_spread: float = _figure(
+        0.9, "", "guess", "sigma of log-normal response lengths, cut at the limit", least=0, most=3
+    )
+    mean_prompt_tokens: float = _figure(150, "tokens", "guess", "mean prompt", least=1)
+    kept_ratio: float = _figure(
+        0, "share", "config", "groups that vary; unless given, train_batch_prompts / gen_batch_prompts"
+    )
 
     copy_efficiency: float = _figure(0.90, "of hbm_gbs", "measured", "a device copy, 3,000 GB/s")
     gemm_efficiency: float = _figure(0.75, "of bf16_tflops", "measured", "products of layers, 735-750 TFLOP/s")
@@ -89,10 +104,10 @@ class Assumptions:
     nvlink_efficiency: float = _figure(0.70, "of nvlink_gbs", "guess", "collectives within a node, none hidden")
     network_efficiency: float = _figure(0.70, "of network_gbs", "guess", "collectives between nodes")
     overlap_hidden: float = _figure(
-        0.8, "", "guess", "part of the sums that overlap_grad_reduce and _param_gather hide"
+        0.8, "share", "guess", "part of the sums that overlap_grad_reduce and _param_gather hide"
     )
-    ring_hidden: float = _figure(0.5, "", "guess", "part of context parallelism's messages behind attention")
-    expert_imbalance: float = _figure(1.2, "×", "guess", "tokens of the busiest expert rank over the mean")
+    ring_hidden: float = _figure(0.5, "share", "guess", "part of context parallelism's messages behind attention")
+    expert_imbalance: float = _figure(1.2, "×", "guess", "tokens of the busiest expert rank over the mean", least=1)
     pcie_efficiency: float = _figure(0.8, "of pcie_gbs", "guess", "pinned copies to and from the host")
 
     decode_hbm_efficiency: float = _figure(
@@ -106,20 +121,22 @@ class Assumptions:
         5.0, "×", "guess", "engine embedded: transformers' decode loop against a server's"
     )
     host_ns_per_token: float = _figure(650, "ns", "measured", "rank 0: replies, text and rewards, beside generation")
-    server_fraction: float = _figure(0.85, "", "guess", "mem-fraction-static where server_args has none")
+    server_fraction: float = _figure(
+        0.85, "share", "guess", "mem-fraction-static where server_args has none", least=0.01
+    )
     sync_gbs: float = _figure(20, "GB/s", "guess", "distributed: rank 0's broadcast to the servers")
     disk_sync_gbs: float = _figure(
         1.1, "GB/s", "measured", "sync disk over /dev/shm: written and loaded, 0.7 GB in 0.67 s"
     )
     tensor_sync_gbs: float = _figure(14.8, "GB/s", "measured", "sync tensor over CUDA IPC")
 
-    reserve_gib: float = _figure(2.5, "GiB", "guess", "CUDA context, NCCL's buffers, cuBLAS' workspace")
-    fragmentation: float = _figure(0.05, "", "guess", "of activations and scratch, lost to the allocator")
+    reserve_gib: float = _figure(2.5, "GiB", "guess", "CUDA context, NCCL's buffers, cuBLAS' workspace", least=0)
+    fragmentation: float = _figure(0.05, "share", "guess", "of activations and scratch, lost to the allocator")
     host_gib: float = _figure(2000, "GiB", "guess", "host memory of a node; half of it is /dev/shm")
     host_bytes_per_token: float = _figure(
         70, "B", "measured", "rank 0's host: rollouts, batches and metrics per generated token"
     )
-    process_gib: float = _figure(6, "GiB", "guess", "host memory of one training process or server")
+    process_gib: float = _figure(6, "GiB", "guess", "host memory of one training process or server", least=0)
     save_bytes: float = _figure(32, "B", "measured", "host memory of a checkpoint, per parameter of a rank (27-36)")
 
 
@@ -141,15 +158,8 @@ def entries(*tables: Gpu | Assumptions, chosen: Sequence[str] = ()) -> Iterator[
             yield Entry(own.name, getattr(table, own.name), own.metadata["unit"], source, own.metadata["note"])
 
 
-def _may_be_zero(figure: Field[Any]) -> bool:
-    """Return True for figures whose 0 means none, or the configuration's own; others divide."""
-    return figure.default == 0 or (
-        figure.metadata["unit"] in ("", "B", "ms", "ns", "GiB") and figure.name != "memory_gib"
-    )
-
-
 def assume(gpu: Gpu, assumptions: Assumptions, chosen: dict[str, float]) -> tuple[Gpu, Assumptions]:
-    """Return both tables with the chosen figures. Raises ConfigError for an unknown name or a negative figure."""
+    """Return both tables with the chosen figures. Raises ConfigError for an unknown name or an impossible figure."""
     known: dict[str, Field[Any]] = {own.name: own for table in (gpu, assumptions) for own in fields(table)}
     for name, value in chosen.items():
         if name not in known:
@@ -158,10 +168,18 @@ def assume(gpu: Gpu, assumptions: Assumptions, chosen: dict[str, float]) -> tupl
                 f"--assume {name}: there is no such figure{f'; did you mean {near[0]}?' if near else ''} "
                 f"`--figures` lists all {len(known)}"
             )
-        if not value >= 0 or (value == 0 and not _may_be_zero(known[name])):
-            raise ConfigError(f"--assume {name}={value:g}: a figure of the table is positive; give one above 0")
+        _check(known[name], value)
     own = {name for name in chosen if hasattr(gpu, name)}
     return (
         replace(gpu, **{name: chosen[name] for name in own}),
         replace(assumptions, **{name: value for name, value in chosen.items() if name not in own}),
     )
+
+
+def _check(figure: Field[Any], value: float) -> None:
+    least, most = figure.metadata["least"], figure.metadata["most"]
+    if math.isfinite(value) and value <= most and (value > 0 if least is None else value >= least):
+        return
+    low = "above 0" if least is None else f"of at least {least:g}"
+    high = f" and at most {most:g}" if math.isfinite(most) else ""
+    raise ConfigError(f"--assume {figure.name}={value:g}: give a finite number {low}{high} ({figure.metadata['note']})")

@@ -35,26 +35,48 @@ class Use:
         return sum(self.parts.values())
 
     @property
-    def fits(self) -> bool:
-        return self.total <= self.capacity * (1 + 1e-9)  # parts that fill it exactly are rounded
+    def missing(self) -> float:
+        """Bytes beyond the capacity; negative if some are to spare."""
+        return self.total - self.capacity
 
     @property
-    def largest(self) -> str:
+    def fits(self) -> bool:
+        return self.missing <= 1e-9 * self.capacity  # parts that fill it exactly are rounded
+
+    @property
+    def culprit(self) -> str:
         """The name of the largest part that a setting can change."""
         return max((name for name in self.parts if name != "reserve"), key=lambda name: self.parts[name])
 
 
 @dataclass(frozen=True)
 class Server:
-    """Memory of one server's GPU. kv_tokens: tokens that a server's KV cache holds; longest: those of the longest sequence."""
+    """Memory of one server's GPU, whose cache must hold one longest sequence.
+
+    kv_tokens   tokens that a server's KV cache holds
+    longest     tokens of the longest sequence
+    missing     bytes that are too few on this GPU for all that, negative if some are to spare
+    """
 
     use: Use
     kv_tokens: int
     longest: int
+    missing: float
+
+    @property
+    def where(self) -> str:
+        return self.use.where
 
     @property
     def fits(self) -> bool:
         return self.use.fits and self.kv_tokens >= self.longest
+
+    @property
+    def culprit(self) -> str:
+        """The name of the largest part, and what the cache lacks."""
+        if self.kv_tokens >= self.longest:
+            return self.use.culprit
+        return f"{self.use.culprit}; the KV cache holds {self.kv_tokens:,} of the {self.longest:,} tokens of one longest sequence"
 
 
 @dataclass(frozen=True)
@@ -243,8 +265,8 @@ def _server(job: Job) -> Server:
             "KV cache": per_token * longest,
         }
         use = _use(job, "generate, rank 0 (embedded engine)", parts | {"reserve": job.assume.reserve_gib * GIB})
-        left = use.capacity - use.total + parts["KV cache"]
-        return Server(use, max(0, int(left / per_token)), longest)
+        left = parts["KV cache"] - use.missing
+        return Server(use, max(0, int(left / per_token)), longest, use.missing)
     fraction = job.config.rollout.sglang.server_args.get("mem-fraction-static") or job.assume.server_fraction
     capacity, weights = job.gpu.memory_gib * GIB, _server_weights(job)
     cache = max(0.0, float(fraction) * capacity - weights)
@@ -252,7 +274,8 @@ def _server(job: Job) -> Server:
     outside = max((1 - float(fraction)) * capacity - stays, job.assume.reserve_gib * GIB)
     where = "generate, servers on the same GPUs" if _shares(job) else "generate, servers"
     use = _use(job, where, {"servers' weights": weights, "KV cache": cache, "FP8 copies": stays, "reserve": outside})
-    return Server(use, int(cache / per_token), longest)
+    missing = weights + per_token * longest - float(fraction) * capacity
+    return Server(use, int(cache / per_token), longest, max(missing, use.missing))
 
 
 def _servers_tensor(job: Job) -> int:

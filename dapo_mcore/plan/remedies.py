@@ -12,13 +12,13 @@ from typing import Any
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.change import Changes, changed
 from dapo_mcore.plan.job import Job
-from dapo_mcore.plan.memory import GIB, Memory, Use, memory_of
+from dapo_mcore.plan.memory import GIB, Memory, Server, Use, memory_of
 from dapo_mcore.plan.plan import Plan
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A setting that lowers a use. saved: bytes. fits: True if the use fits then."""
+    """A setting that lowers what is missing. saved: bytes of it. fits: True if the use fits then."""
 
     changes: Changes
     saved: float
@@ -27,7 +27,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that does not fit. missing: bytes; culprit: the largest part. Remedies that fit come first, then the best."""
+    """Something that does not fit. missing: bytes; culprit: the largest part, in words. Remedies that fit come first, then the best."""
 
     where: str
     missing: float
@@ -37,50 +37,30 @@ class Problem:
 
 def problems(plan: Plan) -> list[Problem]:
     """Return all that does not fit, the training GPU first."""
-    memory = plan.memory
     found = [
-        _problem(plan.job, memory.worst, lambda other: other.worst, _train),
-        _problem(plan.job, memory.sync, lambda other: other.sync, _sync),
-        _server_problem(plan.job, memory),
-        _problem(plan.job, memory.host, lambda other: other.host, _host),
-        _problem(plan.job, memory.shared, lambda other: other.shared, _host),
+        _problem(plan, lambda memory: memory.worst, _train),
+        _problem(plan, lambda memory: memory.sync, _sync),
+        _problem(plan, lambda memory: memory.server, _server),
+        _problem(plan, lambda memory: memory.host, _host),
+        _problem(plan, lambda memory: memory.shared, _host),
     ]
     return [problem for problem in found if problem is not None]
 
 
 def _problem(
-    job: Job, use: Use, pick: Callable[[Memory], Use], tried: Callable[[Job], Iterator[Changes]]
+    plan: Plan, pick: Callable[[Memory], Use | Server], tried: Callable[[Job], Iterator[Changes]]
 ) -> Problem | None:
-    if use.fits:
+    given = pick(plan.memory)
+    if given.fits:
         return None
     remedies = []
-    for changes in tried(job):
-        if (other := changed(job, changes)) is None:
+    for changes in tried(plan.job):
+        if (other := changed(plan.job, changes)) is None:
             continue
         now = pick(memory_of(other, batch_of(other)))
-        if now.total < use.total - 0.01 * GIB:
-            remedies.append(Remedy(changes, use.total - now.total, now.fits))
-    return Problem(use.where, use.total - use.capacity, use.largest, _best(remedies))
-
-
-def _server_problem(job: Job, memory: Memory) -> Problem | None:
-    """Return the problem of a server whose cache cannot hold one longest sequence, or that leaves too little outside."""
-    server = memory.server
-    if server.fits:
-        return None
-    short = max(0, server.longest - server.kv_tokens)
-    remedies = []
-    for changes in _server(job):
-        if (other := changed(job, changes)) is None:
-            continue
-        now = memory_of(other, batch_of(other)).server
-        if now.kv_tokens > server.kv_tokens or now.fits:
-            remedies.append(Remedy(changes, server.use.total - now.use.total, now.fits))
-    missing = max(server.use.total - server.use.capacity, 0)
-    culprit = (
-        f"its weights, and the cache is {short:,} tokens short of one longest sequence" if short else server.use.largest
-    )
-    return Problem(server.use.where, missing, culprit, _best(remedies))
+        if now.missing < given.missing - 0.01 * GIB:
+            remedies.append(Remedy(changes, given.missing - now.missing, now.fits))
+    return Problem(given.where, given.missing, given.culprit, _best(remedies))
 
 
 def _best(remedies: list[Remedy], most: int = 4) -> tuple[Remedy, ...]:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from dapo_mcore.plan.batch import assumed
 from dapo_mcore.plan.change import overrides
-from dapo_mcore.plan.hardware import entries
+from dapo_mcore.plan.hardware import Entry, entries
+from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.memory import GIB, Use, uses
 from dapo_mcore.plan.parameters import whole_model
 from dapo_mcore.plan.picture import bars, table, wrapped
@@ -193,7 +195,7 @@ def _suggestions(suggestions: Sequence[Suggestion], plan: Plan) -> Iterator[str]
 
 def _figures(plan: Plan, chosen: Sequence[str]) -> Iterator[str]:
     """Yield all figures in short, by source."""
-    found = list(entries(plan.job.gpu, plan.job.assume, chosen=chosen))
+    found = _entries(plan.job, chosen)
     yield "Figures behind this plan (--figures explains each; --assume NAME=VALUE replaces one)"
     for source in dict.fromkeys(entry.source for entry in found):
         own = [f"{entry.name} {entry.value:g}" for entry in found if entry.source == source]
@@ -203,8 +205,12 @@ def _figures(plan: Plan, chosen: Sequence[str]) -> Iterator[str]:
 
 def _all_figures(plan: Plan, chosen: Sequence[str]) -> Iterator[str]:
     yield "Figures behind this plan (--assume NAME=VALUE replaces one)"
-    for name, value, unit, source, note in entries(plan.job.gpu, plan.job.assume, chosen=chosen):
+    for name, value, unit, source, note in _entries(plan.job, chosen):
         yield f"  {name:23}{value:>9g} {unit:15}{source:9}{note}"
+
+
+def _entries(job: Job, chosen: Sequence[str]) -> list[Entry]:
+    return list(entries(job.gpu, assumed(job.config, job.assume), chosen=chosen))
 
 
 def as_json(
@@ -227,7 +233,7 @@ def as_json(
         "run_hours": plan.run_hours,
         "gpu_hours": plan.gpu_hours,
         "problems": [asdict(problem) for problem in problems],
-        "figures": [entry._asdict() for entry in entries(job.gpu, job.assume, chosen=chosen)],
+        "figures": [entry._asdict() for entry in _entries(job, chosen)],
     }
     if suggestions is not None:
         found["suggestions"] = [

@@ -22,7 +22,10 @@ KEEP = ["rollout.engine=sglang", "sampling.on_full=keep", "algo.old_logprobs=rol
 GATHER = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 
 
-CLUSTER = ["rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"]
+SERVERS = ["rollout.engine=sglang"]
+
+
+CLUSTER = [*SERVERS, "rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"]
 
 
 RULES: list[tuple[list[str], str]] = [
@@ -118,14 +121,17 @@ RULES: list[tuple[list[str], str]] = [
 
 RULES += [
     (CLUSTER, "host 127.0.0.1 does not go with rollout.sglang.placement ray and ray.address 10.0.0.1:6379"),
-    (["rollout.sglang.host=node"], "host node does not go with rollout.sglang.placement local and ray.address None"),
+    (
+        [*SERVERS, "rollout.sglang.host=node"],
+        "host node does not go with rollout.sglang.placement local and ray.address None",
+    ),
     (
         [*CLUSTER, "rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: ray}"],
         "placement ray spreads num_servers 4 over nodes; use placement local, or sync distributed",
     ),
-    (["rollout.sglang.placement=nodes"], "host 127.0.0.1 does not go with rollout.sglang.placement nodes"),
+    ([*SERVERS, "rollout.sglang.placement=nodes"], "host 127.0.0.1 does not go with rollout.sglang.placement nodes"),
     (
-        ["rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: nodes, colocated: true}"],
+        [*SERVERS, "rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: nodes, colocated: true}"],
         "placement nodes spreads num_servers 4 over nodes; use placement local, or sync disk with a sync_dir that all nodes share",
     ),
 ]
@@ -157,7 +163,8 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         [*KEEP, *AHEAD, "sampling.max_staleness=2"],
         ["rollout.engine=sglang", "sampling.on_full=keep", "algo.tis.mode=mask"],
         [*CLUSTER, "rollout.sglang.host=node", "rollout.sglang.sync=distributed"],
-        ["rollout.sglang.placement=ray", "rollout.sglang.sync=tensor"],
+        [*SERVERS, "rollout.sglang.placement=ray", "rollout.sglang.sync=tensor"],
+        ["rollout.engine=embedded", "rollout.sglang.host=node"],  # it starts no servers
     ],
 )
 def test_the_remedy_of_each_rule_works(file: Path, overrides: list[str]) -> None:

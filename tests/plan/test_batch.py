@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dapo_mcore.plan.batch import batch_of, response_lengths
+from dapo_mcore.plan.batch import assumed, batch_of, response_lengths
 from dapo_mcore.plan.hardware import Assumptions
 from tests.plan.jobs import config_with, job
 
@@ -58,6 +58,14 @@ def test_interleaving_makes_the_number_of_micro_batches_a_multiple_of_the_stages
 )
 def test_filtered_groups_are_generated_too(overrides: dict, assumed: dict, groups: int) -> None:
     assert batch_of(job(assumed=assumed, **overrides)).groups_generated == groups
+
+
+def test_figures_that_the_configuration_implies_are_told_as_numbers() -> None:
+    told = assumed(config_with(), Assumptions())
+    assert (told.mean_response_tokens, told.kept_ratio) == (0.35 * 20480, 512 / 1536)
+    chosen = Assumptions(mean_response_tokens=900, kept_ratio=0.5)
+    assert assumed(config_with(), chosen) == chosen
+    assert assumed(config_with(sampling__style="none"), Assumptions()).kept_ratio == 1
 
 
 def test_lengths_are_quantiles_with_a_long_tail_that_the_limit_cuts() -> None:

@@ -29,7 +29,7 @@ def test_a_run_that_fits_and_one_that_does_not(
     assert told["fits"] and told["batch"]["groups_generated"] == 1024
     assert "Everything fits." in capsys.readouterr().out
     embedded = ["rollout.engine=embedded", "rollout.sglang={}"]
-    assert main(["plan", *paper, *embedded, "--gpu", "h100"]) == 1
+    assert main(["plan", *paper, *embedded, "--gpu", "H100"]) == 1
     assert "most of it is embedded engine" in capsys.readouterr().out
 
 
@@ -41,8 +41,10 @@ def test_a_run_that_fits_and_one_that_does_not(
             ["parallel.tensor_parallel=3", "parallel.data_parallel=null"],
             "tensor_parallel 3 does not divide num_attention_heads 40",
         ),
-        (["model.path=nowhere"], "model.path 'nowhere' is not a folder"),
+        (["model.path=nowhere/Some-7B"], "`hf download OWNER/Some-7B --local-dir nowhere/Some-7B`"),
         (["--nodes", "3"], "world size 24 is not tensor_parallel 8 × pipeline_parallel 2"),
+        (["--assume", "mean_prompt_tokens=3000"], "mean_prompt_tokens=3000: data.max_prompt_tokens is 2048"),
+        (["--assume", "mean_response_tokens=21000"], "rollout.max_response_tokens is 20480; give a mean of at most"),
         (["--nodes", "0"], "--nodes 0: there is at least 1"),
         (["--assume", "kept_ratio"], "--assume kept_ratio: it is not of the form NAME=NUMBER"),
         (["--assume", "kept_ratio=half"], "--assume kept_ratio=half: it is not of the form NAME=NUMBER"),

@@ -80,7 +80,7 @@ def test_the_embedded_engine_has_a_model_of_its_own_on_rank_0() -> None:
     memory = memory_of(beside, batch_of(beside))
     assert memory.train[0].parts["embedded engine"] == 2 * 32_763_876_352
     assert "embedded engine" not in memory.train[1].parts
-    assert not memory.worst.fits and memory.worst.largest == "embedded engine"
+    assert not memory.worst.fits and memory.worst.culprit == "embedded engine"
     assert not memory.server.fits
 
 

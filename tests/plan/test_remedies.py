@@ -34,7 +34,7 @@ def test_the_embedded_engine_of_a_large_model_is_replaced_by_servers() -> None:
     assert found[0].culprit == "embedded engine"
     first = found[0].remedies[0]
     assert first.fits and first.changes["rollout.engine"] == "sglang" and first.saved > 60 * GIB
-    assert "tokens short of one longest sequence" in found[2].culprit
+    assert found[2].culprit.startswith("embedded engine; the KV cache holds 5,600 of the 22,528 tokens")
 
 
 def test_a_server_without_room_for_its_cache() -> None:
@@ -44,6 +44,11 @@ def test_a_server_without_room_for_its_cache() -> None:
         )
     )
     assert found.where.startswith("generate")
+    assert found.culprit == "servers' weights; the KV cache holds 9,554 of the 22,528 tokens of one longest sequence"
+    weights, cache = 2 * 32_763_876_352, 22528 * 64 * 2 * 2 * 8 * 128
+    assert found.missing == pytest.approx(weights + cache - 0.8 * 79.2 * GIB)
+    best = found.remedies[0]
+    assert best.fits and best.saved == found.missing
     assert {"rollout.sglang.tensor_parallel": 2, "rollout.sglang.num_servers": 64} in [
         own.changes for own in found.remedies
     ]

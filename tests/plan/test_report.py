@@ -25,7 +25,7 @@ def test_the_screen_has_100_columns_and_every_section() -> None:
         ):
             assert words in text
         assert ("Everything fits." in text) == plan.fits and ("What does not fit" in text) != plan.fits
-        assert "yours: kept_ratio" in text and "guessed: " in text
+        assert "yours: kept_ratio 0.333333" in text and "guessed: mean_response_tokens 7168" in text
 
 
 def test_the_batch_is_told_in_words() -> None:
