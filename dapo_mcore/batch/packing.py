@@ -6,7 +6,7 @@ Change here: how work is divided. Speed and memory depend on it, the gradient do
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from operator import itemgetter
 
@@ -21,6 +21,9 @@ Plan = list[list[list[int]]]
 CROSSOVER_TOKENS = 65_536.0
 """Sequence length at which causal attention costs as much as all matrix products of a layer: about 12 times the hidden
 size (2·H·len against 24·H² operations per token), 61k for Qwen2.5-32B."""
+
+_BLOCK_PARTS = 128
+"""Most parts that are balanced together: the work of `largest_differencing` is the number of samples times this."""
 
 
 def split_mini_batches(
@@ -147,15 +150,34 @@ def _leaves(tree: int | tuple) -> list[int]:
 
 def _first_fit(samples: Sequence[int], padded: np.ndarray, budget: int) -> list[list[int]]:
     """Return packs by first-fit decreasing: the longest sample first, each into the first pack with room."""
-    free = np.full(len(samples), budget, dtype=np.int64)
+    packs = _Packs(len(samples), budget)
     parts: list[list[int]] = []
     for sample in sorted(samples, key=lambda sample: -padded[sample]):
-        place = int(np.argmax(free >= padded[sample]))
+        place = packs.fill_first(int(padded[sample]))
         if place == len(parts):
             parts.append([])
         parts[place].append(sample)
-        free[place] -= padded[sample]
     return parts
+
+
+class _Packs:
+    """The free tokens of empty packs, as a binary tree of maxima, so that each search takes log2(packs) steps."""
+
+    def __init__(self, num_packs: int, budget: int):
+        self._first_leaf = 1 << max(0, num_packs - 1).bit_length()
+        self._most = [budget] * (2 * self._first_leaf)  # the children of node n are 2n and 2n + 1
+
+    def fill_first(self, tokens: int) -> int:
+        """Put `tokens` into the first pack with room for them, and return its number."""
+        node = 1
+        while node < self._first_leaf:
+            node = 2 * node + (self._most[2 * node] < tokens)
+        place = node - self._first_leaf
+        self._most[node] -= tokens
+        while node > 1:
+            node //= 2
+            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
+        return place
 
 
 def _rectangles(samples: Sequence[int], padded: np.ndarray, budget: int, multiple: int) -> list[list[int]]:
@@ -175,10 +197,34 @@ def _balanced(
     """Return the samples of `fitted` in `num_parts` packs of equal cost if they fit, else of equal length."""
     samples = np.array(sorted(sample for part in fitted for sample in part), dtype=np.int64)
     for weight in (costs, padded):
-        parts = [samples[part] for part in largest_differencing(weight[samples], num_parts)]
-        if all(padded[part].sum() <= budget for part in parts):
-            return [part.tolist() for part in parts]
+        parts = []
+        for chosen in _equal_parts(weight[samples], num_parts):
+            part = samples[chosen]
+            if padded[part].sum() > budget:
+                break
+            parts.append(part.tolist())
+        else:
+            return parts
     return fitted
+
+
+def _equal_parts(weights: np.ndarray, num_parts: int) -> Iterator[list[int]]:
+    """Yield the indices of `weights` in `num_parts` lists of nearly equal sums, balanced in blocks of _BLOCK_PARTS lists."""
+    sizes = [len(block) for block in np.array_split(np.arange(num_parts), -(-num_parts // _BLOCK_PARTS))]
+    for members, size in zip(_blocks(weights, sizes), sizes):
+        yield from (members[part].tolist() for part in largest_differencing(weights[members], size))
+
+
+def _blocks(weights: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Return the sorted indices of `weights` in blocks with sums in proportion to `sizes`: the largest weight first, each into
+    the block that has the least for its size."""
+    members: list[list[int]] = [[] for _ in sizes]
+    least = [(0.0, block) for block in range(len(sizes))]
+    for index in np.argsort(-weights, kind="stable").tolist():
+        load, block = least[0]
+        members[block].append(index)
+        heapq.heapreplace(least, (load + float(weights[index]) / sizes[block], block))
+    return [np.array(sorted(block), dtype=np.int64) for block in members]
 
 
 def _in_order(parts: list[list[int]], costs: np.ndarray, num_parts: int) -> list[list[int]]:
