@@ -18,7 +18,8 @@ import psutil
 
 from dapo_mcore.architecture.flops import forward_flops
 from dapo_mcore.batch.collate import to_train_batch
-from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
+from dapo_mcore.checkpoint.choice import is_chosen, resumed_checkpoint
+from dapo_mcore.checkpoint.run_folder import step_of
 from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.config.file import dump_config, record_config
 from dapo_mcore.config.schema import Config
@@ -69,7 +70,7 @@ class Controller:
         self.config, self.progress, self.timer = config, progress, timer
         check_services(config.observe)
         self.tokenizer = tokenizer
-        resumes = config.checkpoint.resume == "auto" and latest_checkpoint(config.run_dir) is not None
+        resumes = resumed_checkpoint(config) is not None
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
         for line in self.data.lines():
             progress.line(line)
@@ -317,10 +318,10 @@ def final_export(config: Config) -> Path:
 
 def finished_step(config: Config) -> int | None:
     """Return the last rollout step of a finished run, for which a resume has nothing to do; else None."""
-    if config.checkpoint.resume != "auto":
-        return None
-    path = latest_checkpoint(config.run_dir)
+    path = resumed_checkpoint(config)
     done = step_of(path) if path is not None else None
+    if config.checkpoint.resume == "never" or (path is not None and is_chosen(config, path)):
+        return None
     if config.checkpoint.export_at_end:  # with at_end false the export may be all that there is, or newer
         exported = exported_step(final_export(config))
         done = exported if exported is not None and exported >= (done or 0) else None

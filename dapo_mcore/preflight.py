@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dapo_mcore.checkpoint.run_folder import latest_checkpoint
+from dapo_mcore.checkpoint.choice import resumed_checkpoint
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.rows import check_files
@@ -58,7 +58,7 @@ def check_contents(config: Config) -> list[str]:
         _load_reward(config)
     if config.rollout.engine == "sglang":
         _check_servers(config, architecture_name(hf_config))
-    if (checkpoint := _resumed(config)) is not None:
+    if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
     data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)
     incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
@@ -76,7 +76,7 @@ def check_files_of(config: Config) -> None:
         load_hf_config(config.model)  # raises an error that says what is wrong with the folder
     for name, section in _data_sections(config).items():
         check_files(section.files, name)
-    if config.warm_start is not None and _resumed(config) is None:
+    if config.warm_start is not None and resumed_checkpoint(config) is None:
         check_files(config.warm_start.files, "warm_start")
     reward, sglang = config.reward, config.rollout.sglang
     file = reward.function.rpartition(":")[0]
@@ -179,10 +179,6 @@ def _check_feeder(config: Config) -> None:
 
 def _data_sections(config: Config) -> dict[str, DataConfig]:
     sections = {"data": config.data, **{f"eval.sets.{name}": part for name, part in config.eval.sets.items()}}
-    if config.warm_start is not None and config.warm_start.choose is not None and _resumed(config) is None:
+    if config.warm_start is not None and config.warm_start.choose is not None and resumed_checkpoint(config) is None:
         sections["warm_start.choose"] = config.warm_start.choose
     return sections
-
-
-def _resumed(config: Config) -> Path | None:
-    return latest_checkpoint(config.run_dir) if config.checkpoint.resume == "auto" else None

@@ -40,13 +40,14 @@ from dapo_mcore.checkpoint.run_folder import (
     remove,
     step_of,
 )
-from dapo_mcore.checkpoint.run_state import ARRAYS_FILE, FORMAT, STATE_FILE, RunState, TrainState, write_state
-from dapo_mcore.checkpoint.stored import damage_named, read_stored
-from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError
+from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
+from dapo_mcore.checkpoint.stored import read_stored, unreadable_named
+from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError, TrainingError
 from dapo_mcore.model_files.disk import sync_to_disk
 from dapo_mcore.model_files.megatron_folder import MEGATRON
 from dapo_mcore.model_files.side_files import write_model_files
 from dapo_mcore.model_files.torch_dist import DistributedReader, StoredChunk, without_crc, write_chunk, write_metadata
+from dapo_mcore.observe.sinks import METRICS_FILE
 
 T = TypeVar("T")
 
@@ -62,15 +63,18 @@ def save_checkpoint(
     """Write a checkpoint and return its folder; `state` comes from rank 0, the others give None.
 
     The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints are deleted, and
-    `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it; the checkpoints before
-    stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
+    `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a tensor on
+    any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
     """
     folder = checkpoint_path(run_dir, layout.broadcast_object(state.step if state is not None else None))
-    partial = partial_path(folder)
+    partial, blocks = partial_path(folder), checkpoint_blocks(actor)
+    layout.on_every_rank_or_raise(lambda: _check_finite(folder, blocks, layout.rank))
     try:
         with _disk_errors_named(folder):
             _on_controller(layout, lambda: _make_empty(partial))
-            written = layout.on_every_rank_or_raise(lambda: _write_blocks(folder, partial / MEGATRON, actor))
+            written = layout.on_every_rank_or_raise(
+                lambda: _write_blocks(folder, partial / MEGATRON, blocks, layout.rank)
+            )
             everyone = layout.gather_objects(written)
             steps = layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64))
             _on_controller(layout, lambda: _finish(partial, folder, everyone, state, float(steps), actor))
@@ -86,13 +90,13 @@ def save_checkpoint(
 def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     """Load the checkpoint's tensors into `actor`; return where the run stood, on every rank (the sampler's arrays on rank 0).
 
-    The actor's mesh may differ from the one that saved. Raises CheckpointError for a missing or damaged file, and for a
-    model that the checkpoint does not fit. Collectives: every rank must call it.
+    The actor's mesh may differ from the one that saved. Raises DamagedCheckpoint, on every rank, for a missing or damaged file,
+    and CheckpointError for a model that the checkpoint does not fit. Collectives: every rank must call it.
     """
-    state = _on_controller(layout, lambda: _read_state(path, actor))
+    state = _on_every_rank(layout, lambda: _read_state(path, actor) if layout.is_controller else None)
     told = replace(state, train=replace(state.train, sampler_arrays={})) if state else None
     shared: Any = layout.broadcast_object(told)
-    layout.on_every_rank_or_raise(lambda: _read_blocks(path, actor))
+    _on_every_rank(layout, lambda: _read_blocks(path, actor))
     actor.optimizer.resume_at(shared.adam_step, shared.train.num_updates)
     actor.num_updates = shared.train.num_updates
     return (state or shared).train
@@ -100,6 +104,22 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
 
 def _on_controller(layout: Layout, action: Callable[[], T]) -> T | None:
     return layout.on_controller_or_raise(lambda: action() if layout.is_controller else None)
+
+
+def _on_every_rank(layout: Layout, action: Callable[[], T]) -> T | None:
+    """Call `action` and return its result. If any rank finds damage, every rank raises DamagedCheckpoint."""
+
+    def find_damage() -> tuple[T | None, str | None]:
+        try:
+            return action(), None
+        except DamagedCheckpoint as error:
+            return None, str(error)
+
+    result, damage = layout.on_every_rank_or_raise(find_damage)
+    found = [message for message in layout.gather_objects(damage) if message]
+    if message := layout.broadcast_object(next(iter(found), None)):
+        raise DamagedCheckpoint(str(message))
+    return result
 
 
 def _make_empty(partial: Path) -> None:
@@ -111,10 +131,24 @@ Written = tuple[list[StoredChunk], dict[str, tuple[torch.dtype, tuple[int, ...]]
 """The places of a rank's chunks, and the dtype and shape of each whole tensor by its key."""
 
 
-def _write_blocks(folder: Path, megatron: Path, actor: Actor) -> Written:
+def _check_finite(folder: Path, blocks: Sequence[CheckpointBlock], rank: int) -> None:
+    """Raise TrainingError for a block with NaN or infinity. One host wait if there is none."""
+    tensors = [block.data for block in blocks if block.data.numel()]
+    if torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).isfinite():
+        return
+    bad = [block.key for block in blocks if not block.data.isfinite().all()]
+    before = latest_checkpoint(folder.parents[1])
+    raise TrainingError(
+        f"{folder.name} was not saved: {len(bad)} tensors on rank {rank} hold NaN or infinity, first {bad[0]}; "
+        + (f"{before} is the last good checkpoint and stays" if before else "there is no checkpoint before it")
+        + "; lower optimizer.lr or optimizer.clip_grad, and start again"
+    )
+
+
+def _write_blocks(folder: Path, megatron: Path, blocks: Sequence[CheckpointBlock], rank: int) -> Written:
     """Write the blocks that are this rank's to write into a file of its own."""
-    blocks = [block for block in checkpoint_blocks(actor) if block.is_written]
-    name, chunks = f"__{actor.layout.rank}_0.distcp", []
+    blocks = [block for block in blocks if block.is_written]
+    name, chunks = f"__{rank}_0.distcp", []
     if blocks:
         with _disk_errors_named(folder), without_crc():
             with open(megatron / name, "wb") as file:
@@ -137,7 +171,8 @@ def _finish(
     write_metadata(partial / MEGATRON, chunks, dtypes, sizes)
     write_state(partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_step))
     write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
-    for path in (partial / STATE_FILE, partial / ARRAYS_FILE, partial / MEGATRON):
+    rows = folder.parents[1] / METRICS_FILE  # a resumed run needs the rows up to here
+    for path in (*partial.iterdir(), *([rows] if rows.exists() else [])):
         sync_to_disk(path)
     commit(partial, folder)
 
@@ -162,7 +197,7 @@ def _read_state(path: Path, actor: Actor) -> RunState:
 
 def _read_blocks(path: Path, actor: Actor) -> None:
     """Fill the actor's tensors on this rank, in place."""
-    with damage_named(path), torch.no_grad():
+    with unreadable_named(path), torch.no_grad():
         reader = DistributedReader(path / MEGATRON)
         # in the order of the stored tensors: the reader keeps the chunk that it read last
         for block in sorted(checkpoint_blocks(actor), key=lambda block: (block.key, block.offsets)):

@@ -34,10 +34,22 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def is_name(name: str) -> bool:
+    """Return True if this is the name of a whole checkpoint's folder."""
+    return re.fullmatch(r"step_\d{6,}", name) is not None
+
+
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Return whole checkpoints, oldest step first."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.iterdir() if is_name(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
 def latest_checkpoint(run_dir: Path, before: int | None = None) -> Path | None:
     """Return the whole checkpoint with the highest step (below `before`), or None. Ranks may see a shared disk differently:
     ask rank 0."""
-    return next((path for path in reversed(_checkpoints(run_dir)) if before is None or step_of(path) < before), None)
+    return next((path for path in reversed(all_checkpoints(run_dir)) if before is None or step_of(path) < before), None)
 
 
 def make_empty(folder: Path) -> None:
@@ -45,7 +57,7 @@ def make_empty(folder: Path) -> None:
     try:
         remove(folder)
     except OSError:
-        _set_aside(folder)
+        rename(folder, _DELETED)
     folder.mkdir(parents=True)
 
 
@@ -53,7 +65,7 @@ def commit(partial: Path, folder: Path) -> None:
     """Give a finished folder its name, all at once. A checkpoint that has this name already is replaced."""
     sync_to_disk(partial)
     if os.path.lexists(folder):
-        _set_aside(folder)
+        rename(folder, _DELETED)
     os.rename(partial, folder)
     sync_to_disk(folder.parent)
 
@@ -61,10 +73,10 @@ def commit(partial: Path, folder: Path) -> None:
 def drop_old(newest: Path, keep: int, warn: Callable[[str], None]) -> None:
     """Delete all checkpoints but `newest` and the latest `keep` - 1 others. A failure costs a warning, and is tried again
     after the next checkpoint. The target of a symbolic link is left alone."""
-    others = [path for path in _checkpoints(newest.parents[1]) if path != newest]
+    others = [path for path in all_checkpoints(newest.parents[1]) if path != newest]
     for path in others[: max(0, len(others) + 1 - keep)]:
         # by another name first: a folder that is half deleted must not look like a checkpoint
-        _or_warn(lambda path=path: _set_aside(path), path, warn)
+        _or_warn(lambda path=path: rename(path, _DELETED), path, warn)
     for path in newest.parent.glob(f"step_*{_DELETED}*"):
         _or_warn(lambda path=path: remove(path), path, warn)
 
@@ -77,17 +89,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """Return whole checkpoints, oldest step first."""
-    folder = run_dir / "checkpoints"
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{6,}", path.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of)
-
-
-def _set_aside(path: Path) -> None:
-    """Rename it to a name that is free, for `drop_old` to delete."""
-    names = (path.with_name(f"{path.name}{_DELETED}{number or ''}") for number in itertools.count())
-    os.rename(path, next(name for name in names if not os.path.lexists(name)))
+def rename(path: Path, suffix: str) -> Path:
+    """Add `suffix` to the name, and a number if that name is taken. Return the new path."""
+    names = (path.with_name(f"{path.name}{suffix}{number or ''}") for number in itertools.count())
+    new = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, new)
+    return new
 
 
 def _or_warn(action: Callable[[], object], path: Path, warn: Callable[[str], None]) -> None:

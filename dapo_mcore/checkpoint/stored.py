@@ -22,18 +22,30 @@ _FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/com
 
 
 def check_stored(path: Path) -> None:
-    """Raise CheckpointError as read_stored does, and for missing or truncated files of tensors. Reads no tensors."""
-    read_stored(path)
-    with damage_named(path):
-        DistributedReader(path / MEGATRON)
+    """Raise CheckpointError as read_stored does, and for missing or truncated files of tensors, with what a start does then.
+    Reads no tensors."""
+    try:
+        read_stored(path)
+        with unreadable_named(path):
+            DistributedReader(path / MEGATRON)
+    except DamagedCheckpoint as error:
+        raise CheckpointError(f"{error}; {what_then(path)}") from error
+
+
+def what_then(path: Path) -> str:
+    """Return what follows if the newest checkpoint is damaged."""
+    before = latest_checkpoint(path.parents[1], before=step_of(path))
+    if before is None:
+        return f"no older one is beside it: delete {path} to start anew"
+    return f"a start with checkpoint.resume auto sets {path.name} aside and goes on from {before}"
 
 
 def read_stored(path: Path) -> RunState:
-    """Return all of a checkpoint that is no tensor. Raise CheckpointError for a missing or damaged file, and for a format
-    that cannot be resumed."""
+    """Return all of a checkpoint that is no tensor. Raise DamagedCheckpoint for a missing or damaged file, CheckpointError for a
+    format that cannot be resumed and for files that the system refuses."""
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}")
-    with damage_named(path):
+    with unreadable_named(path):
         missing = [name for name in _FILES if not (path / name).is_file()]
         if missing:
             raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}")
@@ -45,14 +57,15 @@ def read_stored(path: Path) -> RunState:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Add to an error in the checkpoint's files how to resume without it."""
+def unreadable_named(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to read a file into CheckpointError. It is no damage: another start may read it."""
     try:
         yield
-    except (DamagedCheckpoint, OSError) as error:
-        before = latest_checkpoint(path.parents[1], before=step_of(path))
-        instead = f"resume from {before}" if before else "start anew: no older one is beside it"
-        raise CheckpointError(f"{error}; delete {path} to {instead}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}; mend the disk or its rights and start again, or "
+            f"take another checkpoint with checkpoint.resume=STEP"
+        ) from error
 
 
 def _adam_step(path: Path, common: dict[str, Any]) -> float:

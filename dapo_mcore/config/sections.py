@@ -20,6 +20,7 @@ from dapo_mcore.config.values import (
     LearningRate,
     Name,
     PromptTemplate,
+    ResumeChoice,
     Seconds,
     Section,
     Seed,
@@ -282,7 +283,10 @@ class CheckpointConfig(Section):
     at_end: bool = True
     """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
     keep: int = Field(2, ge=1)
-    resume: Literal["auto", "never"] = "auto"
+    resume: ResumeChoice = "auto"
+    """auto: go on from the newest checkpoint; if it is damaged, from the one before. A rollout step, or the path of a checkpoint
+    (a folder step_N, also of another run): go back to that one. Newer checkpoints of this run are set aside, not deleted. Later
+    starts with the same choice go on from what was saved since. never: start anew."""
     export_every: Steps | None = None
     export_at_end: bool = True
 

@@ -31,7 +31,8 @@ from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.algo.correction import mismatch_warning
-from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from dapo_mcore.checkpoint.checkpoint import save_checkpoint
+from dapo_mcore.checkpoint.resume import load_resumed
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.config.schema import Config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
@@ -94,7 +95,7 @@ def _how_to_go_on(config: Config) -> str:
     path = latest_checkpoint(config.run_dir)
     if path is None:
         return "there is no checkpoint yet; the next start begins anew"
-    how = "the same command" if config.checkpoint.resume == "auto" else "checkpoint.resume=auto"
+    how = "checkpoint.resume=auto" if config.checkpoint.resume == "never" else "the same command"
     return f"the last checkpoint is {path}; {how} goes on from there"
 
 
@@ -248,11 +249,10 @@ class Run:
 
     def _resume_or_start(self) -> int:
         """Load or start the run, and return the number of the first rollout step to run."""
-        path = latest_checkpoint(self.config.run_dir) if self.config.checkpoint.resume == "auto" else None
-        path = self.layout.broadcast_object(path)
-        if path is None:
+        loaded = load_resumed(self.config, self.actor, self.layout, self.progress.line)
+        if loaded is None:
             return self._start()
-        state = load_checkpoint(path, self.actor, self.layout)
+        path, state = loaded
         self.handover.to_rollout(version=state.weight_version)
         self._on_controller(lambda c: c.resume(state))
         self.saved_step = state.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from dapo_mcore.checkpoint.resume import load_resumed
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.errors import CheckpointError, DapoError
@@ -81,9 +83,7 @@ def differences(layout: Any, ours: dict[str, torch.Tensor], theirs: dict[str, to
     """Return the names of tensors that are not bitwise equal, over all ranks."""
     assert ours.keys() == theirs.keys() and any(name.startswith("exp_avg_sq") for name in ours)
     here = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    found: list[Any] = [None] * layout.world_size
-    torch.distributed.all_gather_object(found, here, group=layout.control_group)
-    return [f"rank {rank}: {name}" for rank, names in enumerate(found) for name in names]
+    return [f"rank {rank}: {name}" for rank, found in enumerate(everyone(layout, here)) for name in found]
 
 
 def settings(mesh: Mesh, **overrides: Any) -> Any:
@@ -125,7 +125,52 @@ def interrupt_and_resume(layout: Any, mesh: Mesh, folder: str, options: dict[str
 
 def resume_and_fill_the_disk(layout: Any, mesh: Mesh, folder: str) -> dict[str, Any]:
     found = interrupt_and_resume(layout, mesh, folder, {}, False)
-    return found | {"full": [a_full_disk(layout, mesh, Path(folder), rank) for rank in range(2)]}
+    return found | {
+        "full": [a_full_disk(layout, mesh, Path(folder), rank) for rank in range(2)],
+        "poisoned": a_poisoned_rank(layout, mesh, Path(folder)),
+        "fallback": a_damaged_rank(layout, mesh, Path(folder) / "fallback", Path(found["path"])),
+    }
+
+
+def a_poisoned_rank(layout: Any, mesh: Mesh, run_dir: Path) -> dict[str, Any]:
+    """Return both ranks' errors and the remaining folders if one weight of rank 1 is infinite."""
+    actor = build_actor(settings(mesh), layout)
+    if layout.rank == 1:
+        weight = actor.policy[0].get_parameter("decoder.layers.1.self_attention.linear_proj.weight")
+        weight.data[0, 0] = torch.inf
+    with pytest.raises(DapoError) as caught:
+        save_checkpoint(run_dir, actor, replace(STATE, step=3) if layout.is_controller else None, layout, keep=1)
+    return {"told": everyone(layout, str(caught.value)), "left": names(run_dir / "checkpoints")}
+
+
+def a_damaged_rank(layout: Any, mesh: Mesh, run_dir: Path, good: Path) -> dict[str, Any]:
+    """Load from a run whose newest checkpoint is damaged where rank 1 alone reads."""
+    if layout.is_controller:
+        for step in (2, 3):
+            shutil.copytree(good, run_dir / "checkpoints" / f"step_{step:06d}")
+        cut_chunks(run_dir / "checkpoints" / "step_000003")
+    layout.barrier()
+    config = settings(mesh, output_dir=str(run_dir.parent), name=run_dir.name)
+    actor, expected = build_actor(config, layout), build_actor(config, layout)
+    lines: list[str] = []
+    path, state = load_resumed(config, actor, layout, lines.append)
+    load_checkpoint(good, expected, layout)
+    return {
+        "resumed": [path.name, state.step],
+        "lines": lines,
+        "left": names(run_dir / "checkpoints"),
+        "different": differences(layout, local_state(actor), local_state(expected)),
+    }
+
+
+def everyone(layout: Any, value: Any) -> list[Any]:
+    found: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(found, value, group=layout.control_group)
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, Any]:
@@ -139,9 +184,7 @@ def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, 
             save_checkpoint(run_dir, actor, replace(STATE, step=3) if layout.is_controller else None, layout, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    told: list[Any] = [None] * layout.world_size
-    torch.distributed.all_gather_object(told, str(caught.value), group=layout.control_group)
-    return {"told": told, "left": sorted(path.name for path in (run_dir / "checkpoints").iterdir())}
+    return {"told": everyone(layout, str(caught.value)), "left": names(run_dir / "checkpoints")}
 
 
 def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: str) -> dict[str, Any]:
@@ -154,6 +197,7 @@ def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: s
         "first_step": [before_the_first_step(layout, mesh, base / str(own), own) for own in (True, False)],
         "settings": changed_settings(layout, mesh, Path(tensor_parallel_path)),
         "helpers": [process.name for process in multiprocessing.active_children()],
+        "durable": durable(layout, mesh, base / "durable"),
         "kept": retention(layout, mesh, base / "retention"),
         "errors": errors(layout, mesh, Path(tensor_parallel_path), base / "damaged"),
         "unnumbered": numbered_and_not(layout, mesh, Path(tensor_parallel_path), base / "unnumbered"),
@@ -198,6 +242,32 @@ def changed_settings(layout: Any, mesh: Mesh, path: Path) -> list[float]:
     load_checkpoint(path, actor, layout)
     train(actor, 1)
     return [actor.optimizer.lr, max(group["weight_decay"] for group in actor.optimizer.megatron.param_groups)]
+
+
+def durable(layout: Any, mesh: Mesh, folder: Path) -> dict[str, Any]:
+    """Return the order in which a save waits for the disk and renames, and the files of the checkpoint."""
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(file: int) -> None:
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+        fsync(file)
+
+    def record_rename(source: Path, target: Path) -> None:
+        calls.append(f"rename {source.name} → {target.name}")
+        rename(source, target)
+
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("{}")
+    model = folder / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_text("{}")
+    actor = build_actor(settings(mesh, model__path=str(model)), layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", record_fsync)
+        patch.setattr(os, "rename", record_rename)
+        path = save_checkpoint(folder, actor, STATE, layout, keep=1)
+    return {"calls": calls, "files": [file.name for file in path.rglob("*")]}
 
 
 def retention(layout: Any, mesh: Mesh, folder: Path) -> list[Any]:

@@ -42,6 +42,36 @@ def test_a_full_disk_ends_every_rank_with_one_line(tensor_parallel_run: dict[str
     assert found["left"] == ["step_000002"]
 
 
+def test_a_tensor_that_is_not_finite_on_one_rank_is_never_saved(tensor_parallel_run: dict[str, Any]) -> None:
+    found = tensor_parallel_run["poisoned"]
+    assert found["told"][0] == f"rank 1 failed: {found['told'][1]}"
+    assert (
+        "step_000003 was not saved: 1 tensors on rank 1 hold NaN or infinity, first decoder.layers." in found["told"][1]
+    )
+    assert "step_000002 is the last good checkpoint and stays" in found["told"][1]
+    assert found["left"] == ["step_000002"]
+
+
+def test_if_one_rank_finds_damage_all_ranks_take_the_checkpoint_before(tensor_parallel_run: dict[str, Any]) -> None:
+    found = tensor_parallel_run["fallback"]
+    assert found["resumed"] == ["step_000002", 2]
+    (line,) = found["lines"]
+    assert line.startswith("warning: ") and line.count("\n") == 0 and "__1_0.distcp is truncated" in line
+    assert line.endswith("step_000003 was renamed to step_000003.corrupt, and the run goes on from step_000002")
+    assert found["left"] == ["step_000002", "step_000003.corrupt"]
+    assert found["different"] == []
+
+
+def test_a_folder_gets_its_name_after_all_its_bytes_are_on_disk(single_process_run: dict[str, Any]) -> None:
+    calls = single_process_run["durable"]["calls"]
+    published = calls.index("rename step_000002.partial → step_000002")
+    before = calls[:published]
+    for name in ["metrics.jsonl", *single_process_run["durable"]["files"]]:
+        assert f"fsync {name}" in before, name
+    assert before[-1] == "fsync step_000002.partial"
+    assert calls[published + 1] == "fsync checkpoints"
+
+
 def test_resume_is_bitwise_with_tensor_parallelism(tensor_parallel_run: dict[str, Any]) -> None:
     check_resumed(tensor_parallel_run)
 
@@ -105,14 +135,13 @@ def test_the_newest_checkpoints_are_kept_and_unfinished_ones_ignored(single_proc
     ]
 
 
-OLDER = ["step_000002 to resume from", "step_000001"]
 ERRORS = {
     "absent": ["no checkpoint at", "step_000077"],
-    "no_json": ["not a whole checkpoint: it lacks state.json; delete", *OLDER],
-    "no_shard": [".distcp is missing", *OLDER],
-    "half_shard": ["__1_0.distcp is truncated", *OLDER],
-    "evil_metadata": [".metadata cannot be read: it wants posix.mkdir, which no checkpoint metadata needs", *OLDER],
-    "evil_common": ["common.pt is truncated or damaged: it is no pickle of plain values", *OLDER],
+    "no_json": ["not a whole checkpoint: it lacks state.json"],
+    "no_shard": [".distcp is missing"],
+    "half_shard": ["__1_0.distcp is truncated"],
+    "evil_metadata": [".metadata cannot be read: it wants posix.mkdir, which no checkpoint metadata needs"],
+    "evil_common": ["common.pt is truncated or damaged: it is no pickle of plain values"],
     "untied": [
         "tied is False there and True here",
         "architecture is 'Qwen2ForCausalLM' there and 'LlamaForCausalLM' here",

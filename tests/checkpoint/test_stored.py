@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dapo_mcore.checkpoint.stored import check_stored, damage_named, read_stored
-from dapo_mcore.errors import CheckpointError
+from dapo_mcore.checkpoint.stored import check_stored, read_stored, unreadable_named, what_then
+from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from tests.checkpoint.stored_checkpoint import (
     cut_chunks,
     edit_state,
@@ -52,12 +53,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-OLDER = ["step_000002 to resume from", "step_000001"]
+OLDER = ["a start with checkpoint.resume auto sets step_000002 aside and goes on from", "step_000001"]
 
 
 ERRORS = {
     "nothing": ["is not a whole checkpoint: it lacks megatron/metadata.json", *OLDER],
-    "no_json": ["not a whole checkpoint: it lacks state.json; delete", *OLDER],
+    "no_json": ["not a whole checkpoint: it lacks state.json; a start", *OLDER],
     "empty_json": ["state.json is damaged: Expecting value", *OLDER],
     "half_json": ["state.json is damaged", *OLDER],
     "braces": ["state.json is damaged: train: Field required", *OLDER],
@@ -125,19 +126,19 @@ def test_damaged_tensors_do_not_keep_the_state_from_being_read(checkpoint: Path)
 
 def test_without_an_older_checkpoint_the_run_starts_anew(checkpoint: Path) -> None:
     (checkpoint.parent / "step_000001").rmdir()
-    told = f"disk fails; delete {checkpoint} to start anew: no older one is beside it"
-    with pytest.raises(CheckpointError, match=told), damage_named(checkpoint):
-        raise OSError("disk fails")
+    assert what_then(checkpoint) == f"no older one is beside it: delete {checkpoint} to start anew"
 
 
-def test_an_error_that_is_no_damage_gets_no_such_advice(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^does not fit$"), damage_named(checkpoint):
-        raise CheckpointError("does not fit")
+def test_a_file_that_the_system_refuses_is_no_damage(checkpoint: Path) -> None:
+    told = r"state.json cannot be read: Input/output error; mend the disk"
+    with pytest.raises(CheckpointError, match=told) as caught, unreadable_named(checkpoint):
+        raise OSError(errno.EIO, "Input/output error", str(checkpoint / "state.json"))
+    assert not isinstance(caught.value, DamagedCheckpoint)
 
 
 def test_the_first_format_has_adams_steps_beside_its_tensors(checkpoint: Path) -> None:
     unnumbered(checkpoint)
     assert (read_stored(checkpoint).format, read_stored(checkpoint).adam_step) == (1, 4.0)
     torch.save({"optimizer": {}}, checkpoint / "megatron" / "common.pt")
-    with pytest.raises(CheckpointError, match=r"common\.pt is damaged: it lacks optimizer\.adam_step; delete"):
+    with pytest.raises(CheckpointError, match=r"common\.pt is damaged: it lacks optimizer\.adam_step"):
         read_stored(checkpoint)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from dapo_mcore.config.file import load_config, parse_config
-from dapo_mcore.config.values import AnswerPattern, FilePath, Name, PromptTemplate, Section
+from dapo_mcore.config.values import AnswerPattern, FilePath, Name, PromptTemplate, ResumeChoice, Section
 
 
 def test_paths_are_expanded_as_by_a_shell(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +102,17 @@ def test_null_unsets_a_value_and_false_is_one_of_a_flag() -> None:
         "text": None,
         "flag": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("auto", "auto"), ("never", "never"), (12, 12), ("12", 12), (0, 0), ("a/step_000003", "a/step_000003")],
+)
+def test_a_checkpoint_is_chosen_by_a_word_a_step_or_a_path(value: Any, expected: int | str) -> None:
+    assert read(ResumeChoice, value) == expected
+
+
+@pytest.mark.parametrize("value", ["newest", "", "step_000003", -1])
+def test_any_other_choice_of_a_checkpoint_is_refused(value: Any) -> None:
+    with pytest.raises(ValidationError, match=r"auto, never, the number of a rollout step|greater than or equal to 0"):
+        read(ResumeChoice, value)
