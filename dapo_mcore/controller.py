@@ -30,7 +30,7 @@ from dapo_mcore.model_files.hf_config import stop_token_ids
 from dapo_mcore.model_files.hf_folder import check_replaceable, exported_step
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.observe.samples import write_answers, write_samples
+from dapo_mcore.observe.samples import pick_samples, write_answers, write_samples
 from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
 from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
@@ -39,7 +39,7 @@ from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
 from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
-from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
+from dapo_mcore.types import Group, Prompt, Sample, SamplingParams, TrainBatch
 
 GIB = 2**30
 
@@ -50,6 +50,28 @@ class Position:
 
     loader: dict[str, Any]
     sampler: SamplerState
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a run writes and shows about a rollout step. It is made before the step's training, so that the memory of all other
+    samples is free by the time the next step's samples arrive.
+
+    metrics  of the groups and of their sampling.
+    shown    the samples to write to the run's folder, with their prompts.
+    failure  why the first of the samples without a score has none.
+    """
+
+    metrics: dict[str, float]
+    shown: list[tuple[Prompt, Sample]]
+    failure: str | None
+
+    @classmethod
+    def of(cls, collected: Collected, groups: Sequence[Group], count: int) -> StepReport:
+        """Return the report of `collected` with at most `count` samples of `groups`."""
+        failures = (sample.score.failure for group in collected.generated for sample in group.samples)
+        metrics = {**group_metrics(collected.generated, collected.groups), **collected.stats}
+        return cls(metrics, pick_samples(groups, count), next(filter(None, failures), None))
 
 
 class Controller:
@@ -97,7 +119,7 @@ class Controller:
         self.ahead = Ahead(lambda step: self._collect(step, lag=1))
         self.positions: dict[int, Position] = {}  # of the last step and the one before it
         self.sinks: MetricSinks | None = None
-        self.collected: Collected | None = None
+        self.report: StepReport | None = None  # of the last rollout step
         self.rollout_times: dict[str, float] = {}
         self.flops, self.num_ranks, self.work = forward_flops(hf_config), num_ranks, StepWork(0, 0, 0.0)
         self.last_eval: EvalResult | None = None
@@ -158,7 +180,7 @@ class Controller:
         """
         self._wait_for_rollout()
         try:
-            self.collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
+            collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
         except NothingVaries as error:
             self._record_untrained(step, error.collected)
             message = f"{error}; the step's samples are in {self.config.run_dir / 'samples'}"
@@ -166,10 +188,11 @@ class Controller:
         self.positions = {step - 1: self.positions[step - 1], step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
-        batch = to_train_batch(self.collected.groups, overlong_filter=self.config.reward.overlong.filter)
+        self.report = StepReport.of(collected, collected.groups, self.config.observe.samples_per_step)
+        batch = to_train_batch(collected.groups, overlong_filter=self.config.reward.overlong.filter)
         self.work = StepWork(
             num_tokens=len(batch.tokens),
-            num_generated=self.collected.stats.get("sampling/generated_tokens", 0),
+            num_generated=collected.stats.get("sampling/generated_tokens", 0),
             train_flops=3 * self.config.batch.epochs * self.flops.count(batch.lengths, int(batch.loss_mask.sum())),
         )
         return batch
@@ -232,13 +255,12 @@ class Controller:
 
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics and samples of one rollout step."""
-        assert self.collected is not None and self.sinks is not None
-        self._tell_failures()
+        assert self.report is not None and self.sinks is not None
+        self._tell_failures(self.report)
         times = self.timer.pop() | self.rollout_times
         row = {
             "updates": float(num_updates),
-            **group_metrics(self.collected.generated, self.collected.groups),
-            **self.collected.stats,
+            **self.report.metrics,
             **self.engine.metrics(),
             **metrics,
             **throughput_metrics(self.work, times, self.num_ranks, peak_tflops(card_name())),
@@ -246,18 +268,19 @@ class Controller:
             "memory/rss_gib": psutil.Process().memory_info().rss / GIB,
         }
         self.sinks.write(step, row)
-        self._show_samples(step, self.collected.groups)
+        self._write_samples(step, self.report)
         self.progress.step_done(step, row)
 
     def _record_untrained(self, step: int, collected: Collected) -> None:
         """Write what was generated in a step that ends the run, so that people can see why it ended."""
         assert self.sinks is not None
-        self.sinks.write(step, {**group_metrics(collected.generated, []), **collected.stats})
-        self._show_samples(step, collected.generated)
+        report = StepReport.of(collected, collected.generated, self.config.observe.samples_per_step)
+        self.sinks.write(step, report.metrics)
+        self._write_samples(step, report)
 
-    def _show_samples(self, step: int, groups: Sequence[Group]) -> None:
-        folder, count = self.config.run_dir, self.config.observe.samples_per_step
-        attempt("write samples", lambda: write_samples(folder, step, groups, count), self.progress.line)
+    def _write_samples(self, step: int, report: StepReport) -> None:
+        folder = self.config.run_dir
+        attempt("write samples", lambda: write_samples(folder, step, report.shown), self.progress.line)
 
     def finish(self, export: Path | None) -> None:
         """Close the run: draw the plot, and print a report with sample answers."""
@@ -294,14 +317,12 @@ class Controller:
     def _position(self) -> Position:
         return Position(self.loader.state(), self.sampler.snapshot())
 
-    def _tell_failures(self) -> None:
+    def _tell_failures(self, report: StepReport) -> None:
         """Report on the screen how many samples could not be scored, and why the first could not."""
-        assert self.collected is not None
-        samples = [sample for group in self.collected.generated for sample in group.samples]
-        failures = [sample.score.failure for sample in samples if sample.score.failure is not None]
-        self.num_failures += len(failures)
-        if failures:
-            self.progress.line(f"reward failed on {len(failures)} of {len(samples)} samples; the first: {failures[0]}")
+        count, total = (int(report.metrics[name]) for name in ("reward/failures", "sampling/samples_generated"))
+        self.num_failures += count
+        if count:
+            self.progress.line(f"reward failed on {count} of {total} samples; the first: {report.failure}")
 
     def close(self) -> None:
         """Stop workers and servers, and close the run's files. May be called twice."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +115,27 @@ def test_a_rollout_step_gives_the_batch_the_row_and_the_position_of_its_step(bui
         (1, 1, 1),
         (2, 2, 2),
     ]
+
+
+def test_only_the_samples_to_show_are_kept_once_a_step_has_its_batch(build) -> None:
+    controller = build(rollout={"group_size": 4, "max_response_tokens": 16}, observe={"samples_per_step": 1})
+    controller.open_run(None)
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def generate(prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
+        answers = [controller.engine.answer.copy() for _ in prompts]
+        made.extend(map(weakref.ref, answers))
+        return [Rollout(ids, np.zeros(len(ids), np.float32), np.ones(len(ids), bool), "stop", 0) for ids in answers]
+
+    controller.engine.generate = generate
+    controller.rollout(1)
+    gc.collect()
+    assert [ref() is not None for ref in made] == [True, False, False, False]
+    controller.record(1, num_updates=1, metrics={})
+    (row,) = read_metrics(controller.config.run_dir)
+    assert (row["reward/acc"], row["sampling/samples_generated"]) == (1.0, 4.0)
+    (sample,) = (controller.config.run_dir / "samples/step_000001.jsonl").read_text().splitlines()
+    assert json.loads(sample)["response"] == "Answer: 2"
 
 
 def test_a_new_run_moves_an_earlier_one_aside_but_neither_its_own_lock_nor_its_servers(build) -> None:

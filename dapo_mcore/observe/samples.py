@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from dapo_mcore.types import Group, Prompt, Sample
 
 
-def write_samples(run_dir: Path, step: int, groups: Sequence[Group], count: int) -> Path | None:
-    """Write at most `count` completions. Return the file, None if there is nothing to write."""
-    records = [_record(*picked) for picked in pick_samples(groups, count)]
-    return _write(Path(run_dir) / "samples" / f"step_{step:06d}.jsonl", records)
+def write_samples(run_dir: Path, step: int, picked: Sequence[tuple[Prompt, Sample]]) -> Path | None:
+    """Write the completions that `pick_samples` has chosen. Return the file, None if there is nothing to write."""
+    return _write(Path(run_dir) / "samples" / f"step_{step:06d}.jsonl", [_record(*one) for one in picked])
 
 
 def write_answers(run_dir: Path, step: int, sets: Mapping[str, Sequence[Group]], count: int) -> Path | None:

@@ -192,6 +192,7 @@ class Run:
                 share = scatter_step(
                     batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
                 )
+                del batch  # 9 bytes per token of the whole step: the ranks have their shares
                 scored = self.learner.score(share)
             if self._stop() is not None:
                 return None

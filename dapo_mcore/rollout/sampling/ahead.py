@@ -45,8 +45,8 @@ class Ahead(Generic[T]):
         if self._step is None:
             return None
         assert self._step == step, f"step {self._step} was begun, but {step} is asked for"
-        self._step = None
-        return self._future.result()
+        self._step, future, self._future = None, self._future, Future()  # keep nothing of what it holds
+        return future.result()
 
     def _run(self, step: int, future: Future[T]) -> None:
         try:

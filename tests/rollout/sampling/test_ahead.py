@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
+import numpy as np
 import pytest
 
 from dapo_mcore.errors import RolloutError
@@ -30,6 +32,13 @@ def test_the_result_is_handed_over_once_and_only_for_its_step():
     assert not ahead.running
     assert ahead.take(2) == (2, "rollout-ahead")
     assert ahead.take(3) is None
+
+
+def test_a_result_that_was_taken_is_not_kept():
+    ahead = Ahead(lambda step: np.zeros(step))
+    ahead.begin(1)
+    taken = weakref.ref(ahead.take(1))
+    assert taken() is None
 
 
 def test_a_wait_ends_early_when_it_is_told_to():
