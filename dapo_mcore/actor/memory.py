@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import psutil
-import torch
 from torch import Tensor, UntypedStorage
+from torch.nn import Module
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.memory_use import GIB, gradient_tensors, storages, weight_tensors
+from dapo_mcore.actor.host_copy import HostCopy
+from dapo_mcore.actor.memory_use import gradient_tensors, storages, weight_tensors
 from dapo_mcore.actor.parallel.layout import num_local_ranks
-from dapo_mcore.errors import ResourceError
 
 
 class ActorMemory:
@@ -39,8 +38,13 @@ class ActorMemory:
         tensors = (*self._weight_tensors(), *self._gradient_tensors(), *self._state_tensors())
         return sum(storage.nbytes() for storage in storages(tensors).values())
 
+    @property
+    def host_nbytes(self) -> int:
+        """Return the host memory of what has been offloaded so far, in bytes. It stays allocated for the next time."""
+        return self._state.nbytes + self._weights.nbytes
+
     def offload_state(self) -> None:
-        """Move the optimizer state to the host and free the gradients. The next gradient step does not need their values."""
+        """Move the optimizer state to the host and free the gradients and FP8 copies of weights, which nothing reads again."""
         weights, gradients = storages(self._weight_tensors()), storages(self._gradient_tensors())
         # an fp32 optimizer updates the weights themselves, or shards of their buffer
         state = {key: s for key, s in storages(self._state_tensors()).items() if key not in weights | gradients}
@@ -48,6 +52,8 @@ class ActorMemory:
         self._gradients = [(storage, storage.nbytes()) for storage in gradients.values()]
         for storage, _ in self._gradients:
             storage.resize_(0)
+        for model in (self._actor.policy, self._actor.reference):
+            _drop_fp8_copies(model)
         self._actor.layout.free_scratch()
 
     def offload_weights(self) -> None:
@@ -76,53 +82,9 @@ class ActorMemory:
                 yield tensor
 
 
-class HostCopy:
-    """The values of storages that have no memory, in host buffers. Buffers are pinned once and reused.
-
-    num_ranks  the trainer's ranks on this machine; all of them offload at the same time
+def _drop_fp8_copies(model: Module | None) -> None:
+    """Free the FP8 weights that Transformer Engine's modules keep beside the bf16 ones, as they do themselves when the recipe
+    changes: the next forward pass casts the weights again, as the first micro-batch of each pass does anyway (2.11, module/base.py).
     """
-
-    def __init__(self, pinned: bool, num_ranks: int = 1):
-        self._pinned, self._num_ranks = pinned, num_ranks
-        self._buffers: list[Tensor] = []
-        self._offloaded: list[UntypedStorage] = []
-
-    def offload(self, given: Iterable[UntypedStorage]) -> None:
-        """Copy the storages to the host and free their device memory. Raises ResourceError if the host has too little."""
-        assert not self._offloaded, "offloaded already"
-        offloaded = list(given)
-        self._allocate([storage.nbytes() for storage in offloaded])
-        for storage, buffer in zip(offloaded, self._buffers, strict=True):
-            buffer.copy_(_bytes_of(storage), non_blocking=True)
-        if self._pinned:
-            torch.cuda.synchronize()
-        for storage in offloaded:
-            storage.resize_(0)
-        self._offloaded = offloaded
-
-    def onload(self) -> None:
-        """Give the storages memory again and copy their values back."""
-        for storage, buffer in zip(self._offloaded, self._buffers):
-            storage.resize_(buffer.nbytes)
-            _bytes_of(storage).copy_(buffer, non_blocking=True)
-        if self._pinned:
-            torch.cuda.synchronize()
-        self._offloaded = []
-
-    def _allocate(self, sizes: list[int]) -> None:
-        if [buffer.nbytes for buffer in self._buffers] == sizes:
-            return
-        self._buffers = []
-        needed, memory = sum(sizes), psutil.virtual_memory()
-        # ranks allocate at the same time: each could find enough available memory, and all together be killed
-        if needed > memory.available or self._num_ranks * needed > memory.total:
-            raise ResourceError(
-                f"rollout.sglang.colocated keeps {needed / GIB:.1f} GiB of this rank's actor on the host during generation, "
-                f"on each of this machine's {self._num_ranks} ranks, but {memory.available / GIB:.1f} GiB of host memory are "
-                f"available, of {memory.total / GIB:.1f}; use more nodes, or servers on GPUs of their own (colocated false)"
-            )
-        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
-
-
-def _bytes_of(storage: UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    for module in () if model is None else model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()

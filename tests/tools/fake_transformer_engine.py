@@ -105,15 +105,23 @@ class MXFP8Quantizer:
 
 
 class Linear(torch.nn.Module):
+    """A layer that keeps its weight in FP8 from the first micro-batch on (`is_first_microbatch` True) for those after it."""
+
     recipe: Recipe | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, params_dtype: torch.dtype, device: str):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(out_features, in_features, dtype=params_dtype, device=device))
+        self._fp8_workspaces: dict[str, torch.Tensor] = {}
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
         assert Linear.recipe is not None
-        return fp8_product(hidden, self.weight, quantizer(Linear.recipe.name, Linear.recipe.fp8_format.value))
+        numbers = quantizer(Linear.recipe.name, Linear.recipe.fp8_format.value)
+        if is_first_microbatch is None:
+            return fp8_product(hidden, self.weight, numbers)
+        if is_first_microbatch or "weight" not in self._fp8_workspaces:
+            self._fp8_workspaces["weight"] = numbers.weight(self.weight.detach(), along=1).values()
+        return hidden.float() @ self._fp8_workspaces["weight"].T
 
 
 @contextmanager
