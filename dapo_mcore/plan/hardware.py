@@ -41,6 +41,7 @@ class Gpu:
     nvlink_gbs: float = _figure(450, "GB/s", "vendor", "NVLink of one GPU, each direction")
     network_gbs: float = _figure(50, "GB/s", "vendor", "network of one GPU between nodes, each direction (400 Gb/s)")
     pcie_gbs: float = _figure(64, "GB/s", "vendor", "PCIe of one GPU to the host, each direction")
+    host_gib: float = _figure(1900, "GiB", "vendor", "host memory of a node (2 TB); half of it is /dev/shm")
 
 
 GPUS = {
@@ -67,6 +68,9 @@ class Assumptions:
 
     copy_efficiency: float = _figure(0.90, "of hbm_gbs", "measured", "a device copy, 3,000 GB/s")
     gemm_efficiency: float = _figure(0.75, "of bf16_tflops", "measured", "products of layers, 735-750 TFLOP/s")
+    narrow_values: float = _figure(
+        64, "values", "guess", "a product of width n, or an expert's of n rows, reaches n / (n + this) of that", least=0
+    )
     head_efficiency: float = _figure(
         0.73, "of bf16_tflops", "measured", "the policy head's three products, 720 TFLOP/s"
     )
@@ -132,12 +136,13 @@ class Assumptions:
 
     reserve_gib: float = _figure(2.5, "GiB", "guess", "CUDA context, NCCL's buffers, cuBLAS' workspace", least=0)
     fragmentation: float = _figure(0.05, "share", "guess", "of activations and scratch, lost to the allocator")
-    host_gib: float = _figure(2000, "GiB", "guess", "host memory of a node; half of it is /dev/shm")
     host_bytes_per_token: float = _figure(
         70, "B", "measured", "rank 0's host: rollouts, batches and metrics per generated token"
     )
+    micro_batch_bytes: float = _figure(
+        58, "B", "measured", "a rank's micro-batches on the host, per token of its replica's share (54-61)"
+    )
     process_gib: float = _figure(6, "GiB", "guess", "host memory of one training process or server", least=0)
-    save_bytes: float = _figure(32, "B", "measured", "host memory of a checkpoint, per parameter of a rank (27-36)")
 
 
 class Entry(NamedTuple):

@@ -73,6 +73,16 @@ class Job:
         return self.nodes * self.cluster.gpus_per_node
 
     @property
+    def is_embedded(self) -> bool:
+        """True if rank 0's process generates."""
+        return self.config.rollout.engine == "embedded"
+
+    @property
+    def is_colocated(self) -> bool:
+        """True if servers and trainer take turns on the same GPUs."""
+        return not self.is_embedded and self.config.rollout.sglang.colocated
+
+    @property
     def tensor(self) -> int:
         return self.config.parallel.tensor_parallel
 

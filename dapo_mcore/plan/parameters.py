@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from dapo_mcore.actor.host_copy import pinned_bytes
 from dapo_mcore.architecture.mapping import Parameter, hf_shapes, layer_rules, local_shape
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.architecture.weight_rules import EMBEDDING, FINAL_NORM, OUTPUT, WeightRule
@@ -33,6 +34,7 @@ class Counts:
     float32          elements that are not trained and stay float32: DeepSeek's routing bias with a count of tokens
                      beside it, and the tables of each layer's own YaRN embedding
     largest          elements of the largest single parameter
+    pinned           bytes of the trained parameters as float32, each in pinned memory of its own
     """
 
     dense: int
@@ -43,6 +45,7 @@ class Counts:
     expert_buffer: int
     float32: int
     largest: int
+    pinned: int
 
     @property
     def trained(self) -> int:
@@ -120,6 +123,7 @@ def _counts(stage: _Stage) -> Counts:
         expert_buffer=_padded(experts, stage.sharing and stage.experts_sharing),
         float32=2 * _sum(held for held in layers if held.float32) + stage.rotary * sum(n for _, n in stage.layers),
         largest=max(held.size for held in trained),
+        pinned=sum(pinned_bytes(4 * held.size) * held.count for held in trained),
     )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dapo_mcore.plan.memory import GIB, Memory, Use
+from dapo_mcore.plan.held import GIB, Use
+from dapo_mcore.plan.memory import Memory
 
 LETTERS = {
     "parameters": "P",

@@ -11,8 +11,9 @@ from typing import Any
 
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.change import Changes, changed
+from dapo_mcore.plan.held import GIB, Use
 from dapo_mcore.plan.job import Job
-from dapo_mcore.plan.memory import GIB, Memory, Server, Use, memory_of
+from dapo_mcore.plan.memory import Memory, Server, memory_of
 from dapo_mcore.plan.plan import Plan
 
 
@@ -90,7 +91,7 @@ def servers_on_all(job: Job, tensor: int = 0) -> Changes:
 def _train(job: Job) -> Iterator[Changes]:
     """Yield settings that lower memory while training, those that cost least first."""
     config, parallel = job.config, job.config.parallel
-    if config.rollout.engine == "embedded":
+    if job.is_embedded:
         yield servers_on_all(job)
     if not config.optimizer.distributed:
         yield {"optimizer.distributed": True}
@@ -118,7 +119,7 @@ def _train(job: Job) -> Iterator[Changes]:
 
 
 def _sync(job: Job) -> Iterator[Changes]:
-    if job.config.rollout.engine == "embedded":
+    if job.is_embedded:
         yield servers_on_all(job)
     yield {"rollout.sglang.bucket_mib": 128}
     servers = job.config.rollout.sglang
@@ -130,7 +131,7 @@ def _sync(job: Job) -> Iterator[Changes]:
 
 def _server(job: Job) -> Iterator[Changes]:
     servers = job.config.rollout.sglang
-    if job.config.rollout.engine == "embedded":
+    if job.is_embedded:
         yield servers_on_all(job)
     for tensor in (2, 4, 8):
         if tensor > servers.tensor_parallel:
@@ -145,4 +146,6 @@ def _host(job: Job) -> Iterator[Changes]:
     yield {"rollout.sglang.sync": "tensor"}
     yield {"rollout.sglang.colocated": False}
     yield {"optimizer.offload_fraction": 0.0}
-    yield {"checkpoint.every": None, "checkpoint.at_end": False}
+    yield {"model.offload_activations": False}
+    yield {"optimizer.distributed": True}
+    yield {"reward.workers": 8}

@@ -12,8 +12,9 @@ from typing import Any
 from dapo_mcore.plan.batch import assumed
 from dapo_mcore.plan.change import overrides
 from dapo_mcore.plan.hardware import Entry, entries
+from dapo_mcore.plan.held import GIB, Use
 from dapo_mcore.plan.job import Job
-from dapo_mcore.plan.memory import GIB, Use, uses
+from dapo_mcore.plan.memory import uses
 from dapo_mcore.plan.parameters import whole_model
 from dapo_mcore.plan.picture import bars, table, wrapped
 from dapo_mcore.plan.plan import Plan

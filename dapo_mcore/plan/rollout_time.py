@@ -85,7 +85,7 @@ def rollout_time(job: Job, batch: Batch, memory: Memory) -> RolloutTime:
 def num_servers(job: Job) -> int:
     """Return the servers that generate; the embedded engine is one of them."""
     servers = job.config.rollout.sglang
-    return 1 if job.config.rollout.engine == "embedded" else servers.num_servers
+    return 1 if job.is_embedded else servers.num_servers
 
 
 def _at_once(job: Job, memory: Memory) -> int:
@@ -112,7 +112,7 @@ class Decode:
 def decode_cost(job: Job) -> Decode:
     """Return the cost of a server's decode step. All weights are read; of experts, as if every one had a token."""
     assume, servers = job.assume, job.config.rollout.sglang
-    embedded = job.config.rollout.engine == "embedded"
+    embedded = job.is_embedded
     tensor = 1 if embedded else servers.tensor_parallel
     slow = assume.embedded_slowdown if embedded else 1.0
     size = 1 if servers.quantize == "fp8" and not embedded else job.dtype_bytes
@@ -125,7 +125,7 @@ def decode_cost(job: Job) -> Decode:
 
 def _flops_per_s(job: Job) -> float:
     """Return the FLOP/s of one server."""
-    tensor = 1 if job.config.rollout.engine == "embedded" else job.config.rollout.sglang.tensor_parallel
+    tensor = 1 if job.is_embedded else job.config.rollout.sglang.tensor_parallel
     return job.assume.decode_gemm_efficiency * job.gpu.bf16_tflops * 1e12 * tensor
 
 

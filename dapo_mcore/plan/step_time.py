@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dapo_mcore.plan.batch import Batch
+from dapo_mcore.plan.host import away_bytes
 from dapo_mcore.plan.job import Job
-from dapo_mcore.plan.memory import Memory, held_bytes
+from dapo_mcore.plan.memory import Memory
 from dapo_mcore.plan.parameters import stage_counts, whole_model
 from dapo_mcore.plan.rollout_time import RolloutTime, rollout_time
 from dapo_mcore.plan.train_time import TrainTime, train_time
@@ -63,7 +64,7 @@ def _sync(job: Job) -> float:
     local = 1.0 if job.num_train <= per_node else min(per_node, job.tensor) / (job.tensor * job.pipeline)
     network = assume.network_efficiency * job.gpu.network_gbs * 1e9
     collected = nbytes * max(0.0, 1 - local) / network
-    if job.config.rollout.engine == "embedded":
+    if job.is_embedded:
         return collected + nbytes / (assume.copy_efficiency * job.gpu.hbm_gbs * 1e9)
     speed = {"disk": assume.disk_sync_gbs, "distributed": assume.sync_gbs, "tensor": assume.tensor_sync_gbs}
     passes = -(-servers.num_servers // (servers.servers_per_group or servers.num_servers))
@@ -71,8 +72,6 @@ def _sync(job: Job) -> float:
 
 
 def _handover(job: Job) -> float:
-    if job.config.rollout.engine != "sglang" or not job.config.rollout.sglang.colocated:
+    if not job.is_colocated:
         return 0.0
-    held = held_bytes(job, stage_counts(job, 0))
-    moved = 2 * (held["parameters"] + held["optimizer"] + held["reference"])
-    return moved / (job.assume.pcie_efficiency * job.gpu.pcie_gbs * 1e9)
+    return 2 * sum(away_bytes(job, stage_counts(job, 0))) / (job.assume.pcie_efficiency * job.gpu.pcie_gbs * 1e9)

@@ -13,8 +13,9 @@ from typing import Any
 
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.change import Changes, changed
+from dapo_mcore.plan.held import GIB
 from dapo_mcore.plan.job import Job
-from dapo_mcore.plan.memory import GIB, memory_of
+from dapo_mcore.plan.memory import memory_of
 from dapo_mcore.plan.plan import Plan, make_plan
 from dapo_mcore.plan.remedies import servers_on_all
 from dapo_mcore.plan.rollout_time import rollout_time

@@ -5,14 +5,17 @@ Change here: what a pass over a micro-batch costs. Work comes from architecture/
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from dapo_mcore.actor.model.fp8_rules import bf16_layers
 from dapo_mcore.plan.batch import Batch
 from dapo_mcore.plan.hardware import Gpu
+from dapo_mcore.plan.held import offloaded_input, optimizer_elements
 from dapo_mcore.plan.job import Job
-from dapo_mcore.plan.memory import offloaded_bytes, optimizer_elements
 from dapo_mcore.plan.parameters import Counts, stage_counts
+from dapo_mcore.plan.products import expert_factor, product_seconds
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,9 @@ def _stage(job: Job, batch: Batch, stage: int, backward: bool) -> Pass:
     assume, peak, share = job.assume, job.gpu.bf16_tflops * 1e12, len(job.stages[stage]) / job.shape.num_layers
     ranks = job.tensor * job.context
     passes = 3 if backward else 1
-    experts = _expert_factor(job)
-    layer_flops = job.flops.per_token * batch.tokens * share * experts / ranks
+    forward = _products(job, batch, stage)
     square_flops = job.flops.per_square * batch.squares * share / ranks
-    products = layer_flops / (assume.gemm_efficiency * peak) / _fp8_gain(job, stage)
+    products = sum(forward.values())
     attention = square_flops / (assume.attention_forward * peak)
     attention_back = 2.5 * square_flops / (assume.attention_backward * peak) if backward else 0.0
     traffic = _traffic(job, batch, stage)
@@ -126,15 +128,24 @@ def _stage(job: Job, batch: Batch, stage: int, backward: bool) -> Pass:
         attention=attention + attention_back,
         head=_head(job, batch, backward) if last else 0.0,
         memory_traffic=(traffic + gradient) if backward else forward_traffic,
-        recompute=again or (_recomputed_part(job, products) if backward else 0.0),
+        recompute=again or (_recomputed_part(job, forward) if backward else 0.0),
         messages=sum(messages) + 2 * unhidden if backward else messages[0],
         launches=_launches(job, stage) * (4 / 3 if again else 1),
     )
 
 
+def _products(job: Job, batch: Batch, stage: int) -> Counter[str]:
+    """Return the seconds of a stage's products in a forward pass over the mean micro-batch, by kind."""
+    found: Counter[str] = Counter()
+    for moe, count in Counter(job.shape.moe_layers[layer] for layer in job.stages[stage]).items():
+        alike = product_seconds(job, batch, job.shape.moe_layers.index(moe))
+        found.update({kind: count * seconds / _fp8_gain(job, stage) for kind, seconds in alike.items()})
+    return found
+
+
 def _bus(job: Job, batch: Batch, stage: int) -> float:
     """Return the seconds in which the inputs of layers go to the host, or come back, beside a pass over a micro-batch."""
-    moved = offloaded_bytes(job, stage, 1, batch.tokens / job.context)
+    moved = len(job.stages[stage]) * offloaded_input(job, batch.tokens / job.context)
     return moved / (job.assume.pcie_efficiency * job.gpu.pcie_gbs * 1e9)
 
 
@@ -145,11 +156,6 @@ def _launches(job: Job, stage: int) -> float:
 def _copy(job: Job) -> float:
     """Return the bytes per second of a device copy."""
     return job.assume.copy_efficiency * job.gpu.hbm_gbs * 1e9
-
-
-def _expert_factor(job: Job) -> float:
-    """Return how much longer layers take because some rank's experts get more tokens than the mean."""
-    return job.assume.expert_imbalance if job.config.parallel.expert_parallel > 1 else 1.0
 
 
 def _fp8_gain(job: Job, stage: int) -> float:
@@ -170,15 +176,20 @@ def _recomputes_all(job: Job) -> bool:
     return job.config.model.recompute == "full"
 
 
-def _recomputed_part(job: Job, products: float) -> float:
-    """Return the seconds that a list of modules adds: their share of the forward products."""
+def _recomputed_part(job: Job, forward: Mapping[str, float]) -> float:
+    """Return the seconds that a list of modules adds: products whose results are computed again."""
     recompute = job.config.model.recompute
     if not isinstance(recompute, list):
         return 0.0
-    shape = job.shape
-    mlp = 3 * shape.hidden_size * shape.ffn_size / (job.flops.per_token / 2 / shape.num_layers)
-    share = {"mlp": mlp * 2 / 3, "shared_experts": 0.2, "moe": 0.8, "mla_up_proj": 0.1}
-    return products * min(1.0, sum(share.get(module, 0.0) for module in recompute))
+    get = forward.get
+    experts = get("experts", 0.0) + get("router", 0.0)
+    seconds = {
+        "mlp": get("mlp", 0.0) * 2 / 3,  # not the projection down
+        "shared_experts": get("shared_experts", 0.0) * 2 / 3,
+        "moe": experts + get("shared_experts", 0.0),
+        "mla_up_proj": get("attention", 0.0) / 3,
+    }
+    return sum(seconds.get(module, 0.0) for module in recompute)
 
 
 def _traffic(job: Job, batch: Batch, stage: int) -> float:
@@ -201,7 +212,7 @@ def _inner(job: Job, layer: int) -> float:
     shape = job.shape
     if not shape.moe_layers[layer]:
         return shape.ffn_size / job.tensor
-    chosen = job.architecture.fields["moe_router_topk"] * _expert_factor(job)
+    chosen = job.architecture.fields["moe_router_topk"] * expert_factor(job)
     return (chosen * shape.expert_ffn + shape.shared_ffn) / job.tensor
 
 
@@ -222,15 +233,20 @@ def _messages(job: Job, batch: Batch, stage: int, backward: bool) -> tuple[float
         (4, 6) if job.token_split > 1 else (4, 4)
     )  # gathers and scatters; without sequence parallelism, sums count twice
     forward, back = layers * rounds[0] * tensor, layers * rounds[1] * tensor
+    moe = sum(job.shape.moe_layers[layer] for layer in job.stages[stage])
     if job.context > 1:
         keys = 2 * job.dtype_bytes * tokens * job.shape.num_kv_heads * job.shape.head_dim / job.tensor
         ring = layers * keys * (job.context - 1) / link(job, job.tensor * job.context) * (1 - assume.ring_hidden)
         forward, back = forward + ring, back + 2 * ring
     if (experts := job.config.parallel.expert_parallel) > 1:
         sent = job.architecture.fields["moe_router_topk"] * hidden / job.token_split * (experts - 1) / experts
-        moe = sum(job.shape.moe_layers[layer] for layer in job.stages[stage])
         exchange = 2 * moe * sent * assume.expert_imbalance / link(job, experts)
         forward, back = forward + exchange, back + exchange
+    if moe and (shared := job.config.parallel.expert_tensor_size) > 1:
+        # an expert's ranks gather the rows that their experts get, and sum what comes out
+        rows = job.architecture.fields["moe_router_topk"] * hidden / job.token_split * expert_factor(job)
+        gathered = 2 * moe * rows * (shared - 1) / link(job, shared)
+        forward, back = forward + gathered, back + gathered
     if job.pipeline > 1:
         between = job.chunks * hidden / job.token_split / (assume.network_efficiency * gpu.network_gbs * 1e9)
         forward, back = forward + between, back + between

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -169,6 +171,7 @@ def test_gradient_buffers_have_megatrons_padding() -> None:
     assert stage_counts(tiny, 0) == Counts(
         dense=sum(sizes), experts=0, linear=3 * (64 + 32 + 144) * 32, embedding=2 * 104 * 32,
         buffer=-(-padded // 384) * 384, expert_buffer=0, float32=0, largest=104 * 32,
+        pinned=sum(2 ** math.ceil(math.log2(4 * size)) for size in sizes),
     )  # fmt: skip
     plain = job(
         nodes=1, gpus_per_node=3, hf_config=config_of("qwen2", max_position_embeddings=32768), parallel__tensor_parallel=1,

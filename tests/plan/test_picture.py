@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from dapo_mcore.plan.batch import batch_of
-from dapo_mcore.plan.memory import GIB, Use, memory_of
+from dapo_mcore.plan.held import GIB, Use
+from dapo_mcore.plan.memory import memory_of
 from dapo_mcore.plan.picture import LETTERS, bar, bars, table, wrapped
 from tests.plan.jobs import job
 

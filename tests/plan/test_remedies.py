@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dapo_mcore.plan.change import changed
-from dapo_mcore.plan.memory import GIB
+from dapo_mcore.plan.held import GIB
 from dapo_mcore.plan.plan import make_plan
 from dapo_mcore.plan.remedies import problems
 from tests.plan.jobs import job
@@ -55,7 +55,10 @@ def test_a_server_without_room_for_its_cache() -> None:
 
 
 def test_the_host_is_planned_too() -> None:
-    found = problems(make_plan(job(assumed={"host_gib": 500})))
-    assert found[0].where == "host of the first node" and found[0].culprit == "checkpoint"
+    (found,) = problems(make_plan(job(assumed={"host_gib": 260})))
+    assert found.where == "host of the first node" and found.culprit == "/dev/shm"
     small = problems(make_plan(job(assumed={"host_gib": 200})))
     assert [problem.where for problem in small] == ["host of the first node", "/dev/shm of the first node"]
+    away = job(model__offload_activations=True, assumed={"host_gib": 190}, rollout__sglang__sync_dir="/shared")
+    (found,) = problems(make_plan(away))
+    assert {"model.offload_activations": False} in [own.changes for own in found.remedies if own.fits]

@@ -102,6 +102,17 @@ def test_fp8_speeds_up_the_layers_products_only() -> None:
     assert after.head == before.head and after.memory_traffic > before.memory_traffic
 
 
+def test_divided_experts_gather_rows_and_sum_them() -> None:
+    mesh = {"parallel__tensor_parallel": 4, "parallel__pipeline_parallel": 1}
+    servers = {"rollout__sglang__num_servers": 2, "rollout__sglang__tensor_parallel": 8}
+    divided = job("Qwen3-30B-A3B", nodes=2, **mesh, **servers)
+    batch = batch_of(divided)
+    tensor = 48 * 4 * 2 * batch.tokens * 2048 * 3 / 4 / (0.7 * 450e9)
+    rows = 48 * 2 * 8 * 2 * batch.tokens / 4 * 2048 * 3 / (0.7 * 450e9)
+    found = train_time(divided, batch).score.messages
+    assert found == pytest.approx((tensor + rows) * batch.micro_batches * batch.imbalance)
+
+
 def test_distributed_experts_exchange_tokens() -> None:
     servers = {"rollout__sglang__num_servers": 2, "rollout__sglang__tensor_parallel": 8}
     apart = job(
