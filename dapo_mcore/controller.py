@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dapo_mcore.checkpoint.run_folder import step_of
 from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.config.file import dump_config, record_config
 from dapo_mcore.config.schema import Config
+from dapo_mcore.data.detokenize import decode_responses
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.run_data import load_run_data
 from dapo_mcore.eval import EvalResult, evaluate
@@ -91,7 +93,7 @@ class Controller:
     ):
         self.config, self.progress, self.timer = config, progress, timer
         check_services(config.observe)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.decode = tokenizer, partial(decode_responses, tokenizer)
         resumes = resumed_checkpoint(config) is not None
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
         for line in self.data.lines():
@@ -167,10 +169,6 @@ class Controller:
         self.open_run(resume_step=state.step)
         for line in filter(None, (moved, lost)):
             self.progress.line(f"warning: {line}")
-
-    def decode(self, token_ids: Any) -> str:
-        """Return the text of a response without special tokens, as reward functions expect it."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def rollout(self, step: int) -> TrainBatch:
         """Return the samples to train on: prompts → rollout → reward → filter (refill).
@@ -250,7 +248,7 @@ class Controller:
         rollout = self.config.rollout
         params = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, seed)
         rollouts = self.engine.generate([prompt.token_ids for prompt in prompts], params)
-        scores = self.reward(prompts, rollouts, [self.decode(r.token_ids) for r in rollouts])
+        scores = self.reward(prompts, rollouts, self.decode([r.token_ids for r in rollouts]))
         return sum(score.acc for score in scores) / len(scores)
 
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:

@@ -96,7 +96,9 @@ def test_evaluate_samples_every_set_as_the_section_says():
     engine = RecordingEngine()
     config = EvalConfig(samples_per_prompt=3, temperature=0.6, top_p=0.7, seed=11)
     sets = {"easy": [make_prompt(1), make_prompt(2)], "hard": [make_prompt(0)]}
-    result = evaluate(engine, sets, reward, lambda ids: f"{len(ids)} tokens", config, max_new_tokens=9)
+    result = evaluate(
+        engine, sets, reward, lambda responses: [f"{len(ids)} tokens" for ids in responses], config, max_new_tokens=9
+    )
     assert [prompts for prompts, _ in engine.calls] == [[1, 1, 1, 2, 2, 2], [0, 0, 0]]
     for _, params in engine.calls:
         sampled = (params.temperature, params.top_p, params.top_k, params.max_new_tokens, params.seed)

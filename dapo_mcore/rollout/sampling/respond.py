@@ -15,13 +15,13 @@ from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.types import Group, Prompt, RewardFunction, Rollout, RolloutEngine, Sample, SamplingParams
 
-Decode = Callable[[np.ndarray], str]
+Decode = Callable[[Sequence[np.ndarray]], list[str]]
 
 
 class Responder:
     """Answers prompts with an engine and scores the answers.
 
-    decode    text of a response's token ids.
+    decode    returns the texts of responses (int32 [T] each).
     progress  gets the phases `generate` and `reward`; `engine.on_progress = progress.advance` moves the first one.
     timer     is charged with the same two phases.
     """
@@ -75,7 +75,7 @@ class Responder:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
         """Return the rollouts of `prompts`, decoded and scored, in order."""
         with self._timer.phase("reward"):
-            texts = [self._decode(rollout.token_ids) for rollout in rollouts]
+            texts = self._decode([rollout.token_ids for rollout in rollouts])
             scores = self._reward(prompts, rollouts, texts)
         assert len(scores) == len(prompts), f"reward returned {len(scores)} scores for {len(prompts)} samples"
         return [Sample(rollout, text, score) for rollout, text, score in zip(rollouts, texts, scores)]

@@ -7,6 +7,7 @@ overlong penalty varies inside every group.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -52,8 +53,8 @@ class ScriptedEngine:
         return Rollout(tokens, logprobs, np.ones(index + 1, dtype=bool), "stop", self.weight_version)
 
 
-def decode(token_ids: np.ndarray) -> str:
-    return "".join(map(chr, token_ids))
+def decode(responses: Sequence[np.ndarray]) -> list[str]:
+    return ["".join(map(chr, token_ids)) for token_ids in responses]
 
 
 def reward(prompts, rollouts, texts) -> list[Score]:

@@ -44,7 +44,7 @@ def measure(made: SGLangEngine, on_full: str, max_staleness: int) -> dict[str, f
     asked = [Prompt(f"train:{i}", ids, "", "") for i, ids in enumerate(prompts(2000))]
     score = lambda prompts, *_: [Score(1.0, 1.0, True)] * len(prompts)  # noqa: E731
     loader = PromptLoader(asked, seed=0, shuffle=False)
-    sampler = Sampler(made, loader, score, lambda ids: "", config(on_full, max_staleness))
+    sampler = Sampler(made, loader, score, lambda responses: [""] * len(responses), config(on_full, max_staleness))
     rows = []
     for step in range(1, STEPS + WARM_UP + 1):
         start = time.perf_counter()
