@@ -31,6 +31,7 @@ from dapo_mcore.rollout.sglang.pool.pool import ServerPool
 from dapo_mcore.rollout.sglang.pool.recovery import Reload
 from dapo_mcore.rollout.sglang.pool.server import PoolSettings, Server, wait_until_healthy
 from dapo_mcore.rollout.sglang.pool.update import Checksums
+from dapo_mcore.rollout.sglang.sync.delta import DeltaSender
 from dapo_mcore.rollout.sglang.sync.disk import DiskSender, check_sync_dir
 from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender, check_sync_host
 from dapo_mcore.rollout.sglang.sync.sender import Sender
@@ -40,7 +41,12 @@ _SHOW_S = 30.0
 
 
 def new_sender(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_folder: Path) -> Sender[Any]:
-    """Return the sender of `settings.sync`, for a model of `num_bytes`. `run_folder` gives its files a name of their own."""
+    """Return the sender of `settings`, for a model of `num_bytes`. `run_folder` gives its files a name of their own."""
+    sender = _plain_sender(settings, num_bytes, bucket_bytes, run_folder)
+    return DeltaSender(sender, bucket_bytes) if settings.delta else sender
+
+
+def _plain_sender(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_folder: Path) -> Sender[Any]:
     if settings.sync == "distributed":
         backend = "gloo" if settings.device == "cpu" else "nccl"
         return DistributedSender(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)

@@ -37,6 +37,7 @@ from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_server
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.pool.pool import ServerPool
 from dapo_mcore.rollout.sglang.pool.server import Server
+from dapo_mcore.rollout.sglang.sync.delta import DeltaSender, check_delta
 from dapo_mcore.rollout.sglang.sync.sender import BucketQueue, Buckets, Sender
 from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture, quantized, with_cache_scales, with_heads
 from dapo_mcore.types import Rollout, SamplingParams
@@ -105,6 +106,8 @@ class SGLangEngine:
         # half of it: one bucket travels while the next is gathered, and gathering needs room, too
         self.bucket_bytes = settings.bucket_mib << 19
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
+        if settings.delta:
+            check_delta(architecture_name(hf_config), num_bytes)
         self.sender: Sender[Any] = new_sender(settings, num_bytes, self.bucket_bytes, folder)
         self.pool: ServerPool | None = None
         self._processes: Sequence[LaunchedServer] = []
@@ -266,6 +269,8 @@ class SGLangEngine:
         times = {sender.update_metric: end - staged_at}
         if sender.stage_metric is not None:
             times[sender.stage_metric] = staged_at - start
+        if isinstance(sender, DeltaSender):
+            times |= sender.numbers
         return {**times, "sync/bytes": float(num_bytes), "sync/gb_per_s": num_bytes / 1e9 / (end - start)}
 
     async def _update_servers(self, weight_version: str, outgoing: Sequence[tuple[Sender[Any], Buckets[Any]]]) -> None:

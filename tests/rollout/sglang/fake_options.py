@@ -15,7 +15,12 @@ FAKE_OPTIONS = {
     **dict.fromkeys(("attention-backend", "sampling-backend", "grammar-backend"), "one"),
     **dict.fromkeys(("max-total-tokens", "max-running-requests"), "one"),
     **dict.fromkeys(("skip-tokenizer-init", "enable-memory-saver", "disable-overlap-schedule"), "flag"),
-    **{"disable-cuda-graph": "flag", "cuda-graph-bs-decode": "many", "lora-strict-loading": "pair"},
+    **{
+        "custom-weight-loader": "many",
+        "disable-cuda-graph": "flag",
+        "cuda-graph-bs-decode": "many",
+        "lora-strict-loading": "pair",
+    },
 }
 
 

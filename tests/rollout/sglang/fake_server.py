@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,17 @@ from dapo_mcore.rollout.sglang.client.versions import (
 from tests.rollout.sglang.fake_faults import Faults
 from tests.rollout.sglang.fake_options import installed, parsed
 from tests.rollout.sglang.fake_scheduler import TICK_S, Scheduler
-from tests.rollout.sglang.fake_weights import destroy_group, join_group, load, opened, raw_bytes, receive
+from tests.rollout.sglang.fake_weights import (
+    destroy_group,
+    join_group,
+    load,
+    load_delta,
+    load_pairs,
+    raw_bytes,
+    receive,
+    unpickled,
+    views,
+)
 
 ROOT = Path(__file__).absolute().parents[3]
 ADMIN = {
@@ -250,9 +261,13 @@ class FakeServer:
             return self.result(False, f"Failed to receive weights: Group {body['group_name']} not in []")
         self.count_bucket()
         try:
-            self.weights |= await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
+            received = await asyncio.to_thread(receive, self.groups[body["group_name"]], body)
         except RuntimeError as error:
             return self.result(False, f"Failed to receive weights: {error}")
+        try:
+            self.load_weights(received.items())
+        except (RuntimeError, ValueError) as error:
+            return self.result(False, f"Failed to update parameter online: {error}.")
         self.loaded(body)
         return self.result(True, "Succeeded to update parameter online.")
 
@@ -260,15 +275,24 @@ class FakeServer:
         body = await request.json()
         if self.has_sessions and not self.session:
             return self.outside_session("update_weights_from_tensor")
+        handles = body["serialized_named_tensors"][: self.num_ranks]
+        if body["load_format"] != "flattened_bucket":
+            assert body["load_format"] in self.arguments["custom-weight-loader"], body
+            assert [unpickled(handle) for handle in handles] == [[]] * self.num_ranks
+            load_delta(self, [])
+            return self.result(True, "Success")
         self.count_bucket()
-        assert body["load_format"] == "flattened_bucket", body
-        for rank in range(self.num_ranks):
+        for handle in handles:
             try:
-                self.weights |= await asyncio.to_thread(opened, body["serialized_named_tensors"][rank])
-            except Exception:
+                self.load_weights(views(handle).items())
+            except Exception as error:
+                print(repr(error), file=sys.stderr, flush=True)
                 os._exit(1)  # as the real one, whose scheduler ends
         self.loaded(body)
         return self.result(True, "Success")
+
+    def load_weights(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        load_pairs(self.weights, pairs)
 
     def outside_session(self, call: str) -> web.Response:
         return self.result(False, f"{call} must run between begin_weight_update() and end_weight_update()")

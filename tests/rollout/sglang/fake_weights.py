@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import pickle
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,30 @@ class Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def unpickled(handle: str) -> Any:
+    return Unpickler(io.BytesIO(base64.b64decode(handle, validate=True))).load()
+
+
+def load_pairs(weights: dict[str, Any], pairs: Iterable[tuple[str, Any]]) -> None:
+    """Copy tensors into the weights of the same names, as a loader of SGLang does. New ones begin with other values."""
+    import torch
+
+    for name, tensor in pairs:
+        held = weights.get(name)
+        if not isinstance(held, torch.Tensor) or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+            held = weights[name] = torch.ones(tensor.shape, dtype=tensor.dtype)
+        held.copy_(tensor)
+
+
+def load_delta(model: Any, named_tensors: list[Any]) -> None:
+    from dapo_mcore.rollout.sglang.server_side.dapo_mcore_delta import load
+
+    load(model, named_tensors)
+
+
 def views(handle: str) -> dict[str, Any]:
     """Return the tensors of a bucket where they lie in shared memory."""
-    content = Unpickler(io.BytesIO(base64.b64decode(handle, validate=True))).load()
+    content = unpickled(handle)
     flat = content["flattened_tensor"]
     return {m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape) for m in content["metadata"]}
 

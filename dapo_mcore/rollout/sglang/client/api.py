@@ -207,10 +207,15 @@ class ServerClient:
         }
         await self._admin("/update_weights_from_distributed", body)
 
-    async def update_weights_from_tensor(self, handles: Sequence[str], final_version: str | None) -> None:
-        """Copy weights from shared memory. `handles` has one per rank; final_version as above."""
+    async def update_weights_from_tensor(
+        self, handles: Sequence[str], final_version: str | None, load_format: str = "flattened_bucket"
+    ) -> None:
+        """Copy weights from shared memory. `handles` has one per rank; final_version as above.
+
+        load_format  or the name of a loader that the server was started with (`--custom-weight-loader`).
+        """
         last = {"flush_cache": final_version is not None, "weight_version": final_version}
-        body = {"serialized_named_tensors": list(handles), "load_format": "flattened_bucket", **last}
+        body = {"serialized_named_tensors": list(handles), "load_format": load_format, **last}
         await self._admin("/update_weights_from_tensor", body)
 
     async def end_weight_update(self) -> None:

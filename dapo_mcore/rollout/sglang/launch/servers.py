@@ -22,6 +22,7 @@ import yaml
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang import server_side
 from dapo_mcore.rollout.sglang.client.api import Keys
 from dapo_mcore.rollout.sglang.launch.interpreter import Installed, command_line, inspect_environment, python_of
 from dapo_mcore.rollout.sglang.launch.process import ServerProcess
@@ -38,6 +39,8 @@ CPU_ARGS = {
     "max-running-requests": 256,
 }
 """Options that SGLang needs besides `device: cpu` to run without a GPU. Its own guess of the cache size takes most of memory."""
+DELTA_LOADER = "dapo_mcore_delta.load"
+"""The loader of changed values, as a server finds it in the folder server_side/."""
 FP8_BLOCK = 128
 """Rows and columns of a block of an FP8 matrix that share one scale."""
 
@@ -192,6 +195,8 @@ def _options(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str
     }
     # on a CPU base-gpu-id would name a NUMA node, and there is no memory saver
     on_gpu = {"base-gpu-id": first_gpu, "enable-memory-saver": settings.colocated}
+    if settings.delta:
+        ours["custom-weight-loader"] = [DELTA_LOADER]
     return ours | (CPU_ARGS if settings.device == "cpu" else on_gpu) | settings.server_args
 
 
@@ -206,6 +211,8 @@ def server_environment(settings: SGLangConfig, models: Sequence[str], model_type
         if name not in _NOT_INHERITED and not name.startswith(_NOT_INHERITED_PREFIXES)
     }
     kept["HF_HUB_OFFLINE"] = "1"
+    if settings.delta:
+        kept["PYTHONPATH"] = str(Path(server_side.__file__).absolute().parent)
     if settings.device == "cpu":
         kept["SGLANG_USE_CPU_ENGINE"] = "1"
         kept["OMP_NUM_THREADS"] = "1"  # more is many times slower for a model small enough for a CPU
