@@ -12,6 +12,8 @@ import torch
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_CONTINUED_REQUESTS
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
+from dapo_mcore.rollout.sglang.sync.delta import DeltaSender
+from dapo_mcore.rollout.sglang.sync.disk import DiskSender
 from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender
 from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
 from dapo_mcore.types import Rollout
@@ -38,8 +40,9 @@ pytestmark = pytest.mark.sglang
 def made(tmp_path_factory) -> Iterator[SGLangEngine]:
     if real_version() < FIRST_WITH_CONTINUED_REQUESTS:
         pytest.skip("this version is refused, as the first test shows")
+    takes_changes = dict(sync="tensor", delta=True)
     with engine(
-        tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, restart_budget=0, **PATIENCE
+        tmp_path_factory.mktemp("real"), python=real_python(), max_lag=2, restart_budget=0, **takes_changes, **PATIENCE
     ) as started:
         yield started
 
@@ -61,16 +64,16 @@ def reference(prompt: np.ndarray, rollout: Rollout, seed: int) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
 
 
-OTHER_WAYS = {
-    "distributed": lambda: DistributedSender("127.0.0.1", "gloo", timeout_s=60),
-    "tensor": lambda: TensorSender([], bucket_bytes=1 << 19),
+WAYS = {
+    "disk": lambda folder: DiskSender(folder / "weights", num_bytes=1 << 20),
+    "distributed": lambda folder: DistributedSender("127.0.0.1", "gloo", timeout_s=60),
+    "tensor": lambda folder: TensorSender([], bucket_bytes=1 << 19),
 }
 
 
 @pytest.mark.parametrize("sync", ["disk", "distributed", "tensor"])
-def test_each_token_comes_from_the_weights_that_its_span_names(made, sync):
-    if sync in OTHER_WAYS:
-        sync_by(made, OTHER_WAYS[sync]())
+def test_each_token_comes_from_the_weights_that_its_span_names(made, sync, tmp_path):
+    sync_by(made, WAYS[sync](tmp_path))
     first = made.weight_version + 1
     made.update_weights(weights(seed=first), first)
     asked = prompts(64)  # most responses stop early
@@ -110,7 +113,35 @@ def test_new_requests_come_from_the_newest_weights_alone(made):
     assert {rollout.weight_version for rollout in pending.result()} <= {version - 1, version}
 
 
+@pytest.mark.parametrize("sync", ["distributed", "tensor"])
+def test_three_updates_by_changes_leave_the_weights_of_a_whole_sync(made, sync, tmp_path):
+    """The server's own sums of bits have agreed by then. Its log-probs are those of a whole sync, bit by bit."""
+    torch.manual_seed(0)
+    sync_by(made, DeltaSender(WAYS[sync](tmp_path), bucket_bytes=1 << 19))
+    model = tiny_model(made.weight_version + 1)
+    for number in range(4):
+        made.update_weights(iter(list(model.named_parameters())), made.weight_version + 1)
+        assert ("sync/delta_bytes" in made.metrics()) == (number > 0)
+        if number < 3:
+            for parameter in model.parameters():
+                where = torch.rand(parameter.shape) < 0.02
+                parameter.data = torch.where(where, torch.randn(parameter.shape) * 0.3, parameter)
+    after_changes = greedy(made)
+    sync_by(made, WAYS[sync](tmp_path))
+    made.update_weights(iter(list(model.named_parameters())), made.weight_version + 1)
+    assert greedy(made) == after_changes
+    made.update_weights(weights(seed=1), made.weight_version + 1)
+    assert greedy(made) != after_changes, "the comparison can fail"
+
+
+def greedy(made: SGLangEngine) -> list[tuple[list[int], list[float]]]:
+    """Return tokens and log-probs of some prompts, generated one at a time, so that no batch changes their rounding."""
+    found = [made.generate([prompt], params(16, temperature=0.0))[0] for prompt in prompts(4)]
+    return [(rollout.token_ids.tolist(), rollout.logprobs.tolist()) for rollout in found]
+
+
 def test_buckets_of_one_tensor_through_shared_memory_leave_nothing_behind(made):
+    sync_by(made, WAYS["tensor"](None))
     version = made.weight_version + 1
     bucket_a_tensor(made)
     made.update_weights(weights(seed=version), version)
