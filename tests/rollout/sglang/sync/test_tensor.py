@@ -84,9 +84,9 @@ def test_servers_take_the_fp8_stream(tmp_path):
         made.close()
 
 
-@pytest.mark.parametrize("where", ["bucket 1", "bucket 5"])
-def test_a_server_that_dies_at_a_bucket_is_left_out_and_the_others_go_on(tmp_path, where):
-    with engine(tmp_path, num_servers=2, sync="tensor") as made:
+@pytest.mark.parametrize(("where", "delta"), [("bucket 1", False), ("bucket 5", False), ("bucket 1", True)])
+def test_a_server_that_dies_at_a_bucket_is_left_out_and_the_others_go_on(tmp_path, where, delta):
+    with engine(tmp_path, num_servers=2, sync="tensor", delta=delta) as made:
         bucket_a_tensor(made)
         made.update_weights(weights(0), version=1)
         first, second = servers(made)
@@ -106,8 +106,9 @@ def test_the_error_of_servers_that_cannot_open_the_memory_has_the_remedy(tmp_pat
         assert_an_error_where_memory_cannot_be_opened(made, monkeypatch)
 
 
-def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp_path):
-    with engine(tmp_path, sync="tensor") as made:
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp_path, delta):
+    with engine(tmp_path, sync="tensor", delta=delta) as made:
         bucket_a_tensor(made)
         made.update_weights(weights(0), version=1)
         whole = list(weights(1))
