@@ -90,6 +90,7 @@ class Controller:
         num_local_ranks: int = 1,
         num_ranks: int = 1,
         nodes: Sequence[Any] = (),
+        peers: Any = None,
     ):
         self.config, self.progress, self.timer = config, progress, timer
         check_services(config.observe)
@@ -112,6 +113,7 @@ class Controller:
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
             nodes=nodes,
+            peers=peers,
             progress=progress,
         )
         self.engine.on_progress = self.rollout_progress.advance

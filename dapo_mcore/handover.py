@@ -46,7 +46,7 @@ class Handover:
     """Weight syncs and, with `colocated`, turns on shared GPUs. Every rank calls its methods. Training comes first.
 
     engine       on rank 0, None elsewhere.
-    peer         this rank's part in syncs besides sending its shards; None on rank 0 and on ranks that have no such part.
+    peer         this rank's part in syncs besides sending its shards; None if it has none. Rank 0's part is the engine's.
     colocated    actor and engine share GPUs. If not, both keep their memory, and only weights cross.
     run_interruptible  runs a function in the main thread and returns its result, or None if a signal asks the run to stop. See
                  process/signals.py.
@@ -233,15 +233,11 @@ def _take_part(stream: WeightStream, peer: SyncPeer | None) -> None:
 
 def _give(stream: WeightStream, engine: RolloutEngine, version: int) -> Exception | None:
     """Send the stream once. Return what went wrong at the engine, so that every rank can be told first."""
-    try:
-        try:
-            engine.update_weights(stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream(), version)
-        finally:
-            if isinstance(engine, LeadingEngine):
-                engine.dismiss_peers()
-    except Exception as error:
-        return error
-    return None
+    weights = stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream()
+    problem = _outcome(lambda: engine.update_weights(weights, version)).exception()
+    if isinstance(engine, LeadingEngine):
+        problem = _outcome(engine.dismiss_peers).exception() or problem
+    return problem
 
 
 def _outcome(action: Callable[[], T]) -> Future[T]:

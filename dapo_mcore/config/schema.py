@@ -295,10 +295,10 @@ def _check_ray(c: Config) -> None:
             f"{address}: set host node for servers on a cluster's nodes, which are reached at each node's own address, and an "
             "address of this machine for servers on it"
         )
-    if servers.sync == "tensor" and on_nodes:
+    if servers.sync == "tensor" and on_nodes and servers.placement == "ray":
         raise ValueError(
-            f"rollout.sglang.sync tensor hands over memory of rank 0's machine, but placement {servers.placement} spreads "
-            f"num_servers {servers.num_servers} over nodes; use placement local, or sync "
+            f"rollout.sglang.sync tensor hands over memory of the trainer's machines, but placement ray spreads num_servers "
+            f"{servers.num_servers} over nodes that may be others; use placement nodes, or sync "
             f"{'disk with a sync_dir that all nodes share' if servers.colocated else 'distributed'}"
         )
 

@@ -74,7 +74,8 @@ class SGLangConfig(Section):
 
     sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How weights reach the servers: safetensors in `sync_dir`, a broadcast from rank 0 (NCCL, gloo on CPUs), or memory
-    of rank 0 that servers on its machine open (tensor: CUDA IPC, /dev/shm on CPUs)."""
+    of their machine that servers open (tensor: CUDA IPC, /dev/shm on CPUs). With placement nodes, tensor sends each bucket once
+    to the first rank of each node, which shares it there and needs the extra memory of `bucket_mib` too."""
     sync_dir: FilePath = "/dev/shm"
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"

@@ -6,10 +6,12 @@ Change here: a new engine. What every engine must do is types.RolloutEngine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from dapo_mcore.config.schema import Config
@@ -29,12 +31,14 @@ def build_engine(
     pad_token_id: int,
     num_local_ranks: int,
     nodes: Sequence[Any] = (),
+    peers: Any = None,
     progress: NullProgress,
 ) -> Any:
     """Return the engine, a types.RolloutEngine with `on_progress`. SGLang servers are ready when it returns.
 
     num_local_ranks  number of trainer processes on this machine, each with its own GPU if there are GPUs.
     nodes            of the job, each a launch.node_servers.Node, for servers with placement nodes.
+    peers            what `build_peer` returned on this rank.
     progress         shows how the servers start.
     Raise ConfigError if servers cannot be started or used.
     """
@@ -52,6 +56,7 @@ def build_engine(
             progress=progress,
             ray_address=config.ray.address,
             nodes=nodes,
+            relays=peers,
         )
     return EmbeddedEngine(
         hf_config,
@@ -62,6 +67,27 @@ def build_engine(
         num_threads=config.rollout.num_threads or psutil.cpu_count(logical=False),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+
+
+def build_peer(config: Config, parents: Sequence[int], device: torch.device) -> Any:
+    """Return this rank's part in weight syncs besides sending its shards: on rank 0 what `build_engine` takes as `peers`, elsewhere
+    a types.SyncPeer. None if the rank has no such part.
+
+    parents  ranks that are the parents of their nodes' servers, in the order of `nodes`.
+    device   of this rank's weights.
+    Collective: may create process groups, so every rank must call it.
+    """
+    servers = config.rollout.sglang
+    ranks = parents[: servers.num_servers]  # servers are spread in turn over the nodes, so others have none
+    if config.rollout.engine != "sglang" or servers.sync != "tensor" or servers.placement != "nodes" or len(ranks) < 2:
+        return None
+    from dapo_mcore.rollout.sglang.sync.relay import Relay, RelayGroup, Relays
+
+    rank = dist.get_rank()
+    group = RelayGroup(ranks, device, timedelta(minutes=config.parallel.timeout_minutes))
+    if rank not in ranks:
+        return None
+    return Relay(group) if rank else Relays(group)
 
 
 def _server_settings(config: Config, num_local_ranks: int) -> SGLangConfig:

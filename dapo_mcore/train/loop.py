@@ -47,6 +47,7 @@ from dapo_mcore.process.launcher import routed_address, shutdown_timeout_note, w
 from dapo_mcore.process.run_lock import RunLock
 from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, Stop, WorkerShutdown, exit_on_signal
 from dapo_mcore.process.stop_file import STOP, StopFile
+from dapo_mcore.rollout.build import build_peer
 from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost
 from dapo_mcore.warm_start import warm_start
 
@@ -116,7 +117,8 @@ class Run:
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)
             nodes = self._open_nodes()
-            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes))
+            peer = build_peer(config, layout.first_ranks_of_nodes(), layout.device)
+            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes, peer))
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer))
@@ -125,7 +127,12 @@ class Run:
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
             engine = self.controller and self.controller.engine
             self.handover = Handover(
-                self.actor, engine, layout, colocated=shared, run_interruptible=self.shutdown.run_interruptible
+                self.actor,
+                engine,
+                layout,
+                colocated=shared,
+                peer=peer,
+                run_interruptible=self.shutdown.run_interruptible,
             )
 
     def loop(self) -> None:
@@ -272,12 +279,13 @@ class Run:
         if self.config.rollout.engine != "sglang" or self.config.rollout.sglang.placement != "nodes":
             return []
         token = self.layout.broadcast_object(secrets.token_hex(32) if self.layout.is_controller else None)
+        rank, is_first = self.layout.rank, layouts.is_first_of_node()
         self.node = self.layout.on_every_rank_or_raise(
-            lambda: NodeHost(routed_address(os.environ), token) if layouts.is_first_of_node() else None
+            lambda: NodeHost(routed_address(os.environ), token, rank) if is_first else None
         )
         return [node for node in self.layout.gather_objects(self.node and self.node.node) if node]
 
-    def _open_controller(self, tokenizer: Any, nodes: Sequence[Node]) -> Controller | None:
+    def _open_controller(self, tokenizer: Any, nodes: Sequence[Node], peers: Any) -> Controller | None:
         """Return rank 0's controller, None elsewhere. The run's folder is this run's alone before anything writes there."""
         if not self.layout.is_controller:
             return None
@@ -298,6 +306,7 @@ class Run:
             num_local_ranks=layouts.num_local_ranks(),
             num_ranks=self.layout.world_size,
             nodes=nodes,
+            peers=peers,
         )
         self.shutdown.cleanup.callback(controller.close)
         return controller

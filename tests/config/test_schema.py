@@ -127,13 +127,9 @@ RULES += [
     ),
     (
         [*CLUSTER, "rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: ray}"],
-        "placement ray spreads num_servers 4 over nodes; use placement local, or sync distributed",
+        "placement ray spreads num_servers 4 over nodes that may be others; use placement nodes, or sync distributed",
     ),
     ([*SERVERS, "rollout.sglang.placement=nodes"], "host 127.0.0.1 does not go with rollout.sglang.placement nodes"),
-    (
-        [*SERVERS, "rollout.sglang={host: node, num_servers: 4, sync: tensor, placement: nodes, colocated: true}"],
-        "placement nodes spreads num_servers 4 over nodes; use placement local, or sync disk with a sync_dir that all nodes share",
-    ),
 ]
 
 

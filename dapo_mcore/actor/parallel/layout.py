@@ -155,6 +155,12 @@ class Layout:
         dist.gather_object(value, values, dst=0, group=self.control_group)
         return values or []
 
+    def first_ranks_of_nodes(self) -> list[int]:
+        """Return the first rank of each node, on every rank. Collective: gloo all-gather over the control group."""
+        firsts: list[bool] = [False] * self.world_size
+        dist.all_gather_object(firsts, is_first_of_node(), group=self.control_group)
+        return [rank for rank, is_first in enumerate(firsts) if is_first]
+
     def free_scratch(self) -> None:
         """Free the device memory that Megatron and torch keep for reuse. No communication."""
         from megatron.core import parallel_state

@@ -34,24 +34,29 @@ from dapo_mcore.rollout.sglang.pool.update import Checksums
 from dapo_mcore.rollout.sglang.sync.delta import DeltaSender
 from dapo_mcore.rollout.sglang.sync.disk import DiskSender, check_sync_dir
 from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender, check_sync_host
+from dapo_mcore.rollout.sglang.sync.relay import Relays
 from dapo_mcore.rollout.sglang.sync.sender import Sender
 from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
 
 _SHOW_S = 30.0
 
 
-def new_sender(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_folder: Path) -> Sender[Any]:
+def new_sender(
+    settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_folder: Path, relays: Relays | None = None
+) -> Sender[Any]:
     """Return the sender of `settings`, for a model of `num_bytes`. `run_folder` gives its files a name of their own."""
-    sender = _plain_sender(settings, num_bytes, bucket_bytes, run_folder)
+    sender = _plain_sender(settings, num_bytes, bucket_bytes, run_folder, relays)
     return DeltaSender(sender, bucket_bytes) if settings.delta else sender
 
 
-def _plain_sender(settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_folder: Path) -> Sender[Any]:
+def _plain_sender(
+    settings: SGLangConfig, num_bytes: int, bucket_bytes: int, run_folder: Path, relays: Relays | None
+) -> Sender[Any]:
     if settings.sync == "distributed":
         backend = "gloo" if settings.device == "cpu" else "nccl"
         return DistributedSender(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
     if settings.sync == "tensor":
-        return TensorSender(settings.urls, bucket_bytes)
+        return TensorSender(settings.urls, bucket_bytes, relays)
     run = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:12]
     return DiskSender(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
 

@@ -38,6 +38,7 @@ from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.pool.pool import ServerPool
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.sync.delta import DeltaSender, check_delta
+from dapo_mcore.rollout.sglang.sync.relay import Relays
 from dapo_mcore.rollout.sglang.sync.sender import BucketQueue, Buckets, Sender
 from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture, quantized, with_cache_scales, with_heads
 from dapo_mcore.types import Rollout, SamplingParams
@@ -65,6 +66,7 @@ class SGLangEngine:
     progress        shows the servers' start.
     ray_address     of the Ray cluster for servers with placement ray; None for a cluster of this machine alone.
     nodes           of the training job, for servers with placement nodes.
+    relays          of sync tensor to servers on these nodes.
 
     Not repeatable: servers batch requests as they arrive. Raise ConfigError if a server cannot be started or used.
     `on_progress`, if set, is called with 1 for each finished sample. `pool` holds the servers until `close`, `sender` is the
@@ -83,6 +85,7 @@ class SGLangEngine:
         progress: NullProgress | None = None,
         ray_address: str | None = None,
         nodes: Sequence[Node] = (),
+        relays: Relays | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
         self._settings, self._stops = settings, list(stop_token_ids)
@@ -99,6 +102,7 @@ class SGLangEngine:
         self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._num_broken_updates = 0
+        self._relays = relays
         self._requests: set[asyncio.Task[Any]] = set()
         self._takes_requests = True
         self._tell = (progress or NullProgress()).line
@@ -108,7 +112,7 @@ class SGLangEngine:
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize
         if settings.delta:
             check_delta(architecture_name(hf_config), num_bytes)
-        self.sender: Sender[Any] = new_sender(settings, num_bytes, self.bucket_bytes, folder)
+        self.sender: Sender[Any] = new_sender(settings, num_bytes, self.bucket_bytes, folder, relays)
         self.pool: ServerPool | None = None
         self._processes: Sequence[LaunchedServer] = []
         self._disconnect: Callable[[], None] = lambda: None
@@ -197,6 +201,11 @@ class SGLangEngine:
         self._num_broken_updates = 0
         if self.pool.checksums is not None:
             self._sync_metrics["sync/servers_verified"] = float(self.pool.checksums.num_verified)
+
+    def dismiss_peers(self) -> None:
+        """End the update at the relays, if there are any. See types.LeadingEngine."""
+        if self._relays is not None:
+            self._relays.dismiss()
 
     def release(self) -> None:
         """Make the servers release all device memory, weights included. See types.ColocatedEngine."""

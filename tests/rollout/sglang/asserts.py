@@ -71,8 +71,8 @@ def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatc
     """Assert the error of a server in another container: it does not find the memory by its name, and ends."""
     real, version = SharedBucket.handle, made.weight_version
 
-    def elsewhere(self: SharedBucket) -> str:
-        return base64.b64encode(base64.b64decode(real(self)).replace(b"/torch_", b"/other_")).decode()
+    def elsewhere(self: SharedBucket, num_openers: int) -> str:
+        return base64.b64encode(base64.b64decode(real(self, num_openers)).replace(b"/torch_", b"/other_")).decode()
 
     monkeypatch.setattr(SharedBucket, "handle", elsewhere)
     left = weights(0)

@@ -96,6 +96,7 @@ def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
     python = changes.pop("python", None) or fake_python(folder)
     config = changes.pop("config", None) or tiny_config()
     max_lag, progress, nodes = changes.pop("max_lag", 0), changes.pop("progress", None), changes.pop("nodes", ())
+    relays = changes.pop("relays", None)
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
         config,
@@ -105,6 +106,7 @@ def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
         max_lag=max_lag,
         progress=progress,
         nodes=nodes,
+        relays=relays,
     )
     try:
         yield made

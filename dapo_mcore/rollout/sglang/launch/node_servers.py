@@ -37,10 +37,11 @@ _CONFIG_ERROR = 422
 
 
 class Node(NamedTuple):
-    """A node of the job: the URL of its NodeHost, and the token that it wants."""
+    """A node of the job: the URL of its NodeHost, the token that it wants, and the rank of the trainer that it is in."""
 
     url: str
     token: str
+    rank: int = 0
 
 
 class NodeHost:
@@ -48,9 +49,10 @@ class NodeHost:
 
     address  of this machine, as rank 0 reaches it.
     token    a secret of the run; requests without it are refused.
+    rank     of this process.
     """
 
-    def __init__(self, address: str, token: str):
+    def __init__(self, address: str, token: str, rank: int = 0):
         self._address = address
         self._servers: dict[int, ServerProcess] = {}
         self._installed: Installed | None = None
@@ -58,7 +60,7 @@ class NodeHost:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="servers")
         self._http = ThreadingHTTPServer((address, 0), partial(_Handler, self, f"Bearer {token}"))
         self._http.daemon_threads = True
-        self.node = Node(f"http://{address}:{self._http.server_address[1]}", token)
+        self.node = Node(f"http://{address}:{self._http.server_address[1]}", token, rank)
         threading.Thread(target=self._http.serve_forever, name="node", daemon=True).start()
 
     def start(self, number: int, plan: dict[str, Any], first_gpu: int) -> str:
@@ -139,17 +141,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class NodeServer:
-    """One server through its node, with the methods of ServerProcess. A node that does not answer counts as a dead server."""
+    """One server through its `node`, with the methods of ServerProcess. A node that does not answer counts as a dead server."""
 
     def __init__(self, node: Node, number: int, first_gpu: int):
-        self._node, self._number, self._first_gpu = node, number, first_gpu
+        self.node, self._number, self._first_gpu = node, number, first_gpu
         # a proxy that the environment names would not find a node of the job
         self._opener = build_opener(ProxyHandler({}))
         self.url = ""
 
     def start(self, plan: ServerPlan) -> None:
         """Start the server. Raise ConfigError if its node cannot, or does not answer."""
-        where = f"node {self._node.url} cannot start server {self._number}"
+        where = f"node {self.node.url} cannot start server {self._number}"
         try:
             self.url = self._call("start", _START_TIMEOUT_S, plan=_content(plan), first_gpu=self._first_gpu)
         except HTTPError as error:
@@ -171,7 +173,7 @@ class NodeServer:
         try:
             self._call("restart", _START_TIMEOUT_S)
         except OSError as error:
-            raise RolloutError(f"node {self._node.url} cannot restart server {self._number}: {error}") from error
+            raise RolloutError(f"node {self.node.url} cannot restart server {self._number}: {error}") from error
 
     def ask_to_stop(self) -> None:
         self._ask("ask_to_stop", otherwise=None)
@@ -180,7 +182,7 @@ class NodeServer:
         self._ask("stop", otherwise=None, timeout_s=timeout_s)
 
     def last_words(self) -> str:
-        return self._ask("last_words", otherwise=f"its node {self._node.url} does not answer")
+        return self._ask("last_words", otherwise=f"its node {self.node.url} does not answer")
 
     def last_line(self) -> str:
         return self._ask("last_line", otherwise="")
@@ -193,8 +195,8 @@ class NodeServer:
 
     def _call(self, method: str, answer_timeout_s: float, **arguments: Any) -> Any:
         body = json.dumps({"number": self._number, **arguments}).encode()
-        headers = {"Authorization": f"Bearer {self._node.token}", "Content-Type": "application/json"}
-        request = Request(f"{self._node.url}/{method}", body, headers)
+        headers = {"Authorization": f"Bearer {self.node.token}", "Content-Type": "application/json"}
+        request = Request(f"{self.node.url}/{method}", body, headers)
         with self._opener.open(request, timeout=answer_timeout_s) as answer:
             return json.loads(answer.read())
 

@@ -115,6 +115,11 @@ def _outlives_its_peers(backend: str) -> Iterator[None]:
 
 def in_daemon(call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
     """Run the call like asyncio.to_thread, but in a daemon thread: a call that never returns must not keep the process alive."""
+    return asyncio.wrap_future(daemon(call, *arguments))
+
+
+def daemon(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Start the call in a daemon thread and return its future."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -125,4 +130,4 @@ def in_daemon(call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
             future.set_exception(error)
 
     threading.Thread(target=run, name=f"group {call.__name__}", daemon=True).start()
-    return asyncio.wrap_future(future)
+    return future

@@ -53,7 +53,7 @@ class Sender(Protocol[T]):
         ...
 
     def pack(self, item: T) -> Any:
-        """Return the item as `send` takes it. Runs in the caller's thread, once the item before it has been sent."""
+        """Return the item as `send` takes it. Runs in the caller's thread, once `send` has asked for it."""
         ...
 
     async def send(self, update: Transaction, buckets: Buckets[Any]) -> None:
@@ -73,20 +73,21 @@ class BucketQueue:
     def __init__(self, weight_version: str, loop: LoopThread):
         self._weight_version, self._loop = weight_version, loop
         self._ready: asyncio.Queue[tuple[Any, bool] | Exception] = asyncio.Queue(maxsize=1)
+        self._wanted = asyncio.Event()
 
     def feed(self, items: Iterator[tuple[T, bool]], pack: Callable[[T], Any], update: Future[None]) -> None:
         """Put every item in the queue, and wait until `update`, which takes them out, is done.
 
         All items are taken from the iterator even if the update ends early: other ranks send what is in it. Raise what the
-        update raises. An error of the iterator breaks the update off and is raised itself.
+        update raises. An error of the iterator or of `pack` breaks the update off and is raised itself.
         """
         try:
             for item, last in items:
-                if self._wait_until_sent(update):
-                    self._loop.run(self._ready.put((pack(item), last)))
+                if self._wait_until_wanted(update):
+                    self._loop.run(self._put((pack(item), last)))
         except BaseException as error:
-            if self._wait_until_sent(update):
-                self._loop.run(self._ready.put(RolloutError(f"the weight stream broke off: {error!r}")))
+            if self._wait_until_wanted(update):
+                self._loop.run(self._put(RolloutError(f"the weight stream broke off: {error!r}")))
             wait([update])
             raise
         update.result()
@@ -95,16 +96,20 @@ class BucketQueue:
         """Yield the packed buckets. Raise RolloutError if the stream breaks off."""
         last = False
         while not last:
+            self._wanted.set()
             item = await self._ready.get()
             if isinstance(item, Exception):
                 raise item
             packed, last = item
             yield packed, self._weight_version if last else None
-            self._ready.task_done()
 
-    def _wait_until_sent(self, update: Future[None]) -> bool:
-        """Wait for the bucket before. Return False if the update has ended and takes no more."""
-        sent = self._loop.submit(self._ready.join())
-        wait([sent, update], return_when=FIRST_COMPLETED)
-        sent.cancel()
+    async def _put(self, item: tuple[Any, bool] | Exception) -> None:
+        self._wanted.clear()
+        await self._ready.put(item)
+
+    def _wait_until_wanted(self, update: Future[None]) -> bool:
+        """Wait until the next bucket is asked for. Return False if the update has ended and takes no more."""
+        wanted = self._loop.submit(self._wanted.wait())
+        wait([wanted, update], return_when=FIRST_COMPLETED)
+        wanted.cancel()
         return not update.done()

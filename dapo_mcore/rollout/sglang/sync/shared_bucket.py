@@ -1,7 +1,7 @@
 """A bucket of weights in one piece of memory that other processes of this machine can open: CUDA IPC memory on a GPU, POSIX
 shared memory on a CPU.
 
-Change here: how memory is shared, and what a handle contains. tensor.py decides when a bucket is given back.
+Change here: how memory is shared, and what a handle contains. tensor.py and relay.py decide when a bucket is given back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import weakref
+from collections import deque
 from collections.abc import Callable, Container
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,48 +32,102 @@ _DEVICE, _COUNTER = 6, slice(11, 13)
 _NO_COUNTER = (b"/dapo_mcore_counts_no_openers", 0)
 
 
-class SharedBucket:
-    """A copy of a bucket's tensors in shared memory, on the device of the first tensor. The bucket is emptied.
+Table = list[SimpleNamespace]
+"""Where each tensor of a bucket lies in its memory: name, shape, dtype, start_idx and end_idx in bytes, and numel, its bytes."""
 
-    used  a bucket that nobody reads any more. Its memory is used again if the size fits, and given back if not: on a CPU,
-          new shared memory costs several times the copy.
-    own   storages made by `shareable_bytes`. A contiguous tensor in one of them that is alone in its bucket is shared
-          without a copy.
+
+class SharedBucket:
+    """Tensors in one piece of shared memory.
+
+    table  where they lie.
+    data   flat uint8 memory of the tensors, on their device.
 
     A handle is the pickle that SGLang reads as `flattened_bucket`: a reference to the bytes and a table of the tensors in
     them. It uses only names that SGLang's unpickler admits, and making it needs only torch. One handle per bucket is enough;
     with one per tensor, torch would make and open hundreds of IPC events and counters.
     """
 
-    def __init__(self, bucket: Bucket, used: SharedBucket | None = None, own: Container[torch.UntypedStorage] = ()):
-        self._table, end = [], 0
-        for name, tensor in bucket:
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = start + tensor.nbytes
-            place = {"start_idx": start, "end_idx": end, "numel": tensor.nbytes}
-            self._table.append(SimpleNamespace(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, **place))
-        first = bucket[0][1]
+    def __init__(self, table: Table, memory: _HostMemory | _CudaMemory):
+        self.table, self._memory = table, memory
+
+    @classmethod
+    def copy_of(
+        cls, bucket: Bucket, used: SharedBucket | None = None, own: Container[torch.UntypedStorage] = ()
+    ) -> SharedBucket:
+        """Return a copy of a bucket's tensors, on the device of the first one. The bucket is emptied.
+
+        used  a bucket that nobody reads any more. Its memory is used again if the size fits, and given back if not: on a CPU,
+              new shared memory costs several times the copy.
+        own   storages made by `shareable_bytes`. A contiguous tensor in one of them that is alone in its bucket is shared
+              without a copy.
+        """
+        table, first = _table(bucket), bucket[0][1]
         if len(bucket) == 1 and first.untyped_storage() in own:
             if used is not None:
                 used.close()
-            self._memory = _shared(first.view(-1).view(torch.uint8))
+            shared = cls(table, _shared(first.view(-1).view(torch.uint8)))
         else:
-            self._memory = _memory(end, first.device, used)
-            for (_, tensor), place in zip(bucket, self._table):
-                flat = self._memory.data[place.start_idx : place.end_idx]
+            shared = cls.empty(table, first.device, used)
+            for (_, tensor), place in zip(bucket, table):
+                flat = shared.data[place.start_idx : place.end_idx]
                 flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         bucket.clear()
-        if self._memory.data.is_cuda:
-            torch.cuda.current_stream(self._memory.data.device).synchronize()
+        shared.wait()
+        return shared
 
-    def handle(self) -> str:
-        """Return what one process needs to open the bucket once, in base64."""
-        content = {"flattened_tensor": self._memory.opening(), "metadata": self._table}
+    @classmethod
+    def empty(cls, table: Table, device: torch.device, used: SharedBucket | None = None) -> SharedBucket:
+        """Return a bucket for the tensors of `table`, whose bytes are still to come. `used` is as in `copy_of`.
+
+        Raise RolloutError if there is no room in /dev/shm.
+        """
+        return cls(table, _memory(table[-1].end_idx, device, used))
+
+    @property
+    def data(self) -> Tensor:
+        return self._memory.data[: self.table[-1].end_idx]
+
+    def wait(self) -> None:
+        """Wait until all that the device was asked to do with the bytes is done."""
+        if self.data.is_cuda:
+            torch.cuda.current_stream(self.data.device).synchronize()
+
+    def handle(self, num_openers: int = 1) -> str:
+        """Return what up to `num_openers` processes need to open the bucket once each, in base64."""
+        content = {"flattened_tensor": self._memory.opening(num_openers), "metadata": self.table}
         return base64.b64encode(pickle.dumps(content)).decode()
 
     def close(self) -> None:
         """Give the memory back. A process that has it open keeps it (CPU) or must not read it any more (GPU)."""
         self._memory.close()
+
+
+class ReadBuckets:
+    """The buckets of an update that servers may still read, oldest first."""
+
+    def __init__(self) -> None:
+        self._buckets: deque[SharedBucket] = deque()
+
+    def add(self, new: Callable[[SharedBucket | None], SharedBucket], num_read: int) -> SharedBucket:
+        """Return `new(used)`. `used` is a bucket that nobody reads any more if there are more than `num_read`, else None."""
+        used = self._buckets.popleft() if len(self._buckets) > num_read else None
+        self._buckets.append(new(used))
+        return self._buckets[-1]
+
+    def close(self) -> None:
+        """Give all memory back."""
+        while self._buckets:
+            self._buckets.popleft().close()
+
+
+def _table(bucket: Bucket) -> Table:
+    table, end = [], 0
+    for name, tensor in bucket:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + tensor.nbytes
+        place = {"start_idx": start, "end_idx": end, "numel": tensor.nbytes}
+        table.append(SimpleNamespace(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, **place))
+    return table
 
 
 def shareable_bytes(num_bytes: int, device: torch.device) -> Tensor:
@@ -157,8 +212,9 @@ class _HostMemory:
         _delete_ourselves(self._storage)
         self._delete = weakref.finalize(self, _path(self._storage).unlink, missing_ok=True)
 
-    def opening(self) -> _Call:
-        self._storage._shared_incref()  # the process that opens it counts itself out once
+    def opening(self, num_openers: int) -> _Call:
+        for _ in range(num_openers):
+            self._storage._shared_incref()  # a process that opens it counts itself out once
         size = self._storage.nbytes()
         untyped = _Call(reductions.rebuild_storage_filename, torch.UntypedStorage, self._manager, self._name, size)
         storage = _Call(reductions.rebuild_typed_storage, untyped, torch.uint8)
@@ -187,7 +243,7 @@ class _CudaMemory:
         arguments[_DEVICE] = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
         self._opening = _Call(rebuild, *arguments)
 
-    def opening(self) -> _Call:
+    def opening(self, num_openers: int) -> _Call:
         return self._opening
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ def plan(folder: Path, **changes) -> ServerPlan:
 def test_three_servers_on_two_nodes_serve_survive_faults_and_end_with_the_engine(tmp_path, hosts):
     nodes = [host.node for host in hosts]
     with engine(tmp_path, placement="nodes", host="node", num_servers=3, nodes=nodes) as made:
-        assert [server._node for server in processes(made)] == [nodes[0], nodes[1], nodes[0]]
+        assert [server.node for server in processes(made)] == [nodes[0], nodes[1], nodes[0]]
         assert_survives_two_deaths(made)
         pids = [process.pid for process in processes(made)]
     for pid in pids:

@@ -34,7 +34,7 @@ def mixed_bucket() -> Bucket:
 
 def test_a_handle_opens_every_tensor_bit_for_bit_and_closing_leaves_no_file():
     bucket = mixed_bucket()
-    shared = SharedBucket(bucket)
+    shared = SharedBucket.copy_of(bucket)
     assert bucket == [] and len(shared_files()) == 1
     for (name, tensor), (expected_name, expected) in zip(views(shared.handle()).items(), mixed_bucket(), strict=True):
         assert name == expected_name and tensor.dtype == expected.dtype and tensor.shape == expected.shape
@@ -45,7 +45,7 @@ def test_a_handle_opens_every_tensor_bit_for_bit_and_closing_leaves_no_file():
 
 def test_sharing_changes_no_setting_of_the_process_and_needs_no_sglang():
     before = torch.multiprocessing.get_sharing_strategy()
-    shared = SharedBucket(mixed_bucket())
+    shared = SharedBucket.copy_of(mixed_bucket())
     shared.handle()
     assert torch.multiprocessing.get_sharing_strategy() == before == "file_descriptor"
     shared.close()
@@ -53,7 +53,7 @@ def test_sharing_changes_no_setting_of_the_process_and_needs_no_sglang():
 
 
 def test_a_bucket_that_is_only_dropped_leaves_no_file():
-    shared = SharedBucket(mixed_bucket())
+    shared = SharedBucket.copy_of(mixed_bucket())
     shared.handle()  # sent, and never opened
     del shared
     assert shared_files() == []
@@ -63,16 +63,16 @@ def test_a_full_dev_shm_is_an_error_with_the_free_room_and_not_a_bus_error(full_
     with pytest.raises(
         RolloutError, match=r"needs 64 MiB of shared memory .*/dev/shm has \d+ MiB free \(No space left"
     ):
-        SharedBucket([("a", torch.zeros(2**24))])
+        SharedBucket.copy_of([("a", torch.zeros(2**24))])
     assert shared_files() == []
 
 
 def test_memory_is_used_again_if_the_size_fits():
     sizes = {"fits": (900, 1000), "too small": (1001, 1000), "too large": (400, 1000)}
     for what, (now, then) in sizes.items():
-        used = SharedBucket([("a", torch.zeros(then, dtype=torch.uint8))])
+        used = SharedBucket.copy_of([("a", torch.zeros(then, dtype=torch.uint8))])
         (file,) = shared_files()
-        shared = SharedBucket([("b", torch.ones(now, dtype=torch.uint8))], used)
+        shared = SharedBucket.copy_of([("b", torch.ones(now, dtype=torch.uint8))], used)
         assert (shared_files() == [file]) == (what == "fits") and len(shared_files()) == 1
         ((name, tensor),) = views(shared.handle()).items()
         assert name == "b" and tensor.sum() == now
@@ -85,7 +85,7 @@ def test_memory_of_a_killed_trainer_is_deleted_by_torchs_manager():
     code = (
         "import sys, time, torch; sys.path.insert(0, sys.argv[1])\n"
         "from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket\n"
-        "shared = SharedBucket([('a', torch.ones(9))]); print(shared.handle(), flush=True); time.sleep(60)\n"
+        "shared = SharedBucket.copy_of([('a', torch.ones(9))]); print(shared.handle(), flush=True); time.sleep(60)\n"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code, os.getcwd()], stdout=subprocess.PIPE)
     assert trainer.stdout.readline() and shared_files(trainer.pid)
@@ -128,7 +128,7 @@ class Counters:
 @pytest.mark.parametrize("num_openers", [0, 1, 3])
 def test_gpu_memory_is_freed_however_many_processes_have_opened_it(monkeypatch, num_openers):
     counters = Counters(monkeypatch)
-    rebuild, arguments = shared_bucket._CudaMemory(torch.zeros(8, dtype=torch.uint8)).opening().__reduce__()
+    rebuild, arguments = shared_bucket._CudaMemory(torch.zeros(8, dtype=torch.uint8)).opening(num_openers).__reduce__()
     for _ in range(num_openers):
         rebuild(*arguments)
     assert list(counters.value.values()) == [0]
@@ -140,7 +140,7 @@ def test_memory_of_a_gpu_is_opened_by_another_process():
     """It opens the memory three times, once per handle. Then the memory is given back."""
     torch.cuda.init()
     before = torch.cuda.memory_allocated()
-    shared = SharedBucket([(name, tensor.cuda()) for name, tensor in mixed_bucket()])
+    shared = SharedBucket.copy_of([(name, tensor.cuda()) for name, tensor in mixed_bucket()])
     reader = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch; from torch.multiprocessing import reductions; rebuild = reductions.rebuild_cuda_tensor\n"

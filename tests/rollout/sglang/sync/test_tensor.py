@@ -14,8 +14,7 @@ from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.pool.update import Transaction
-from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket
-from dapo_mcore.rollout.sglang.sync.tensor import TensorSender
+from dapo_mcore.rollout.sglang.sync.tensor import Handles, TensorSender
 from dapo_mcore.rollout.sglang.sync.weight_format import quantized
 from tests.rollout.sglang.asserts import assert_an_error_where_memory_cannot_be_opened, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
@@ -120,7 +119,7 @@ def test_a_stream_that_breaks_off_leaves_no_memory_and_the_next_one_is_taken(tmp
         assert told(servers(made)[0])["weights"] == pytest.approx(sums(iter(whole)), rel=1e-4, abs=1e-4)
 
 
-async def no_buckets() -> AsyncIterator[tuple[SharedBucket, str | None]]:
+async def no_buckets() -> AsyncIterator[tuple[Handles, str | None]]:
     for nothing in ():
         yield nothing
 
@@ -133,14 +132,12 @@ def test_a_bucket_stays_as_it_is_until_no_rank_reads_it(num_read):
     asyncio.run(sender.send(Transaction([], "1", 1.0, SimpleNamespace(), pool=pool), no_buckets()))
     for number, (bucket, _) in enumerate(buckets(weights(0), 0)):
         tensors = list(bucket)
-        shared = sender.pack(bucket)
+        handle = sender.pack(bucket)[0]
         assert len(shared_files()) == min(number, num_read) + 1
-        for expected, found in [(tensors, shared)] + ([before] if before and num_read else []):
-            for (name, tensor), (opened_name, opened_tensor) in zip(
-                expected, views(found.handle()).items(), strict=True
-            ):
+        for expected, found in [(tensors, handle)] + ([before] if before and num_read else []):
+            for (name, tensor), (opened_name, opened_tensor) in zip(expected, views(found).items(), strict=True):
                 assert name == opened_name and torch.equal(tensor, opened_tensor)
-        before = tensors, shared
+        before = tensors, handle
     sender.close()
     assert shared_files() == []
 
@@ -157,10 +154,10 @@ def test_a_tensor_larger_than_a_bucket_is_shared_where_it_was_gathered():
     tensors = tensors_to_gather(sender)
     (file,) = shared_files()
     for name, is_in_place in {"large": True, "small": False}.items():
-        shared = sender.pack([(name, tensors[name])])
+        handle = sender.pack([(name, tensors[name])])[0]
         assert (shared_files() == [file]) == is_in_place and len(shared_files()) == 1
         ours = tensors.pop(name).fill_(3.0)  # shows in the bucket only if the bucket is not a copy
-        ((found, tensor),) = views(shared.handle()).items()
+        ((found, tensor),) = views(handle).items()
         assert found == name and tensor.shape == ours.shape and tensor.eq(3.0 if is_in_place else 2.0).all()
         del ours
         sender.close()

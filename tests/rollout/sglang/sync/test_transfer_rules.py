@@ -113,7 +113,7 @@ def is_here(root: RootRank) -> bool:
 def test_shared_memory_needs_a_session_if_the_version_has_sessions(server: Raw) -> None:
     server.at_rest()
     before = server.version()
-    shared = SharedBucket(list(weights(seed=1)))
+    shared = SharedBucket.copy_of(list(weights(seed=1)))
     status, answer = open_tensors(server, shared.handle(), "alone")
     if server.sglang >= FIRST_WITH_SESSIONS:
         assert status == 400 and "begin_weight_update" in answer["message"] and server.version() == before
@@ -127,7 +127,7 @@ def test_shared_memory_sets_the_version_with_the_bucket_that_names_one(server: R
     tensors = list(weights(seed=1))
     with session(server):
         for bucket, version in ((tensors[:5], None), (tensors[5:], "tensor")):
-            shared = SharedBucket(bucket)
+            shared = SharedBucket.copy_of(bucket)
             status, answer = open_tensors(server, shared.handle(), version)
             assert status == 200 and answer["success"] and server.version() == (version or before)
             shared.close()
