@@ -5,8 +5,11 @@ Change here: the states a finding can have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+
+from dapo_mcore.errors import DapoError
 
 
 class State(Enum):
@@ -49,3 +52,20 @@ def hint(name: str, detail: str, remedy: str) -> Finding:
 
 def wrong(name: str, detail: str, remedy: str) -> Finding:
     return Finding(name, State.WRONG, detail, remedy)
+
+
+def outcome(name: str, detail: str, action: Callable[[], object]) -> Finding:
+    """Return `detail` if the action succeeds, else its error."""
+    try:
+        action()
+    except ImportError as error:
+        return wrong(name, str(error), "pip install dapo_mcore again, with its dependencies")
+    except DapoError as error:
+        return refusal(name, error)
+    return ok(name, detail)
+
+
+def refusal(name: str, error: DapoError) -> Finding:
+    """Return the error as a finding. Its last clause is the remedy, as everywhere in this project."""
+    what, _, remedy = str(error).rpartition("; ")
+    return wrong(name, what or remedy, remedy if what else "")

@@ -1,4 +1,4 @@
-"""The machine and the limits that this process has on it: memory, files, CPUs, proxies, the clock.
+"""The machine and the limits that this process has on it: memory, files, CPUs, the clock, caches.
 
 Change here: a limit that runs have met. Each check takes what the system says; check_machine asks the system.
 """
@@ -6,6 +6,7 @@ Change here: a limit that runs have met. Each check takes what the system says; 
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
 import resource
 import shutil
@@ -13,7 +14,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dapo_mcore.doctor.finding import Finding, hint, ok, wrong
+from dapo_mcore.doctor.finding import Finding, hint, ok
+from dapo_mcore.doctor.network import check_interfaces, check_proxies
 
 _GIB = 2**30
 _LITTLE_SHARED = _GIB
@@ -21,7 +23,6 @@ _FEW_FILES = 4096
 _LONG_TEMPORARY = 60
 """Sockets of Ray and NCCL have names of up to 107 bytes below the temporary folder."""
 _NETWORK = ("nfs", "nfs4", "lustre", "beegfs", "gpfs", "cifs", "ceph", "fuse.sshfs", "wekafs")
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _UNSYNCHRONISED = 5
 """adjtimex returns TIME_ERROR if nothing keeps the clock in time."""
 
@@ -103,38 +104,6 @@ def check_clock(state: int | None) -> Finding:
     return ok("clock", "kept in time" if state is not None else "cannot be asked here")
 
 
-def check_proxies(environment: Mapping[str, str], hosts: Sequence[str] = ()) -> Finding:
-    """Return a hint if calls to servers of the run may go to a proxy: `no_proxy` must name localhost and the servers' hosts."""
-    values = {name.lower(): value for name, value in environment.items() if value}
-    proxies = [name for name in _PROXIES if name in values]
-    if not proxies:
-        return ok("proxies", "none")
-    excepted = [word.strip() for word in values.get("no_proxy", "").split(",")]
-    missing = [] if "*" in excepted else [host for host in ("127.0.0.1", "localhost", *hosts) if host not in excepted]
-    ranges = [word for word in excepted if "/" in word]
-    if missing or ranges:
-        detail = (
-            f"{', '.join(proxies)} set, and no_proxy does not name {', '.join(missing)}"
-            if missing
-            else "no_proxy is set"
-        )
-        detail += f"; it has {', '.join(ranges)}, but most programs ignore ranges" if ranges else ""
-        detail += ": SGLang's calls to itself would go to the proxy"
-        return hint("proxies", detail, f"export no_proxy=127.0.0.1,localhost{''.join(f',{host}' for host in hosts)}")
-    return ok("proxies", f"{', '.join(proxies)}, not for {', '.join(excepted)}")
-
-
-def check_interfaces(environment: Mapping[str, str], interfaces: Sequence[str]) -> list[Finding]:
-    """Return whether gloo can use the interface that it is told to. NCCL takes `^lo` and `=eth0`, gloo one plain name."""
-    given = environment.get("GLOO_SOCKET_IFNAME")
-    if not given:
-        return []
-    if given in interfaces:
-        return [ok("GLOO_SOCKET_IFNAME", given)]
-    detail = f"{given!r} is none of {', '.join(interfaces)}"
-    return [wrong("GLOO_SOCKET_IFNAME", detail, "set it to one of these names, per node, or unset it")]
-
-
 def check_temporary(folder: str) -> list[Finding]:
     if len(folder) <= _LONG_TEMPORARY:
         return []
@@ -142,27 +111,29 @@ def check_temporary(folder: str) -> list[Finding]:
     return [hint("TMPDIR", detail, "export TMPDIR=/tmp")]
 
 
-def check_triton_cache(folder: Path, mounts: str) -> list[Finding]:
-    """Return a hint if compiled kernels go to a network disk, where ranks of other nodes break them. mounts: /proc/mounts."""
+def check_cache(variable: str, folder: Path, mounts: str) -> list[Finding]:
+    """Return a hint if compiled kernels go to a network disk, where ranks of other nodes break them.
+
+    variable  that names the folder; mounts: /proc/mounts
+    """
     points = [line.split()[1:3] for line in mounts.splitlines()]
     inside = [(point, kind) for point, kind in points if folder.absolute().is_relative_to(point)]
     point, kind = max(inside, key=lambda found: len(found[0]), default=("", ""))
     if kind not in _NETWORK:
         return []
-    detail = f"{folder} is on {kind} ({point}): nodes that share it break each other's kernels"
-    return [hint("Triton's cache", detail, "export TRITON_CACHE_DIR=/tmp/triton-$USER-$SLURM_JOB_ID")]
+    detail = f"{folder} is on {kind} ({point}): nodes that share it break each other's kernels, or hang"
+    return [hint("cache", detail, f"export {variable}=/tmp/{variable.lower()}-$USER-$SLURM_JOB_ID")]
 
 
-def check_machine() -> list[Finding]:
-    """Return the findings about this machine."""
+def check_machine(hosts: Sequence[str], on_gpu: bool) -> list[Finding]:
+    """Return the findings about this machine. hosts: addresses of it that calls within the run use."""
     import psutil
 
     memory, shared = psutil.virtual_memory(), Path("/dev/shm")
     usage = shutil.disk_usage(shared) if shared.is_dir() else None
-    cache = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton")
     infiniband = Path("/sys/class/infiniband")
     return [
-        check_memory(memory.total, memory.available, cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))),
+        check_memory(memory.total, memory.available, memory_limit()),
         *([check_shared_memory(usage.total, usage.free)] if usage else []),
         check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         *check_locked_memory(
@@ -173,11 +144,34 @@ def check_machine() -> list[Finding]:
             len([*Path("/sys/devices/system/node").glob("node[0-9]*")]), _text("/proc/sys/kernel/numa_balancing") == "1"
         ),
         check_clock(_clock_state()),
-        check_proxies(os.environ),
-        *check_interfaces(os.environ, sorted(psutil.net_if_addrs())),
+        check_proxies(os.environ, hosts),
+        *check_interfaces(os.environ, sorted(psutil.net_if_addrs()), on_gpu),
         *check_temporary(tempfile.gettempdir()),
-        *check_triton_cache(Path(cache), _text("/proc/mounts")),
+        *(found for name, folder in caches(os.environ) for found in check_cache(name, folder, _text("/proc/mounts"))),
     ]
+
+
+def caches(environment: Mapping[str, str]) -> list[tuple[str, Path]]:
+    """Return the folders of compiled kernels, each with the variable that names another one."""
+    inductor = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return [
+        ("TRITON_CACHE_DIR", Path(environment.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton"))),
+        ("TORCHINDUCTOR_CACHE_DIR", Path(environment.get("TORCHINDUCTOR_CACHE_DIR") or inductor)),
+    ]
+
+
+def usable_memory() -> int:
+    """Return the bytes that this process and its children may use: what is available, within the cgroup's limit."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    limit = memory_limit()
+    return available if limit is None else min(available, limit)
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that this process's cgroup may use, None if it sets no limit."""
+    return cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 
 
 def cgroup_limit(membership: Path, root: Path) -> int | None:

@@ -1,6 +1,6 @@
-"""The report: a table for the terminal, and the same as JSON.
+"""The report: lines for the terminal, the worst first, and the same as JSON.
 
-Change here: how findings look. The table has 100 columns, wherever it is printed.
+Change here: how findings look. A finding is one line with its remedy, so that it can be searched for in a log.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ from typing import Any
 from dapo_mcore.doctor.finding import Finding, State
 from dapo_mcore.errors import OutputError
 
-_WIDTH = 100
-_COLUMNS = (12, 18, _WIDTH - 12 - 18 - 6)
-_MARKS = {State.OK: "✓ ok", State.FALLBACK: "– falls back", State.HINT: "– hint", State.WRONG: "✗ wrong"}
-_STYLES = {State.OK: "green", State.FALLBACK: "yellow", State.HINT: "yellow", State.WRONG: "bold red"}
+_HEADINGS = {
+    State.WRONG: ("✗", "wrong: a run cannot start, or fails later", "bold red"),
+    State.HINT: ("!", "odd: a run may be slow or fail; look at it", "yellow"),
+    State.FALLBACK: ("–", "not in use: something slower does the work, or nothing needs it", "cyan"),
+    State.OK: ("✓", "in order", "green"),
+}
+"""By state, the worst first: its mark, its heading and the style of both."""
 
 
 @dataclass(frozen=True)
@@ -43,39 +45,27 @@ class Report:
         what, count = self.config or "A run", len(self.reasons)
         if not count:
             return f"✓ {what} can run here." if self.config else "✓ Nothing stands in the way of a run here."
-        return f"✗ {what} cannot run here, for {count} reason{'s' if count > 1 else ''}:"
+        return f"✗ {what} cannot run here, for {count} reason{'s' if count > 1 else ''}."
 
 
 def print_report(report: Report) -> None:
-    """Print the report, in colours if the output is a terminal."""
+    """Print the report, in colours if the output is a terminal. The verdict is the last line."""
     from rich.console import Console
 
     encoding = (sys.stdout.encoding or "ascii").lower()
     if isinstance(sys.stdout, io.TextIOWrapper) and not encoding.startswith("utf"):
         sys.stdout.reconfigure(errors="replace")
-    console = Console(width=_WIDTH, highlight=False, emoji=False, markup=False)
-    for title, findings in report.groups.items():
-        console.rule(title, align="left", characters="─", style="dim")
-        console.print(_table(findings))
-        console.print()
-    console.print(report.verdict, style=_STYLES[State.WRONG if report.reasons else State.OK], soft_wrap=True)
-    for number, found in enumerate(report.reasons, 1):
-        console.print(f"  {number}. {in_one_line(found)}", soft_wrap=True)
-
-
-def _table(findings: Sequence[Finding]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for width in _COLUMNS:
-        table.add_column(width=width, overflow="fold")
-    for found in findings:
-        detail = Text(found.detail)
-        if found.remedy:
-            detail.append(f"\n→ {found.remedy}", style="cyan")
-        table.add_row(Text(_MARKS[found.state], style=_STYLES[found.state]), Text(found.name), detail)
-    return table
+    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+    all_of = [found for findings in report.groups.values() for found in findings]
+    width = max((len(found.name) for found in all_of), default=0)
+    for state, (mark, heading, style) in _HEADINGS.items():
+        chosen = [found for found in all_of if found.state is state]
+        if chosen:
+            console.print(f"{mark} {heading}", style=style)
+        for found in chosen:
+            remedy = f" → {found.remedy}" if found.remedy else ""
+            console.print(f"  {found.name:<{width}}  {found.detail}{remedy}")
+    console.print(report.verdict, style=_HEADINGS[State.WRONG if report.reasons else State.OK][2])
 
 
 def in_one_line(found: Finding) -> str:
