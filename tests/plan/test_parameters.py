@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dapo_mcore.architecture.mapping import parameters
 from dapo_mcore.architecture.shape import weight_shape
+from dapo_mcore.errors import ConfigError
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.parameters import Counts, stage_counts, whole_model
 from tests.model_files.zoo import CONFIGS, config_of
@@ -141,6 +144,75 @@ def test_all_ranks_together_hold_the_model_and_its_copies(name: str, mesh: dict[
     experts = sum(mesh["expert"] * own.experts for own in parts) if mesh["expert"] > 1 else 0
     assert experts == (per_expert if mesh["expert"] > 1 else 0)
     assert dense + experts == whole_model(shape) + (mesh["tensor"] - 1) * copies + padding
+
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("qwen2", {}),
+    "tied": ("qwen2-tied", {}),
+    "one key for four heads": ("mistral", {}),
+    "9 heads, 3 keys": (
+        "qwen3",
+        dict(num_attention_heads=9, num_key_value_heads=3, hidden_size=36, intermediate_size=54),
+    ),
+    "experts": ("mixtral", {}),
+    "shared experts, some layers dense": ("qwen2-moe-mixed", dict(mlp_only_layers=[0, 4])),
+    "latent attention": ("deepseek-v3", dict(first_k_dense_replace=2)),
+}
+"""Of seven layers, which few meshes divide, and 101 words, which none does."""
+MESHES = [
+    (tensor, pipeline, chunks, expert, expert_tensor)
+    for tensor in (1, 2, 3, 4)
+    for pipeline, chunks in ((1, 1), (2, 1), (3, 1), (5, 1), (2, 2), (2, 3), (3, 2))
+    for expert, expert_tensor in ((1, None), (2, None), (4, 1), (2, 2))
+]
+DIVIDED = re.compile(r"(\.(q|k|v|o|q_b|kv_b|gate|up|down)_proj\.|embed_tokens|lm_head)")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_stage_of_many_meshes_has_the_parameters_of_the_model_that_transformers_builds(kind: str) -> None:
+    name, changes = MODELS[kind]
+    config = config_of(name, num_hidden_layers=7, max_position_embeddings=32768, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = [(key, tuple(found.shape)) for key, found in model.named_parameters()]
+    planned = [own for mesh in MESHES if (own := _on_mesh(config, *mesh)) is not None]
+    assert len(planned) >= 14
+    for own in planned:
+        found = [stage_counts(own, stage).trained for stage in range(own.pipeline)]
+        assert found == [_by_name(sizes, own, stage) for stage in range(own.pipeline)], own.config.parallel
+
+
+def _on_mesh(
+    config: Any, tensor: int, pipeline: int, chunks: int, expert: int, expert_tensor: int | None
+) -> Job | None:
+    """Return a job of the smallest world; None if the mesh does not divide the model."""
+    mesh = dict(tensor_parallel=tensor, pipeline_parallel=pipeline, virtual_pipeline_parallel=chunks)
+    mesh |= dict(expert_parallel=expert, expert_tensor_parallel=expert_tensor, sequence_parallel=tensor > 1)
+    try:
+        return job(nodes=1, gpus_per_node=4 * tensor * pipeline, hf_config=config, parallel=mesh, rollout={})
+    except ConfigError:
+        return None
+
+
+def _by_name(sizes: list[tuple[str, tuple[int, ...]]], own: Job, stage: int) -> int:
+    """Return the elements on a rank of the stage, by the names of Hugging Face alone."""
+    last, total = stage == own.pipeline - 1, 0
+    for name, shape in sizes:
+        elements = math.prod(shape)
+        if match := re.search(r"layers\.(\d+)\.", name):
+            copies = int(match[1]) in own.stages[stage]
+        elif "embed_tokens" in name:
+            copies = (stage == 0) or (last and own.shape.tied)
+        else:
+            copies = last
+        if "embed_tokens" in name or "lm_head" in name:
+            elements = shape[1] * 8 * own.tensor * math.ceil(shape[0] / (8 * own.tensor))
+        ranks = own.tensor if DIVIDED.search(name) else 1
+        if ".experts." in name:
+            ranks = own.config.parallel.expert_parallel * own.config.parallel.expert_tensor_size
+        assert elements % ranks == 0
+        total += copies * elements // ranks
+    return total
 
 
 def _elements(found, shape) -> int:
