@@ -76,10 +76,8 @@ def servers_on_all(job: Job, tensor: int = 0) -> Changes:
     changes: dict[str, Any] = {}
     if every > per_node and servers.placement == "local":
         changes |= {"rollout.sglang.placement": "nodes", "rollout.sglang.host": "node"}
-    if (
-        servers.sync == "distributed" or every > per_node
-    ):  # NCCL refuses two processes on one GPU, IPC is for one machine
-        changes["rollout.sglang.sync"] = "disk"
+    if servers.sync == "distributed" or every > per_node:  # NCCL refuses two processes on one GPU
+        changes["rollout.sglang.sync"] = "disk" if servers.placement == "ray" else "tensor"
     return changes | {
         "rollout.engine": "sglang",
         "rollout.sglang.colocated": True,

@@ -57,7 +57,10 @@ def step_time(job: Job, batch: Batch, memory: Memory) -> StepTime:
 
 
 def _sync(job: Job) -> float:
-    """Return the seconds of a weight sync: the model passes through rank 0, and from there to the servers."""
+    """Return the seconds of a weight sync: the model passes through rank 0, and from there to the servers.
+
+    With sync tensor on all nodes it also passes once to the first rank of each node (sync/relay.py).
+    """
     servers, assume = job.config.rollout.sglang, job.assume
     nbytes = job.dtype_bytes * whole_model(job.shape)
     per_node = job.cluster.gpus_per_node  # the first stage's ranks are beside rank 0, the others far from it
@@ -67,8 +70,9 @@ def _sync(job: Job) -> float:
     if job.is_embedded:
         return collected + nbytes / (assume.copy_efficiency * job.gpu.hbm_gbs * 1e9)
     speed = {"disk": assume.disk_sync_gbs, "distributed": assume.sync_gbs, "tensor": assume.tensor_sync_gbs}
+    relayed = nbytes / network if servers.sync == "tensor" and servers.placement == "nodes" and job.nodes > 1 else 0.0
     passes = -(-servers.num_servers // (servers.servers_per_group or servers.num_servers))
-    return collected + nbytes / (speed[servers.sync] * 1e9) * (passes if servers.sync == "distributed" else 1)
+    return collected + relayed + nbytes / (speed[servers.sync] * 1e9) * (passes if servers.sync == "distributed" else 1)
 
 
 def _handover(job: Job) -> float:

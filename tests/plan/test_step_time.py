@@ -26,6 +26,9 @@ def test_a_sync_collects_the_model_from_other_nodes_and_sends_it_once_per_group_
     groups = make_plan(job(**BESIDE, rollout__sglang__servers_per_group=8)).time.sync
     assert groups == pytest.approx(collected + 4 * gigabytes / 20)
     assert make_plan(job()).time.sync == pytest.approx(collected + gigabytes / 1.1)  # by disk
+    nodes = {"rollout__sglang__placement": "nodes", "rollout__sglang__host": "node", "rollout__sglang__sync": "tensor"}
+    relayed = gigabytes / (0.7 * 50)  # once to each node
+    assert make_plan(job(**nodes)).time.sync == pytest.approx(collected + relayed + gigabytes / 14.8)
 
 
 def test_colocated_actors_go_to_the_host_and_back() -> None:

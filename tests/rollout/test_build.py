@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout import build
+from dapo_mcore.rollout.sglang.sync import relay
 from tests.rollout.sampling.scripted import make_config
 
 
@@ -62,3 +65,28 @@ def test_only_groups_kept_in_flight_may_meet_newer_weights(on_full, max_lag, sta
 def test_servers_on_gpus_of_a_deterministic_run_are_told(device, given, expected, started):
     assert started(deterministic=True, device=device, server_args=given).settings.server_args == expected
     assert started(device=device, server_args=given).settings.server_args == given
+
+
+@pytest.mark.parametrize(
+    ("rank", "servers", "parents", "expected"),
+    [
+        (0, {}, [0, 8, 16], ("Relays", (0, 8, 16))),
+        (8, {}, [0, 8, 16], ("Relay", (0, 8, 16))),
+        (9, {}, [0, 8, 16], None),
+        (16, {"num_servers": 2}, [0, 8, 16], None),  # its node has no server
+        (0, {}, [0], None),
+        (0, {"sync": "disk"}, [0, 8, 16], None),
+        (0, {"placement": "local", "host": "127.0.0.1"}, [0, 8, 16], None),
+    ],
+)
+def test_the_first_rank_of_each_node_with_servers_shares_weights_there(monkeypatch, rank, servers, parents, expected):
+    made = []
+    monkeypatch.setattr(relay, "RelayGroup", lambda ranks, device, timeout: made.append((tuple(ranks), timeout)))
+    monkeypatch.setattr(build.dist, "get_rank", lambda: rank)
+    settings = SGLangConfig(**{"placement": "nodes", "host": "node", "num_servers": 4, "sync": "tensor"} | servers)
+    config = make_config("none", train=1, engine="sglang")
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": settings})})
+    peer = build.build_peer(config, parents, torch.device("cpu"))
+    assert (peer and type(peer).__name__) == (expected and expected[0])
+    if expected is not None:
+        assert made == [(expected[1], timedelta(minutes=config.parallel.timeout_minutes))]
