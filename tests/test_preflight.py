@@ -278,9 +278,9 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no state": (
         lambda path: (path / "state.json").unlink(),
-        "it lacks state.json; a start with checkpoint.resume auto sets step_000002 aside",
+        "state.json is missing; a start with checkpoint.resume auto sets step_000002 aside",
     ),
-    "cut tensors": (truncate("megatron/__0_0.distcp", 100), "megatron/__0_0.distcp is truncated"),
+    "cut tensors": (truncate("shards/rank_00000.safetensors", 100), "shards/rank_00000.safetensors is truncated"),
 }
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.model.policy import Policy
 from dapo_mcore.actor.optimizer import OptimizerShard
+from dapo_mcore.actor.parallel.layout import Layout
 
 
 class CheckpointBlock(NamedTuple):
@@ -28,7 +29,9 @@ class CheckpointBlock(NamedTuple):
     key, size   name and shape of the whole tensor
     offsets     start of the rectangle along each dim of the whole tensor
     data        its elements, in its shape: a view of live memory
-    is_written  True on the one rank that writes it
+    is_written  True on the ranks that write it: on one of those that tensor and pipeline parallelism give the same block
+    copy, num_copies   this rank's number among the data- and context-parallel ranks that hold the same block; they share the
+                writing of it (written_blocks). 0 and 1 for a slice of a distributed optimizer, which no other rank holds
     is_padded   True if the number of rows depends on the parallel layout (padded vocabulary); rows that are not stored are 0
 
     Rows 2 and 3 of the second layer's [4, 8] matrix, in a model with 6 layers:
@@ -41,21 +44,40 @@ class CheckpointBlock(NamedTuple):
     data: Tensor
     is_written: bool
     is_padded: bool
+    copy: int = 0
+    num_copies: int = 1
 
 
 def checkpoint_blocks(actor: Actor) -> list[CheckpointBlock]:
     """Return this rank's blocks of policy, optimizer and reference policy. No communication."""
-    weights = list(_sharded_tensors(actor.policy))
-    blocks = [_weight_block(sharded, "") for _, sharded in weights]
+    layout, weights = actor.layout, list(_sharded_tensors(actor.policy))
+    blocks = [_weight_block(sharded, "", layout) for _, sharded in weights]
     sharded_of = defaultdict(list)
     for parameter, sharded in weights:
         sharded_of[parameter].append(sharded)
     for shard in actor.optimizer.shards():
         for sharded in sharded_of[shard.parameter]:
-            blocks += _optimizer_blocks(sharded, shard)
+            blocks += _optimizer_blocks(sharded, shard, layout)
     if actor.reference is not None:
-        blocks += [_weight_block(sharded, "reference.") for _, sharded in _sharded_tensors(actor.reference)]
+        blocks += [_weight_block(sharded, "reference.", layout) for _, sharded in _sharded_tensors(actor.reference)]
     return blocks
+
+
+def written_blocks(blocks: Sequence[CheckpointBlock]) -> list[CheckpointBlock]:
+    """Return what this rank writes of its blocks: what no other rank holds, and its share of what its copies hold too.
+
+    n copies lay their common blocks end to end and cut the elements into n equal ranges.
+    """
+    mine = [block for block in blocks if block.is_written]
+    found = [block for block in mine if block.num_copies == 1]
+    for copy, num_copies in sorted({(block.copy, block.num_copies) for block in mine if block.num_copies > 1}):
+        common = [block for block in mine if (block.copy, block.num_copies) == (copy, num_copies)]
+        total, position = sum(block.data.numel() for block in common), 0
+        first, last = total * copy // num_copies, total * (copy + 1) // num_copies
+        for block in common:
+            found += _part(block, max(0, first - position), min(block.data.numel(), last - position))
+            position += block.data.numel()
+    return found
 
 
 def _sharded_tensors(policy: Policy) -> Iterator[tuple[Tensor, ShardedTensor]]:
@@ -71,33 +93,57 @@ def _sharded_tensors(policy: Policy) -> Iterator[tuple[Tensor, ShardedTensor]]:
                 yield entry.data, entry
 
 
-def _weight_block(sharded: ShardedTensor, prefix: str) -> CheckpointBlock:
-    sizes = (1,) * sharded.prepend_axis_num + sharded.local_shape
-    key, data = prefix + sharded.key, sharded.data.detach().view(sizes)
-    is_written = is_main_replica(sharded.replica_id)
+def _weight_block(sharded: ShardedTensor, prefix: str, layout: Layout) -> CheckpointBlock:
+    assert sharded.data.is_contiguous(), f"{sharded.key}: a checkpoint needs contiguous weights"
+    data = sharded.data.detach().view((1,) * sharded.prepend_axis_num + sharded.local_shape)
+    return _block(prefix + sharded.key, sharded, data, _num_copies(sharded, layout))
+
+
+def _optimizer_blocks(sharded: ShardedTensor, shard: OptimizerShard, layout: Layout) -> Iterator[CheckpointBlock]:
+    """Yield the blocks of an optimizer shard's state that lie in `sharded`, a contiguous part of the shard's parameter."""
+    first = sharded.data.storage_offset() - shard.parameter.storage_offset()
+    num_copies = 1 if shard.is_divided else _num_copies(sharded, layout)
+    shape = (1,) * sharded.prepend_axis_num + sharded.local_shape
+    for name, values in shard.state.items():
+        start = max(shard.start, first)
+        stop = min(shard.start + values.numel(), first + sharded.data.numel())
+        key, position = f"optimizer.state.{name}.{sharded.key}", start - shard.start
+        for offsets, sizes in rectangles(shape, start - first, stop - first):
+            view = values.narrow(0, position, math.prod(sizes)).view(sizes)
+            yield _moved(_block(key, sharded, view, num_copies), offsets)
+            position += math.prod(sizes)
+
+
+def _block(key: str, sharded: ShardedTensor, data: Tensor, num_copies: int) -> CheckpointBlock:
+    pipeline, tensor, copy = sharded.replica_id
+    assert num_copies == 1 or copy < num_copies, (key, sharded.replica_id, num_copies)
     return CheckpointBlock(
-        key, sharded.global_shape, sharded.global_offset, data, is_written, sharded.allow_shape_mismatch
+        key,
+        sharded.global_shape,
+        sharded.global_offset,
+        data,
+        is_written=pipeline == 0 and tensor == 0,
+        is_padded=sharded.allow_shape_mismatch,
+        copy=copy if num_copies > 1 else 0,
+        num_copies=num_copies,
     )
 
 
-def _optimizer_blocks(sharded: ShardedTensor, shard: OptimizerShard) -> Iterator[CheckpointBlock]:
-    """Yield the blocks of an optimizer shard's state that lie in `sharded`, a contiguous part of the shard's parameter."""
-    assert sharded.data.is_contiguous(), f"{sharded.key}: a checkpoint needs contiguous weights"
-    first = sharded.data.storage_offset() - shard.parameter.storage_offset()
-    pipeline, tensor, data = sharded.replica_id
-    is_written = is_main_replica((pipeline, tensor, 0 if shard.is_divided else data))
-    leading, base = (1,) * sharded.prepend_axis_num, sharded.global_offset
-    for name, values in shard.state.items():
-        position = max(shard.start, first)
-        stop = min(shard.start + values.numel(), first + sharded.data.numel())
-        for offsets, sizes in rectangles(sharded.local_shape, position - first, stop - first):
-            whole_offsets = tuple(a + b for a, b in zip(base, (*(0 for _ in leading), *offsets), strict=True))
-            view = values.narrow(0, position - shard.start, math.prod(sizes)).view((*leading, *sizes))
-            key = f"optimizer.state.{name}.{sharded.key}"
-            yield CheckpointBlock(
-                key, sharded.global_shape, whole_offsets, view, is_written, sharded.allow_shape_mismatch
-            )
-            position += math.prod(sizes)
+def _num_copies(sharded: ShardedTensor, layout: Layout) -> int:
+    return layout.expert_data if ".experts." in sharded.key else layout.data * layout.context
+
+
+def _part(block: CheckpointBlock, start: int, stop: int) -> Iterator[CheckpointBlock]:
+    """Yield elements [start, stop) of a block as blocks."""
+    flat, position = block.data.view(-1), start
+    for offsets, sizes in rectangles(block.data.shape, start, stop):
+        view = flat.narrow(0, position, math.prod(sizes)).view(sizes)
+        yield _moved(block._replace(data=view), offsets)
+        position += math.prod(sizes)
+
+
+def _moved(block: CheckpointBlock, by: Sequence[int]) -> CheckpointBlock:
+    return block._replace(offsets=tuple(a + b for a, b in zip(block.offsets, by, strict=True)))
 
 
 def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -3,22 +3,23 @@
 Change here: what a checkpoint holds, and how it is written and read.
 
     run_dir/checkpoints/step_000012/
-        megatron/           policy, optimizer, reference policy: a distributed checkpoint in megatron-core's format
+        shards/             policy, optimizer, reference policy: a safetensors file of each rank, and their index
         config.json …       the model's configuration and tokenizer: tools/convert.py makes an HF folder of the whole
         state.json          counters, data position, configuration, the model's sizes
         state.safetensors   token data of carried groups
+        manifest.json       size and hash of each file
 
-Tensors are stored in the model's own shapes, so a run may resume on another mesh. Every rank writes and reads its own blocks
-(torch_dist.py); megatron-core only says which they are. So nothing in a checkpoint is ever executed, and any supported
-version reads what another one wrote. No random state is stored: dropout is off, and the seeds of sampling derive from
-(config.seed, step).
+Tensors are stored in the model's own shapes, so a run may resume on another mesh. Every rank writes and reads its own blocks;
+megatron-core only says which they are. Nothing in a checkpoint is executed, and any supported version reads what another one
+wrote. Checkpoints of formats 1 and 2 are read too; they have `megatron/`, a distributed checkpoint in megatron-core's format.
+No random state is stored: dropout is off, and the seeds of sampling derive from (config.seed, step).
 """
 
 from __future__ import annotations
 
 import errno
 import math
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -28,28 +29,23 @@ from typing import Any, TypeVar
 import torch
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks, written_blocks
 from dapo_mcore.actor.parallel.layout import Layout
-from dapo_mcore.checkpoint.run_folder import (
-    checkpoint_path,
-    commit,
-    drop_old,
-    latest_checkpoint,
-    make_empty,
-    partial_path,
-    remove,
-    step_of,
-)
+from dapo_mcore.checkpoint.publish import Publication, publish
+from dapo_mcore.checkpoint.run_folder import checkpoint_path, latest_checkpoint, new_partial, remove, step_of
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
+from dapo_mcore.checkpoint.shard_file import write_shard
+from dapo_mcore.checkpoint.snapshot import Snapshot
 from dapo_mcore.checkpoint.stored import read_stored, unreadable_named
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError, TrainingError
-from dapo_mcore.model_files.disk import sync_to_disk
-from dapo_mcore.model_files.megatron_folder import MEGATRON
+from dapo_mcore.model_files.megatron_folder import Store, open_store
+from dapo_mcore.model_files.shard_format import SHARDS
 from dapo_mcore.model_files.side_files import write_model_files
-from dapo_mcore.model_files.torch_dist import DistributedReader, StoredChunk, without_crc, write_chunk, write_metadata
-from dapo_mcore.observe.sinks import METRICS_FILE
 
 T = TypeVar("T")
+
+_VISIBLE_S = 120.0
+"""A network disk shows another machine's file within its attribute cache's time, by default up to 60 s."""
 
 
 def save_checkpoint(
@@ -67,23 +63,23 @@ def save_checkpoint(
     any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
     """
     folder = checkpoint_path(run_dir, layout.broadcast_object(state.step if state is not None else None))
-    partial, blocks = partial_path(folder), checkpoint_blocks(actor)
+    blocks = checkpoint_blocks(actor)
     layout.on_every_rank_or_raise(lambda: _check_finite(folder, blocks, layout.rank))
+    steps = float(layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64)))
+    partial: Any = None
     try:
         with _disk_errors_named(folder):
-            _on_controller(layout, lambda: _make_empty(partial))
-            written = layout.on_every_rank_or_raise(
-                lambda: _write_blocks(folder, partial / MEGATRON, blocks, layout.rank)
-            )
-            everyone = layout.gather_objects(written)
-            steps = layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64))
-            _on_controller(layout, lambda: _finish(partial, folder, everyone, state, float(steps), actor))
+            partial = _on_controller(layout, lambda: new_partial(folder))
+            partial = layout.broadcast_object(partial)
+            _on_controller(layout, lambda: _write_rest(partial, state, steps, actor))
+            layout.on_every_rank_or_raise(lambda: _write_own(folder, partial, blocks, layout.rank))
+            job = Publication(partial, folder, layout.world_size, keep)
+            _on_controller(layout, lambda: publish(job, warn, _patience(partial)))
     except DapoError:
-        if layout.is_controller:
+        if layout.is_controller and partial is not None:
             with suppress(OSError):
                 remove(partial)
         raise
-    _on_controller(layout, lambda: drop_old(folder, keep, warn))
     return folder
 
 
@@ -122,13 +118,18 @@ def _on_every_rank(layout: Layout, action: Callable[[], T]) -> T | None:
     return result
 
 
-def _make_empty(partial: Path) -> None:
-    make_empty(partial)
-    (partial / MEGATRON).mkdir()
+def _patience(partial: Path) -> Callable[[], None]:
+    """Return a function that raises CheckpointError once rank 0 has waited too long for files that other ranks have written."""
+    start = time.monotonic()
 
+    def check() -> None:
+        if time.monotonic() - start > _VISIBLE_S:
+            raise CheckpointError(
+                f"rank 0 does not see all shards in {partial} {_VISIBLE_S:.0f} s after all ranks have written theirs: put "
+                f"output_dir on a disk that every node shares"
+            )
 
-Written = tuple[list[StoredChunk], dict[str, tuple[torch.dtype, tuple[int, ...]]]]
-"""The places of a rank's chunks, and the dtype and shape of each whole tensor by its key."""
+    return check
 
 
 def _check_finite(folder: Path, blocks: Sequence[CheckpointBlock], rank: int) -> None:
@@ -145,47 +146,19 @@ def _check_finite(folder: Path, blocks: Sequence[CheckpointBlock], rank: int) ->
     )
 
 
-def _write_blocks(folder: Path, megatron: Path, blocks: Sequence[CheckpointBlock], rank: int) -> Written:
-    """Write the blocks that are this rank's to write into a file of its own."""
-    blocks = [block for block in blocks if block.is_written]
-    name, chunks = f"__{rank}_0.distcp", []
-    if blocks:
-        with _disk_errors_named(folder), without_crc():
-            with open(megatron / name, "wb") as file:
-                for block in blocks:
-                    sizes = tuple(block.data.shape)
-                    chunks.append(write_chunk(file, name, block.key, block.offsets, sizes, block.data.cpu()))
-            sync_to_disk(megatron / name)
-    return chunks, {block.key: (block.data.dtype, tuple(block.size)) for block in blocks}
+def _write_own(folder: Path, partial: Path, blocks: Sequence[CheckpointBlock], rank: int) -> None:
+    """Write what is this rank's to write, into a file of its own."""
+    with _disk_errors_named(folder):
+        snapshot = Snapshot(written_blocks(blocks))
+        write_shard(partial / SHARDS, rank, snapshot.header, snapshot.slices, snapshot.pieces)
 
 
-def _finish(
-    partial: Path, folder: Path, everyone: Sequence[Any], state: TrainState | None, adam_step: float, actor: Actor
-) -> None:
-    """Rank 0: write what is no tensor, and make the checkpoint visible."""
+def _write_rest(partial: Path, state: TrainState | None, adam_step: float, actor: Actor) -> None:
+    """Rank 0: write what is no tensor."""
     assert state is not None, "rank 0 must give the state"
-    chunks = [chunk for written, _ in everyone for chunk in written]
-    dtypes = {key: dtype for _, kinds in everyone for key, (dtype, _) in kinds.items()}
-    sizes = {key: size for _, kinds in everyone for key, (_, size) in kinds.items()}
-    _check_covered(chunks, sizes)
-    write_metadata(partial / MEGATRON, chunks, dtypes, sizes)
+    (partial / SHARDS).mkdir()
     write_state(partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_step))
     write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
-    rows = folder.parents[1] / METRICS_FILE  # a resumed run needs the rows up to here
-    for path in (*partial.iterdir(), *([rows] if rows.exists() else [])):
-        sync_to_disk(path)
-    commit(partial, folder)
-
-
-def _check_covered(chunks: Sequence[StoredChunk], sizes: dict[str, tuple[int, ...]]) -> None:
-    """Stop before a checkpoint with a hole, or with an element twice, is made visible."""
-    stored = Counter[str]()
-    for chunk in chunks:
-        stored[chunk.key] += math.prod(chunk.sizes)
-    wrong = [
-        f"{key}: {stored[key]} of {math.prod(size)}" for key, size in sizes.items() if stored[key] != math.prod(size)
-    ]
-    assert not wrong, f"elements written, of those there are: {'; '.join(wrong[:5])}"
 
 
 def _read_state(path: Path, actor: Actor) -> RunState:
@@ -198,25 +171,25 @@ def _read_state(path: Path, actor: Actor) -> RunState:
 def _read_blocks(path: Path, actor: Actor) -> None:
     """Fill the actor's tensors on this rank, in place."""
     with unreadable_named(path), torch.no_grad():
-        reader = DistributedReader(path / MEGATRON)
-        # in the order of the stored tensors: the reader keeps the chunk that it read last
+        store = open_store(path)
+        # in the order of the stored tensors: the reader of old formats keeps the chunk that it read last
         for block in sorted(checkpoint_blocks(actor), key=lambda block: (block.key, block.offsets)):
-            _read_block(reader, block)
+            _read_block(store, block)
 
 
-def _read_block(reader: DistributedReader, block: CheckpointBlock) -> None:
+def _read_block(store: Store, block: CheckpointBlock) -> None:
     key = block.key
-    if key not in reader.tensors:  # format 1 with the plain optimizer
+    if key not in store.tensors:  # format 1 with the plain optimizer
         key = key.replace("optimizer.state.param.", "optimizer.state.fp32_param.")
-    if key not in reader.tensors:
-        raise DamagedCheckpoint(f"{reader.folder / '.metadata'} has no tensor {block.key}")
-    size = reader.size(key)
+    if key not in store.tensors:
+        raise DamagedCheckpoint(f"{store.folder} has no tensor {block.key}")
+    size = store.size(key)
     if size != tuple(block.size) and not (block.is_padded and size[1:] == tuple(block.size[1:])):
-        raise DamagedCheckpoint(f"{reader.folder}: {key} is {list(size)} and not {list(block.size)}")
+        raise DamagedCheckpoint(f"{store.folder}: {key} is {list(size)} and not {list(block.size)}")
     rows = max(0, min(block.data.shape[0], size[0] - block.offsets[0]))
     block.data[rows:] = 0
     if rows:
-        block.data[:rows] = reader.read(key, block.offsets, (rows, *block.data.shape[1:]))
+        store.read_into(key, block.offsets, block.data[:rows])
 
 
 def _traits(actor: Actor) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Change here: how a folder is made, published and deleted. checkpoint.py writes its contents.
 
-    run_dir/checkpoints/step_000012            a whole checkpoint
-                        step_000016.partial    one that is being written, or was when its run ended
-                        step_000008.deleted    one that could not be deleted so far
+    run_dir/checkpoints/step_000012                    a whole checkpoint
+                        step_000016.1a2b3c4d.partial   one that is being written, or was when its run ended
+                        step_000008.deleted            one that could not be deleted so far
 """
 
 from __future__ import annotations
@@ -12,21 +12,32 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dapo_mcore.model_files.disk import sync_to_disk
 
-_DELETED = ".deleted"
+_DELETED, _PARTIAL = ".deleted", ".partial"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
-def partial_path(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+def new_partial(folder: Path) -> Path:
+    """Make an empty folder in which `folder` is written, with a name that no attempt had before.
+
+    Delete those of attempts that failed; one that cannot be deleted only takes space.
+    """
+    for left in folder.parent.glob(f"step_*{_PARTIAL}"):
+        with suppress(OSError):
+            remove(left)
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    partial.mkdir(parents=True)
+    return partial
 
 
 def step_of(path: Path) -> int:
@@ -50,15 +61,6 @@ def latest_checkpoint(run_dir: Path, before: int | None = None) -> Path | None:
     """Return the whole checkpoint with the highest step (below `before`), or None. Ranks may see a shared disk differently:
     ask rank 0."""
     return next((path for path in reversed(all_checkpoints(run_dir)) if before is None or step_of(path) < before), None)
-
-
-def make_empty(folder: Path) -> None:
-    """Make `folder`, without anything that was there before: what cannot be deleted is set aside."""
-    try:
-        remove(folder)
-    except OSError:
-        rename(folder, _DELETED)
-    folder.mkdir(parents=True)
 
 
 def commit(partial: Path, folder: Path) -> None:

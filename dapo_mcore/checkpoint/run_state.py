@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 
-FORMAT = 2
-"""1, unnumbered: optimizer state as megatron-core 0.16.1 stores it, Adam's steps in common.pt. 2: in blocks of our own."""
+FORMAT = 3
+"""1, unnumbered: optimizer state as megatron-core 0.16.1 stores it, Adam's steps in common.pt. 2: in blocks of our own. 3: in
+shards, with a manifest."""
 
 STATE_FILE, ARRAYS_FILE = "state.json", "state.safetensors"
 

@@ -15,10 +15,12 @@ from typing import Any
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
 from dapo_mcore.checkpoint.run_state import ARRAYS_FILE, STATE_FILE, RunState, read_state, refuse_wrong_optimizer_state
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
-from dapo_mcore.model_files.megatron_folder import MEGATRON
-from dapo_mcore.model_files.torch_dist import DistributedReader, read_companions
+from dapo_mcore.model_files.manifest import check_manifest
+from dapo_mcore.model_files.megatron_folder import MEGATRON, has_shards, open_store
+from dapo_mcore.model_files.torch_dist import read_companions
 
-_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", STATE_FILE, ARRAYS_FILE)
+_OLD_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", STATE_FILE, ARRAYS_FILE)
+"""Of formats 1 and 2, which have no manifest."""
 
 
 def check_stored(path: Path) -> None:
@@ -27,7 +29,7 @@ def check_stored(path: Path) -> None:
     try:
         read_stored(path)
         with unreadable_named(path):
-            DistributedReader(path / MEGATRON)
+            open_store(path)
     except DamagedCheckpoint as error:
         raise CheckpointError(f"{error}; {what_then(path)}") from error
 
@@ -46,12 +48,20 @@ def read_stored(path: Path) -> RunState:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}")
     with unreadable_named(path):
-        missing = [name for name in _FILES if not (path / name).is_file()]
-        if missing:
-            raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}")
-        state, common = read_state(path), read_companions(path / MEGATRON)
-        if state.adam_step is None:
-            state = replace(state, adam_step=_adam_step(path, common))
+        if not (path / MEGATRON).is_dir() or has_shards(path):
+            check_manifest(path)
+            return read_state(path)
+        return _read_old(path)
+
+
+def _read_old(path: Path) -> RunState:
+    """Return the state of a checkpoint of format 1 or 2."""
+    missing = [name for name in _OLD_FILES if not (path / name).is_file()]
+    if missing:
+        raise DamagedCheckpoint(f"{path} is not a whole checkpoint: it lacks {', '.join(missing)}")
+    state, common = read_state(path), read_companions(path / MEGATRON)
+    if state.adam_step is None:
+        state = replace(state, adam_step=_adam_step(path, common))
     refuse_wrong_optimizer_state(path, state)
     return state
 

@@ -125,7 +125,7 @@ def mcore_to_hf(source: Path, out: Path, report: Report, shard_bytes: int = SHAR
         OutputFile(name, sum(info.nbytes for info in tensors.values()), partial(_write_tensors, tensors, reader))
         for name, tensors in plan.items()
     ]
-    stored = [source / MEGATRON / ".metadata", *sorted((source / MEGATRON).glob("*.distcp")), source / "config.json"]
+    stored = [reader.store.description, *reader.store.paths, source / "config.json"]
     job = Job(out, files, inputs=stored, options=[str(shard_bytes)])
     with job.run(report) as (folder, _):
         copy_model_files(source, folder)

@@ -13,7 +13,7 @@ import torch
 from dapo_mcore.architecture.mapping import parameters
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.convert.convert import Reader, open_model
-from dapo_mcore.model_files.megatron_folder import MEGATRON, MegatronReader
+from dapo_mcore.model_files.megatron_folder import MegatronReader
 
 
 def describe(folder: Path, *, every_tensor: bool = False) -> str:
@@ -53,8 +53,8 @@ def _sizes(shape: WeightShape) -> str:
 
 def _files(reader: Reader) -> list[str]:
     if isinstance(reader, MegatronReader):
-        paths = sorted((reader.folder / MEGATRON).glob("*.distcp"))
-        cuts = max(len(tensor.chunks) for tensor in reader.store.tensors.values())
+        paths = reader.store.paths
+        cuts = max(map(reader.store.num_parts, reader.store.tensors))
         extra = f"; its most divided tensor lies in {cuts} chunks"
     else:
         paths, extra = reader.paths, ""

@@ -1,6 +1,7 @@
 """A Megatron checkpoint, read as Hugging Face tensors: one that convert.py made, or one of a training run.
 
-Change here: what such a folder is. architecture/mapping.py has the names, torch_dist.py reads the bytes.
+Change here: what such a folder is. architecture/mapping.py has the names; shard_reader.py reads the bytes of a training run's
+checkpoint, torch_dist.py those of a conversion and of training runs before format 3.
 """
 
 from __future__ import annotations
@@ -13,14 +14,28 @@ from torch import Tensor
 from dapo_mcore.architecture.mapping import Parameter, checkpoint_slice, hf_shapes, merged_rows, parameters
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.errors import CheckpointError
+from dapo_mcore.model_files.shard_format import SHARDS
+from dapo_mcore.model_files.shard_reader import ShardReader
 from dapo_mcore.model_files.torch_dist import DistributedReader, is_checkpoint
 
 MEGATRON = "megatron"
-"""The subfolder with the checkpoint itself; config.json and the tokenizer are beside it."""
+"""The subfolder with the checkpoint itself; config.json and the tokenizer are beside it. A training run's is SHARDS."""
+
+Store = DistributedReader | ShardReader
 
 
 def is_megatron_folder(folder: Path) -> bool:
-    return is_checkpoint(folder / MEGATRON)
+    return has_shards(folder) or is_checkpoint(folder / MEGATRON)
+
+
+def has_shards(folder: Path) -> bool:
+    """Return True for a training run's checkpoint of format 3 or later, whole or damaged."""
+    return (folder / SHARDS).is_dir()
+
+
+def open_store(folder: Path) -> Store:
+    """Return a reader of the tensors in a checkpoint's folder. Raise CheckpointError as the reader does."""
+    return ShardReader(folder / SHARDS) if has_shards(folder) else DistributedReader(folder / MEGATRON)
 
 
 class MegatronReader:
@@ -31,7 +46,7 @@ class MegatronReader:
 
     def __init__(self, folder: Path, shape: WeightShape):
         self.folder = folder
-        self.store = DistributedReader(folder / MEGATRON)
+        self.store = open_store(folder)
         self._shape = shape
         self._of = {name: (parameter, i) for parameter in parameters(shape) for i, name in enumerate(parameter.hf)}
         for parameter in parameters(shape):
@@ -75,5 +90,5 @@ class MegatronReader:
         padded = parameter.rule.is_vocab and len(stored) == 2 and stored[0] >= rows and stored[1:] == wanted[1:]
         if stored != wanted and not padded:
             raise CheckpointError(
-                f"{self.folder / MEGATRON}: {key} is {list(stored)}, but config.json implies {list(wanted)}: they disagree"
+                f"{self.store.folder}: {key} is {list(stored)}, but config.json implies {list(wanted)}: they disagree"
             )

@@ -104,6 +104,24 @@ class DistributedReader:
             _narrow(whole, [low - at for (low, _), at in zip(region, offsets)], _lengths(region)).copy_(part)
         return whole if whole.numel() else torch.empty(list(sizes), dtype=self.dtype(key))
 
+    def read_into(self, key: str, offsets: Sequence[int], block: Tensor) -> None:
+        """Fill `block` with the part of tensor `key` that begins at `offsets`."""
+        block.copy_(self.read(key, offsets, block.shape))
+
+    @property
+    def description(self) -> Path:
+        """Return the file that says where each tensor lies."""
+        return self.folder / ".metadata"
+
+    @property
+    def paths(self) -> list[Path]:
+        """Return the files of tensors."""
+        return sorted(self.folder.glob("*.distcp"))
+
+    def num_parts(self, key: str) -> int:
+        """Return the number of chunks in which the tensor lies."""
+        return len(self._tensor(key).chunks)
+
     def _tensor(self, key: str) -> TensorStorageMetadata:
         if key not in self.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {key}; it does not fit its config.json")

@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import torch
 
-from dapo_mcore.actor.checkpoint_blocks import checkpoint_blocks, rectangles
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks, rectangles, written_blocks
 from tests.actor import parity
 from tests.actor.parity import Mesh
 
@@ -81,3 +81,32 @@ def test_only_tensors_with_a_row_per_token_of_the_vocabulary_are_padded(actor):
         "embedding.word_embeddings.weight",
         "output_layer.weight",
     }
+
+
+def test_copies_share_the_writing_of_their_common_blocks():
+    """Three copies of 7 x 5, 4 and 3 elements write 14 each; a slice of a distributed optimizer is its rank's alone."""
+    whole = torch.arange(35.0).view(1, 7, 5), torch.arange(35.0, 39.0), torch.arange(39.0, 42.0)
+    found = {}
+    for copy in range(3):
+        blocks = [
+            CheckpointBlock("a", (2, 7, 5), (1, 0, 0), whole[0], True, False, copy, 3),
+            CheckpointBlock("b", (4,), (0,), whole[1], True, False, copy, 3),
+            CheckpointBlock("c", (3,), (0,), whole[2], True, False, copy, 3),
+            CheckpointBlock("mine", (9,), (3 * copy,), torch.zeros(3), True, False),
+            CheckpointBlock("norm", (9,), (0,), torch.zeros(9), False, False, copy, 3),
+        ]
+        found[copy] = [
+            (b.key, b.offsets, tuple(b.data.shape), b.data.flatten().tolist()) for b in written_blocks(blocks)
+        ]
+    assert [[part[:3] for part in parts] for parts in found.values()] == [
+        [("mine", (0,), (3,)), ("a", (1, 0, 0), (1, 2, 5)), ("a", (1, 2, 0), (1, 1, 4))],
+        [("mine", (3,), (3,)), ("a", (1, 2, 4), (1, 1, 1)), ("a", (1, 3, 0), (1, 2, 5)), ("a", (1, 5, 0), (1, 1, 3))],
+        [
+            ("mine", (6,), (3,)),
+            ("a", (1, 5, 3), (1, 1, 2)),
+            ("a", (1, 6, 0), (1, 1, 5)),
+            ("b", (0,), (4,)),
+            ("c", (0,), (3,)),
+        ],
+    ]
+    assert [value for parts in found.values() for part in parts[1:] for value in part[3]] == list(range(42))

@@ -22,7 +22,7 @@ from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.errors import CheckpointError, DapoError
 from dapo_mcore.model_files.hf_folder import RandomReader
 from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, shared_step
-from tests.checkpoint.stored_checkpoint import cut_chunks, evil_common, evil_metadata, unnumbered
+from tests.checkpoint.stored_checkpoint import as_format_2, cut_chunks, evil_common, evil_metadata, flip, unnumbered
 
 STATE = TrainState(
     step=2,
@@ -200,7 +200,10 @@ def in_one_process(layout: Any, mesh: Mesh, folder: str, tensor_parallel_path: s
         "durable": durable(layout, mesh, base / "durable"),
         "kept": retention(layout, mesh, base / "retention"),
         "errors": errors(layout, mesh, Path(tensor_parallel_path), base / "damaged"),
-        "unnumbered": numbered_and_not(layout, mesh, Path(tensor_parallel_path), base / "unnumbered"),
+        "old": [
+            new_and_old(layout, mesh, Path(tensor_parallel_path), base / "old" / str(format), format)
+            for format in (2, 1)
+        ],
     }
 
 
@@ -250,12 +253,15 @@ def durable(layout: Any, mesh: Mesh, folder: Path) -> dict[str, Any]:
     fsync, rename = os.fsync, os.rename
 
     def record_fsync(file: int) -> None:
-        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+        calls.append(f"fsync {short(Path(os.readlink(f'/proc/self/fd/{file}')))}")
         fsync(file)
 
     def record_rename(source: Path, target: Path) -> None:
-        calls.append(f"rename {source.name} → {target.name}")
+        calls.append(f"rename {short(source)} → {short(target)}")
         rename(source, target)
+
+    def short(path: Path) -> str:
+        return "partial" if path.suffix == ".partial" else path.name
 
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("{}")
@@ -311,23 +317,27 @@ def message(path: Path, actor: Any) -> str:
     return str(caught.value)
 
 
-def numbered_and_not(layout: Any, mesh: Mesh, good: Path, folder: Path) -> dict[str, Any]:
-    """Load the same checkpoint in the current and in the first format, and compare."""
+def new_and_old(layout: Any, mesh: Mesh, good: Path, folder: Path, format: int) -> dict[str, Any]:
+    """Load the same checkpoint in the current and in an old format, and compare."""
     now, before = build_actor(settings(mesh), layout), build_actor(settings(mesh), layout)
     path = folder / "checkpoints" / "step_000002"
     shutil.copytree(good, path)
-    unnumbered(path)
+    as_format_2(path)
+    if format == 1:
+        unnumbered(path)
     load_checkpoint(good, now, layout)
     load_checkpoint(path, before, layout)
     steps = [actor.optimizer.adam_step for actor in (now, before)]
     return {"steps": steps, "different": differences(layout, local_state(now), local_state(before))}
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "no_json": lambda path: (path / "state.json").unlink(),
-    "no_shard": lambda path: next((path / "megatron").glob("*.distcp")).unlink(),
+    "no_shard": lambda path: (path / "shards/rank_00000.safetensors").unlink(),
     "half_shard": cut_chunks,
-    "evil_metadata": evil_metadata,
-    "evil_common": evil_common,
+    "bit": flip("shards/rank_00001.safetensors", -1000),
+    "header": flip("shards/rank_00000.safetensors", 100),
+    "evil_metadata": lambda path: [as_format_2(path), evil_metadata(path)],
+    "evil_common": lambda path: [as_format_2(path), evil_common(path)],
 }
 """Damage that a load must notice on every rank; test_stored.py has all kinds."""

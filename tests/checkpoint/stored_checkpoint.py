@@ -1,10 +1,11 @@
-"""A small checkpoint on disk, written without a model, and ways to change or damage one."""
+"""Small checkpoints on disk, written without a model, and ways to change or damage one."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,55 @@ from typing import Any
 import numpy as np
 import torch
 
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
+from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
+from dapo_mcore.checkpoint.shard_file import write_shard
+from dapo_mcore.checkpoint.snapshot import Snapshot
+from dapo_mcore.model_files.manifest import MANIFEST
+from dapo_mcore.model_files.safetensors_file import DTYPES
+from dapo_mcore.model_files.shard_reader import ShardReader
 from dapo_mcore.model_files.torch_dist import write_chunk, write_metadata
+
+TRAIN = TrainState(2, 4, 2, {"epoch": 0, "offset": 8}, {}, {"x": np.arange(3, dtype=np.int32)}, "seed: 0\n")
 
 
 def write_checkpoint(path: Path) -> None:
-    """A whole checkpoint of step 2: the tensor `w` in two files, and what a run needs beside its tensors."""
-    (path / "megatron").mkdir(parents=True)
-    train = TrainState(2, 4, 2, {"epoch": 0, "offset": 8}, {}, {"x": np.arange(3, dtype=np.int32)}, "seed: 0\n")
-    write_state(path, RunState(FORMAT, train, {}, reference=False, adam_step=4.0))
-    chunks = []
+    """A whole checkpoint of step 2: the tensor `w` in the shards of two ranks, and what a run needs beside its tensors."""
+    partial = path.with_name(f"{path.name}.partial")
+    (partial / "shards").mkdir(parents=True)
+    write_state(partial, RunState(FORMAT, TRAIN, {}, reference=False, adam_step=4.0))
     for rank in (0, 1):
-        name = f"__{rank}_0.distcp"
+        block = CheckpointBlock("w", (8,), (4 * rank,), torch.zeros(4), is_written=True, is_padded=False)
+        snapshot = Snapshot([block])
+        write_shard(partial / "shards", rank, snapshot.header, snapshot.slices, snapshot.pieces)
+    publish(Publication(partial, path, num_ranks=2, keep=9), print)
+
+
+def write_old_checkpoint(path: Path) -> None:
+    """The same in format 2."""
+    write_checkpoint(path)
+    as_format_2(path)
+
+
+def as_format_2(path: Path) -> None:
+    """Store the same tensors as checkpoints of format 2 do."""
+    reader, chunks = ShardReader(path / "shards"), []
+    (path / "megatron").mkdir()
+    for number, shard in enumerate(reader.paths):
+        name = f"__{number}_0.distcp"
         with open(path / "megatron" / name, "wb") as file:
-            chunks.append(write_chunk(file, name, "w", (4 * rank,), (4,), torch.zeros(4)))
-    write_metadata(path / "megatron", chunks, {"w": torch.float32}, {"w": (8,)})
+            for key, tensor in reader.tensors.items():
+                for part in tensor.slices:
+                    if part.file == shard.name:
+                        block = reader.read(key, part.offsets, part.sizes)
+                        chunks.append(write_chunk(file, name, key, part.offsets, part.sizes, block))
+    dtypes = {key: DTYPES[tensor.dtype] for key, tensor in reader.tensors.items()}
+    sizes = {key: tensor.shape for key, tensor in reader.tensors.items()}
+    write_metadata(path / "megatron", chunks, dtypes, sizes)
+    shutil.rmtree(path / "shards")
+    (path / MANIFEST).unlink()
+    edit_state(path, format=2)
 
 
 def edit_state(path: Path, **changes: Any) -> None:
@@ -42,7 +77,7 @@ def edit_train(path: Path, **changes: Any) -> None:
 
 
 def unnumbered(path: Path, **fits: Any) -> None:
-    """Turn it into a checkpoint of format 1, except for its tensors."""
+    """Turn a checkpoint of format 2 into one of format 1, except for its tensors."""
     stored = json.loads((path / "state.json").read_bytes())
     train = stored["train"] | {"config": "parallel: {pipeline_parallel: 2}"}
     own = stored["fits"] | {"optimizer.distributed": True} | fits
@@ -52,6 +87,17 @@ def unnumbered(path: Path, **fits: Any) -> None:
 
 def truncate(name: str, size: int) -> Callable[[Path], None]:
     return lambda path: os.truncate(path / name, size)
+
+
+def flip(name: str, at: int) -> Callable[[Path], None]:
+    """Return what flips one bit of the byte `at`, counted from the end if it is negative."""
+
+    def flip_bit(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[at] ^= 16
+        (path / name).write_bytes(content)
+
+    return flip_bit
 
 
 class Evil:
@@ -74,5 +120,5 @@ def evil_common(path: Path) -> None:
 
 def cut_chunks(path: Path) -> None:
     """Take the last byte from the second file of tensors."""
-    file = sorted((path / "megatron").glob("*.distcp"))[1]
+    file = sorted([*path.glob("*/*.distcp"), *path.glob("*/*.safetensors")])[1]
     os.truncate(file, file.stat().st_size - 1)

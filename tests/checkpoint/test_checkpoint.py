@@ -56,7 +56,7 @@ def test_if_one_rank_finds_damage_all_ranks_take_the_checkpoint_before(tensor_pa
     found = tensor_parallel_run["fallback"]
     assert found["resumed"] == ["step_000002", 2]
     (line,) = found["lines"]
-    assert line.startswith("warning: ") and line.count("\n") == 0 and "__1_0.distcp is truncated" in line
+    assert line.startswith("warning: ") and line.count("\n") == 0 and "rank_00001.safetensors is truncated" in line
     assert line.endswith("step_000003 was renamed to step_000003.corrupt, and the run goes on from step_000002")
     assert found["left"] == ["step_000002", "step_000003.corrupt"]
     assert found["different"] == []
@@ -64,11 +64,11 @@ def test_if_one_rank_finds_damage_all_ranks_take_the_checkpoint_before(tensor_pa
 
 def test_a_folder_gets_its_name_after_all_its_bytes_are_on_disk(single_process_run: dict[str, Any]) -> None:
     calls = single_process_run["durable"]["calls"]
-    published = calls.index("rename step_000002.partial → step_000002")
+    published = calls.index("rename partial → step_000002")
     before = calls[:published]
     for name in ["metrics.jsonl", *single_process_run["durable"]["files"]]:
         assert f"fsync {name}" in before, name
-    assert before[-1] == "fsync step_000002.partial"
+    assert before[-1] == "fsync partial"
     assert calls[published + 1] == "fsync checkpoints"
 
 
@@ -122,24 +122,25 @@ def test_the_configuration_sets_the_rates_and_the_checkpoint_the_position(single
     assert single_process_run["settings"] == pytest.approx([5e-4 * 3 / 8, 0.25], rel=1e-12)
 
 
-def test_the_newest_checkpoints_are_kept_and_unfinished_ones_ignored(single_process_run: dict[str, Any]) -> None:
-    unfinished = "step_000099.partial"
+def test_the_newest_checkpoints_are_kept_and_unfinished_ones_deleted(single_process_run: dict[str, Any]) -> None:
     assert single_process_run["kept"] == [
-        ["step_000002", "step_000004.partial", unfinished],
-        ["step_000002", "step_000004", unfinished],
-        ["step_000002", "step_000004", unfinished],
-        ["step_000004", unfinished, "step_1000000"],
-        ["config.json", "megatron", "state.json", "state.safetensors"],
-        ["config.json", "megatron", "state.json", "state.safetensors"],
+        ["step_000002"],
+        ["step_000002", "step_000004"],
+        ["step_000002", "step_000004"],
+        ["step_000004", "step_1000000"],
+        ["config.json", "manifest.json", "shards", "state.json", "state.safetensors"],
+        ["config.json", "manifest.json", "shards", "state.json", "state.safetensors"],
         "step_1000000",
     ]
 
 
 ERRORS = {
     "absent": ["no checkpoint at", "step_000077"],
-    "no_json": ["not a whole checkpoint: it lacks state.json"],
-    "no_shard": [".distcp is missing"],
-    "half_shard": ["__1_0.distcp is truncated"],
+    "no_json": ["state.json is missing"],
+    "no_shard": ["rank_00000.safetensors is missing"],
+    "half_shard": ["rank_00001.safetensors is truncated"],
+    "bit": ["rank_00001.safetensors is changed: the checksum of "],
+    "header": ["rank_00000.safetensors is changed: the checksum of its header does not hold"],
     "evil_metadata": [".metadata cannot be read: it wants posix.mkdir, which no checkpoint metadata needs"],
     "evil_common": ["common.pt is truncated or damaged: it is no pickle of plain values"],
     "untied": [
@@ -161,8 +162,8 @@ def test_nothing_in_a_checkpoint_is_executed(single_process_run: dict[str, Any])
     assert single_process_run["errors"]["ran"] == []
 
 
-def test_a_checkpoint_of_the_first_format_is_read(single_process_run: dict[str, Any]) -> None:
-    assert single_process_run["unnumbered"] == {"steps": [2.0, 2.0], "different": []}
+def test_checkpoints_of_the_first_two_formats_are_read(single_process_run: dict[str, Any]) -> None:
+    assert single_process_run["old"] == [{"steps": [2.0, 2.0], "different": []}] * 2
 
 
 def test_no_checkpoint_in_a_new_or_unfinished_run(tmp_path: Path) -> None:

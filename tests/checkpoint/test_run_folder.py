@@ -15,9 +15,7 @@ from dapo_mcore.checkpoint.run_folder import (
     commit,
     drop_old,
     latest_checkpoint,
-    make_empty,
-    partial_path,
-    remove,
+    new_partial,
     step_of,
 )
 
@@ -29,7 +27,7 @@ def run_dir(tmp_path: Path) -> Path:
         path = checkpoint_path(tmp_path, step)
         path.mkdir(parents=True)
         (path / "state.json").touch()
-    partial_path(checkpoint_path(tmp_path, 4)).mkdir()
+    (tmp_path / "checkpoints" / "step_000004.partial").mkdir()
     (tmp_path / "checkpoints" / "step_000009.deleted").mkdir()
     return tmp_path
 
@@ -48,16 +46,18 @@ def test_the_latest_is_whole_and_has_the_highest_step(run_dir: Path) -> None:
 
 def test_a_finished_folder_replaces_one_of_its_name(run_dir: Path) -> None:
     folder = checkpoint_path(run_dir, 3)
-    partial = partial_path(folder)
-    make_empty(partial / "megatron")
+    partial = new_partial(folder)
+    (partial / "shards").mkdir()
     commit(partial, folder)
-    assert [path.name for path in folder.iterdir()] == ["megatron"]
+    assert [path.name for path in folder.iterdir()] == ["shards"]
     drop_old(folder, 5, pytest.fail)
-    assert names(run_dir) == ["step_000001", "step_000002", "step_000003", "step_000004.partial"]
+    assert names(run_dir) == ["step_000001", "step_000002", "step_000003"]
 
 
 @pytest.mark.parametrize("left", ["folder", "file", "link"])
-def test_leftovers_of_an_earlier_run_are_removed(tmp_path: Path, left: str) -> None:
+def test_leftovers_of_failed_attempts_are_deleted_and_each_attempt_has_a_folder_of_its_own(
+    tmp_path: Path, left: str
+) -> None:
     partial, elsewhere = tmp_path / "step_000001.partial", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").touch()
@@ -68,9 +68,9 @@ def test_leftovers_of_an_earlier_run_are_removed(tmp_path: Path, left: str) -> N
         partial.touch()
     else:
         partial.symlink_to(elsewhere)
-    remove(partial)
-    make_empty(partial)
-    assert list(partial.iterdir()) == [] and not partial.is_symlink()
+    made = [new_partial(tmp_path / "step_000002") for _ in range(2)]
+    assert made[0] != made[1] and list(made[1].iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == [elsewhere, made[1]]
     assert (elsewhere / "precious").exists()
 
 
@@ -116,15 +116,12 @@ def test_a_folder_that_cannot_be_deleted_does_not_block_the_next_of_its_name(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
         for _ in range(2):
-            partial = partial_path(checkpoint_path(run_dir, 4))
-            make_empty(partial)
-            assert list(partial.iterdir()) == []
-            commit(partial, checkpoint_path(run_dir, 3))
+            commit(new_partial(checkpoint_path(run_dir, 3)), checkpoint_path(run_dir, 3))
     assert [name for name in names(run_dir) if "00003" in name or "00004" in name] == [
-        *("step_000003", "step_000003.deleted", "step_000003.deleted1", "step_000004.partial.deleted")
+        *("step_000003", "step_000003.deleted", "step_000003.deleted1", "step_000004.partial")
     ]
     drop_old(checkpoint_path(run_dir, 3), 3, pytest.fail)
-    assert names(run_dir) == ["step_000001", "step_000002", "step_000003"]
+    assert names(run_dir) == ["step_000001", "step_000002", "step_000003", "step_000004.partial"]
 
 
 def test_a_checkpoint_that_is_a_mount_stays_whole(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,21 @@ import torch
 
 from dapo_mcore.checkpoint.stored import check_stored, read_stored, unreadable_named, what_then
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
+from dapo_mcore.model_files.manifest import write_manifest
 from tests.checkpoint.stored_checkpoint import (
+    as_format_2,
     cut_chunks,
     edit_state,
     edit_train,
     evil_common,
     evil_metadata,
+    flip,
     truncate,
     unnumbered,
     write_checkpoint,
 )
 
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "nothing": lambda path: [shutil.rmtree(path), path.mkdir()],
+OLD_DAMAGE: dict[str, Callable[[Path], object]] = {
     "no_json": lambda path: (path / "state.json").unlink(),
     "empty_json": truncate("state.json", 0),
     "half_json": truncate("state.json", 100),
@@ -33,7 +35,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no_text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe{"),
     "wrong_type": lambda path: edit_train(path, step="2"),
     "no_field": lambda path: edit_train(path, loader=None),
-    "newer": lambda path: edit_state(path, format=3),
+    "newer": lambda path: edit_state(path, format=4),
     "arrays": truncate("state.safetensors", 9),
     "no_arrays": truncate("state.safetensors", 0),
     "common": truncate("megatron/common.pt", 10),
@@ -56,8 +58,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 OLDER = ["a start with checkpoint.resume auto sets step_000002 aside and goes on from", "step_000001"]
 
 
-ERRORS = {
-    "nothing": ["is not a whole checkpoint: it lacks megatron/metadata.json", *OLDER],
+OLD_ERRORS = {
     "no_json": ["not a whole checkpoint: it lacks state.json; a start", *OLDER],
     "empty_json": ["state.json is damaged: Expecting value", *OLDER],
     "half_json": ["state.json is damaged", *OLDER],
@@ -66,7 +67,7 @@ ERRORS = {
     "no_text": ["state.json is damaged: 'utf-16", *OLDER],
     "wrong_type": ["state.json is damaged: train.step: Input should be a valid integer", *OLDER],
     "no_field": ["state.json is damaged: train.loader: Field required", *OLDER],
-    "newer": ["has format 3, and this version of dapo_mcore reads up to 2; resume with the version that wrote it"],
+    "newer": ["has format 4, and this version of dapo_mcore reads up to 3; resume with the version that wrote it"],
     "arrays": ["state.safetensors is truncated or damaged", *OLDER],
     "no_arrays": ["state.safetensors is truncated or damaged", *OLDER],
     "common": ["common.pt is truncated or damaged", *OLDER],
@@ -87,6 +88,25 @@ ERRORS = {
 }
 
 
+TENSORS = "shards/rank_00001.safetensors"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nothing": (lambda path: [shutil.rmtree(path), path.mkdir()], "it lacks manifest.json"),
+    "no_manifest": (lambda path: (path / "manifest.json").unlink(), "it lacks manifest.json"),
+    "half_manifest": (truncate("manifest.json", 50), "manifest.json is damaged"),
+    "no_json": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "half_json": (truncate("state.json", 100), "state.json is truncated: 100 of"),
+    "bit_of_json": (flip("state.json", 30), "state.json is changed: its SHA-256 is not that of manifest.json"),
+    "bit_of_arrays": (flip("state.safetensors", -1), "state.safetensors is changed: its SHA-256"),
+    "bit_of_index": (flip("shards/index.json", 60), "index.json is changed: its SHA-256"),
+    "no_shard": (lambda path: (path / TENSORS).unlink(), "rank_00001.safetensors is missing"),
+    "half_shard": (
+        lambda path: truncate(TENSORS, (path / TENSORS).stat().st_size - 1)(path),
+        "1.safetensors is truncated",
+    ),
+    "longer_shard": (lambda path: truncate(TENSORS, 10_000)(path), "rank_00001.safetensors is changed: 10000 of"),
+}
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """The newest checkpoint of a run, of step 2; that of step 1 lies beside it."""
@@ -99,29 +119,44 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_whole_checkpoint_is_read(checkpoint: Path) -> None:
     check_stored(checkpoint)
     found = read_stored(checkpoint)
-    assert (found.format, found.train.step, found.train.num_updates, found.adam_step) == (2, 2, 4, 4.0)
+    assert (found.format, found.train.step, found.train.num_updates, found.adam_step) == (3, 2, 4, 4.0)
     assert found.train.loader == {"epoch": 0, "offset": 8}
     assert found.train.sampler_arrays["x"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_named_with_what_to_do(checkpoint: Path, case: str) -> None:
-    DAMAGE[case](checkpoint)
+    spoil, expected = DAMAGE[case]
+    spoil(checkpoint)
     with pytest.raises(CheckpointError) as caught:
         check_stored(checkpoint)
     told = str(caught.value)
-    assert all(part in told for part in ERRORS[case]), told
+    assert all(part in told for part in [expected, *OLDER]), told
+
+
+def test_a_newer_format_is_refused(checkpoint: Path) -> None:
+    edit_state(checkpoint, format=4)
+    write_manifest(checkpoint, [checkpoint / "state.json"], [])
+    with pytest.raises(
+        CheckpointError, match=r"has format 4, and this version of dapo_mcore reads up to 3; resume with"
+    ):
+        check_stored(checkpoint)
+
+
+@pytest.mark.parametrize("case", OLD_DAMAGE)
+def test_damage_of_an_old_format_is_named_with_what_to_do(checkpoint: Path, case: str) -> None:
+    as_format_2(checkpoint)
+    OLD_DAMAGE[case](checkpoint)
+    with pytest.raises(CheckpointError) as caught:
+        check_stored(checkpoint)
+    told = str(caught.value)
+    assert all(part in told for part in OLD_ERRORS[case]), told
     assert not (checkpoint.parent / "ran").exists(), "nothing in a checkpoint is executed"
 
 
 def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"no checkpoint at {tmp_path / 'step_000077'}"):
         read_stored(tmp_path / "step_000077")
-
-
-def test_damaged_tensors_do_not_keep_the_state_from_being_read(checkpoint: Path) -> None:
-    cut_chunks(checkpoint)
-    assert read_stored(checkpoint).train.step == 2
 
 
 def test_without_an_older_checkpoint_the_run_starts_anew(checkpoint: Path) -> None:
@@ -137,6 +172,7 @@ def test_a_file_that_the_system_refuses_is_no_damage(checkpoint: Path) -> None:
 
 
 def test_the_first_format_has_adams_steps_beside_its_tensors(checkpoint: Path) -> None:
+    as_format_2(checkpoint)
     unnumbered(checkpoint)
     assert (read_stored(checkpoint).format, read_stored(checkpoint).adam_step) == (1, 4.0)
     torch.save({"optimizer": {}}, checkpoint / "megatron" / "common.pt")

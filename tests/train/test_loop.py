@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import shutil
 
 import pytest
 
 from dapo_mcore.observe.metrics import describe
+from tests.checkpoint.stored_checkpoint import flip
 from tests.train.runs import QUICKSTART, SMALL, metrics, python, run, stable
 
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
     run(task, "whole", *options)
     shutil.copytree(task / "runs/whole", task / "runs/parts")
     shutil.rmtree(task / "runs/parts/hf")  # as if killed before the export
-    os.truncate(next((task / "runs/parts/checkpoints/step_000004").rglob("*.distcp")), 1000)
+    flip("shards/rank_00000.safetensors", -1)(task / "runs/parts/checkpoints/step_000004")
     output = run(task, "parts", *options, "checkpoint.every=3", "checkpoint.keep=2")
     assert "step_000004 was renamed to step_000004.corrupt, and the run goes on from step_000002" in output
     assert "resumed after rollout step 2" in output
