@@ -280,7 +280,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / "state.json").unlink(),
         "state.json is missing; a start with checkpoint.resume auto sets step_000002 aside",
     ),
-    "cut tensors": (truncate("shards/rank_00000.safetensors", 100), "shards/rank_00000.safetensors is truncated"),
+    "cut tensors": (truncate("shards/rank_00000.safetensors", 80), "shards/rank_00000.safetensors is truncated"),
 }
 
 

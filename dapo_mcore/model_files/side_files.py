@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dapo_mcore.model_files.manifest import MANIFEST
+
 CONFIG = "config.json"
 LARGEST_FILE = 256_000_000
 """Bytes; the largest public vocabularies have a seventh of it."""
@@ -21,8 +23,8 @@ _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".npy", ".npz", ".zip", ".tar", ".gz"),
 )
-_NOT_COPIED = (CONFIG, "state.json")
-"""The first is written anew; the second is a checkpoint's (checkpoint/checkpoint.py)."""
+_NOT_COPIED = (CONFIG, "state.json", MANIFEST)
+"""The first is written anew; the others are a checkpoint's (checkpoint/checkpoint.py)."""
 
 _RENAMED = (("torch_dtype", "dtype"), ("num_experts", "num_local_experts"))
 """Keys by the names in transformers 4 and 5, each ignored by the other for some family."""

@@ -154,7 +154,15 @@ def custom_folder(folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "tokenization_chars.py").write_text(CUSTOM)
     (folder / "chars.vocab").write_text("a b c d e")
-    for name in ("model.safetensors", "pytorch_model.bin.index.json", "model.gguf", "README.md", ".git", "state.json"):
+    for name in (
+        "model.safetensors",
+        "pytorch_model.bin.index.json",
+        "model.gguf",
+        "README.md",
+        ".git",
+        "state.json",
+        "manifest.json",
+    ):
         (folder / name).write_text("{}")
     (folder / "original").mkdir()
     (folder / "original/params.json").write_text("{}")
