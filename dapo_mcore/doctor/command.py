@@ -22,7 +22,7 @@ from dapo_mcore.doctor.finding import Finding, State, wrong
 from dapo_mcore.doctor.installed import Import, this_environment, version
 from dapo_mcore.doctor.machine import check_machine, usable_memory
 from dapo_mcore.doctor.meeting import Meeting, meet
-from dapo_mcore.doctor.needs import Here, check_node
+from dapo_mcore.doctor.needs import Here, check_node, identity
 from dapo_mcore.doctor.nodes import check_meeting, merge
 from dapo_mcore.doctor.packages import ENGINE, check_packages, check_sglang
 from dapo_mcore.doctor.rank import describe_rank, this_node
@@ -80,6 +80,7 @@ class _Node:
     """The findings of a node, by group, and what others need to know of it.
 
     can_check  False if packages are missing that a configuration is checked with
+    folder     see rank.Rank
     """
 
     groups: dict[str, list[Finding]]
@@ -87,6 +88,7 @@ class _Node:
     torch_error: str | None
     can_check: bool
     here: Here
+    folder: str
 
 
 def _examine(config: Config | None, size: int) -> _Node:
@@ -106,7 +108,8 @@ def _examine(config: Config | None, size: int) -> _Node:
         _RUN: check_node(config, here) if config is not None and can_check else [],
     }
     facts = {"gpus": gpus, "versions": {name: installed.version(name) for name in _COMPARED}}
-    return _Node(groups, facts, torch.error, can_check, here)
+    folder = identity(config.run_dir) if config is not None else ""
+    return _Node(groups, facts, torch.error, can_check, here, folder)
 
 
 def _here(gpus: Sequence[dict[str, Any]], engine: Import | None, has_ray: bool, size: int) -> Here:
@@ -151,7 +154,7 @@ def _meet(node: _Node | None) -> tuple[Meeting, list[Finding]]:
     versions = {"Python": platform.python_version()} | {n: found for n in _COMPARED if (found := version(n))}
     findings = {title: tuple(found) for title, found in node.groups.items()} if node else {}
     try:
-        return meet(describe_rank(versions, findings)), []
+        return meet(describe_rank(versions, findings, node.folder if node else "")), []
     except (ImportError, OSError, RuntimeError) as error:
         return Meeting(), [
             _lost(str(error), "let nodes reach MASTER_ADDR on all ports, and read the other ranks' lines")

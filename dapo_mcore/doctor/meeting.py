@@ -18,7 +18,9 @@ from datetime import timedelta
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from dapo_mcore.doctor.finding import State
 from dapo_mcore.doctor.links import Link, partners, schedule
+from dapo_mcore.doctor.network import INTERFACES
 from dapo_mcore.doctor.rank import Rank, from_json, to_json
 
 if TYPE_CHECKING:
@@ -169,7 +171,10 @@ def _try_partners(host: str, number: int, nodes: Sequence[_Place]) -> list[Unrea
 
 
 def _can_time(ranks: Sequence[Rank]) -> bool:
-    """Return True if all ranks can send the same way: from CPUs, or each from a GPU of its own."""
+    """Return True if all ranks can send the same way: from CPUs or each from a GPU of its own, by interfaces that exist."""
+    known = [found for rank in ranks for findings in rank.findings.values() for found in findings]
+    if any(found.name in INTERFACES and found.state is State.WRONG for found in known):
+        return False
     gpus = [(rank.host, rank.gpu) for rank in ranks if rank.gpu]
     return all(rank.device == "CPU" for rank in ranks) or len(set(gpus)) == len(ranks)
 

@@ -117,6 +117,23 @@ def check_folder(key: str, folder: Path) -> list[Finding]:
     return [wrong(key, f"{place} {what}", f"choose another {key}, or give yourself the right to write there")]
 
 
+def identity(folder: Path) -> str:
+    """Return what the file system says of the folder, or of the one that it will be made in: nodes that share it say the same.
+
+    Return "" for a folder that cannot be opened.
+    """
+    place = _existing(folder)
+    try:
+        opened = os.open(place, os.O_RDONLY)  # on NFS an opened folder is not from a cache
+    except OSError:
+        return ""
+    try:
+        status = os.fstat(opened)
+    finally:
+        os.close(opened)
+    return f"{place} {status.st_ino} {status.st_mtime_ns}"
+
+
 def check_host_memory(config: Config, here: Here) -> list[Finding]:
     """Return whether the node has the host memory that `dapo-mcore plan` predicts. Nothing is predicted without a GPU it knows."""
     parts = host_parts(config, here)
@@ -164,13 +181,13 @@ def check_servers(config: Config, here: Here, values: int) -> list[Finding]:
     findings = check_sync_space(config, values) if servers or here.node == 0 else []
     if connections:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        findings.insert(0, check_open_files(settings, connections, *limits))
+        findings.insert(0, check_connections(settings, connections, *limits))
     if servers:
         findings += [check_server_gpus(settings, here), *check_ports(settings, here)]
     return findings
 
 
-def check_open_files(settings: SGLangConfig, num_servers: int, soft: int, hard: int) -> Finding:
+def check_connections(settings: SGLangConfig, num_servers: int, soft: int, hard: int) -> Finding:
     """Return whether a process here may open a connection per request of so many servers: rank 0 has those of all, a server its own.
 
     soft, hard  limits of open files
@@ -178,8 +195,8 @@ def check_open_files(settings: SGLangConfig, num_servers: int, soft: int, hard: 
     from dapo_mcore.rollout.sglang.client.http import open_file_limit
 
     connections = num_servers * (settings.max_in_flight + 8)
-    detail = f"enough for {num_servers} × rollout.sglang.max_in_flight {settings.max_in_flight}"
-    return outcome("open files", detail, lambda: open_file_limit(connections, soft, hard))
+    detail = f"open files are enough for {num_servers} × rollout.sglang.max_in_flight {settings.max_in_flight}"
+    return outcome("connections", detail, lambda: open_file_limit(connections, soft, hard))
 
 
 def check_sync_space(config: Config, values: int) -> list[Finding]:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from dapo_mcore.doctor.finding import Finding, hint, ok, wrong
 
-LOOPBACK = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_GLOO, _NCCL = INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def check_proxies(environment: Mapping[str, str], hosts: Sequence[str] = ()) -> Finding:
@@ -22,7 +22,7 @@ def check_proxies(environment: Mapping[str, str], hosts: Sequence[str] = ()) -> 
     if not proxies:
         return ok("proxies", "none")
     excepted = [word.strip() for word in values.get("no_proxy", "").split(",") if word.strip()]
-    wanted = list(dict.fromkeys((LOOPBACK, "localhost", *hosts)))
+    wanted = list(dict.fromkeys((_LOOPBACK, "localhost", *hosts)))
     missing = [] if "*" in excepted else [host for host in wanted if host not in excepted]
     ranges = [word for word in excepted if "/" in word]
     if not missing and not ranges:
@@ -42,7 +42,7 @@ def check_interfaces(environment: Mapping[str, str], interfaces: Sequence[str], 
     if given := environment.get(_GLOO):
         missing = [name for name in given.split(",") if name not in interfaces]
         findings.append(
-            _interface(_GLOO, given, missing == [], interfaces, "one of these names; gloo knows no ^ and no =")
+            _interface(_GLOO, given, missing == [], interfaces, "one of these names (gloo knows no ^ and no =)")
         )
     if on_gpu and (given := environment.get(_NCCL)):
         found = nccl_interfaces(given, interfaces)
@@ -53,7 +53,7 @@ def check_interfaces(environment: Mapping[str, str], interfaces: Sequence[str], 
 def _interface(name: str, given: str, is_found: bool, interfaces: Sequence[str], rule: str) -> Finding:
     if is_found:
         return ok(name, given)
-    return wrong(name, f"{given!r} fits none of {', '.join(interfaces)}", f"on this node set it to {rule}, or unset it")
+    return wrong(name, f"{given!r} fits none of {', '.join(interfaces)}", f"set it on this node to {rule}, or unset it")
 
 
 def nccl_interfaces(given: str, interfaces: Sequence[str]) -> list[str]:
@@ -72,13 +72,13 @@ def gloo_address(environment: Mapping[str, str], addresses: Mapping[str, Sequenc
     """
     if given := environment.get(_GLOO):
         own = addresses.get(given.split(",")[0], ())
-        return next((address for address in own if _is_address(address)), LOOPBACK)
+        return next((address for address in own if _is_address(address)), _LOOPBACK)
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)]
     except OSError:
-        return LOOPBACK
+        return _LOOPBACK
     own = {address for several in addresses.values() for address in several}
-    return next((address for address in found if address in own or address.startswith("127.")), LOOPBACK)
+    return next((address for address in found if address in own or address.startswith("127.")), _LOOPBACK)
 
 
 def _is_address(text: str) -> bool:

@@ -81,17 +81,15 @@ def _absent(ranks: Sequence[int]) -> list[Finding]:
 
 
 def _errors(meeting: Meeting) -> list[Finding]:
-    """Return the errors of gloo or NCCL, of a few ranks: one rank that fails is seen by most others."""
-    where = {rank.rank: rank.where for rank in meeting.ranks}
-    return [
-        wrong(
-            "collectives",
-            f"{where[rank]}: {shortened(' '.join(error.split()), _LONGEST_ERROR)}",
-            "let nodes reach each other on all ports, and name the interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
-            "NCCL_DEBUG=INFO says more",
-        )
-        for rank, error in meeting.errors[:_SHOWN]
-    ]
+    """Return each error of gloo or NCCL with the ranks that have it. One rank that fails is seen by most others."""
+    ranks: dict[str, list[str]] = {}
+    for rank, error in meeting.errors:
+        ranks.setdefault(shortened(" ".join(error.split()), _LONGEST_ERROR), []).append(meeting.ranks[rank].where)
+    remedy = (
+        "let nodes reach each other on all ports, and name the interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; "
+        "NCCL_DEBUG=INFO says more"
+    )
+    return [wrong("collectives", f"{shown(where)}: {error}", remedy) for error, where in [*ranks.items()][:_SHOWN]]
 
 
 def check_rates(times: Sequence[Times]) -> list[Finding]:
@@ -113,6 +111,7 @@ def check_nodes(ranks: Sequence[Rank]) -> list[Finding]:
         *_alike("devices", ranks, lambda rank: [rank.device]),
         *_own_gpus(ranks),
         _free_memory(ranks),
+        *_shared_folder([rank for rank in ranks if rank.folder]),
     ]
 
 
@@ -185,6 +184,20 @@ def _own_gpus(ranks: Sequence[Rank]) -> list[Finding]:
         )
         for (_, gpu), several in users.items()
         if not gpu or len(several) > 1
+    ]
+
+
+def _shared_folder(firsts: Sequence[Rank]) -> list[Finding]:
+    """Return a hint if nodes see different folders at output_dir."""
+    others = [rank.host for rank in firsts if rank.folder != firsts[0].folder]
+    if not others:
+        return []
+    return [
+        hint(
+            "output_dir",
+            f"{shown(others)} and {firsts[0].host} see different folders there, and each node writes a part of a checkpoint",
+            "put it on a file system that all nodes share",
+        )
     ]
 
 

@@ -27,6 +27,7 @@ class Rank:
     gloo        the address that gloo listens on
     device      the GPUs that it sees, `8 × NVIDIA H100 80GB HBM3`, or `CPU`; gpu: the UUID of its own one, "" without
     free_bytes  of its GPU; of the machine's memory without one
+    folder      which folder it sees at output_dir, to compare it with the others'; "" without a configuration
     port        where it listens while others try to reach its node; 0 if it is not the first rank of its node
     findings    about its node, by group; empty if it is not the first rank of its node
     """
@@ -41,6 +42,7 @@ class Rank:
     gpu: str
     free_bytes: int
     versions: Mapping[str, str]
+    folder: str = ""
     port: int = 0
     findings: Mapping[str, tuple[Finding, ...]] = field(default_factory=dict)
 
@@ -50,7 +52,9 @@ class Rank:
 
     def facts(self) -> dict[str, Any]:
         """Return the record without findings and versions, for the report's JSON file."""
-        return {name: value for name, value in vars(self).items() if name not in ("findings", "versions", "port")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("findings", "versions", "folder", "port")
+        }
 
 
 def to_json(rank: Rank) -> str:
@@ -71,7 +75,7 @@ def from_json(text: str) -> Rank:
     return Rank(**content, findings=findings)
 
 
-def describe_rank(versions: Mapping[str, str], findings: Mapping[str, tuple[Finding, ...]]) -> Rank:
+def describe_rank(versions: Mapping[str, str], findings: Mapping[str, tuple[Finding, ...]], folder: str = "") -> Rank:
     """Return this rank's own record. Raise ConfigError if it cannot find rank 0."""
     import psutil
 
@@ -89,6 +93,7 @@ def describe_rank(versions: Mapping[str, str], findings: Mapping[str, tuple[Find
         gpu=gpu,
         free_bytes=free_bytes,
         versions=versions,
+        folder=folder,
         findings=findings,
     )
 

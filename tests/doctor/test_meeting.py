@@ -9,11 +9,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from dapo_mcore.doctor import meeting
+from dapo_mcore.doctor.finding import wrong
 from dapo_mcore.doctor.meeting import Meeting, Times
 from dapo_mcore.doctor.rank import Rank
 from tests.doctor.environments import job, written
@@ -60,8 +62,16 @@ def test_an_address_that_two_nodes_cannot_reach_is_found_before_anything_hangs(n
     assert all(error for *_, error in first.unreached)
 
 
-@pytest.mark.parametrize("change", [{"gpu": "GPU-0", "host": "node0"}, {"gpu": ""}, {"device": "CPU", "gpu": ""}])
-def test_ranks_that_cannot_send_alike_do_not_try(nodes: list[Rank], change: dict[str, str], monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gpu": "GPU-0", "host": "node0"},
+        {"gpu": ""},
+        {"device": "CPU", "gpu": ""},
+        {"findings": {"machine": (wrong("GLOO_SOCKET_IFNAME", "'^lo' fits none", "unset it"),)}},
+    ],
+)
+def test_ranks_that_cannot_send_alike_do_not_try(nodes: list[Rank], change: dict[str, Any], monkeypatch) -> None:
     monkeypatch.setattr(meeting, "_time_all", None)
     first, *_ = meet_in_threads([*nodes[:2], replace(nodes[2], **change)])
     assert (len(first.ranks), first.times, first.errors) == (3, (), ())

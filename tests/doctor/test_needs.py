@@ -79,8 +79,8 @@ def test_a_sync_needs_room_for_two_versions_or_two_buckets(
 
 def test_servers_need_open_files_for_their_requests() -> None:
     settings = SGLangConfig(num_servers=4, max_in_flight=1000)
-    assert needs.check_open_files(settings, 4, 1024, 65536).state is State.OK
-    found = needs.check_open_files(settings, 4, 1024, 4096)
+    assert needs.check_connections(settings, 4, 1024, 65536).state is State.OK
+    found = needs.check_connections(settings, 4, 1024, 4096)
     assert found.state is State.WRONG
     assert "may open 4096" in found.detail
     assert "lower rollout.sglang.max_in_flight" in found.remedy
@@ -114,6 +114,14 @@ def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     assert (found.detail, "choose another output_dir" in found.remedy) == (f"{tmp_path}/file is a file", True)
 
 
+def test_a_folder_has_the_same_identity_for_all_that_share_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert needs.identity(tmp_path / "a" / "runs") == needs.identity(tmp_path / "a" / "other")
+    same_path = [needs.identity(tmp_path / name).split()[1:] for name in ("a", "b")]
+    assert same_path[0] != same_path[1]
+
+
 def test_ports_that_are_taken_or_given_to_clients_are_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -136,11 +144,11 @@ def test_a_node_answers_for_the_servers_that_start_on_it(tmp_path: Path, model_f
 
     assert NODE.servers(SGLangConfig(placement="nodes", num_servers=6)) == range(0, 6, 4)
     assert [*SECOND.servers(SGLangConfig(placement="nodes", num_servers=6))] == [1, 5]
-    everything = ["open files", "sync space", "servers' GPUs", "ports"]
+    everything = ["connections", "sync space", "servers' GPUs", "ports"]
     assert names(NODE, *spread) == names(SECOND, *spread) == everything
     assert names(replace(NODE, node=3), *spread, "rollout.sglang.num_servers=2") == []
     assert (names(NODE, *sglang), names(SECOND, *sglang)) == (everything, [])
-    assert names(NODE, *sglang, "rollout.sglang.urls=[http://10.0.0.9:1]") == ["open files", "sync space"]
+    assert names(NODE, *sglang, "rollout.sglang.urls=[http://10.0.0.9:1]") == ["connections", "sync space"]
     config = written(tmp_path, model_folder, *spread, "rollout.sglang.max_in_flight=100")
     first, second = (needs.check_servers(config, here, 1)[0] for here in (NODE, SECOND))
     assert (first.state, second.state) == (State.WRONG, State.OK), (

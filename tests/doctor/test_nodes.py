@@ -66,6 +66,15 @@ def test_ranks_without_a_gpu_of_their_own_are_named(gpus: list[str], detail: str
     assert all(f.state is State.OK for f in check_nodes([replace(rank, device="CPU", gpu="") for rank in job()]))
 
 
+def test_nodes_that_see_another_folder_are_named() -> None:
+    ranks = [replace(rank, folder="" if rank.local else "/runs 7 1") for rank in job()]
+    assert [f for f in check_nodes(ranks) if f.name == "output_dir"] == []
+    ranks[4] = replace(ranks[4], folder="/runs 2 5")
+    (found,) = [f for f in check_nodes(ranks) if f.name == "output_dir"]
+    assert (found.state, found.detail[:36]) == (State.HINT, "node2 and node0 see different folder")
+    assert "all nodes share" in found.remedy
+
+
 def test_what_stops_a_meeting_is_a_reason() -> None:
     ranks = tuple(job())
     absent = check_meeting(Meeting(ranks[:2], absent=(2, 3)))[0]
