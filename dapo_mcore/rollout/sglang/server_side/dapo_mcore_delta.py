@@ -75,7 +75,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def bit_sums(tensor: Tensor, dim: int) -> Tensor:
     """Return int32: the sums of the tensor's bits along `dim`, modulo 2^32."""
-    return bits(tensor).sum(dim, dtype=torch.int64).to(torch.int32)
+    return bits(tensor).sum(dim, dtype=torch.int32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,6 +100,7 @@ class DeltaSender:
 
     def finish(self, weight_version: str | None) -> None:
         """Make the snapshot the next base if the update is served; else the next update sends everything."""
+        self._snapshot.settle()
         self._snapshot.version = weight_version
         self.inner.finish(weight_version)
 
@@ -154,15 +155,15 @@ def encode(name: str, new: Tensor, old: Tensor | None) -> tuple[Entry, list[Tens
     if old is None:
         return whole, [new], new.numel()
     changed = bits(new) != bits(old)
+    count = int(changed.count_nonzero())
     if new.dim() != 2 or new.shape[1] > MAX_COLUMNS:
-        return whole, [new], int(changed.sum())
-    counts = changed.sum(1, dtype=torch.int32)
-    count = int(counts.sum())
+        return whole, [new], count
     sparse = Entry(name, whole.shape, new.dtype, 0, count)
     if sparse.num_bytes >= whole.num_bytes:
         return whole, [new], count
-    flat = changed.view(-1).nonzero().view(-1)
-    columns = (flat % new.shape[1]).to(torch.int16)  # the lower 16 bits
+    flat, (height, width) = changed.view(-1).nonzero().view(-1), new.shape
+    counts = (flat // width).bincount(minlength=height).to(torch.int32)
+    columns = (flat % width).to(torch.int16)  # the lower 16 bits
     return sparse, [bit_sums(new, 1), bit_sums(new, 0), counts, new.view(-1)[flat], columns], count
 
 
@@ -190,6 +191,8 @@ class Snapshot:
     """Copies of weights in host memory, and the weight_version that they make up; None while they are mixed.
 
     Copies of weights on a GPU are pinned. They lie in slabs, since torch rounds a block of pinned memory up to a power of two.
+    They are written by a CUDA stream of their own: the bus carries the copies out while it brings older ones in. `settle` waits
+    for that. In one update, `get` a name before you `keep` it.
     """
 
     def __init__(self, slab_bytes: int = _GIB):
@@ -197,13 +200,29 @@ class Snapshot:
         self.num_bytes = 0
         self._copies: dict[str, Tensor] = {}
         self._slab_bytes, self._slab, self._used = slab_bytes, torch.empty(0, dtype=torch.uint8), 0
+        self._writing: torch.cuda.Stream | None = None
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """Copy the tensor. On a GPU the copy is only queued; so is what `get` returns, on the same stream."""
+        """Copy the tensor. On a GPU the copy is only queued, until `settle`."""
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             copy = self._copies[name] = self._new(tensor)
-        copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        if not tensor.is_cuda:
+            copy.copy_(tensor)
+            return
+        if self._writing is None:
+            self._writing = torch.cuda.Stream(tensor.device)
+        self._writing.wait_stream(
+            torch.cuda.current_stream(tensor.device)
+        )  # the tensor is whole, and the old copy is read
+        with torch.cuda.stream(self._writing):
+            copy.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._writing)
+
+    def settle(self) -> None:
+        """Wait until everything is copied. The weights may change, and `get` may be called, only after that."""
+        if self._writing is not None:
+            self._writing.synchronize()
 
     def get(self, name: str, like: Tensor) -> Tensor | None:
         """Return the copy on the device of `like`, or None if there is none of its shape and dtype."""
