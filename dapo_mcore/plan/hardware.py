@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from dapo_mcore.errors import ConfigError
 
 Source = Literal["measured", "vendor", "guess", "config"]
-_MAY_BE_ZERO = ("share", "B", "ms", "ns")
+_MAY_BE_ZERO = ("share", "B", "ms", "us", "ns")
 """Units of figures whose 0 means that something costs or hides nothing. Others divide."""
 
 
@@ -118,9 +118,8 @@ class Assumptions:
         0.75, "of hbm_gbs", "guess", "a server's decode step: weights and KV cache read"
     )
     decode_gemm_efficiency: float = _figure(0.50, "of bf16_tflops", "guess", "a server's products at large batches")
-    decode_overhead_ms: float = _figure(
-        6.0, "ms", "guess", "a decode step beside reading: launches, sums over ranks, sampling"
-    )
+    decode_overhead_ms: float = _figure(6.0, "ms", "guess", "a decode step beside reading: launches, sampling")
+    decode_sum_us: float = _figure(10.0, "us", "guess", "a decode step's sum over a server's GPUs, two per layer")
     embedded_slowdown: float = _figure(
         5.0, "×", "guess", "engine embedded: transformers' decode loop against a server's"
     )

@@ -182,7 +182,10 @@ def _suggestions(suggestions: Sequence[Suggestion], plan: Plan) -> Iterator[str]
     if not suggestions:
         yield "Suggestions: no layout fits on these GPUs; take more nodes or shorter sequences"
         return
-    yield f"Suggestions, by the predicted step (given: {_seconds(plan.time.total)}{'' if plan.fits else ', does not fit'})"
+    yield (
+        f"Suggestions, fastest first, but of those within 2 % the simplest "
+        f"(given: {_seconds(plan.time.total)}{'' if plan.fits else ', does not fit'})"
+    )
     for number, own in enumerate(suggestions, 1):
         servers, mesh = own.plan.job.config.rollout.sglang, layout(own.plan).replace(" with sequence parallelism", "")
         fp8 = f" (FP8 {_seconds(own.in_fp8.time.total)})" if own.in_fp8 else ""

@@ -120,7 +120,11 @@ def decode_cost(job: Job) -> Decode:
     read = size * whole_model(job.shape) / tensor / bandwidth
     cache_read = kv_bytes_per_token(job.shape, job.dtype_bytes, tensor) / bandwidth
     per_request = (job.flops.per_token + job.flops.per_loss_token) / _flops_per_s(job)
-    return Decode(slow * (assume.decode_overhead_ms / 1e3 + read), slow * per_request, slow * cache_read)
+    sums = 2 * job.shape.num_layers if tensor > 1 else 0
+    summed = 2 * job.dtype_bytes * job.shape.hidden_size * (tensor - 1) / tensor
+    per_request += sums * summed / (assume.nvlink_efficiency * job.gpu.nvlink_gbs * 1e9)
+    fixed = assume.decode_overhead_ms / 1e3 + sums * assume.decode_sum_us / 1e6 + read
+    return Decode(slow * fixed, slow * per_request, slow * cache_read)
 
 
 def _flops_per_s(job: Job) -> float:

@@ -38,17 +38,15 @@ class StepTime:
         return both + self.sync + self.handover
 
     @property
-    def bound(self) -> str:
-        """The part of the step that costs most."""
-        parts = {"generation": self.rollout.total, "gradient steps": self.train.update_s, "scoring": self.train.score_s}
-        parts |= {"weight sync": self.sync, "handover": self.handover}
-        return max(parts, key=lambda name: parts[name])
+    def work(self) -> float:
+        """The sum of all parts, also of those that run beside each other."""
+        return self.rollout.total + self.train.score_s + self.train.update_s + self.sync + self.handover
 
 
-def step_time(job: Job, batch: Batch, memory: Memory) -> StepTime:
-    """Return the times of the job's rollout step."""
+def step_time(job: Job, batch: Batch, memory: Memory, rollout: RolloutTime | None = None) -> StepTime:
+    """Return the times of the job's rollout step. rollout: generation, if it is known already."""
     return StepTime(
-        rollout=rollout_time(job, batch, memory),
+        rollout=rollout or rollout_time(job, batch, memory),
         train=train_time(job, batch),
         sync=_sync(job),
         handover=_handover(job),

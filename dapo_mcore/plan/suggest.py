@@ -18,15 +18,21 @@ from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.memory import memory_of
 from dapo_mcore.plan.plan import Plan, make_plan
 from dapo_mcore.plan.remedies import servers_on_all
-from dapo_mcore.plan.rollout_time import rollout_time
+from dapo_mcore.plan.rollout_time import RolloutTime, rollout_time
 from dapo_mcore.plan.step_time import step_time
 from dapo_mcore.plan.train_time import Pass
 
 _SIZES = (1, 2, 4, 8)
+_STAGES = (1, 2, 4, 8, 16)
+_EXPERTS = (1, 2, 4, 8, 16, 32)
 _CONTEXT = (1, 2, 4)
 _CHUNKS = (1, 2, 4)
 _FEWEST_LAYERS = 2
 """Chunks of fewer layers send more than they compute."""
+_ROOM = 0.92
+"""The part of a GPU that a suggestion may fill while it trains. Peaks are predicted to within 10 % (tests/plan/h100.py)."""
+_ALIKE = 1.02
+"""Times within this factor are alike: a prediction is not better than that."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,42 @@ class Suggestion:
 
 
 def suggest(plan: Plan, count: int = 5) -> list[Suggestion]:
-    """Return the fastest layouts that fit on the plan's GPUs, best first."""
-    found = [({**placed, **changes}, own) for placed, job in _servers(plan.job) for changes, own in _layouts(job)]
-    fastest = sorted(found, key=_seconds)[: count + 3]
-    exact = [(changes, other) for changes, own in fastest if (other := make_plan(own.job)).fits]
+    """Return the fastest layouts that fit on the plan's GPUs. Of those that are nearly as fast as the first, the simplest come first."""
+    servers = _servers(plan.job)
+    found = _estimates(servers, _ROOM) or _estimates(servers, 1.0)
+    exact = [(changes, other) for changes, own in _ranked(found)[: count + 3] if (other := make_plan(own.job)).fits]
     return [
         Suggestion(_news(plan.job, changes), own, _reason(plan, own), _in_fp8(own))
-        for changes, own in sorted(exact, key=_seconds)[:count]
+        for changes, own in _ranked(exact)[:count]
     ]
 
 
-def _seconds(entry: tuple[Changes, Plan]) -> float:
-    return entry[1].time.total
+def _estimates(servers: list[tuple[Changes, Job]], room: float) -> list[tuple[Changes, Plan]]:
+    return [({**placed, **changes}, own) for placed, job in servers for changes, own in _layouts(job, room)]
+
+
+def _ranked(found: list[tuple[Changes, Plan]]) -> list[tuple[Changes, Plan]]:
+    """Return the layouts in the order of a report, without a second one that differs only in its chunks of layers."""
+    fastest = min((own.time.total for _, own in found), default=0.0)
+
+    def order(entry: tuple[Changes, Plan]) -> tuple[bool, int, bool, float]:
+        job, time = entry[1].job, entry[1].time
+        if time.total > _ALIKE * fastest:
+            return True, 0, False, time.total
+        return False, _kinds(job), job.context > 1, time.work
+
+    kept: dict[tuple[int, ...], tuple[Changes, Plan]] = {}
+    for changes, own in sorted(found, key=order):
+        job = own.job
+        same = (job.tensor, job.pipeline, job.context, job.config.parallel.expert_parallel, job.num_servers)
+        kept.setdefault(same, (changes, own))
+    return list(kept.values())
+
+
+def _kinds(job: Job) -> int:
+    """Return how many kinds of parallelism a layout has beside data parallelism."""
+    sizes = (job.tensor, job.pipeline, job.chunks, job.context, job.config.parallel.expert_parallel)
+    return sum(size > 1 for size in sizes)
 
 
 def _news(job: Job, changes: Changes) -> Changes:
@@ -77,10 +107,10 @@ def _in_fp8(own: Plan) -> Plan | None:
     return other if other and other.fits else None
 
 
-def _estimate(job: Job) -> Plan:
+def _estimate(job: Job, rollout: RolloutTime | None = None) -> Plan:
     batch = batch_of(job, exact=False)
     memory = memory_of(job, batch)
-    return Plan(job, batch, memory, step_time(job, batch, memory))
+    return Plan(job, batch, memory, step_time(job, batch, memory, rollout))
 
 
 def _servers(job: Job) -> list[tuple[Changes, Job]]:
@@ -119,30 +149,59 @@ def _shares(job: Job) -> Iterator[Changes]:
                 yield {"rollout.sglang.tensor_parallel": size, "rollout.sglang.num_servers": gpus // size}
 
 
-def _layouts(job: Job) -> Iterator[tuple[Changes, Plan]]:
+def _layouts(job: Job, room: float) -> Iterator[tuple[Changes, Plan]]:
     """Yield every mesh that fits, with the mildest recomputation that lets it fit, and estimated micro-batches."""
+    rollout = None if job.is_embedded else _estimate(job).time.rollout  # the mesh does not change it
     for mesh in _meshes(job):
-        for recompute in _recomputations(job):
-            changes = {**mesh, "model.offload_activations": False, "model.recompute": recompute}
-            if (other := changed(job, changes)) is None:
+        mildest = _mildest(job, mesh, room)
+        if mildest is None:
+            continue
+        for chunks in _CHUNKS:
+            changes = {**mesh, **mildest, "parallel.virtual_pipeline_parallel": chunks}
+            if chunks > 1 and (mesh["parallel.pipeline_parallel"] == 1 or _too_short(job, mesh, chunks)):
                 break
-            if memory_of(other, batch_of(other, exact=False)).fits:
-                yield changes, _estimate(other)
+            other = changed(job, changes)
+            if other is None or not _fits(other, room):
                 break
+            yield changes, _estimate(other, rollout)
+
+
+def _mildest(job: Job, mesh: Changes, room: float) -> Changes | None:
+    """Return the recomputation that costs least and lets the mesh fit; None if it cannot fit or a rule refuses it."""
+    experts = job.architecture.num_experts
+    full, *milder = [
+        {"model.offload_activations": False, "model.recompute": mode}
+        for mode in ("full", "none", ["moe"] if experts else ["mlp"])
+    ]
+    for recompute in (full, *milder):
+        other = changed(job, {**mesh, **recompute})
+        fits = other is not None and _fits(other, room)
+        if recompute is full and not fits:
+            return None
+        if recompute is not full and fits:
+            return recompute
+    return full
+
+
+def _fits(job: Job, room: float) -> bool:
+    memory = memory_of(job, batch_of(job, exact=False))
+    return memory.fits and memory.worst.total <= room * memory.worst.capacity
+
+
+def _too_short(job: Job, mesh: Changes, chunks: int) -> bool:
+    return mesh["parallel.pipeline_parallel"] * chunks * _FEWEST_LAYERS > job.shape.num_layers
 
 
 def _meshes(job: Job) -> Iterator[dict[str, Any]]:
     config = job.config
-    experts = _SIZES if job.architecture.num_experts else (1,)
-    for tensor, pipeline, chunks, context, expert in product(_SIZES, _SIZES, _CHUNKS, _CONTEXT, experts):
+    experts = _EXPERTS if job.architecture.num_experts else (1,)
+    for tensor, pipeline, context, expert in product(_SIZES, _STAGES, _CONTEXT, experts):
         if job.num_train % (tensor * pipeline * context) or tensor > job.cluster.gpus_per_node:
-            continue
-        if chunks > 1 and (pipeline == 1 or pipeline * chunks * _FEWEST_LAYERS > job.shape.num_layers):
             continue
         changes = {
             "parallel.tensor_parallel": tensor,
             "parallel.pipeline_parallel": pipeline,
-            "parallel.virtual_pipeline_parallel": chunks,
+            "parallel.virtual_pipeline_parallel": 1,
             "parallel.context_parallel": context,
             "parallel.expert_parallel": expert,
             "parallel.expert_tensor_parallel": None,
@@ -152,12 +211,6 @@ def _meshes(job: Job) -> Iterator[dict[str, Any]]:
         if context > 1:
             changes["batch.max_tokens"] = -(-config.batch.max_tokens * job.context // context)
         yield changes
-
-
-def _recomputations(job: Job) -> list[Any]:
-    """Return modes of recomputation, those that cost least first."""
-    experts = job.architecture.num_experts
-    return ["none", ["moe"] if experts else ["mlp"], "full"]
 
 
 def _reason(given: Plan, own: Plan) -> str:

@@ -24,10 +24,11 @@ def test_a_decode_step_by_hand() -> None:
     cost = decode_cost(job())
     bandwidth = 0.75 * 3350e9
     weights = 2 * 32_763_876_352 / 4
-    assert cost.fixed == pytest.approx(0.006 + weights / bandwidth)
+    assert cost.fixed == pytest.approx(0.006 + 2 * 64 * 10e-6 + weights / bandwidth)
     assert cost.per_token == pytest.approx(64 * 2 * 2 * 128 * 2 / bandwidth)
     flops = 2 * (32_763_876_352 - 152064 * 5120)
-    assert cost.per_request == pytest.approx(flops / (0.5 * 989e12 * 4), rel=1e-3)
+    sums = 2 * 64 * 2 * 2 * 5120 * 3 / 4 / (0.7 * 450e9)
+    assert cost.per_request == pytest.approx(flops / (0.5 * 989e12 * 4) + sums, rel=1e-3)
     assert cost.step(10, 5000) == pytest.approx(cost.fixed + 10 * cost.per_request + 5000 * cost.per_token)
 
 

@@ -17,6 +17,7 @@ def test_parts_wait_for_each_other_unless_generation_runs_ahead() -> None:
     ahead = {"rollout__async_steps": 1, "algo__tis": {"mode": "truncate"}, "reward__workers": 8}
     beside = make_plan(job(**BESIDE, **ahead)).time
     assert beside.total == pytest.approx(max(time.rollout.total, training) + time.sync)
+    assert beside.work == pytest.approx(time.work) and time.work == pytest.approx(time.total)
 
 
 def test_a_sync_collects_the_model_from_other_nodes_and_sends_it_once_per_group_of_servers() -> None:
@@ -35,8 +36,3 @@ def test_colocated_actors_go_to_the_host_and_back() -> None:
     plan = make_plan(job())
     parts = plan.memory.train[0].parts
     assert plan.time.handover == pytest.approx(2 * (parts["parameters"] + parts["optimizer"]) / (0.8 * 64e9))
-
-
-def test_the_largest_part_is_named() -> None:
-    assert make_plan(job()).time.bound == "generation"
-    assert make_plan(job(assumed={"disk_sync_gbs": 0.01})).time.bound == "weight sync"
