@@ -94,7 +94,7 @@ class Controller:
     ):
         self.config, self.progress, self.timer = config, progress, timer
         check_services(config.observe)
-        self.tokenizer, self.decode = tokenizer, partial(decode_responses, tokenizer)
+        self.decode = partial(decode_responses, tokenizer)
         resumes = resumed_checkpoint(config) is not None
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
         for line in self.data.lines():

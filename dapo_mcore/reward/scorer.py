@@ -6,6 +6,7 @@ Change here: how these are combined into a Score.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 
 from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
@@ -23,6 +24,7 @@ class Scorer:
         self._config = config
         self._max_length = config.overlong.max_length or max_response_tokens
         self._pool: RewardPool | RayRewardPool | None = None
+        self._turn = Lock()  # an evaluation may begin while responses of the next step are scored
         function = (config.function, config.adapter, config.strict_box)
         if config.placement == "ray":
             self._pool = RayRewardPool(config.num_workers, *function, config.timeout_seconds, ray_address)
@@ -32,12 +34,13 @@ class Scorer:
             self._judge = build_judge(*function)
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]:
-        """Return one Score per sample, in order. The three sequences have equal lengths."""
+        """Return one Score per sample, in order. The three sequences have equal lengths. Calls of several threads take turns."""
         attempts = [
             Attempt(prompt.text, text, prompt.answer, prompt.source, prompt.extra, rollout.token_ids, prompt.messages)
             for prompt, rollout, text in zip(prompts, rollouts, texts, strict=True)
         ]
-        outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, attempt) for attempt in attempts]
+        with self._turn:
+            outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, one) for one in attempts]
         return [
             self._score(outcome, len(rollout.token_ids)) for outcome, rollout in zip(outcomes, rollouts, strict=True)
         ]

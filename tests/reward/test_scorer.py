@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +113,24 @@ def test_a_function_that_cannot_be_loaded(workers: int):
 def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="zip"):
         score("x", "y", lengths=(1,))
+
+
+def test_calls_of_several_threads_take_turns(monkeypatch):
+    reward = build_reward(RewardConfig(), max_response_tokens=16)
+    together, active = [], []
+
+    def judge(attempt: object) -> float:
+        active.append(attempt)
+        time.sleep(0.01)  # so that calls that do not take turns meet
+        together.append(len(active))
+        active.pop()
+        return 1.0
+
+    monkeypatch.setattr(reward, "_judge", judge)
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7")
+    threads = [threading.Thread(target=reward, args=([prompt], [rollout(4)], ["7"])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1, 1, 1, 1]

@@ -1,8 +1,9 @@
-"""Groups from servers that are kept full: each finished group is scored, judged and replaced at once.
+"""Groups from servers that are kept full: each generated group is replaced at once, then scored and judged.
 
 Change here: how many groups are in flight, and what happens to them once there are enough. Whether a group is trained on never
 depends on how soon it finishes, except with sampling.on_full abort, which favours short responses. With keep, it only decides
-in which step the group is trained on.
+in which step the group is trained on. Groups are judged one by one in the order in which they were generated, so it never
+depends on how long a score takes, either.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.rollout.sampling.forecast import groups_brought, groups_needed
 from dapo_mcore.rollout.sampling.respond import Responder
+from dapo_mcore.rollout.sampling.scoring import Answer
 from dapo_mcore.rollout.sampling.step import Step
-from dapo_mcore.types import Group, Prompt, Rollout, Sample
+from dapo_mcore.types import Group, Prompt, Sample
 
 _IMAGINED = 16.0
 """Weight of the steps before, in groups, in the estimate of how many groups are kept."""
@@ -36,13 +36,14 @@ class InFlight:
     """A group in flight: the responses that it has, and the request for `count` more.
 
     oldest  version of weights; no token of the group is made by older ones.
+    answer  to that request.
     """
 
     prompt: Prompt
     samples: tuple[Sample, ...]
     count: int
     oldest: int
-    future: Future[list[Rollout]]
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ class Refill:
         # groups by weight version: a step has thousands, so a decision about one must not look at all of them
         self._kept_versions = Counter(group.weight_version for group in carried)
         self._oldest_in_flight: Counter[int] = Counter()
-        self._done: SimpleQueue[int] = SimpleQueue()
-        self._num_begun = self._num_good = 0
+        self._done: SimpleQueue[int | None] = SimpleQueue()
+        self._num_begun = self._num_good = self._num_generating = 0
         self._load = _Load()
 
     def run(self) -> Refilled:
@@ -119,9 +120,16 @@ class Refill:
     def _fill(self) -> None:
         """Generate until no group in flight must be waited for."""
         self._begin()
+        self._load.now(self._num_generating, self.missing <= 0)
         while self._must_wait():
-            self._receive(self._wait())
-            self._begin()
+            number = self._wait()
+            if number is None:
+                self._num_generating -= 1
+            else:
+                self._receive(number)
+            if self._done.empty():  # else more is known in a moment
+                self._begin()
+            self._load.now(self._num_generating, self.missing <= 0)
 
     def _must_wait(self) -> bool:
         if self.missing > 0 or self._on_full == "wait":
@@ -150,14 +158,14 @@ class Refill:
 
     def _begin(self) -> None:
         """Begin groups until those in flight very likely suffice, within the limits; with on_full keep as many as they allow."""
-        room = self._limit - len(self._in_flight)
+        # as many as the servers may work on, but while scores are late, no more than the same number of groups without scores
+        room = min(self._limit - self._num_generating, 2 * self._limit - len(self._in_flight))
         wanted = groups_needed(self.missing, self._kept_ratio()) - len(self._in_flight)
         if self._on_full == "keep" and self.missing > 0:
             wanted = self._room_to_keep(room)
         for prompt in self._take(max(0, min(wanted, room, self.budget))):
             self._ask(len(self._adopted) + self._num_begun, prompt, (), self._step.config.rollout.group_size)
             self._num_begun += 1
-        self._load.now(len(self._in_flight), self.missing <= 0)
 
     def _room_to_keep(self, room: int) -> int:
         """Return how many of `room` more groups can be trained on, now or in a later step, before they are too old."""
@@ -180,38 +188,35 @@ class Refill:
     def _ask(self, number: int, prompt: Prompt, samples: tuple[Sample, ...], count: int) -> None:
         # read before the request is sent: an update may be under way
         oldest = min([self._responder.weight_version, *(sample.rollout.weight_version for sample in samples)])
-        future = self._responder.submit([prompt] * count, self._step.next_params())
-        self._watch(number, InFlight(prompt, samples, count, oldest, future))
+        answer = self._responder.submit([prompt] * count, self._step.next_params())
+        self._watch(number, InFlight(prompt, samples, count, oldest, answer))
 
     def _watch(self, number: int, group: InFlight) -> None:
         self._in_flight[number] = group
         self._oldest_in_flight[group.oldest] += 1
+        self._num_generating += 1
         done = self._done  # not self: a future may outlive this step
-        group.future.add_done_callback(lambda _: done.put(number))
+        group.answer.generated.add_done_callback(lambda _: done.put(None))
+        group.answer.scored.add_done_callback(lambda _: done.put(number))
 
-    def _wait(self) -> list[int]:
-        """Wait for a group, and return the numbers of all groups that are done by then, in order."""
-        numbers = [self._done.get()]
-        with suppress(Empty):
-            while True:
-                numbers.append(self._done.get_nowait())
-        return sorted(numbers)
+    def _wait(self) -> int | None:
+        """Wait until a group is scored, and return its number, or None when a group has been generated."""
+        if self._num_generating:
+            return self._done.get()
+        with self._responder.waiting_for_scores():
+            return self._done.get()
 
-    def _receive(self, numbers: Sequence[int]) -> None:
-        """Score the groups that have arrived. Each is then finished, or grows (style resample)."""
-        arrived = [self._in_flight.pop(number) for number in numbers]
-        self._oldest_in_flight.subtract(asked.oldest for asked in arrived)
-        rollouts = [asked.future.result() for asked in arrived]
-        repeated = [asked.prompt for asked, some in zip(arrived, rollouts) for _ in some]
-        samples = iter(self._responder.score(repeated, [rollout for some in rollouts for rollout in some]))
-        for number, asked, some in zip(numbers, arrived, rollouts):
-            group = Group(asked.prompt, asked.samples + tuple(next(samples) for _ in some))
-            growth = self._step.growth(group) if self._step.config.sampling.style == "resample" else 0
-            if growth:
-                self._step.num_extra += growth
-                self._ask(number, group.prompt, group.samples, growth)
-            else:
-                self._finish(number, group)
+    def _receive(self, number: int) -> None:
+        """Take a group that is scored. It is then finished, or grows (style resample)."""
+        asked = self._in_flight.pop(number)
+        self._oldest_in_flight[asked.oldest] -= 1
+        group = Group(asked.prompt, asked.samples + tuple(asked.answer.scored.result()))
+        growth = self._step.growth(group) if self._step.config.sampling.style == "resample" else 0
+        if growth:
+            self._step.num_extra += growth
+            self._ask(number, group.prompt, group.samples, growth)
+        else:
+            self._finish(number, group)
         if len(self._finished) >= self._step.config.sampling.train_batch_prompts:
             self._step.check_scored(self._finished.values())
 
@@ -230,7 +235,7 @@ class Refill:
         """Abort all requests and return their prompts in the order in which they were begun."""
         given_up, self._in_flight = self._in_flight, {}
         for asked in given_up.values():
-            asked.future.cancel()
+            asked.answer.cancel()
         return [given_up[number].prompt for number in sorted(given_up)]
 
 

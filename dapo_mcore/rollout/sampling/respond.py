@@ -6,13 +6,13 @@ Change here: how an engine's rollouts and the reward function's scores become Sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.rollout.sampling.scoring import Answer, ScoringQueue
 from dapo_mcore.types import Group, Prompt, RewardFunction, Rollout, RolloutEngine, Sample, SamplingParams
 
 Decode = Callable[[Sequence[np.ndarray]], list[str]]
@@ -36,6 +36,7 @@ class Responder:
     ):
         self._engine, self._reward, self._decode = engine, reward, decode
         self._progress, self._timer = progress or NullProgress(), timer or PhaseTimer()
+        self._scoring = ScoringQueue(self._score)
 
     @property
     def weight_version(self) -> int:
@@ -54,12 +55,13 @@ class Responder:
             rollouts = self._engine.generate([prompt.token_ids for prompt in prompts], params)
         assert len(rollouts) == len(prompts), f"engine returned {len(rollouts)} rollouts for {len(prompts)} prompts"
         self._progress.phase("reward")
-        return self.score(prompts, rollouts)
+        with self._timer.phase("reward"):
+            return self._score(prompts, rollouts)
 
-    def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Future[list[Rollout]]:
-        """Start one response for each entry of `prompts` on a ContinuousEngine; `score` makes samples of them."""
+    def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answer:
+        """Start one response for each entry of `prompts` on a ContinuousEngine. Each is scored once it is generated."""
         self.expect(len(prompts))
-        return self._engine.submit([prompt.token_ids for prompt in prompts], params)
+        return self._scoring.follow(prompts, self._engine.submit([prompt.token_ids for prompt in prompts], params))
 
     def expect(self, count: int) -> None:
         """Show that `count` more responses are expected."""
@@ -72,10 +74,13 @@ class Responder:
         with self._timer.phase("generate"):
             yield
 
-    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
+    def waiting_for_scores(self) -> AbstractContextManager[None]:
+        """Time the phase `reward`: nothing is generated in the block."""
+        return self._timer.phase("reward")
+
+    def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
         """Return the rollouts of `prompts`, decoded and scored, in order."""
-        with self._timer.phase("reward"):
-            texts = self._decode([rollout.token_ids for rollout in rollouts])
-            scores = self._reward(prompts, rollouts, texts)
+        texts = self._decode([rollout.token_ids for rollout in rollouts])
+        scores = self._reward(prompts, rollouts, texts)
         assert len(scores) == len(prompts), f"reward returned {len(scores)} scores for {len(prompts)} samples"
         return [Sample(rollout, text, score) for rollout, text, score in zip(rollouts, texts, scores)]

@@ -9,6 +9,7 @@ to the next step while their weights are fresh enough.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class Sampler:
         self._responder = Responder(engine, reward, decode, progress, timer)
         self._carried: list[Group] = []
         self._pending: list[InFlight] = []
-        self._again: list[Prompt] = []
+        self._again: deque[Prompt] = deque()
         self._kept_ratio: float | None = None
 
     def collect(self, step: int, lag: int = 0) -> Collected:
@@ -129,7 +130,7 @@ class Sampler:
         prompts  the training prompts by uid. Groups of a prompt that is not among them are dropped: it has left the data.
         """
         self._carried = unpack_groups(state, arrays, prompts)
-        self._again = [prompts[uid] for uid in state["again"] if uid in prompts]
+        self._again = deque(prompts[uid] for uid in state["again"] if uid in prompts)
         found = {
             "carried groups": (state["groups"], self._carried),
             "prompts to generate again": (state["again"], self._again),
@@ -149,12 +150,12 @@ class Sampler:
             return play_rounds(this, self._responder, self._take, missing)
         refilled = Refill(this, self._responder, self._take, carried, self._pending, self._kept_ratio).run()
         self._pending, self._kept_ratio = refilled.pending, refilled.kept_ratio
-        self._again = refilled.aborted + self._again
+        self._again.extendleft(reversed(refilled.aborted))
         return refilled.groups
 
     def _take(self, count: int) -> list[Prompt]:
         """Return the next `count` prompts, first those whose responses were aborted."""
-        again, self._again = self._again[:count], self._again[count:]
+        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
         return again + self._loader.take(count - len(again))
 
     def _check_exhausted(self, num_kept: int, this: Step) -> None:

@@ -7,7 +7,7 @@ overlong penalty varies inside every group.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +18,13 @@ from dapo_mcore.rollout.sampling.sampler import Sampler
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams, Score
 
 MIXED, RIGHT, WRONG = "RW", "RR", "WW"
+
+
+class ThreadOfItsCaller:
+    """Runs what a thread would, before `start` returns: for tests that decide what happens when."""
+
+    def __init__(self, target: Callable[[], None], **options: object):
+        self.start = target
 
 
 class ScriptedEngine:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ import pytest
 
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.errors import RewardError, RolloutError
-from dapo_mcore.rollout.sampling import refill
+from dapo_mcore.rollout.sampling import refill, scoring
 from dapo_mcore.rollout.sampling.sampler import Collected, Sampler
 from dapo_mcore.types import ContinuousEngine, Prompt, Rollout, SamplingParams, Score
 from tests.rollout.sampling.scripted import (
@@ -26,6 +27,7 @@ from tests.rollout.sampling.scripted import (
     RIGHT,
     WRONG,
     ScriptedEngine,
+    ThreadOfItsCaller,
     begun_by,
     decode,
     letters,
@@ -105,6 +107,7 @@ def collect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Sampler, Slo
 
     monkeypatch.setattr(refill, "SimpleQueue", MovingQueue)
     monkeypatch.setattr(refill, "time", clock)
+    monkeypatch.setattr(scoring, "Thread", ThreadOfItsCaller)
 
     def build(scripts: list[str], order, style: str = "filter", taken: int = 0, reward=reward, **sampling):
         """Return a sampler and its engine. The run that it resumes has taken `taken` prompts from the loader."""
@@ -403,3 +406,66 @@ def test_the_work_of_a_step_grows_in_proportion_to_its_groups(collect):
 
     few, many = comparisons(40), comparisons(80)
     assert few > 40 and many < 2.2 * few  # a look at all groups for each that arrives would make it four times as many
+
+
+class QuickEngine(ScriptedEngine):
+    """Generates each group as soon as it is asked for. `after(n)` waits until n groups have been asked for."""
+
+    def __init__(self, prompts: list[Prompt]):
+        super().__init__(prompts)
+        self.submitted: list[int] = []
+        self._grown = threading.Condition()
+
+    def submit(self, prompts: list[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
+        number = int(prompts[0][0])
+        future: Future[list[Rollout]] = Future()
+        future.set_result([self.respond(number) for _ in prompts])
+        with self._grown:
+            self.submitted.append(number)
+            self._grown.notify_all()
+        return future
+
+    def after(self, count: int) -> bool:
+        with self._grown:
+            return self._grown.wait_for(lambda: len(self.submitted) >= count, timeout=10)
+
+
+def quick(scripts: list[str], score: Callable[..., list[Score]], **sampling: object) -> tuple[Sampler, QuickEngine]:
+    prompts = make_prompts(*scripts)
+    engine = QuickEngine(prompts)
+    config = make_config("filter", engine="sglang", **sampling)
+    return Sampler(engine, PromptLoader(prompts, seed=0, shuffle=False), score, decode, config), engine
+
+
+def test_a_slow_score_keeps_no_server_waiting_but_bounds_the_groups_without_scores():
+    waits, most = [], []
+
+    def score(*args: object) -> list[Score]:
+        if not waits:
+            waits.append(engine.after(6))  # 3 in flight, and 3 that took their place
+        most.append(len(engine.submitted) - len(most))
+        return reward(*args)
+
+    options = dict(train=4, gen_batch_prompts=12, max_in_flight_groups=3)
+    sampler, engine = quick([MIXED] * 40, score, **options)
+    assert uids(sampler.collect(step=0).groups) == [0, 1, 2, 3]
+    assert waits == [True] and most[0] == 6, "as many groups may lack scores as may be in flight"
+
+
+@pytest.mark.parametrize("on_full", ["abort", "keep"])
+@pytest.mark.parametrize("slow", [None, 0, 1, 3])
+def test_how_long_a_score_takes_decides_nothing_about_a_step(on_full, slow):
+    """Group 0 gives no gradient, so groups 1 to 3 fill the batch: the first that are generated."""
+    scored: list[int] = []
+
+    def score(prompts: list[Prompt], *args: object) -> list[Score]:
+        scored.extend(int(prompt.token_ids[0]) for prompt in prompts)
+        if slow in scored:
+            assert engine.after(5)
+        return reward(prompts, *args)
+
+    options = dict(train=3, gen_batch_prompts=9, max_in_flight_groups=4, max_staleness=2, on_full=on_full)
+    sampler, engine = quick([RIGHT] + [MIXED] * 60, score, **options)
+    collected = sampler.collect(step=0)
+    assert uids(collected.groups) == [1, 2, 3] and uids(collected.generated) == [0, 1, 2, 3]
+    assert pending(sampler) == engine.submitted[4:]

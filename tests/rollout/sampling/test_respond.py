@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 
 from dapo_mcore.observe.progress import NullProgress
@@ -52,15 +54,17 @@ def test_requests_extend_the_phase_while_a_step_waits_for_them():
             told.append(n)
 
     told: list[object] = []
-    timer = PhaseTimer(clock=iter([0.0, 1.0, 4.0, 9.0]).__next__)
+    timer = PhaseTimer(clock=iter([0.0, 1.0, 3.0, 5.0, 6.0, 9.0]).__next__)
     engine = ScriptedEngine([])
-    engine.submit = lambda prompts, params: len(prompts)
+    engine.submit = lambda prompts, params: Future()
     responder = Responder(engine, reward, decode, Recorder(), timer)
     with responder.waiting():
         responder.expect(5)
         responder.submit(make_prompts("R", "W"), PARAMS)
+        with responder.waiting_for_scores():
+            pass
     assert told == [("generate", 0), 5, 2]
-    assert timer.pop()["time/generate_s"] == 3.0
+    assert timer.pop() == {"time/generate_s": 3.0, "time/reward_s": 2.0, "time/step_s": 9.0}
 
 
 def test_generation_and_reward_are_timed_apart():

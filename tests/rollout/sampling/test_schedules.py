@@ -20,10 +20,11 @@ from pydantic import ValidationError
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.errors import RewardError, RolloutError
+from dapo_mcore.rollout.sampling import scoring
 from dapo_mcore.rollout.sampling.refill import KEEPS, Refill
 from dapo_mcore.rollout.sampling.sampler import Collected, Sampler
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams
-from tests.rollout.sampling.scripted import ScriptedEngine, begun_by, decode, make_prompts, reward
+from tests.rollout.sampling.scripted import ScriptedEngine, ThreadOfItsCaller, begun_by, decode, make_prompts, reward
 
 SCRIPTS = ("RW", "RW", "WR", "RR", "WW", "RRRW", "WWR", "FRW", "FF", "F")
 
@@ -339,7 +340,7 @@ def play(seed: int, **fixed: object) -> Play:
     made = Play(seed, **fixed)
     receive = Refill._wait
 
-    def wait(self: Refill) -> list[int]:
+    def wait(self: Refill) -> int | None:
         if self._done.empty():
             made.check_wait(self)
             made.engine.advance()
@@ -348,6 +349,7 @@ def play(seed: int, **fixed: object) -> Play:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Refill, "_wait", wait)
+        patch.setattr(scoring, "Thread", ThreadOfItsCaller)
         try:
             made.run()
         except RolloutError as error:
