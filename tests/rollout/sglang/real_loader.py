@@ -1,7 +1,8 @@
 """Loads weight streams into SGLang's own model classes, on a CPU. A program for SGLang's interpreter; its argument is a folder.
 
 The folder has one folder per architecture, with config.json and stream.safetensors. Parameters are filled with NaN before the
-load. Prints as JSON, per architecture, the parameters that still hold NaN, and the scales of the KV cache that are not 1.
+load. Prints as JSON, per architecture, the parameters that still hold NaN, and the scales of the KV cache that are not 1. And what
+changed values do to unquantised weights: those of base.safetensors, then changes.safetensors, must be those of new.safetensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dapo_mcore_delta import bits, load
 from safetensors.torch import load_file
 from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 from sglang.srt.layers.dp_attention import initialize_dp_attention
@@ -38,11 +40,32 @@ def prepare(folder: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
 
 
-def loaded(folder: Path) -> dict[str, Any]:
+def built(folder: Path, quantized: bool) -> torch.nn.Module:
     family = folder.name.removesuffix("ForCausalLM")
     module = importlib.import_module(f"sglang.srt.models.{MODULES.get(family, family.lower())}")
     config = AutoConfig.from_pretrained(folder)
-    model = getattr(module, folder.name)(config, quant_config=Fp8Config.from_config(config.quantization_config))
+    quant_config = Fp8Config.from_config(config.quantization_config) if quantized else None
+    return getattr(module, folder.name)(config, quant_config=quant_config)
+
+
+def after_changes(folder: Path) -> str | list[str]:
+    """Return the parameters that differ from those of a whole load after changed values came, or the error."""
+    model, twin = built(folder, quantized=False), built(folder, quantized=False)
+    for one, file in ((model, "base"), (twin, "new")):
+        for parameter in one.parameters():
+            parameter.data.zero_()
+        one.load_weights(iter(load_file(folder / f"{file}.safetensors").items()))
+    load(model, [])
+    try:
+        model.load_weights(iter(load_file(folder / "changes.safetensors").items()))
+    except Exception as error:
+        return str(error)
+    expected = dict(twin.named_parameters())
+    return [name for name, value in model.named_parameters() if not torch.equal(bits(value), bits(expected[name]))]
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    model = built(folder, quantized=True)
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         fp8 = parameter.dtype == torch.float8_e4m3fn
@@ -52,6 +75,7 @@ def loaded(folder: Path) -> dict[str, Any]:
     return {
         "unwritten": [name for name, p in parameters.items() if p.float().isnan().any()],
         "scales": len(scales),
+        "after_changes": after_changes(folder),
         "wrong_scales": [name for name, value in scales.items() if value != 1],
     }
 

@@ -19,8 +19,10 @@ from dapo_mcore.architecture.manifest import WeightManifest
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile
+from dapo_mcore.rollout.sglang import server_side
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, quantization_config
+from dapo_mcore.rollout.sglang.sync.delta import Packing, encode
 from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture, quantized, with_cache_scales, with_heads
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import (
@@ -36,6 +38,7 @@ from tests.rollout.sglang.serving import (
     weights,
 )
 
+SERVER_SIDE = Path(server_side.__file__).parent
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = {HEAD: EMBEDDING}
 
@@ -195,25 +198,39 @@ def write_stream(folder: Path, architecture: str) -> None:
     sent = {
         name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in made.shapes.items() if name not in made.tied
     }
-    stream = quantized(with_heads(iter(sent.items()), architecture, made.tied))
     folder.mkdir()
+    write_changes(folder, dict(with_heads(iter(sent.items()), architecture, made.tied)))
+    stream = quantized(with_heads(iter(sent.items()), architecture, made.tied))
     stream = stream if architecture in REFUSED else with_cache_scales(stream, architecture, 2)
     save_file(dict(stream), folder / "stream.safetensors")
     more = {"architectures": [architecture], "quantization_config": quantization_config()}
     (folder / "config.json").write_text(json.dumps({**config.to_dict(), **PUBLISHED, **more}))
 
 
+def write_changes(folder: Path, base: dict[str, torch.Tensor]) -> None:
+    """Write weights, others that differ in 2 % of the values, and the changes between them."""
+    packing, new = Packing(), {}
+    for name, old in base.items():
+        new[name] = torch.where(torch.rand(old.shape) < 0.02, torch.randn_like(old), old)
+        packing.add(*encode(name, new[name], old)[:2])
+    for file, tensors in {"base": base, "new": new, "changes": dict([packing.bucket()])}.items():
+        save_file(tensors, folder / f"{file}.safetensors")
+
+
 @pytest.mark.sglang
-def test_sglangs_own_loaders_take_every_tensor_of_the_stream(tmp_path):
+def test_sglangs_own_loaders_take_every_tensor_of_the_stream_and_changed_values(tmp_path):
     """Into SGLang's own classes, of tied models, filled with NaN before. Architectures that we refuse lose their scales."""
     for architecture in FAMILIES:
         write_stream(tmp_path / architecture, architecture)
     program = Path(__file__).parents[1] / "real_loader.py"
-    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SERVER_SIDE)}
     command = [real_python(), "-P", "-W", "ignore", program, tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
+    different = {name: found[name]["after_changes"] for name in FAMILIES}
+    assert "set rollout.sglang.delta false" in different.pop("DeepseekV3ForCausalLM")
+    assert len(different) >= 6 and set(map(str, different.values())) == {"[]"}, different
     for name in FAMILIES.keys() - REFUSED:
         assert found[name]["unwritten"] == [] and found[name]["wrong_scales"] == [], name
         assert found[name]["scales"] == len(list(with_cache_scales(iter(()), name, num_layers=2)))
