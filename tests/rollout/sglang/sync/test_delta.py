@@ -196,6 +196,77 @@ def test_a_snapshot_copies_and_counts():
     assert snapshot.get("a", second) is None and snapshot.get("c", first) is None
 
 
+class OnGpu:
+    """Stands for a bf16 tensor on a GPU: what is done with it is written down."""
+
+    shape, dtype, nbytes, is_cuda, device = torch.Size([300]), torch.bfloat16, 600, True, torch.device("cuda", 0)
+
+    def __init__(self, done: list[str]):
+        self.done = done
+
+    def record_stream(self, stream: str) -> None:
+        self.done.append(f"{stream} uses the tensor")
+
+
+class HostCopy:
+    """Stands for pinned memory: its parts have a shape and a dtype."""
+
+    def __init__(self, done: list[str], nbytes: int):
+        self.done, self.nbytes, self.shape, self.dtype = done, nbytes, OnGpu.shape, OnGpu.dtype
+
+    def __getitem__(self, place: slice) -> HostCopy:
+        self.done.append(f"{place.start} to {place.stop}")
+        return self
+
+    def view(self, _) -> HostCopy:
+        return self
+
+    def copy_(self, tensor: OnGpu, non_blocking: bool) -> None:
+        self.done.append(f"copied, {non_blocking=}")
+
+
+class FakeStream:
+    def __init__(self, done: list[str], name: str):
+        self.done, self.name = done, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.done.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.done.append(f"host waits for {self.name}")
+
+    def __enter__(self) -> None:
+        self.done.append(f"in {self.name}:")
+
+    def __exit__(self, *_) -> None: ...
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def test_copies_of_weights_on_a_gpu_lie_in_pinned_slabs_and_leave_by_a_stream_of_their_own(monkeypatch):
+    """On fakes: calls and their order. It shows no speed, and nothing about a real GPU."""
+    done: list[str] = []
+
+    def empty(size: int, dtype: torch.dtype, pin_memory: bool) -> HostCopy:
+        done.append(f"slab of {size}, {pin_memory=}")
+        return HostCopy(done, size)
+
+    snapshot = Snapshot(slab_bytes=1400)
+    monkeypatch.setattr(delta.torch, "empty", empty)
+    monkeypatch.setattr(delta.torch.cuda, "Stream", lambda device: FakeStream(done, "writing"))
+    monkeypatch.setattr(delta.torch.cuda, "current_stream", lambda device: FakeStream(done, "main"))
+    monkeypatch.setattr(delta.torch.cuda, "stream", lambda stream: stream)
+    for name in ("a", "b", "a", "c"):
+        snapshot.keep(name, OnGpu(done))
+    snapshot.settle()
+    copied = ["writing waits for main", "in writing:", "copied, non_blocking=True", "writing uses the tensor"]
+    slab = "slab of 1400, pin_memory=True"
+    places = [[slab, "0 to 600"], ["768 to 1368"], [], [slab, "0 to 600"]]
+    assert done == [line for place in places for line in place + copied] + ["host waits for writing"]
+    assert snapshot.num_bytes == 2800
+
+
 def test_changes_of_many_tensors_are_packed_into_few_buckets():
     """Each bucket of the stream holds one tensor. Its changes take far less, so many share a bucket."""
     sender = DeltaSender(DistributedSender("127.0.0.1", "gloo", 1.0), bucket_bytes=20_000)
