@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,19 @@ def run(task: Path, name: str, *overrides: str, processes: int = 1) -> str:
     done = python(task, *torchrun(processes), *TRAIN, QUICKSTART, *SMALL, layout, f"name={name}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_on_two_nodes(task: Path, name: str, *overrides: str) -> None:
+    """Train with a torchrun for each of two ranks, as on two nodes; the run must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    arguments = [*TRAIN, QUICKSTART, *SMALL, "parallel.tensor_parallel=2", f"name={name}", *overrides]
+    launchers = [["-m", "torch.distributed.run", *job, "--node-rank", str(node)] for node in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda launcher: python(task, *launcher, *arguments), launchers):
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def metrics(task: Path, name: str) -> list[dict]:

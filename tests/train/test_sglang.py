@@ -7,24 +7,30 @@ import json
 import pytest
 
 from tests.rollout.sglang.serving import real_python
-from tests.train.runs import metrics, run
+from tests.train.runs import metrics, run, run_on_two_nodes
 
 STEPS = 3
+NODES = [f"rollout.sglang.{key}" for key in ("placement=nodes", "host=node", "num_servers=2")]
 
 
 @pytest.mark.sglang
 @pytest.mark.parametrize(
-    "name, options",
+    "name, num_servers, options",
     [
         # the runs on a real server in test_async.py and test_keep.py sync by disk, too
-        pytest.param("disk", ["rollout.sglang.sync=disk"], marks=pytest.mark.slow),
-        ("distributed", ["rollout.sglang.sync=distributed"]),
-        ("colocated", ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2"]),
+        pytest.param("disk", 1, ["rollout.sglang.sync=disk"], marks=pytest.mark.slow),
+        ("distributed", 1, ["rollout.sglang.sync=distributed"]),
+        # one on each node, so one of them gets its weights from a relay
+        ("colocated", 2, ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2", *NODES]),
     ],
 )
-def test_in_three_steps_a_real_server_follows_every_update(task, name, options):
+def test_in_three_steps_a_real_server_follows_every_update(task, name, num_servers, options):
     server = ["rollout.engine=sglang", "rollout.sglang.device=cpu", f"rollout.sglang.python={real_python()}"]
-    run(task, name, *server, *options, f"num_rollout_steps={STEPS}", "eval.every=3", processes=2)
+    arguments = [*server, *options, f"num_rollout_steps={STEPS}", "eval.every=3"]
+    if num_servers == 1:
+        run(task, name, *arguments, processes=2)
+    else:
+        run_on_two_nodes(task, name, *arguments)
     folder = task / "runs" / name
     rows = metrics(task, name)
     assert [row["step"] for row in rows] == [*range(STEPS + 1)]
@@ -34,7 +40,7 @@ def test_in_three_steps_a_real_server_follows_every_update(task, name, options):
         assert row["mismatch/logprob_diff_max"] < 1e-4, row
         assert row["actor/first_update_ratio_deviation"] == 0.0
         assert row["actor/grad_norm"] > 0
-        assert row["rollout/servers_serving"] == 1 and row["rollout/retries"] == 0
+        assert row["rollout/servers_serving"] == num_servers and row["rollout/retries"] == 0
         assert row["sync/bytes"] == 4 * 125_504
     assert rows[STEPS]["updates"] == 2 * STEPS
     versions = [
