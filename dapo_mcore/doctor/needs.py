@@ -253,17 +253,18 @@ def check_ports(settings: SGLangConfig, here: Here, local_ports: str | None = No
 
     if settings.base_port is None:
         return [ok("ports", "any free ones (rollout.sglang.base_port null)")]
-    numbers, host = here.servers(settings), "" if settings.host == "node" else settings.host
+    numbers, host = here.servers(settings), "0.0.0.0" if settings.host == "node" else settings.host
     first, last = (settings.base_port + number for number in (numbers[0], numbers[-1]))
 
     def try_all() -> None:
         for number in numbers:
             reserve_port(settings, host, number).close()
 
-    findings = [outcome("ports", f"{first} to {last} are free", try_all)]
+    shown = f"{first} to {last}" if first != last else f"{first}"
+    findings = [outcome("ports", f"{shown} free now", try_all)]
     low, high = map(int, (local_ports or _PORT_RANGE.read_text(encoding="utf-8")).split())
     if low <= last and first <= high:
-        detail = f"{first} to {last} are among those that the kernel gives to any client ({low} to {high})"
+        detail = f"{shown}: the kernel gives ports of {low} to {high} to any client, perhaps before the servers start"
         findings.append(hint("ports", detail, f"choose a base_port below {low - settings.num_servers}, or null"))
     return findings
 

@@ -50,9 +50,10 @@ def _lines(by_finding: Mapping[Finding, Sequence[str]], first: str, count: int) 
 
 
 def _named(found: Finding, hosts: Sequence[str], count: int) -> Finding:
-    if count == 1:
+    is_everywhere = len(hosts) == count
+    if count == 1 or (is_everywhere and found.state is State.FALLBACK):
         return found
-    where = f"all {count} nodes" if len(hosts) == count else shown(hosts)
+    where = f"all {count} nodes" if is_everywhere else shown(hosts)
     return Finding(found.name, found.state, f"{where}: {found.detail}", found.remedy)
 
 

@@ -97,7 +97,7 @@ def check_shared_folder(config: Config, addresses: Sequence[str]) -> list[Findin
     return [
         outcome(
             "shared sync_dir",
-            f"{settings.sync_dir} is on a disk",
+            f"servers of all nodes can see {settings.sync_dir}",
             lambda: check_sync_dir(Path(settings.sync_dir), urls),
         )
     ]

@@ -111,9 +111,9 @@ def test_what_is_not_in_order_names_its_nodes_and_replaces_what_is() -> None:
         (State.HINT, "all 3 nodes: set"),
         (State.WRONG, "n1, n2: full"),
     ]
-    assert merged(n0=[ok("Ray", "2.60")], n1=[fallback("Ray", "not installed")], n2=[ok("Ray", "2.60")]) == [
-        (State.FALLBACK, "n1: not installed")
-    ]
+    lacks = fallback("Ray", "not installed")
+    assert merged(n0=[lacks], n1=[lacks]) == [(State.FALLBACK, "not installed")]
+    assert merged(n0=[ok("Ray", "2.60")], n1=[lacks], n2=[ok("Ray", "2.60")]) == [(State.FALLBACK, "n1: not installed")]
 
 
 def test_many_nodes_with_numbers_of_their_own_are_a_few_lines() -> None:
