@@ -7,6 +7,7 @@ rank 0 in one message. While the tensors of one bucket are used, the messages of
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -22,6 +23,7 @@ from dapo_mcore.types import Empty
 
 BUCKET_BYTES = 32 << 20
 """Size of a bucket, all shards together: large enough to hide a message's fixed cost, small against the engines' buckets."""
+_POLL_S = 0.0001
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,26 @@ class WeightStream:
         return StreamedParameter(name, parameter, holders, shard_shape, dtype)
 
     def _send(self) -> None:
-        """Send all of this rank's messages, two at a time."""
+        """Send all of this rank's messages, two at a time; on a GPU one at a time, which the GPU has sent before the next is queued.
+
+        A GPU may run what is queued on it in order, whatever the stream (CUDA_DEVICE_MAX_CONNECTIONS 1). A bucket that this rank
+        receives as a peer of the sync (types.SyncPeer) must not wait there behind messages that rank 0 takes only later.
+        """
+        num_ahead = 0 if self.layout.device.type == "cuda" else 1
         sending: list[tuple[dist.Work, torch.Tensor]] = []
         for bucket in self.plan:
             if self.layout.rank in bucket[0].holders:
                 message = _concatenated([self.local[streamed.name].detach() for streamed in bucket])
                 sending.append((dist.isend(message, 0), message))
-            if len(sending) > 1:
-                sending.pop(0)[0].wait()
+            if len(sending) > num_ahead:
+                self._wait_until_sent(sending.pop(0)[0])
         for work, _ in sending:
             work.wait()
+
+    def _wait_until_sent(self, work: dist.Work) -> None:
+        while self.layout.device.type == "cuda" and not work.is_completed():  # NCCL's wait only orders the stream
+            time.sleep(_POLL_S)
+        work.wait()
 
     def _receive(self, bucket: Bucket, empty: Empty) -> tuple[Shards, list[dist.Work]]:
         """Start to receive a bucket. Return its shards, which are valid once the returned works are done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,31 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 )
 def test_experts_of_every_rank_are_in_the_stream(mesh: Mesh, problems: list[str]) -> None:
     assert spawn(stream_of_experts, mesh, problems) == [[], [], []]
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", 1), ("cpu", 2)])
+def test_a_gpu_has_sent_a_message_before_the_next_is_queued(monkeypatch, device, most):
+    """A bucket that comes to this rank from rank 0 would wait behind it on the GPU."""
+    queued: list[Any] = []
+
+    class Message:
+        def __init__(self) -> None:
+            self.looks, self.waited = 2, False
+            queued.append(self)
+            assert sum(not message.waited for message in queued) <= most
+
+        def is_completed(self) -> bool:
+            self.looks -= 1
+            return self.looks == 0
+
+        def wait(self) -> None:
+            assert device == "cpu" or self.looks == 0, "NCCL's wait returns before the message is sent"
+            self.waited = True
+
+    monkeypatch.setattr("torch.distributed.isend", lambda message, rank: Message())
+    stream = WeightStream.__new__(WeightStream)
+    stream.layout = SimpleNamespace(rank=3, is_controller=False, device=torch.device(device))
+    stream.local = {"a": torch.ones(2)}
+    stream.plan = [(SimpleNamespace(name="a", holders=holders),) for holders in ((3,), (3,), (1,), (3,), (3,))]
+    assert list(stream()) == []
+    assert len(queued) == 4 and all(message.waited for message in queued)

@@ -8,7 +8,8 @@ shared_bucket.py. Handles are pickles for servers; no trainer process unpickles 
 
 For each bucket rank 0 gives two orders, and every relay answers each: Prepare, then Receive. A relay that cannot prepare says
 so, and no bytes are sent. Broadcasts run in rank 0's main thread, between two messages of the weight stream: on GPUs its
-messages and the buckets travel by different NCCL communicators, whose calls all ranks must make in one order.
+messages and the buckets travel by different NCCL communicators, whose calls all ranks must make in one order. A relay that
+holds shards sends them meanwhile in another thread, and has at most one message queued on its GPU (actor/weight_stream.py).
 """
 
 from __future__ import annotations
