@@ -85,9 +85,10 @@ class SGLangConfig(Section):
     weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
     delta: bool = False
     """sync tensor and distributed: only values that have changed since the last sync travel, which the servers check by sums of
-    all bits. At RL's learning rates 1 to 3 % of bf16 values change: a bucket then has 3 to 7 % of the bytes. All servers get
-    everything if one of them lacks the last weights. Costs a copy of the weights in rank 0's host memory (2 bytes a parameter in
-    bf16, pinned on a GPU's machine), and its transfer to the GPU in each sync."""
+    all bits. At RL's learning rates 1 to 3 % of bf16 values change: 2 to 7 % of the bytes travel. All servers get everything if
+    one of them lacks the last weights. Saves time where sending is slow (a network of 100 Gbit/s, several groups of servers);
+    gathering on rank 0 stays as it is. Costs a copy of the weights in rank 0's host memory (2 bytes per parameter in bf16, pinned
+    beside a GPU), which crosses the bus in and out in each sync."""
     verify_sync: Literal["off", "servers"] = "off"
     """servers: after each sync the servers are asked for checksums of their weights, and those that differ from most of the
     others are taken out; a re-synced server must show what was agreed on. Needs GPUs, or SGLang 0.5.23."""

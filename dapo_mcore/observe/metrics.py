@@ -139,7 +139,10 @@ METRICS: dict[str, Metric] = {
     "sync/load_s": Metric("s", "servers loading the weights from rollout.sglang.sync_dir"),
     "sync/broadcast_s": Metric("s", "gathering the weights and broadcasting them to the servers"),
     "sync/tensor_s": Metric("s", "gathering the weights, and servers copying them from rank 0's memory"),
-    "sync/bytes": Metric("bytes", "weights sent to each server"),
+    "sync/bytes": Metric("bytes", "weights sent to each server; with rollout.sglang.delta all weights, changed or not"),
+    "sync/delta_bytes": Metric("bytes", "what each server got of them as changes; absent if all weights were sent"),
+    "sync/changed_share": Metric("fraction", "of values that have changed since the last sync; absent as delta_bytes"),
+    "sync/snapshot_bytes": Metric("bytes", "host memory of rank 0 for the weights that changes are counted from"),
     "sync/repeats": Metric("times", "syncs repeated because a server died during the broadcast"),
     "sync/weights_lost": Metric(
         "times", "extra syncs during generation, because all servers had died and restarted without weights"

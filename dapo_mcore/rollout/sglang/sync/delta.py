@@ -119,6 +119,7 @@ class DeltaSender:
             for name, tensor in bucket:
                 self._snapshot.keep(name, tensor)
             yield bucket, last
+            self._snapshot.settle()  # the inner sender uses a bucket's memory again
         self.numbers = {"sync/snapshot_bytes": float(self._snapshot.num_bytes)}
 
     def _encoded(self, buckets: Iterator[tuple[Bucket, bool]]) -> Iterator[tuple[Bucket, bool]]:

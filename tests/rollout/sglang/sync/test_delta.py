@@ -252,7 +252,8 @@ def test_copies_of_weights_on_a_gpu_lie_in_pinned_slabs_and_leave_by_a_stream_of
         done.append(f"slab of {size}, {pin_memory=}")
         return HostCopy(done, size)
 
-    snapshot = Snapshot(slab_bytes=1400)
+    sender = DeltaSender(DistributedSender("127.0.0.1", "gloo", 1.0), bucket_bytes=1)
+    snapshot = sender._snapshot = Snapshot(slab_bytes=1400)
     monkeypatch.setattr(delta.torch, "empty", empty)
     monkeypatch.setattr(delta.torch.cuda, "Stream", lambda device: FakeStream(done, "writing"))
     monkeypatch.setattr(delta.torch.cuda, "current_stream", lambda device: FakeStream(done, "main"))
@@ -265,6 +266,10 @@ def test_copies_of_weights_on_a_gpu_lie_in_pinned_slabs_and_leave_by_a_stream_of
     places = [[slab, "0 to 600"], ["768 to 1368"], [], [slab, "0 to 600"]]
     assert done == [line for place in places for line in place + copied] + ["host waits for writing"]
     assert snapshot.num_bytes == 2800
+    done.clear()
+    for _ in sender._kept(iter([([("a", OnGpu(done))], False), ([("b", OnGpu(done))], True)])):
+        done.append("sent")
+    assert done == [*copied, "sent", "host waits for writing"] * 2, "a sender may use a bucket's memory again"
 
 
 def test_changes_of_many_tensors_are_packed_into_few_buckets():
