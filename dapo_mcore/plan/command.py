@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from dapo_mcore.config.file import load_config
@@ -15,10 +16,13 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.hf_config import load_hf_config
 from dapo_mcore.plan.hardware import GPUS, Assumptions, assume
 from dapo_mcore.plan.job import Cluster, Job, make_job
+from dapo_mcore.plan.picture import WIDTH
 from dapo_mcore.plan.plan import make_plan
 from dapo_mcore.plan.remedies import problems
 from dapo_mcore.plan.report import as_json, report
 from dapo_mcore.plan.suggest import suggest
+
+_NARROWEST = 80
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     suggestions = suggest(plan) if args.suggest else None
     if args.json is not None:
         _write(args.json, as_json(plan, found, suggestions, list(chosen)))
-    print(*report(plan, args.gpu, found, suggestions, list(chosen), all_figures=args.figures), sep="\n")
+    width = min(WIDTH, max(_NARROWEST, shutil.get_terminal_size((WIDTH, 24)).columns))
+    print(*report(plan, args.gpu, found, suggestions, list(chosen), all_figures=args.figures, width=width), sep="\n")
     return 0 if plan.fits else 1
 
 

@@ -6,6 +6,7 @@ Change here: what waits on the host. Pinned buffers stay once they have been use
 from __future__ import annotations
 
 from dapo_mcore.actor.host_copy import buffer_sizes, pinned_bytes
+from dapo_mcore.checkpoint.shard_file import PIECE
 from dapo_mcore.plan.batch import Batch
 from dapo_mcore.plan.held import GIB, Use, held_bytes, micro_batches_in_flight, offloaded_input, optimizer_elements
 from dapo_mcore.plan.job import Job
@@ -24,6 +25,7 @@ def host_memory(job: Job, batch: Batch) -> Use:
         "colocated actors": ranks * sum(map(_pinned, away_bytes(job, counts))) if job.is_colocated else 0,
         "offloaded optimizer": ranks * _offloaded_optimizer(job, counts),
         "offloaded inputs": ranks * _offloaded_inputs(job, batch),
+        "last sent weights": job.dtype_bytes * whole_model(job.shape) if config.rollout.sglang.delta else 0,
         "checkpoint": ranks * _saved(job, counts),
         "/dev/shm": shared_memory(job).total,
     }
@@ -81,6 +83,6 @@ def _offloaded_inputs(job: Job, batch: Batch) -> float:
 
 
 def _saved(job: Job, counts: Counts) -> int:
-    """Return the bytes of a rank's largest block of a checkpoint: blocks are copied and written one by one."""
+    """Return the bytes of a checkpoint that a rank copies to the host at a time."""
     saving = job.config.checkpoint.every or job.config.checkpoint.at_end
-    return 4 * counts.largest if saving else 0
+    return min(PIECE, 4 * counts.largest) if saving else 0

@@ -1,11 +1,12 @@
-"""Plain-text bars and tables of memory, 100 columns wide.
+"""Plain-text bars and tables of memory, and lines folded to the width of a terminal.
 
 Change here: letters and widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from textwrap import TextWrapper
 
 from dapo_mcore.plan.held import GIB, Use
 from dapo_mcore.plan.memory import Memory
@@ -25,33 +26,37 @@ LETTERS = {
     "sync buckets": "B",
     "reserve": "r",
 }
-_BAR = 54
-_WIDTH = 100
+_KEPT = "\N{NO-BREAK SPACE}"
+WIDTH = 100
+"""Columns of a report where no terminal says how many it has."""
+_BEYOND = 6
+"""Cells of a bar for what does not fit."""
 
 
-def bar(use: Use, width: int = _BAR) -> str:
-    """Return a bar of `width` cells for the capacity. Each part has at least one cell; what does not fit goes beyond the end."""
-    cells = ""
+def bar(use: Use, cells: int) -> str:
+    """Return a bar of so many cells for the capacity. Each part has at least one; what does not fit goes beyond the end."""
+    filled = ""
     position = 0.0
     for name, nbytes in use.parts.items():
-        position += nbytes * width / use.capacity
-        cells += LETTERS[name] * max(1, round(position) - len(cells))
-    beyond = width + 6
-    inside, outside = cells[:width].ljust(width, "."), cells[width:beyond]
-    return f"|{inside}|{outside}" if not use.fits else f"|{inside}|"
+        position += nbytes * cells / use.capacity
+        filled += LETTERS[name] * max(1, round(position) - len(filled))
+    beyond = "" if use.fits else filled[cells : cells + _BEYOND]
+    return f"|{filled[:cells]:.<{cells}}|{beyond}"
 
 
-def bars(memory: Memory) -> Iterator[str]:
+def bars(memory: Memory, width: int = WIDTH) -> Iterator[str]:
     """Yield the picture of a GPU in every phase."""
     shown = [*_stages(memory), memory.sync, memory.server.use]
     label = max(len(_label(use)) for use in shown)
-    capacity = memory.worst.capacity / GIB
-    yield f"Memory of a GPU, GiB; the bar is all of its {capacity:.1f}"
+    beyond = 0 if all(use.fits for use in shown) else _BEYOND
+    cells = width - label - _BEYOND - len("  " + " ||" + "  123.4" + "  NO")
+    yield f"Memory of a GPU, GiB; the bar is all of its {memory.worst.capacity / GIB:.1f}"
     for use in shown:
         fits = use.fits and (use is not memory.server.use or memory.server.fits)
-        yield f"  {_label(use):{label}} {bar(use)} {use.total / GIB:6.1f}{'' if fits else '  NO'}"
+        drawn = f"{bar(use, cells):{cells + 2 + beyond}}"
+        yield f"  {_label(use):{label}} {drawn} {use.total / GIB:6.1f}{'' if fits else '  NO'}"
     used = dict.fromkeys(name for use in shown for name in use.parts)
-    yield from wrapped("  ", [f"{LETTERS[name]} {name}" for name in used], "   ")
+    yield "  " + "   ".join(keep(f"{LETTERS[name]} {name}") for name in used)
 
 
 def _stages(memory: Memory) -> Sequence[Use]:
@@ -81,12 +86,16 @@ def table(memory: Memory) -> Iterator[str]:
     yield f"  {'sum':24}" + "".join(f"{use.total / GIB:12.2f}" for use in phases.values())
 
 
-def wrapped(indent: str, words: Sequence[str], separator: str = ", ", hanging: int = 0) -> Iterator[str]:
-    """Yield the words in lines of at most 100 columns. Later lines are indented by `hanging` more."""
-    line, start = indent, indent
-    for word in words:
-        if len(line) > len(start) and len(line) + len(separator) + len(word) > _WIDTH:
-            yield line
-            line = start = " " * (len(indent) + hanging)
-        line += (separator if len(line) > len(start) else "") + word
-    yield line
+def keep(words: str) -> str:
+    """Return the words so that `folded` leaves them on one line."""
+    return words.replace(" ", _KEPT)
+
+
+def folded(lines: Iterable[str], width: int = WIDTH) -> list[str]:
+    """Return the lines with breaks between words where they are longer; what follows a break is indented by four more."""
+    found: list[str] = []
+    for line in lines:
+        hanging = " " * (len(line) - len(line.lstrip()) + 4)
+        fold = TextWrapper(width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
+        found += [line] if len(line) <= width else fold.wrap(line)
+    return [line.replace(_KEPT, " ") for line in found]

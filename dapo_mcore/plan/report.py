@@ -10,13 +10,13 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from dapo_mcore.plan.batch import assumed
-from dapo_mcore.plan.change import overrides
+from dapo_mcore.plan.change import Changes, overrides
 from dapo_mcore.plan.hardware import Entry, entries
 from dapo_mcore.plan.held import GIB, Use
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.memory import uses
 from dapo_mcore.plan.parameters import whole_model
-from dapo_mcore.plan.picture import bars, table, wrapped
+from dapo_mcore.plan.picture import WIDTH, bars, folded, keep, table
 from dapo_mcore.plan.plan import Plan
 from dapo_mcore.plan.remedies import Problem
 from dapo_mcore.plan.suggest import Suggestion
@@ -30,13 +30,24 @@ def report(
     chosen: Sequence[str],
     *,
     all_figures: bool,
+    width: int = WIDTH,
 ) -> list[str]:
-    """Return the lines of the screen. chosen: names of figures that options have set."""
-    lines = [*_head(plan, gpu_name), "", *_batch(plan), "", *bars(plan.memory), "", *table(plan.memory), *_host(plan)]
+    """Return the lines of a screen of `width` columns. chosen: names of figures that options have set."""
+    lines = [
+        *_head(plan, gpu_name),
+        "",
+        *_batch(plan),
+        "",
+        *bars(plan.memory, width),
+        "",
+        *table(plan.memory),
+        *_host(plan),
+    ]
     lines += ["", *_times(plan), "", *_problems(problems)]
     if suggestions is not None:
         lines += ["", *_suggestions(suggestions, plan)]
-    return [*lines, "", *(_all_figures(plan, chosen) if all_figures else _figures(plan, chosen))]
+    lines += ["", *(_all_figures(plan, chosen) if all_figures else _figures(plan, chosen))]
+    return folded(lines, width)
 
 
 def _head(plan: Plan, gpu_name: str) -> Iterator[str]:
@@ -87,11 +98,11 @@ def _batch(plan: Plan) -> Iterator[str]:
     yield "One rollout step"
     yield (
         f"  generates  {batch.groups_generated:,.0f} prompts × {size} = {batch.responses:,.0f} responses of {batch.mean_response:,.0f} "
-        f"tokens (at most {config.rollout.max_response_tokens:,}): {_amount(batch.responses * batch.mean_response)} tokens"
+        f"tokens (at most {config.rollout.max_response_tokens:,}): {_amount(batch.responses * batch.mean_response)}"
     )
     yield (
         f"  keeps      {config.sampling.train_batch_prompts:,} groups ({batch.kept_ratio:.0%}) = {batch.train_samples:,} samples of "
-        f"{batch.mean_sample:,.0f} tokens with prompt: {_amount(batch.train_samples * batch.mean_sample)} tokens"
+        f"{batch.mean_sample:,.0f} tokens with prompt: {_amount(batch.train_samples * batch.mean_sample)}"
     )
     yield (
         f"  trains     {batch.updates} gradient steps of {config.batch.mini_batch_prompts} groups = {batch.samples:,} samples, "
@@ -104,19 +115,16 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 
 def _amount(count: float) -> str:
-    return f"{count / 1e6:,.1f} M"
+    return keep(f"{count / 1e6:,.1f} M tokens")
 
 
 def _host(plan: Plan) -> Iterator[str]:
     memory = plan.memory
     for use in (memory.host, memory.shared):
         if use.parts:
-            parts = " + ".join(f"{name} {nbytes / GIB:,.0f}" for name, nbytes in use.parts.items())
-            yield from wrapped(
-                "  ",
-                [f"{use.where}: {use.total / GIB:,.0f} of {use.capacity / GIB:,.0f} GiB:", *parts.split(" + ")],
-                " ",
-            )
+            told = {name: f"{nbytes / GIB:,.0f}" for name, nbytes in use.parts.items()}
+            parts = " + ".join(keep(f"{name} {gib}") for name, gib in told.items() if gib != "0")
+            yield f"  {use.where}: {use.total / GIB:,.0f} of {use.capacity / GIB:,.0f} GiB = {parts}"
 
 
 def _times(plan: Plan) -> Iterator[str]:
@@ -167,13 +175,10 @@ def _problems(problems: Sequence[Problem]) -> Iterator[str]:
         return
     yield "What does not fit"
     for problem in problems:
-        told = f"{problem.where}: {problem.missing / GIB:,.1f} GiB too much; most of it is {problem.culprit}"
-        yield from wrapped("  ", told.split(" "), " ", 2)
+        yield f"  {problem.where}: {problem.missing / GIB:,.1f} GiB too much; most of it is {problem.culprit}"
         for remedy in problem.remedies:
             verdict = "fits" if remedy.fits else "still too much"
-            yield from wrapped(
-                "    ", [f"-{remedy.saved / GIB:,.1f} GiB, {verdict}:", *overrides(remedy.changes)], " ", 4
-            )
+            yield f"    -{remedy.saved / GIB:,.1f} GiB, {verdict}: {_overrides(remedy.changes)}"
         if not problem.remedies:
             yield "    no single setting helps; see --suggest, or take more nodes"
 
@@ -194,7 +199,11 @@ def _suggestions(suggestions: Sequence[Suggestion], plan: Plan) -> Iterator[str]
             f"{_list(own.plan.job.config.model.recompute)}, servers {servers.num_servers} × TP{servers.tensor_parallel}"
         )
         yield f"               {own.reason}"
-    yield from wrapped("  Number 1: ", overrides(suggestions[0].changes), " ")
+    yield f"  Number 1: {_overrides(suggestions[0].changes)}"
+
+
+def _overrides(changes: Changes) -> str:
+    return " ".join(map(keep, overrides(changes)))
 
 
 def _figures(plan: Plan, chosen: Sequence[str]) -> Iterator[str]:
@@ -202,9 +211,9 @@ def _figures(plan: Plan, chosen: Sequence[str]) -> Iterator[str]:
     found = _entries(plan.job, chosen)
     yield "Figures behind this plan (--figures explains each; --assume NAME=VALUE replaces one)"
     for source in dict.fromkeys(entry.source for entry in found):
-        own = [f"{entry.name} {entry.value:g}" for entry in found if entry.source == source]
+        own = [keep(f"{entry.name} {entry.value:g}") for entry in found if entry.source == source]
         title = {"measured": "measured on one H100", "vendor": "vendor's", "guess": "guessed"}.get(source, source)
-        yield from wrapped("  ", [f"{title}: {own[0]}", *own[1:]], hanging=2)
+        yield f"  {title}: {', '.join(own)}"
 
 
 def _all_figures(plan: Plan, chosen: Sequence[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dapo_mcore.checkpoint import shard_file
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.held import GIB, Use
 from dapo_mcore.plan.host import host_memory, shared_memory
@@ -29,8 +30,7 @@ def test_the_papers_first_node_by_hand() -> None:
     assert parts["processes"] == (16 + 32 / 8) * 6 * GIB
     assert parts["rollouts"] == 70 * batch.responses * batch.mean_sample
     assert parts["micro-batches"] == 8 * 58 * 8192 * batch.mean_sample / 8
-    # blocks are written one by one; the largest is the output matrix in fp32
-    assert parts["checkpoint"] == 8 * 4 * 152064 * 5120 / 8
+    assert parts["checkpoint"] == 8 * shard_file.PIECE
     assert parts["/dev/shm"] == shared_memory(paper).total == 2 * 2 * 32_763_876_352
     assert host(paper).total == sum(parts.values()) and host(paper).capacity == 1900 * GIB
 
@@ -57,6 +57,12 @@ def test_inputs_of_layers_wait_in_buffers_of_a_power_of_two() -> None:
     """One of 22,528 tokens has 27.5 MiB. The first of two stages has two micro-batches of 32 layers in flight."""
     away = job(model__offload_activations=True)
     assert host(away).parts["offloaded inputs"] == 8 * 2 * (2 * 32) * 32 * 2**20
+
+
+def test_a_sync_of_changes_keeps_the_last_weights() -> None:
+    apart = {"rollout__sglang__colocated": False, "rollout__sglang__num_servers": 16}
+    changes = job(rollout__sglang__sync="distributed", rollout__sglang__delta=True, **apart)
+    assert host(changes).parts["last sent weights"] == 2 * 32_763_876_352
 
 
 def test_no_checkpoint_no_copy() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
+
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.held import GIB, Use
 from dapo_mcore.plan.memory import memory_of
-from dapo_mcore.plan.picture import LETTERS, bar, bars, table, wrapped
+from dapo_mcore.plan.picture import LETTERS, bar, bars, folded, keep, table
 from tests.plan.jobs import job
 
 
@@ -26,7 +28,7 @@ def test_every_part_of_a_gpu_has_a_letter() -> None:
 
 def test_the_picture_shows_a_few_stages_and_says_no() -> None:
     own = job(parallel__tensor_parallel=2, parallel__pipeline_parallel=8, model__recompute="none")
-    lines = list(bars(memory_of(own, batch_of(own))))
+    lines = folded(bars(memory_of(own, batch_of(own))))
     shown = [line for line in lines if "|" in line]
     assert [line.split("|")[0].strip() for line in shown] == [
         "train stage 0 of 8", "train stage 7 of 8", "sync, rank 0", "generate, servers",
@@ -43,6 +45,15 @@ def test_the_table_adds_up() -> None:
     assert float(lines[-1].split()[1]) == round(memory.worst.total / GIB, 2)
 
 
-def test_words_are_wrapped_with_a_hanging_indent() -> None:
-    lines = list(wrapped("  ", ["word" * 10] * 4, " ", 2))
-    assert lines == ["  " + " ".join(["word" * 10] * 2), "    " + " ".join(["word" * 10] * 2)]
+def test_lines_are_folded_between_words_that_do_not_belong_together() -> None:
+    words = "  first " + " ".join(keep(f"{word * 3} {number}") for number, word in enumerate(("aa", "bb", "cc")))
+    assert folded(["short", words], 20) == ["short", "  first aaaaaa 0", "      bbbbbb 1", "      cccccc 2"]
+    assert folded(["x" * 30], 20) == ["x" * 30]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_bars_fill_a_terminal_and_their_numbers_are_in_one_column(width: int) -> None:
+    own = job(parallel__tensor_parallel=2, parallel__pipeline_parallel=8, model__recompute="none")
+    shown = [line for line in bars(memory_of(own, batch_of(own)), width) if "|" in line]
+    assert max(map(len, shown)) == width
+    assert len({line.rindex(".") for line in (line.removesuffix("  NO") for line in shown)}) == 1

@@ -10,11 +10,11 @@ from dapo_mcore.plan.suggest import suggest
 from tests.plan.jobs import job
 
 
-def test_the_screen_has_100_columns_and_every_section() -> None:
-    for own in (job(), job(rollout={"engine": "embedded"})):
+def test_the_screen_has_80_or_100_columns_and_every_section() -> None:
+    for own, width in ((job(), 80), (job(rollout={"engine": "embedded"}), 100)):
         plan = make_plan(own)
-        lines = report(plan, "h100", problems(plan), suggest(plan, 2), ["kept_ratio"], all_figures=False)
-        assert [line for line in lines if len(line) > 100] == []
+        lines = report(plan, "h100", problems(plan), suggest(plan, 2), ["kept_ratio"], all_figures=False, width=width)
+        assert [line for line in lines if len(line) > width] == []
         text = "\n".join(lines)
         for words in (
             "One rollout step",
@@ -37,7 +37,7 @@ def test_the_batch_is_told_in_words() -> None:
 
 
 def test_all_figures_are_explained() -> None:
-    lines = report(make_plan(job()), "h100", [], None, [], all_figures=True)
+    lines = report(make_plan(job()), "h100", [], None, [], all_figures=True, width=200)
     told = lines[lines.index(next(line for line in lines if line.startswith("Figures"))) + 1 :]
     assert len(told) == len(Gpu.__dataclass_fields__) + len(Assumptions.__dataclass_fields__)
     assert any(line.split()[:3] == ["gemm_efficiency", "0.75", "of"] and "measured" in line for line in told)
