@@ -62,25 +62,45 @@ def save_checkpoint(
     `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a tensor on
     any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
     """
+    job, blocks = begin_checkpoint(run_dir, actor, state, layout, keep)
+    try:
+        with _disk_errors_named(job.folder):
+            layout.on_every_rank_or_raise(lambda: _write_own(job, blocks, layout.rank))
+            _on_controller(layout, lambda: publish(job, warn, _patience(job.partial)))
+    except DapoError:
+        abandon(job, layout)
+        raise
+    return job.folder
+
+
+def begin_checkpoint(
+    run_dir: Path, actor: Actor, state: TrainState | None, layout: Layout, keep: int
+) -> tuple[Publication, list[CheckpointBlock]]:
+    """Make the folder of a checkpoint and write what is no tensor. Return what is to be published, and this rank's blocks.
+
+    Raise as save_checkpoint does; nothing is left then. Collectives: every rank must call it.
+    """
     folder = checkpoint_path(run_dir, layout.broadcast_object(state.step if state is not None else None))
     blocks = checkpoint_blocks(actor)
     layout.on_every_rank_or_raise(lambda: _check_finite(folder, blocks, layout.rank))
     steps = float(layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64)))
-    partial: Any = None
+    with _disk_errors_named(folder):
+        partial: Any = layout.broadcast_object(_on_controller(layout, lambda: new_partial(folder)))
+    job = Publication(partial, folder, layout.world_size, keep)
     try:
         with _disk_errors_named(folder):
-            partial = _on_controller(layout, lambda: new_partial(folder))
-            partial = layout.broadcast_object(partial)
             _on_controller(layout, lambda: _write_rest(partial, state, steps, actor))
-            layout.on_every_rank_or_raise(lambda: _write_own(folder, partial, blocks, layout.rank))
-            job = Publication(partial, folder, layout.world_size, keep)
-            _on_controller(layout, lambda: publish(job, warn, _patience(partial)))
     except DapoError:
-        if layout.is_controller and partial is not None:
-            with suppress(OSError):
-                remove(partial)
+        abandon(job, layout)
         raise
-    return folder
+    return job, blocks
+
+
+def abandon(job: Publication, layout: Layout) -> None:
+    """Delete what was written for a checkpoint that will not be published."""
+    if layout.is_controller:
+        with suppress(OSError):
+            remove(job.partial)
 
 
 def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
@@ -146,11 +166,11 @@ def _check_finite(folder: Path, blocks: Sequence[CheckpointBlock], rank: int) ->
     )
 
 
-def _write_own(folder: Path, partial: Path, blocks: Sequence[CheckpointBlock], rank: int) -> None:
+def _write_own(job: Publication, blocks: Sequence[CheckpointBlock], rank: int) -> None:
     """Write what is this rank's to write, into a file of its own."""
-    with _disk_errors_named(folder):
+    with _disk_errors_named(job.folder):
         snapshot = Snapshot(written_blocks(blocks))
-        write_shard(partial / SHARDS, rank, snapshot.header, snapshot.slices, snapshot.pieces)
+        write_shard(job.partial / SHARDS, rank, snapshot.header, snapshot.slices, snapshot.pieces)
 
 
 def _write_rest(partial: Path, state: TrainState | None, adam_step: float, actor: Actor) -> None:
@@ -224,10 +244,13 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space on its disk" if full else "make it writable"
-        before = latest_checkpoint(folder.parents[1], before=step_of(folder))
-        goes_on = f"it goes on from {before}" if before else "there is no checkpoint before it to go on from"
-        raise CheckpointError(
-            f"the checkpoint {folder} cannot be written: {error.strerror or error}; {remedy} and start again: {goes_on}"
-        ) from error
+        raise CheckpointError(not_written(folder, error.strerror or str(error), error.errno)) from error
+
+
+def not_written(folder: Path, reason: str, number: int | None) -> str:
+    """Return what to tell of a checkpoint that could not be written, with the number of the system's error."""
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space on its disk" if full else "make it writable"
+    before = latest_checkpoint(folder.parents[1], before=step_of(folder))
+    goes_on = f"it goes on from {before}" if before else "there is no checkpoint before it to go on from"
+    return f"the checkpoint {folder} cannot be written: {reason}; {remedy} and start again: {goes_on}"

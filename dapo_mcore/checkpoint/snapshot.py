@@ -9,6 +9,7 @@ import ctypes
 import json
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
@@ -54,6 +55,17 @@ class Snapshot:
             host = piece.cpu().contiguous()
             # not numpy(), after which torch refuses to resize a storage, and so to offload a parameter (actor/memory.py)
             yield memoryview((ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr())).cast("B")
+
+    @torch.no_grad()
+    def copy_to(self, memory: Tensor, *, non_blocking: bool = False) -> None:
+        """Copy header and slices into `memory`, [num_bytes] uint8, as they lie in the file, and wait until they are there."""
+        memory[: len(self.header)] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
+        for planned in self.slices:
+            block = self._blocks[planned.start]
+            target = memory.narrow(0, planned.start, planned.num_bytes).view(block.dtype).view(block.shape)
+            target.copy_(block, non_blocking=non_blocking)
+        if non_blocking:
+            torch.cuda.synchronize()
 
 
 def _pieces(data: Tensor) -> Iterator[Tensor]:

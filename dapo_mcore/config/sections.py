@@ -283,6 +283,10 @@ class CheckpointConfig(Section):
     at_end: bool = True
     """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
     keep: int = Field(2, ge=1)
+    async_save: bool = False
+    """Write the checkpoints of `every` beside training: it waits only while each rank copies its part into host memory, where the
+    part stays (14 bytes a parameter of the model, over all ranks). The last checkpoint is waited for. If such a save fails, the
+    next one says so and is waited for."""
     resume: ResumeChoice = "auto"
     """auto: go on from the newest checkpoint; if it is damaged, from the one before. A rollout step, or the path of a checkpoint
     (a folder step_N, also of another run): go back to that one. Newer checkpoints of this run are set aside, not deleted. Later

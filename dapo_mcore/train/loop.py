@@ -31,12 +31,12 @@ from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.algo.correction import mismatch_warning
-from dapo_mcore.checkpoint.checkpoint import save_checkpoint
 from dapo_mcore.checkpoint.resume import load_resumed
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
+from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.config.schema import Config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
-from dapo_mcore.errors import output_error
+from dapo_mcore.errors import CheckpointError, output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
@@ -116,6 +116,7 @@ class Run:
             self.hf_config = load_hf_config(config.model)
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)
+            self.saves = self._open_saves()
             nodes = self._open_nodes()
             peer = build_peer(config, layout.first_ranks_of_nodes(), layout.device)
             self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes, peer))
@@ -149,6 +150,7 @@ class Run:
             self.progress.line(f"stopped by {STOP}: {_how_to_go_on(self.config)}")
             return
         self.actor.skipped_updates.check_trained()
+        self._finish_saves()
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
@@ -241,7 +243,8 @@ class Run:
         if step > self.saved_step and (step or self.config.warm_start):
             with self._phase("save"):
                 self.handover.to_training()
-                self._save_checkpoint(step)
+                self._save_checkpoint(step, wait=True)
+        self._finish_saves()
         stop = self._stop()
         if stop.signum is None and self.stop_file is not None:
             self.stop_file.confirm(step)
@@ -320,16 +323,35 @@ class Run:
             return
         with self._phase("save"), self.handover.borrowed():
             if saves:
-                self._save_checkpoint(step)
+                self._save_checkpoint(step, wait=last)
             if exports:
                 self._export(self.config.run_dir / "hf" / f"step_{step:06d}", step)
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _save_checkpoint(self, step: int, *, wait: bool) -> None:
         start = time.monotonic()
         state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
-        keep = self.config.checkpoint.keep
-        save_checkpoint(self.config.run_dir, self.actor, state, self.layout, keep, self.progress.line)
+        self.saves.save(self.actor, state, wait=wait)
         self.saved_step, self.save_s = step, time.monotonic() - start
+
+    def _finish_saves(self) -> None:
+        """Wait for a save beside training. If it failed, save its step again: nothing has been trained since."""
+        if not self.saves.in_flight:
+            return
+        with self._phase("save"):
+            try:
+                self.saves.finish()
+            except CheckpointError as error:
+                self.progress.line(f"warning: {error}")
+                self.handover.to_training()
+                self._save_checkpoint(self.saved_step, wait=True)
+
+    def _open_saves(self) -> Saves:
+        checkpoint = self.config.checkpoint
+        saves = Saves(
+            self.config.run_dir, self.layout, checkpoint.keep, self.progress.line, background=checkpoint.async_save
+        )
+        self.shutdown.cleanup.callback(saves.close)
+        return saves
 
     def _export(self, folder: Path, step: int) -> Path:
         """Write an HF folder. Collective: every rank sends its part of the weights to rank 0."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.checkpoint import saves as saves_module
 from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from dapo_mcore.checkpoint.resume import load_resumed
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.checkpoint.run_state import TrainState
+from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.errors import CheckpointError, DapoError
 from dapo_mcore.model_files.hf_folder import RandomReader
 from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, shared_step
@@ -171,6 +174,66 @@ def everyone(layout: Any, value: Any) -> list[Any]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def resume_and_save_beside_training(layout: Any, mesh: Mesh, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    return interrupt_and_resume(layout, mesh, folder, options, False) | {
+        "beside": beside_training(layout, mesh, Path(folder) / "beside", options)
+    }
+
+
+def beside_training(layout: Any, mesh: Mesh, run_dir: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Save beside training: once undisturbed but for a process that starts late, then with each kind of failure."""
+    actor, fresh = (build_actor(settings(mesh, **options), layout) for _ in range(2))
+    train(actor, 1)
+    lines: list[str] = []
+    saves = Saves(run_dir, layout, 2, lines.append, background=True)
+    first = saves.pid
+
+    def save(step: int, *, stopped: bool = False) -> Path:
+        if stopped:
+            os.kill(saves.pid, signal.SIGSTOP)
+        return saves.save(actor, replace(STATE, step=step) if layout.is_controller else None, wait=False)
+
+    path, expected = save(2, stopped=True), local_state(actor)
+    train(actor, 2)
+    before = path.exists()
+    os.kill(saves.pid, signal.SIGCONT)
+    saves.finish()
+    load_checkpoint(path, fresh, layout)
+    found = {"before": before, "torn": differences(layout, local_state(fresh), expected)}
+
+    save(3, stopped=True)
+    if layout.rank == 1:
+        os.kill(saves.pid, signal.SIGKILL)
+    else:
+        os.kill(saves.pid, signal.SIGCONT)
+    path = save(4)
+    found["killed"] = {"lines": lines[:], "whole": path.exists(), "in_flight": saves.in_flight}
+
+    if layout.rank == 0:
+        resource.prlimit(saves.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    save(5)
+    found["full"] = {"told": finish_fails(saves, layout), "left": names(run_dir / "checkpoints")}
+
+    save(6, stopped=layout.rank == 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saves_module, "STALL_S", 1.0)
+        found["stalled"] = {"told": finish_fails(saves, layout), "left": names(run_dir / "checkpoints")}
+
+    save(7)
+    saves.close()
+    saves.close()
+    layout.barrier()
+    found["left"] = names(run_dir / "checkpoints")
+    found["ended"] = [not Path(f"/proc/{pid}").exists() for pid in (first, saves.pid)]
+    return found
+
+
+def finish_fails(saves: Saves, layout: Any) -> list[str]:
+    with pytest.raises(CheckpointError) as caught:
+        saves.finish()
+    return everyone(layout, str(caught.value))
 
 
 def a_full_disk(layout: Any, mesh: Mesh, run_dir: Path, full: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The workers (resuming.py) run in real gloo processes; each spawn checks several 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import pytest
 
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from tests.actor.parity import Mesh, spawn
-from tests.checkpoint.resuming import STATE, in_one_process, interrupt_and_resume, resume_and_fill_the_disk
+from tests.checkpoint.resuming import (
+    STATE,
+    in_one_process,
+    interrupt_and_resume,
+    resume_and_fill_the_disk,
+    resume_and_save_beside_training,
+)
 
 
 def check_resumed(result: dict[str, Any]) -> None:
@@ -76,9 +83,54 @@ def test_resume_is_bitwise_with_tensor_parallelism(tensor_parallel_run: dict[str
     check_resumed(tensor_parallel_run)
 
 
-def test_resume_is_bitwise_in_bf16_with_a_sharded_optimizer_and_a_reference_policy(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options = {"model__dtype": "bf16", "algo__kl__coef": 0.1}
-    check_resumed(spawn(interrupt_and_resume, Mesh(data=2), str(tmp_path), options, False))
+    folder = tmp_path_factory.mktemp("data_parallel")
+    return spawn(resume_and_save_beside_training, Mesh(data=2), str(folder), options)
+
+
+def test_resume_is_bitwise_in_bf16_with_a_sharded_optimizer_and_a_reference_policy(
+    data_parallel_run: dict[str, Any],
+) -> None:
+    check_resumed(data_parallel_run)
+
+
+def test_a_save_beside_training_holds_the_state_of_its_step(data_parallel_run: dict[str, Any]) -> None:
+    """The processes were stopped, and went on after two more gradient steps."""
+    assert data_parallel_run["beside"]["before"] is False
+    assert data_parallel_run["beside"]["torn"] == []
+
+
+def test_after_a_failed_save_beside_training_the_next_one_is_waited_for(data_parallel_run: dict[str, Any]) -> None:
+    found = data_parallel_run["beside"]["killed"]
+    (line,) = found["lines"]
+    assert line.startswith("warning: rank 1: the checkpoint ") and "step_000003 cannot be written: " in line
+    assert "the process that writes it has ended (signal 9)" in line
+    assert (found["whole"], found["in_flight"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (
+            "full",
+            "rank 0: the checkpoint .*step_000005 cannot be written: File too large; .* goes on from .*step_000004",
+        ),
+        ("stalled", "rank 1: the checkpoint .*step_000006 cannot be written: the process .* no progress for 1 s"),
+    ],
+)
+def test_a_failure_beside_training_is_told_on_every_rank_and_leaves_nothing(
+    data_parallel_run: dict[str, Any], case: str, reason: str
+) -> None:
+    found = data_parallel_run["beside"][case]
+    assert len(found["told"]) == 2 and all(re.match(reason, told) for told in found["told"]), found["told"]
+    assert found["left"] == ["step_000002", "step_000004"]
+
+
+def test_a_save_in_flight_ends_before_its_processes_do(data_parallel_run: dict[str, Any]) -> None:
+    assert data_parallel_run["beside"]["left"] == ["step_000004", "step_000007"]
+    assert data_parallel_run["beside"]["ended"] == [True, True]
 
 
 def test_resume_is_bitwise_with_tied_embeddings_on_two_pipeline_stages(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def check_times(rows: list[dict]) -> None:
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
     options = ["num_rollout_steps=4", "checkpoint.every=2"]
-    run(task, "whole", *options)
+    run(task, "whole", *options, "checkpoint.async_save=true")
     shutil.copytree(task / "runs/whole", task / "runs/parts")
     shutil.rmtree(task / "runs/parts/hf")  # as if killed before the export
     flip("shards/rank_00000.safetensors", -1)(task / "runs/parts/checkpoints/step_000004")

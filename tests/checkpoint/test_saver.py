@@ -1,0 +1,104 @@
+"""The process that writes beside training, as its rank sees it. With ranks and models: test_checkpoint.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
+from dapo_mcore.checkpoint.background import SaverProcess
+from dapo_mcore.checkpoint.publish import Publication
+from dapo_mcore.checkpoint.snapshot import Snapshot
+from dapo_mcore.model_files.shard_reader import ShardReader
+
+WHOLE = torch.arange(40.0).view(5, 8)
+
+
+@pytest.fixture
+def saver() -> Iterator[SaverProcess]:
+    saver = SaverProcess()
+    yield saver
+    saver.close()
+
+
+def start(saver: SaverProcess, run_dir: Path, step: int, num_ranks: int = 1) -> Path:
+    """Give it the only rank's job, or that of rank 0 of two. Return the folder that it will publish."""
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    partial = folder.with_name(f"{folder.name}.partial")
+    (partial / "shards").mkdir(parents=True)
+    (partial / "state.json").write_text("{}")
+    block = CheckpointBlock("w", (5, 8), (0, 0), WHOLE.clone(), is_written=True, is_padded=False)
+    half = CheckpointBlock("h", (40,), (0,), WHOLE.flatten().to(torch.bfloat16), is_written=True, is_padded=False)
+    saver.start(Snapshot([half, block]), str(partial / "shards"), 0, Publication(partial, folder, num_ranks, keep=1))
+    block.data.fill_(torch.nan)  # the copy is the process's
+    return folder
+
+
+def test_one_process_writes_and_publishes_one_checkpoint_after_another(saver: SaverProcess, tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = start(saver, tmp_path, step)
+        assert saver.wait("done", stall_s=60) is None and saver.wait("written", stall_s=0) is None
+        reader = ShardReader(folder / "shards")
+        assert torch.equal(reader.read("w", (0, 0), (5, 8)), WHOLE)
+        assert torch.equal(reader.read("h", (0,), (40,)), WHOLE.flatten().to(torch.bfloat16))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"], "older ones are deleted"
+
+
+def test_it_publishes_nothing_once_its_rank_is_gone(saver: SaverProcess, tmp_path: Path) -> None:
+    """It waits for the shard of another rank."""
+    start(saver, tmp_path, 1, num_ranks=2)
+    assert saver.wait("written", stall_s=60) is None
+    assert saver.wait("done", stall_s=0.2).reason == "the process that writes it has shown no progress for 0 s"
+    process = saver._process
+    saver._socket.close()
+    assert process.wait(30) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001.partial"]
+
+
+def test_an_error_of_the_disk_is_a_problem_and_the_process_takes_the_next_job(
+    saver: SaverProcess, tmp_path: Path
+) -> None:
+    folder = start(saver, tmp_path, 1)
+    assert saver.wait("done", stall_s=60) is None
+    gone = tmp_path / "gone"
+    saver.start(Snapshot([]), str(gone), 0, None)
+    problem = saver.wait("done", stall_s=60)
+    assert (problem.reason, problem.errno) == ("No such file or directory", 2)
+    assert folder.exists()
+    start(saver, tmp_path, 2)
+    assert saver.wait("done", stall_s=60) is None
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGKILL, r"signal 9"), (signal.SIGTERM, None)])
+def test_its_death_is_a_problem_and_signals_to_the_job_do_not_end_it(
+    saver: SaverProcess, tmp_path: Path, number: signal.Signals, told: str | None
+) -> None:
+    start(saver, tmp_path, 1, num_ranks=2)
+    assert saver.wait("written", stall_s=60) is None
+    os.kill(saver.pid, number)
+    problem = saver.wait("done", stall_s=30 if told else 0.2)
+    assert problem.reason == (f"the process that writes it has ended ({told})" if told else problem.reason)
+    assert told or "no progress" in problem.reason
+
+
+def test_a_job_given_to_a_dead_process_is_a_problem_too(saver: SaverProcess, tmp_path: Path) -> None:
+    os.kill(saver.pid, signal.SIGKILL)
+    saver._process.wait()
+    start(saver, tmp_path, 1)
+    assert saver.wait("written", stall_s=30).reason == "the process that writes it has ended (signal 9)"
+
+
+def test_it_imports_no_framework() -> None:
+    """A rank's process costs a few MB, and knows no CUDA."""
+    program = (
+        "import sys, dapo_mcore.checkpoint.saver; print(sorted({'torch', 'numpy', 'megatron'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
