@@ -27,6 +27,7 @@ from dapo_mcore.checkpoint.snapshot import Snapshot
 from dapo_mcore.errors import ResourceError
 
 _LENGTH = 8
+_KILL_S = 5.0
 
 
 class Problem(NamedTuple):
@@ -137,7 +138,9 @@ class SaverProcess:
                 break
         self._socket.close()
         self._process.kill()
-        self._process.wait()
+        # a process that waits for a dead disk ends only when that answers
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_S)
         self._free()
 
     def _ended(self) -> str:

@@ -294,6 +294,15 @@ class CheckpointConfig(Section):
     export_every: Steps | None = None
     export_at_end: bool = True
 
+    @model_validator(mode="after")
+    def _check_fields(self) -> CheckpointConfig:
+        if self.async_save and self.every is None:
+            raise ValueError(
+                "async_save is for the checkpoints of every, which is null: set every, or async_save false (the last checkpoint "
+                "is always waited for)"
+            )
+        return self
+
 
 class ObserveConfig(Section):
     """What a run writes besides its weights."""

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from dapo_mcore.config.file import load_config
-from dapo_mcore.config.sections import DataConfig, RewardConfig, RolloutConfig
+from dapo_mcore.config.sections import CheckpointConfig, DataConfig, RewardConfig, RolloutConfig
 
 
 def test_a_minimal_file_gets_the_papers_defaults(file: Path) -> None:
@@ -49,3 +49,11 @@ def test_math_verify_never_runs_without_a_deadline():
 def test_a_cluster_of_reward_workers_needs_workers():
     with pytest.raises(ValidationError, match="placement ray needs workers of at least 1"):
         RewardConfig(placement="ray")
+
+
+def test_only_checkpoints_during_training_are_written_beside_it() -> None:
+    assert CheckpointConfig(every=5, async_save=True).async_save and not CheckpointConfig(every=5).async_save
+    with pytest.raises(
+        ValidationError, match="async_save is for the checkpoints of every, which is null: set every, or"
+    ):
+        CheckpointConfig(async_save=True)
