@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dapo_mcore.config.file import dump_config, load_config, repeated_overrides
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError, DapoError, DataError
+from dapo_mcore.process.exit_status import record_failure
 
 
 class Command(NamedTuple):
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except DapoError as error:
         print(f"dapo-mcore {args.command}: {error}", file=sys.stderr)
+        record_failure(str(error))  # doctor runs under torchrun, too
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -20,8 +20,8 @@ from dapo_mcore.doctor.network import check_interfaces, check_proxies
 _GIB = 2**30
 _LITTLE_SHARED = _GIB
 _FEW_FILES = 4096
-_LONG_TEMPORARY = 60
-"""Sockets of Ray and NCCL have names of up to 107 bytes below the temporary folder."""
+_LONGEST_SOCKET, _RAYS_PART = 107, 68
+"""Bytes of a socket's path that Linux allows, and those that Ray adds: /ray/session_…/sockets/plasma_store."""
 _NETWORK = ("nfs", "nfs4", "lustre", "beegfs", "gpfs", "cifs", "ceph", "fuse.sshfs", "wekafs")
 _UNSYNCHRONISED = 5
 """adjtimex returns TIME_ERROR if nothing keeps the clock in time."""
@@ -105,9 +105,11 @@ def check_clock(state: int | None) -> Finding:
 
 
 def check_temporary(folder: str) -> list[Finding]:
-    if len(folder) <= _LONG_TEMPORARY:
+    """Return a hint if the sockets that Ray puts into the folder would have too long names."""
+    size, most = len(os.fsencode(folder)), _LONGEST_SOCKET - _RAYS_PART
+    if size <= most:
         return []
-    detail = f"{folder} has {len(folder)} characters, and names of sockets below it may have 107"
+    detail = f"{folder} has {size} bytes; with more than {most} the sockets of Ray exceed {_LONGEST_SOCKET}"
     return [hint("TMPDIR", detail, "export TMPDIR=/tmp")]
 
 

@@ -75,11 +75,13 @@ def test_status_1_names_what_a_run_lacks_and_leaves_the_configuration_unread(
     assert "checkpoint space" not in out
 
 
-def test_a_configuration_that_does_not_hold_ends_with_status_2(
-    config: Path, capsys: pytest.CaptureFixture[str]
+def test_a_configuration_that_does_not_hold_ends_with_status_2_and_torchrun_gets_the_reason(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert main(["doctor", str(config), "algo.clip_hi=1"]) == 2
     assert "did you mean 'algo.clip_high'" in capsys.readouterr().err
+    assert "algo.clip_high" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
 def test_a_rank_that_cannot_meet_the_others_says_so(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
