@@ -29,7 +29,7 @@ def check_proxies(environment: Mapping[str, str], hosts: Sequence[str] = ()) -> 
         return ok("proxies", f"{', '.join(proxies)}, not for {', '.join(excepted)}")
     told = [f"no_proxy does not name {', '.join(missing)}"] if missing else []
     told += [f"most programs ignore {', '.join(ranges)} in no_proxy"] if ranges else []
-    detail = f"{', '.join(proxies)} set, and {' and '.join(told)}: calls to servers of the run may go to the proxy"
+    detail = f"{', '.join(proxies)} set, and {' and '.join(told)}: calls of Ray and of servers may go to the proxy"
     return hint("proxies", detail, f"export no_proxy={','.join(wanted)}")
 
 
