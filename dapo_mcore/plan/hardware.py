@@ -131,6 +131,7 @@ class Assumptions:
     disk_sync_gbs: float = _figure(
         1.1, "GB/s", "measured", "sync disk over /dev/shm: written and loaded, 0.7 GB in 0.67 s"
     )
+    changed_bytes: float = _figure(0.07, "share", "guess", "delta: bytes of changes to those of all weights, 3 to 7 %")
     tensor_sync_gbs: float = _figure(14.8, "GB/s", "measured", "sync tensor over CUDA IPC")
 
     reserve_gib: float = _figure(2.5, "GiB", "guess", "CUDA context, NCCL's buffers, cuBLAS' workspace", least=0)

@@ -57,7 +57,8 @@ def step_time(job: Job, batch: Batch, memory: Memory, rollout: RolloutTime | Non
 def _sync(job: Job) -> float:
     """Return the seconds of a weight sync: the model passes through rank 0, and from there to the servers.
 
-    With sync tensor on all nodes it also passes once to the first rank of each node (sync/relay.py).
+    With sync tensor on all nodes it also passes once to the first rank of each node (sync/relay.py). With delta
+    rank 0 compares with the last weights, which come from the host, and only changes go on (sync/delta.py).
     """
     servers, assume = job.config.rollout.sglang, job.assume
     nbytes = job.dtype_bytes * whole_model(job.shape)
@@ -68,9 +69,12 @@ def _sync(job: Job) -> float:
     if job.is_embedded:
         return collected + nbytes / (assume.copy_efficiency * job.gpu.hbm_gbs * 1e9)
     speed = {"disk": assume.disk_sync_gbs, "distributed": assume.sync_gbs, "tensor": assume.tensor_sync_gbs}
-    relayed = nbytes / network if servers.sync == "tensor" and servers.placement == "nodes" and job.nodes > 1 else 0.0
+    sent = nbytes * (assume.changed_bytes if servers.delta else 1)
+    compared = nbytes / (assume.pcie_efficiency * job.gpu.pcie_gbs * 1e9) if servers.delta else 0.0
+    relayed = sent / network if servers.sync == "tensor" and servers.placement == "nodes" and job.nodes > 1 else 0.0
     passes = -(-servers.num_servers // (servers.servers_per_group or servers.num_servers))
-    return collected + relayed + nbytes / (speed[servers.sync] * 1e9) * (passes if servers.sync == "distributed" else 1)
+    spread = sent / (speed[servers.sync] * 1e9) * (passes if servers.sync == "distributed" else 1)
+    return collected + compared + relayed + spread
 
 
 def _handover(job: Job) -> float:

@@ -32,6 +32,13 @@ def test_a_sync_collects_the_model_from_other_nodes_and_sends_it_once_per_group_
     assert make_plan(job(**nodes)).time.sync == pytest.approx(collected + relayed + gigabytes / 14.8)
 
 
+def test_a_sync_of_changes_compares_with_the_hosts_weights_and_sends_few_bytes() -> None:
+    gigabytes = 2 * 32.763876352
+    collected, compared = gigabytes * (1 - 8 / 16) / (0.7 * 50), gigabytes / (0.8 * 64)
+    changes = make_plan(job(**BESIDE, rollout__sglang__delta=True)).time.sync
+    assert changes == pytest.approx(collected + compared + 0.07 * gigabytes / 20)
+
+
 def test_colocated_actors_go_to_the_host_and_back() -> None:
     plan = make_plan(job())
     parts = plan.memory.train[0].parts
