@@ -1,6 +1,7 @@
 """The rank of a job that failed first, and why: `python -m dapo_mcore.process.failures LOGS`.
 
-    LOGS/NODE/torchrun.log        what torchrun of this node wrote; it knows the ranks that a signal has ended
+    LOGS/NODE/torchrun.log        what torchrun of this node wrote; it knows the ranks that a signal has ended. If it did not end
+                                  with 0 itself, tools/slurm/node.sh adds its status
              …/RANK/error.json    what a rank has told before it ended (exit_status.py)
 
 Change here: which of several failures is called the cause.
@@ -9,6 +10,7 @@ Change here: which of several failures is called the cause.
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import sys
@@ -22,9 +24,13 @@ _KILLED = re.compile(
 )
 """A rank in torchrun's report that has left no message: time, rank, signal, torchrun's words."""
 
+_ENDED = re.compile(r"(.*)\n?^torchrun ended with status (\d+)$", re.MULTILINE)
+"""What node.sh adds to torchrun's log, after the last line of torchrun's own."""
+
 
 class Failure(NamedTuple):
-    """The end of one rank. Sorted, the cause comes first: times are whole seconds, so a consequence may seem as old."""
+    """The end of one rank, or with rank "" of a node's torchrun. Sorted, the cause comes first: times are whole seconds, so a
+    consequence may seem as old."""
 
     is_consequence: bool
     time: float
@@ -33,11 +39,11 @@ class Failure(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        return f"node {self.node}, rank {self.rank}: {self.message}"
+        return f"node {self.node}{self.rank and f', rank {self.rank}'}: {self.message}"
 
 
 def find_failures(logs: Path) -> list[Failure]:
-    """Return the failures of all ranks, the cause first."""
+    """Return the failures of all ranks and nodes, the cause first."""
     told = [_told(file, logs) for file in logs.glob("*/**/error.json")]
     return sorted([failure for failure in told if failure] + [*_killed(logs)])
 
@@ -55,16 +61,28 @@ def _told(file: Path, logs: Path) -> Failure | None:
 
 def _killed(logs: Path) -> Iterator[Failure]:
     for file in logs.glob("*/torchrun.log"):
-        for time, rank, number, words in _KILLED.findall(file.read_text(encoding="utf-8", errors="replace")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for time, rank, number, words in _KILLED.findall(text):
             # torchrun ends the other ranks of a node by SIGTERM when one has failed
             is_consequence = int(number) == signal.SIGTERM
             yield Failure(is_consequence, datetime.fromisoformat(time).timestamp(), file.parent.name, rank, words)
+        if ended := _ENDED.search(text):
+            yield _torchrun(file, int(ended[2]), ended[1])
+
+
+def _torchrun(log: Path, status: int, last_line: str) -> Failure:
+    """Return the end of a node's torchrun: the cause if a signal has ended it, else the last to be told, after all ranks."""
+    node = log.parent.name
+    if status > 128:  # as shells say it
+        words = f"torchrun was ended by {signal.Signals(status - 128).name}"
+        return Failure(False, log.stat().st_mtime, node, "", words)
+    return Failure(True, math.inf, node, "", f"torchrun ended with status {status}: {last_line}")
 
 
 def main(logs: str) -> int:
-    """Print the first failure. Return 1 if no rank has told one."""
+    """Print the first failure. Return 1 if there is none."""
     found = find_failures(Path(logs))
-    print(f"failed first: {found[0]}" if found else "no rank has said why it ended")
+    print(f"failed first: {found[0]}" if found else "neither a rank nor a torchrun has said why it ended")
     return 0 if found else 1
 
 

@@ -58,8 +58,20 @@ def test_a_rank_that_tells_an_older_error_is_the_cause(logs, monkeypatch) -> Non
     assert str(find_failures(logs)[0]) == "node n0, rank 3: the disk is full"
 
 
+def test_a_torchrun_that_was_killed_is_the_cause_and_one_that_tells_of_its_ranks_is_none(logs, monkeypatch) -> None:
+    tell(monkeypatch, logs, "n0", 3, "another rank has ended", consequence=True)
+    waited = "DistStoreError: 1/2 clients joined\n"
+    for node, said in (("n0", f"{waited}torchrun ended with status 1\n"), ("n1", "torchrun ended with status 137\n")):
+        (logs / node / "torchrun.log").write_text(said)
+    assert [str(failure) for failure in find_failures(logs)] == [
+        "node n1: torchrun was ended by SIGKILL",
+        "node n0, rank 3: another rank has ended",
+        "node n0: torchrun ended with status 1: DistStoreError: 1/2 clients joined",
+    ]
+
+
 def test_a_job_without_a_message_and_a_message_that_was_cut_off_are_no_error(tmp_path, capsys) -> None:
     (tmp_path / "n0/0").mkdir(parents=True)
     (tmp_path / "n0/0/error.json").write_text('{"message": {"mess')
     assert main(str(tmp_path)) == 1
-    assert capsys.readouterr().out == "no rank has said why it ended\n"
+    assert capsys.readouterr().out == "neither a rank nor a torchrun has said why it ended\n"
