@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from dapo_mcore.errors import ConfigError
 
@@ -65,6 +66,14 @@ def routed_address(environment: Mapping[str, str]) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # sends nothing
         return probe.getsockname()[0]
+
+
+def ranks_here(environment: Mapping[str, str]) -> list[int]:
+    """Return the process ids of the ranks that this rank's torchrun has started; none without torchrun."""
+    if not _is_torchrun(environment):
+        return []
+    children = Path(f"/proc/{os.getppid()}/task").glob("*/children")
+    return [int(word) for file in children for word in file.read_text().split()]
 
 
 def shutdown_timeout_note(environment: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -82,6 +82,8 @@ class ControllerShutdown:
     """A block on rank 0 that runs `cleanup` exactly once, however the block ends; later signals do not disturb it.
 
     closing_line  Return the line for standard error after a signal. Called when all is cleaned up.
+    neighbours    process ids of this machine's ranks. When one fails, torchrun signals the others: a signal is deferred only as
+                  long as all of them live.
 
     A signal that ends the run at once raises Interrupted in the main thread. Any error that follows from it leaves the block
     as Interrupted. The main thread may be stuck in a library that waits for lost ranks: if it does not leave the block within
@@ -89,8 +91,9 @@ class ControllerShutdown:
     signals.
     """
 
-    def __init__(self, closing_line: Callable[[], str]):
+    def __init__(self, closing_line: Callable[[], str], neighbours: Sequence[int] = ()):
         self.cleanup = ExitStack()
+        self._neighbours = neighbours
         self.signum: int | None = None
         self._stop_requested = False
         self._closing_line = closing_line
@@ -215,6 +218,7 @@ class ControllerShutdown:
         if self._deferred and is_first:
             print(f"{signal.Signals(signum).name}: {self._notice()}", file=sys.stderr, flush=True)
             self._notified.set()
+            _when_one_ends(self._neighbours, lambda: self._deferred and self._end_run(signum))
         elif not self._deferred or time.monotonic() - self._first_signal_at > REPEAT_S:
             self._end_run(signum)
 
@@ -237,14 +241,15 @@ class ControllerShutdown:
 class WorkerShutdown:
     """The same block on the other ranks, which have nothing to clean up: a signal ends the process as by default.
 
-    controller_pid  process id of rank 0 if it is on this machine.
+    neighbours  process ids of this machine's ranks, this one included.
 
     Inside `defer_signals` the first signal does nothing here: rank 0 tells all ranks to stop. A second signal ends the
-    process, and so does the end of rank 0, because torchrun signals the other ranks when one fails.
+    process, and so does the end of a neighbour: when a rank fails, torchrun signals the others of its machine, and they
+    cannot save without it.
     """
 
-    def __init__(self, controller_pid: int | None = None):
-        self._controller_pid = controller_pid
+    def __init__(self, neighbours: Sequence[int] = ()):
+        self._neighbours = neighbours
         self.stop: Stop | None = None
 
     def __enter__(self) -> WorkerShutdown:
@@ -260,9 +265,7 @@ class WorkerShutdown:
         def handle(signum: int) -> None:
             if not first_signal_at:
                 first_signal_at.append(time.monotonic())
-                threading.Thread(
-                    target=self._end_with_controller, args=(signum,), name="controller", daemon=True
-                ).start()
+                _when_one_ends(self._neighbours, lambda: os._exit(Interrupted(signum).status))
             elif time.monotonic() - first_signal_at[0] > REPEAT_S:
                 os._exit(Interrupted(signum).status)
 
@@ -281,13 +284,19 @@ class WorkerShutdown:
         time.sleep(REPEAT_S)
         os._exit(1)
 
-    def _end_with_controller(self, signum: int) -> None:
-        while self._controller_pid is not None:
-            try:
-                os.kill(self._controller_pid, 0)
-            except ProcessLookupError:
-                os._exit(Interrupted(signum).status)
-            time.sleep(POLL_S)
+
+def _when_one_ends(processes: Sequence[int], action: Callable[[], None]) -> None:
+    """Call `action` in a thread once one of the processes has ended and its parent knows it."""
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):
+            while True:
+                for process in processes:
+                    os.kill(process, 0)
+                time.sleep(POLL_S)
+        action()
+
+    threading.Thread(target=watch, name="neighbours", daemon=True).start()
 
 
 Shutdown = ControllerShutdown | WorkerShutdown

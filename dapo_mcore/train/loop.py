@@ -43,7 +43,7 @@ from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
 from dapo_mcore.observe.profile import profiled
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.process.launcher import routed_address, shutdown_timeout_note, watch_launcher
+from dapo_mcore.process.launcher import ranks_here, routed_address, shutdown_timeout_note, watch_launcher
 from dapo_mcore.process.run_lock import RunLock
 from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, Stop, WorkerShutdown, exit_on_signal
 from dapo_mcore.process.stop_file import STOP, StopFile
@@ -86,10 +86,10 @@ def train(config: Config) -> None:
 
 
 def _new_shutdown(config: Config, layout: Layout) -> Shutdown:
-    controller_pid = layout.broadcast_object(os.getpid())
+    neighbours = ranks_here(os.environ)  # all live: they have joined the job
     if layout.is_controller:
-        return ControllerShutdown(partial(_how_to_go_on, config))
-    return WorkerShutdown(controller_pid if layouts.is_beside_rank_0() else None)
+        return ControllerShutdown(partial(_how_to_go_on, config), neighbours)
+    return WorkerShutdown(neighbours)
 
 
 def _how_to_go_on(config: Config) -> str:
@@ -147,7 +147,8 @@ class Run:
         if stop is not None:
             if stop.signum is not None:
                 raise Interrupted(stop.signum)
-            self.progress.line(f"stopped by {STOP}: {_how_to_go_on(self.config)}")
+            if self.layout.is_controller:
+                self.progress.line(f"stopped by {STOP}: {_how_to_go_on(self.config)}")
             return
         self.actor.skipped_updates.check_trained()
         self._finish_saves()

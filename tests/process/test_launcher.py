@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.process.launcher import check_launcher, shutdown_timeout_note
+from dapo_mcore.process.launcher import check_launcher, ranks_here, shutdown_timeout_note
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
 
@@ -52,3 +54,8 @@ def test_only_torchrun_limits_the_time_that_a_run_has_to_save() -> None:
         == "; torchrun waits 30 s for it, or --shutdown-timeout"
     )
     assert shutdown_timeout_note({}) == shutdown_timeout_note({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ""
+
+
+def test_the_ranks_of_a_machine_are_the_children_of_its_torchrun() -> None:
+    assert os.getpid() in ranks_here(TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"})
+    assert ranks_here(TORCHRUN) == []

@@ -137,6 +137,27 @@ run(body)
 """
 
 
+DEFERRED = """
+import subprocess
+signals.MAIN_THREAD_TIMEOUT_S, signals.POLL_S = 0.3, 0.05
+neighbour = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+shutdown = ControllerShutdown(lambda: "go on", [os.getpid(), neighbour.pid])
+def body():
+    with shutdown.defer_signals(lambda: "saves"):
+        me(signal.SIGTERM)
+        time.sleep(0.3)
+        print("goes on", flush=True)
+        threading.Timer(0.1, lambda: (neighbour.kill(), neighbour.wait())).start()
+        ctypes.CDLL(None).sleep(60)
+run(body)
+"""
+
+
+def test_a_deferred_signal_ends_a_run_that_waits_for_a_rank_that_has_failed():
+    """torchrun signals the other ranks of a machine when one fails; NCCL would wait for it until its time-out."""
+    assert ended(DEFERRED) == (128 + 15, ["goes on", "at exit"], ["SIGTERM: saves", "stopped by SIGTERM: go on"])
+
+
 def test_a_request_interrupts_interruptible_work_and_raises_nothing() -> None:
     assert ended(REQUESTED) == (0, ["outside the block", "None", "None", "Stop(signum=None)", "clean"], [])
 
@@ -158,7 +179,7 @@ signals.REPEAT_S, signals.POLL_S = 0.3, 0.05
 import subprocess
 controller = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 atexit.register(controller.kill)
-worker = signals.WorkerShutdown(controller.pid)
+worker = signals.WorkerShutdown([os.getpid(), controller.pid])
 with worker.defer_signals(lambda: ""):
     me(signal.SIGTERM)
     me(signal.SIGTERM)

@@ -184,11 +184,6 @@ def is_first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def is_beside_rank_0() -> bool:
-    """Return True if torchrun says that this rank runs on the same machine as rank 0."""
-    return os.environ.get("GROUP_RANK") == "0"
-
-
 def start(parallel: ParallelConfig, seed: int) -> Layout:
     """Join the job, build every process group and return this rank's layout.
 
