@@ -44,7 +44,8 @@ DELTA_LOADER = "dapo_mcore_delta.load"
 FP8_BLOCK = 128
 """Rows and columns of a block of an FP8 matrix that share one scale."""
 
-# A launcher sets these for the trainer, not for its servers. PYTHONPATH would let our `kernels/` shadow theirs.
+# A launcher sets these for the trainer, not for its servers. PYTHONPATH would let our `kernels/` shadow theirs. A server calls
+# itself while it starts, and a proxy would not find it.
 _NOT_INHERITED = (
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",
@@ -53,6 +54,7 @@ _NOT_INHERITED = (
     "LOCAL_RANK",
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
+    *(name for proxy in ("http_proxy", "https_proxy", "all_proxy") for name in (proxy, proxy.upper())),
 )
 _NOT_INHERITED_PREFIXES = (
     "MASTER_",
@@ -61,7 +63,8 @@ _NOT_INHERITED_PREFIXES = (
     "ROLE_",
     "TORCH_NCCL_",
     "RAY_",
-    "SLURM_",
+    "SLURM",
+    "SRUN_",
     "PMI_",
     "PMIX_",
     "OMPI_",

@@ -5,9 +5,12 @@ Change here: how weights lie on disk, and when they are deleted.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,6 +55,10 @@ class DiskSender:
         shutil.rmtree(root, ignore_errors=True)  # left by a run that was killed
         try:
             root.mkdir(mode=0o700, parents=True)
+            # tools/slurm/node.sh deletes what a killed run has left: nobody has it locked any more
+            self._lock: int | None = os.open(root, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
             free = shutil.disk_usage(root).free
         except OSError as error:
             raise ConfigError(f"rollout.sglang.sync_dir: {error}; choose a folder that can be written") from error
@@ -108,6 +115,9 @@ class DiskSender:
 
     def close(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _write_file(path: Path, bucket: Bucket) -> None:

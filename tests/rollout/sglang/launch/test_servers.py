@@ -112,6 +112,8 @@ def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
 
 def test_servers_inherit_no_variables_of_the_launcher_and_no_python_path(monkeypatch):
     hidden = {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "TRITON_INTERPRET", "RAY_AUTH_TOKEN"}
+    hidden |= {"SLURM_JOB_ID", "SLURMD_NODENAME", "SRUN_DEBUG", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"}
+    hidden |= {"http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"}  # a server asks itself by HTTP while it starts
     for name in hidden:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,17 @@ from tests.rollout.sglang.serving import engine, params, prompts, weights
 def test_a_folder_too_small_for_two_versions_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"two versions of the model need 2000000\.0 GiB; choose a larger folder"):
         DiskSender(tmp_path / "weights", 10**6 * 2**30)
+
+
+def test_weights_are_locked_as_long_as_their_run_lives(tmp_path):
+    """So a job can delete the weights that a killed one has left in memory."""
+    lock = ["flock", "--nonblock", str(tmp_path / "weights"), "true"]
+    sender = DiskSender(tmp_path / "weights", 1)
+    assert subprocess.run(lock).returncode == 1
+    lock[2] = str(sender.root.rename(tmp_path / "left"))
+    sender.close()
+    sender.close()
+    assert subprocess.run(lock).returncode == 0
 
 
 def test_servers_on_other_machines_do_not_see_this_ones_memory(monkeypatch):
