@@ -69,7 +69,9 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the parallel layout for N processes (default: the fewest that fit)",
     )
     parser.add_argument(
-        "--only-values", action="store_true", help="check only the values, not files, model, parallel layout and data"
+        "--only-values",
+        action="store_true",
+        help="check only the values, not files, model and data; the parallel layout only against --processes",
     )
     parser.add_argument("--run-dir", action="store_true", help="check only the values, and print only the run's folder")
 
@@ -85,6 +87,8 @@ def _config(args: argparse.Namespace) -> int:
     notes = repeated_overrides(args.overrides)
     if not args.only_values:
         notes += _dry_run(config, args.processes)
+    elif args.processes is not None:
+        _check_layout(config, args.processes)
     for note in notes:
         print(f"# {note}", file=sys.stderr)
     print(dump_config(config), end="")
@@ -97,6 +101,13 @@ def _dry_run(config: Config, processes: int | None) -> list[str]:
 
     check_run(config, processes)
     return [*check_contents(config), *describe_run(config)]
+
+
+def _check_layout(config: Config, processes: int) -> None:
+    from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size
+
+    data_parallel_size(config.parallel, processes)
+    expert_data_parallel_size(config.parallel, processes)
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,10 @@ def test_overrides_may_follow_an_option(config: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (
+            ["config", "CONFIG", "--only-values", "--processes=6", "parallel.tensor_parallel=4"],
+            "world size 6 is not a multiple of tensor_parallel 4",
+        ),
         (["config", "CONFIG", "algo.clip_hi=1"], "did you mean 'algo.clip_high'"),
         (["config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
         (["plot", "nowhere"], "no metrics.jsonl in nowhere"),
