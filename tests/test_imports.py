@@ -21,6 +21,7 @@ FLOORS = {
     "dapo_mcore.config": 0,
     "dapo_mcore.process": 0,
     "dapo_mcore.process.ray_cluster": 1,
+    "dapo_mcore.process.route": 1,
     "dapo_mcore.types": 1,
     "dapo_mcore.architecture": 1,
     "dapo_mcore.model_files": 2,

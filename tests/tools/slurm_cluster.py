@@ -9,13 +9,17 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.rollout.sglang.serving import wait_for
 
+GPUS = 2
+"""GPUs of a node: copies of /dev/null. Slurm only counts them, and tells their numbers to steps that ask for them."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
@@ -54,14 +58,18 @@ def configuration(folder: Path, nodes: int) -> str:
         "SlurmctldLogFile": folder / "slurmctld.log",
         "SlurmdLogFile": folder / "slurmd-%n.log",
         "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
+        "TaskPlugin": "task/affinity",
+        "SchedulerParameters": "sched_interval=2,bf_interval=2",  # looks for jobs to start as often, 60 s by default
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core",
+        "GresTypes": "gpu",
+        "KillWait": 10,  # from scancel's SIGTERM to SIGKILL, 30 s by default
         "ReturnToService": 2,
     }
     lines = [f"{key}={value}" for key, value in settings.items()]
     lines += [
-        f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=2000 State=UNKNOWN"
+        f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={os.cpu_count()} RealMemory=2000 "
+        f"Gres=gpu:{GPUS} CpuBind=core State=UNKNOWN"
         for i, port in enumerate(ports)
     ]
     return "\n".join([*lines, "PartitionName=p Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
@@ -72,6 +80,10 @@ def slurm_cluster(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
     """Start a cluster, yield the environment variables that name it, and stop it."""
     (folder / "state").mkdir(parents=True)
     (folder / "slurm.conf").write_text(configuration(folder, nodes))
+    gpus = [folder / f"gpu{i}" for i in range(GPUS)]
+    for gpu in gpus:
+        os.mknod(gpu, stat.S_IFCHR | 0o600, os.stat("/dev/null").st_rdev)
+    (folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
     environment = {"SLURM_CONF": str(folder / "slurm.conf")}
     started = subprocess.run(["munge", "-n"], capture_output=True).returncode != 0
     if started:
@@ -84,6 +96,9 @@ def slurm_cluster(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
         wait_for(lambda: idle_nodes(environment) == nodes, 60)
         yield environment
     finally:
+        call = partial(subprocess.run, env=os.environ | environment, capture_output=True)
+        call(["scancel", "--partition=p"])  # after a failed test
+        wait_for(lambda: not call(["squeue", "--noheader"]).stdout, 60)
         for file in folder.glob("*.pid"):
             with closing(file.open()) as opened:
                 os.kill(int(opened.read()), signal.SIGTERM)

@@ -1,15 +1,18 @@
-"""The Slurm job: what it would do, and a real one that is told to stop, goes on by itself, and fails with a name."""
+"""The Slurm job: what it would do, real ones that are told to stop, go on by themselves, and fail with a name, and idle ones
+(idle_run.py) for what Slurm and the scripts do with any ranks."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +27,25 @@ JOB = str(ROOT / "tools/dapo_32b.slurm")
 SCRIPTS = [*ROOT.glob("tools/*.slurm"), *ROOT.glob("tools/**/*.sh")]
 OPTIONS = [*SMALL, "num_rollout_steps=8", "warm_start.max_updates=1", "warm_start.stop_at=null", "checkpoint.every=1"]
 
+DEAD_PROXY = "http_proxy=http://127.0.0.1:9,HTTP_PROXY=http://127.0.0.1:9,all_proxy=http://127.0.0.1:9"
+# on a network file system a folder may look different, or not at all, from another node
+RANK_1_SEES_NO_CHECKPOINTS = """
+import os, pathlib
+iterdir = pathlib.Path.iterdir
+
+def told_by_rank_0(folder):
+    if folder.name == "checkpoints" and os.environ.get("RANK", "0") != "0":
+        raise OSError(116, "Stale file handle", str(folder))
+    return iterdir(folder)
+
+pathlib.Path.iterdir = told_by_rank_0
+"""
+IDLE = f"""
+PATH={sys.prefix}/bin:$PATH
+torchrun() {{ command torchrun "${{@/#dapo_mcore.train/tests.tools.idle_run}}"; }}
+python() {{ [[ $* == *--processes* ]] || command python "$@"; }}  # the check of a model that is not used
+"""
+
 
 def dry_run(*arguments: str, **variables: str) -> list[str]:
     command = [JOB, "--dry-run", *arguments]
@@ -34,12 +56,12 @@ def dry_run(*arguments: str, **variables: str) -> list[str]:
 def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> None:
     lines = dry_run("optimizer.lr=2e-6")
     train = next(line for line in lines if line.startswith("torchrun"))
-    assert "--nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:PORT" in train
+    assert "--nnodes 16 --nproc-per-node 8 --node-rank NODE --master-addr FIRST_NODE --master-port PORT" in train
     assert "--shutdown-timeout 600" in train and train.endswith("dapo_32b.yaml optimizer.lr=2e-6 ")
     assert sum(line.startswith("srun") and "optimizer.lr=2e-6" in line for line in lines) == 2
     assert any("--nodes=16 --ntasks=16 --ntasks-per-node=1" in line and "--gres=gpu:8" in line for line in lines)
     assert "  lr: 2.0e-06" in lines and "name: dapo_32b" in lines
-    assert any("--nnodes 2 " in line for line in dry_run("--nodes=2"))
+    assert any("--nnodes 2 " in line for line in dry_run("--nodes=2", "parallel.data_parallel=1"))
 
 
 def test_a_container_is_mounted_where_the_checkout_and_the_job_are() -> None:
@@ -61,6 +83,21 @@ def test_what_means_nothing_is_refused_in_one_line(words: list[str], message: st
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_JOB")}
     done = subprocess.run([JOB, *words], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")
+
+
+def test_a_layout_that_is_not_that_of_the_nodes_is_refused_by_the_dry_run() -> None:
+    command = [JOB, "--dry-run", "--nodes=3"]
+    done = subprocess.run(command, env={**os.environ, "VENV": sys.prefix}, capture_output=True, text=True)
+    assert done.returncode == 2 and "world size 24 is not tensor_parallel 8 × pipeline_parallel 2" in done.stderr
+
+
+def test_a_node_that_cannot_resolve_the_first_one_says_so_before_its_ranks_start(tmp_path: Path) -> None:
+    job = {"NODES": "2", "RANKS_PER_NODE": "1", "ATTEMPT": "7.0", "SLURM_NODEID": "1", "SLURMD_NODENAME": "n1"}
+    place = {"FIRST_NODE": "n0.invalid", "PORT": "29500", "JOIN_SECONDS": "600", "SAVE_SECONDS": "600"}
+    command = ["bash", str(ROOT / "tools/slurm/node.sh"), "train", QUICKSTART]
+    environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), **job, **place}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and " cannot reach n0.invalid, another node of the job: " in done.stderr, done.stderr
 
 
 def test_a_name_with_blanks_and_signs_stays_one_word() -> None:
@@ -90,16 +127,43 @@ class Jobs:
         self.task, self.environment = task, os.environ | environment | {"RANKS_PER_NODE": "1", "VENV": sys.prefix}
 
     def call(self, *command: str) -> str:
-        done = subprocess.run(command, cwd=self.task, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run(
+            command, cwd=self.task, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        queue = subprocess.run(["squeue", "--array"], env=self.environment, capture_output=True, text=True).stdout
+        assert done.returncode == 0, done.stderr + queue
         return done.stdout
 
     def submit(self, name: str, *overrides: str) -> str:
-        options = ["--parsable", "--nodes=2", f"--job-name={name}", f"--output={name}.log"]
-        variables = f"ALL,PYTHONPATH={ROOT},OMP_NUM_THREADS=1,WRONG_FROM=1000000000,FAKE_DEAF=1"
-        return self.call(
-            "sbatch", *options, f"--export={variables}", JOB, QUICKSTART, f"name={name}", *OPTIONS, *overrides
-        ).strip()
+        patch = self.task / "patch"
+        patch.mkdir(exist_ok=True)
+        (patch / "sitecustomize.py").write_text(RANK_1_SEES_NO_CHECKPOINTS)
+        variables = f"ALL,PYTHONPATH={patch}:{ROOT},OMP_NUM_THREADS=1,WRONG_FROM=1000000000,FAKE_DEAF=1,{DEAD_PROXY}"
+        return self._sbatch(f"--export={variables}", name=name, arguments=[*OPTIONS, *overrides])
+
+    def submit_idle(self, name: str, *options: str, **variables: str) -> str:
+        """Submit a job with two ranks per node that are those of idle_run.py."""
+        venv = self.task / "idle"
+        (venv / "bin").mkdir(parents=True, exist_ok=True)
+        (venv / "bin/activate").write_text(IDLE)
+        given = {"PYTHONPATH": ROOT, "VENV": venv, "RANKS_PER_NODE": 2, "SAVE_S": 3, **variables}
+        exported = ",".join(["ALL", *(f"{key}={value}" for key, value in given.items())])
+        return self._sbatch(f"--export={exported}", *options, name=name, arguments=[])
+
+    def _sbatch(self, *options: str, name: str, arguments: Sequence[str]) -> str:
+        options = ("--parsable", "--nodes=2", f"--job-name={name}", f"--output={name}.log", *options)
+        # a soft limit of few files is what many login nodes have, and sbatch passes it on
+        limited = ["prlimit", "--nofile=256:", "--", "sbatch"]
+        return self.call(*limited, *options, JOB, QUICKSTART, *arguments, f"name={name}").strip()
+
+    def tell(self, job: str, signal_name: str = "USR1") -> None:
+        self.call("scancel", "--batch", f"--signal={signal_name}", job)
+
+    def given(self, name: str, attempt: str = "*.0") -> list[dict]:
+        """Return what the four ranks of an idle job were given, by rank, once all have started."""
+        folder, log = self.task / "runs" / name, self.task / f"{name}.log"
+        wait_for(lambda: len([*folder.glob(f"{attempt}/rank-*.json")]) == 4, 90, lambda: log.read_text())
+        return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{attempt}/rank-*.json"))]
 
     def state(self, job: str) -> str:
         return re.search(r"JobState=(\w+)", self.call("scontrol", "show", "job", job))[1]
@@ -119,8 +183,84 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    with slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=2) as environment:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm"), nodes=4) as environment:
         yield Jobs(task, environment)
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_two_jobs_at_once_get_what_they_asked_for_save_when_told_and_leave_nothing(jobs: Jobs, tmp_path: Path) -> None:
+    """The four nodes are one machine: their ports, processes and temporary files could meet."""
+    left, used, weights = map(
+        Path, ("/tmp/dapo_mcore-node-leftover", "/tmp/dapo_mcore-node-isinuse0", "/dev/shm/dapo_mcore-left")
+    )
+    for folder in (left, used, weights):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    with subprocess.Popen(["flock", str(used), "sleep", "600"]) as holder:
+        calm = jobs.submit_idle("calm", TMPDIR=str(tmp_path))
+        array = jobs.submit_idle("array", "--array=1-2%1")
+        ranks = {name: jobs.given(name) for name in ("calm", "array")}
+        assert [folder.exists() for folder in (left, used, weights)] == [False, True, False]
+        holder.kill()
+    used.rmdir()
+    for name, four in ranks.items():
+        environments = [rank["environment"] for rank in four]
+        assert [variables["SLURM_NODEID"] for variables in environments] == ["0", "0", "1", "1"]
+        assert {variables["CUDA_VISIBLE_DEVICES"] for variables in environments} == {"0,1"}, name
+        assert {variables["GLOO_SOCKET_IFNAME"] for variables in environments} == {"lo"}
+        assert {rank["cpus"] for rank in four} == {os.cpu_count()}
+        assert all(soft == hard > 256 for soft, hard in (rank["files"] for rank in four))
+        places = {variables["TMPDIR"] for variables in environments}
+        assert len(places) == 2 and all(re.fullmatch("/tmp/dapo_mcore-node-.{8}", place) for place in places)
+        assert all(variables["TRITON_CACHE_DIR"].startswith(variables["TMPDIR"]) for variables in environments)
+    assert len({four[0]["environment"]["MASTER_PORT"] for four in ranks.values()}) == 2
+
+    jobs.tell(calm)
+    (jobs.task / "runs/array/stop").touch()
+    wait_for(lambda: [*(jobs.task / "runs/calm").glob("*/saving")], 30)
+    jobs.tell(calm)  # a second signal, while it saves
+    ranks["calm"] = jobs.given("calm", f"{calm}.1")
+    assert len([*(jobs.task / "runs/calm").glob("*.0/saved-*")]) == 4
+
+    jobs.given("array", f"{array}.0")  # the last task has the id of the array
+    assert "stopped by runs/array/stop; submit the job again to go on" in (jobs.task / "array.log").read_text()
+    jobs.tell(array)
+    ranks["array"] = jobs.given("array", f"{array}.1")
+    assert jobs.state(f"{array}_1") == "COMPLETED"
+    jobs.tell(array)
+    saving = jobs.task / f"runs/array/{array}.1"
+    wait_for(lambda: (saving / "saving").exists(), 30)
+    jobs.call("scancel", array)
+    wait_for(lambda: not any(Path(f"/proc/{rank['pid']}").exists() for rank in ranks["array"]), 30)
+    assert len([*saving.glob("saved-*")]) == 4
+    wait_for(lambda: not any(Path(rank["environment"]["TMPDIR"]).exists() for rank in ranks["array"]), 30)
+    assert all(Path(f"/proc/{rank['pid']}").exists() for rank in ranks["calm"])
+
+    jobs.tell(calm)
+    log = jobs.wait(calm, "calm", "FAILED")
+    assert "no rollout step was finished since the last start, so the job is not started again" in log
+    assert log.count("attempt ") == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_killed_srun_or_torchrun_ends_its_job_within_a_minute(jobs: Jobs, tmp_path: Path) -> None:
+    started = {name: jobs.submit_idle(name) for name in ("of-job", "of-node")}
+    ranks = {name: jobs.given(name) for name in started}
+    node = ranks["of-node"][2]["environment"]["SLURMD_NODENAME"]
+    entered = attached(jobs, tmp_path, started["of-node"], node)
+    assert f"tools/slurm/node.sh train {QUICKSTART}" in entered, entered
+    begin = time.monotonic()
+    launcher = processes_of(started["of-node"], "bin/torchrun", "SLURM_NODEID=1")
+    for process in [*launcher, *processes_of(started["of-job"], "srun")]:
+        os.kill(process, signal.SIGKILL)
+    logs = {name: jobs.wait(job, name, "FAILED") for name, job in started.items()}
+    assert time.monotonic() - begin < 60
+    assert f"failed first: node {node}: torchrun was ended by SIGKILL" in logs["of-node"], logs["of-node"]
+    assert "the job has failed with status 137" in logs["of-job"], logs["of-job"]
+    everyone = [rank["pid"] for four in ranks.values() for rank in four]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everyone), 30)
 
 
 @pytest.mark.slurm
@@ -128,7 +268,7 @@ def jobs(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]
 def test_a_job_that_is_told_to_end_saves_is_requeued_and_repeats_the_uninterrupted_run_bitwise(jobs: Jobs) -> None:
     job = jobs.submit("stopped")
     wait_for(lambda: jobs.has_steps("stopped", 2), 180, lambda: (jobs.task / "stopped.log").read_text())
-    jobs.call("scancel", "--batch", "--signal=USR1", job)
+    jobs.tell(job)
     log = jobs.wait(job, "stopped", "COMPLETED")
     assert f"attempt {job}.0 on n[0-1]" in log and f"attempt {job}.1 on n[0-1]" in log and "Traceback" not in log, log
     assert "runs/stopped/stop: the run saves" in log and "resumed after rollout step" in log, log
@@ -168,6 +308,14 @@ def test_a_mistake_is_told_once_before_any_rank_starts(jobs: Jobs) -> None:
     assert log.count("optimizer.lr") == 1 and "torchrun" not in log, log
 
 
+def attached(jobs: Jobs, folder: Path, job: str, node: str) -> str:
+    """Return the command of the process whose container attach.sh enters; a script stands for enroot."""
+    (folder / "enroot").write_text("#!/bin/bash\ntr '\\0' ' ' <\"/proc/$2/cmdline\"\n")
+    (folder / "enroot").chmod(0o755)
+    words = ["env", f"PATH={folder}:{os.environ['PATH']}", "CONTAINER=1", ROOT / "tools/slurm/attach.sh", job, node]
+    return jobs.call("script", "-qec", shlex.join(map(str, words)), "/dev/null")
+
+
 def working_in(folder: Path) -> list[Path]:
     """Return the processes with this working directory."""
     found = []
@@ -175,6 +323,18 @@ def working_in(folder: Path) -> list[Path]:
         with suppress(OSError):
             found += [process] * ((process / "cwd").readlink() == folder)
     return found
+
+
+def processes_of(job: str, program: str, *variables: str) -> list[int]:
+    """Return the processes of a job with this word in their command and these variables."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            given = (folder / "environ").read_bytes().split(b"\0")
+            words = b" ".join((folder / "cmdline").read_bytes().split(b"\0")[:3])
+            wanted = {variable.encode() for variable in (f"SLURM_JOB_ID={job}", *variables)}
+            found += [int(folder.name)] * (program.encode() in words and wanted <= {*given})
+    return sorted(found)
 
 
 def rank_of(job: str, rank: int) -> tuple[int, str]:

@@ -9,12 +9,15 @@
 #   CONTAINER        image for pyxis/enroot in place of VENV, with the package, python and torchrun installed
 #   MOUNTS           its further mounts, as A:B,C:D; the checkout and the folder of the job are mounted at their paths
 #   SAVE_SECONDS     how long ranks may take to save once they are told to end (default: 600)
+#   JOIN_SECONDS     how long nodes wait for each other at the start (default: 600)
 #
 # How it ends. Before the job's time is over, Slurm sends USR1 to this shell alone. This shell makes RUN/stop; the run sees the
 # file in any phase, saves, writes RUN/requeue and ends with 0; this shell puts the job back into the queue. Without a new
 # rollout step since the last start it does not, as a job that is too short would be started for ever. Nor does it if a person
 # has made RUN/stop.
 set -euo pipefail
+stopping=''
+trap 'stopping=1' USR1 # first of all: without a handler the signal would end this shell
 root=$(cd "$(dirname "$0")/../.." && pwd)
 
 config=$1 dry_run='' overrides=()
@@ -36,20 +39,16 @@ done
 for number in "${NODES:=1}" "${RANKS_PER_NODE:=8}"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "$NODES nodes × $RANKS_PER_NODE ranks: both must be at least 1" >&2; exit 2; }
 done
-export RANKS_PER_NODE NODES SAVE_SECONDS=${SAVE_SECONDS:-600}
+export RANKS_PER_NODE NODES SAVE_SECONDS=${SAVE_SECONDS:-600} JOIN_SECONDS=${JOIN_SECONDS:-600}
 export VENV=${VENV:-$root/.venv} ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
 container=()
 [ -z "${CONTAINER:-}" ] || container=("--container-image=$CONTAINER" "--container-mounts=$root:$root,$PWD:$PWD${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD")
-host=FIRST_NODE gpus=("--gres=gpu:$RANKS_PER_NODE") # a step of a job with --exclusive gets GPUs only if it asks for them
-if [ -z "$dry_run" ]; then
-  facts=$(scontrol show node "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
-  host=$(sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' <<<"$facts") # by which Slurm itself reaches the first node
-  [[ $facts == *Gres=gpu* ]] || gpus=()
-fi
-node=(bash "$root/tools/slurm/node.sh")
-check=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" check "$config" "${overrides[@]}")
-report=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" report)
-train=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${gpus[@]}" "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
+
+address() {  # the name or number by which Slurm itself reaches this node of the job
+  local name
+  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "$1p")
+  [ -z "$name" ] || scontrol show node "$name" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+}
 
 free_port() {  # this shell is on the first node; below the ports that systems give to clients, and another one for each job
   local port=$((20000 + SLURM_JOB_ID % 10000))
@@ -57,8 +56,19 @@ free_port() {  # this shell is on the first node; below the ports that systems g
   echo "$port"
 }
 
+# a step of a job with --exclusive gets GPUs only if it asks for them
+gpus=("--gres=gpu:$RANKS_PER_NODE")
+[ -n "$dry_run" ] || [[ $(scontrol show node "$SLURMD_NODENAME") == *Gres=gpu* ]] || gpus=()
+node=(bash "$root/tools/slurm/node.sh")
+check=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" check "$config" "${overrides[@]}")
+# where srun was killed, the ranks' step still has all that the job has; --overlap does not wait for it
+report=(timeout 60 srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "${node[@]}" report)
+# Slurm sees one task per node and would bind it to one core, with all ranks, servers and reward workers of the node
+train=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${gpus[@]}"
+  "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
+
 if [ -n "$dry_run" ]; then
-  export RENDEZVOUS=$host:PORT
+  export FIRST_NODE=FIRST_NODE PORT=PORT
   echo "# $NODES nodes × $RANKS_PER_NODE ranks; on the first node, to check the configuration:"
   printf '%q ' "${check[@]}" && echo
   echo "# on every node:"
@@ -68,16 +78,14 @@ if [ -n "$dry_run" ]; then
   exec "${node[@]}" show "$config" "${overrides[@]}"
 fi
 
-stopping=''
-trap 'stopping=1' USR1
 echo "attempt $ATTEMPT on $SLURM_JOB_NODELIST"
 run=$("${check[@]}" | sed -n 's/^run_dir=//p' | tail -n 1)
-if [ -z "$run" ] || [ -z "$host" ]; then
-  echo "no folder of the run ('$run'), or no address of the first node ('$host')" >&2
+FIRST_NODE=$(address 1) SECOND_NODE=$(address 2) PORT=$(free_port)
+export FIRST_NODE SECOND_NODE PORT
+if [ -z "$run" ] || [ -z "$FIRST_NODE" ]; then
+  echo "no folder of the run ('$run'), or no address of the first node ('$FIRST_NODE')" >&2
   exit 1
 fi
-RENDEZVOUS=$host:$(free_port)
-export RENDEZVOUS
 rm -f "$run/stop" "$run/requeue"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$run/requeued"
 
@@ -85,7 +93,7 @@ rm -f "$run/stop" "$run/requeue"
 step=$!
 while kill -0 "$step" 2>/dev/null; do
   # again and again, as a run that is just starting removes the file of an earlier one
-  if [ -n "$stopping" ]; then { mkdir -p "$run" && touch "$run/stop"; } || true; sleep 5; else wait "$step" || true; fi
+  if [ -n "$stopping" ]; then { mkdir -p "$run" && touch "$run/stop"; } || true; sleep 2; else wait "$step" || true; fi
 done
 status=0
 wait "$step" || status=$?
@@ -103,4 +111,5 @@ if cmp -s "$run/requeue" "$run/requeued"; then
   exit 1
 fi
 mv "$run/requeue" "$run/requeued"
-scontrol requeue "$SLURM_JOB_ID"
+# one task of an array may have the id of the array, and Slurm would requeue all of them
+scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
