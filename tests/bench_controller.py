@@ -107,7 +107,7 @@ class ReadyEngine:
         self._ready, self._stages, self._luck = ready, stages, random.Random(0)
         self._rule = reply.VersionRule({"0": 0}, "0")
         self._in_flight: list[tuple[Future[list[Rollout]], int]] = []
-        self._changed = Condition()
+        self._changed, self._closed = Condition(), False
         Thread(target=self._serve, daemon=True).start()
 
     def submit(self, prompts: list[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
@@ -127,12 +127,17 @@ class ReadyEngine:
     def metrics(self) -> dict[str, float]:
         return {}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._in_flight)
+                self._changed.wait_for(lambda: self._in_flight or self._closed)
+                if self._closed:
+                    return
                 place = self._luck.randrange(len(self._in_flight))
                 self._in_flight[place], self._in_flight[-1] = self._in_flight[-1], self._in_flight[place]
                 future, count = self._in_flight.pop()
@@ -179,6 +184,7 @@ def share_out(batch: TrainBatch, mini_batches: int, stages: Stages, name: str) -
 
 def measure(folder: Path, scale: int, divisor: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Return the CPU seconds of each stage of the second of two steps, and the peak memory of both."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as in a run
     stages = Stages()
     engine = ReadyEngine(answers(divisor), stages)
     monkeypatch.setattr(module, "stop_token_ids", lambda *_: (1,))
