@@ -12,10 +12,8 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +24,13 @@ import torch.distributed as dist
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.handover import sync_weights
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
-from dapo_mcore.rollout.sglang.launch.node_servers import NodeHost
 from dapo_mcore.rollout.sglang.sync import relay, shared_bucket
-from dapo_mcore.rollout.sglang.sync.relay import Relay, RelayGroup, Relays
+from dapo_mcore.rollout.sglang.sync.relay import Relay, RelayGroup
 from dapo_mcore.rollout.sglang.sync.shared_bucket import SharedBucket
 from tests.rollout.sglang.asserts import all_serve, assert_whole
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.fake_weights import raw_bytes, views
+from tests.rollout.sglang.node_job import CPU, Node, broadcast_object, run_job, started
 from tests.rollout.sglang.serving import (
     bucket_a_tensor,
     engine,
@@ -45,8 +43,6 @@ from tests.rollout.sglang.serving import (
     wait_for,
     weights,
 )
-
-CPU = torch.device("cpu")
 
 
 def test_servers_of_three_nodes_take_the_same_bytes_whatever_fails_and_no_memory_is_left(tmp_path):
@@ -114,30 +110,20 @@ def test_an_error_on_a_relays_own_side_is_raised_though_its_other_thread_waits_f
     never.set()
 
 
-Job = Callable[["Node"], Any]
+class Trainer:
+    """The part of a node that trains. Called, it is a weight stream."""
 
-
-class Node:
-    """One process of a job, the parent of its own servers."""
-
-    def __init__(self, rank: int, size: int, folder: Path):
-        self.rank, self.size, self.folder = rank, size, folder
-        self.host = NodeHost("127.0.0.1", "a" * 64, rank)
-        self.nodes: list[Any] = [None] * size
-        dist.all_gather_object(self.nodes, self.host.node)
-        group = RelayGroup(range(size), CPU, timedelta(seconds=60))
-        self.relays, self.peer = (Relays(group), None) if rank == 0 else (None, Relay(group))
-        self.layout = SimpleNamespace(broadcast_object=broadcast_object)
-        self.seed = 0
+    def __init__(self, node: Node):
+        self.node, self.layout, self.seed = node, node.layout, 0
 
     def __call__(self, empty: Any = torch.empty) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights on rank 0; each rank has every third tensor."""
         for number, (name, tensor) in enumerate(weights(self.seed)):
-            holder = number % self.size
-            if self.rank == 0:
+            holder = number % self.node.size
+            if self.node.rank == 0:
                 whole = empty(tensor.shape, dtype=tensor.dtype, device=CPU)
                 yield name, whole.copy_(tensor.detach()) if holder == 0 else received(whole, holder)
-            elif self.rank == holder:
+            elif self.node.rank == holder:
                 dist.send(tensor.detach(), 0)
 
     def sync(self, made: SGLangEngine, seed: int, fault: int | None = None) -> None:
@@ -161,28 +147,29 @@ class Node:
             self.seed, fault = told
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(relay.ReadBuckets, "add", counted)
-                if fault == self.rank:
+                if fault == self.node.rank:
                     patch.setattr(shared_bucket.os, "posix_fallocate", full)
-                sync_weights(self, None, 0, self.peer)
+                sync_weights(self, None, 0, self.node.peer)
             left, updates = max(left, len(shared_files())), updates + 1
         return {"most files": most, "files left": left, "updates": updates}
 
 
 def all_that_happens(node: Node) -> dict[str, Any]:
+    trainer = Trainer(node)
     if node.rank:
-        return gather(node, node.follow())
+        return gather(node, trainer.follow())
     python = fake_python(node.folder, "0.5.23")
     place = dict(placement="nodes", host="node", num_servers=4, tensor_parallel=2, colocated=True)
     more = dict(python=python, sync="tensor", verify_sync="servers", restart_budget=99)
     with engine(node.folder, nodes=node.nodes, relays=node.relays, **place, **more) as made:
         assert [server.process.node.rank for server in made.pool.servers] == [0, 1, 2, 0]
-        take_turns(node, made, 0)
+        take_turns(trainer, made, 0)
         bucket_a_tensor(made)
-        take_turns(node, made, 1)
+        take_turns(trainer, made, 1)
 
         made.release()
         order(servers(made)[2], "die", where="bucket 5")
-        node.sync(made, 2)
+        trainer.sync(made, 2)
         assert made.weight_version == 2 and len(made.pool.serving) == 0 and shared_files() == []
         made.resume()
         assert_holds(made, 2, [0, 1, 3])
@@ -190,23 +177,23 @@ def all_that_happens(node: Node) -> dict[str, Any]:
         wait_for(lambda: states(made)[2] == "waiting", otherwise=made.pool.states.describe)
         made.release()
         with pytest.raises(RolloutError) as failed:
-            node.sync(made, 3, fault=1)
+            trainer.sync(made, 3, fault=1)
         assert made.weight_version == 2 and shared_files() == []
         with pytest.raises(UpdateBroken):
             made.resume()
         assert made.weights_lost
         made.release()
-        node.sync(made, 3)
+        trainer.sync(made, 3)
         made.resume()
         assert_holds(made, 3, [number for number, state in enumerate(states(made)) if state == "serving"])
     broadcast_object(None)
     return gather(node, {}) | {"failed": without_numbers(str(failed.value))}
 
 
-def take_turns(node: Node, made: SGLangEngine, seed: int) -> None:
+def take_turns(trainer: Trainer, made: SGLangEngine, seed: int) -> None:
     """Do what handover.py does: training, a sync, generation."""
     made.release()
-    node.sync(made, seed)
+    trainer.sync(made, seed)
     assert shared_files() == [] and made.weight_version == seed
     made.resume()
     all_serve(made)
@@ -250,12 +237,6 @@ def without_numbers(message: str) -> str:
     return re.sub(r"has \d+ MiB", "has N MiB", message.replace(socket.gethostname(), "HOST"))
 
 
-def broadcast_object(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
 def received(tensor: torch.Tensor, holder: int) -> torch.Tensor:
     dist.recv(tensor, holder)
     return tensor
@@ -267,42 +248,3 @@ def gather(node: Node, record: dict[str, int]) -> dict[str, Any]:
     dist.all_gather_object(records, record)
     node.host.close()
     return {key: [other[key] for other in records[1:]] for key in records[1]}
-
-
-def run_job(job: Job, size: int, folder: Path) -> list[int | None]:
-    """Run `job` in `size` processes. Return their exit codes; the file `told` has what it returned on rank 0, or its error."""
-    with started(job, size, folder) as processes:
-        for process in processes:
-            process.join(90)
-        return [process.exitcode for process in processes]
-
-
-@contextmanager
-def started(job: Job, size: int, folder: Path) -> Iterator[list[Any]]:
-    """Start `job` in `size` processes, and kill those that are left after the block."""
-    context = multiprocessing.get_context("forkserver")
-    multiprocessing.set_forkserver_preload(["tests.rollout.sglang.serving"])
-    (folder / "told").write_text("nothing")
-    processes = [context.Process(target=enter, args=(job, rank, size, folder)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def enter(job: Job, rank: int, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    try:
-        told = job(Node(rank, size, folder))
-    except BaseException as error:
-        if rank == 0:
-            (folder / "told").write_text(repr(error))
-        raise
-    if rank == 0:
-        (folder / "told").write_text(json.dumps(told))
