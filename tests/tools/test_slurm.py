@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ pathlib.Path.iterdir = told_by_rank_0
 """
 IDLE = f"""
 PATH={sys.prefix}/bin:$PATH
-torchrun() {{ command torchrun "${{@/#dapo_mcore.train/tests.tools.idle_run}}"; }}
+torchrun() {{ [[ $* != *" doctor "* ]] && command torchrun "${{@/#dapo_mcore.train/tests.tools.idle_run}}"; }}
 python() {{ [[ $* == *--processes* ]] || command python "$@"; }}  # the check of a model that is not used
 """
 
@@ -58,17 +59,19 @@ def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> 
     train = next(line for line in lines if line.startswith("torchrun"))
     assert "--nnodes 16 --nproc-per-node 8 --node-rank NODE --master-addr FIRST_NODE --master-port PORT" in train
     assert "--shutdown-timeout 600" in train and train.endswith("dapo_32b.yaml optimizer.lr=2e-6 ")
-    assert sum(line.startswith("srun") and "optimizer.lr=2e-6" in line for line in lines) == 2
+    assert sum(line.startswith("srun") and "optimizer.lr=2e-6" in line for line in lines) == 3
     assert any("--nodes=16 --ntasks=16 --ntasks-per-node=1" in line and "--gres=gpu:8" in line for line in lines)
     assert "  lr: 2.0e-06" in lines and "name: dapo_32b" in lines
-    assert any("--nnodes 2 " in line for line in dry_run("--nodes=2", "parallel.data_parallel=1"))
+    lines = dry_run("--nodes=2", "parallel.data_parallel=1", DOCTOR="0")
+    assert any("--nnodes 2 " in line for line in lines)
+    assert sum(line.startswith("srun") for line in lines) == 2
 
 
 def test_a_container_is_mounted_where_the_checkout_and_the_job_are() -> None:
     lines = dry_run(CONTAINER="image.sqsh", MOUNTS="/data:/data")
     srun = [line.replace("\\,", ",") for line in lines if line.startswith("srun")]
     place = f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()},/data:/data"
-    assert len(srun) == 2 and all(f"{place} --container-workdir={Path.cwd()}" in line for line in srun)
+    assert len(srun) == 3 and all(f"{place} --container-workdir={Path.cwd()}" in line for line in srun)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_a_node_that_cannot_resolve_the_first_one_says_so_before_its_ranks_start
 
 def test_a_name_with_blanks_and_signs_stays_one_word() -> None:
     lines = dry_run("/data/lr=1/my runs.yaml", VENV="/nowhere", PATH="/usr/bin:/bin")
-    assert sum(r"/data/lr=1/my\ runs.yaml" in line for line in lines) == 3
+    assert sum(r"/data/lr=1/my\ runs.yaml" in line for line in lines) == 4
     assert lines[-1] == "# not shown: there is no python with dapo_mcore here"
 
 
@@ -124,7 +127,8 @@ class Jobs:
     """Jobs of two nodes with one rank each, in the folder `task`."""
 
     def __init__(self, task: Path, environment: dict[str, str]):
-        self.task, self.environment = task, os.environ | environment | {"RANKS_PER_NODE": "1", "VENV": sys.prefix}
+        settings = {"RANKS_PER_NODE": "1", "VENV": sys.prefix, "DOCTOR": "0"}
+        self.task, self.environment = task, os.environ | environment | settings
 
     def call(self, *command: str) -> str:
         done = subprocess.run(
@@ -246,7 +250,7 @@ def test_two_jobs_at_once_get_what_they_asked_for_save_when_told_and_leave_nothi
 @pytest.mark.slurm
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_a_killed_srun_or_torchrun_ends_its_job_within_a_minute(jobs: Jobs, tmp_path: Path) -> None:
-    started = {name: jobs.submit_idle(name) for name in ("of-job", "of-node")}
+    started = {name: jobs.submit_idle(name, DOCTOR=doctor) for name, doctor in (("of-job", "0"), ("of-node", "1"))}
     ranks = {name: jobs.given(name) for name in started}
     node = ranks["of-node"][2]["environment"]["SLURMD_NODENAME"]
     entered = attached(jobs, tmp_path, started["of-node"], node)
@@ -258,6 +262,9 @@ def test_a_killed_srun_or_torchrun_ends_its_job_within_a_minute(jobs: Jobs, tmp_
     logs = {name: jobs.wait(job, name, "FAILED") for name, job in started.items()}
     assert time.monotonic() - begin < 60
     assert f"failed first: node {node}: torchrun was ended by SIGKILL" in logs["of-node"], logs["of-node"]
+    assert "dapo-mcore doctor itself has failed, and the job goes on" in logs["of-node"], (
+        "idle jobs have none that works"
+    )
     assert "the job has failed with status 137" in logs["of-job"], logs["of-job"]
     everyone = [rank["pid"] for four in ranks.values() for rank in four]
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everyone), 30)
@@ -306,6 +313,28 @@ def test_a_mistake_is_told_once_before_any_rank_starts(jobs: Jobs) -> None:
     job = jobs.submit("mistaken", "optimizer.lr=fast")
     log = jobs.wait(job, "mistaken", "FAILED")
     assert log.count("optimizer.lr") == 1 and "torchrun" not in log, log
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_doctor_ends_a_job_whose_second_node_cannot_start_its_server(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(jobs.environment, "DOCTOR", "1")
+    fake = fake_beside_reward(tmp_path)
+    keys = [f"reward.function={tmp_path}/reward.py:compute_score", f"rollout.sglang.python={fake}"]
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        places = {"placement": "nodes", "host": "node", "num_servers": 2, "base_port": port - 1}
+        job = jobs.submit(
+            "refused", *SERVED, *keys, *(f"rollout.sglang.{key}={value}" for key, value in places.items())
+        )
+        log = jobs.wait(job, "refused", "FAILED")
+    assert re.search(rf"✗ wrong.*\n  ports +n1: .*{port}", log) and "the job ends before its ranks start" in log, log
+    run = jobs.task / "runs/refused"
+    assert not (run / "metrics.jsonl").exists()
+    report = json.loads((run / f"logs/{job}.0/doctor.json").read_text())
+    assert [record["host"] for record in report["ranks"]] == ["n0", "n1"] and not report["can_run"]
 
 
 def attached(jobs: Jobs, folder: Path, job: str, node: str) -> str:

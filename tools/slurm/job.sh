@@ -9,6 +9,7 @@
 #   CONTAINER        image for pyxis/enroot in place of VENV, with the package, python and torchrun installed
 #   MOUNTS           its further mounts, as A:B,C:D; the checkout and the folder of the job are mounted at their paths
 #   SAVE_SECONDS     how long ranks may take to save once they are told to end (default: 600)
+#   DOCTOR           0: start the ranks without examining the nodes (default: 1; half a minute against a run of days)
 #   JOIN_SECONDS     how long nodes wait for each other at the start (default: 600)
 #
 # How it ends. Before the job's time is over, Slurm sends USR1 to this shell alone. This shell makes RUN/stop; the run sees the
@@ -64,13 +65,15 @@ check=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" check "$config" 
 # where srun was killed, the ranks' step still has all that the job has; --overlap does not wait for it
 report=(timeout 60 srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "${node[@]}" report)
 # Slurm sees one task per node and would bind it to one core, with all ranks, servers and reward workers of the node
-train=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${gpus[@]}"
-  "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
+everywhere=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none "${gpus[@]}")
+train=("${everywhere[@]}" "${container[@]}" "${node[@]}" train "$config" "${overrides[@]}")
+doctor=("${everywhere[@]}" --time=15 "${container[@]}" "${node[@]}" doctor "$config" "${overrides[@]}")
 
 if [ -n "$dry_run" ]; then
   export FIRST_NODE=FIRST_NODE PORT=PORT
   echo "# $NODES nodes × $RANKS_PER_NODE ranks; on the first node, to check the configuration:"
   printf '%q ' "${check[@]}" && echo
+  [ "${DOCTOR:-1}" = 0 ] || { echo "# on every node, to examine them:" && printf '%q ' "${doctor[@]}" && echo; }
   echo "# on every node:"
   printf '%q ' "${train[@]}" && echo
   DRY_RUN=1 "${node[@]}" train "$config" "${overrides[@]}"
@@ -88,6 +91,17 @@ if [ -z "$run" ] || [ -z "$FIRST_NODE" ]; then
 fi
 rm -f "$run/stop" "$run/requeue"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$run/requeued"
+
+# Only a verdict ends the job. Where doctor itself fails, the ranks may still run, or say better why they cannot
+if [ "${DOCTOR:-1}" != 0 ] && ! "${doctor[@]}"; then
+  logs=$run/logs/$ATTEMPT
+  if grep -q '"can_run": false' "$logs/doctor.json" 2>/dev/null; then
+    echo "the job ends before its ranks start: see ✗ above, or $logs/doctor.json; DOCTOR=0 starts it all the same" >&2
+    exit 1
+  fi
+  echo "dapo-mcore doctor itself has failed, and the job goes on; $logs/*/doctor.log says why" >&2
+fi
+PORT=$(free_port) # another job may have taken it since
 
 "${train[@]}" &
 step=$!

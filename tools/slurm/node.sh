@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What job.sh runs on a node, in a container if there is one: node.sh check|show|train CONFIG.yaml [a.b=c …], or report LOGS
+# What job.sh runs on a node, in a container if there is one: node.sh check|show|doctor|train CONFIG.yaml [a.b=c …], or report LOGS
 #
 #   check   check all that can be known before the ranks start, and print the run's folder
 #   show    check the layout and print the configuration with every default
+#   doctor  examine this node, and with the others the network between them
 #   train   start this node's ranks
 #   report  name the node and the rank that failed first
 set -euo pipefail
@@ -56,20 +57,25 @@ case $action in
     ;;
   report) python -m dapo_mcore.process.failures "$@" ;;
   show) "${config[@]}" --only-values --processes "$((NODES * RANKS_PER_NODE))" ;;
-  train)
+  doctor | train)
     logs=RUN/logs/$ATTEMPT/NODE
     [ -n "${DRY_RUN:-}" ] || logs=$("${config[@]}" --run-dir | tail -n 1)/logs/$ATTEMPT/$SLURMD_NODENAME
     # static: ranks are in the order of Slurm's nodes, which is that of its topology
     command=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --node-rank "${SLURM_NODEID:-NODE}"
       --master-addr "$FIRST_NODE" --master-port "$PORT" --rdzv-conf "timeout=$JOIN_SECONDS"
-      --rdzv-id "$ATTEMPT" --max-restarts 0 --shutdown-timeout "$SAVE_SECONDS" --log-dir "$logs" --tee 3 --local-ranks-filter 0
-      -m dapo_mcore.train "$@")
+      --rdzv-id "$ATTEMPT" --max-restarts 0)
+    if [ "$action" = doctor ]; then
+      command+=(-m dapo_mcore.cli doctor "$@" --json "${logs%/*}/doctor.json")
+    else
+      command+=(--shutdown-timeout "$SAVE_SECONDS" --log-dir "$logs" --tee 3 --local-ranks-filter 0 -m dapo_mcore.train "$@")
+    fi
     if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${command[@]}" && echo && exit; fi
     peer=$([ "$SLURM_NODEID" != 0 ] && echo "$FIRST_NODE" || echo "$SECOND_NODE")
     interface=$([ -z "$peer" ] || python -m dapo_mcore.process.route "$peer")
     environment
     local_folder
     mkdir -p "$logs"
+    [ "$action" = train ] || { "${command[@]}" 2>"$logs/doctor.log" && exit; exit 1; }
     # scancel signals every process of the job. Without this shell Slurm would kill the ranks while they save
     trap : TERM
     status=0
