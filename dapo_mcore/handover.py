@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.memory import ActorMemory
 from dapo_mcore.actor.parallel.layout import Layout
-from dapo_mcore.actor.weight_stream import WeightStream
+from dapo_mcore.actor.weight_stream import ONE_LEADER, WeightStream
 from dapo_mcore.errors import UpdateBroken
 from dapo_mcore.types import (
     ColocatedEngine,
@@ -34,6 +36,8 @@ from dapo_mcore.types import (
 )
 
 T = TypeVar("T")
+Weights = Callable[..., Iterator[tuple[str, torch.Tensor]]]
+"""Starts a weight stream. Takes the `empty` of a ReceivingEngine."""
 News = Literal["done", "weights lost"]
 NUM_REPEATS = 2
 """Repeats of a broken sync: a third failure in a row is no accident."""
@@ -47,6 +51,7 @@ class Handover:
 
     engine       on rank 0, None elsewhere.
     peer         this rank's part in syncs besides sending its shards; None if it has none. Rank 0's part is the engine's.
+    leaders      ranks that each get a part of the weight stream in a sync, see WeightStream; the same on every rank.
     colocated    actor and engine share GPUs. If not, both keep their memory, and only weights cross.
     run_interruptible  runs a function in the main thread and returns its result, or None if a signal asks the run to stop. See
                  process/signals.py.
@@ -60,11 +65,12 @@ class Handover:
         *,
         colocated: bool,
         peer: SyncPeer | None = None,
+        leaders: Sequence[int] = ONE_LEADER,
         run_interruptible: Callable[[Callable[[], Any]], Any] = lambda action: action(),
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.stream = WeightStream(actor.policy, actor.shape, layout)
-        self._engine, self._peer, self._layout = engine, peer, layout
+        self._engine, self._peer, self._leaders, self._layout = engine, peer, leaders, layout
         self._memory = ActorMemory(actor) if colocated else None
         self._training, self._version = True, -1
         self._run_interruptible = run_interruptible
@@ -187,7 +193,8 @@ class Handover:
         self._training = False
 
     def _sync(self, version: int) -> None:
-        self._layout.on_controller_or_raise(lambda: sync_weights(self.stream, self._engine, version, self._peer))
+        sync = partial(sync_weights, self.stream, self._engine, version, self._peer, self._leaders)
+        self._layout.on_controller_or_raise(sync)
 
     def _resume(self) -> bool:
         """Return False, on every rank, if no server generates but another sync would find some that are healthy again."""
@@ -206,16 +213,23 @@ class Handover:
 
 
 def sync_weights(
-    stream: WeightStream, engine: RolloutEngine | None, version: int, peer: SyncPeer | None = None
+    stream: WeightStream,
+    engine: RolloutEngine | None,
+    version: int,
+    peer: SyncPeer | None = None,
+    leaders: Sequence[int] = ONE_LEADER,
 ) -> None:
     """Give the engine on rank 0 the actor's current weights as `version`. Every rank must call it, some with a `peer`.
+
+    With several `leaders` the engine gets rank 0's part of the stream, and the peer of each other leader gets that rank's.
 
     Repeat up to NUM_REPEATS times if the engine says that another try may succeed. Raise other errors on rank 0.
     Collective: the stream's messages, what engine and peers exchange, and one broadcast per try over the control group.
     """
     problem: Exception | None = None
+    weights = partial(stream, leaders=leaders)
     for repeats_left in reversed(range(1 + NUM_REPEATS)):
-        problem = _take_part(stream, peer) if engine is None else _give(stream, engine, version)
+        problem = _take_part(weights, peer) if engine is None else _give(weights, engine, version)
         again = isinstance(problem, UpdateBroken) and repeats_left > 0
         if not stream.layout.broadcast_object(again):
             break
@@ -223,18 +237,18 @@ def sync_weights(
         raise problem
 
 
-def _take_part(stream: WeightStream, peer: SyncPeer | None) -> None:
+def _take_part(weights: Weights, peer: SyncPeer | None) -> None:
     """Send this rank's shards once, and do what its peer does."""
     if peer is None:
-        deque(stream(), maxlen=0)
+        deque(weights(), maxlen=0)
     else:
-        peer.serve(stream())
+        peer.serve(weights())
 
 
-def _give(stream: WeightStream, engine: RolloutEngine, version: int) -> Exception | None:
+def _give(weights: Weights, engine: RolloutEngine, version: int) -> Exception | None:
     """Send the stream once. Return what went wrong at the engine, so that every rank can be told first."""
-    weights = stream(engine.empty) if isinstance(engine, ReceivingEngine) else stream()
-    problem = _outcome(lambda: engine.update_weights(weights, version)).exception()
+    stream = weights(engine.empty) if isinstance(engine, ReceivingEngine) else weights()
+    problem = _outcome(lambda: engine.update_weights(stream, version)).exception()
     if isinstance(engine, LeadingEngine):
         problem = _outcome(engine.dismiss_peers).exception() or problem
     return problem

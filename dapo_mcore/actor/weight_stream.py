@@ -1,16 +1,18 @@
 """The stream of HF-named weights out of a sharded actor: export writes it to files, rollout engines load it.
 
-Change here: how shards travel to rank 0. Parameters are grouped into buckets, and each rank sends its shards of a bucket to
-rank 0 in one message. While the tensors of one bucket are used, the messages of the next are already under way.
+Change here: how shards travel to the rank that uses them, which is rank 0 or one of several leaders. Parameters are grouped
+into buckets, and each rank sends its shards of a bucket to the bucket's leader in one message. While the tensors of one bucket
+are used, the messages of the next are already under way.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from dapo_mcore.types import Empty
 BUCKET_BYTES = 32 << 20
 """Size of a bucket, all shards together: large enough to hide a message's fixed cost, small against the engines' buckets."""
 _POLL_S = 0.0001
+ONE_LEADER = (0,)
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,19 @@ Shards = list[list[torch.Tensor]]
 
 
 class WeightStream:
-    """Calling it yields (HF name, full tensor) on rank 0 and nothing elsewhere. Every rank must drain it.
+    """Calling it yields (HF name, full tensor) on the leaders, by default on rank 0, and nothing elsewhere. Every rank must
+    drain it.
+
+    With several leaders each yields another part of the model: the buckets whose first holder is at or after it in rank order,
+    and before the next leader. All ranks name the same leaders; rank 0 is the first.
 
     A tensor is a parameter of the actor or has its own memory; it keeps its value until the actor's weights change.
-    Extra memory on rank 0, besides tensors that the caller keeps: two buckets (of BUCKET_BYTES or the largest parameter).
+    Extra memory on a leader, besides tensors that the caller keeps: two buckets (of BUCKET_BYTES or the largest parameter).
     `empty` allocates large vocabulary matrices that come from other ranks.
-    Communication: one message per bucket from each of its holders to rank 0. Construction all-gathers the names.
+    Communication: one message per bucket from each of its holders to its leader. Construction all-gathers the names. A rank
+    sends two messages at a time; on a GPU one, which the GPU has sent before the next is queued: a GPU may run what is queued on
+    it in order, whatever the stream (CUDA_DEVICE_MAX_CONNECTIONS 1). A bucket that this rank receives as a peer of the sync
+    (types.SyncPeer) must not wait there behind messages that a leader takes only later.
     """
 
     def __init__(self, policy: Policy, shape: WeightShape, layout: Layout, bucket_bytes: int = BUCKET_BYTES):
@@ -84,17 +94,27 @@ class WeightStream:
         self.local = {name: tensor for name, tensor in local.items() if self._sends(name)}
         self.plan = [bucket for group in self._groups() for bucket in _buckets(group, bucket_bytes)]
 
-    def __call__(self, empty: Empty = torch.empty) -> Iterator[tuple[str, torch.Tensor]]:
-        if not self.layout.is_controller:
-            self._send()
-            return
-        receiving = self._receive(self.plan[0], empty)
-        for bucket, next_bucket in pairwise((*self.plan, ())):
-            shards, works = receiving
-            receiving = self._receive(next_bucket, empty)
-            while works:  # popped, because a work keeps its message alive
-                works.pop(0).wait()
-            yield from self._exported(bucket, shards)
+    def __call__(
+        self, empty: Empty = torch.empty, leaders: Sequence[int] = ONE_LEADER
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        rank, num_ahead = self.layout.rank, 0 if self.layout.device.type == "cuda" else 1
+        receiving: deque[tuple[Bucket, Shards, list[dist.Work]]] = deque()
+        sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        for bucket in self.plan:
+            holders = bucket[0].holders
+            leader = max(leader for leader in leaders if leader <= holders[0])
+            if leader == rank:
+                receiving.append((bucket, *self._receive(bucket, empty)))
+                if len(receiving) > 1:
+                    yield from self._exported(*receiving.popleft())
+            elif rank in holders:
+                sending.append(self._send(bucket, leader))
+                if len(sending) > num_ahead:
+                    self._wait_until_sent(sending.popleft()[0])
+        while receiving:
+            yield from self._exported(*receiving.popleft())
+        for work, _ in sending:
+            work.wait()
 
     def _sends(self, name: str) -> bool:
         """Return True if this rank's shard is in the stream: the first data-parallel copy, and one copy of unsplit weights."""
@@ -122,22 +142,10 @@ class WeightStream:
         shard_shape = local_shape(parameter, self.shape, len(holders))
         return StreamedParameter(name, parameter, holders, shard_shape, dtype)
 
-    def _send(self) -> None:
-        """Send all of this rank's messages, two at a time; on a GPU one at a time, which the GPU has sent before the next is queued.
-
-        A GPU may run what is queued on it in order, whatever the stream (CUDA_DEVICE_MAX_CONNECTIONS 1). A bucket that this rank
-        receives as a peer of the sync (types.SyncPeer) must not wait there behind messages that rank 0 takes only later.
-        """
-        num_ahead = 0 if self.layout.device.type == "cuda" else 1
-        sending: list[tuple[dist.Work, torch.Tensor]] = []
-        for bucket in self.plan:
-            if self.layout.rank in bucket[0].holders:
-                message = _concatenated([self.local[streamed.name].detach() for streamed in bucket])
-                sending.append((dist.isend(message, 0), message))
-            if len(sending) > num_ahead:
-                self._wait_until_sent(sending.pop(0)[0])
-        for work, _ in sending:
-            work.wait()
+    def _send(self, bucket: Bucket, leader: int) -> tuple[dist.Work, torch.Tensor]:
+        """Start to send this rank's shards of a bucket. Return the message too, which must live until the work is done."""
+        message = _concatenated([self.local[streamed.name].detach() for streamed in bucket])
+        return dist.isend(message, leader), message
 
     def _wait_until_sent(self, work: dist.Work) -> None:
         while self.layout.device.type == "cuda" and not work.is_completed():  # NCCL's wait only orders the stream
@@ -146,8 +154,6 @@ class WeightStream:
 
     def _receive(self, bucket: Bucket, empty: Empty) -> tuple[Shards, list[dist.Work]]:
         """Start to receive a bucket. Return its shards, which are valid once the returned works are done."""
-        if not bucket:
-            return [], []
         holders, size = bucket[0].holders, sum(streamed.shard_size for streamed in bucket)
         if len(bucket) == 1 and bucket[0].is_concatenated and holders != (self.layout.rank,):
             return self._receive_in_place(bucket[0], empty)
@@ -175,9 +181,22 @@ class WeightStream:
                 works.append(dist.irecv(part, holder))
         return [[whole]], works
 
-    def _exported(self, bucket: Bucket, shards: Shards) -> Iterator[tuple[str, torch.Tensor]]:
+    def _exported(self, bucket: Bucket, shards: Shards, works: list[dist.Work]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Wait for the bucket's messages and yield its tensors."""
+        while works:  # popped, because a work keeps its message alive
+            works.pop(0).wait()
         for streamed in bucket:
             yield from export_parameter(streamed.parameter, shards.pop(0), self.shape)
+
+
+def leading_ranks(layout: Layout, most: int) -> tuple[int, ...]:
+    """Return up to `most` ranks that can each lead a part of the model: the first rank of each pipeline stage, or of each run of
+    stages where there are more.
+
+    A leader never sends shards to another one, so none is held up while another waits for its turn.
+    """
+    count, stage_size = min(most, layout.pipeline), layout.world_size // layout.pipeline
+    return tuple(i * layout.pipeline // count * stage_size for i in range(count))
 
 
 def _holders_and_dtype(streamed: StreamedParameter) -> tuple[tuple[int, ...], str]:

@@ -6,7 +6,8 @@ tensors, and crashes on a tensor with a wrong shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,28 +49,60 @@ class WeightManifest:
         Drains the stream in any case, because the senders' collectives must complete. Raises RolloutError at its end, naming
         unexpected, repeated, misshapen or missing tensors.
         """
-        seen: set[str] = set()
-        wrong: list[str] = []
+        yield from StreamCheck(self, version).whole(weights)
+
+
+class StreamCheck:
+    """The check of one weight stream, which may come in parts from several ranks and threads, against the manifest."""
+
+    def __init__(self, manifest: WeightManifest, version: int):
+        self._manifest, self._version = manifest, version
+        self._seen: set[str] = set()
+        self._wrong: list[str] = []
+        self._lock = threading.Lock()
+
+    @property
+    def fits(self) -> bool:
+        """True if everything that has come so far fits the model."""
+        return not self._wrong
+
+    def passing(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield a part's tensors until anything in the stream does not fit the model. Drain the part in any case."""
         for name, tensor in weights:
-            if problem := self._problem(name, tensor, seen):
-                wrong.append(problem)
-            seen.add(name)
-            if not wrong:
+            if self.take(name, tensor.shape):
                 yield name, tensor
+
+    def whole(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the only part of a stream like `passing`, and `finish` at its end."""
+        yield from self.passing(weights)
+        self.finish()
+
+    def take(self, name: str, shape: Sequence[int]) -> bool:
+        """Note a tensor of the stream. Return True if everything that has come so far fits the model."""
+        with self._lock:
+            if problem := self._problem(name, shape):
+                self._wrong.append(problem)
+            self._seen.add(name)
+            return self.fits
+
+    def finish(self) -> None:
+        """Raise RolloutError, naming unexpected, repeated, misshapen or missing tensors. Call it once all parts have ended."""
+        wrong, shapes = self._wrong, self._manifest.shapes
         if wrong:
             raise RolloutError(f"{len(wrong)} tensors of the weight stream don't fit the model: {_some(wrong, '; ')}")
-        if missing := sorted(set(self.shapes) - set(self.tied) - seen):
+        if missing := sorted(set(shapes) - set(self._manifest.tied) - self._seen):
             raise RolloutError(
-                f"weight version {version} lacks {len(missing)} of {len(self.shapes)} tensors: {_some(missing)}"
+                f"weight version {self._version} lacks {len(missing)} of {len(shapes)} tensors: {_some(missing)}"
             )
 
-    def _problem(self, name: str, tensor: Tensor, seen: set[str]) -> str | None:
-        if name not in self.shapes:
+    def _problem(self, name: str, shape: Sequence[int]) -> str | None:
+        shapes = self._manifest.shapes
+        if name not in shapes:
             return f"{name} is not in the model"
-        if name in seen:
+        if name in self._seen:
             return f"{name} came twice"
-        if tensor.shape != self.shapes[name]:
-            return f"{name} has shape {list(tensor.shape)}, but {list(self.shapes[name])} in the model"
+        if list(shape) != list(shapes[name]):
+            return f"{name} has shape {list(shape)}, but {list(shapes[name])} in the model"
         return None
 
 

@@ -73,16 +73,22 @@ class SGLangConfig(Section):
     health_timeout_s: Seconds = 30.0
 
     sync: Literal["disk", "distributed", "tensor"] = "disk"
-    """How weights reach the servers: safetensors in `sync_dir`, a broadcast from rank 0 (NCCL, gloo on CPUs), or memory
+    """How weights reach the servers: safetensors in `sync_dir`, broadcasts from `senders` (NCCL, gloo on CPUs), or memory
     of their machine that servers open (tensor: CUDA IPC, /dev/shm on CPUs). With placement nodes, tensor sends each bucket once
     to the first rank of each node, which shares it there and needs the extra memory of `bucket_mib` too."""
     sync_dir: FilePath = "/dev/shm"
     """sync disk: a folder that every server sees under the same path."""
     sync_host: str = "127.0.0.1"
-    """sync distributed: the trainer's address, as the servers reach it."""
+    """sync distributed: the address of rank 0's machine, as the servers reach it. Senders on other machines use theirs on the
+    way to it."""
     servers_per_group: Count | None = None
     """sync distributed: servers that receive one broadcast together; null: all. Each group costs the trainer a pass of the
     weights. A server that dies in a broadcast breaks it for its group; if nobody else serves, the sync is repeated."""
+    senders: Count = 4
+    """sync distributed: at most as many ranks send the weights, each its own part: the first rank of each pipeline stage. They
+    gather at the same time, and no NIC takes in the whole model. Each sender needs a process group of its own, which costs every
+    server memory for NCCL. 1: rank 0 gathers and sends everything, as it also does with delta, and where another sender cannot
+    reach a server."""
     delta: bool = False
     """sync tensor and distributed: only values that have changed since the last sync travel, which the servers check by sums of
     all bits. At RL's learning rates 1 to 3 % of bf16 values change: 2 to 7 % of the bytes travel. All servers get everything if

@@ -57,15 +57,15 @@ def step_time(job: Job, batch: Batch, memory: Memory, rollout: RolloutTime | Non
 def _sync(job: Job) -> float:
     """Return the seconds of a weight sync: the model passes through rank 0, and from there to the servers.
 
-    With sync tensor on all nodes it also passes once to the first rank of each node (sync/relay.py). With delta
-    rank 0 compares with the last weights, which come from the host, and only changes go on (sync/delta.py).
+    With sync distributed each leader takes in its own part, at the same time as the others (train/leaders.py). A server takes
+    one leader's bucket at a time, so the way to the servers is as long as with one leader. With sync tensor on all nodes the
+    model also passes once to the first rank of each node (sync/relay.py). With delta rank 0 compares with the last weights,
+    which come from the host, and only changes go on (sync/delta.py).
     """
     servers, assume = job.config.rollout.sglang, job.assume
     nbytes = job.dtype_bytes * whole_model(job.shape)
-    per_node = job.cluster.gpus_per_node  # the first stage's ranks are beside rank 0, the others far from it
-    local = 1.0 if job.num_train <= per_node else min(per_node, job.tensor) / (job.tensor * job.pipeline)
     network = assume.network_efficiency * job.gpu.network_gbs * 1e9
-    collected = nbytes * max(0.0, 1 - local) / network
+    collected = nbytes * _far_share(job) / network
     if job.is_embedded:
         return collected + nbytes / (assume.copy_efficiency * job.gpu.hbm_gbs * 1e9)
     speed = {"disk": assume.disk_sync_gbs, "distributed": assume.sync_gbs, "tensor": assume.tensor_sync_gbs}
@@ -75,6 +75,17 @@ def _sync(job: Job) -> float:
     passes = -(-servers.num_servers // (servers.servers_per_group or servers.num_servers))
     spread = sent / (speed[servers.sync] * 1e9) * (passes if servers.sync == "distributed" else 1)
     return collected + compared + relayed + spread
+
+
+def _far_share(job: Job) -> float:
+    """Return the share of the model that one leader takes in from other nodes: a leader has only its own stage's first ranks
+    beside it."""
+    servers, per_node = job.config.rollout.sglang, job.cluster.gpus_per_node
+    several = not job.is_embedded and servers.sync == "distributed" and not servers.delta
+    leaders = min(servers.senders, job.pipeline) if several else 1
+    if job.num_train <= per_node:
+        return 0.0
+    return max(0.0, 1 / leaders - min(per_node, job.tensor) / (job.tensor * job.pipeline))
 
 
 def _handover(job: Job) -> float:

@@ -49,6 +49,7 @@ from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown
 from dapo_mcore.process.stop_file import STOP, StopFile
 from dapo_mcore.rollout.build import build_peer
 from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost
+from dapo_mcore.train.leaders import open_leaders
 from dapo_mcore.warm_start import warm_start
 
 
@@ -118,8 +119,8 @@ class Run:
             check_tokenizer_fits(tokenizer, self.hf_config)
             self.saves = self._open_saves()
             nodes = self._open_nodes()
-            peer = build_peer(config, layout.first_ranks_of_nodes(), layout.device)
-            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes, peer))
+            relay = build_peer(config, layout.first_ranks_of_nodes(), layout.device)
+            self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes, relay))
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer))
@@ -127,12 +128,14 @@ class Run:
             self.progress.line(self.memory.start_line())
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
             engine = self.controller and self.controller.engine
+            leaders, leader = open_leaders(config, self.hf_config, layout, engine, self.progress.line)
             self.handover = Handover(
                 self.actor,
                 engine,
                 layout,
                 colocated=shared,
-                peer=peer,
+                peer=relay or leader,
+                leaders=leaders,
                 run_interruptible=self.shutdown.run_interruptible,
             )
 

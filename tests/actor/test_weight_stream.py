@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_mcore.actor.weight_stream import WeightStream
+from dapo_mcore.actor.weight_stream import WeightStream, leading_ranks
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.handover import sync_weights
 from tests.actor import families
@@ -135,13 +135,40 @@ def stream_of_experts(layout: Any, mesh: Mesh, paths: list[str]) -> list[Any]:
     for problem in map(families.load_problem, paths):
         policy = build_policy(make_config(mesh), problem.hf_config, layout)
         families.fill(policy, problem, layout)
-        streamed = dict(WeightStream(policy, weight_shape(problem.hf_config, layout.tensor), layout)())
+        stream = WeightStream(policy, weight_shape(problem.hf_config, layout.tensor), layout)
+        streamed = dict(stream())
         if layout.is_controller:
             assert streamed.keys() == problem.weights.keys()
             found.append([name for name in streamed if not torch.equal(streamed[name], problem.weights[name])])
         else:
             assert not streamed
+        for most in (2, 4):
+            assert_parts_make_up_the_model(stream, leading_ranks(layout, most), problem.weights)
     return found
+
+
+def assert_parts_make_up_the_model(stream: WeightStream, leaders: tuple[int, ...], weights: Any) -> None:
+    part = list(stream(leaders=leaders))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in part)
+    names: list[Any] = [None] * stream.layout.world_size
+    torch.distributed.all_gather_object(names, [name for name, _ in part], group=stream.layout.control_group)
+    assert sorted(name for part in names for name in part) == sorted(weights), "each tensor once"
+    assert tuple(rank for rank, part in enumerate(names) if part) == leaders, "a leader has something to send"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "pipeline", "most", "expected"),
+    [
+        (8, 1, 4, (0,)),
+        (16, 2, 4, (0, 8)),
+        (16, 2, 1, (0,)),
+        (12, 3, 9, (0, 4, 8)),
+        (128, 4, 4, (0, 32, 64, 96)),
+        (6, 6, 4, (0, 1, 3, 4)),
+    ],
+)
+def test_leaders_are_the_first_ranks_of_stages_and_neighbours_share_one(world_size, pipeline, most, expected) -> None:
+    assert leading_ranks(SimpleNamespace(world_size=world_size, pipeline=pipeline), most) == expected
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,11 @@ def test_parts_wait_for_each_other_unless_generation_runs_ahead() -> None:
 def test_a_sync_collects_the_model_from_other_nodes_and_sends_it_once_per_group_of_servers() -> None:
     gigabytes = 2 * 32.763876352
     collected = gigabytes * (1 - 8 / 16) / (0.7 * 50)
-    assert make_plan(job(**BESIDE)).time.sync == pytest.approx(collected + gigabytes / 20)
-    groups = make_plan(job(**BESIDE, rollout__sglang__servers_per_group=8)).time.sync
+    alone = {**BESIDE, "rollout__sglang__senders": 1}
+    assert make_plan(job(**alone)).time.sync == pytest.approx(collected + gigabytes / 20)
+    groups = make_plan(job(**alone, rollout__sglang__servers_per_group=8)).time.sync
     assert groups == pytest.approx(collected + 4 * gigabytes / 20)
+    assert make_plan(job(**BESIDE)).time.sync == pytest.approx(gigabytes / 20), "each stage's tensors stay on its node"
     assert make_plan(job()).time.sync == pytest.approx(collected + gigabytes / 1.1)  # by disk
     nodes = {"rollout__sglang__placement": "nodes", "rollout__sglang__host": "node", "rollout__sglang__sync": "tensor"}
     relayed = gigabytes / (0.7 * 50)  # once to each node

@@ -11,6 +11,7 @@ from tests.train.runs import metrics, run, run_on_two_nodes
 
 STEPS = 3
 NODES = [f"rollout.sglang.{key}" for key in ("placement=nodes", "host=node", "num_servers=2")]
+PIPELINE = ["parallel.tensor_parallel=1", "parallel.pipeline_parallel=2"]
 
 
 @pytest.mark.sglang
@@ -19,7 +20,8 @@ NODES = [f"rollout.sglang.{key}" for key in ("placement=nodes", "host=node", "nu
     [
         # the runs on a real server in test_async.py and test_keep.py sync by disk, too
         pytest.param("disk", 1, ["rollout.sglang.sync=disk"], marks=pytest.mark.slow),
-        ("distributed", 1, ["rollout.sglang.sync=distributed"]),
+        # both pipeline stages send
+        ("distributed", 1, ["rollout.sglang.sync=distributed", *PIPELINE]),
         # one on each node, so one of them gets its weights from a relay
         ("colocated", 2, ["rollout.sglang.colocated=true", "rollout.sglang.sync=tensor", "checkpoint.every=2", *NODES]),
     ],

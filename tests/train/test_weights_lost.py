@@ -1,4 +1,7 @@
-"""Whole runs whose only server dies during generation. It comes back without weights, and the run continues."""
+"""Whole runs whose only server dies during generation. It comes back without weights, and the run continues.
+
+In "distributed" both pipeline stages send their weights.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import pytest
 from tests.train.runs import metrics
 from tests.train.served import run_served, trained
 
+PIPELINE = ["parallel.tensor_parallel=1", "parallel.pipeline_parallel=2"]
 WAYS = {
-    "distributed": ["rollout.async_steps=0", "rollout.sglang.sync=distributed"],
+    "distributed": ["rollout.async_steps=0", "rollout.sglang.sync=distributed", *PIPELINE],
     "colocated": ["rollout.async_steps=0", "rollout.sglang.colocated=true", "rollout.sglang.sync=tensor"],
     "ahead": ["rollout.async_steps=1", "rollout.sglang.sync=distributed"],
 }

@@ -14,6 +14,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dapo_mcore.architecture.families import architecture_name
-from dapo_mcore.architecture.manifest import Bucket, WeightManifest, buckets
+from dapo_mcore.architecture.manifest import StreamCheck, WeightManifest, buckets
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
@@ -37,10 +39,12 @@ from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_server
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.pool.pool import ServerPool
 from dapo_mcore.rollout.sglang.pool.server import Server
-from dapo_mcore.rollout.sglang.sync.delta import DeltaSender, check_delta
+from dapo_mcore.rollout.sglang.sync.delta import check_delta
+from dapo_mcore.rollout.sglang.sync.parts import OtherLeaders
+from dapo_mcore.rollout.sglang.sync.process_group import in_daemon
 from dapo_mcore.rollout.sglang.sync.relay import Relays
-from dapo_mcore.rollout.sglang.sync.sender import BucketQueue, Buckets, Sender
-from dapo_mcore.rollout.sglang.sync.weight_format import check_architecture, quantized, with_cache_scales, with_heads
+from dapo_mcore.rollout.sglang.sync.sender import Buckets, Sender, send_stream
+from dapo_mcore.rollout.sglang.sync.weight_format import as_served, check_architecture, with_cache_scales
 from dapo_mcore.types import Rollout, SamplingParams
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
@@ -103,6 +107,7 @@ class SGLangEngine:
         self._sync_metrics: dict[str, float] = {}
         self._num_broken_updates = 0
         self._relays = relays
+        self._others: OtherLeaders | None = None
         self._requests: set[asyncio.Task[Any]] = set()
         self._takes_requests = True
         self._tell = (progress or NullProgress()).line
@@ -174,6 +179,11 @@ class SGLangEngine:
         """Return memory for a tensor of the next `update_weights`. With sync tensor, large ones are in shared memory."""
         return self.sender.empty(shape, dtype=dtype, device=device)
 
+    def lead(self, others: OtherLeaders) -> None:
+        """Let other ranks send their parts of each stream from the next `update_weights` on: it gets the rest. For sync
+        distributed."""
+        self._others = self.sender.others = others
+
     def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """Take every HF-named tensor of the stream, and move to `version` once every serving server has confirmed it.
 
@@ -187,25 +197,38 @@ class SGLangEngine:
         weights = iter(weights)
         weight_version = f"{version}-{secrets.token_hex(4)}"
         self._versions[weight_version], self._newest_version = version, weight_version
-        stream = self._as_served(self._manifest.checked(weights, version))
+        check = StreamCheck(self._manifest, version)
+        checked = check.whole(weights)
+        if self._others is not None:
+            self._others.begin()
+            checked = check.passing(weights)
+        stream = self._as_served(checked)
         try:
-            sync_metrics = self._send(buckets(stream, self.bucket_bytes), weight_version)
+            update = partial(self._update_servers, weight_version, check)
+            sent = send_stream(buckets(stream, self.bucket_bytes), self.sender, weight_version, self._loop, update)
         except BaseException as error:
             self._newest_version = self._served_version
             self._num_broken_updates += isinstance(error, UpdateBroken)
             raise
         finally:
+            self._dismiss_leaders()  # they send shards too
             deque(weights, maxlen=0)  # other ranks send what is in it
         self._version, self._served_version = version, weight_version
-        self._sync_metrics |= {**sync_metrics, "sync/repeats": float(self._num_broken_updates)}
+        others_bytes = self._others.num_bytes if self._others is not None else 0
+        self._sync_metrics |= {**sent.metrics(others_bytes), "sync/repeats": float(self._num_broken_updates)}
         self._num_broken_updates = 0
         if self.pool.checksums is not None:
             self._sync_metrics["sync/servers_verified"] = float(self.pool.checksums.num_verified)
 
     def dismiss_peers(self) -> None:
-        """End the update at the relays, if there are any. See types.LeadingEngine."""
+        """End the update at the relays and other leaders, if there are any. See types.LeadingEngine."""
         if self._relays is not None:
             self._relays.dismiss()
+        self._dismiss_leaders()
+
+    def _dismiss_leaders(self) -> None:
+        if self._others is not None:
+            self._others.dismiss()
 
     def release(self) -> None:
         """Make the servers release all device memory, weights included. See types.ColocatedEngine."""
@@ -244,49 +267,24 @@ class SGLangEngine:
 
     def _as_served(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Return the stream in the form that the servers load."""
-        architecture = architecture_name(self._hf_config)
-        stream = with_heads(weights, architecture, self._manifest.tied)
-        if self._settings.quantize == "none":
-            return stream
-        stream = quantized(stream)
+        stream = as_served(weights, self._hf_config, self._manifest.tied, self._settings.quantize)
         loses_scales = any(server.sglang_version < FIRST_WITH_LOST_SCALES for server in self.pool.servers)
-        if self._settings.colocated and loses_scales:
-            return with_cache_scales(stream, architecture, self._hf_config.num_hidden_layers)
+        if self._settings.quantize == "fp8" and self._settings.colocated and loses_scales:
+            config = self._hf_config
+            return with_cache_scales(stream, architecture_name(config), config.num_hidden_layers)
         return stream
 
-    def _send(self, stream: Iterator[tuple[Bucket, bool]], weight_version: str) -> dict[str, float]:
-        """Update all servers. Return the sync's times, its bytes and its rate."""
-        sender, num_bytes = self.sender, 0
-
-        def counted() -> Iterator[tuple[Bucket, bool]]:
-            nonlocal num_bytes
-            for bucket, last in stream:
-                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
-                yield bucket, last
-
-        served, start = None, time.perf_counter()
+    async def _update_servers(self, weight_version: str, check: StreamCheck, own: Buckets[Any]) -> None:
+        """Open an update and let the sender give this rank's buckets, and those of other leaders, to the servers in it."""
+        others = self._others
+        outgoing = own if others is None else others.join(own, check, weight_version)
         try:
-            staged = sender.stage(counted(), weight_version)
-            staged_at = time.perf_counter()
-            queue = BucketQueue(weight_version, self._loop)
-            update = self._loop.submit(self._update_servers(weight_version, [(sender, queue.buckets())]))
-            queue.feed(staged, sender.pack, update)
-            served = weight_version
+            async with self.pool.update(weight_version, self._num_broken_updates) as update, aclosing(outgoing):
+                await self.sender.send(update, outgoing)
         finally:
-            sender.finish(served)
-        end = time.perf_counter()
-        times = {sender.update_metric: end - staged_at}
-        if sender.stage_metric is not None:
-            times[sender.stage_metric] = staged_at - start
-        if isinstance(sender, DeltaSender):
-            times |= sender.numbers
-        return {**times, "sync/bytes": float(num_bytes), "sync/gb_per_s": num_bytes / 1e9 / (end - start)}
-
-    async def _update_servers(self, weight_version: str, outgoing: Sequence[tuple[Sender[Any], Buckets[Any]]]) -> None:
-        """Open one update and let each sender give its buckets to the servers in it. Today there is one sender."""
-        async with self.pool.update(weight_version, self._num_broken_updates) as update:
-            for sender, packed in outgoing:
-                await sender.send(update, packed)
+            await in_daemon(
+                self._dismiss_leaders
+            )  # this rank's stream may wait for shards of a leader that has stopped
 
     async def _open(self, keys: Keys, startup: Startup) -> ServerPool:
         self._http = HttpClient(self._settings.connect_timeout_s, self._settings.read_timeout_s)

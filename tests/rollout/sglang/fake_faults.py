@@ -59,6 +59,9 @@ class Faults:
         if fault.kind == "close":
             await asyncio.sleep(0.05)
             request.transport.abort()
+        if fault.kind == "wait":
+            await asyncio.sleep(fault.value)
+            return await handler(request)
         if fault.kind in ("hang", "close"):
             await asyncio.sleep(3600)
         if fault.kind == "status":

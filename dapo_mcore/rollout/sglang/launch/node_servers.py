@@ -8,32 +8,26 @@ pool treats both alike. A node's servers die with its first rank.
 
 from __future__ import annotations
 
-import hmac
 import json
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import ConfigError, RolloutError
 from dapo_mcore.rollout.sglang.client.api import Keys
 from dapo_mcore.rollout.sglang.launch.interpreter import Installed, inspect_environment
+from dapo_mcore.rollout.sglang.launch.methods import CONFIG_ERROR, MethodClient, MethodServer
 from dapo_mcore.rollout.sglang.launch.process import STOP_S, ServerProcess
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, check_devices, reserve_port
 
 _ANSWER_TIMEOUT_S = 30.0
 _START_TIMEOUT_S = 300.0
 """Seconds for a start. The first one on a node asks the interpreter for its SGLang, perhaps on a network file system."""
-_MOST_BYTES = 1 << 24
 _METHODS = ("start", "restart", "alive", "pid", "ask_to_stop", "stop", "last_words", "last_line")
-_CONFIG_ERROR = 422
 
 
 class Node(NamedTuple):
@@ -58,10 +52,8 @@ class NodeHost:
         self._installed: Installed | None = None
         # the death of the thread that made a child is told to the child as its parent's, so this one makes all and stays
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="servers")
-        self._http = ThreadingHTTPServer((address, 0), partial(_Handler, self, f"Bearer {token}"))
-        self._http.daemon_threads = True
-        self.node = Node(f"http://{address}:{self._http.server_address[1]}", token, rank)
-        threading.Thread(target=self._http.serve_forever, name="node", daemon=True).start()
+        self._http = MethodServer(address, token, self, _METHODS)
+        self.node = Node(self._http.url, token, rank)
 
     def start(self, number: int, plan: dict[str, Any], first_gpu: int) -> str:
         """Start server `number` and return its URL."""
@@ -99,45 +91,10 @@ class NodeHost:
 
     def close(self) -> None:
         """Answer no more, and end the servers that are left."""
-        self._http.shutdown()
-        self._http.server_close()
+        self._http.close()
         for server in self._servers.values():
             server.stop()
         self._starter.shutdown()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One request: POST /METHOD with the method's arguments as a JSON object."""
-
-    def __init__(self, host: NodeHost, authorization: str, *connection: Any):
-        self._host, self._authorization = host, authorization.encode()
-        super().__init__(*connection)
-
-    def do_POST(self) -> None:
-        method, size = self.path.removeprefix("/"), int(self.headers.get("Content-Length", 0))
-        if not hmac.compare_digest(self.headers.get("Authorization", "").encode(), self._authorization):
-            self._reply(401, "wrong token")
-        elif method not in _METHODS or size > _MOST_BYTES:
-            self._reply(404, f"no method {method}")
-        else:
-            self._reply(*self._call(method, self.rfile.read(size)))
-
-    def _call(self, method: str, body: bytes) -> tuple[int, Any]:
-        try:
-            return 200, getattr(self._host, method)(**json.loads(body))
-        except ConfigError as error:
-            return _CONFIG_ERROR, str(error)
-        except Exception as error:  # it belongs to the caller, which decides what it means
-            return 500, f"{type(error).__name__}: {error}"
-
-    def _reply(self, status: int, content: Any) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None: ...
 
 
 class NodeServer:
@@ -145,8 +102,7 @@ class NodeServer:
 
     def __init__(self, node: Node, number: int, first_gpu: int):
         self.node, self._number, self._first_gpu = node, number, first_gpu
-        # a proxy that the environment names would not find a node of the job
-        self._opener = build_opener(ProxyHandler({}))
+        self._methods = MethodClient(node.url, node.token)
         self.url = ""
 
     def start(self, plan: ServerPlan) -> None:
@@ -156,7 +112,7 @@ class NodeServer:
             self.url = self._call("start", _START_TIMEOUT_S, plan=_content(plan), first_gpu=self._first_gpu)
         except HTTPError as error:
             said = json.loads(error.read())
-            raise ConfigError(said if error.code == _CONFIG_ERROR else f"{where}: {said}") from error
+            raise ConfigError(said if error.code == CONFIG_ERROR else f"{where}: {said}") from error
         except OSError as error:
             raise ConfigError(f"{where}: {error}") from error
 
@@ -194,11 +150,7 @@ class NodeServer:
             return otherwise
 
     def _call(self, method: str, answer_timeout_s: float, **arguments: Any) -> Any:
-        body = json.dumps({"number": self._number, **arguments}).encode()
-        headers = {"Authorization": f"Bearer {self.node.token}", "Content-Type": "application/json"}
-        request = Request(f"{self.node.url}/{method}", body, headers)
-        with self._opener.open(request, timeout=answer_timeout_s) as answer:
-            return json.loads(answer.read())
+        return self._methods.call(method, answer_timeout_s, number=self._number, **arguments)
 
 
 def start_node_servers(plan: ServerPlan, nodes: Sequence[Node]) -> list[NodeServer]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import torch
@@ -48,6 +49,7 @@ class DiskSender:
     """
 
     stage_metric, update_metric = "sync/write_s", "sync/load_s"
+    numbers: ClassVar[dict[str, float]] = {}
     empty = staticmethod(torch.empty)
 
     def __init__(self, root: Path, num_bytes: int):

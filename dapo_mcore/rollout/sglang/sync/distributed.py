@@ -1,7 +1,7 @@
-"""Weights to servers by broadcasts from this process, over NCCL or gloo.
+"""Weights to servers by broadcasts from this process and from other leaders of the weight stream, over NCCL or gloo.
 
 Change here: which servers receive together, and how a group of them joins, receives and breaks off. torch's process group is
-in process_group.py.
+in process_group.py. How the parts of several leaders become one stream is in parts.py.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from dapo_mcore.rollout.sglang.client.http import RequestFailed, RequestRefused
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.pool.update import Transaction
 from dapo_mcore.rollout.sglang.sync.address import is_loopback, on_other_machines
+from dapo_mcore.rollout.sglang.sync.parts import OtherLeaders, Outgoing, Root
 from dapo_mcore.rollout.sglang.sync.process_group import RootRank, in_daemon
 from dapo_mcore.rollout.sglang.sync.sender import Buckets
 
@@ -44,7 +45,7 @@ def check_sync_host(host: str, urls: Sequence[str]) -> None:
 
 
 class DistributedSender:
-    """Sends one broadcast of each bucket to each group of servers.
+    """Sends one broadcast of each bucket to each group of servers, from the leader that has gathered it.
 
     Weights are not kept, so a server that was out gets weights at the next update. Gathering a bucket overlaps with sending
     the one before it: two buckets are in memory. A group lasts as long as its servers stay the same and well.
@@ -52,9 +53,11 @@ class DistributedSender:
     servers_per_group   the most servers that receive one broadcast; None for all. A server that dies or refuses breaks the
                         broadcast for its whole group. If no server is left then, the update is broken, and all ranks repeat
                         it. After two broken updates in a row each server gets a group of its own.
+    others              the leaders besides this process; None if it sends everything.
     """
 
     stage_metric, update_metric = None, "sync/broadcast_s"
+    numbers: ClassVar[dict[str, float]] = {}
     reload = None
     empty = staticmethod(torch.empty)
 
@@ -63,6 +66,7 @@ class DistributedSender:
     ):
         self._host, self._backend, self._timeout = host, backend, timedelta(seconds=timeout_s)
         self._servers_per_group = servers_per_group
+        self.others: OtherLeaders | None = None
         self._groups: list[BroadcastGroup] = []
         self._dropped: list[BroadcastGroup] = []
         self._joining = asyncio.Lock()
@@ -70,15 +74,15 @@ class DistributedSender:
     def stage(self, buckets: Iterator[tuple[Bucket, bool]], weight_version: str) -> Iterator[tuple[Bucket, bool]]:
         return buckets
 
-    def pack(self, bucket: Bucket) -> Bucket:
-        return bucket
+    def pack(self, bucket: Bucket) -> Outgoing:
+        return Outgoing(bucket)
 
-    async def send(self, update: Transaction, buckets: Buckets[Bucket]) -> None:
+    async def send(self, update: Transaction, buckets: Buckets[Outgoing]) -> None:
         """Regroup the servers if needed, then broadcast each bucket to all groups at once."""
         await self._regroup(update)
         await update.together("begin", {group.servers: group.begin() for group in self._whole_groups()})
-        async for bucket, final_version in buckets:
-            works = {group.servers: group.send(bucket, final_version) for group in self._whole_groups()}
+        async for outgoing, final_version in buckets:
+            works = {group.servers: group.send(outgoing, final_version) for group in self._whole_groups()}
             await update.together("receive", works)
             if not update.servers:
                 break
@@ -90,7 +94,7 @@ class DistributedSender:
         """End all groups, and wait a few seconds for that: C++ aborts a process that exits in the middle of it."""
         groups, self._groups = self._groups, []
         end = time.monotonic() + _CLOSE_S
-        for thread in [group.close() for group in groups]:
+        for thread in [thread for group in groups for thread in group.close()]:
             thread.join(max(end - time.monotonic(), 0.0))
 
     def _whole_groups(self) -> list[BroadcastGroup]:
@@ -126,38 +130,47 @@ class DistributedSender:
                 await group.leave(server)
 
     async def _join(self, servers: tuple[Server, ...]) -> None:
-        async with self._joining:  # torch registers groups in tables without a lock
-            group = BroadcastGroup(servers, self._host, self._backend, self._timeout)
+        async with self._joining:  # torch registers groups in tables without a lock; and all servers join in one order
+            others = [] if self.others is None else self.others.roots
+            group = BroadcastGroup(servers, [self._root, *others])
             self._groups.append(group)
             await group.join()
 
+    def _root(self, name: str, world_size: int) -> RootRank:
+        return RootRank(name, self._host, world_size, self._backend, self._timeout)
+
 
 class BroadcastGroup:
-    """Servers that receive a broadcast together. This process is rank 0, and the servers' ranks follow in order.
+    """Servers that receive broadcasts together. For each leader they are in a process group, of which it is rank 0, and the
+    servers' ranks follow in order.
 
     A broadcast cannot leave a rank out, so the group fails as one. A server that is taken out loses its `broadcast_group`.
 
+    leaders   for each leader, this process first, what makes its root from a name and the number of ranks.
     still_in  servers that may still have the group, which costs them memory, until they have left it.
     """
 
-    def __init__(self, servers: tuple[Server, ...], host: str, backend: str, timeout: timedelta):
+    def __init__(self, servers: tuple[Server, ...], leaders: Sequence[Callable[[str, int], Root]]):
         self.servers, self.still_in = servers, set(servers)
-        self._host = host
-        world_size = 1 + sum(server.num_ranks for server in servers)
-        self._root = RootRank(f"weights-{secrets.token_hex(4)}", host, world_size, backend, timeout)
+        self._leaders = leaders
+        self._roots: list[Root] = []
 
     @property
     def is_whole(self) -> bool:
         return all(server.broadcast_group is self for server in self.servers)
 
     async def join(self) -> None:
-        """Connect this process and all servers."""
-        root, calls, offset = self._root, [], 1
-        for server in self.servers:
-            place = (root.name, self._host, root.port, offset, root.world_size, root.backend)
-            calls.append(server.client.init_weights_update_group(*place))
-            offset += server.num_ranks
-        await self._all(in_daemon(root.open), *calls, delay_s=_CONNECT_S)
+        """Connect all servers with each leader in turn."""
+        world_size = 1 + sum(server.num_ranks for server in self.servers)
+        for leader in self._leaders:
+            (root,) = await self._all(in_daemon(leader, f"weights-{secrets.token_hex(4)}", world_size))
+            self._roots.append(root)
+            calls, offset = [], 1
+            for server in self.servers:
+                place = (root.name, root.host, root.port, offset, world_size, root.backend)
+                calls.append(server.client.init_weights_update_group(*place))
+                offset += server.num_ranks
+            await self._all(in_daemon(root.open), *calls, delay_s=_CONNECT_S)
         for server in self.servers:
             server.broadcast_group = self
 
@@ -165,24 +178,25 @@ class BroadcastGroup:
         """Open an update at every server."""
         await self._all(*(server.client.begin_weight_update() for server in self.servers))
 
-    async def send(self, bucket: Bucket, final_version: str | None) -> None:
-        """Broadcast one bucket. The last one brings the weight_version."""
-        name = self._root.name
-        calls = [s.client.update_weights_from_distributed(bucket, name, final_version) for s in self.servers]
-        await self._all(in_daemon(self._root.broadcast, bucket), *calls)
+    async def send(self, outgoing: Outgoing, final_version: str | None) -> None:
+        """Broadcast one bucket from its leader. The last one brings the weight_version."""
+        root, bucket = self._roots[outgoing.leader], outgoing.bucket
+        calls = [s.client.update_weights_from_distributed(bucket, root.name, final_version) for s in self.servers]
+        await self._all(in_daemon(root.broadcast, bucket), *calls)
 
     async def leave(self, server: Server) -> None:
         """Remove the group from the server. A server that was restarted does not have it any more and refuses."""
-        with suppress(RequestRefused):
-            await server.client.destroy_weights_update_group(self._root.name)
+        for root in self._roots:
+            with suppress(RequestRefused):
+                await server.client.destroy_weights_update_group(root.name)
         self.still_in.discard(server)
 
-    def close(self) -> threading.Thread:
-        """End our side in a thread, since NCCL may take its time. This ends every wait of the servers, too."""
-        return self._root.close_soon()
+    def close(self) -> list[threading.Thread]:
+        """End our side in threads, since NCCL may take its time. This ends every wait of the servers, too."""
+        return [root.close_soon() for root in self._roots]
 
-    async def _all(self, *works: Awaitable[Any], delay_s: float = 0.0) -> None:
-        """Await all. Raise RequestFailed if one fails or a server's process ends, and give the group up: the other ranks may
+    async def _all(self, *works: Awaitable[Any], delay_s: float = 0.0) -> list[Any]:
+        """Return the results of all. Raise RequestFailed if one fails or a server's process ends, and give the group up: the other ranks may
         wait for the lost one for ever. `delay_s`  time for the others to get to that wait before the group is closed."""
         tasks = [asyncio.ensure_future(work) for work in works]
         everything, death = asyncio.create_task(_gather(tasks)), asyncio.create_task(self._watch_processes())
@@ -192,6 +206,7 @@ class BroadcastGroup:
             done, _ = await asyncio.wait({everything, death}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            return everything.result()
         except (RolloutError, RuntimeError) as error:  # torch raises RuntimeError for a rank that is gone or silent
             try:
                 await asyncio.sleep(delay_s)
@@ -215,10 +230,10 @@ class BroadcastGroup:
                     raise RequestFailed(f"{server.url} has ended")
 
 
-async def _gather(tasks: list[asyncio.Future[Any]]) -> None:
-    await asyncio.gather(*tasks)
+async def _gather(tasks: list[asyncio.Future[Any]]) -> list[Any]:
+    return await asyncio.gather(*tasks)
 
 
-def _retrieve_error(task: asyncio.Task[None]) -> None:
+def _retrieve_error(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()

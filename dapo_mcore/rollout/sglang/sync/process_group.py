@@ -34,7 +34,7 @@ class RootRank:
 
     def __init__(self, name: str, host: str, world_size: int, backend: str, timeout: timedelta):
         self.name, self.world_size, self.backend = name, world_size, backend
-        self._host, self._timeout = host, timeout
+        self.host, self._timeout = host, timeout
         self._store: dist.TCPStore | None = None
         self._group: dist.ProcessGroup | None = None
         self._closed = False
@@ -47,7 +47,7 @@ class RootRank:
         rest = dict(world_size=self.world_size, timeout=self._timeout)
         # The store's server and our client of it are separate: dropping the server ends every wait for a missing rank.
         self._store = dist.TCPStore(
-            self._host,
+            self.host,
             self.port,
             is_master=True,
             wait_for_workers=False,
@@ -56,7 +56,7 @@ class RootRank:
         )
         if self._closed:
             raise RuntimeError(f"process group {self.name} was given up")
-        store = c10d.PrefixStore(self.name, dist.TCPStore(self._host, self.port, is_master=False, **rest))
+        store = c10d.PrefixStore(self.name, dist.TCPStore(self.host, self.port, is_master=False, **rest))
         backend = c10d.Backend(self.backend)
         with _outlives_its_peers(self.backend):
             group, _ = c10d._new_process_group_helper(

@@ -11,9 +11,10 @@ never calls the pool.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,11 +36,13 @@ class Sender(Protocol[T]):
     stage_metric   name of the time that `stage` takes, in seconds; None if it does nothing.
     update_metric  name of the time from there to the end of the update, in seconds.
     reload         gives one server the weights of a weight_version again; None if they are not kept.
+    numbers        more metrics of the last update.
     """
 
     stage_metric: str | None
     update_metric: str
     reload: Reload | None
+    numbers: Mapping[str, float]
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return memory for a tensor of the next stream, like types.ReceivingEngine.empty."""
@@ -113,3 +116,48 @@ class BucketQueue:
         wait([wanted, update], return_when=FIRST_COMPLETED)
         wanted.cancel()
         return not update.done()
+
+
+class Sent(NamedTuple):
+    """What a stream has cost: the sender's own `numbers`, the bytes of its tensors, and the seconds in all."""
+
+    numbers: dict[str, float]
+    num_bytes: int
+    seconds: float
+
+    def metrics(self, others_bytes: int) -> dict[str, float]:
+        """Return the sync's metrics. `others_bytes` have come from other leaders."""
+        num_bytes = self.num_bytes + others_bytes
+        return {**self.numbers, "sync/bytes": float(num_bytes), "sync/gb_per_s": num_bytes / 1e9 / self.seconds}
+
+
+def send_stream(
+    stream: Iterator[tuple[Bucket, bool]],
+    sender: Sender[Any],
+    weight_version: str,
+    loop: LoopThread,
+    update: Callable[[Buckets[Any]], Coroutine[Any, Any, None]],
+) -> Sent:
+    """Gather the stream here while `update`, in the loop, gives its packed buckets to servers. Raise what either raises."""
+    num_bytes = 0
+
+    def counted() -> Iterator[tuple[Bucket, bool]]:
+        nonlocal num_bytes
+        for bucket, last in stream:
+            num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            yield bucket, last
+
+    served, start = None, time.perf_counter()
+    try:
+        staged = sender.stage(counted(), weight_version)
+        staged_at = time.perf_counter()
+        queue = BucketQueue(weight_version, loop)
+        queue.feed(staged, sender.pack, loop.submit(update(queue.buckets())))
+        served = weight_version
+    finally:
+        sender.finish(served)
+    end = time.perf_counter()
+    numbers = {**sender.numbers, sender.update_metric: end - staged_at}
+    if sender.stage_metric is not None:
+        numbers[sender.stage_metric] = staged_at - start
+    return Sent(numbers, num_bytes, end - start)

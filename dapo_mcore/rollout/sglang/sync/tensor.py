@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import ClassVar
 from weakref import WeakSet
 
 import torch
@@ -47,6 +48,7 @@ class TensorSender:
     """
 
     stage_metric, update_metric = None, "sync/tensor_s"
+    numbers: ClassVar[dict[str, float]] = {}
     reload = None
 
     def __init__(self, urls: Sequence[str], bucket_bytes: int, relays: Relays | None = None):

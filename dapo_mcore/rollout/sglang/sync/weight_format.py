@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dapo_mcore.architecture.families import architecture_name
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.kernels.fp8_quant import quantize_blocks
 from dapo_mcore.rollout.sglang.launch.servers import FP8_BLOCK
@@ -30,6 +32,14 @@ _CACHE_SCALES = {
 """Architectures whose FP8 stream SGLang loads, with the names of the KV cache's scales in each layer; () if it has none.
 SGLang drops a tensor of any other name without an error."""
 _PROJECTION = re.compile(r".+(?:_proj|_proj_with_mqa|\.experts\.\d+\.w[123])\.weight")
+
+
+def as_served(
+    weights: Iterator[tuple[str, Tensor]], hf_config: Any, tied: Mapping[str, str], quantize: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a stream, or the part of it that one rank leads, as servers load it. tied  see `with_heads`."""
+    stream = with_heads(weights, architecture_name(hf_config), tied)
+    return quantized(stream) if quantize == "fp8" else stream
 
 
 def with_heads(

@@ -46,7 +46,7 @@ class Trainer:
         self._tensors = [(name, torch.zeros(shape)) for name, shape in shapes.items()]
         self.num_bytes = sum(tensor.nbytes for _, tensor in self._tensors)
 
-    def __call__(self, empty: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def __call__(self, empty: Any = None, leaders: Any = (0,)) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._tensors
 
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from dapo_mcore.rollout.sglang.sync.address import is_loopback, on_other_machines
+from dapo_mcore.rollout.sglang.sync.address import is_loopback, on_other_machines, unreachable
 
 
 def test_servers_on_other_machines_are_returned_in_order():
@@ -43,3 +43,12 @@ def test_a_name_with_one_address_elsewhere_is_not_loopback(monkeypatch):
     found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (ip, 0)) for ip in ("127.0.0.1", "192.0.2.7")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     assert not is_loopback("both")
+
+
+def test_servers_that_take_no_connection_from_an_address_are_returned():
+    with socket.create_server(("127.0.0.1", 0)) as up, socket.create_server(("127.0.0.1", 0)) as down:
+        urls = [f"http://127.0.0.1:{server.getsockname()[1]}" for server in (up, down)]
+        down.close()
+        assert unreachable(urls, "127.0.0.2", 5.0) == urls[1:]
+        assert unreachable(urls, "192.0.2.7", 5.0) == urls, "an address that this machine has not"
+    assert unreachable([], "127.0.0.1", 5.0) == []

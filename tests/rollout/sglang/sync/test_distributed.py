@@ -10,8 +10,8 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from dapo_mcore.rollout.sglang.sync.distributed import BroadcastGroup, check_syn
 from dapo_mcore.rollout.sglang.sync.process_group import RootRank
 from tests.rollout.sglang.asserts import assert_whole
 from tests.rollout.sglang.fake_server import fake_python, gated
+from tests.rollout.sglang.leading import second_leader
 from tests.rollout.sglang.serving import (
     Raw,
     bucket_a_tensor,
@@ -57,6 +58,17 @@ def broadcasts(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(RootRank, "broadcast", counted)
     return begun
+
+
+@contextmanager
+def led_engine(folder: Any, leaders: int, **changes: Any) -> Iterator[SGLangEngine]:
+    """An engine that sends the weights itself, or with a second leader."""
+    with engine(folder, sync="distributed", **changes) as made:
+        if leaders == 1:
+            yield made
+            return
+        with second_leader(made, timeout_s=changes.get("sync_timeout_s", 30.0)):
+            yield made
 
 
 def assert_holds(server: Raw, seed: int, tag: str) -> None:
@@ -101,10 +113,12 @@ def test_each_group_of_servers_costs_one_broadcast_per_bucket(tmp_path, broadcas
         assert sent / numbers["sync/bytes"] == pytest.approx(passes, rel=0.15) and numbers["sync/repeats"] == 0
 
 
+@pytest.mark.parametrize("leaders", [1, 2])
 @pytest.mark.parametrize("fault", ["bucket 5", "/init_weights_update_group"])
-def test_a_server_that_dies_breaks_the_group_and_the_repeat_reaches_the_survivors(tmp_path, fault, broadcasts):
+def test_a_server_that_dies_breaks_the_group_and_the_repeat_reaches_the_survivors(tmp_path, fault, broadcasts, leaders):
+    """With two leaders bucket 5 is the second one's."""
     python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
-    with engine(tmp_path, python=python, num_servers=3, sync="distributed", restart_budget=1) as made:
+    with led_engine(tmp_path, leaders, python=python, num_servers=3, restart_budget=1) as made:
         bucket_a_tensor(made)
         if "init" not in fault:
             made.update_weights(weights(0), version=1)
@@ -114,7 +128,7 @@ def test_a_server_that_dies_breaks_the_group_and_the_repeat_reaches_the_survivor
         assert states(made)[::2] == ["serving", "serving"] and states(made)[1] != "serving"
         for server in servers(made)[::2]:
             assert_holds(server, seed=1, tag=made.pool.weight_version)
-            assert len(told(server)["groups"]) == 1, "the broken group has left the server"
+            assert len(told(server)["groups"]) == leaders, "the broken group has left the server"
         asked = prompts(30)
         assert_whole(made.generate(asked, params(16)), asked, 16, version=2)
         numbers = made.metrics()
@@ -123,15 +137,15 @@ def test_a_server_that_dies_breaks_the_group_and_the_repeat_reaches_the_survivor
         wait_for(lambda: states(made)[1] == "waiting")
         broadcasts.clear()
         assert sync(made, seed=3, version=3) == 0
-        assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == 1
+        assert states(made) == ["serving"] * 3 and len(set(broadcasts)) == leaders
         for server in servers(made):
             assert_holds(server, seed=3, tag=made.pool.weight_version)
-            assert len(told(server)["groups"]) == 1
+            assert len(told(server)["groups"]) == leaders
         assert made.metrics()["sync/repeats"] == 0
 
 
 def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tmp_path):
-    with engine(tmp_path, num_servers=4, sync="distributed", servers_per_group=2) as made:
+    with led_engine(tmp_path, 2, num_servers=4, servers_per_group=2) as made:
         made.update_weights(weights(0), version=1)
         order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400)
         assert sync(made, seed=1, version=2) == 0
@@ -140,7 +154,7 @@ def test_a_server_that_refuses_a_bucket_breaks_the_update_for_its_group_alone(tm
         assert sync(made, seed=2, version=3) == 0 and states(made) == ["serving"] * 4
         for server in servers(made):
             assert_holds(server, seed=2, tag=made.pool.weight_version)
-            assert len(told(server)["groups"]) == 1
+            assert len(told(server)["groups"]) == 2, "one from each leader"
 
 
 def test_servers_of_their_own_groups_that_all_fail_and_are_well_take_the_repeat(tmp_path):
@@ -153,10 +167,11 @@ def test_servers_of_their_own_groups_that_all_fail_and_are_well_take_the_repeat(
         assert made.metrics()["sync/repeats"] == 1
 
 
-def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the_weights(tmp_path):
+@pytest.mark.parametrize("leaders", [1, 2])
+def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the_weights(tmp_path, leaders):
     """The last repeat is made to each server alone; the one that refused three times is started again."""
     python, gate = gated(fake_python(tmp_path), tmp_path / "closed"), tmp_path / "closed"
-    with engine(tmp_path, python=python, num_servers=3, sync="distributed") as made:
+    with led_engine(tmp_path, leaders, python=python, num_servers=3) as made:
         gate.touch()
         order(servers(made)[0], "status", where="/update_weights_from_distributed", value=400, count=100)
         assert sync(made, seed=1, version=1) == 2
@@ -169,7 +184,7 @@ def test_a_server_that_refuses_every_broadcast_does_not_keep_the_others_from_the
         wait_for(lambda: states(made)[0] == "waiting")
         assert sync(made, seed=3, version=2) == 0
         assert states(made) == ["serving"] * 3
-        assert [len(told(server)["groups"]) for server in servers(made)] == [1] * 3
+        assert [len(told(server)["groups"]) for server in servers(made)] == [leaders] * 3
 
 
 def test_a_server_found_dead_before_the_update_leaves_the_group_to_the_others(tmp_path, broadcasts):
@@ -199,9 +214,11 @@ def test_a_given_server_that_its_owner_has_restarted_joins_the_next_broadcast(tm
 
 
 def test_a_server_that_hangs_in_a_broadcast_is_given_up_after_the_time_limit(tmp_path):
-    with engine(tmp_path, num_servers=2, sync="distributed", sync_timeout_s=15.0, health_timeout_s=1.0) as made:
+    """The broadcast is the second leader's."""
+    with led_engine(tmp_path, 2, num_servers=2, sync_timeout_s=10.0, health_timeout_s=1.0) as made:
+        bucket_a_tensor(made)
         made.update_weights(weights(0), version=1)
-        order(servers(made)[0], "hang", where="/update_weights_from_distributed")
+        order(servers(made)[0], "hang", where="/update_weights_from_distributed", after=4)
         assert sync(made, seed=1, version=2) == 1
         assert "serving" in states(made)
         asked = prompts(10)
@@ -283,10 +300,11 @@ def test_a_server_that_never_comes_back_ends_requests_that_wait_for_weights(tmp_
 
 
 def test_if_no_server_comes_back_the_error_asks_for_no_repeat(tmp_path):
-    with engine(tmp_path, num_servers=2, sync="distributed", restart_budget=0) as made:
+    with led_engine(tmp_path, 2, num_servers=2, restart_budget=0) as made:
+        bucket_a_tensor(made)
         made.update_weights(weights(0), version=1)
         for server in servers(made):
-            order(server, "die", where="bucket 1")
+            order(server, "die", where="bucket 4")
         with pytest.raises(RolloutError, match="none of 2 rollout servers can serve") as caught:
             sync(made, seed=1, version=2)
         assert not isinstance(caught.value, UpdateBroken) and made.weight_version == 1
@@ -305,7 +323,7 @@ def test_a_step_that_times_out_while_a_call_fails_closes_the_group_and_logs_noth
 
     async def step() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
-        group = BroadcastGroup((), "127.0.0.1", "gloo", timedelta(seconds=1))
+        group = BroadcastGroup((), [])
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(group._all(call(), delay_s=60), 0.1)
         assert closed == [group]

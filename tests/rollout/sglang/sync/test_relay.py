@@ -116,7 +116,7 @@ class Trainer:
     def __init__(self, node: Node):
         self.node, self.layout, self.seed = node, node.layout, 0
 
-    def __call__(self, empty: Any = torch.empty) -> Iterator[tuple[str, torch.Tensor]]:
+    def __call__(self, empty: Any = torch.empty, leaders: Any = (0,)) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights on rank 0; each rank has every third tensor."""
         for number, (name, tensor) in enumerate(weights(self.seed)):
             holder = number % self.node.size
