@@ -55,7 +55,7 @@ def held_bytes(job: Job, counts: Counts) -> dict[str, float]:
     return {
         "parameters": weights,
         "gradients": 4 * buffers,
-        "optimizer": _state_bytes(job) * optimizer_elements(job, counts),
+        "optimizer": state_bytes(job) * (1 - config.optimizer.offload_fraction) * optimizer_elements(job, counts),
         "reference": size * counts.trained + 4 * counts.float32 if config.algo.kl.coef else 0,
     }
 
@@ -68,11 +68,11 @@ def optimizer_elements(job: Job, counts: Counts) -> int:
     return dense + min(counts.experts, counts.expert_buffer // job.expert_data)
 
 
-def _state_bytes(job: Job) -> float:
-    """Return the bytes of state per element on the GPU: two moments, and in bf16 an fp32 copy of the parameter."""
+def state_bytes(job: Job) -> int:
+    """Return the bytes of optimizer state per element: two moments, and in bf16 an fp32 copy of the parameter."""
     optimizer = job.config.optimizer
     moments = sum(4 if dtype == "fp32" else 2 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    return (moments + (4 if job.dtype_bytes == 2 else 0)) * (1 - optimizer.offload_fraction)
+    return moments + (4 if job.dtype_bytes == 2 else 0)
 
 
 def micro_batches_in_flight(job: Job, stage: int, num_micro_batches: int) -> float:

@@ -8,7 +8,15 @@ from __future__ import annotations
 from dapo_mcore.actor.host_copy import buffer_sizes, pinned_bytes
 from dapo_mcore.checkpoint.shard_file import PIECE
 from dapo_mcore.plan.batch import Batch
-from dapo_mcore.plan.held import GIB, Use, held_bytes, micro_batches_in_flight, offloaded_input, optimizer_elements
+from dapo_mcore.plan.held import (
+    GIB,
+    Use,
+    held_bytes,
+    micro_batches_in_flight,
+    offloaded_input,
+    optimizer_elements,
+    state_bytes,
+)
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.parameters import Counts, stage_counts, whole_model
 
@@ -82,7 +90,13 @@ def _offloaded_inputs(job: Job, batch: Batch) -> float:
     return 2 * pinned_bytes(int(one)) * max(inputs)
 
 
-def _saved(job: Job, counts: Counts) -> int:
-    """Return the bytes of a checkpoint that a rank copies to the host at a time."""
-    saving = job.config.checkpoint.every or job.config.checkpoint.at_end
-    return min(PIECE, 4 * counts.largest) if saving else 0
+def _saved(job: Job, counts: Counts) -> float:
+    """Return the bytes of a checkpoint that a rank copies to the host: with async_save all that it writes, else a piece at a time.
+
+    Copies of a parameter share the writing.
+    """
+    checkpoint = job.config.checkpoint
+    if checkpoint.async_save:
+        per_element = state_bytes(job) + job.dtype_bytes * (2 if job.config.algo.kl.coef else 1)
+        return per_element * (counts.dense / (job.data * job.context) + counts.experts / job.expert_data)
+    return min(PIECE, 4 * counts.largest) if checkpoint.every or checkpoint.at_end else 0

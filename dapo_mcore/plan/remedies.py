@@ -143,6 +143,8 @@ def _host(job: Job) -> Iterator[Changes]:
     yield {"rollout.sglang.sync": "distributed"}
     yield {"rollout.sglang.sync": "tensor"}
     yield {"rollout.sglang.colocated": False}
+    yield {"checkpoint.async_save": False}
+    yield {"rollout.sglang.delta": False}
     yield {"optimizer.offload_fraction": 0.0}
     yield {"model.offload_activations": False}
     yield {"optimizer.distributed": True}

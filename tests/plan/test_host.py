@@ -65,6 +65,12 @@ def test_a_sync_of_changes_keeps_the_last_weights() -> None:
     assert host(changes).parts["last sent weights"] == 2 * 32_763_876_352
 
 
+def test_a_checkpoint_beside_training_is_a_copy_of_all_that_a_rank_writes() -> None:
+    """14 bytes a parameter in bf16; the 8 copies of each share them."""
+    beside = job(checkpoint={"every": 5, "async_save": True})
+    assert host(beside).parts["checkpoint"] == 8 * 14 * stage_counts(beside, 1).trained / 8
+
+
 def test_no_checkpoint_no_copy() -> None:
     never = job(checkpoint={"every": None, "at_end": False})
     assert "checkpoint" not in host(never).parts
