@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.hardware import GPUS, Assumptions
 from dapo_mcore.plan.held import held_bytes, micro_batches_in_flight
+from dapo_mcore.plan.host import host_memory
 from dapo_mcore.plan.job import Cluster, make_job
 from dapo_mcore.plan.parameters import stage_counts
 from tests.plan.jobs import job
@@ -25,11 +27,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_actors_tensors_are_counted_to_the_byte(kind: str, alone: Any) -> None:
     from dapo_mcore.actor.actor import Actor
+    from dapo_mcore.actor.checkpoint_blocks import checkpoint_blocks, written_blocks
     from dapo_mcore.actor.memory_use import MemoryUse
     from dapo_mcore.model_files.hf_folder import RandomReader
     from tests.actor import families, parity
 
     family, overrides = KINDS[kind]
+    overrides = overrides | {"checkpoint__every": 1, "checkpoint__async_save": True}
     hf_config, config = families.hf_config(family), parity.make_config(parity.Mesh(), **overrides)
     actor = Actor(config, hf_config, alone, RandomReader(hf_config, 0))
     list(actor.optimizer.shards())  # creates the state
@@ -37,6 +41,12 @@ def test_an_actors_tensors_are_counted_to_the_byte(kind: str, alone: Any) -> Non
     found = MemoryUse(actor).tensors()
     held = held_bytes(planned, stage_counts(planned, 0))
     assert {"weights": held.pop("parameters"), **held} == {name: found[name] for name in ("weights", *held)}
+    saved = sum(block.data.nbytes for block in written_blocks(checkpoint_blocks(actor)))
+    shape = planned.shape
+    biases = (
+        4 * shape.num_experts * sum(shape.moe_layers) if shape.key_rank else 0
+    )  # DeepSeek's routing, not in the plan
+    assert host_memory(planned, batch_of(planned)).parts["checkpoint"] == saved - biases
 
 
 def test_a_stage_keeps_one_micro_batch_per_stage_that_follows_and_one() -> None:
