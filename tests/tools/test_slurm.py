@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -199,14 +200,15 @@ def test_two_jobs_at_once_get_what_they_asked_for_save_when_told_and_leave_nothi
         Path, ("/tmp/dapo_mcore-node-leftover", "/tmp/dapo_mcore-node-isinuse0", "/dev/shm/dapo_mcore-left")
     )
     for folder in (left, used, weights):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         os.utime(folder, (0, 0))
-    with subprocess.Popen(["flock", str(used), "sleep", "600"]) as holder:
-        calm = jobs.submit_idle("calm", TMPDIR=str(tmp_path))
-        array = jobs.submit_idle("array", "--array=1-2%1")
-        ranks = {name: jobs.given(name) for name in ("calm", "array")}
-        assert [folder.exists() for folder in (left, used, weights)] == [False, True, False]
-        holder.kill()
+    lock = os.open(used, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    calm = jobs.submit_idle("calm", TMPDIR=str(tmp_path))
+    array = jobs.submit_idle("array", "--array=1-2%1")
+    ranks = {name: jobs.given(name) for name in ("calm", "array")}
+    assert [folder.exists() for folder in (left, used, weights)] == [False, True, False]
+    os.close(lock)
     used.rmdir()
     for name, four in ranks.items():
         environments = [rank["environment"] for rank in four]
