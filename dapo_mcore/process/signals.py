@@ -239,7 +239,7 @@ class ControllerShutdown:
 
 
 class WorkerShutdown:
-    """The same block on the other ranks, which have nothing to clean up: a signal ends the process as by default.
+    """The same block on the other ranks. A signal ends the process as by default; `cleanup` runs if the block ends otherwise.
 
     neighbours  process ids of this machine's ranks, this one included.
 
@@ -249,13 +249,15 @@ class WorkerShutdown:
     """
 
     def __init__(self, neighbours: Sequence[int] = ()):
+        self.cleanup = ExitStack()
         self._neighbours = neighbours
         self.stop: Stop | None = None
 
     def __enter__(self) -> WorkerShutdown:
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.cleanup.close()
 
     @contextmanager
     def defer_signals(self, notice: Callable[[], str]) -> Iterator[None]:
