@@ -239,7 +239,8 @@ def check_server_gpus(settings: SGLangConfig, here: Here) -> Finding:
             name,
             f"{count} servers × rollout.sglang.tensor_parallel {settings.tensor_parallel} after the first {first} of "
             f"{here.num_gpus} GPUs",
-            "lower num_servers or tensor_parallel, start fewer processes here, or set rollout.sglang.colocated true",
+            "lower num_servers or tensor_parallel, start fewer processes here (in a Slurm job RANKS_PER_NODE below GPUS_PER_NODE), "
+            "or set rollout.sglang.colocated true",
         )
     return ok(name, f"{first} to {first + needed - 1} of {here.num_gpus}")
 

@@ -49,10 +49,11 @@ python() {{ [[ $* == *--processes* ]] || command python "$@"; }}  # the check of
 """
 
 
-def dry_run(*arguments: str, **variables: str) -> list[str]:
+def dry_run(*arguments: str, cwd: Path = ROOT, **variables: str) -> list[str]:
+    environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), **variables}
     command = [JOB, "--dry-run", *arguments]
-    environment = {**os.environ, "VENV": sys.prefix, **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> None:
@@ -68,24 +69,70 @@ def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> 
     assert sum(line.startswith("srun") for line in lines) == 2
 
 
-def test_a_container_is_mounted_where_the_checkout_and_the_job_are() -> None:
-    lines = dry_run(CONTAINER="image.sqsh", MOUNTS="/data:/data")
-    srun = [line.replace("\\,", ",") for line in lines if line.startswith("srun")]
-    place = f"--container-image=image.sqsh --container-mounts={ROOT}:{ROOT},{Path.cwd()}:{Path.cwd()},/data:/data"
-    assert len(srun) == 3 and all(f"{place} --container-workdir={Path.cwd()}" in line for line in srun)
+def test_servers_may_have_gpus_beside_those_of_the_ranks() -> None:
+    page = (ROOT / "tools/README.md").read_text()
+    variables, command = re.search(r"^    (RANKS_PER_NODE=4 GPUS_PER_NODE=8) sbatch (.*)$", page, re.MULTILINE).groups()
+    words = [ROOT / command.split()[0], "--dry-run", *command.split()[1:]]
+    environment = os.environ | {"VENV": sys.prefix} | dict(pair.split("=") for pair in variables.split())
+    lines = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    ranks = [line for line in lines if line.startswith("srun") and " --gres=gpu:8 " in line]
+    assert len(ranks) == 2 and any(" --nproc-per-node 4 " in line for line in lines)
+
+
+def test_a_container_is_mounted_where_the_checkout_and_the_job_are(tmp_path: Path) -> None:
+    image = tmp_path / "image.sqsh"
+    image.touch()
+    for cwd, mounts in ((ROOT, f"{ROOT}:{ROOT}"), (tmp_path, f"{ROOT}:{ROOT},{tmp_path}:{tmp_path}")):
+        lines = dry_run(cwd=cwd, VENV="/nowhere", PATH="/usr/bin:/bin", CONTAINER=str(image), MOUNTS="/data:/data")
+        srun = [line.replace("\\,", ",") for line in lines if line.startswith("srun")]
+        place = f"--container-image={image} --container-mounts={mounts},/data:/data --container-workdir={cwd} "
+        assert len(srun) == 3 and all(place in line for line in srun)
+
+
+def test_help_prints_the_words_and_the_variables() -> None:
+    shown = subprocess.run([JOB, "--help"], capture_output=True, text=True, check=True).stdout
+    named = re.findall(r"^  ([A-Z_]+)  ", shown, re.MULTILINE)
+    assert "[--dry-run] [--nodes=N] [CONFIG.yaml] [a.b=c …]" in shown
+    page = (ROOT / "tools/README.md").read_text()
+    assert len(named) == 8 and set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE)) == set(named)
+    attach = [ROOT / "tools/slurm/attach.sh", "--help"]
+    assert "usage: attach.sh JOB [NODE]" in subprocess.run(attach, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "variables", "message"),
     [
-        (["--dry-run", "--node=2"], "--node=2 is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c"),
-        (["--dry-run", "--nodes=0"], "0 nodes × 8 ranks: both must be at least 1"),
-        ([], "this is no Slurm job: start it with sbatch, or add --dry-run"),
+        ("--dry-run --node=2", "", "--node=2 is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c"),
+        ("", "", "this is no Slurm job: start it with sbatch, or add --dry-run"),
+        (
+            "--dry-run a.yaml b.yml",
+            "",
+            "a job has one configuration, but a.yaml and b.yml are two; name one of them",
+        ),
+        ("--dry-run --nodes=0", "", "NODES is 0; it must be a whole number of at least 1"),
+        ("--dry-run --nodes=abc", "", "NODES is abc; it must be a whole number of at least 1"),
+        ("--dry-run", "RANKS_PER_NODE=1.5", "RANKS_PER_NODE is 1.5; it must be a whole number of at least 1"),
+        ("--dry-run", "GPUS_PER_NODE=all", "GPUS_PER_NODE is all; it must be a whole number of at least 1"),
+        ("--dry-run", "SAVE_SECONDS=10m", "SAVE_SECONDS is 10m; it must be a whole number of at least 1"),
+        ("--dry-run", "JOIN_SECONDS=-1", "JOIN_SECONDS is -1; it must be a whole number of at least 1"),
+        (
+            "--dry-run",
+            "GPUS_PER_NODE=4",
+            "GPUS_PER_NODE 4 is less than RANKS_PER_NODE 8, but each rank needs a GPU; raise it, or lower RANKS_PER_NODE",
+        ),
+        ("--dry-run", "DOCTOR=no", "DOCTOR is no; it must be 1 (examine the nodes) or 0"),
+        (
+            "--dry-run",
+            "MOUNTS=/data:/data",
+            "MOUNTS is /data:/data, but only a container has mounts; set CONTAINER, or unset MOUNTS",
+        ),
+        ("--dry-run", "CONTAINER=./no.sqsh", "CONTAINER is ./no.sqsh, which does not exist; correct the path"),
     ],
 )
-def test_what_means_nothing_is_refused_in_one_line(words: list[str], message: str) -> None:
+def test_what_means_nothing_is_refused_in_one_line(words: str, variables: str, message: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_JOB")}
-    done = subprocess.run([JOB, *words], env=environment, capture_output=True, text=True)
+    environment |= dict(pair.split("=") for pair in variables.split())
+    done = subprocess.run([JOB, *words.split()], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")
 
 

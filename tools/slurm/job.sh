@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A training job on the nodes of a Slurm allocation: checked, started, told to stop in time, and started again.
 #
-#   job.sh DEFAULT.yaml [--dry-run] [--nodes=N] [CONFIG.yaml] [a.b=c …]
+#   job.sh DEFAULT.yaml [--dry-run] [--nodes=N] [CONFIG.yaml] [a.b=c …]     (tools/*.slurm give DEFAULT.yaml)
 #
 # Read from the environment (sbatch passes it on):
-#   RANKS_PER_NODE   processes per node, one per GPU
+#   RANKS_PER_NODE   processes per node, one per GPU (default: 8)
+#   GPUS_PER_NODE    GPUs of each node; those after the ranks' are for servers (default: RANKS_PER_NODE)
 #   VENV             virtual environment on every node (default: .venv of the checkout)
 #   CONTAINER        image for pyxis/enroot in place of VENV, with the package, python and torchrun installed
 #   MOUNTS           its further mounts, as A:B,C:D; the checkout and the folder of the job are mounted at their paths
@@ -21,29 +22,42 @@ stopping=''
 trap 'stopping=1' USR1 # first of all: without a handler the signal would end this shell
 root=$(cd "$(dirname "$0")/../.." && pwd)
 
-config=$1 dry_run='' overrides=()
+refuse() { echo "$1" >&2; exit 2; }
+
+config='' dry_run='' overrides=()
 for argument in "${@:2}"; do
   case $argument in
+    -h | --help) exec sed -n '2,/^set /{ s/^# \{0,1\}//p }' "$0" ;;
     --dry-run) dry_run=1 ;;
     --nodes=*) NODES=${argument#*=} ;;
     *)
       if [[ $argument =~ ^[A-Za-z_][A-Za-z_0-9.]*= ]]; then overrides+=("$argument") && continue; fi
-      if [[ $argument =~ \.ya?ml$ ]]; then config=$argument && continue; fi
-      echo "$argument is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c" >&2
-      exit 2
+      [[ $argument =~ \.ya?ml$ ]] || refuse "$argument is none of --dry-run, --nodes=N, CONFIG.yaml and a.b=c"
+      [ -z "$config" ] || refuse "a job has one configuration, but $config and $argument are two; name one of them"
+      config=$argument
       ;;
   esac
 done
 
-[ -n "$dry_run" ] || [ -n "${SLURM_JOB_ID:-}" ] || { echo "this is no Slurm job: start it with sbatch, or add --dry-run" >&2; exit 2; }
+config=${config:-$1}
+
+[ -n "$dry_run" ] || [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no Slurm job: start it with sbatch, or add --dry-run"
 [ -n "$dry_run" ] || NODES=$SLURM_JOB_NUM_NODES
-for number in "${NODES:=1}" "${RANKS_PER_NODE:=8}"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "$NODES nodes × $RANKS_PER_NODE ranks: both must be at least 1" >&2; exit 2; }
+: "${NODES:=1}" "${RANKS_PER_NODE:=8}" "${SAVE_SECONDS:=600}" "${JOIN_SECONDS:=600}" "${DOCTOR:=1}" "${CONTAINER:=}" "${MOUNTS:=}"
+: "${GPUS_PER_NODE:=$RANKS_PER_NODE}"
+for name in NODES RANKS_PER_NODE GPUS_PER_NODE SAVE_SECONDS JOIN_SECONDS; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is ${!name}; it must be a whole number of at least 1"
 done
-export RANKS_PER_NODE NODES SAVE_SECONDS=${SAVE_SECONDS:-600} JOIN_SECONDS=${JOIN_SECONDS:-600}
+[ "$GPUS_PER_NODE" -ge "$RANKS_PER_NODE" ] ||
+  refuse "GPUS_PER_NODE $GPUS_PER_NODE is less than RANKS_PER_NODE $RANKS_PER_NODE, but each rank needs a GPU; raise it, or lower RANKS_PER_NODE"
+[[ $DOCTOR =~ ^[01]$ ]] || refuse "DOCTOR is $DOCTOR; it must be 1 (examine the nodes) or 0"
+[ -z "$MOUNTS" ] || [ -n "$CONTAINER" ] || refuse "MOUNTS is $MOUNTS, but only a container has mounts; set CONTAINER, or unset MOUNTS"
+[[ ! $CONTAINER =~ ^[./] ]] || [ -e "$CONTAINER" ] || refuse "CONTAINER is $CONTAINER, which does not exist; correct the path"
+export RANKS_PER_NODE NODES SAVE_SECONDS JOIN_SECONDS CONTAINER
 export VENV=${VENV:-$root/.venv} ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
-container=()
-[ -z "${CONTAINER:-}" ] || container=("--container-image=$CONTAINER" "--container-mounts=$root:$root,$PWD:$PWD${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD")
+mounts=$root:$root container=()
+[ "$PWD" = "$root" ] || mounts+=,$PWD:$PWD
+[ -z "$CONTAINER" ] || container=("--container-image=$CONTAINER" "--container-mounts=$mounts${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD")
 
 address() {  # the name or number by which Slurm itself reaches this node of the job
   local name
@@ -58,7 +72,7 @@ free_port() {  # this shell is on the first node; below the ports that systems g
 }
 
 # a step of a job with --exclusive gets GPUs only if it asks for them
-gpus=("--gres=gpu:$RANKS_PER_NODE")
+gpus=("--gres=gpu:$GPUS_PER_NODE")
 [ -n "$dry_run" ] || [[ $(scontrol show node "$SLURMD_NODENAME") == *Gres=gpu* ]] || gpus=()
 node=(bash "$root/tools/slurm/node.sh")
 check=(srun --nodes=1 --ntasks=1 "${container[@]}" "${node[@]}" check "$config" "${overrides[@]}")
@@ -73,7 +87,7 @@ if [ -n "$dry_run" ]; then
   export FIRST_NODE=FIRST_NODE PORT=PORT
   echo "# $NODES nodes × $RANKS_PER_NODE ranks; on the first node, to check the configuration:"
   printf '%q ' "${check[@]}" && echo
-  [ "${DOCTOR:-1}" = 0 ] || { echo "# on every node, to examine them:" && printf '%q ' "${doctor[@]}" && echo; }
+  [ "$DOCTOR" = 0 ] || { echo "# on every node, to examine them:" && printf '%q ' "${doctor[@]}" && echo; }
   echo "# on every node:"
   printf '%q ' "${train[@]}" && echo
   DRY_RUN=1 "${node[@]}" train "$config" "${overrides[@]}"
@@ -93,7 +107,7 @@ rm -f "$run/stop" "$run/requeue"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$run/requeued"
 
 # Only a verdict ends the job. Where doctor itself fails, the ranks may still run, or say better why they cannot
-if [ "${DOCTOR:-1}" != 0 ] && ! "${doctor[@]}"; then
+if [ "$DOCTOR" != 0 ] && ! "${doctor[@]}"; then
   logs=$run/logs/$ATTEMPT
   if grep -q '"can_run": false' "$logs/doctor.json" 2>/dev/null; then
     echo "the job ends before its ranks start: see ✗ above, or $logs/doctor.json; DOCTOR=0 starts it all the same" >&2
