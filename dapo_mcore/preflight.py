@@ -37,11 +37,11 @@ def check_run(config: Config, processes: int | None = None) -> None:
     _check_feeder(config)
 
 
-def check_contents(config: Config) -> list[str]:
+def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     """Return what a run prints about its data, for up to 1,000 prompts per set. Raise the DapoError it would raise.
 
     Check what a run reads at its start: rows, headers of weight files, the reward function, the options of this machine's
-    SGLang, and the checkpoint that the run would resume from.
+    SGLang, and the checkpoint that the run would resume from. servers  False leaves SGLang out.
     """
     from dapo_mcore.architecture.families import architecture_name
     from dapo_mcore.checkpoint.stored import check_stored
@@ -56,7 +56,7 @@ def check_contents(config: Config) -> list[str]:
         open_stored(Path(config.model.path), hf_config)
     if config.reward.placement == "local":
         _load_reward(config)
-    if config.rollout.engine == "sglang":
+    if servers and config.rollout.engine == "sglang":
         _check_servers(config, architecture_name(hf_config))
     if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
@@ -70,14 +70,25 @@ def check_contents(config: Config) -> list[str]:
 def check_files_of(config: Config) -> None:
     """Raise a DapoError for named files that do not exist, and for contradictory variables of a launcher."""
     check_launcher(os.environ)
+    for check in FILE_CHECKS:
+        check(config)
+
+
+def _check_model_folder(config: Config) -> None:
     if not Path(config.model.path, "config.json").is_file():
         from dapo_mcore.model_files.hf_config import load_hf_config
 
         load_hf_config(config.model)  # raises an error that says what is wrong with the folder
+
+
+def _check_data_files(config: Config) -> None:
     for name, section in _data_sections(config).items():
         check_files(section.files, name)
     if config.warm_start is not None and resumed_checkpoint(config) is None:
         check_files(config.warm_start.files, "warm_start")
+
+
+def _check_other_files(config: Config) -> None:
     reward, sglang = config.reward, config.rollout.sglang
     file = reward.function.rpartition(":")[0]
     if file.endswith(".py") and reward.placement == "local" and not Path(file).is_file():
@@ -92,6 +103,10 @@ def check_files_of(config: Config) -> None:
         raise ConfigError(
             f"rollout.sglang.python {sglang.python} is not a program; name the Python of the environment with SGLang"
         )
+
+
+FILE_CHECKS = (_check_model_folder, _check_data_files, _check_other_files)
+"""Each raises the DapoError for the first file of its kind that does not exist."""
 
 
 def describe_run(config: Config) -> list[str]:

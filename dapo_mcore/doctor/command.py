@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +26,7 @@ from dapo_mcore.doctor.needs import Here, check_node, identity
 from dapo_mcore.doctor.nodes import check_meeting, merge
 from dapo_mcore.doctor.packages import ENGINE, check_packages, check_sglang
 from dapo_mcore.doctor.rank import describe_rank, this_node
-from dapo_mcore.doctor.report import Report, in_one_line, print_report, write_json
+from dapo_mcore.doctor.report import Report, check_json, in_one_line, print_report, write_json
 from dapo_mcore.doctor.run import check_config
 from dapo_mcore.errors import shortened
 from dapo_mcore.process.exit_status import record_failure
@@ -50,12 +50,15 @@ _LONGEST_ERROR = 300
 def run(file: Path | None, overrides: Sequence[str], json_file: Path | None) -> int:
     """Print the report and return the exit status: 0 if the configuration (or, without one, any) can run here, else 1.
 
-    Raise ConfigError if the configuration does not hold, or if the launcher's variables describe no job. In a job of several
+    Raise ConfigError if the configuration does not hold, or if the launcher's variables describe no job, and OutputError if
+    json_file cannot be written. In a job of several
     processes every rank must call this; rank 0 prints. Collectives: see meeting.meet.
     """
     config = load_config(file, overrides) if file is not None else None
     check_launcher(os.environ)
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if json_file is not None and rank == 0:
+        check_json(json_file)
     node = _examine(config, size) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     meeting, lost = _meet(node) if size > 1 else (Meeting(), [])
     if rank != 0 or node is None:
@@ -98,11 +101,13 @@ def _examine(config: Config | None, size: int) -> _Node:
     gpus = torch.facts.get("gpus", [])
     engine = installed.try_import(ENGINE) if installed.has("transformer_engine") else None
     here = _here(gpus, engine, installed.has("ray"), size)
+    sglang = _sglang(config, here)
+    here = replace(here, has_sglang=sglang.state is not State.WRONG)
     packages = check_packages(installed, torch, engine, on_gpu=bool(gpus))
     needed = ("Python", "torch", "megatron-core")
     can_check = not any(found.state is State.WRONG and found.name in needed for found in packages)
     groups = {
-        _PACKAGES: [*packages, _sglang(config)],
+        _PACKAGES: [*packages, sglang],
         _GPUS: check_devices(installed, torch, engine),
         _MACHINE: check_machine(_hosts(config, size), on_gpu=bool(gpus)),
         _RUN: check_node(config, here) if config is not None and can_check else [],
@@ -138,13 +143,14 @@ def _hosts(config: Config | None, size: int) -> list[str]:
     return hosts
 
 
-def _sglang(config: Config | None) -> Finding:
+def _sglang(config: Config | None, here: Here) -> Finding:
     from dapo_mcore.config.sglang import SGLangConfig
     from dapo_mcore.rollout.sglang.client.versions import check_version, parse_version
     from dapo_mcore.rollout.sglang.launch.interpreter import python_of, version_of
 
     python = python_of(config.rollout.sglang if config else SGLangConfig())
-    return check_sglang(python, version_of, lambda version: check_version(parse_version(version), python))
+    needed = config is not None and config.rollout.engine == "sglang" and bool(here.servers(config.rollout.sglang))
+    return check_sglang(python, version_of, lambda version: check_version(parse_version(version), python), needed)
 
 
 def _meet(node: _Node | None) -> tuple[Meeting, list[Finding]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.doctor.finding import Finding, hint, ok, outcome, refusal, wrong
+from dapo_mcore.doctor.finding import Finding, State, hint, ok, outcome, refusal, wrong
 from dapo_mcore.errors import ConfigError, DapoError
 
 _GIB, _MIB = 2**30, 2**20
@@ -26,6 +26,7 @@ class Here:
 
     num_gpus     GPUs that torch sees; gpu: the name of the first, "" without one
     has_engine   True if Transformer Engine can be imported; has_ray: True if Ray is installed
+    has_sglang   False if servers start here, but SGLang is missing or not supported
     processes    of the whole job, None if no launcher says; local_ranks: of them on this node
     node         the node's number in the job; rank 0 runs on node 0
     memory       bytes that processes here may use together: what is available, within the cgroup's limit
@@ -39,6 +40,7 @@ class Here:
     node: int = 0
     gpu: str = ""
     memory: int = 2**62
+    has_sglang: bool = True
 
     @property
     def num_nodes(self) -> int | None:
@@ -60,11 +62,10 @@ def check_node(config: Config, here: Here) -> list[Finding]:
     except DapoError as error:
         # on node 0 the run's own check says it, see run.check_start
         return [refusal("model", error)] if here.node else []
-    findings = [
-        *check_folder("output_dir", config.run_dir),
-        check_checkpoint_space(config, values, free_space(config.run_dir)),
-        *check_host_memory(config, here),
-    ]
+    output = check_folder("output_dir", config.run_dir, made=2)
+    if not any(found.state is State.WRONG for found in output):
+        output.append(check_checkpoint_space(config, values, free_space(config.run_dir)))
+    findings = [*output, *check_host_memory(config, here)]
     return findings + (check_servers(config, here, values) if config.rollout.engine == "sglang" else [])
 
 
@@ -108,13 +109,25 @@ def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:
     return ok("checkpoint space", f"{size_of(free)} free in {folder} for {shown}")
 
 
-def check_folder(key: str, folder: Path) -> list[Finding]:
-    """Return whether the folder can be made, or written into."""
+def check_folder(key: str, folder: Path, made: int = 1) -> list[Finding]:
+    """Return whether the folder can be made, or written into.
+
+    made  how many of its last parts a first run makes; where more are missing, a file system may not be mounted
+    """
     place = _existing(folder)
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
-        return []
+        missing = len(folder.absolute().parts) - len(place.parts)
+        return [_far_from(place, key, folder)] if missing > made else []
     what = "cannot be written" if place.is_dir() else "is a file"
     return [wrong(key, f"{place} {what}", f"choose another {key}, or give yourself the right to write there")]
+
+
+def _far_from(place: Path, key: str, folder: Path) -> Finding:
+    return hint(
+        key,
+        f"{folder} does not exist; it would be made in {place} ({size_of(free_space(place))} free)",
+        "mount its file system, or correct the path, unless this is meant",
+    )
 
 
 def identity(folder: Path) -> str:
@@ -215,10 +228,8 @@ def check_sync_space(config: Config, values: int) -> list[Finding]:
     free = free_space(folder)
     if free < needed:
         return [wrong("sync space", f"{folder} has {size_of(free)} free, but {what}", remedy)]
-    return [
-        *check_folder("rollout.sglang.sync_dir", folder),
-        ok("sync space", f"{size_of(free)} free in {folder}; {what}"),
-    ]
+    found = check_folder("rollout.sglang.sync_dir", folder)
+    return found or [ok("sync space", f"{size_of(free)} free in {folder}; {what}")]
 
 
 def check_server_gpus(settings: SGLangConfig, here: Here) -> Finding:

@@ -212,19 +212,24 @@ def check_strangers(installed: Installed) -> list[Finding]:
     return findings
 
 
-def check_sglang(python: str, ask: Callable[[str], str | None], check: Callable[[str], None]) -> Finding:
+def check_sglang(
+    python: str, ask: Callable[[str], str | None], check: Callable[[str], None], needed: bool = False
+) -> Finding:
     """Return whether the interpreter that starts servers has a supported SGLang.
 
     ask    returns an interpreter's SGLang version, None if it has none; raises ConfigError if it cannot be asked.
     check  raises ConfigError for a version that is not supported, ValueError for a text that is no version.
-    A configuration that needs servers is refused by its own check, see run.check_start.
+    needed  True if the run starts servers here, and so cannot start without it
     """
     remedy = "give the interpreter of an environment that has it as rollout.sglang.python"
     try:
         version = ask(python)
         if version is None:
+            if needed:
+                return wrong("SGLang", f"not in {python}, but the run starts servers with it", remedy)
             return fallback("SGLang", f"not in {python}: only rollout.engine embedded or servers at urls", remedy)
         check(version)
     except (ConfigError, ValueError) as error:
-        return hint("SGLang", str(error), "pip install 'dapo_mcore[sglang]' in an environment of its own")
+        state = wrong if needed else hint
+        return state("SGLang", str(error), "pip install 'dapo_mcore[sglang]' in an environment of its own")
     return ok("SGLang", f"{version} in {python}")

@@ -72,6 +72,21 @@ def in_one_line(found: Finding) -> str:
     return f"{found.name}: {found.detail}{f'; {found.remedy}' if found.remedy else ''}"
 
 
+def check_json(path: Path) -> None:
+    """Raise OutputError if the file cannot be written. What is there stays."""
+    existed = path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not existed:
+        path.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"--json {path}: {error.strerror}; name a file in a folder that can be written")
+
+
 def write_json(report: Report, path: Path) -> None:
     """Write {"config", "can_run", "findings": [{"group", "name", "state", "detail", "remedy"}], …facts}."""
     findings = [
@@ -83,4 +98,4 @@ def write_json(report: Report, path: Path) -> None:
     try:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"--json {path}: {error.strerror}; name a file in a folder that can be written") from error
+        raise _unwritable(path, error) from error

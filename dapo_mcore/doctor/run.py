@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ def check_config(config: Config, here: Here, addresses: Sequence[str] = ()) -> l
     addresses  of the job's nodes, as they reach each other; none without a launcher
     """
     findings = [
-        *check_start(config, here.processes),
+        *check_start(config, here),
         *check_extensions(config, here),
         *check_private_files(config.run_dir),
     ]
@@ -34,14 +35,18 @@ def check_config(config: Config, here: Here, addresses: Sequence[str] = ()) -> l
     return findings
 
 
-def check_start(config: Config, processes: int | None) -> list[Finding]:
+def check_start(config: Config, here: Here) -> list[Finding]:
     """Return whether a run of this configuration would start, or the first error of each part with which it would end."""
-    from dapo_mcore.preflight import check_contents, check_run
+    from dapo_mcore.preflight import FILE_CHECKS, check_contents, check_run
 
-    start = outcome("start", "files, model and parallel layout fit", lambda: check_run(config, processes))
+    files = [outcome("start", "", partial(check, config)) for check in FILE_CHECKS]
+    if missing := [found for found in files if found.state is State.WRONG]:
+        return missing
+    start = outcome("start", "files, model and parallel layout fit", lambda: check_run(config, here.processes))
     if start.state is State.WRONG:
         return [start]  # the rest reads these files
-    return [start, outcome("data", "rows, weights, reward and servers' options fit", lambda: check_contents(config))]
+    contents = partial(check_contents, config, servers=here.has_sglang)
+    return [start, outcome("data", "rows, weights, reward and servers' options fit", contents)]
 
 
 def check_extensions(config: Config, here: Here) -> list[Finding]:

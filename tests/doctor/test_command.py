@@ -11,6 +11,7 @@ import torch
 from dapo_mcore.cli import main
 from dapo_mcore.doctor import command
 from dapo_mcore.doctor.installed import Import, Installed
+from dapo_mcore.rollout.sglang.launch import interpreter
 
 CONFIG = """\
 model: {{path: {model}, init: random}}
@@ -82,6 +83,35 @@ def test_a_configuration_that_does_not_hold_ends_with_status_2_and_torchrun_gets
     assert main(["doctor", str(config), "algo.clip_hi=1"]) == 2
     assert "did you mean 'algo.clip_high'" in capsys.readouterr().err
     assert "algo.clip_high" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_examination(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine(*given: object) -> None:
+        raise AssertionError("the nodes are examined")
+
+    monkeypatch.setattr(command, "_examine", examine)
+    assert main(["doctor", str(config), "--json", str(tmp_path / "no" / "doctor.json")]) == 2
+    assert "doctor.json: No such file or directory; name a file in a folder" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="examined"):
+        main(["doctor", str(config), "--json", str(tmp_path / "doctor.json")])
+    assert not (tmp_path / "doctor.json").exists()
+
+
+def test_a_configuration_whose_servers_lack_sglang_cannot_run_whatever_else_is_missing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interpreter, "version_of", lambda python: None)
+    (tmp_path / "train.jsonl").unlink()
+    words = ["doctor", str(config), "rollout.engine=sglang", "rollout.sglang.device=cpu"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "train.jsonl" in out and "but the run starts servers with it" in out
+    assert out.rstrip().endswith(f"✗ {config} cannot run here, for 2 reasons.")
+    monkeypatch.setattr(command, "this_environment", _without_megatron)
+    assert main([*words, "rollout.sglang.urls=[http://127.0.0.1:1]"]) == 1
+    assert "only rollout.engine embedded or servers at urls" in capsys.readouterr().out
 
 
 def test_a_rank_that_cannot_meet_the_others_says_so(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,10 @@ def test_servers_need_open_files_for_their_requests() -> None:
     assert needs.check_connections(settings, 4, 1024, 65536).state is State.OK
     found = needs.check_connections(settings, 4, 1024, 4096)
     assert found.state is State.WRONG
+    assert (
+        "4032 connections (rollout.sglang.max_in_flight and 8 more per server) and 256 other files need 4288"
+        in found.detail
+    )
     assert "may open 4096" in found.detail
     assert "lower rollout.sglang.max_in_flight" in found.remedy
 
@@ -109,9 +113,34 @@ def test_servers_need_gpus_beside_those_of_the_ranks(
 
 def test_folders_that_cannot_be_made_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert needs.check_folder("output_dir", tmp_path / "runs" / "a") == []
+    assert needs.check_folder("output_dir", tmp_path / "runs" / "a", made=2) == []
     (found,) = needs.check_folder("output_dir", tmp_path / "file" / "a")
     assert (found.detail, "choose another output_dir" in found.remedy) == (f"{tmp_path}/file is a file", True)
+
+
+def test_a_file_in_place_of_output_dir_is_one_finding(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "runs").touch()
+    (found,) = needs.check_node(written(tmp_path, model_folder), CPU)
+    assert (found.name, found.state, found.detail) == ("output_dir", State.WRONG, f"{tmp_path}/runs is a file")
+
+
+def test_a_folder_far_from_all_that_exists_may_be_on_a_file_system_that_is_not_mounted(
+    tmp_path: Path, model_folder: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(needs, "free_space", lambda folder: 58 * GIB)
+    disk = ["rollout.engine=sglang", "rollout.sglang.sync=disk"]
+    config = written(tmp_path, model_folder, *disk, f"rollout.sglang.sync_dir={tmp_path}/lustre/sync")
+    (found,) = needs.check_sync_space(config, VALUES)
+    assert (found.state, found.detail) == (
+        State.HINT,
+        f"{tmp_path}/lustre/sync does not exist; it would be made in {tmp_path} (58.0 GiB free)",
+    )
+    near = written(tmp_path, model_folder, *disk, f"rollout.sglang.sync_dir={tmp_path}/sync")
+    assert [found.state for found in needs.check_sync_space(near, VALUES)] == [State.OK]
+    assert "output_dir" not in [found.name for found in needs.check_node(near, CPU)], "runs/NAME is made by a first run"
+    typo = written(tmp_path, model_folder, f"output_dir={tmp_path}/scrtach/runs")
+    found, space = needs.check_node(typo, CPU)
+    assert (found.name, found.state, space.name) == ("output_dir", State.HINT, "checkpoint space")
 
 
 def test_a_folder_has_the_same_identity_for_all_that_share_it(tmp_path: Path) -> None:

@@ -127,9 +127,14 @@ def test_sglang_is_asked_in_its_own_environment() -> None:
         if version != "0.5.21":
             raise ConfigError(f"SGLang {version} is too old")
 
-    def found(version: str | None):
-        return packages.check_sglang("/sglang/bin/python", lambda python: version, refuse)
+    def found(version: str | None, needed: bool = False):
+        return packages.check_sglang("/sglang/bin/python", lambda python: version, refuse, needed)
 
     assert (found("0.5.21").state, found("0.5.21").detail) == (State.OK, "0.5.21 in /sglang/bin/python")
     assert (found(None).state, "rollout.sglang.python" in found(None).remedy) == (State.FALLBACK, True)
     assert (found("0.5.10").state, found("0.5.10").detail) == (State.HINT, "SGLang 0.5.10 is too old")
+    assert [found(version, needed=True).state for version in ("0.5.21", None, "0.5.10")] == [
+        State.OK,
+        State.WRONG,
+        State.WRONG,
+    ]

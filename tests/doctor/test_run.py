@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from dapo_mcore.doctor import run
 from dapo_mcore.doctor.finding import Finding, State
 from dapo_mcore.doctor.needs import Here
+from dapo_mcore.errors import ConfigError
+from dapo_mcore.rollout.sglang.launch import interpreter
 from dapo_mcore.rollout.sglang.sync import disk
 from tests.doctor.environments import CPU, NODE, written
 
@@ -34,6 +37,27 @@ def test_what_a_run_refuses_at_its_start_is_a_reason_with_the_runs_own_remedy(
     (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n')
     found = wrong(run.check_config(written(tmp_path, model_folder, "data.answer_key=truth"), CPU))
     assert list(found) == ["data"]
+
+
+def test_all_missing_files_are_named_at_once(tmp_path: Path, model_folder: Path) -> None:
+    config = written(tmp_path, tmp_path / "no-model", "reward.function=no-reward.py:score")
+    (tmp_path / "train.jsonl").unlink()
+    found = run.check_config(config, CPU)
+    assert [(f.name, f.state) for f in found] == [("start", State.WRONG)] * 3
+    for finding, file in zip(found, ("no-model", "train.jsonl", "no-reward.py"), strict=True):
+        assert file in finding.detail
+
+
+def test_sglang_that_is_missing_is_not_said_again_with_the_data(
+    tmp_path: Path, model_folder: Path, monkeypatch
+) -> None:
+    def missing(*given: object, **more: object) -> None:
+        raise ConfigError("no SGLang; install it")
+
+    monkeypatch.setattr(interpreter, "inspect_environment", missing)
+    config = written(tmp_path, model_folder, "rollout.engine=sglang", "rollout.sglang.device=cpu")
+    assert [found.detail for found in wrong(run.check_start(config, CPU)).values()] == ["no SGLang"]
+    assert wrong(run.check_start(config, replace(CPU, has_sglang=False))) == {}
 
 
 def test_keys_that_need_transformer_engine_are_named_without_it(tmp_path: Path, model_folder: Path) -> None:

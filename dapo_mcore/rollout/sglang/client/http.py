@@ -147,8 +147,8 @@ def open_file_limit(num_connections: int, soft: int, hard: int) -> int:
         return soft
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"{num_connections} requests in flight need {needed} open files, but this process may open {hard} "
-            "(ulimit -Hn); lower rollout.sglang.max_in_flight or raise the limit"
+            f"{num_connections} connections (rollout.sglang.max_in_flight and 8 more per server) and {_NUM_SPARE_FILES} other "
+            f"files need {needed} open files, but this process may open {hard} (ulimit -Hn); lower rollout.sglang.max_in_flight or raise the limit"
         )
     return needed
 
