@@ -12,6 +12,7 @@ from dapo_mcore.cli import main
 from dapo_mcore.doctor import command
 from dapo_mcore.doctor.installed import Import, Installed
 from dapo_mcore.rollout.sglang.launch import interpreter
+from tests.doctor.environments import environment, torch_with
 
 CONFIG = """\
 model: {{path: {model}, init: random}}
@@ -103,13 +104,14 @@ def test_a_configuration_whose_servers_lack_sglang_cannot_run_whatever_else_is_m
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(interpreter, "version_of", lambda python: None)
+    whole = environment({"torch": "2.11.0", "megatron-core": "0.16.1"}, imports={"torch": torch_with()})
+    monkeypatch.setattr(command, "this_environment", lambda: whole)
     (tmp_path / "train.jsonl").unlink()
     words = ["doctor", str(config), "rollout.engine=sglang", "rollout.sglang.device=cpu"]
     assert main(words) == 1
     out = capsys.readouterr().out
     assert "train.jsonl" in out and "but the run starts servers with it" in out
     assert out.rstrip().endswith(f"✗ {config} cannot run here, for 2 reasons.")
-    monkeypatch.setattr(command, "this_environment", _without_megatron)
     assert main([*words, "rollout.sglang.urls=[http://127.0.0.1:1]"]) == 1
     assert "only rollout.engine embedded or servers at urls" in capsys.readouterr().out
 
