@@ -38,7 +38,6 @@ for argument in "${@:2}"; do
       ;;
   esac
 done
-
 config=${config:-$1}
 
 [ -n "$dry_run" ] || [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no Slurm job: start it with sbatch, or add --dry-run"
@@ -53,7 +52,7 @@ done
 [[ $DOCTOR =~ ^[01]$ ]] || refuse "DOCTOR is $DOCTOR; it must be 1 (examine the nodes) or 0"
 [ -z "$MOUNTS" ] || [ -n "$CONTAINER" ] || refuse "MOUNTS is $MOUNTS, but only a container has mounts; set CONTAINER, or unset MOUNTS"
 [[ ! $CONTAINER =~ ^[./] ]] || [ -e "$CONTAINER" ] || refuse "CONTAINER is $CONTAINER, which does not exist; correct the path"
-export RANKS_PER_NODE NODES SAVE_SECONDS JOIN_SECONDS CONTAINER
+export RANKS_PER_NODE NODES SAVE_SECONDS JOIN_SECONDS
 export VENV=${VENV:-$root/.venv} ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
 mounts=$root:$root container=()
 [ "$PWD" = "$root" ] || mounts+=,$PWD:$PWD
