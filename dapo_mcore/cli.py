@@ -105,9 +105,12 @@ def _dry_run(config: Config, processes: int | None) -> list[str]:
 
 def _check_layout(config: Config, processes: int) -> None:
     from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size
+    from dapo_mcore.rollout.sglang.launch.servers import check_shared_gpus
 
     data_parallel_size(config.parallel, processes)
     expert_data_parallel_size(config.parallel, processes)
+    if config.rollout.engine == "sglang":
+        check_shared_gpus(config.rollout.sglang, processes)
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -173,6 +173,7 @@ def _check_model(config: Config, processes: int | None) -> None:
     )
     from dapo_mcore.architecture.reader import read_architecture
     from dapo_mcore.model_files.hf_config import load_hf_config
+    from dapo_mcore.rollout.sglang.launch.servers import check_heads, check_shared_gpus
 
     architecture = read_architecture(load_hf_config(config.model), config.longest_sequence)
     check_mesh(architecture, config.parallel)
@@ -184,6 +185,10 @@ def _check_model(config: Config, processes: int | None) -> None:
     check_fp8(architecture, config.model, config.parallel, engine=engine)
     check_recompute(architecture, config.model, engine=engine)
     check_routing(architecture, config.model, config.megatron)
+    if config.rollout.engine == "sglang":
+        check_heads(config.rollout.sglang, architecture.fields["num_attention_heads"])
+        if processes is not None:
+            check_shared_gpus(config.rollout.sglang, processes)
 
 
 def _check_feeder(config: Config) -> None:

@@ -40,12 +40,24 @@ def test_overrides_may_follow_an_option(config: Path, capsys: pytest.CaptureFixt
     assert "unrecognized arguments: --procesess" in capsys.readouterr().err
 
 
+SHARED_SERVERS = (
+    "rollout.engine=sglang",
+    "rollout.sglang.num_servers=5",
+    "rollout.sglang.colocated=true",
+    "rollout.sglang.sync=tensor",
+)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (
             ["config", "CONFIG", "--only-values", "--processes=6", "parallel.tensor_parallel=4"],
             "world size 6 is not a multiple of tensor_parallel 4",
+        ),
+        (
+            ["config", "CONFIG", "--only-values", "--processes=4", *SHARED_SERVERS],
+            "num_servers 5 × tensor_parallel 1 = 5 GPUs, but the trainer has 4 to share",
         ),
         (["config", "CONFIG", "algo.clip_hi=1"], "did you mean 'algo.clip_high'"),
         (["config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),

@@ -93,17 +93,17 @@ def _checked_template(template: str) -> str:
     return template
 
 
-def _checked_resume(value: int | str) -> int | str:
-    if isinstance(value, str) and value not in ("auto", "never"):
-        if value.isdecimal():
-            return int(value)
-        if "/" not in value:
-            raise ValueError(
-                f"this is auto, never, the number of a rollout step, or the path of a checkpoint's folder with a '/' in it, "
-                f"not {value!r}"
-            )
+def _checked_resume(value: Any) -> Any:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    is_step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if is_step or value in ("auto", "never"):
+        return value
+    if isinstance(value, str) and "/" in value:
         return _expanded(value)
-    return value
+    raise ValueError(
+        f"this is auto, never, the number of a rollout step, or the path of a checkpoint's folder with a '/' in it, not {value!r}"
+    )
 
 
 def _listed(value: Any) -> Any:
@@ -116,7 +116,7 @@ FilePath = Annotated[str, AfterValidator(_expanded)]
 """A file or folder; `~`, `$NAME` and `${NAME}` are replaced."""
 FilePaths = Annotated[list[FilePath], Field(min_length=1), BeforeValidator(_listed)]
 """One path or several."""
-ResumeChoice = Annotated[Annotated[int, Field(ge=0)] | str, AfterValidator(_checked_resume)]
+ResumeChoice = Annotated[int | str, BeforeValidator(_checked_resume)]
 """`auto`, `never`, a rollout step, or the folder of a checkpoint."""
 Text = Annotated[str, Prose]
 AnswerPattern = Annotated[Text, AfterValidator(_checked_pattern)]

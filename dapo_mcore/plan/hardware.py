@@ -56,14 +56,14 @@ class Assumptions:
     """What part of a GPU's peak a run gets, and what a configuration does not say about its data."""
 
     mean_response_tokens: float = _figure(
-        0, "tokens", "guess", "mean response before the cut; unless given, 35 % of max_response_tokens", least=0
+        0, "tokens", "guess", "mean response before the cut; unless given, 35 % of max_response_tokens", least=1
     )
     response_spread: float = _figure(
         0.9, "", "guess", "sigma of log-normal response lengths, cut at the limit", least=0, most=3
     )
     mean_prompt_tokens: float = _figure(150, "tokens", "guess", "mean prompt", least=1)
     kept_ratio: float = _figure(
-        0, "share", "config", "groups that vary; unless given, train_batch_prompts / gen_batch_prompts"
+        0, "share", "config", "groups that vary; unless given, train_batch_prompts / gen_batch_prompts", least=0.001
     )
 
     copy_efficiency: float = _figure(0.90, "of hbm_gbs", "measured", "a device copy, 3,000 GB/s")

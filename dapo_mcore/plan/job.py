@@ -26,6 +26,7 @@ from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.plan.hardware import GPUS, Assumptions, Gpu
+from dapo_mcore.rollout.sglang.launch.servers import check_heads, check_node_gpus, check_shared_gpus
 
 _FIRST, _LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 _UNREAD = (
@@ -164,12 +165,9 @@ def place(
         )
     job = Job(config, architecture, shape, flops, cluster, assume, num_train, servers, nodes)
     _ = (job.data, job.expert_data, job.stages)  # their errors
-    if shared > num_train:
-        sglang = config.rollout.sglang
-        raise ConfigError(
-            f"rollout.sglang.num_servers {sglang.num_servers} × tensor_parallel {sglang.tensor_parallel} = {shared} GPUs, but the "
-            f"trainer has {num_train} to share (rollout.sglang.colocated); lower either, or give more --nodes"
-        )
+    if config.rollout.engine == "sglang":
+        check_shared_gpus(config.rollout.sglang, num_train)
+        check_node_gpus(config.rollout.sglang, per_node)
     return job
 
 
@@ -200,6 +198,8 @@ def _check_model(architecture: Architecture, config: Config) -> None:
     check_fp8_model(architecture, config.model, config.parallel)
     check_recompute(architecture, config.model, engine=config.model.transformer_impl != "local")
     check_routing(architecture, config.model, config.megatron)
+    if config.rollout.engine == "sglang":
+        check_heads(config.rollout.sglang, architecture.fields["num_attention_heads"])
 
 
 def _layers_of_chunks(config: Config, num_layers: int) -> list[int]:

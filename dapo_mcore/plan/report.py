@@ -171,7 +171,7 @@ def _seconds(seconds: float) -> str:
 
 def _problems(problems: Sequence[Problem]) -> Iterator[str]:
     if not problems:
-        yield "Everything fits."
+        yield "Everything fits into memory."
         return
     yield "What does not fit"
     for problem in problems:

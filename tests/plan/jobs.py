@@ -22,7 +22,7 @@ PAPER: dict[str, Any] = {
     "parallel": {"tensor_parallel": 8, "pipeline_parallel": 2, "sequence_parallel": True},
     "rollout": {
         "engine": "sglang",
-        "sglang": {"colocated": True, "num_servers": 32, "tensor_parallel": 4},
+        "sglang": {"colocated": True, "num_servers": 32, "tensor_parallel": 4, "placement": "nodes", "host": "node"},
     },
 }
 """DAPO on Qwen2.5-32B as in examples/dapo_32b.yaml, with servers on the trainer's GPUs."""

@@ -27,7 +27,7 @@ def test_a_run_that_fits_and_one_that_does_not(
     assert main(["plan", *paper, *options]) == 0
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["fits"] and told["batch"]["groups_generated"] == 1024
-    assert "Everything fits." in capsys.readouterr().out
+    assert "Everything fits into memory." in capsys.readouterr().out
     embedded = ["rollout.engine=embedded", "rollout.sglang={}"]
     assert main(["plan", *paper, *embedded, "--gpu", "H100"]) == 1
     assert "most of it is embedded engine" in capsys.readouterr().out

@@ -52,6 +52,18 @@ def test_the_vocabulary_is_padded_for_the_mesh() -> None:
         ({"parallel__data_parallel": 4}, "world size 128 is not tensor_parallel 8"),
         (BESIDE, "num_servers 32 × tensor_parallel 4 = 128 GPUs leave none of 128 for training"),
         ({"nodes": 8}, "num_servers 32 × tensor_parallel 4 = 128 GPUs, but the trainer has 64 to share"),
+        (
+            {"rollout__sglang__placement": "local", "rollout__sglang__host": "127.0.0.1"},
+            "= 128 GPUs, but placement local starts all servers on rank 0's node, which has 8",
+        ),
+        (
+            {"rollout__sglang__tensor_parallel": 10, "rollout__sglang__num_servers": 8},
+            "tensor_parallel 10: a server is on one node, which has 8 GPUs",
+        ),
+        (
+            {"rollout__sglang__tensor_parallel": 3, "rollout__sglang__num_servers": 8},
+            "tensor_parallel 3 does not divide the model's 40 attention heads",
+        ),
         ({"model__moe_aux_loss_coef": 0.01}, "model.moe_aux_loss_coef 0.01 would change nothing"),
         ({"megatron": {"account_for_loss_in_pipeline_split": True}}, "plan does not read megatron.account_for_loss"),
         ({"megatron": {"num_layers_in_first_pipeline_stage": 64}}, "leave 0 of 64 layers for 1 stages"),

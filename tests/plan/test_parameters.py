@@ -53,7 +53,7 @@ def test_an_uneven_pipeline_is_not_averaged() -> None:
     counts = job(
         nodes=3,
         gpus_per_node=1,
-        rollout__sglang={"colocated": True, "num_servers": 3},
+        rollout__sglang={"colocated": True, "num_servers": 3, "placement": "nodes", "host": "node"},
         parallel__tensor_parallel=1,
         parallel__pipeline_parallel=3,
         parallel__sequence_parallel=False,

@@ -38,11 +38,8 @@ def test_the_embedded_engine_of_a_large_model_is_replaced_by_servers() -> None:
 
 
 def test_a_server_without_room_for_its_cache() -> None:
-    (found,) = problems(
-        make_plan(
-            job(rollout__sglang={"colocated": True, "num_servers": 128, "server_args": {"mem-fraction-static": 0.8}})
-        )
-    )
+    servers = {"num_servers": 128, "tensor_parallel": 1, "server_args": {"mem-fraction-static": 0.8}}
+    (found,) = problems(make_plan(job(**{f"rollout__sglang__{key}": value for key, value in servers.items()})))
     assert found.where.startswith("generate")
     assert found.culprit == "servers' weights; the KV cache holds 9,554 of the 22,528 tokens of one longest sequence"
     weights, cache = 2 * 32_763_876_352, 22528 * 64 * 2 * 2 * 8 * 128

@@ -24,7 +24,7 @@ def test_the_screen_has_80_or_100_columns_and_every_section() -> None:
             "Suggestions",
         ):
             assert words in text
-        assert ("Everything fits." in text) == plan.fits and ("What does not fit" in text) != plan.fits
+        assert ("Everything fits into memory." in text) == plan.fits and ("What does not fit" in text) != plan.fits
         assert "yours: kept_ratio 0.333333" in text and "guessed: mean_response_tokens 7168" in text
 
 

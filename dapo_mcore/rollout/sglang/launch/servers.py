@@ -244,6 +244,44 @@ def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) 
         )
 
 
+def check_shared_gpus(settings: SGLangConfig, num_ranks: int) -> None:
+    """Raise ConfigError if servers share the GPUs of `num_ranks` trainer processes, one each, but need more."""
+    needed = settings.num_servers * settings.tensor_parallel
+    if settings.colocated and settings.device == "cuda" and needed > num_ranks:
+        raise ConfigError(
+            f"rollout.sglang.num_servers {settings.num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} GPUs, but "
+            f"the trainer has {num_ranks} to share (rollout.sglang.colocated); lower either, or start more processes"
+        )
+
+
+def check_node_gpus(settings: SGLangConfig, per_node: int) -> None:
+    """Raise ConfigError if nodes of `per_node` GPUs cannot hold the servers where rollout.sglang.placement starts them."""
+    needed = settings.num_servers * settings.tensor_parallel
+    if settings.device == "cpu" or settings.urls:
+        return
+    if settings.tensor_parallel > per_node:
+        raise ConfigError(
+            f"rollout.sglang.tensor_parallel {settings.tensor_parallel}: a server is on one node, which has {per_node} GPUs; set it "
+            f"at most {per_node}"
+        )
+    if settings.placement == "local" and needed > per_node:
+        raise ConfigError(
+            f"rollout.sglang.num_servers {settings.num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} GPUs, but "
+            f"placement local starts all servers on rank 0's node, which has {per_node}; set placement nodes and host node"
+        )
+
+
+def check_heads(settings: SGLangConfig, num_heads: int) -> None:
+    """Raise ConfigError if SGLang cannot divide the model's attention heads over the GPUs of a server."""
+    size = settings.tensor_parallel
+    if num_heads % size and not settings.urls:
+        fitting = [number for number in range(1, size) if num_heads % number == 0]
+        raise ConfigError(
+            f"rollout.sglang.tensor_parallel {size} does not divide the model's {num_heads} attention heads; set it "
+            f"{fitting[-1]}, or another divisor"
+        )
+
+
 def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socket:
     """Bind the port of server `number` on this machine, base_port + number or a free one. It is ours until it is closed.
 

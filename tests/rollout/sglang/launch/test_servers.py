@@ -86,6 +86,28 @@ def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
         servers.check_devices(SGLangConfig(tensor_parallel=4), num_servers=1, first_gpu=6)
 
 
+def test_servers_that_a_job_cannot_hold_are_refused():
+    shared = SGLangConfig(num_servers=8, tensor_parallel=2, colocated=True, sync="tensor")
+    servers.check_shared_gpus(shared, num_ranks=16)
+    with pytest.raises(ConfigError, match=r"8 × tensor_parallel 2 = 16 GPUs, but the trainer has 15 to share"):
+        servers.check_shared_gpus(shared, num_ranks=15)
+    with pytest.raises(ConfigError, match=r"= 16 GPUs, but placement local .* which has 8; set placement nodes"):
+        servers.check_node_gpus(shared, per_node=8)
+    nodes = shared.model_copy(update={"placement": "nodes", "host": "node"})
+    servers.check_node_gpus(nodes, per_node=2)
+    with pytest.raises(ConfigError, match=r"tensor_parallel 2: a server is on one node, which has 1 GPUs"):
+        servers.check_node_gpus(nodes, per_node=1)
+    servers.check_shared_gpus(shared.model_copy(update={"device": "cpu"}), num_ranks=1)
+
+
+def test_a_server_divides_the_attention_heads():
+    servers.check_heads(SGLangConfig(tensor_parallel=4), num_heads=40)
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel 3 does not divide the model's 40 attention heads; set it 2, or"
+    ):
+        servers.check_heads(SGLangConfig(tensor_parallel=3), num_heads=40)
+
+
 def test_the_error_of_a_server_that_ends_at_start_has_its_last_words(tmp_path):
     script = fake_python(tmp_path)
     fails = """if [ "$2" = -m ]; then echo "no such flag" >&2; exit 1; fi\n"""
