@@ -83,7 +83,7 @@ OVERRIDES = {
     "algo=3": "algo is a section, not a value (got 3); set its keys (clip_low, clip_high, dual_clip, ",
     "optimizer=": "optimizer is a section, not a value (got None); set its keys (lr, min_lr, ",
     "eval.sets.a=3": "on_bad_row, deduplicate, shuffle, limit) as eval.sets.a.files=…",
-    "rollout.sglang=x": "max_in_flight and 14 more) as rollout.sglang.urls=…",
+    "rollout.sglang=x": " more) as rollout.sglang.urls=…",
     "warm_start=3": "batch_size, max_updates, lr, warmup_updates, weight_decay, stop_at, check_every, choose) as "
     "warm_start.files=…, or null to turn it off",
     "eval.sets=3": "eval.sets is a section, not a value (got 3); set names in it as eval.sets.NAME=…, or {} for none",

@@ -64,7 +64,7 @@ def test_the_dry_run_of_16_nodes_shows_every_command_and_the_configuration() -> 
     assert sum(line.startswith("srun") and "optimizer.lr=2e-6" in line for line in lines) == 3
     assert any("--nodes=16 --ntasks=16 --ntasks-per-node=1" in line and "--gres=gpu:8" in line for line in lines)
     assert "  lr: 2.0e-06" in lines and "name: dapo_32b" in lines
-    lines = dry_run("--nodes=2", "parallel.data_parallel=1", DOCTOR="0")
+    lines = dry_run("--nodes=2", "parallel.data_parallel=1", "rollout.sglang.num_servers=4", DOCTOR="0")
     assert any("--nnodes 2 " in line for line in lines)
     assert sum(line.startswith("srun") for line in lines) == 2
 
