@@ -154,7 +154,7 @@ def test_a_node_that_cannot_resolve_the_first_one_says_so_before_its_ranks_start
 def test_a_name_with_blanks_and_signs_stays_one_word() -> None:
     lines = dry_run("/data/lr=1/my runs.yaml", VENV="/nowhere", PATH="/usr/bin:/bin")
     assert sum(r"/data/lr=1/my\ runs.yaml" in line for line in lines) == 4
-    assert lines[-1] == "# not shown: there is no python with dapo_mcore here"
+    assert lines[-1] == "# not shown: there is no python with dapo_mcore and torch here"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

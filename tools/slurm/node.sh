@@ -11,9 +11,10 @@ action=$1
 shift
 # shellcheck disable=SC1091
 [ -n "${CONTAINER:-}" ] || [ ! -e "$VENV/bin/activate" ] || . "$VENV/bin/activate"
-if [ -z "${DRY_RUN:-}" ] && ! python -c 'import dapo_mcore' 2>/dev/null; then
-  [ "$action" != show ] || { echo "# not shown: there is no python with dapo_mcore here" && exit; }
-  echo "no python with dapo_mcore on $(hostname): set VENV (now $VENV), or CONTAINER" >&2
+# in the checkout's folder any python imports the package, also one without what it needs
+if [ -z "${DRY_RUN:-}" ] && ! python -c 'import dapo_mcore, importlib.util as util; exit(util.find_spec("torch") is None)' 2>/dev/null; then
+  [ "$action" != show ] || { echo "# not shown: there is no python with dapo_mcore and torch here" && exit; }
+  echo "no python with dapo_mcore and torch on $(hostname): set VENV (now $VENV), or CONTAINER" >&2
   exit 2
 fi
 config=(python -m dapo_mcore.cli config "$@")
