@@ -108,6 +108,16 @@ class SGLangConfig(Section):
     sync_timeout_s: Seconds = 600.0
     """Limit of each step of a sync on each server."""
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all servers together."""
+        return self.num_servers * self.tensor_parallel
+
+    @property
+    def connections_per_server(self) -> int:
+        """Connections that requests and other calls to one server may need at once."""
+        return self.max_in_flight + 8
+
     @model_validator(mode="before")
     @classmethod
     def _count_urls(cls, values: Any) -> Any:

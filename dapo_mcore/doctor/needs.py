@@ -207,7 +207,7 @@ def check_connections(settings: SGLangConfig, num_servers: int, soft: int, hard:
     """
     from dapo_mcore.rollout.sglang.client.http import open_file_limit
 
-    connections = num_servers * (settings.max_in_flight + 8)
+    connections = num_servers * settings.connections_per_server
     detail = f"open files are enough for {num_servers} × rollout.sglang.max_in_flight {settings.max_in_flight}"
     return outcome("connections", detail, lambda: open_file_limit(connections, soft, hard))
 

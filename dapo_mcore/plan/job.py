@@ -184,7 +184,7 @@ def shared_gpus(config: Config) -> int:
 def _all_server_gpus(config: Config) -> int:
     servers = config.rollout.sglang
     on_gpus = config.rollout.engine == "sglang" and servers.device == "cuda"
-    return servers.num_servers * servers.tensor_parallel if on_gpus else 0
+    return servers.num_gpus if on_gpus else 0
 
 
 def _fewest_ranks(parallel: ParallelConfig, shared: int) -> int:

@@ -111,7 +111,7 @@ class SGLangEngine:
         self._requests: set[asyncio.Task[Any]] = set()
         self._takes_requests = True
         self._tell = (progress or NullProgress()).line
-        allow_open_files(settings.num_servers * (settings.max_in_flight + 8))
+        allow_open_files(settings.num_servers * settings.connections_per_server)
         # half of it: one bucket travels while the next is gathered, and gathering needs room, too
         self.bucket_bytes = settings.bucket_mib << 19
         num_bytes = sum(shape.numel() for shape in self._manifest.shapes.values()) * dtype.itemsize

@@ -246,7 +246,7 @@ def check_devices(settings: SGLangConfig, num_servers: int, first_gpu: int = 0) 
 
 def check_shared_gpus(settings: SGLangConfig, num_ranks: int) -> None:
     """Raise ConfigError if servers share the GPUs of `num_ranks` trainer processes, one each, but need more."""
-    needed = settings.num_servers * settings.tensor_parallel
+    needed = settings.num_gpus
     if settings.colocated and settings.device == "cuda" and needed > num_ranks:
         raise ConfigError(
             f"rollout.sglang.num_servers {settings.num_servers} × tensor_parallel {settings.tensor_parallel} = {needed} GPUs, but "
@@ -256,7 +256,7 @@ def check_shared_gpus(settings: SGLangConfig, num_ranks: int) -> None:
 
 def check_node_gpus(settings: SGLangConfig, per_node: int) -> None:
     """Raise ConfigError if nodes of `per_node` GPUs cannot hold the servers where rollout.sglang.placement starts them."""
-    needed = settings.num_servers * settings.tensor_parallel
+    needed = settings.num_gpus
     if settings.device == "cpu" or settings.urls:
         return
     if settings.tensor_parallel > per_node:
