@@ -48,6 +48,10 @@ class DamagedCheckpoint(CheckpointError):
     """A file of a checkpoint is missing, truncated or changed; an older checkpoint may still be whole."""
 
 
+class RecordError(DapoError):
+    """A record of a run is missing or damaged, or its steps cannot be repeated here."""
+
+
 class OutputError(DapoError):
     """The operating system refuses a file of the run: the user makes room, gives rights, or chooses another place."""
 

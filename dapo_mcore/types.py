@@ -65,6 +65,7 @@ class Rollout:
     weight_version  version of the weights that produced the tokens; the oldest if there were several.
     version_spans   empty if one version produced all tokens; else (first token, version) of each span, in order:
                     ((0, 3), (17, 4)) says that version 4 produced the tokens from 17 on.
+    seed            of the request; None if the engine does not tell.
     """
 
     token_ids: np.ndarray
@@ -73,6 +74,7 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     version_spans: tuple[tuple[int, int], ...] = ()
+    seed: int | None = None
 
     @property
     def truncated(self) -> bool:

@@ -86,7 +86,7 @@ class EmbeddedEngine:
             for start in range(0, len(order), self._max_batch):
                 batch = self._prefill(prompts, order[start : start + self._max_batch])
                 self._decode(batch, params, generator, responses)
-        return responses.as_rollouts(self._version)
+        return responses.as_rollouts(self._version, params.seed)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Copy every HF-named tensor of the stream into the model, then set the weight version to `version`.
@@ -231,7 +231,7 @@ class _Responses:
         self.lengths[rows] += alive
         self.stopped[rows] |= alive & stopped
 
-    def as_rollouts(self, version: int) -> list[Rollout]:
+    def as_rollouts(self, version: int, seed: int) -> list[Rollout]:
         tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
         return [
             Rollout(
@@ -240,6 +240,7 @@ class _Responses:
                 loss_mask=np.ones(length, dtype=bool),
                 finish_reason="stop" if stopped else "length",
                 weight_version=version,
+                seed=seed,
             )
             for row, (length, stopped) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist()))
         ]

@@ -163,6 +163,7 @@ def test_the_seed_and_nothing_else_decides():
     torch.rand(5)
     assert same(first, engine.generate(prompts, params(seed=7)))
     assert not same(first, engine.generate(prompts, params(seed=8)))
+    assert {rollout.seed for rollout in first} == {7}
 
 
 def test_repeats_of_a_prompt_differ():

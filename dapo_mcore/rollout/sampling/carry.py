@@ -54,6 +54,7 @@ def _describe(group: Group) -> dict[str, Any]:
                 "finish_reason": sample.rollout.finish_reason,
                 "weight_version": sample.rollout.weight_version,
                 "version_spans": sample.rollout.version_spans,
+                "seed": sample.rollout.seed,
             }
             for sample in group.samples
         ],
@@ -68,5 +69,6 @@ def _restore(described: dict[str, Any], arrays: dict[str, np.ndarray], start: in
         finish_reason=described["finish_reason"],
         weight_version=described["weight_version"],
         version_spans=tuple((start, version) for start, version in described["version_spans"]),
+        seed=described.get("seed"),  # checkpoints of earlier versions lack it
     )
     return Sample(rollout, described["text"], Score(**described["score"]))

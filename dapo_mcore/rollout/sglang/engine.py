@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -356,8 +357,7 @@ class SGLangEngine:
     async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: Callable[[], VersionRule]) -> Rollout:
         """Return one sample from whichever server makes it. Each try starts from the prompt."""
         body = {"input_ids": token_ids, "sampling_params": law, "return_logprob": True}
-        failed: Server | None = None
-        problem = ""
+        failed, problem = None, ""
         for attempt in range(self._settings.max_attempts):
             if attempt:
                 self._counts["retries"] += 1
@@ -371,7 +371,7 @@ class SGLangEngine:
                 continue
             if self.on_progress:
                 self.on_progress(1)
-            return rollout
+            return replace(rollout, seed=law["sampling_seed"])
         raise RolloutError(
             f"a sample failed {self._settings.max_attempts} times (rollout.sglang.max_attempts); at last {problem}"
         )

@@ -8,7 +8,7 @@ from dapo_mcore.rollout.sampling.carry import pack_groups, unpack_groups
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
-def test_version_spans_survive_a_restart():
+def test_version_spans_and_seeds_survive_a_restart():
     prompt = Prompt("train:0", np.array([1, 2], np.int32), "1+1=", "2")
     rollout = Rollout(
         token_ids=np.array([5, 6, 7], np.int32),
@@ -17,9 +17,11 @@ def test_version_spans_survive_a_restart():
         finish_reason="stop",
         weight_version=3,
         version_spans=((0, 3), (2, 4)),
+        seed=2**63 - 1,
     )
     state, arrays = pack_groups([Group(prompt, (Sample(rollout, "2", Score(1.0, 1.0, True)),))])
     (group,) = unpack_groups(json.loads(json.dumps(state)), arrays, {"train:0": prompt})
     (sample,) = group.samples
     assert sample.rollout.version_spans == ((0, 3), (2, 4)) and group.weight_version == 3
+    assert sample.rollout.seed == 2**63 - 1
     np.testing.assert_array_equal(sample.rollout.token_ids, rollout.token_ids)

@@ -46,6 +46,7 @@ def test_samples_come_back_in_order_with_tokens_and_logprobs(tmp_path):
         np.testing.assert_allclose(rollouts[5].logprobs, -(rollouts[5].token_ids + 1) / VOCAB, rtol=1e-6)
         assert rollouts[5].token_ids.dtype == np.int32 and rollouts[5].logprobs.dtype == np.float32
         assert rollouts[5].loss_mask.all()
+        assert len({rollout.seed for rollout in rollouts}) == 100
         assert sum(finished) == 100
         shares = [told(server)["counts"]["generated"] for server in servers(made)]
         assert sum(shares) == 100 and max(shares) - min(shares) <= 4

@@ -1,0 +1,349 @@
+"""The records of a run: what each rollout step trained on, and digests of all that came out.
+
+Change here: the fields, and where they are stored. Reading checks types, so a damaged record is an error and never a difference.
+
+    run_dir/record/start_000000.json        StartRecord: one for each start of the run, by the step that it went on from
+                   start_000000.yaml        its configuration, which `load_config` reads
+                   step_000012/step.json    StepRecord
+                               batch.safetensors   BatchRecord; deleted after observe.record_keep steps, step.json never
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from dapo_mcore.checkpoint.run_folder import is_name, new_partial, remove, step_of
+from dapo_mcore.errors import CheckpointError, RecordError
+from dapo_mcore.model_files.disk import sync_to_disk
+from dapo_mcore.model_files.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
+from dapo_mcore.types import FinishReason, Group, TrainBatch
+
+T = TypeVar("T")
+FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
+STEP_FILE, BATCH_FILE = "step.json", "batch.safetensors"
+_DAMAGED = "it is damaged, or another version wrote it"
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What is kept of a tensor. No parallel layout changes it, but for the roundings of its elements (see digest.py).
+
+    hash        16 hex digits. Equal hashes: every element is bitwise equal. Any changed bit and any two swapped elements change it.
+    norm        the Euclidean norm, float64.
+    projection  Σ ± elements with fixed signs, float64. For two tensors that differ by d, the two projections differ by about
+                the norm of d, wherever the differences are.
+    """
+
+    hash: str
+    norm: float
+    projection: float
+
+
+Digests = dict[str, Digest]
+"""By Megatron's name of the tensor, with the layer's number in the whole model: `decoder.layers.3.mlp.linear_fc2.weight`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What may change results besides configuration and data. Equal settings should give equal bits.
+
+    layout       sizes of the parallel axes by name, and `world_size`
+    versions     of packages by name, and of Python
+    devices      number of ranks by device name: {"NVIDIA H100 80GB HBM3": 8}
+    flags        switches of determinism and of threads: {"deterministic": "False", "torch threads": "1", "NCCL_ALGO": ""}
+    """
+
+    layout: dict[str, int]
+    versions: dict[str, str]
+    devices: dict[str, int]
+    flags: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StartRecord:
+    """A start of the run.
+
+    after_step   the rollout step that it went on from; 0 for a new run
+    num_updates  gradient steps that were done
+    weights      of the policy before the first rollout step of this start: loaded, or after the warm start
+    """
+
+    after_step: int
+    num_updates: int
+    setting: Setting
+    weights: Digests
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """A prompt of a batch: its uid and the row that it comes from, as in types.Prompt."""
+
+    uid: str
+    row: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRecord:
+    """A gradient step.
+
+    metrics    over all ranks: `grad_norm`, `lr`, the sums and maxima of actor/metrics.py, `aux_loss` if there is one
+    skipped    True if a gradient was not finite
+    logprobs   of the loss tokens, from this step's own forward pass
+    gradients  summed over ranks, before clipping
+    """
+
+    metrics: dict[str, float]
+    skipped: bool
+    logprobs: Digest
+    gradients: Digests
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A rollout step.
+
+    num_updates   gradient steps done after it, since the run began
+    shuffle_seed  of the order of groups in mini-batches; None without batch.shuffle
+    prompts       by group number
+    plan          plan[m][r][k]: the samples of micro-batch k of replica r in mini-batch m, by their numbers in the batch
+    inputs        digests of what the gradient steps read, over all loss tokens: `old_logprobs` of the mini-batches that were
+                  scored, `ref_logprobs` if there is a reference policy, `advantages`
+    updates       in order
+    weights       of the policy after the step: fp32, where the optimizer has them
+    """
+
+    step: int
+    num_updates: int
+    shuffle_seed: int | None
+    prompts: list[PromptRecord]
+    plan: list[list[list[list[int]]]]
+    inputs: Digests
+    updates: list[UpdateRecord]
+    weights: Digests
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Where the samples of a batch come from: arrays [B], and [S] for the spans of weight versions.
+
+    seeds            int64, of the request; -1 if the engine does not tell
+    weight_versions  int64, the oldest version that produced a token
+    scores, penalties, accs   float64, float64, bool; see types.Score
+    finish_reasons   int64, index into FINISH_REASONS
+    span_samples, span_starts, span_versions   int64 [S]: from token span_starts of its response on, version span_versions has
+                     produced sample span_samples. Every sample has at least one span.
+    """
+
+    seeds: np.ndarray
+    weight_versions: np.ndarray
+    scores: np.ndarray
+    penalties: np.ndarray
+    accs: np.ndarray
+    finish_reasons: np.ndarray
+    span_samples: np.ndarray
+    span_starts: np.ndarray
+    span_versions: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Origins:
+        """Return the origins of the samples of `groups`, in the order of to_train_batch."""
+        samples = [sample for group in groups for sample in group.samples]
+        rollouts, scores = [sample.rollout for sample in samples], [sample.score for sample in samples]
+        spans = [
+            (number, start, version)
+            for number, rollout in enumerate(rollouts)
+            for start, version in (rollout.version_spans or ((0, rollout.weight_version),))
+        ]
+        span_samples, span_starts, span_versions = np.array(spans, np.int64).reshape(-1, 3).T
+        return cls(
+            seeds=np.array([-1 if rollout.seed is None else rollout.seed for rollout in rollouts], np.int64),
+            weight_versions=np.array([rollout.weight_version for rollout in rollouts], np.int64),
+            scores=np.array([score.score for score in scores], np.float64),
+            penalties=np.array([score.penalty for score in scores], np.float64),
+            accs=np.array([score.acc for score in scores], bool),
+            finish_reasons=np.array([FINISH_REASONS.index(r.finish_reason) for r in rollouts], np.int64),
+            span_samples=np.ascontiguousarray(span_samples),
+            span_starts=np.ascontiguousarray(span_starts),
+            span_versions=np.ascontiguousarray(span_versions),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """What a rollout step trained on: `batch` as scatter_step takes it, and the origins of its samples."""
+
+    batch: TrainBatch
+    origins: Origins
+
+
+def record_folder(run_dir: Path) -> Path:
+    return run_dir / "record"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return record_folder(run_dir) / f"step_{step:06d}"
+
+
+def recorded_steps(run_dir: Path) -> list[int]:
+    """Return the steps that are recorded, in order."""
+    folder = record_folder(run_dir)
+    return sorted(step_of(path) for path in folder.iterdir() if is_name(path.name)) if folder.is_dir() else []
+
+
+def recorded_starts(run_dir: Path) -> list[int]:
+    """Return the steps that the run's starts went on from, in order."""
+    return sorted(int(path.stem.removeprefix("start_")) for path in record_folder(run_dir).glob("start_*.json"))
+
+
+def has_batch(run_dir: Path, step: int) -> bool:
+    return (step_folder(run_dir, step) / BATCH_FILE).is_file()
+
+
+def config_path(run_dir: Path, after_step: int) -> Path:
+    """Return the configuration of the start that went on from `after_step`."""
+    return record_folder(run_dir) / f"start_{after_step:06d}.yaml"
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Delete the records of later steps and starts: the run goes on from `step`, and makes its own."""
+    for later in recorded_steps(run_dir):
+        if later > step:
+            remove(step_folder(run_dir, later))
+    for start in recorded_starts(run_dir):
+        if start >= step:
+            config_path(run_dir, start).unlink(missing_ok=True)
+            _start_path(run_dir, start).unlink()
+
+
+def write_start(run_dir: Path, record: StartRecord, config: str) -> None:
+    """Write the record of a start, with the configuration as YAML."""
+    record_folder(run_dir).mkdir(parents=True, exist_ok=True)
+    _write(config_path(run_dir, record.after_step), config)
+    _write(_start_path(run_dir, record.after_step), _to_json(record))
+
+
+def write_batch(run_dir: Path, step: int, record: BatchRecord) -> Path:
+    """Write a step's batch into a new folder, and return the folder for `write_step`. Host memory: none for each token."""
+    folder = new_partial(step_folder(run_dir, step))
+    arrays = {name: torch.from_numpy(array) for name, array in _arrays(record).items()}
+    file = SafetensorsWriter(
+        folder / BATCH_FILE, {name: TensorInfo(array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+    )
+    for name, array in arrays.items():
+        file.write(name, array)
+    file.close()
+    return folder
+
+
+def write_step(run_dir: Path, record: StepRecord, partial: Path | None = None) -> None:
+    """Publish a step's record at once: in the folder of `write_batch`, or without its batch. Replace an earlier one."""
+    folder = step_folder(run_dir, record.step)
+    partial = partial or new_partial(folder)
+    _write(partial / STEP_FILE, _to_json(record))
+    sync_to_disk(partial)
+    remove(folder)
+    os.rename(partial, folder)
+    sync_to_disk(folder.parent)
+
+
+def drop_batches(run_dir: Path, newest: int, keep: int) -> None:
+    """Delete the batches of all but the `keep` steps up to `newest`."""
+    for step in recorded_steps(run_dir):
+        if step <= newest - keep:
+            (step_folder(run_dir, step) / BATCH_FILE).unlink(missing_ok=True)
+
+
+def read_start(run_dir: Path, step: int) -> StartRecord:
+    """Return the record of the start that rollout step `step` belongs to."""
+    before = [start for start in recorded_starts(run_dir) if start < step]
+    if not before:
+        raise RecordError(f"{record_folder(run_dir)} has no record of a start before rollout step {step}")
+    return _read(StartRecord, _start_path(run_dir, before[-1]))
+
+
+def read_step(run_dir: Path, step: int) -> StepRecord:
+    """Return the record of a rollout step. Raise RecordError if there is none, or if it is damaged."""
+    path = step_folder(run_dir, step) / STEP_FILE
+    if not path.is_file():
+        raise RecordError(f"{run_dir} has no record of rollout step {step}; {_those_there(run_dir)}")
+    return _read(StepRecord, path)
+
+
+def read_batch(run_dir: Path, step: int) -> BatchRecord:
+    """Return the batch of a rollout step. Raise RecordError if there is none any more, or if it is damaged."""
+    path = step_folder(run_dir, step) / BATCH_FILE
+    if not path.is_file():
+        kept = [str(number) for number in recorded_steps(run_dir) if has_batch(run_dir, number)]
+        raise RecordError(
+            f"{run_dir} has no batch of rollout step {step} (observe.record_keep); those of steps {', '.join(kept) or 'none'} "
+            "are there"
+        )
+    try:
+        file = SafetensorsFile(path)
+        arrays = {name: file.read(name).numpy() for name in file.tensors}
+        file.close()
+    except CheckpointError as error:
+        raise RecordError(str(error)) from error
+    if missing := [name for name in (*_names(TrainBatch), *_names(Origins)) if name not in arrays]:
+        raise RecordError(f"{path} lacks {', '.join(missing)}; it was written by another version")
+    return BatchRecord(
+        TrainBatch(**{name: arrays[name] for name in _names(TrainBatch)}),
+        Origins(**{name: arrays[name] for name in _names(Origins)}),
+    )
+
+
+def _those_there(run_dir: Path) -> str:
+    steps = recorded_steps(run_dir)
+    if not steps:
+        return "it was not run with observe.record true"
+    return f"it has those of {len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+def _start_path(run_dir: Path, after_step: int) -> Path:
+    return config_path(run_dir, after_step).with_suffix(".json")
+
+
+def _arrays(record: BatchRecord) -> dict[str, np.ndarray]:
+    parts = (record.batch, record.origins)
+    return {name: getattr(part, name) for part in parts for name in _names(type(part))}
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _to_json(record: Any) -> str:
+    return json.dumps(asdict(record))  # Python writes a float's shortest form that reads back to the same bits, and NaN
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    sync_to_disk(new)
+    os.replace(new, path)
+
+
+def _read(kind: type[T], path: Path) -> T:
+    try:
+        return _adapter(kind).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise RecordError(f"{path}: {where}: {first['msg']}; {_DAMAGED}") from None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error}; {_DAMAGED}") from None
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
