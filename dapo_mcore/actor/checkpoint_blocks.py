@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
@@ -31,7 +34,7 @@ class CheckpointBlock(NamedTuple):
     data        its elements, in its shape: a view of live memory
     is_written  True on the ranks that write it: on one of those that tensor and pipeline parallelism give the same block
     copy, num_copies   this rank's number among the data- and context-parallel ranks that hold the same block; they share the
-                writing of it (written_blocks). 0 and 1 for a slice of a distributed optimizer, which no other rank holds
+                writing and reading of it (shares). 0 and 1 for a slice of a distributed optimizer, which no other rank holds
     is_padded   True if the number of rows depends on the parallel layout (padded vocabulary); rows that are not stored are 0
 
     Rows 2 and 3 of the second layer's [4, 8] matrix, in a model with 6 layers:
@@ -64,20 +67,53 @@ def checkpoint_blocks(actor: Actor) -> list[CheckpointBlock]:
 
 
 def written_blocks(blocks: Sequence[CheckpointBlock]) -> list[CheckpointBlock]:
-    """Return what this rank writes of its blocks: what no other rank holds, and its share of what its copies hold too.
+    """Return what this rank writes of its blocks: what no other rank holds, and its share of what its copies hold too."""
+    return shares([block for block in blocks if block.is_written])
+
+
+def shares(blocks: Sequence[CheckpointBlock]) -> list[CheckpointBlock]:
+    """Return the blocks that this rank alone holds, and its share of those that its copies hold too.
 
     n copies lay their common blocks end to end and cut the elements into n equal ranges.
     """
-    mine = [block for block in blocks if block.is_written]
-    found = [block for block in mine if block.num_copies == 1]
-    for copy, num_copies in sorted({(block.copy, block.num_copies) for block in mine if block.num_copies > 1}):
-        common = [block for block in mine if (block.copy, block.num_copies) == (copy, num_copies)]
-        total, position = sum(block.data.numel() for block in common), 0
-        first, last = total * copy // num_copies, total * (copy + 1) // num_copies
-        for block in common:
-            found += _part(block, max(0, first - position), min(block.data.numel(), last - position))
-            position += block.data.numel()
+    found = [block for block in blocks if block.num_copies == 1]
+    for common in _common(blocks):
+        for block, ranges in zip(common, _ranges(common), strict=True):
+            found += _part(block, *ranges[block.copy])
     return found
+
+
+@torch.no_grad()
+def exchange_shares(blocks: Sequence[CheckpointBlock], layout: Layout) -> None:
+    """Fill the blocks that this rank's copies hold too with the shares that each of them has filled.
+
+    Collectives: broadcasts over the groups of copies, as many as there are such blocks and copies.
+    """
+    for common in _common(blocks):
+        group = layout.expert_copies_group if _is_expert(common[0].key) else layout.copies_group
+        for block, ranges in zip(common, _ranges(common), strict=True):
+            for copy, (start, stop) in enumerate(ranges):
+                if start < stop:
+                    part = block.data.view(-1)[start:stop].view(torch.uint8)  # gloo does not know all dtypes
+                    dist.broadcast(part, dist.get_global_rank(group, copy), group=group)
+
+
+def _common(blocks: Sequence[CheckpointBlock]) -> Iterator[list[CheckpointBlock]]:
+    """Yield the blocks that copies of this rank hold too: those of experts have copies of their own."""
+    for is_expert in (False, True):
+        if common := [block for block in blocks if block.num_copies > 1 and _is_expert(block.key) == is_expert]:
+            yield common
+
+
+def _ranges(common: Sequence[CheckpointBlock]) -> Iterator[list[tuple[int, int]]]:
+    """Yield for each block the elements [start, stop) that each copy has of it."""
+    total, position, num_copies = sum(block.data.numel() for block in common), 0, common[0].num_copies
+    cuts = [total * copy // num_copies for copy in range(num_copies + 1)]
+    for block in common:
+        count = block.data.numel()
+        within = [min(max(cut - position, 0), count) for cut in cuts]
+        yield list(pairwise(within))
+        position += count
 
 
 def _sharded_tensors(policy: Policy) -> Iterator[tuple[Tensor, ShardedTensor]]:
@@ -130,7 +166,11 @@ def _block(key: str, sharded: ShardedTensor, data: Tensor, num_copies: int) -> C
 
 
 def _num_copies(sharded: ShardedTensor, layout: Layout) -> int:
-    return layout.expert_data if ".experts." in sharded.key else layout.data * layout.context
+    return layout.expert_data if _is_expert(sharded.key) else layout.data * layout.context
+
+
+def _is_expert(key: str) -> bool:
+    return ".experts." in key
 
 
 def _part(block: CheckpointBlock, start: int, stop: int) -> Iterator[CheckpointBlock]:

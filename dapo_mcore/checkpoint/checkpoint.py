@@ -29,7 +29,13 @@ from typing import Any, TypeVar
 import torch
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks, written_blocks
+from dapo_mcore.actor.checkpoint_blocks import (
+    CheckpointBlock,
+    checkpoint_blocks,
+    exchange_shares,
+    shares,
+    written_blocks,
+)
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.run_folder import checkpoint_path, latest_checkpoint, new_partial, remove, step_of
@@ -107,12 +113,15 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     """Load the checkpoint's tensors into `actor`; return where the run stood, on every rank (the sampler's arrays on rank 0).
 
     The actor's mesh may differ from the one that saved. Raises DamagedCheckpoint, on every rank, for a missing or damaged file,
-    and CheckpointError for a model that the checkpoint does not fit. Collectives: every rank must call it.
+    and CheckpointError for a model that the checkpoint does not fit. Collectives: every rank must call it. Each byte is read by one data-parallel rank,
+    and broadcast to those that need it too.
     """
     state = _on_every_rank(layout, lambda: _read_state(path, actor) if layout.is_controller else None)
     told = replace(state, train=replace(state.train, sampler_arrays={})) if state else None
     shared: Any = layout.broadcast_object(told)
-    _on_every_rank(layout, lambda: _read_blocks(path, actor))
+    blocks = checkpoint_blocks(actor)
+    _on_every_rank(layout, lambda: _read_blocks(path, shares(blocks)))
+    exchange_shares(blocks, layout)
     actor.optimizer.resume_at(shared.adam_step, shared.train.num_updates)
     actor.num_updates = shared.train.num_updates
     return (state or shared).train
@@ -188,12 +197,12 @@ def _read_state(path: Path, actor: Actor) -> RunState:
     return state
 
 
-def _read_blocks(path: Path, actor: Actor) -> None:
-    """Fill the actor's tensors on this rank, in place."""
+def _read_blocks(path: Path, blocks: Sequence[CheckpointBlock]) -> None:
+    """Fill the blocks, in place."""
     with unreadable_named(path), torch.no_grad():
         store = open_store(path)
         # in the order of the stored tensors: the reader of old formats keeps the chunk that it read last
-        for block in sorted(checkpoint_blocks(actor), key=lambda block: (block.key, block.offsets)):
+        for block in sorted(blocks, key=lambda block: (block.key, block.offsets)):
             _read_block(store, block)
 
 

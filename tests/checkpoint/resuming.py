@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -24,6 +25,8 @@ from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.errors import CheckpointError, DapoError
 from dapo_mcore.model_files.hf_folder import RandomReader
+from dapo_mcore.model_files.safetensors_file import DTYPES
+from dapo_mcore.model_files.shard_reader import ShardReader
 from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, shared_step
 from tests.checkpoint.stored_checkpoint import as_format_2, cut_chunks, evil_common, evil_metadata, flip, unnumbered
 
@@ -177,9 +180,30 @@ def names(folder: Path) -> list[str]:
 
 
 def resume_and_save_beside_training(layout: Any, mesh: Mesh, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    return interrupt_and_resume(layout, mesh, folder, options, False) | {
-        "beside": beside_training(layout, mesh, Path(folder) / "beside", options)
+    found = interrupt_and_resume(layout, mesh, folder, options, False)
+    return found | {
+        "read": bytes_read(layout, mesh, Path(found["path"]), options),
+        "beside": beside_training(layout, mesh, Path(folder) / "beside", options),
     }
+
+
+def bytes_read(layout: Any, mesh: Mesh, path: Path, options: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of tensors that all ranks read for a load, and those that there are."""
+    actor, counted, preadv = build_actor(settings(mesh, **options), layout), [], os.preadv
+
+    def count(*arguments: Any) -> int:
+        counted.append(preadv(*arguments))
+        return counted[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", count)
+        load_checkpoint(path, actor, layout)
+    stored = [
+        math.prod(part.sizes) * DTYPES[tensor.dtype].itemsize
+        for tensor in ShardReader(path / "shards").tensors.values()
+        for part in tensor.slices
+    ]
+    return {"read": sum(everyone(layout, sum(counted))), "stored": sum(stored)}
 
 
 def beside_training(layout: Any, mesh: Mesh, run_dir: Path, options: dict[str, Any]) -> dict[str, Any]:

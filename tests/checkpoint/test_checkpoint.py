@@ -96,6 +96,11 @@ def test_resume_is_bitwise_in_bf16_with_a_sharded_optimizer_and_a_reference_poli
     check_resumed(data_parallel_run)
 
 
+def test_data_parallel_ranks_together_read_each_byte_once(data_parallel_run: dict[str, Any]) -> None:
+    found = data_parallel_run["read"]
+    assert found["read"] == found["stored"] > 0
+
+
 def test_a_save_beside_training_holds_the_state_of_its_step(data_parallel_run: dict[str, Any]) -> None:
     """The processes were stopped, and went on after two more gradient steps."""
     assert data_parallel_run["beside"]["before"] is False
