@@ -42,16 +42,13 @@ from dapo_mcore.checkpoint.run_folder import checkpoint_path, latest_checkpoint,
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
 from dapo_mcore.checkpoint.shard_file import write_shard
 from dapo_mcore.checkpoint.snapshot import Snapshot
-from dapo_mcore.checkpoint.stored import read_stored, unreadable_named
+from dapo_mcore.checkpoint.stored import VISIBLE_S, open_visible, read_stored, unreadable_named
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError, TrainingError
 from dapo_mcore.model_files.megatron_folder import Store, open_store
 from dapo_mcore.model_files.shard_format import SHARDS
 from dapo_mcore.model_files.side_files import write_model_files
 
 T = TypeVar("T")
-
-_VISIBLE_S = 120.0
-"""A network disk shows another machine's file within its attribute cache's time, by default up to 60 s."""
 
 
 def save_checkpoint(
@@ -152,9 +149,9 @@ def _patience(partial: Path) -> Callable[[], None]:
     start = time.monotonic()
 
     def check() -> None:
-        if time.monotonic() - start > _VISIBLE_S:
+        if time.monotonic() - start > VISIBLE_S:
             raise CheckpointError(
-                f"rank 0 does not see all shards in {partial} {_VISIBLE_S:.0f} s after all ranks have written theirs: put "
+                f"rank 0 does not see all shards in {partial} {VISIBLE_S:.0f} s after all ranks have written theirs: put "
                 f"output_dir on a disk that every node shares"
             )
 
@@ -191,8 +188,10 @@ def _write_rest(partial: Path, state: TrainState | None, adam_step: float, actor
 
 
 def _read_state(path: Path, actor: Actor) -> RunState:
-    """Rank 0: check all that is no tensor, and return it."""
+    """Rank 0: check all that is no tensor, and that the files of tensors are there. Return the state."""
     state = read_stored(path)
+    with unreadable_named(path):
+        open_store(path)
     _check_fits(path, state, actor)
     return state
 
@@ -200,7 +199,7 @@ def _read_state(path: Path, actor: Actor) -> RunState:
 def _read_blocks(path: Path, blocks: Sequence[CheckpointBlock]) -> None:
     """Fill the blocks, in place."""
     with unreadable_named(path), torch.no_grad():
-        store = open_store(path)
+        store = open_visible(path)
         # in the order of the stored tensors: the reader of old formats keeps the chunk that it read last
         for block in sorted(blocks, key=lambda block: (block.key, block.offsets)):
             _read_block(store, block)

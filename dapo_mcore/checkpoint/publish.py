@@ -57,7 +57,9 @@ def publish(job: Publication, warn: Callable[[str], None], check: Callable[[], N
     for rank in range(job.num_ranks):
         part_path(shards, rank).unlink()
     others = [path for path in job.partial.iterdir() if path.is_file()]
-    write_manifest(job.partial, [*others, shards / INDEX], [shards / name for name in index.files])
+    write_manifest(
+        job.partial, [*others, shards / INDEX], {shards / name: file.num_bytes for name, file in index.files.items()}
+    )
     rows = job.folder.parents[1] / _METRICS  # a resumed run needs the rows up to here
     for path in (*job.partial.iterdir(), shards / INDEX, *([rows] if rows.exists() else [])):
         sync_to_disk(path)

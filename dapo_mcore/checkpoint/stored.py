@@ -6,6 +6,7 @@ Change here: which files make it whole, and what is said of one that is damaged.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +17,11 @@ from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
 from dapo_mcore.checkpoint.run_state import ARRAYS_FILE, STATE_FILE, RunState, read_state, refuse_wrong_optimizer_state
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from dapo_mcore.model_files.manifest import check_manifest
-from dapo_mcore.model_files.megatron_folder import MEGATRON, has_shards, open_store
+from dapo_mcore.model_files.megatron_folder import MEGATRON, Store, has_shards, open_store
 from dapo_mcore.model_files.torch_dist import read_companions
 
+VISIBLE_S = 120.0
+"""A network disk shows another machine's file within its attribute cache's time, by default up to 60 s."""
 _OLD_FILES = (f"{MEGATRON}/metadata.json", f"{MEGATRON}/.metadata", f"{MEGATRON}/common.pt", STATE_FILE, ARRAYS_FILE)
 """Of formats 1 and 2, which have no manifest."""
 
@@ -32,6 +35,24 @@ def check_stored(path: Path) -> None:
             open_store(path)
     except DamagedCheckpoint as error:
         raise CheckpointError(f"{error}; {what_then(path)}") from error
+
+
+def open_visible(path: Path, patience_s: float = VISIBLE_S) -> Store:
+    """Return a reader of a checkpoint that rank 0 has found whole. Waits until this rank's machine sees its files, too.
+
+    Raise CheckpointError if it does not see them within `patience_s`: they are not damaged.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return open_store(path)
+        except DamagedCheckpoint as error:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{error} on this machine, but not on that of rank 0, for {patience_s:.0f} s: put the checkpoint on a disk that "
+                    f"every node shares"
+                ) from error
+        time.sleep(1.0)
 
 
 def what_then(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from dapo_mcore.errors import DamagedCheckpoint
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, files: Iterable[Path], tensor_files: Iterable[Path]) -> None:
-    """Write the manifest of these files, which lie in `folder`; `tensor_files` with their size only."""
+def write_manifest(folder: Path, files: Iterable[Path], tensor_files: Mapping[Path, int]) -> None:
+    """Write the manifest of these files, which lie in `folder`. Of `tensor_files` the sizes are given: a network disk may not
+    show yet what another machine has written."""
     entries: dict[str, Any] = {_name(path, folder): [path.stat().st_size, _sha256(path)] for path in files}
-    entries |= {_name(path, folder): [path.stat().st_size, None] for path in tensor_files}
+    entries |= {_name(path, folder): [size, None] for path, size in tensor_files.items()}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from dapo_mcore.checkpoint.stored import check_stored, read_stored, unreadable_named, what_then
+from dapo_mcore.checkpoint.stored import check_stored, open_visible, read_stored, unreadable_named, what_then
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from dapo_mcore.model_files.manifest import write_manifest
 from tests.checkpoint.stored_checkpoint import (
@@ -134,9 +135,23 @@ def test_damage_is_named_with_what_to_do(checkpoint: Path, case: str) -> None:
     assert all(part in told for part in [expected, *OLDER]), told
 
 
+def test_a_file_that_only_rank_0_sees_is_waited_for_and_is_no_damage(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network disk may show a new file late. The checkpoint must not be set aside for that."""
+    path, hidden = checkpoint / TENSORS, checkpoint / "hidden"
+    path.rename(hidden)
+    told = r"rank_00001\.safetensors is missing.* on this machine, but not on that of rank 0, for -1 s: put the checkpoint on a disk"
+    with pytest.raises(CheckpointError, match=told) as caught:
+        open_visible(checkpoint, patience_s=-1)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    monkeypatch.setattr(time, "sleep", lambda _: hidden.rename(path))
+    assert open_visible(checkpoint, patience_s=60).size("w") == (8,)
+
+
 def test_a_newer_format_is_refused(checkpoint: Path) -> None:
     edit_state(checkpoint, format=4)
-    write_manifest(checkpoint, [checkpoint / "state.json"], [])
+    write_manifest(checkpoint, [checkpoint / "state.json"], {})
     with pytest.raises(
         CheckpointError, match=r"has format 4, and this version of dapo_mcore reads up to 3; resume with"
     ):

@@ -15,7 +15,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "shards").mkdir()
     (tmp_path / "state.json").write_text("{}")
     (tmp_path / "shards" / "a.safetensors").write_bytes(b"12345")
-    write_manifest(tmp_path, [tmp_path / "state.json"], [tmp_path / "shards" / "a.safetensors"])
+    write_manifest(tmp_path, [tmp_path / "state.json"], {tmp_path / "shards" / "a.safetensors": 5})
     return tmp_path
 
 
