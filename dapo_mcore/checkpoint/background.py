@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,8 @@ from dapo_mcore.errors import ResourceError
 
 _LENGTH = 8
 _KILL_S = 5.0
-
-
-class Problem(NamedTuple):
-    """Why a process has not done its job: in words, and by the number of the system's error if there is one."""
-
-    reason: str
-    errno: int | None = None
+_SEND_S = 60.0
+"""A job has a line for each slice, more than a socket's buffer holds: a process that hangs would not take it."""
 
 
 class SharedMemory:
@@ -72,6 +67,7 @@ class SaverProcess:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(_SEND_S)
         command = [sys.executable, "-m", "dapo_mcore.checkpoint.saver", str(theirs.fileno())]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         with theirs:
@@ -108,24 +104,24 @@ class SaverProcess:
         }
         self._states, self.warnings = [], []
         text = json.dumps(job).encode()
-        # if the process is gone, `wait` says so
+        # if the process is gone or hangs, `wait` says so
         with suppress(OSError):
             socket.send_fds(self._socket, [len(text).to_bytes(_LENGTH, "little")], [self._memory.descriptor])
             self._socket.sendall(text)
 
-    def wait(self, state: str, stall_s: float) -> Problem | None:
-        """Wait until the job is `written` or `done`. Return the problem if it never will be.
+    def wait(self, state: str, stall_s: float) -> str | None:
+        """Wait until the job is `written` or `done`. Return why it never will be, or None.
 
         stall_s   seconds without any sign of progress that are a problem
         """
         while state not in self._states:
             message = self._receive(stall_s)
             if message is None:
-                return Problem(f"the process that writes it has shown no progress for {stall_s:.0f} s")
+                return f"the process that writes it has shown no progress for {stall_s:.0f} s"
             if message["state"] == "gone":
-                return Problem(f"the process that writes it has ended ({self._ended()})")
+                return f"the process that writes it has ended ({self._ended()})"
             if message["state"] == "failed":
-                return Problem(message["reason"], message["errno"])
+                return str(message["reason"])
             self._states.append(message["state"])
             self.warnings += message.get("warnings", [])
         return None

@@ -252,13 +252,10 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(not_written(folder, error.strerror or str(error), error.errno)) from error
-
-
-def not_written(folder: Path, reason: str, number: int | None) -> str:
-    """Return what to tell of a checkpoint that could not be written, with the number of the system's error."""
-    full = number in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some space on its disk" if full else "make it writable"
-    before = latest_checkpoint(folder.parents[1], before=step_of(folder))
-    goes_on = f"it goes on from {before}" if before else "there is no checkpoint before it to go on from"
-    return f"the checkpoint {folder} cannot be written: {reason}; {remedy} and start again: {goes_on}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space on its disk" if full else "make it writable"
+        before = latest_checkpoint(folder.parents[1], before=step_of(folder))
+        goes_on = f"it goes on from {before}" if before else "there is no checkpoint before it to go on from"
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be written: {error.strerror or error}; {remedy} and start again: {goes_on}"
+        ) from error

@@ -38,7 +38,7 @@ def resumed_checkpoint(config: Config) -> Path | None:
     if config.checkpoint.resume == "never":
         return None
     chosen, latest = _named(config), latest_checkpoint(config.run_dir)
-    if chosen is None or (latest is not None and _taken_before(config) == str(chosen)):
+    if chosen is None or (latest is not None and _taken_before(config)):
         return latest
     if not (is_name(chosen.name) and chosen.is_dir()):
         raise CheckpointError(
@@ -49,7 +49,7 @@ def resumed_checkpoint(config: Config) -> Path | None:
 
 def is_chosen(config: Config, path: Path) -> bool:
     """Return True if this start goes back to `path` because checkpoint.resume names it."""
-    return path == _named(config) and _taken_before(config) != str(path)
+    return path == _named(config) and not _taken_before(config)
 
 
 def take(config: Config, path: Path) -> list[Path]:
@@ -65,7 +65,7 @@ def take(config: Config, path: Path) -> list[Path]:
     note = config.run_dir / "checkpoints" / _CHOSEN
     note.parent.mkdir(parents=True, exist_ok=True)
     new = note.with_suffix(".new")
-    new.write_text(json.dumps({"resume": str(path)}), encoding="utf-8")
+    new.write_text(json.dumps({"resume": config.checkpoint.resume}), encoding="utf-8")
     sync_to_disk(new)
     os.replace(new, note)
     sync_to_disk(note.parent)
@@ -80,13 +80,13 @@ def _named(config: Config) -> Path | None:
     return None if resume in ("auto", "never") else Path(os.path.abspath(resume))
 
 
-def _taken_before(config: Config) -> str | None:
-    """Return the checkpoint that an earlier start has gone back to."""
+def _taken_before(config: Config) -> bool:
+    """Return True if an earlier start has gone back to what checkpoint.resume names."""
     path = config.run_dir / "checkpoints" / _CHOSEN
     if not path.is_file():
-        return None
+        return False
     try:
-        return str(json.loads(path.read_bytes())["resume"])
+        return bool(json.loads(path.read_bytes())["resume"] == config.checkpoint.resume)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged; delete it, and the next start goes back to what checkpoint.resume names"

@@ -6,8 +6,8 @@ not a fork of the rank, so it shares neither threads nor a CUDA context with it.
     python -m dapo_mcore.checkpoint.saver DESCRIPTOR     a Unix socket, on which come jobs and go messages
 
     job       JSON {shards, rank, header_bytes, slices, publication}, and the descriptor of a memory that holds the file's bytes
-    messages  JSON, one or more of {"state": "writing"}, then {"state": "written"}, on rank 0 later {"state": "published"}, and last
-              {"state": "done", "warnings": […]}; or, at any point, {"state": "failed", "reason": …, "errno": …}
+    messages  JSON: {"state": "writing"} for each piece, {"state": "written"}, then, on rank 0 after it has published the checkpoint,
+              {"state": "done", "warnings": […]}; or, at any point, {"state": "failed", "reason": …}
 The rank's end closes the socket. The process then ends at once and publishes nothing: another start may already use the folder.
 """
 
@@ -41,10 +41,8 @@ def main(descriptor: int) -> None:
             job, memory = connection.receive_job()
             try:
                 _work(job, memory, connection)
-            except OSError as error:
-                connection.send({"state": "failed", "reason": error.strerror or str(error), "errno": error.errno})
-            except (DapoError, ValueError, MemoryError) as error:
-                connection.send({"state": "failed", "reason": str(error) or repr(error), "errno": None})
+            except (DapoError, OSError, ValueError, MemoryError) as error:
+                connection.send({"state": "failed", "reason": _reason(error)})
             finally:
                 os.close(memory)
 
@@ -90,6 +88,11 @@ class Connection:
                 raise RankIsGone
             parts += part
         return bytes(parts)
+
+
+def _reason(error: Exception) -> str:
+    system = error.strerror if isinstance(error, OSError) else None
+    return system or str(error) or repr(error)
 
 
 def _work(job: dict[str, Any], memory: int, connection: Connection) -> None:

@@ -12,12 +12,11 @@ from typing import Any
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.checkpoint_blocks import written_blocks
 from dapo_mcore.actor.parallel.layout import Layout
-from dapo_mcore.checkpoint.background import Problem, SaverProcess
-from dapo_mcore.checkpoint.checkpoint import abandon, begin_checkpoint, not_written, save_checkpoint
+from dapo_mcore.checkpoint.background import SaverProcess
+from dapo_mcore.checkpoint.checkpoint import abandon, begin_checkpoint, save_checkpoint
 from dapo_mcore.checkpoint.publish import Publication
 from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.checkpoint.snapshot import Snapshot
-from dapo_mcore.errors import CheckpointError, DapoError
 from dapo_mcore.model_files.shard_format import SHARDS
 
 STALL_S = 600.0
@@ -55,8 +54,9 @@ class Saves:
         `state` comes from rank 0, the others give None. If the save before it failed, a line says so, and this one is waited for.
         Raise CheckpointError and TrainingError as save_checkpoint does. Collectives: every rank must call it.
         """
-        went_well = self._finish_or_warn()
-        if self._saver is None or wait or not went_well:
+        if problem := self.finish():
+            self._warn(f"warning: {problem}; the next one is written at once, and training waits for it")
+        if self._saver is None or wait or problem:
             return save_checkpoint(self._run_dir, actor, state, self._layout, self._keep, self._warn)
         job, blocks = begin_checkpoint(self._run_dir, actor, state, self._layout, self._keep)
         rank = self._layout.rank
@@ -66,20 +66,18 @@ class Saves:
             self._layout.on_every_rank_or_raise(
                 lambda: self._saver.start(snapshot, str(job.partial / SHARDS), rank, publication)
             )
-        except DapoError:
+        except Exception:  # on every rank, whatever the reason
             self._give_up(job)
             raise
         self._in_flight = job
         return job.folder
 
-    def finish(self) -> None:
-        """Wait for the save in flight, if there is one.
-
-        Raise CheckpointError, on every rank, if any rank's part or the publishing failed; nothing of it is visible then.
-        Collectives: every rank must call it.
+    def finish(self) -> str | None:
+        """Wait for the save in flight. Return what is to be told if any rank's part or the publishing failed, on every rank; None
+        if all went well, or if there was none. Nothing of a failed one is visible. Collectives: every rank must call it.
         """
         if self._in_flight is None:
-            return
+            return None
         assert self._saver is not None
         job, self._in_flight = self._in_flight, None
         problem = self._first(self._saver.wait("written", STALL_S))
@@ -89,23 +87,15 @@ class Saves:
             self._warn(line)
         if problem is not None:
             self._give_up(job)
-            rank, (reason, number) = problem
-            raise CheckpointError(f"rank {rank}: {not_written(job.folder, reason, number)}")
+            problem = f"the checkpoint {job.folder} was not saved beside training, since rank {problem[0]} failed: {problem[1]}"
+        return problem
 
     def close(self) -> None:
         """End the process, without any other rank. A save in flight may end first, for some seconds. May be called twice."""
         if self._saver is not None:
             self._saver.close(_CLOSE_S if self._in_flight is not None else 0.0)
 
-    def _finish_or_warn(self) -> bool:
-        try:
-            self.finish()
-        except CheckpointError as error:
-            self._warn(f"warning: {error}")
-            return False
-        return True
-
-    def _first(self, problem: Problem | None) -> Any:
+    def _first(self, problem: str | None) -> Any:
         """Return (rank, problem) of the first rank that has one, on every rank; None if there is none."""
         found = [(rank, told) for rank, told in enumerate(self._layout.gather_objects(problem)) if told is not None]
         return self._layout.broadcast_object(found[0] if found else None)

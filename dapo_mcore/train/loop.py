@@ -36,7 +36,7 @@ from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.config.schema import Config
 from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
-from dapo_mcore.errors import CheckpointError, output_error
+from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
 from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
@@ -342,10 +342,8 @@ class Run:
         if not self.saves.in_flight:
             return
         with self._phase("save"):
-            try:
-                self.saves.finish()
-            except CheckpointError as error:
-                self.progress.line(f"warning: {error}")
+            if problem := self.saves.finish():
+                self.progress.line(f"warning: {problem}; it is saved again")
                 self.handover.to_training()
                 self._save_checkpoint(self.saved_step, wait=True)
 
