@@ -24,10 +24,10 @@ def write_manifest(folder: Path, files: Iterable[Path], tensor_files: Mapping[Pa
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, only: str | None = None) -> None:
     """Raise DamagedCheckpoint for a file that is missing, truncated or changed, and OSError if the system refuses one.
 
-    Reads all files but those of tensors.
+    Reads all files but those of tensors, or `only` the one of this name.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -36,8 +36,11 @@ def check_manifest(folder: Path) -> None:
         entries = [(str(name), size, digest) for name, (size, digest) in json.loads(path.read_bytes())["files"].items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error!r}") from error
+    if only is not None and only not in [name for name, _, _ in entries]:
+        raise DamagedCheckpoint(f"{path} is damaged: it does not name {only}")
     for name, size, digest in entries:
-        _check(folder / name, size, digest)
+        if only in (None, name):
+            _check(folder / name, size, digest)
 
 
 def _check(path: Path, size: Any, digest: Any) -> None:

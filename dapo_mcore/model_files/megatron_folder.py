@@ -14,7 +14,8 @@ from torch import Tensor
 from dapo_mcore.architecture.mapping import Parameter, checkpoint_slice, hf_shapes, merged_rows, parameters
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.errors import CheckpointError
-from dapo_mcore.model_files.shard_format import SHARDS
+from dapo_mcore.model_files.manifest import check_manifest
+from dapo_mcore.model_files.shard_format import INDEX, SHARDS
 from dapo_mcore.model_files.shard_reader import ShardReader
 from dapo_mcore.model_files.torch_dist import DistributedReader, is_checkpoint
 
@@ -34,8 +35,12 @@ def has_shards(folder: Path) -> bool:
 
 
 def open_store(folder: Path) -> Store:
-    """Return a reader of the tensors in a checkpoint's folder. Raise CheckpointError as the reader does."""
-    return ShardReader(folder / SHARDS) if has_shards(folder) else DistributedReader(folder / MEGATRON)
+    """Return a reader of the tensors in a checkpoint's folder. Raise CheckpointError as the reader does, and for an index that is
+    not the manifest's: the checksums in it cover bytes, not their places."""
+    if not has_shards(folder):
+        return DistributedReader(folder / MEGATRON)
+    check_manifest(folder, only=f"{SHARDS}/{INDEX}")
+    return ShardReader(folder / SHARDS)
 
 
 class MegatronReader:

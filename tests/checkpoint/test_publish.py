@@ -14,7 +14,7 @@ import torch
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.stored import check_stored
 from dapo_mcore.errors import DamagedCheckpoint, DapoError
-from dapo_mcore.model_files.shard_reader import ShardReader
+from dapo_mcore.model_files.megatron_folder import open_store
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ print(number)
 def loads(path: Path) -> None:
     """Read all of a checkpoint. Raise a DapoError if it is damaged."""
     check_stored(path)
-    assert torch.equal(ShardReader(path / "shards").read("w", (0,), (8,)), torch.zeros(8))
+    assert torch.equal(open_store(path).read("w", (0,), (8,)), torch.zeros(8))
 
 
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -88,6 +88,20 @@ def test_any_changed_byte_is_found_before_it_is_used(tmp_path: Path) -> None:
                 pytest.fail(f"byte {at} of {file.name}")
         file.write_bytes(content)
     loads(path)
+
+
+def test_an_exchanged_place_in_the_index_is_found_by_every_reader(tmp_path: Path) -> None:
+    """Both slices would still hold their bytes."""
+    path = tmp_path / "checkpoints" / "step_000002"
+    write_checkpoint(path)
+    index = path / "shards" / "index.json"
+    content = index.read_text()
+    assert "[[[0],[4]" in content and "[[4],[4]" in content
+    index.write_text(
+        content.replace("[[0],[4]", "[[9],[4]").replace("[[4],[4]", "[[0],[4]").replace("[[9],[4]", "[[4],[4]")
+    )
+    with pytest.raises(DamagedCheckpoint, match=r"index\.json is changed: its SHA-256 is not that of manifest\.json"):
+        open_store(path)
 
 
 def test_it_waits_for_every_rank_and_an_exception_of_the_check_ends_that(tmp_path: Path) -> None:
