@@ -110,8 +110,8 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     """Load the checkpoint's tensors into `actor`; return where the run stood, on every rank (the sampler's arrays on rank 0).
 
     The actor's mesh may differ from the one that saved. Raises DamagedCheckpoint, on every rank, for a missing or damaged file,
-    and CheckpointError for a model that the checkpoint does not fit. Collectives: every rank must call it. Each byte is read by one data-parallel rank,
-    and broadcast to those that need it too.
+    and CheckpointError for a model that the checkpoint does not fit. Ranks that hold the same blocks share the reading.
+    Collectives: every rank must call it; then broadcasts over the groups of such ranks.
     """
     state = _on_every_rank(layout, lambda: _read_state(path, actor) if layout.is_controller else None)
     told = replace(state, train=replace(state.train, sampler_arrays={})) if state else None
