@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def test_saving_and_loading(data: int, tmp_path: Path, capsys: pytest.CaptureFix
     result = spawn(measure, Mesh(data=data), str(tmp_path))
     found: Found = result["found"]
     if data > 1:
-        found |= spawn(load, replace(Mesh(), tensor=2), result["path"])
+        found |= spawn(load, Mesh(tensor=2), result["path"])
     table = Table(title=f"{result['bytes'] / 1e9:.2f} GB, {data} data-parallel ranks, best of {ROUNDS}")
     for column in ("", "s", "GB/s", "of plain", "CPU s", "peak GB a rank"):
         table.add_column(column, justify="left" if not column else "right")

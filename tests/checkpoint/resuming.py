@@ -154,7 +154,7 @@ def a_damaged_rank(layout: Any, mesh: Mesh, run_dir: Path, good: Path) -> dict[s
     if layout.is_controller:
         for step in (2, 3):
             shutil.copytree(good, run_dir / "checkpoints" / f"step_{step:06d}")
-        cut_chunks(run_dir / "checkpoints" / "step_000003")
+        flip("shards/rank_00001.safetensors", -1000)(run_dir / "checkpoints" / "step_000003")
     layout.barrier()
     config = settings(mesh, output_dir=str(run_dir.parent), name=run_dir.name)
     actor, expected = build_actor(config, layout), build_actor(config, layout)

@@ -62,7 +62,11 @@ def test_if_one_rank_finds_damage_all_ranks_take_the_checkpoint_before(tensor_pa
     found = tensor_parallel_run["fallback"]
     assert found["resumed"] == ["step_000002", 2]
     (line,) = found["lines"]
-    assert line.startswith("warning: ") and line.count("\n") == 0 and "rank_00001.safetensors is truncated" in line
+    assert (
+        line.startswith("warning: ")
+        and line.count("\n") == 0
+        and "rank_00001.safetensors is changed: the checksum of" in line
+    )
     assert line.endswith("step_000003 was renamed to step_000003.corrupt, and the run goes on from step_000002")
     assert found["left"] == ["step_000002", "step_000003.corrupt"]
     assert found["different"] == []
