@@ -102,15 +102,15 @@ def _work(job: dict[str, Any], memory: int, connection: Connection) -> None:
 
     slices = [PlannedSlice(*planned) for planned in job["slices"]]
     warnings: list[str] = []
-    with mmap.mmap(memory, 0, prot=mmap.PROT_READ) as image, memoryview(image) as view:
+    # freed with its last piece: an error of the disk still holds one, and a map that is closed under it would hide the error
+    view = memoryview(mmap.mmap(memory, 0, prot=mmap.PROT_READ))
 
-        def pieces(planned: PlannedSlice) -> Iterator[memoryview]:
-            stop = planned.start + planned.num_bytes
-            for start in range(planned.start, stop, PIECE):
-                with view[start : min(stop, start + PIECE)] as piece:
-                    yield piece
+    def pieces(planned: PlannedSlice) -> Iterator[memoryview]:
+        stop = planned.start + planned.num_bytes
+        for start in range(planned.start, stop, PIECE):
+            yield view[start : min(stop, start + PIECE)]
 
-        write_shard(Path(job["shards"]), job["rank"], bytes(view[: job["header_bytes"]]), slices, pieces, check)
+    write_shard(Path(job["shards"]), job["rank"], bytes(view[: job["header_bytes"]]), slices, pieces, check)
     connection.send({"state": "written"})
     if job["publication"] is not None:
         partial, folder, num_ranks, keep = job["publication"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -71,6 +72,11 @@ def test_an_error_of_the_disk_is_a_problem_and_the_process_takes_the_next_job(
     saver.start(Snapshot([]), str(gone), 0, None)
     assert saver.wait("done", stall_s=60) == "No such file or directory"
     assert folder.exists()
+    for limit in (10, 300):  # within the header, and within the tensors behind it
+        resource.prlimit(saver.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        start(saver, tmp_path, limit)
+        assert saver.wait("done", stall_s=60) == "File too large"
+    resource.prlimit(saver.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     start(saver, tmp_path, 2)
     assert saver.wait("done", stall_s=60) is None
 
