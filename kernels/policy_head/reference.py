@@ -25,7 +25,8 @@ def linear_policy_loss(
     """Return the output of the package's linear_policy_loss, on one rank, in the dtype of `hidden` and `weight`.
 
     hidden [T, H], weight [V, H]. `loss` is differentiable with respect to both by autograd. Memory: several [T, V] tensors.
-    Sources: DAPO (arXiv 2503.14476) eq. 8; dual clip (arXiv 1912.09729); http://joschu.net/blog/kl-approx.html.
+    Sources: DAPO (arXiv 2503.14476) eq. 8; dual clip (arXiv 1912.09729); CISPO (arXiv 2506.13585) eq. 4;
+    http://joschu.net/blog/kl-approx.html.
     """
     distribution = (hidden @ weight[:vocab_size].t() / temperature).log_softmax(-1)  # [T, V]
     logprobs = distribution.gather(1, targets[:, None])[:, 0]
@@ -38,7 +39,12 @@ def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objec
     advantages, low, high = tokens.advantages, 1 - objective.clip_low, 1 + objective.clip_high
     old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     ratio = (logprobs - old).clamp(-20, 20).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+    clipped_low, clipped_high = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
+    if objective.form == "cispo":
+        loss = -ratio.detach().clamp(low, high) * advantages * logprobs
+        clipped_low, clipped_high = ratio < low, ratio > high
+    else:
+        loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
     dual = torch.zeros_like(ratio, dtype=torch.bool)
     if objective.dual_clip is not None:
         cap = -advantages * objective.dual_clip
@@ -51,7 +57,6 @@ def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objec
         kl = _kl(logprobs - tokens.ref_logprobs, objective.kl_estimator)
     total = (tokens.token_weights * (loss + objective.kl_coef * kl - objective.entropy_coef * entropy)).sum()
 
-    clipped_low, clipped_high = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
     fields = (logprobs, entropy, ratio, clipped_low, clipped_high, dual, kl)
     return PolicyHeadOutput(total, *(field.detach() for field in fields))
 

@@ -45,11 +45,13 @@ class Constants(NamedTuple):
     dual_clip: float | None
     kl_coef: float
     entropy_coef: float | None
+    cispo: int | None  # 1 for the form cispo
 
     @classmethod
     def of(cls, objective: Objective) -> Constants:
         o = objective
-        return cls(1 - o.clip_low, 1 + o.clip_high, o.dual_clip, float(o.kl_coef), o.entropy_coef or None)
+        cispo = 1 if o.form == "cispo" else None
+        return cls(1 - o.clip_low, 1 + o.clip_high, o.dual_clip, float(o.kl_coef), o.entropy_coef or None, cispo)
 
 
 def token_losses(logprobs: Tensor, tokens: TokenInputs, objective: Objective) -> TokenTerms:

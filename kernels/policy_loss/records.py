@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
+Form = Literal["clip", "cispo"]
 
 # exp(20) is 4.9e8: far beyond every clip range, yet finite in each dtype, times any advantage.
 LOG_RATIO_LIMIT = 20.0
@@ -26,6 +27,8 @@ class Objective:
     dual_clip            c > 1: for a negative advantage A the loss is at most -A·c. None: no such bound.
     kl_coef              weight of the KL to the reference policy, estimated per token by `kl_estimator`.
     entropy_coef         weight of the entropy bonus, which is subtracted from the loss.
+    form                 "clip": PPO's, a clipped token has no gradient. "cispo": the clipped ratio is a constant weight of the
+                         log-prob, so every token has a gradient; dual_clip does not go with it.
     Raises ValueError for values outside these ranges.
     """
 
@@ -35,6 +38,7 @@ class Objective:
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
     entropy_coef: float = 0.0
+    form: Form = "clip"
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low < 1 or self.clip_high < 0:
@@ -46,6 +50,10 @@ class Objective:
             raise ValueError(f"dual_clip {self.dual_clip} must be above 1 (10 is common); None switches it off")
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_estimator {self.kl_estimator!r} is unknown; use 'k1', 'k2' or 'k3'")
+        if self.form not in ("clip", "cispo"):
+            raise ValueError(f"form {self.form!r} is unknown; use 'clip' or 'cispo'")
+        if self.form == "cispo" and self.dual_clip is not None:
+            raise ValueError(f"dual_clip {self.dual_clip} bounds the loss of form clip; form cispo has none: use None")
 
 
 class TokenInputs(NamedTuple):
@@ -85,8 +93,8 @@ class TokenTerms(NamedTuple):
     loss           policy term (times the TIS weight) + kl_coef · kl.
     grad_logprobs  d loss / d logprobs.
     ratio          exp(logprobs - old_logprobs), with the difference clamped to ±20.
-    clipped_low    bool: A < 0 and ratio < 1 - clip_low, so the policy term has no gradient.
-    clipped_high   bool: A > 0 and ratio > 1 + clip_high, so the policy term has no gradient.
+    clipped_low    bool: A < 0 and ratio < 1 - clip_low, so the policy term has no gradient. Form cispo: ratio < 1 - clip_low.
+    clipped_high   bool: A > 0 and ratio > 1 + clip_high, so the policy term has no gradient. Form cispo: ratio > 1 + clip_high.
     clipped_dual   bool: A < 0 and ratio > dual_clip, so the policy term has no gradient.
     kl             estimate of the KL to the reference policy in nats; 0 without reference log-probs.
     """

@@ -26,16 +26,20 @@ def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
     unclipped = -advantage * ratio
     in_range = tl.clamp(ratio, objective.ratio_low, objective.ratio_high, propagate_nan=tl.PropagateNan.ALL)
     clipped = -advantage * in_range
-    loss = tl.maximum(unclipped, clipped, propagate_nan=tl.PropagateNan.ALL)
-
     negative = advantage < 0
-    at_bound = clipped > unclipped
     dual = negative & False
-    if objective.dual_clip is not None:
-        cap = -advantage * objective.dual_clip
-        dual = negative & (loss > cap)
-        loss = tl.where(dual, cap, loss)
-    slope = tl.where(at_bound | dual | (tl.abs(log_ratio) > LOG_RATIO_LIMIT), 0.0, unclipped)
+    if objective.cispo is not None:
+        loss, slope = clipped * logprob, clipped
+        low, high = ratio < objective.ratio_low, ratio > objective.ratio_high
+    else:
+        loss = tl.maximum(unclipped, clipped, propagate_nan=tl.PropagateNan.ALL)
+        at_bound = clipped > unclipped
+        if objective.dual_clip is not None:
+            cap = -advantage * objective.dual_clip
+            dual = negative & (loss > cap)
+            loss = tl.where(dual, cap, loss)
+        slope = tl.where(at_bound | dual | (tl.abs(log_ratio) > LOG_RATIO_LIMIT), 0.0, unclipped)
+        low, high = at_bound & negative, at_bound & (advantage >= 0)
 
     if tokens.tis_weights is not None:
         tis = tl.load(tokens.tis_weights + at, mask=mask)
@@ -46,7 +50,7 @@ def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
         kl, kl_slope = kl_terms(logprob - tl.load(tokens.ref_logprobs + at, mask=mask), KL)
         loss += objective.kl_coef * kl
         slope += objective.kl_coef * kl_slope
-    return loss, slope, ratio, at_bound & negative, at_bound & (advantage >= 0), dual, kl
+    return loss, slope, ratio, low, high, dual, kl
 
 
 @triton.jit

@@ -32,24 +32,27 @@ def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objectiv
     derivative is -A·r where -A·r is the larger term, and 0 where a bound is reached or outside the ±20 clamp.
     If r lies exactly on a clip bound the token counts as not clipped and its derivative is -A·r. (The one-sided
     derivatives differ there, and any value between them is a subgradient.)
+    With form cispo (arXiv 2506.13585 eq. 4) the term is -A·clip(r)·logp and its derivative -A·clip(r): r is a constant.
     """
     advantages = tokens.advantages
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
     old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = logprobs - old
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    loss = torch.maximum(unclipped, clipped)
-
-    negative = advantages < 0
-    at_bound = clipped > unclipped
-    dual = torch.zeros_like(negative)
-    if objective.dual_clip is not None:
-        cap = -advantages * objective.dual_clip
-        dual = negative & (loss > cap)
-        loss = torch.where(dual, cap, loss)
-    constant = at_bound | dual | (log_ratio.abs() > LOG_RATIO_LIMIT)
-    grad = unclipped.masked_fill(constant, 0.0)
+    clipped = -advantages * ratio.clamp(low, high)
+    dual = torch.zeros_like(advantages, dtype=torch.bool)
+    if objective.form == "cispo":
+        loss, grad = clipped * logprobs, clipped
+        clipped_low, clipped_high = ratio < low, ratio > high
+    else:
+        loss, negative, at_bound = torch.maximum(unclipped, clipped), advantages < 0, clipped > unclipped
+        if objective.dual_clip is not None:
+            cap = -advantages * objective.dual_clip
+            dual = negative & (loss > cap)
+            loss = torch.where(dual, cap, loss)
+        grad = unclipped.masked_fill(at_bound | dual | (log_ratio.abs() > LOG_RATIO_LIMIT), 0.0)
+        clipped_low, clipped_high = at_bound & negative, at_bound & ~negative
 
     if tokens.tis_weights is not None:
         loss, grad = loss * tokens.tis_weights, grad * tokens.tis_weights
@@ -57,7 +60,7 @@ def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objectiv
     if tokens.ref_logprobs is not None:
         kl, kl_grad = kl_terms(logprobs - tokens.ref_logprobs, objective.kl_estimator)
         loss, grad = loss + objective.kl_coef * kl, grad + objective.kl_coef * kl_grad
-    return TokenTerms(loss, grad, ratio, at_bound & negative, at_bound & ~negative, dual, kl)
+    return TokenTerms(loss, grad, ratio, clipped_low, clipped_high, dual, kl)
 
 
 def kl_terms(log_ratio: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:

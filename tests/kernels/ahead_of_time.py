@@ -76,6 +76,7 @@ OBJECTIVES = {
     ),
     "entropy, KL k1": (Objective(entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"), token_inputs(ref=True)),
     "dual clip, KL k2": (Objective(dual_clip=10.0, kl_coef=0.1, kl_estimator="k2"), token_inputs(ref=True)),
+    "CISPO, TIS": (Objective(form="cispo"), token_inputs(tis=True)),
     "entropy, dual clip, KL k3, TIS": EVERYTHING,
 }
 # dtypes of logits and gradient: bf16 training, fp32 training, bf16 training with bf16 logits

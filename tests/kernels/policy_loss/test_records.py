@@ -15,6 +15,8 @@ from dapo_mcore.kernels.policy_loss.records import compute_dtype
         ({"clip_high": -0.1}, "clip_high -0.1"),
         ({"dual_clip": 1.0}, "dual_clip 1.0 must be above 1"),
         ({"kl_estimator": "k4"}, "kl_estimator 'k4' is unknown"),
+        ({"form": "clipped"}, "form .clipped. is unknown"),
+        ({"form": "cispo", "dual_clip": 3.0}, "dual_clip 3.0 bounds the loss of form clip"),
     ],
 )
 def test_constants_outside_their_range_are_refused(constants, message):

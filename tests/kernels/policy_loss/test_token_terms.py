@@ -41,6 +41,16 @@ def test_from_logprobs_it_equals_the_torch_path_in_fp64(num_tokens, estimator, d
         assert out.clipped_low.any() and out.clipped_high.any() and out.clipped_dual.any() == (dual is not None)
 
 
+def test_cispo_equals_the_torch_path_in_fp64():
+    logprobs, tokens = random_inputs(1000)
+    objective = Objective(0.2, 0.28, kl_coef=0.2, form="cispo")
+    ours = kernel.token_losses(logprobs, tokens, objective)
+    exact = torch_path.token_losses(logprobs.double(), TokenInputs(*(x.double() for x in tokens)), objective)
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a.to(b.dtype), b, rtol=2e-5, atol=1e-5)
+    assert ours.clipped_low.any() and ours.clipped_high.any() and not ours.clipped_dual.any()
+
+
 def test_without_old_logprobs_the_ratio_is_exactly_one():
     logprobs, tokens = random_inputs(63)
     terms = kernel.token_losses(logprobs, TokenInputs(tokens.advantages, tokens.token_weights), Objective())

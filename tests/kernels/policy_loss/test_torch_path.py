@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from dapo_mcore.kernels.policy_head import reference
 from dapo_mcore.kernels.policy_loss import Objective, TokenInputs, kl_terms, policy_loss_terms
 
+from dapo_mcore.kernels import policy_loss as losses
 from tests.kernels.keywords import policy_loss
 
 # name: probability, old probability, advantage, dual clip → loss, d loss / d logp, flag that is set
@@ -91,6 +93,31 @@ def test_loss_and_gradient_match_autograd(estimator, dual):
     torch.testing.assert_close(ours.grad, 3 * plain.grad, rtol=1e-12, atol=1e-15)
     assert out.clipped_low.any() and out.clipped_high.any() and out.clipped_dual.any() == (dual is not None)
     assert not any(field.requires_grad for field in out[1:])
+
+
+def test_cispo_weighs_the_log_prob_of_every_token_by_the_clipped_ratio():
+    # ratios 1.4 (above 1.28), 0.6 (below 0.8) and 0.9, so weights 1.28, 0.8 and 0.9; A = 2, -2, 2
+    logprobs = f64(0.7, 0.3, 0.45).log()
+    tokens = TokenInputs(f64(2.0, -2.0, 2.0), f64(1.0, 1.0, 1.0), f64(0.5, 0.5, 0.5).log())
+    terms = policy_loss_terms(logprobs, tokens, Objective(0.2, 0.28, form="cispo"))
+    torch.testing.assert_close(terms.grad_logprobs, f64(-2.56, 1.6, -1.8), rtol=1e-14, atol=0)
+    torch.testing.assert_close(terms.loss, f64(-2.56, 1.6, -1.8) * logprobs, rtol=1e-14, atol=0)
+    assert terms.clipped_high.tolist() == [True, False, False] and terms.clipped_low.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+def test_cispo_is_the_gradient_of_the_definition_by_autograd(entropy_coef):
+    logprobs, tokens = random_tokens(500)
+    objective = Objective(0.1, 0.3, None, 0.2, "k3", entropy_coef, "cispo")
+    entropy = logprobs.exp()
+    plain, ours = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
+    expected = reference.loss_of_tokens(plain, entropy, tokens, objective)
+    out = losses.policy_loss(ours, tokens, objective, entropy=entropy)
+    expected.loss.backward()
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-12, atol=1e-15)
+    assert torch.equal(out.clipped_low, expected.clipped_low) and torch.equal(out.clipped_high, expected.clipped_high)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
