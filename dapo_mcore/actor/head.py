@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from dapo_mcore.actor.model.policy import PolicyModel
@@ -41,7 +42,10 @@ class PolicyHead:
             algo.kl.coef if algo.kl.place == "loss" else 0.0,
             algo.kl.estimator,
             algo.entropy_coef,
+            "cispo" if algo.policy_loss == "cispo" else "clip",
         )
+        self.per_sequence = algo.policy_loss == "gspo"
+        self.context_group = layout.context_group if layout.context > 1 else None
         self.sequence_parallel = config.parallel.sequence_parallel
         self.eager_grad = config.batch.head_eager_grad
         self.reduce_hidden_grad = True
@@ -63,13 +67,19 @@ class PolicyHead:
 
         batch        old_logprobs None means the log-probs of this forward pass, detached: the ratio is exactly 1
         tis_weights  float32 [L], or a function of this forward pass's log-probs of a slice of the L rows
+        Collective with a ratio per sequence and given old log-probs: one all-reduce over the context-parallel group.
         """
+        old = batch.old_logprobs
+        if self.per_sequence and old is not None:
+            own = self.logprobs(model, hidden.detach(), batch)
+            # log p - old is then the sequence's log-ratio at every token, and its derivative that of log p
+            old = own - self._sequence_log_ratios(own - old, batch)
         given = tis_weights if isinstance(tis_weights, torch.Tensor) else None
         return linear_policy_loss(
             self._rows(hidden, batch),
             model.head_weight(),
             batch.targets,
-            TokenInputs(batch.advantages, batch.token_weights, batch.old_logprobs, batch.ref_logprobs, given),
+            TokenInputs(batch.advantages, batch.token_weights, old, batch.ref_logprobs, given),
             self.objective,
             own_tis_weights=tis_weights if given is None else None,
             **self._gradients(model),
@@ -91,6 +101,19 @@ class PolicyHead:
     def logprobs(self, model: PolicyModel, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """Return the log-probs of the L targets, float32 [L], without gradient."""
         return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]
+
+    def _sequence_log_ratios(self, log_ratios: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Return for each row the mean of `log_ratios` over the loss tokens of its sample, [L].
+
+        Source: s_i of GSPO (arXiv 2507.18071) eq. 7. Collective: one all-reduce over the context-parallel group.
+        """
+        sums = log_ratios.new_zeros(2, len(batch.lengths), dtype=torch.float64)
+        sums[0].index_add_(0, batch.row_sequences, log_ratios.double())
+        sums[1].index_add_(0, batch.row_sequences, torch.ones_like(log_ratios, dtype=torch.float64))
+        if self.context_group is not None:
+            dist.all_reduce(sums, group=self.context_group)
+        means = sums[0] / sums[1].clamp(min=1)
+        return means.index_select(0, batch.row_sequences).to(log_ratios.dtype)
 
     def _gradients(self, model: PolicyModel) -> dict[str, Any]:
         """Return the gradient arguments. main_grad is a view of DDP's buffer and belongs to the model, so it is not kept."""

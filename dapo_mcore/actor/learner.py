@@ -18,7 +18,7 @@ from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
 from dapo_mcore.actor.model.fp8_rules import token_multiple
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
-from dapo_mcore.algo.advantage import group_advantages
+from dapo_mcore.algo.advantage import group_advantages, whitened
 from dapo_mcore.algo.correction import (
     MismatchStats,
     check_mismatch,
@@ -113,6 +113,7 @@ class Learner:
             packing=self.config.batch.packing,
             pad_token=self.pad_token,
             balance_weights=balance[local] if self.config.model.moe_aux_loss_coef else None,
+            with_sequences=self.config.algo.policy_loss == "gspo",
         )
         parts = plan.micro[layout.data_rank]
         micro_batches = [build([step.local_of[sample] for sample in samples]) for samples in parts]
@@ -129,10 +130,12 @@ class Learner:
             rewards,
             metadata.group_ids,
             metadata.in_statistics,
-            std=algo.advantage_std,
+            std="none" if algo.advantage_std == "batch" else algo.advantage_std,
             baseline=algo.advantage_baseline,
             eps=algo.advantage_eps,
         )
+        if algo.advantage_std == "batch":
+            advantages = whitened(advantages, metadata.num_loss_tokens)
         return torch.from_numpy(advantages).float()
 
     def _kl_sums(self, num_samples: int, scored: Sequence[MicroBatch]) -> np.ndarray:

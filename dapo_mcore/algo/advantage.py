@@ -43,6 +43,23 @@ def group_advantages(
     return advantages
 
 
+def whitened(advantages: np.ndarray, num_loss_tokens: np.ndarray) -> np.ndarray:
+    """Return float64 [B]: (A - mean) / √(variance + 1e-8), both over all loss tokens; a sample without loss tokens gets 0.
+
+    The variance has the divisor N - 1, with N the number of loss tokens; fewer than two are left as they are.
+    Equals masked_whiten of verl (utils/torch_functional.py) for advantages that are constant in a sample. REINFORCE++ with a group
+    baseline (arXiv 2501.03262) is this of `R - group mean`.
+    Example: A = 1 with three tokens and A = -1 with one have mean 0.5 and variance (3 · 0.25 + 2.25) / 3 = 1.
+    """
+    tokens = np.asarray(num_loss_tokens, dtype=np.float64)
+    total = tokens.sum()
+    if total < 2:
+        return np.asarray(advantages, dtype=np.float64)
+    centred = advantages - (tokens @ advantages) / total
+    variance = (tokens @ centred**2) / (total - 1)
+    return np.where(tokens > 0, centred / np.sqrt(variance + 1e-8), 0.0)
+
+
 def _advantages(rewards: np.ndarray, group_ids: np.ndarray, std: str, baseline: str, eps: float) -> np.ndarray:
     _, first, group = np.unique(group_ids, return_index=True, return_inverse=True)
     count = np.bincount(group)

@@ -27,11 +27,13 @@ def build_micro_batch(
     packing: bool,
     pad_token: int,
     balance_weights: np.ndarray | None = None,
+    with_sequences: bool = False,
 ) -> MicroBatch:
     """Return the micro-batch of the given samples of `batch` for `context_rank`, as CPU tensors; see MicroBatch for shapes.
 
     advantages, weights  float64 [B], one per sample of the batch, used for each of its loss tokens.
     balance_weights      float64 [B], see MicroBatch; None without a load-balancing loss.
+    with_sequences       fill in row_sequences.
     tensor_multiple      divides a rank's number of tokens: TP with sequence parallelism, else 1.
     packing              True: sequences back to back, each padded to 2·CP, and a dummy sequence at the end if alignment
                          needs it, with a boundary in cu_seqlens. False: a right-padded rectangle.
@@ -57,7 +59,8 @@ def build_micro_batch(
     counts = np.diff(np.searchsorted(trained, ends), prepend=0)
     place = trained + np.repeat(begins[: len(samples)] - (ends - lengths), counts)
     rows, mine = _rows(place - 1, held, len(tokens), num_rows)
-    sample_ids = np.repeat(samples, counts)[mine]
+    row_sequences = np.repeat(np.arange(len(samples)), counts)[mine]
+    sample_ids = samples[row_sequences]
     position_ids = ragged_ranges(np.zeros_like(segments), segments)
     balance: dict[str, torch.Tensor] = {}
     if balance_weights is not None:
@@ -75,6 +78,7 @@ def build_micro_batch(
         token_weights=torch.from_numpy(weights[sample_ids].astype(np.float32)),
         rollout_logprobs=torch.from_numpy(_joined(batch.rollout_logprobs, spans)[trained[mine]]),
         sample_ids=torch.from_numpy(sample_ids),
+        row_sequences=torch.from_numpy(row_sequences) if with_sequences else None,
         **balance,
     )
 

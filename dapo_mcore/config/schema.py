@@ -155,6 +155,15 @@ def _check_algo(c: Config) -> None:
             f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
             "use a cap of at least 1"
         )
+    if c.algo.policy_loss == "cispo" and c.algo.dual_clip is not None:
+        raise ValueError(
+            f"algo.dual_clip {c.algo.dual_clip} bounds the loss of algo.policy_loss clip and gspo; cispo has no such bound: leave it out"
+        )
+    if c.algo.policy_loss == "gspo" and c.algo.loss_mode != "seq-mean-token-mean":
+        raise ValueError(
+            f"algo.policy_loss gspo has one ratio per response and takes the mean over responses; set algo.loss_mode "
+            f"seq-mean-token-mean (now {c.algo.loss_mode})"
+        )
     if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
         raise ValueError(
             "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"

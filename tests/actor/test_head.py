@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,8 +55,65 @@ def test_gradients_reduced_during_the_backward_pass_are_complete(problems):
     assert max(found["errors"]) <= TOLERANCE and found["difference"] <= TOLERANCE, found
 
 
+@pytest.mark.parametrize("mesh", [Mesh(context=2), Mesh(tensor=2, sequence_parallel=True)], ids=str)
+def test_gspo_and_cispo_have_the_gradient_of_their_formulas_in_fp64(mesh, problems):
+    for name, (error, other) in parity.spawn(errors_of_losses, mesh, problems[False]).items():
+        assert error <= TOLERANCE, name
+        assert other > 1e-2, f"{name}: the test must tell it from the ratio per token"
+
+
 def test_a_shared_embedding_without_its_flag_would_be_noticed(problems):
     assert parity.spawn(without_the_flag, Mesh(), problems[True]) > 100 * TOLERANCE
+
+
+LOSSES = {
+    "gspo": {"algo__loss_mode": "seq-mean-token-mean", "algo__clip_low": 0.02, "algo__clip_high": 0.03},
+    "cispo": {"algo__dual_clip": None},
+}
+
+
+def errors_of_losses(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
+    """Return the error of each loss, and how far the gradient of a ratio per token is from it. Runs in a worker."""
+    batch, _ = parity.load_problem(path)
+    found = {}
+    for name, settings in LOSSES.items():
+        config = parity.make_config(mesh, algo__policy_loss=name, batch__head_chunk_tokens=16, **settings)
+        actor = parity.build_actor(config, layout)
+        (mini_batch,) = parity.shared_step(config, layout, batch, actor)
+        gradient = parity.gradient_of(actor, mini_batch)
+        if layout.is_controller:
+            model = parity.model64("qwen2", False)
+            formula(model, batch, name, config.algo.clip_low, config.algo.clip_high).backward()
+            exact = {key: p.grad.clone() for key, p in model.named_parameters()}
+            model.zero_grad()
+            parity.dapo_loss(model, batch, config.algo.clip_low, config.algo.clip_high, 3.0).backward()
+            plain = {key: p.grad for key, p in model.named_parameters()}
+            found[name] = parity.worst(gradient, exact), parity.worst(plain, exact)
+    return found
+
+
+def formula(model: torch.nn.Module, batch: Any, name: str, low: float, high: float) -> torch.Tensor:
+    """Return the loss as verl computes it (trainer/ppo/core_algos.py: compute_policy_loss_gspo, compute_policy_loss_cispo)."""
+    sequences = []
+    for group in np.unique(batch.group_ids):
+        rewards = torch.from_numpy(batch.rewards[batch.group_ids == group])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for sample, advantage in zip(np.flatnonzero(batch.group_ids == group), advantages):
+            where = slice(batch.offsets[sample], batch.offsets[sample + 1])
+            tokens, mask = torch.from_numpy(batch.tokens[where].astype(np.int64)), batch.loss_mask[where][1:]
+            logits = model(tokens[None]).logits[0, :-1]
+            logp = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0][mask]
+            old = torch.from_numpy(batch.rollout_logprobs[where].astype(np.float64))[1:][mask]
+            if name == "cispo":
+                ratio = (logp - old).exp().clamp(1 - low, 1 + high).detach()
+                sequences.append(-ratio * advantage * logp)
+            elif len(logp):
+                ratio = ((logp - old).mean().detach() + logp - logp.detach()).exp()
+                loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+                if advantage < 0:
+                    loss = torch.minimum(loss, -advantage * 3.0)
+                sequences.append(loss.mean()[None])
+    return torch.cat(sequences).mean()
 
 
 def both_modes(layout: Any, mesh: Mesh, path: str, settings: dict[str, Any], overlap: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dapo_mcore.algo.advantage import group_advantages
+from dapo_mcore.algo.advantage import group_advantages, whitened
 
 
 def advantages(rewards, ids=None, valid=None, **options):
@@ -52,6 +52,16 @@ def test_one_valid_sample_of_a_larger_group_has_no_baseline_and_gets_0(std, base
     valid = [True, False, False, True, True, False, True]
     expected = [0, 0, 0, 2 if std == "none" else 2 / (1 + 1e-6), 0, 0, 0]
     np.testing.assert_allclose(advantages(rewards, ids, valid, std=std, baseline=baseline), expected, rtol=1e-14)
+
+
+def test_whitening_counts_every_loss_token():
+    np.testing.assert_allclose(whitened(np.array([1.0, -1.0]), np.array([3, 1])), np.array([0.5, -1.5]), rtol=1e-7)
+    # verl's formula, token by token, with an empty sample among the others
+    values, tokens = np.array([0.3, -2.0, 9.0, 1.1]), np.array([5, 2, 0, 7])
+    spread = np.repeat(values, tokens)
+    expected = (values - spread.mean()) / np.sqrt(spread.var(ddof=1) + 1e-8) * (tokens > 0)
+    np.testing.assert_allclose(whitened(values, tokens), expected, rtol=1e-14)
+    np.testing.assert_array_equal(whitened(np.array([2.0, 3.0]), np.array([0, 1])), [2.0, 3.0])
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])

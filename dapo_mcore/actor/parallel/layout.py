@@ -33,6 +33,7 @@ class Layout:
     expert_tensor, expert, expert_data       sizes of the experts' axes; world_size is their product times pipeline
     *_rank                                   this rank's coordinate on each axis
     tensor_group, pipeline_group,            device process groups
+    context_group
     expert_tensor_group, expert_group
     copies_group, expert_copies_group        device process groups of the ranks that hold the same shards as this rank: its
                                              data- and context-parallel ranks, and for experts its expert-data-parallel ranks
@@ -60,6 +61,7 @@ class Layout:
     expert_data_rank: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
     expert_tensor_group: dist.ProcessGroup
     expert_group: dist.ProcessGroup
     copies_group: dist.ProcessGroup
@@ -233,6 +235,7 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
         expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
         expert_group=parallel_state.get_expert_model_parallel_group(),
         copies_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
