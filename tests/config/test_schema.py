@@ -67,6 +67,8 @@ RULES: list[tuple[list[str], str]] = [
         "model.routing_replay scoring replays the routes of a scoring pass, but algo.old_logprobs rollout with algo.tis.mode off",
     ),
     (["algo.tis.mode=mask", "algo.tis.cap=0.5"], "which no token meets at tis.cap 0.5; use a cap of at least 1"),
+    (["algo.policy_loss=cispo", "algo.dual_clip=3"], "cispo has no such bound: leave it out"),
+    (["algo.policy_loss=gspo"], "set algo.loss_mode seq-mean-token-mean (now token-mean)"),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
     (["model.overrides={num_hidden_layers: 2}"], "set model.init random"),
     (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
