@@ -12,6 +12,10 @@ class OtherRankFailed(DapoError):
     """Another rank failed, and this rank waited for it."""
 
 
+class RestartError(DapoError):
+    """A job has failed twice from the same checkpoint; a third start would fail as well."""
+
+
 class ConfigError(DapoError):
     """The configuration contradicts itself, the model or the machine: the user edits a value."""
 

@@ -40,8 +40,10 @@ def _train(path: str, overrides: Sequence[str]) -> None:
 
 def _checked(path: str, overrides: Sequence[str]) -> Config:
     """Return the configuration. Raise the DapoError that the run would end with as far as it can be known here."""
+    from dapo_mcore.checkpoint.run_folder import latest_checkpoint
     from dapo_mcore.config.file import load_config, repeated_overrides
     from dapo_mcore.preflight import check_run, describe_run
+    from dapo_mcore.process.attempt import check_progress
     from dapo_mcore.process.environment import set_deterministic
     from dapo_mcore.process.launcher import check_launcher
 
@@ -52,6 +54,8 @@ def _checked(path: str, overrides: Sequence[str]) -> Config:
     if os.environ.get("RANK", "0") == "0":
         for note in repeated_overrides(overrides):
             print(f"note: {note}")
+        latest = latest_checkpoint(config.run_dir)
+        check_progress(os.environ, latest.name if latest else "nothing")
         check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
         print("\n".join(describe_run(config)), flush=True)
     return config

@@ -20,9 +20,13 @@ from dapo_mcore.actor.parallel.megatron_version import check_version
 from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_parallel_size
 from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import OtherRankFailed
+from dapo_mcore.process.attempt import call_roll
 from dapo_mcore.process.launcher import check_launcher
 
 T = TypeVar("T")
+
+_JOIN = timedelta(minutes=30)
+"""All ranks begin at once, and only imports from a slow disk come before they join."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,11 @@ def _join(parallel: ParallelConfig) -> torch.device:
     if dist.is_initialized():
         return device
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        join = min(timeout, _JOIN)
+        store, rank, size = next(dist.rendezvous("env://", timeout=join))
+        attempt = call_roll(store, rank, size, join.total_seconds())
+        own = dist.PrefixStore(f"attempt/{attempt}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device

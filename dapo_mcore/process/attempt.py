@@ -1,0 +1,105 @@
+"""One attempt of a job: its processes find each other in a store that dead attempts have used, and useless attempts end.
+
+Change here: how an attempt gets its name, and when a job is not started again.
+
+torchrun starts ranks again after a failure (--max-restarts), often with the same store, where the addresses of the dead ranks
+still are. Its restart count is no name for an attempt: each node counts its own failures. So the ranks call the roll.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from dapo_mcore.errors import OtherRankFailed, RestartError
+from dapo_mcore.process.failures import find_failures
+
+_POLL_S = 0.1
+_STARTS = "starts"
+_MAX_STARTS = 2
+
+
+class Store(Protocol):
+    """What the roll call needs of torch's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
+def call_roll(store: Store, rank: int, size: int, timeout_s: float) -> str:
+    """Return a name for this attempt, the same on all of its ranks and new in the store. Raise OtherRankFailed, with the missing
+    ranks, if not all are there within the time.
+
+    Every rank writes a number that nobody had before. Rank 0 writes the list of the numbers that it sees, again and again, until
+    all ranks have found themselves in it: what a dead rank wrote is either replaced by then, or not confirmed.
+    """
+    number = secrets.token_hex(8)
+    deadline = time.monotonic() + timeout_s
+    if rank == 0:
+        return _lead(store, number, size, deadline)
+    store.set(f"roll/{rank}", number)
+    while True:
+        seen = json.loads(store.get("roll/seen")) if store.check(["roll/seen"]) else {}
+        if seen.get(str(rank)) == number:
+            store.set(f"roll/{seen['0']}/{rank}", number)
+            return seen["0"]
+        if time.monotonic() > deadline:
+            raise OtherRankFailed("rank 0 has not joined the job in time; its log says why")
+        time.sleep(_POLL_S)
+
+
+def _lead(store: Store, name: str, size: int, deadline: float) -> str:
+    absent = list(range(1, size))
+    told: dict[str, str] = {}
+    while absent:
+        seen = {"0": name} | {str(rank): number for rank in range(1, size) if (number := _read(store, f"roll/{rank}"))}
+        if seen != told:
+            store.set("roll/seen", json.dumps(seen))
+            told = seen
+        absent = [rank for rank in absent if _read(store, f"roll/{name}/{rank}") is None]
+        if absent and time.monotonic() > deadline:
+            ranks = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+            raise OtherRankFailed(
+                f"{len(absent)} of {size} ranks have not joined the job in time: {ranks}; their logs say why"
+            )
+        if absent:
+            time.sleep(_POLL_S)
+    return name
+
+
+def _read(store: Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
+
+
+def check_progress(environment: Mapping[str, str], checkpoint: str) -> None:
+    """Rank 0: raise RestartError if torchrun has started this job twice from `checkpoint` already, and both have failed.
+
+    checkpoint  where this start goes on from; any text for a start from nothing.
+    torchrun keeps the logs of all starts in one folder, and their origins are noted there.
+    """
+    error_file = environment.get("TORCHELASTIC_ERROR_FILE", os.devnull)
+    if error_file == os.devnull or environment.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    attempt = Path(error_file).parents[1]  # LOGS/attempt_0/RANK/error.json
+    notes = attempt.parent / _STARTS
+    starts = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
+    if starts.count(checkpoint) >= _MAX_STARTS:
+        before = int(environment.get("TORCHELASTIC_RESTART_COUNT", "1")) - 1
+        raise RestartError(
+            f"{_MAX_STARTS} starts from {checkpoint} have failed, so there is no third one; "
+            + _last_failure(attempt.with_name(f"attempt_{before}"))
+        )
+    notes.write_text("\n".join([*starts, checkpoint, ""]), encoding="utf-8")
+
+
+def _last_failure(attempt: Path) -> str:
+    failures = find_failures(attempt)
+    return f"the last: rank {failures[0].rank}: {failures[0].message}" if failures else "see the messages above"
