@@ -76,6 +76,7 @@ def finalize_without_division(
 def _forward_step(
     iterator: Iterator[MicroBatch], model: torch.nn.Module, *, loss_function: LossFunction, layout: Layout, record: bool
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, MicroBatchOutput]]]:
+    layout.beacon.tick()
     batch = next(iterator)
     engine = model.config.transformer_impl == "transformer_engine"
     packed = _sequence_params(batch, layout, engine=engine)

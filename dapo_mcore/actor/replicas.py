@@ -80,8 +80,7 @@ def _differing(sums: dict[str, torch.Tensor | None], group: dist.ProcessGroup, d
 
 def _describe(differing: dict[str, int], layout: Layout) -> str:
     """Return the error message, given this rank's differing checksums. Collective: all-gather over the control group."""
-    sums_of_ranks: list[dict[str, int]] = [{} for _ in range(layout.world_size)]
-    dist.all_gather_object(sums_of_ranks, differing, group=layout.control_group)
+    sums_of_ranks = layout.share_objects(differing)
     names = list(dict.fromkeys(name for sums in sums_of_ranks for name in sums))
     shown = "; ".join(f"{name} ({_agreeing_ranks(name, sums_of_ranks)})" for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -125,8 +125,7 @@ class WeightStream:
 
     def _groups(self) -> Iterator[list[StreamedParameter]]:
         """Yield all parameters, grouped by holders and dtype; pipeline stages come one after the other."""
-        names_of_ranks: list[list[str]] = [[] for _ in range(self.layout.world_size)]
-        dist.all_gather_object(names_of_ranks, list(self.local), group=self.layout.control_group)
+        names_of_ranks = self.layout.share_objects(list(self.local))
         holders: dict[str, tuple[int, ...]] = {}
         for rank, names in enumerate(names_of_ranks):  # ranks ascend with the tensor-parallel rank
             for name in names:

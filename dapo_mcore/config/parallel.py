@@ -34,6 +34,11 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     timeout_minutes: int = Field(240, ge=1, le=30 * 1440)
     """Collectives wait this long: it must outlast the longest rollout."""
+    hang_minutes: float | None = Field(30, gt=0, le=1440)
+    """End a job that torchrun has started once a rank gets no further for this long within a gradient step or a weight sync: the stacks
+    of all ranks and the rank at fault are told, and torchrun's --max-restarts can start it again. Twice as long at the start and
+    in a save, four times between two finished responses. A rank that only waits for others never counts. A stopped or lost
+    process ends the job after a minute. Costs a small process per node. null: only timeout_minutes ends a hang."""
     check_replicas: bool = True
     """Compare checksums of the weights that several ranks hold, after the gradient steps of every rollout step; a
     difference ends the run."""

@@ -58,8 +58,8 @@ class NullProgress:
 class PhaseLine(NullProgress):
     """A bar for one phase at a time. Other threads may advance it."""
 
-    def __init__(self, bar: PhaseBar) -> None:
-        self._bar, self._lock = bar, threading.Lock()
+    def __init__(self, bar: PhaseBar, on_advance: Callable[[], None]) -> None:
+        self._bar, self._on_advance, self._lock = bar, on_advance, threading.Lock()
         self._task: TaskID | None = None
         self._total: int | None = None
 
@@ -71,6 +71,7 @@ class PhaseLine(NullProgress):
 
     def advance(self, n: int = 1) -> None:
         """Add `n` to the finished items of the current phase."""
+        self._on_advance()
         with self._lock:
             if self._task is not None:
                 self._bar.advance(self._task, n)
@@ -93,7 +94,8 @@ class PhaseLine(NullProgress):
 class Progress(NullProgress):
     """The run's progress on rank 0's standard output, a context manager around the whole run.
 
-    A terminal gets the live display; a pipe or a file gets plain lines, flushed one by one.
+    A terminal gets the live display; a pipe or a file gets plain lines, flushed one by one. `on_advance` is called, in any thread,
+    whenever an item is finished.
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class Progress(NullProgress):
         num_steps: int,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_advance: Callable[[], None] = lambda: None,
     ) -> None:
-        self._name, self._num_steps, self._clock = name, num_steps, clock
+        self._name, self._num_steps, self._clock, self._on_advance = name, num_steps, clock, on_advance
         self._console = console or Console(highlight=False)
         self._start = self._step_start = clock()
         self._durations: deque[float] = deque(maxlen=ETA_STEPS)
@@ -116,7 +119,7 @@ class Progress(NullProgress):
             TimeElapsedColumn(),
             console=self._console,
         )
-        self._line = PhaseLine(self._bar)
+        self._line = PhaseLine(self._bar, on_advance)
         self._live = (
             Live(self, console=self._console, refresh_per_second=4, vertical_overflow="crop")
             if self._console.is_terminal
@@ -148,7 +151,7 @@ class Progress(NullProgress):
 
     def beside(self) -> NullProgress:
         """Return a second bar, for the phases of another thread."""
-        return PhaseLine(self._bar)
+        return PhaseLine(self._bar, self._on_advance)
 
     def step_done(self, step: int, metrics: Metrics) -> None:
         """Show the finished rollout step `step`. It took `time/step_s`, or the time since the previous step."""

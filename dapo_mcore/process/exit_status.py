@@ -102,10 +102,15 @@ def record_failure(message: str, is_consequence: bool = False) -> bool:
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is not None:
-        # torchrun compares whole seconds, and the rank that failed first may write its file a little later than this one
-        timestamp = int(time.time()) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
-        info = {"timestamp": str(timestamp), "rank": os.environ.get("RANK"), "is_consequence": is_consequence}
-        content = {"message": {"message": message, "extraInfo": info}}
-        with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the error may be a full disk
-            json.dump(content, file)
+        write_failure(path, os.environ.get("RANK"), message, is_consequence)
     return path is not None
+
+
+def write_failure(path: str, rank: str | None, message: str, is_consequence: bool = False) -> None:
+    """Write the message into a rank's error file."""
+    # torchrun compares whole seconds, and the rank that failed first may write its file a little later than another one
+    timestamp = int(time.time()) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
+    info = {"timestamp": str(timestamp), "rank": rank, "is_consequence": is_consequence}
+    content = {"message": {"message": message, "extraInfo": info}}
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the error may be a full disk
+        json.dump(content, file)

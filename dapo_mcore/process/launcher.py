@@ -47,7 +47,7 @@ def watch_launcher(environment: Mapping[str, str], on_lost: Callable[[], None]) 
 
     If torchrun dies before this call, joining the job fails, because torchrun holds the ranks' rendezvous store.
     """
-    if not _is_torchrun(environment):
+    if not is_torchrun(environment):
         return
     parent = os.getppid()
 
@@ -79,10 +79,11 @@ def ranks_here(environment: Mapping[str, str]) -> list[int]:
 def shutdown_timeout_note(environment: Mapping[str, str]) -> str:
     """Return a clause that says how long the launcher waits after a signal before it kills this process; empty if there is
     no limit."""
-    return "; torchrun waits 30 s for it, or --shutdown-timeout" if _is_torchrun(environment) else ""
+    return "; torchrun waits 30 s for it, or --shutdown-timeout" if is_torchrun(environment) else ""
 
 
-def _is_torchrun(environment: Mapping[str, str]) -> bool:
+def is_torchrun(environment: Mapping[str, str]) -> bool:
+    """Return True if torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in environment
 
 

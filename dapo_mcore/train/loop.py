@@ -14,8 +14,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,14 @@ from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
 from dapo_mcore.observe.profile import profiled
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.process.beacon import NullBeacon
 from dapo_mcore.process.launcher import ranks_here, routed_address, shutdown_timeout_note, watch_launcher
 from dapo_mcore.process.run_lock import RunLock
 from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, Stop, WorkerShutdown, exit_on_signal
 from dapo_mcore.process.stop_file import STOP, StopFile
+from dapo_mcore.process.watchdog import watch_job
 from dapo_mcore.rollout.build import build_peer
+from dapo_mcore.rollout.sglang.assembly import weights_folder
 from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost
 from dapo_mcore.train.leaders import open_leaders
 from dapo_mcore.warm_start import warm_start
@@ -61,7 +64,7 @@ def train(config: Config) -> None:
     """
     make_deterministic(config)
     with exit_on_signal():  # ranks wait here for each other
-        layout = layouts.start(config.parallel, config.seed)
+        layout = layouts.start(config.parallel, config.seed, partial(_watched, config))
         shutdown = _new_shutdown(config, layout)
     try:
         with shutdown:
@@ -69,7 +72,9 @@ def train(config: Config) -> None:
             done = layout.on_controller_or_raise(lambda: finished_step(config) if layout.is_controller else None)
             if layout.broadcast_object(done) is None:
                 with (
-                    Progress(config.name, config.num_rollout_steps) if layout.is_controller else NullProgress() as shown
+                    Progress(config.name, config.num_rollout_steps, on_advance=layout.beacon.tick)
+                    if layout.is_controller
+                    else NullProgress() as shown
                 ):
                     Run(config, layout, shown, shutdown).loop()
             elif layout.is_controller:
@@ -84,6 +89,13 @@ def train(config: Config) -> None:
         layouts.stop()
         raise
     layouts.stop()
+    layout.beacon.leave()
+
+
+def _watched(config: Config, attempt: str) -> NullBeacon:
+    """Return this rank's beacon. The first rank of a node also starts the watchdog there."""
+    remove = (weights_folder(config.rollout.sglang, config.run_dir),) if config.rollout.engine == "sglang" else ()
+    return watch_job(os.environ, attempt, config.run_dir, config.parallel.hang_minutes, remove)
 
 
 def _new_shutdown(config: Config, layout: Layout) -> Shutdown:
@@ -215,7 +227,8 @@ class Run:
                     check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
         memory = self.memory.metrics()  # before the memory may go to servers
-        self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
+        with self.layout.beacon.phase("generate"):
+            self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
         if self._stop() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
@@ -380,14 +393,17 @@ class Run:
             doing = f"export the model to {folder} ({_how_to_go_on(self.config)})"
             raise output_error(error, doing) from error
 
-    def _phase(self, name: str) -> Any:
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
         self.progress.phase(name)
-        return self.timer.phase(name)
+        with self.timer.phase(name), self.layout.beacon.phase(name):
+            yield
 
     def _attended(self, action: Callable[[Controller], Any]) -> Any:
         """Run an action that may generate on rank 0, and return its result, or None if a signal stops the run. Meanwhile all ranks
         can sync weights again if servers lose them."""
-        return self.handover.attend(lambda: action(self.controller) if self.controller else None)
+        with self.layout.beacon.phase("generate"):
+            return self.handover.attend(lambda: action(self.controller) if self.controller else None)
 
     def _on_controller(self, action: Callable[[Controller], Any]) -> Any:
         return self.layout.on_controller_or_raise(lambda: action(self.controller) if self.controller else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -21,6 +22,7 @@ from dapo_mcore.actor.parallel.mesh import data_parallel_size, expert_data_paral
 from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.errors import OtherRankFailed
 from dapo_mcore.process.attempt import call_roll
+from dapo_mcore.process.beacon import NullBeacon
 from dapo_mcore.process.launcher import check_launcher
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ class Layout:
     control_group                            gloo group of all ranks, for tensors in host memory
     replica_groups                           gloo groups: entry d contains rank 0 and all ranks of data-parallel replica d; it
                                              is None on ranks that are not in it
+    beacon                                   tells the watchdog what this rank does
     """
 
     rank: int
@@ -72,6 +75,7 @@ class Layout:
     expert_copies_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
     replica_groups: tuple[dist.ProcessGroup | None, ...]
+    beacon: NullBeacon
 
     @property
     def is_controller(self) -> bool:
@@ -92,28 +96,33 @@ class Layout:
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Return the elementwise sum of host tensors over all ranks, in place. Collective: gloo all-reduce."""
-        dist.all_reduce(values, group=self.control_group)
+        with self.beacon.waits("sum"):
+            dist.all_reduce(values, group=self.control_group)
         return values
 
     def max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Return the elementwise maximum of host tensors over all ranks, in place. Collective: gloo all-reduce."""
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control_group)
+        with self.beacon.waits("maximum"):
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control_group)
         return values
 
     def broadcast_object(self, value: object) -> object:
         """Return rank 0's value on every rank; only for small records, within the trusted job. Collective: gloo broadcast."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control_group)
+        with self.beacon.waits("broadcast"):
+            dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]
 
     def broadcast(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """Return rank 0's host tensor on every rank of a gloo `group`, in place. Collective: gloo broadcast."""
-        dist.broadcast(tensor, src=0, group=group)
+        with self.beacon.waits("broadcast") if group is self.control_group else nullcontext():
+            dist.broadcast(tensor, src=0, group=group)
         return tensor
 
     def barrier(self) -> None:
         """Wait until all ranks are here. Collective: gloo barrier over the control group."""
-        dist.barrier(group=self.control_group)
+        with self.beacon.waits("barrier"):
+            dist.barrier(group=self.control_group)
 
     def on_controller_or_raise(self, action: Callable[[], T]) -> T:
         """Call `action` and return its result. If it fails on rank 0, every rank raises, so no rank waits for rank 0.
@@ -146,8 +155,7 @@ class Layout:
             result = action()
         except Exception as error:
             failure = error
-        messages: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(messages, _message(failure), group=self.control_group)
+        messages = self.share_objects(_message(failure))
         if failure is not None:
             raise failure
         for rank, message in enumerate(messages):
@@ -155,17 +163,23 @@ class Layout:
                 raise OtherRankFailed(f"rank {rank} failed: {message}")
         return result
 
+    def share_objects(self, value: T) -> list[T]:
+        """Return every rank's value on every rank, in rank order; for small records. Collective: gloo all-gather."""
+        values: list[T] = [value] * self.world_size
+        with self.beacon.waits("all-gather"):
+            dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
     def gather_objects(self, value: object) -> list[object]:
         """Return every rank's value on rank 0, in rank order, and [] elsewhere; for small records. Collective: gloo gather."""
         values = [None] * self.world_size if self.is_controller else None
-        dist.gather_object(value, values, dst=0, group=self.control_group)
+        with self.beacon.waits("gather"):
+            dist.gather_object(value, values, dst=0, group=self.control_group)
         return values or []
 
     def first_ranks_of_nodes(self) -> list[int]:
         """Return the first rank of each node, on every rank. Collective: gloo all-gather over the control group."""
-        firsts: list[bool] = [False] * self.world_size
-        dist.all_gather_object(firsts, is_first_of_node(), group=self.control_group)
-        return [rank for rank, is_first in enumerate(firsts) if is_first]
+        return [rank for rank, is_first in enumerate(self.share_objects(is_first_of_node())) if is_first]
 
     def free_scratch(self) -> None:
         """Free the device memory that Megatron and torch keep for reuse. No communication."""
@@ -190,9 +204,12 @@ def is_first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def start(parallel: ParallelConfig, seed: int) -> Layout:
+def start(
+    parallel: ParallelConfig, seed: int, new_beacon: Callable[[str], NullBeacon] = lambda _: NullBeacon()
+) -> Layout:
     """Join the job, build every process group and return this rank's layout.
 
+    new_beacon  gets the name of this attempt of the job, once all ranks have joined.
     Reads RANK and WORLD_SIZE (torchrun); without them this is a job of one process. Raises ConfigError if the launcher's
     variables do not describe a job, if the world size does not fit the `parallel` section, or if this version of megatron-core
     is not supported. Collectives: creates process groups, so every rank must call it.
@@ -202,7 +219,7 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
     cpu_device.install_if_needed()
     from megatron.core import parallel_state, tensor_parallel
 
-    device = _join(parallel)
+    device, beacon = _join(parallel, new_beacon)
     data = data_parallel_size(parallel, dist.get_world_size())
     expert_data = expert_data_parallel_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
@@ -246,6 +263,7 @@ def start(parallel: ParallelConfig, seed: int) -> Layout:
         expert_copies_group=parallel_state.get_expert_data_parallel_group(),
         control_group=control,
         replica_groups=_replica_groups(data, data_rank, control, timeout),
+        beacon=beacon,
     )
 
 
@@ -258,7 +276,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _join(parallel: ParallelConfig) -> torch.device:
+def _join(parallel: ParallelConfig, new_beacon: Callable[[str], NullBeacon]) -> tuple[torch.device, NullBeacon]:
     timeout = timedelta(minutes=parallel.timeout_minutes)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
@@ -266,16 +284,18 @@ def _join(parallel: ParallelConfig) -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if dist.is_initialized():
-        return device
+        return device, NullBeacon()
     if "WORLD_SIZE" in os.environ:
         join = min(timeout, _JOIN)
         store, rank, size = next(dist.rendezvous("env://", timeout=join))
         attempt = call_roll(store, rank, size, join.total_seconds())
+        beacon = new_beacon(attempt)
         own = dist.PrefixStore(f"attempt/{attempt}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
     else:
+        beacon = NullBeacon()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return device
+    return device, beacon
 
 
 def _replica_groups(

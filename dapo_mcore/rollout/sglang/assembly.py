@@ -57,8 +57,13 @@ def _plain_sender(
         return DistributedSender(settings.sync_host, backend, settings.sync_timeout_s, settings.servers_per_group)
     if settings.sync == "tensor":
         return TensorSender(settings.urls, bucket_bytes, relays)
+    return DiskSender(weights_folder(settings, run_folder), num_bytes)
+
+
+def weights_folder(settings: SGLangConfig, run_folder: Path) -> Path:
+    """Return the folder in which this run, and no other one, writes weights for sync disk."""
     run = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:12]
-    return DiskSender(Path(settings.sync_dir) / f"dapo_mcore-{run}", num_bytes)
+    return Path(settings.sync_dir) / f"dapo_mcore-{run}"
 
 
 def start_planned(

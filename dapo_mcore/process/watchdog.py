@@ -1,0 +1,321 @@
+"""The watchdog: a process per node that reads the beacons of the node's ranks, and ends a job that hangs.
+
+    python -m dapo_mcore.process.watchdog WATCH     started by the first rank of each node, see `start_watchdog`
+
+It is no thread of a rank, as a rank that hangs may hold the GIL or be stopped. Nodes exchange what they see as files of the run's
+folder, which all of them share for checkpoints. Node 0's process judges; node 1's does if node 0 is silent.
+
+    SHARED/node-3.json     the ranks of node 3, and a number that grows with each writing
+           alarm           the job hangs: every node writes the stacks of its ranks
+           stacks-3.json   by rank
+           verdict.json    which ranks are guilty: every node ends its ranks
+
+Change here: how ranks are observed and ended. What a hang is, and who is guilty, is in hang.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dapo_mcore.process.beacon import DUMP, Beacon, Note, NullBeacon, error_file_of, read_beacons, stack_file
+from dapo_mcore.process.exit_status import write_failure
+from dapo_mcore.process.hang import Condition, Limits, RankState, Verdict, hangs, judge, main_thread
+from dapo_mcore.process.launcher import is_torchrun
+
+_POLL_S = 0.5
+_STACKS_S = 5.0
+_PY_SPY_S = 10.0
+_ALL_STACKS_S = 60.0
+_KILLED_S = 10.0
+_REPEAT_S = 3.0
+"""More than signals.REPEAT_S: a second SIGTERM ends a run that defers the first one."""
+
+
+class Watch(NamedTuple):
+    """What a watchdog is told.
+
+    folder     beacons of this node's ranks; deleted at the end.
+    shared     folder of this attempt, which all nodes see.
+    node       this node's number, of num_nodes.
+    remove     folders in memory that a killed rank leaves, such as weights for servers.
+    exchange_s how often nodes tell each other what they see.
+    """
+
+    folder: str
+    shared: str
+    node: int
+    num_nodes: int
+    limits: Limits
+    remove: tuple[str, ...] = ()
+    exchange_s: float = 5.0
+
+
+def watch_job(
+    environment: Mapping[str, str], attempt: str, run_dir: Path, minutes: float | None, remove: Sequence[Path] = ()
+) -> NullBeacon:
+    """Return this rank's beacon, and let the node's first rank start the watchdog. One that tells nothing, without torchrun or
+    `minutes`: then there is nobody to start the job again, or the user wants no watchdog.
+
+    attempt  a name that this start of the job alone has.
+    remove   folders in memory that a killed rank leaves; deleted once all ranks of the first node have ended.
+    """
+    if minutes is None or not is_torchrun(environment):
+        return NullBeacon()
+    node, rank = int(environment["GROUP_RANK"]), int(environment["RANK"])
+    folder = Path(tempfile.gettempdir()) / f"dapo_mcore-{attempt}-{node}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    beacon = Beacon(folder, rank, environment.get("TORCHELASTIC_ERROR_FILE", ""))
+    if environment["LOCAL_RANK"] == "0":
+        shared, num_nodes = run_dir.absolute() / "logs" / f"watch-{attempt}", int(environment["GROUP_WORLD_SIZE"])
+        left = tuple(map(str, remove)) if node == 0 else ()
+        start_watchdog(Watch(str(folder), str(shared), node, num_nodes, Limits(minutes), left))
+    return beacon
+
+
+def start_watchdog(watch: Watch) -> subprocess.Popen[bytes]:
+    """Start the node's watchdog. It ends with the ranks. torchrun does not signal it, as it has a session of its own."""
+    command = [sys.executable, "-m", "dapo_mcore.process.watchdog", json.dumps(watch)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+class Ranks:
+    """The ranks of this node: their beacons and processes."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._notes = folder, {}
+        self._started: dict[int, str] = {}
+        self._conditions: dict[int, tuple[Condition, float]] = {}
+
+    def look(self) -> list[RankState]:
+        """Return the states of all ranks, in rank order."""
+        self._notes |= {note.rank: note for note in read_beacons(self._folder)}
+        return [self._state(note) for note in self._notes.values()]
+
+    def dump(self, states: Sequence[RankState]) -> dict[int, str]:
+        """Return the stacks of the ranks that are alive. One that is stopped has some only if py-spy is installed and may look."""
+        alive = [state for state in states if state.condition in ("runs", "stopped")]
+        for state in alive:
+            _signal(state, DUMP)
+        _wait(lambda: all(self._has_stacks(state.rank) for state in alive if state.condition == "runs"), _STACKS_S)
+        texts = {state.rank: self._written(state.rank) or _py_spy(state.pid) for state in alive}
+        return {rank: text for rank, text in texts.items() if text}
+
+    def end(self, guilty: Sequence[int], message: str, limits: Limits) -> None:
+        """End all ranks: the guilty ones by force, the others so that they can clean up. `message` becomes their last words."""
+        for state in self.look():
+            if state.rank in guilty:
+                write_failure(error_file_of(self._folder, state.rank), str(state.rank), message)
+                _signal(state, signal.SIGKILL)
+        if self._ended(limits.lost_s):
+            return
+        for _ in range(2):
+            self._send(signal.SIGTERM)
+            if self._ended(_REPEAT_S):
+                return
+        if not self._ended(limits.clean_s):
+            self._send(signal.SIGKILL)
+            self._ended(_KILLED_S)
+
+    def all_ended(self) -> bool:
+        return all(state.condition in ("gone", "left") for state in self.look())
+
+    def _ended(self, timeout_s: float) -> bool:
+        return _wait(lambda: all(state.condition == "gone" for state in self.look()), timeout_s)
+
+    def _send(self, number: int) -> None:
+        for state in self.look():
+            _signal(state, number)
+
+    def _state(self, note: Note) -> RankState:
+        condition, now = self._condition(note), time.monotonic()
+        before, since = self._conditions.get(note.rank, (None, now))
+        if condition != before:
+            since = now
+            self._conditions[note.rank] = condition, since
+        seen = note.phase, note.waits_for, note.num_waits
+        return RankState(note.rank, socket.gethostname(), note.pid, *seen, now - note.since, condition, now - since)
+
+    def _condition(self, note: Note) -> Condition:
+        letter, started = _process(note.pid)
+        if letter in ("", "Z", "X") or self._started.setdefault(note.pid, started) != started:
+            return "left" if note.phase == "left" else "gone"
+        return "left" if note.phase == "left" else "stopped" if letter in "Tt" else "runs"
+
+    def _written(self, rank: int) -> str:
+        with suppress(OSError):
+            return stack_file(self._folder, rank).read_text(encoding="utf-8", errors="replace")
+        return ""
+
+    def _has_stacks(self, rank: int) -> bool:
+        return "most recent call first" in self._written(rank)
+
+
+class Watchdog:
+    """The work of this process."""
+
+    def __init__(self, watch: Watch, ranks: Ranks):
+        self._watch, self._ranks, self._shared = watch, ranks, Path(watch.shared)
+        self._beat, self._told_at = 0, 0.0
+        self._beats: dict[int, tuple[int, float]] = defaultdict(lambda: (-1, time.monotonic()))
+        self._states: list[RankState] = []
+        self._kept = {path: _inode(path) for path in watch.remove}
+
+    def run(self) -> None:
+        """Watch until all ranks of this node have ended, or end them."""
+        while not self._ranks.all_ended():
+            time.sleep(_POLL_S)
+            own = self._ranks.look()
+            self._keep()
+            if self._watch.num_nodes > 1 and time.monotonic() - self._told_at < self._watch.exchange_s:
+                continue
+            self._tell(own)
+            self._states = own + self._others()
+            if self._leads() and hangs(self._states, self._watch.limits):
+                self._write("alarm", "")
+            if (self._shared / "alarm").exists():
+                self._end_job(own)
+                break
+        self._clean_up()
+
+    def _end_job(self, own: Sequence[RankState]) -> None:
+        stacks = self._ranks.dump(own)
+        self._write(f"stacks-{self._watch.node}.json", json.dumps(stacks))
+        if self._leads():
+            verdict = self._judge()
+            print(verdict.message, file=sys.stderr, flush=True)
+            self._write("verdict.json", json.dumps(verdict))
+        else:
+            _wait(lambda: (self._shared / "verdict.json").exists(), 2 * _ALL_STACKS_S)
+            verdict = Verdict(*(_read(self._shared / "verdict.json") or ((), "hang: node 0 gives no verdict")))
+        self._ranks.end(verdict.guilty or (0,), verdict.message, self._watch.limits)
+
+    def _judge(self) -> Verdict:
+        files = [self._shared / f"stacks-{node}.json" for node in range(self._watch.num_nodes)]
+        _wait(lambda: all(file.exists() for file in files), _ALL_STACKS_S)
+        stacks = {int(rank): text for file in files for rank, text in (_read(file) or {}).items()}
+        print("\n".join(_described(stacks)), file=sys.stderr, flush=True)
+        return judge(self._states, stacks)
+
+    def _leads(self) -> bool:
+        """Return True on the node that judges: node 0, or node 1 if node 0 is silent."""
+        return self._watch.node == 0 or (self._watch.node == 1 and self._silent_s(0) > self._watch.limits.silent_s)
+
+    def _tell(self, own: Sequence[RankState]) -> None:
+        self._told_at = time.monotonic()
+        if self._watch.num_nodes > 1:
+            self._beat += 1
+            self._write(f"node-{self._watch.node}.json", json.dumps([self._beat, own]))
+
+    def _others(self) -> list[RankState]:
+        """Return the ranks of the other nodes. Only the two nodes that may judge read them."""
+        if self._watch.node > 1:
+            return []
+        others = [node for node in range(self._watch.num_nodes) if node != self._watch.node]
+        return [state for node in others for state in self._states_of(node)]
+
+    def _states_of(self, node: int) -> list[RankState]:
+        beat, states = _read(self._shared / f"node-{node}.json") or (-1, [])
+        if beat != self._beats[node][0]:
+            self._beats[node] = beat, time.monotonic()
+        silent_s = self._silent_s(node)
+        read = [RankState(*state) for state in states]
+        if silent_s < self._watch.limits.silent_s:
+            return read
+        return [s._replace(condition="gone", condition_s=silent_s) if s.condition != "left" else s for s in read]
+
+    def _silent_s(self, node: int) -> float:
+        return time.monotonic() - self._beats[node][1]
+
+    def _keep(self) -> None:
+        """Remember which folders in memory are this attempt's: the next one may make them again under the same names."""
+        self._kept = {path: _inode(path) or inode for path, inode in self._kept.items()}
+
+    def _clean_up(self) -> None:
+        self._tell(self._ranks.look())
+        for path, inode in self._kept.items():
+            if inode is not None and _inode(path) == inode:
+                shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self._watch.folder, ignore_errors=True)
+        if self._watch.node == 0 and not (self._shared / "alarm").exists():
+            shutil.rmtree(self._shared, ignore_errors=True)
+
+    def _write(self, name: str, text: str) -> None:
+        with suppress(OSError):  # the disk may be the reason for the hang
+            self._shared.mkdir(parents=True, exist_ok=True)
+            partial = self._shared / f"{name}.{self._watch.node}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self._shared / name)
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """Return the letter of the process's state, and when it began; empty if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def _signal(state: RankState, number: int) -> None:
+    if state.condition in ("runs", "stopped", "left"):
+        with suppress(ProcessLookupError):
+            os.kill(state.pid, number)
+
+
+def _py_spy(pid: int) -> str:
+    """Return the stacks as py-spy reads them from outside; empty if it is not installed or may not."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["py-spy", "dump", "--pid", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_S, check=True).stdout
+    return ""
+
+
+def _described(stacks: Mapping[int, str]) -> Iterable[str]:
+    """Yield the stacks of the main threads; ranks with the same one share it."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for rank, text in sorted(stacks.items()):
+        ranks[main_thread(text)].append(rank)
+    for text, same in ranks.items():
+        yield f"stack of rank {', '.join(map(str, same))}, innermost call first:\n{text}"
+
+
+def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
+    end = time.monotonic() + timeout_s
+    while not (done := is_done()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return done
+
+
+def _read(path: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_bytes())
+    return None
+
+
+def _inode(path: str) -> int | None:
+    with suppress(OSError):
+        return os.stat(path).st_ino
+    return None
+
+
+def main(argument: str) -> None:
+    given = Watch(*json.loads(argument))
+    watch = given._replace(limits=Limits(*given.limits), remove=tuple(given.remove))
+    Watchdog(watch, Ranks(Path(watch.folder))).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,62 @@
+"""What another process reads of a rank."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from dapo_mcore.process.beacon import DUMP, Beacon, NullBeacon, error_file_of, read_beacons, stack_file
+
+
+def test_a_beacon_tells_phase_collective_and_progress(tmp_path: Path) -> None:
+    beacon = Beacon(tmp_path, 3, "/logs/ü/error.json")
+    assert error_file_of(tmp_path, 3) == "/logs/ü/error.json"
+    with beacon.phase("train"):
+        with beacon.waits("broadcast"):
+            (note,) = read_beacons(tmp_path)
+            assert note[:4] == (os.getpid(), 3, 1, 0)
+            assert (note.phase, note.waits_for) == ("train", "broadcast") and note.since <= time.monotonic()
+        with beacon.phase("save"):
+            beacon.tick()
+            (later,) = read_beacons(tmp_path)
+            assert (later.phase, later.waits_for, later.num_waits, later.ticks) == ("save", "", 1, 1)
+            assert later.since >= note.since
+        assert read_beacons(tmp_path)[0].phase == "train"
+    beacon.leave()
+    assert read_beacons(tmp_path)[0].phase == "left"
+
+
+def test_a_note_that_changes_all_the_time_is_read_whole(tmp_path: Path) -> None:
+    beacon, done = Beacon(tmp_path, 0), threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for name in ("aaaaaaaa", "bbbbbbbb"):
+                with beacon.phase(name), beacon.waits(name):
+                    pass
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(2000):
+            for note in read_beacons(tmp_path):
+                assert note.phase in ("", "aaaaaaaa", "bbbbbbbb") and note.waits_for in ("", note.phase)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_signal_writes_the_stacks(tmp_path: Path) -> None:
+    Beacon(tmp_path, 0)
+    os.kill(os.getpid(), DUMP)
+    text = stack_file(tmp_path, 0).read_text()
+    assert "most recent call first" in text and "test_a_signal_writes_the_stacks" in text
+
+
+def test_a_job_that_nobody_watches_has_a_beacon_that_does_nothing() -> None:
+    beacon = NullBeacon()
+    with beacon.phase("train"), beacon.waits("barrier"):
+        beacon.tick()
+    beacon.leave()

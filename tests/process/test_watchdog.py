@@ -1,0 +1,153 @@
+"""Jobs of four processes on two nodes, one of which hangs or dies, and the watchdogs that end them. No torch: a pipe stands for the
+connection between the ranks. tests/train/test_end.py has a whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dapo_mcore.process.beacon import read_beacons
+from dapo_mcore.process.hang import Limits
+from dapo_mcore.process.watchdog import Watch, watch_job
+from tests.rollout.sglang.serving import wait_for
+
+ROOT = Path(__file__).parents[2]
+LIMITS = Limits(minutes=0.02, dead_s=0.5, disagree_s=0.5, lost_s=0.3, clean_s=5.0)
+# a rank in the middle of a step: folder of its node, rank, what it does, the end of a pipe that closes when another rank dies
+RANK = """
+import os, re, sys, time
+from pathlib import Path
+from dapo_mcore.process.beacon import Beacon
+
+folder, rank, action, peer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+beacon = Beacon(folder, rank, str(folder.parent / f"{rank}.json"))
+waits = compile("os.read(peer, 1)", "/x/torch/distributed/distributed_c10d.py", "exec")
+with beacon.phase("train"):
+    if action == "loops":
+        re.match("(a+)+$", "a" * 60 + "b")  # in C, and holds the GIL
+    elif action == "returns":
+        with beacon.waits("broadcast"):
+            time.sleep(600)
+    elif action == "sleeps":
+        time.sleep(600)
+    elif action == "is deaf":
+        exec(compile("time.sleep(600)", "/x/torch/distributed/distributed_c10d.py", "exec"))
+    exec(waits)
+os._exit(1)
+"""
+
+
+class Case(NamedTuple):
+    """The rank at fault, what it does, what the others do, what is said of it, and how the others end."""
+
+    guilty: int
+    action: str
+    others: str
+    said: str
+    status: int
+
+
+CASES = {
+    "stopped": Case(0, "sleeps", "wait", r"is stopped, by SIGSTOP or a debugger, for \d+ s, in phase train", 1),
+    "loops": Case(1, "loops", "wait", "is in phase train, without progress for", 1),
+    "returns": Case(2, "returns", "wait", r"is in phase train, waiting in collective 1 \(broadcast\)", 1),
+    # as NCCL, which does not see a lost connection
+    "killed": Case(3, "sleeps", "is deaf", "has ended without a message, in phase train", -signal.SIGTERM),
+}
+SIGNALS = {"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}
+
+
+class Job(NamedTuple):
+    folder: Path
+    ranks: list[subprocess.Popen[bytes]]
+    dogs: list[subprocess.Popen[str]]
+
+
+def start(folder: Path, guilty: int, action: str, others: str) -> Job:
+    """Start four ranks, two per node, and the watchdogs of both nodes once all ranks are where they hang."""
+    held, holder = os.pipe()
+    ranks = []
+    for rank in range(4):
+        (folder / f"node{rank // 2}").mkdir(parents=True, exist_ok=True)
+        # only the guilty rank holds the end that the others wait for
+        ends = (holder,) if rank == guilty else (held,)
+        doing = action if rank == guilty else others
+        command = [sys.executable, "-c", RANK, str(folder / f"node{rank // 2}"), str(rank), doing, str(ends[0])]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, pass_fds=ends))
+    os.close(held)
+    os.close(holder)
+    return Job(folder, ranks, [])
+
+
+def watch(job: Job) -> None:
+    """Start both watchdogs."""
+    for node in range(2):
+        left = job.folder / f"weights{node}"
+        left.mkdir()
+        told = Watch(str(job.folder / f"node{node}"), str(job.folder / "shared"), node, 2, LIMITS, (str(left),), 0.2)
+        command = [sys.executable, "-m", "dapo_mcore.process.watchdog", json.dumps(told)]
+        job.dogs.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+
+
+def phases(job: Job) -> list[str]:
+    return [note.phase for node in range(2) for note in read_beacons(job.folder / f"node{node}")]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+    """Four jobs at once, each with another guilty rank, which does what the key says."""
+    folder = tmp_path_factory.mktemp("jobs")
+    started = {name: start(folder / name, *case[:3]) for name, case in CASES.items()}
+    try:
+        for name, job in started.items():
+            wait_for(lambda job=job: phases(job) == ["train"] * 4, 60)
+            if name in SIGNALS:
+                job.ranks[CASES[name].guilty].send_signal(SIGNALS[name])
+            watch(job)
+        yield started
+    finally:
+        for job in started.values():
+            for process in (*job.ranks, *job.dogs):
+                process.kill()
+                process.wait()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rank_at_fault_is_named_and_the_job_ends(jobs: dict[str, Job], name: str) -> None:
+    job, case = jobs[name], CASES[name]
+    (_, said), (_, quiet) = (dog.communicate(timeout=120) for dog in job.dogs)
+    others = [rank for rank in range(4) if rank != case.guilty]
+    line = said.splitlines()[-1]
+    who = rf"hang: rank {case.guilty} on \S+ \(process {job.ranks[case.guilty].pid}\) "
+    assert re.fullmatch(f"{who}{case.said}.*; ranks {', '.join(map(str, others))} wait for it", line), said
+    assert f"stack of rank {', '.join(map(str, others))}, innermost call first:\n" in said, said
+    assert quiet == ""
+    statuses = [rank.wait(60) for rank in job.ranks]
+    assert statuses == [-signal.SIGKILL if rank == case.guilty else case.status for rank in range(4)]
+    assert sorted(path.name for path in job.folder.iterdir()) == [f"{case.guilty}.json", "shared"]
+    assert json.loads((job.folder / f"{case.guilty}.json").read_text())["message"]["message"] == line
+
+
+def launched(folder: Path, **more: str) -> dict[str, str]:
+    numbers = {"RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    return {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"), **numbers, **more}
+
+
+def test_only_torchrun_jobs_are_watched_and_only_if_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    watch_job({}, "one", tmp_path, 30.0)
+    watch_job(launched(tmp_path), "two", tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+    watch_job(launched(tmp_path), "three", tmp_path, 30.0).leave()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "dapo_mcore-three-0" and folder.stat().st_mode & 0o777 == 0o700
+    assert [note.phase for note in read_beacons(folder)] == ["left"]
