@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 _VERSION, _NOTE = struct.Struct("<Q"), struct.Struct("<IIQQd32s32s")
 """The version is odd while the note changes."""
@@ -34,7 +34,7 @@ class Note(NamedTuple):
     waits_for   the control collective in which the rank waits; empty while it works.
     num_waits   control collectives that it has begun. All ranks take part in all of them, in the same order.
     ticks       signs of progress: micro-batches, finished responses.
-    since       time.monotonic() of the last note.
+    since       time.monotonic() of the last note; every note has another one.
     """
 
     pid: int
@@ -75,8 +75,8 @@ class Beacon(NullBeacon):
         with partial.open("w+b") as file:
             file.truncate(_SIZE)
             self._memory = mmap.mmap(file.fileno(), _SIZE)
-        path = os.fsencode(error_file)
-        self._memory[_ERROR_FILE_AT : _ERROR_FILE_AT + len(path)] = path
+        words = os.fsencode(error_file)
+        self._memory[_ERROR_FILE_AT : _ERROR_FILE_AT + len(words)] = words
         self._note = Note(os.getpid(), rank, 0, 0, 0.0, "", "")
         self._lock, self._version = threading.Lock(), 0
         self._write()
@@ -116,10 +116,20 @@ class Beacon(NullBeacon):
             _VERSION.pack_into(self._memory, 0, self._version)
 
 
-def read_beacons(folder: Path) -> list[Note]:
-    """Return the notes of all ranks in the folder, in rank order."""
-    notes = [_read(path) for path in folder.glob("*.beacon")]
-    return sorted((note for note in notes if note is not None), key=lambda note: note.rank)
+class BeaconReader:
+    """Reads the beacons of a folder from another process. Files stay open: a cleaner of old files may delete them."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: dict[Path, BinaryIO] = {}
+
+    def read(self) -> list[Note]:
+        """Return the notes of all ranks, in rank order; none of a rank that was killed while it wrote."""
+        for path in self._folder.glob("*.beacon"):
+            if path not in self._files:
+                self._files[path] = path.open("rb")
+        notes = [_read(file.fileno()) for file in self._files.values()]
+        return sorted((note for note in notes if note is not None), key=lambda note: note.rank)
 
 
 def error_file_of(folder: Path, rank: int) -> str:
@@ -132,13 +142,12 @@ def stack_file(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.stacks"
 
 
-def _read(path: Path) -> Note | None:
-    """Return the note in the file. None if it is half written at each of many looks, as of a rank that was killed just then."""
-    with path.open("rb") as file:
-        for _ in range(_READS):
-            content = os.pread(file.fileno(), _VERSION.size + _NOTE.size, 0)
-            (version,) = _VERSION.unpack_from(content)
-            if version % 2 == 0 and os.pread(file.fileno(), _VERSION.size, 0) == content[: _VERSION.size]:
-                *numbers, phase, waits_for = _NOTE.unpack_from(content, _VERSION.size)
-                return Note(*numbers, phase.rstrip(b"\0").decode(), waits_for.rstrip(b"\0").decode())
+def _read(file: int) -> Note | None:
+    """Return the note in the file; None if it is half written at each of many looks."""
+    for _ in range(_READS):
+        content = os.pread(file, _VERSION.size + _NOTE.size, 0)
+        (version,) = _VERSION.unpack_from(content)
+        if version % 2 == 0 and os.pread(file, _VERSION.size, 0) == content[: _VERSION.size]:
+            *numbers, phase, waits_for = _NOTE.unpack_from(content, _VERSION.size)
+            return Note(*numbers, phase.rstrip(b"\0").decode(), waits_for.rstrip(b"\0").decode())
     return None

@@ -30,12 +30,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dapo_mcore.process.beacon import DUMP, Beacon, Note, NullBeacon, error_file_of, read_beacons, stack_file
+from dapo_mcore.process.beacon import DUMP, Beacon, BeaconReader, Note, NullBeacon, error_file_of, stack_file
 from dapo_mcore.process.exit_status import write_failure
 from dapo_mcore.process.hang import Condition, Limits, RankState, Verdict, hangs, judge, main_thread
 from dapo_mcore.process.launcher import is_torchrun
 
 _POLL_S = 0.5
+_LONGEST_PAUSE_S = 5.0
 _STACKS_S = 5.0
 _PY_SPY_S = 10.0
 _ALL_STACKS_S = 60.0
@@ -91,17 +92,31 @@ def start_watchdog(watch: Watch) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
+class WatchedTime:
+    """A clock that stands still while this process does: Slurm may suspend a whole job for a night."""
+
+    def __init__(self) -> None:
+        self._seconds, self._last = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        self._seconds += min(now - self._last, _LONGEST_PAUSE_S)
+        self._last = now
+        return self._seconds
+
+
 class Ranks:
     """The ranks of this node: their beacons and processes."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._notes = folder, {}
+    def __init__(self, folder: Path, clock: Callable[[], float]):
+        self._folder, self._reader, self._clock = folder, BeaconReader(folder), clock
+        self._notes: dict[int, Note] = {}
         self._started: dict[int, str] = {}
-        self._conditions: dict[int, tuple[Condition, float]] = {}
+        self._seen: dict[tuple[int, str], tuple[Any, float]] = {}
 
     def look(self) -> list[RankState]:
         """Return the states of all ranks, in rank order."""
-        self._notes |= {note.rank: note for note in read_beacons(self._folder)}
+        self._notes |= {note.rank: note for note in self._reader.read()}
         return [self._state(note) for note in self._notes.values()]
 
     def dump(self, states: Sequence[RankState]) -> dict[int, str]:
@@ -117,7 +132,7 @@ class Ranks:
         """End all ranks: the guilty ones by force, the others so that they can clean up. `message` becomes their last words."""
         for state in self.look():
             if state.rank in guilty:
-                write_failure(error_file_of(self._folder, state.rank), str(state.rank), message)
+                self._tell_torchrun(state.rank, message)
                 _signal(state, signal.SIGKILL)
         if self._ended(limits.lost_s):
             return
@@ -140,19 +155,31 @@ class Ranks:
             _signal(state, number)
 
     def _state(self, note: Note) -> RankState:
-        condition, now = self._condition(note), time.monotonic()
-        before, since = self._conditions.get(note.rank, (None, now))
-        if condition != before:
-            since = now
-            self._conditions[note.rank] = condition, since
-        seen = note.phase, note.waits_for, note.num_waits
-        return RankState(note.rank, socket.gethostname(), note.pid, *seen, now - note.since, condition, now - since)
+        condition = self._condition(note)
+        age_s, condition_s = (
+            self._unchanged_s(note.rank, "note", note.since),
+            self._unchanged_s(note.rank, "is", condition),
+        )
+        told = note.phase, note.waits_for, note.num_waits
+        return RankState(note.rank, socket.gethostname(), note.pid, *told, age_s, condition, condition_s)
+
+    def _unchanged_s(self, rank: int, what: str, value: Any) -> float:
+        now = self._clock()
+        if self._seen.get((rank, what), (None, now))[0] != value:
+            self._seen[rank, what] = value, now
+        return now - self._seen[rank, what][1]
 
     def _condition(self, note: Note) -> Condition:
         letter, started = _process(note.pid)
         if letter in ("", "Z", "X") or self._started.setdefault(note.pid, started) != started:
             return "left" if note.phase == "left" else "gone"
         return "left" if note.phase == "left" else "stopped" if letter in "Tt" else "runs"
+
+    def _tell_torchrun(self, rank: int, message: str) -> None:
+        """Leave the message in the rank's error file. What the rank has written itself is the better one."""
+        path = error_file_of(self._folder, rank)
+        if path and not os.path.exists(path):
+            write_failure(path, str(rank), message)
 
     def _written(self, rank: int) -> str:
         with suppress(OSError):
@@ -166,12 +193,13 @@ class Ranks:
 class Watchdog:
     """The work of this process."""
 
-    def __init__(self, watch: Watch, ranks: Ranks):
-        self._watch, self._ranks, self._shared = watch, ranks, Path(watch.shared)
+    def __init__(self, watch: Watch):
+        self._watch, self._shared, self._clock = watch, Path(watch.shared), WatchedTime()
+        self._ranks = Ranks(Path(watch.folder), self._clock)
         self._beat, self._told_at = 0, 0.0
-        self._beats: dict[int, tuple[int, float]] = defaultdict(lambda: (-1, time.monotonic()))
-        self._states: list[RankState] = []
+        self._beats: dict[int, tuple[int, float]] = defaultdict(lambda: (-1, self._clock()))
         self._kept = {path: _inode(path) for path in watch.remove}
+        self._ended_job = False
 
     def run(self) -> None:
         """Watch until all ranks of this node have ended, or end them."""
@@ -182,32 +210,39 @@ class Watchdog:
             if self._watch.num_nodes > 1 and time.monotonic() - self._told_at < self._watch.exchange_s:
                 continue
             self._tell(own)
-            self._states = own + self._others()
-            if self._leads() and hangs(self._states, self._watch.limits):
-                self._write("alarm", "")
-            if (self._shared / "alarm").exists():
+            if self._has_alarm(own):
                 self._end_job(own)
                 break
         self._clean_up()
 
+    def _has_alarm(self, own: Sequence[RankState]) -> bool:
+        """Return True if the job hangs. A job of one node touches no disk for that, as the disk may be what hangs."""
+        if hangs(own + self._others(), self._watch.limits) and self._leads():
+            self._write("alarm", "")
+            return True
+        return self._watch.num_nodes > 1 and (self._shared / "alarm").exists()
+
     def _end_job(self, own: Sequence[RankState]) -> None:
         stacks = self._ranks.dump(own)
+        self._ended_job = True
         self._write(f"stacks-{self._watch.node}.json", json.dumps(stacks))
         if self._leads():
-            verdict = self._judge()
-            print(verdict.message, file=sys.stderr, flush=True)
+            verdict = self._judge(own, stacks)
             self._write("verdict.json", json.dumps(verdict))
         else:
             _wait(lambda: (self._shared / "verdict.json").exists(), 2 * _ALL_STACKS_S)
             verdict = Verdict(*(_read(self._shared / "verdict.json") or ((), "hang: node 0 gives no verdict")))
         self._ranks.end(verdict.guilty or (0,), verdict.message, self._watch.limits)
 
-    def _judge(self) -> Verdict:
+    def _judge(self, own: Sequence[RankState], stacks: dict[int, str]) -> Verdict:
+        """Print and return the verdict once the nodes have written their stacks, which they do after their last states."""
         files = [self._shared / f"stacks-{node}.json" for node in range(self._watch.num_nodes)]
         _wait(lambda: all(file.exists() for file in files), _ALL_STACKS_S)
-        stacks = {int(rank): text for file in files for rank, text in (_read(file) or {}).items()}
-        print("\n".join(_described(stacks)), file=sys.stderr, flush=True)
-        return judge(self._states, stacks)
+        stacks = stacks | {int(rank): text for file in files for rank, text in (_read(file) or {}).items()}
+        verdict = judge([*own, *self._others()], stacks)
+        with suppress(OSError):  # whoever reads this may be gone
+            print("\n".join([*_described(stacks), verdict.message]), file=sys.stderr, flush=True)
+        return verdict
 
     def _leads(self) -> bool:
         """Return True on the node that judges: node 0, or node 1 if node 0 is silent."""
@@ -229,7 +264,7 @@ class Watchdog:
     def _states_of(self, node: int) -> list[RankState]:
         beat, states = _read(self._shared / f"node-{node}.json") or (-1, [])
         if beat != self._beats[node][0]:
-            self._beats[node] = beat, time.monotonic()
+            self._beats[node] = beat, self._clock()
         silent_s = self._silent_s(node)
         read = [RankState(*state) for state in states]
         if silent_s < self._watch.limits.silent_s:
@@ -237,7 +272,7 @@ class Watchdog:
         return [s._replace(condition="gone", condition_s=silent_s) if s.condition != "left" else s for s in read]
 
     def _silent_s(self, node: int) -> float:
-        return time.monotonic() - self._beats[node][1]
+        return self._clock() - self._beats[node][1]
 
     def _keep(self) -> None:
         """Remember which folders in memory are this attempt's: the next one may make them again under the same names."""
@@ -249,7 +284,7 @@ class Watchdog:
             if inode is not None and _inode(path) == inode:
                 shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self._watch.folder, ignore_errors=True)
-        if self._watch.node == 0 and not (self._shared / "alarm").exists():
+        if self._watch.node == 0 and not self._ended_job:
             shutil.rmtree(self._shared, ignore_errors=True)
 
     def _write(self, name: str, text: str) -> None:
@@ -313,8 +348,9 @@ def _inode(path: str) -> int | None:
 
 def main(argument: str) -> None:
     given = Watch(*json.loads(argument))
-    watch = given._replace(limits=Limits(*given.limits), remove=tuple(given.remove))
-    Watchdog(watch, Ranks(Path(watch.folder))).run()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with the ranks, which may have much to do then
+    Watchdog(given._replace(limits=Limits(*given.limits), remove=tuple(given.remove))).run()
 
 
 if __name__ == "__main__":

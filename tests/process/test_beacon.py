@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from dapo_mcore.process.beacon import DUMP, Beacon, NullBeacon, error_file_of, read_beacons, stack_file
+from dapo_mcore.process.beacon import DUMP, Beacon, BeaconReader, NullBeacon, error_file_of, stack_file
 
 
 def test_a_beacon_tells_phase_collective_and_progress(tmp_path: Path) -> None:
@@ -15,21 +15,25 @@ def test_a_beacon_tells_phase_collective_and_progress(tmp_path: Path) -> None:
     assert error_file_of(tmp_path, 3) == "/logs/ü/error.json"
     with beacon.phase("train"):
         with beacon.waits("broadcast"):
-            (note,) = read_beacons(tmp_path)
+            (note,) = BeaconReader(tmp_path).read()
             assert note[:4] == (os.getpid(), 3, 1, 0)
             assert (note.phase, note.waits_for) == ("train", "broadcast") and note.since <= time.monotonic()
         with beacon.phase("save"):
             beacon.tick()
-            (later,) = read_beacons(tmp_path)
+            (later,) = BeaconReader(tmp_path).read()
             assert (later.phase, later.waits_for, later.num_waits, later.ticks) == ("save", "", 1, 1)
             assert later.since >= note.since
-        assert read_beacons(tmp_path)[0].phase == "train"
+        assert BeaconReader(tmp_path).read()[0].phase == "train"
+    reader = BeaconReader(tmp_path)
+    assert reader.read()[0].phase == ""
+    (tmp_path / "3.beacon").unlink()  # as by a cleaner of old files
     beacon.leave()
-    assert read_beacons(tmp_path)[0].phase == "left"
+    assert reader.read()[0].phase == "left"
 
 
 def test_a_note_that_changes_all_the_time_is_read_whole(tmp_path: Path) -> None:
     beacon, done = Beacon(tmp_path, 0), threading.Event()
+    reader = BeaconReader(tmp_path)
 
     def change() -> None:
         while not done.is_set():
@@ -41,7 +45,7 @@ def test_a_note_that_changes_all_the_time_is_read_whole(tmp_path: Path) -> None:
     thread.start()
     try:
         for _ in range(2000):
-            for note in read_beacons(tmp_path):
+            for note in reader.read():
                 assert note.phase in ("", "aaaaaaaa", "bbbbbbbb") and note.waits_for in ("", note.phase)
     finally:
         done.set()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dapo_mcore.process.beacon import read_beacons
+from dapo_mcore.process.beacon import BeaconReader
 from dapo_mcore.process.hang import Limits
 from dapo_mcore.process.watchdog import Watch, watch_job
 from tests.rollout.sglang.serving import wait_for
@@ -99,7 +99,7 @@ def watch(job: Job) -> None:
 
 
 def phases(job: Job) -> list[str]:
-    return [note.phase for node in range(2) for note in read_beacons(job.folder / f"node{node}")]
+    return [note.phase for node in range(2) for note in BeaconReader(job.folder / f"node{node}").read()]
 
 
 @pytest.fixture(scope="module")
@@ -150,4 +150,4 @@ def test_only_torchrun_jobs_are_watched_and_only_if_wanted(tmp_path: Path, monke
     watch_job(launched(tmp_path), "three", tmp_path, 30.0).leave()
     (folder,) = tmp_path.iterdir()
     assert folder.name == "dapo_mcore-three-0" and folder.stat().st_mode & 0o777 == 0o700
-    assert [note.phase for note in read_beacons(folder)] == ["left"]
+    assert [note.phase for note in BeaconReader(folder).read()] == ["left"]
