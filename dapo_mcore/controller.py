@@ -37,6 +37,7 @@ from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_s
 from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.run_lock import LOCK
+from dapo_mcore.process.watchdog import LOGS
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
@@ -381,11 +382,11 @@ def _short(text: str, limit: int = 80) -> str:
 def _move_aside(run_dir: Path) -> Path | None:
     """Move the results of an earlier run aside and return their new folder; None if there are none.
 
-    This run's lock stays, and so does the folder of its servers.
+    This run's lock stays, and so do the folder of its servers and the logs, which its launcher may be writing.
     """
     if not _has_results(run_dir):
         return None
-    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, SERVERS)]
+    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, LOGS, SERVERS)]
     aside = next(path for i in range(1, 10_000) if not (path := run_dir.with_name(f"{run_dir.name}.old{i}")).exists())
     aside.mkdir()
     for path in entries:

@@ -138,17 +138,17 @@ def test_only_the_samples_to_show_are_kept_once_a_step_has_its_batch(build) -> N
     assert json.loads(sample)["response"] == "Answer: 2"
 
 
-def test_a_new_run_moves_an_earlier_one_aside_but_neither_its_own_lock_nor_its_servers(build) -> None:
+def test_a_new_run_moves_an_earlier_one_aside_but_not_its_own_lock_logs_and_servers(build) -> None:
     controller = build()
     run_dir = controller.config.run_dir
-    for name in ("samples", "servers"):
+    for name in ("samples", "servers", "logs"):
         (run_dir / name).mkdir(parents=True)
     for name in ("metrics.jsonl", ".lock"):
         (run_dir / name).write_text("{}\n")
     controller.open_run(None)
     aside = run_dir.with_name("run.old1")
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "samples"]
-    assert {".lock", "servers"} <= {path.name for path in run_dir.iterdir()}
+    assert {".lock", "logs", "servers"} <= {path.name for path in run_dir.iterdir()}
     assert f"an earlier run without a checkpoint to resume was moved to {aside}" in controller.progress.lines
 
 

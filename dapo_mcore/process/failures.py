@@ -14,7 +14,7 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +43,23 @@ class Failure(NamedTuple):
 
 
 def find_failures(logs: Path) -> list[Failure]:
-    """Return the failures of all ranks and nodes, the cause first."""
-    told = [_told(file, logs) for file in logs.glob("*/**/error.json")]
+    """Return the failures of all ranks and nodes, the cause first; of a node that torchrun has started again, those of its last attempt."""
+    told = [_told(file, logs) for file in _of_last_attempts(logs.glob("*/**/error.json"))]
     return sorted([failure for failure in told if failure] + [*_killed(logs)])
+
+
+def _of_last_attempts(files: Iterable[Path]) -> Iterator[Path]:
+    """Yield RUN/attempt_N/RANK/error.json of the greatest N of each RUN."""
+    attempts = {file: _attempt(file.parents[1].name) for file in files}
+    last: dict[Path, int] = {}
+    for file, number in attempts.items():
+        last[file.parents[2]] = max(number, last.get(file.parents[2], 0))
+    return (file for file, number in attempts.items() if number == last[file.parents[2]])
+
+
+def _attempt(folder: str) -> int:
+    number = folder.removeprefix("attempt_")
+    return int(number) if number.isdecimal() else 0
 
 
 def _told(file: Path, logs: Path) -> Failure | None:

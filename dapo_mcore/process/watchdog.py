@@ -35,6 +35,8 @@ from dapo_mcore.process.exit_status import write_failure
 from dapo_mcore.process.hang import Condition, Limits, RankState, Verdict, hangs, judge, main_thread
 from dapo_mcore.process.launcher import is_torchrun
 
+LOGS = "logs"
+"""Folder of a run in which launchers and watchdogs of several starts have folders of their own."""
 _POLL_S = 0.5
 _LONGEST_PAUSE_S = 5.0
 _STACKS_S = 5.0
@@ -80,7 +82,7 @@ def watch_job(
     folder.mkdir(mode=0o700, exist_ok=True)
     beacon = Beacon(folder, rank, environment.get("TORCHELASTIC_ERROR_FILE", ""))
     if environment["LOCAL_RANK"] == "0":
-        shared, num_nodes = run_dir.absolute() / "logs" / f"watch-{attempt}", int(environment["GROUP_WORLD_SIZE"])
+        shared, num_nodes = run_dir.absolute() / LOGS / f"watch-{attempt}", int(environment["GROUP_WORLD_SIZE"])
         left = tuple(map(str, remove)) if node == 0 else ()
         start_watchdog(Watch(str(folder), str(shared), node, num_nodes, Limits(minutes), left))
     return beacon
@@ -203,6 +205,8 @@ class Watchdog:
 
     def run(self) -> None:
         """Watch until all ranks of this node have ended, or end them."""
+        if self._watch.num_nodes > 1:
+            self._make_shared()
         while not self._ranks.all_ended():
             time.sleep(_POLL_S)
             own = self._ranks.look()
@@ -218,6 +222,7 @@ class Watchdog:
     def _has_alarm(self, own: Sequence[RankState]) -> bool:
         """Return True if the job hangs. A job of one node touches no disk for that, as the disk may be what hangs."""
         if hangs(own + self._others(), self._watch.limits) and self._leads():
+            self._make_shared()
             self._write("alarm", "")
             return True
         return self._watch.num_nodes > 1 and (self._shared / "alarm").exists()
@@ -287,9 +292,12 @@ class Watchdog:
         if self._watch.node == 0 and not self._ended_job:
             shutil.rmtree(self._shared, ignore_errors=True)
 
+    def _make_shared(self) -> None:
+        with suppress(OSError):
+            self._shared.mkdir(parents=True, exist_ok=True)
+
     def _write(self, name: str, text: str) -> None:
         with suppress(OSError):  # the disk may be the reason for the hang
-            self._shared.mkdir(parents=True, exist_ok=True)
             partial = self._shared / f"{name}.{self._watch.node}.partial"
             partial.write_text(text, encoding="utf-8")
             partial.replace(self._shared / name)

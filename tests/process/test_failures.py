@@ -37,8 +37,17 @@ def logs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tell(monkeypatch: pytest.MonkeyPatch, logs: Path, node: str, rank: int, message: str, *, consequence: bool) -> None:
-    file = logs / node / f"1.0_x/attempt_0/{rank}/error.json"
+def tell(
+    monkeypatch: pytest.MonkeyPatch,
+    logs: Path,
+    node: str,
+    rank: int,
+    message: str,
+    *,
+    consequence: bool,
+    attempt: int = 0,
+) -> None:
+    file = logs / node / f"1.0_x/attempt_{attempt}/{rank}/error.json"
     file.parent.mkdir(parents=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     monkeypatch.setenv("RANK", str(rank))
@@ -68,6 +77,13 @@ def test_a_torchrun_that_was_killed_is_the_cause_and_one_that_tells_of_its_ranks
         "node n0, rank 3: another rank has ended",
         "node n0: torchrun ended with status 1: DistStoreError: 1/2 clients joined",
     ]
+
+
+def test_of_several_attempts_the_last_one_counts(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1.0)
+    for attempt, message in ((9, "a link is down"), (10, "the disk is full")):
+        tell(monkeypatch, tmp_path, "n0", 3, message, consequence=False, attempt=attempt)
+    assert [failure.message for failure in find_failures(tmp_path)] == ["the disk is full"]
 
 
 def test_a_job_without_a_message_and_a_message_that_was_cut_off_are_no_error(tmp_path, capsys) -> None:

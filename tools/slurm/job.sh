@@ -9,6 +9,8 @@
 #   VENV             virtual environment on every node (default: .venv of the checkout)
 #   CONTAINER        image for pyxis/enroot in place of VENV, with the package, python and torchrun installed
 #   MOUNTS           its further mounts, as A:B,C:D; the checkout and the folder of the job are mounted at their paths
+#   MAX_RESTARTS     how often torchrun starts ranks again after a failure or a hang (default: 0). They go on from the newest
+#                    checkpoint; the third start from the same one ends the job
 #   SAVE_SECONDS     how long ranks may take to save once they are told to end (default: 600)
 #   DOCTOR           0: start the ranks without examining the nodes (default: 1; half a minute against a run of days)
 #   JOIN_SECONDS     how long nodes wait for each other at the start (default: 600)
@@ -42,17 +44,18 @@ config=${config:-$1}
 
 [ -n "$dry_run" ] || [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no Slurm job: start it with sbatch, or add --dry-run"
 [ -n "$dry_run" ] || NODES=$SLURM_JOB_NUM_NODES
-: "${NODES:=1}" "${RANKS_PER_NODE:=8}" "${SAVE_SECONDS:=600}" "${JOIN_SECONDS:=600}" "${DOCTOR:=1}" "${CONTAINER:=}" "${MOUNTS:=}"
+: "${NODES:=1}" "${RANKS_PER_NODE:=8}" "${SAVE_SECONDS:=600}" "${JOIN_SECONDS:=600}" "${MAX_RESTARTS:=0}" "${DOCTOR:=1}" "${CONTAINER:=}" "${MOUNTS:=}"
 : "${GPUS_PER_NODE:=$RANKS_PER_NODE}"
 for name in NODES RANKS_PER_NODE GPUS_PER_NODE SAVE_SECONDS JOIN_SECONDS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is ${!name}; it must be a whole number of at least 1"
 done
 [ "$GPUS_PER_NODE" -ge "$RANKS_PER_NODE" ] ||
   refuse "GPUS_PER_NODE $GPUS_PER_NODE is less than RANKS_PER_NODE $RANKS_PER_NODE, but each rank needs a GPU; raise it, or lower RANKS_PER_NODE"
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS is $MAX_RESTARTS; it must be a whole number of at least 0"
 [[ $DOCTOR =~ ^[01]$ ]] || refuse "DOCTOR is $DOCTOR; it must be 1 (examine the nodes) or 0"
 [ -z "$MOUNTS" ] || [ -n "$CONTAINER" ] || refuse "MOUNTS is $MOUNTS, but only a container has mounts; set CONTAINER, or unset MOUNTS"
 [[ ! $CONTAINER =~ ^[./] ]] || [ -e "$CONTAINER" ] || refuse "CONTAINER is $CONTAINER, which does not exist; correct the path"
-export RANKS_PER_NODE NODES SAVE_SECONDS JOIN_SECONDS
+export RANKS_PER_NODE NODES SAVE_SECONDS JOIN_SECONDS MAX_RESTARTS
 export VENV=${VENV:-$root/.venv} ATTEMPT=${SLURM_JOB_ID:-JOB}.${SLURM_RESTART_COUNT:-0}
 mounts=$root:$root container=()
 [ "$PWD" = "$root" ] || mounts+=,$PWD:$PWD

@@ -64,11 +64,11 @@ case $action in
     # static: ranks are in the order of Slurm's nodes, which is that of its topology
     command=(torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --node-rank "${SLURM_NODEID:-NODE}"
       --master-addr "$FIRST_NODE" --master-port "$PORT" --rdzv-conf "timeout=$JOIN_SECONDS"
-      --rdzv-id "$ATTEMPT" --max-restarts 0)
+      --rdzv-id "$ATTEMPT")
     if [ "$action" = doctor ]; then
-      command+=(-m dapo_mcore.cli doctor "$@" --json "${logs%/*}/doctor.json")
+      command+=(--max-restarts 0 -m dapo_mcore.cli doctor "$@" --json "${logs%/*}/doctor.json")
     else
-      command+=(--shutdown-timeout "$SAVE_SECONDS" --log-dir "$logs" --tee 3 --local-ranks-filter 0 -m dapo_mcore.train "$@")
+      command+=(--max-restarts "$MAX_RESTARTS" --shutdown-timeout "$SAVE_SECONDS" --log-dir "$logs" --tee 3 --local-ranks-filter 0 -m dapo_mcore.train "$@")
     fi
     if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${command[@]}" && echo && exit; fi
     peer=$([ "$SLURM_NODEID" != 0 ] && echo "$FIRST_NODE" || echo "$SECOND_NODE")
