@@ -101,6 +101,7 @@ class WeightStream:
         receiving: deque[tuple[Bucket, Shards, list[dist.Work]]] = deque()
         sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         for bucket in self.plan:
+            self.layout.beacon.tick()
             holders = bucket[0].holders
             leader = max(leader for leader in leaders if leader <= holders[0])
             if leader == rank:

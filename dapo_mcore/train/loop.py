@@ -14,11 +14,14 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
@@ -369,19 +372,27 @@ class Run:
         return saves
 
     def _export(self, folder: Path, step: int) -> Path:
-        """Write an HF folder. Collective: every rank sends its part of the weights to rank 0."""
-        if self.layout.is_controller:
-            self._write_export(folder, step)
-        else:
-            for _ in self.handover.stream():
-                pass
-        self.layout.barrier()
+        """Write an HF folder. Every rank raises what rank 0 raises. Collective: every rank sends its part of the weights to rank 0,
+        also if rank 0 cannot write them."""
+        stream = self.handover.stream()
+
+        def write() -> None:
+            try:
+                if self.layout.is_controller:
+                    self._write_export(stream, folder, step)
+            except Exception:
+                deque(stream, maxlen=0)
+                raise
+            deque(stream, maxlen=0)
+
+        with self.layout.beacon.phase("save"):
+            self.layout.on_controller_or_raise(write)
         return folder
 
-    def _write_export(self, folder: Path, step: int) -> None:
+    def _write_export(self, stream: Iterator[tuple[str, Tensor]], folder: Path, step: int) -> None:
         try:
             save_hf_folder(
-                self.handover.stream(),
+                stream,
                 folder,
                 shape=self.actor.shape,
                 dtype=self.actor.policy.config.params_dtype,

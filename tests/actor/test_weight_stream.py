@@ -12,6 +12,7 @@ import torch
 from dapo_mcore.actor.weight_stream import WeightStream, leading_ranks
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.handover import sync_weights
+from dapo_mcore.process.beacon import NullBeacon
 from tests.actor import families
 from tests.actor.parity import Mesh, build_actor, hf_config, make_config, model64, spawn, start_weights
 
@@ -211,7 +212,7 @@ def test_a_gpu_has_sent_a_message_before_the_next_is_queued(monkeypatch, device,
 
     monkeypatch.setattr("torch.distributed.isend", lambda message, rank: Message())
     stream = WeightStream.__new__(WeightStream)
-    stream.layout = SimpleNamespace(rank=3, is_controller=False, device=torch.device(device))
+    stream.layout = SimpleNamespace(rank=3, is_controller=False, device=torch.device(device), beacon=NullBeacon())
     stream.local = {"a": torch.ones(2)}
     stream.plan = [(SimpleNamespace(name="a", holders=holders),) for holders in ((3,), (3,), (1,), (3,), (3,))]
     assert list(stream()) == []
