@@ -186,7 +186,11 @@ class Controller:
             self._record_untrained(step, error.collected)
             message = f"{error}; the step's samples are in {self.config.run_dir / 'samples'}"
             raise NothingVaries(message, error.collected) from None
-        self.positions = {step - 1: self.positions[step - 1], step: self._position()}
+        except BaseException:
+            if self.sampler.rescued is not None:
+                self.positions[step - 1] = Position(*self.sampler.rescued)
+            raise
+        self.positions = {step - 1: self._untrained(step, collected), step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
         self.report = StepReport.of(collected, collected.groups, self.config.observe.samples_per_step)
@@ -314,6 +318,13 @@ class Controller:
         times = self.rollout_timer.pop()
         del times["time/step_s"]
         return collected, times
+
+    def _untrained(self, step: int, collected: Collected) -> Position:
+        """Return where a run goes on that ends before it has trained on the groups of `step`."""
+        if not self.config.checkpoint.keep_rollouts:
+            return self.positions[step - 1]
+        now = self._position()
+        return Position(now.loader, SamplerState([*collected.groups, *now.sampler.carried], now.sampler.again))
 
     def _position(self) -> Position:
         return Position(self.loader.state(), self.sampler.snapshot())

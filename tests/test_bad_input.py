@@ -43,6 +43,8 @@ OVERRIDES = {
     "seed=-1": "seed: Input should be greater than or equal to 0 (got -1)",
     f"seed={'9' * 5000}": "the value of override 'seed=99999",
     "eval.temperature=.nan": "eval.temperature: Input should be a finite number",
+    "checkpoint.keep_rollouts=true checkpoint.at_end=false": "keep_rollouts true saves an unfinished rollout when a run is ended",
+    "parallel.hang_minutes=0": "parallel.hang_minutes: Input should be greater than 0",
     "parallel.timeout_minutes=1e9": "parallel.timeout_minutes: Input should be less than or equal to 43200",
     # names, texts and words
     f"name={LONG}": "name: a name has 1 to 128 letters, digits, dots, dashes and underscores, the first a letter or digit; this one has 300",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -150,6 +151,21 @@ def test_a_new_run_moves_an_earlier_one_aside_but_not_its_own_lock_logs_and_serv
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "samples"]
     assert {".lock", "logs", "servers"} <= {path.name for path in run_dir.iterdir()}
     assert f"an earlier run without a checkpoint to resume was moved to {aside}" in controller.progress.lines
+
+
+def test_a_rollout_that_is_not_trained_on_is_in_the_checkpoint_if_asked(build) -> None:
+    controller = build(checkpoint={"keep_rollouts": True})
+    controller.open_run(None)
+    controller.rollout(1)
+    before, after = controller.train_state(0, num_updates=0), controller.train_state(1, num_updates=1)
+    assert (before.loader, before.sampler["again"]) == (after.loader, [])
+    uids = [prompt.uid for prompt in controller.data.train.prompts]
+    assert [group["uid"] for group in before.sampler["groups"]] == uids[:1] and after.sampler["groups"] == []
+    controller.engine.generate = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        controller.rollout(2)
+    interrupted = controller.train_state(1, num_updates=1)
+    assert interrupted.sampler == {"groups": [], "again": uids[1:]}
 
 
 def test_an_evaluation_that_a_signal_prevented_is_made_up_once(build) -> None:

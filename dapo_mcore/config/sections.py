@@ -294,6 +294,11 @@ class CheckpointConfig(Section):
     """Write the checkpoints of `every` beside training: it waits only while each rank copies its part into host memory, where the
     part stays (14 bytes a parameter of the model, over all ranks). The last checkpoint is waited for. If such a save fails, the
     next one says so and is waited for."""
+    keep_rollouts: bool = False
+    """When a signal or the stop file ends the run in the midst of a rollout or before its first gradient step, save the groups that are
+    generated and scored; the resumed run trains on them. Saves up to the time of a rollout. The run then differs from an
+    uninterrupted one, and responses that were finished come before longer ones. Keeps one step's samples in rank 0's memory while
+    it trains. What async_steps has generated ahead is not kept."""
     resume: ResumeChoice = "auto"
     """auto: go on from the newest checkpoint; if it is damaged, from the one before. A rollout step, or the path of a checkpoint
     (a folder step_N, also of another run): go back to that one. Newer checkpoints of this run are set aside, not deleted. Later
@@ -307,6 +312,11 @@ class CheckpointConfig(Section):
             raise ValueError(
                 "async_save is for the checkpoints of every, which is null: set every, or async_save false (the last checkpoint "
                 "is always waited for)"
+            )
+        if self.keep_rollouts and not self.at_end:
+            raise ValueError(
+                "keep_rollouts true saves an unfinished rollout when a run is ended, but with at_end false nothing is saved then; "
+                "set at_end true, or keep_rollouts false"
             )
         return self
 

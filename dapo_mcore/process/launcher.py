@@ -70,7 +70,7 @@ def routed_address(environment: Mapping[str, str]) -> str:
 
 def ranks_here(environment: Mapping[str, str]) -> list[int]:
     """Return the process ids of the ranks that this rank's torchrun has started; none without torchrun."""
-    if not _is_torchrun(environment):
+    if not is_torchrun(environment):
         return []
     children = Path(f"/proc/{os.getppid()}/task").glob("*/children")
     return [int(word) for file in children for word in file.read_text().split()]

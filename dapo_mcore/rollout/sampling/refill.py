@@ -15,20 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.rollout.sampling.forecast import groups_brought, groups_needed
 from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.scoring import Answer
-from dapo_mcore.rollout.sampling.step import Step
+from dapo_mcore.rollout.sampling.step import KEEPS, Step
 from dapo_mcore.types import Group, Prompt, Sample
 
 _IMAGINED = 16.0
 """Weight of the steps before, in groups, in the estimate of how many groups are kept."""
-KEEPS: dict[str, Callable[[Group], bool]] = {
-    "none": lambda group: True,
-    "filter": group_varies,
-    "resample": lambda group: classify(group) == "mixed",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +102,7 @@ class Refill:
                 self._fill()
         except BaseException:
             self._give_up()
+            self._step.generated += _in_order(self._finished)
             raise
         pending = [self._in_flight[number] for number in sorted(self._in_flight)] if self._on_full == "keep" else []
         aborted = self._give_up() if self._on_full == "abort" else []

@@ -9,7 +9,7 @@ to the next step while their weights are fresh enough.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from dapo_mcore.rollout.sampling.carry import pack_groups, unpack_groups
 from dapo_mcore.rollout.sampling.refill import InFlight, Refill
 from dapo_mcore.rollout.sampling.respond import Decode, Responder
 from dapo_mcore.rollout.sampling.rounds import play_rounds
-from dapo_mcore.rollout.sampling.step import Step, staleness_stats
+from dapo_mcore.rollout.sampling.step import KEEPS, Step, staleness_stats
 from dapo_mcore.types import ContinuousEngine, Group, Prompt, RewardFunction, RolloutEngine
 
 
@@ -84,13 +84,17 @@ class Sampler:
         self._pending: list[InFlight] = []
         self._again: deque[Prompt] = deque()
         self._kept_ratio: float | None = None
+        self._taken: list[Prompt] = []  # in the current step
+        self.rescued: tuple[dict[str, Any], SamplerState] | None = None
 
     def collect(self, step: int, lag: int = 0) -> Collected:
         """Return the groups of rollout step `step`: train_batch_prompts, or fewer if sampling.on_exhausted allows it.
 
         lag  weight versions by which the policy that trains on the groups is ahead of the engine's weights.
         The engine's seeds depend on (config.seed, step, call), so a resumed run repeats the step on a repeatable engine.
-        Raise NothingVaries if too few groups vary after max_gen_batches rounds.
+        Raise NothingVaries if too few groups vary after max_gen_batches rounds. If anything else ends the step, such as a signal,
+        and checkpoint.keep_rollouts is true, `rescued` holds the states of loader and sampler with which a resumed run repeats it:
+        finished groups are carried, and the other prompts are asked again.
         """
         sampling = self._config.sampling
         trained = self._engine.weight_version + lag
@@ -98,7 +102,13 @@ class Sampler:
         kept = [group for group in self._carried if group.weight_version >= this.oldest]
         this.num_stale = num_stale = len(self._carried) - len(kept)
         carried = {id(group) for group in kept}
-        kept += self._generate(this, kept)
+        self.rescued, self._taken = None, []
+        try:
+            kept += self._generate(this, kept)
+        except BaseException:
+            if self._config.checkpoint.keep_rollouts:
+                self._rescue(this, kept)
+            raise
         kept.sort(key=lambda group: group.weight_version)  # without on_full keep they already are in this order
         groups, surplus = kept[: sampling.train_batch_prompts], kept[sampling.train_batch_prompts :]
         if len(groups) < sampling.train_batch_prompts:
@@ -156,7 +166,19 @@ class Sampler:
     def _take(self, count: int) -> list[Prompt]:
         """Return the next `count` prompts, first those whose responses were aborted."""
         again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
-        return again + self._loader.take(count - len(again))
+        taken = again + self._loader.take(count - len(again))
+        self._taken += taken
+        return taken
+
+    def _rescue(self, this: Step, carried: Sequence[Group]) -> None:
+        keeps, finished = KEEPS[self._config.sampling.style], Counter(id(group.prompt) for group in this.generated)
+        kept = [group for group in this.generated if keeps(group) and group.weight_version >= this.oldest]
+        again = []
+        for prompt in (*(group.prompt for group in self._pending), *self._taken):
+            finished[id(prompt)] -= 1
+            if finished[id(prompt)] < 0:
+                again.append(prompt)
+        self.rescued = self._loader.state(), SamplerState([*carried, *kept], [*again, *self._again])
 
     def _check_exhausted(self, num_kept: int, this: Step) -> None:
         sampling = self._config.sampling

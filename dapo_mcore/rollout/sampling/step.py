@@ -6,7 +6,7 @@ Change here: what is counted about a step, whether rounds.py or refill.py genera
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,13 @@ from dapo_mcore.algo.filtering import classify, group_varies
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import RewardError
 from dapo_mcore.types import Group, Rollout, SamplingParams
+
+KEEPS: dict[str, Callable[[Group], bool]] = {
+    "none": lambda group: True,
+    "filter": group_varies,
+    "resample": lambda group: classify(group) == "mixed",
+}
+"""Which groups are trained on, by sampling.style."""
 
 
 @dataclass

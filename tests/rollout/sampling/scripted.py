@@ -83,7 +83,13 @@ def make_prompts(*scripts: str) -> list[Prompt]:
 
 
 def make_config(
-    style: str, train: int, group_size: int = 2, seed: int = 0, engine: str = "embedded", **sampling
+    style: str,
+    train: int,
+    group_size: int = 2,
+    seed: int = 0,
+    engine: str = "embedded",
+    keep_rollouts: bool = False,
+    **sampling,
 ) -> Config:
     return Config.model_validate(
         {
@@ -99,6 +105,7 @@ def make_config(
             },
             "sampling": {"style": style, "train_batch_prompts": train, **sampling},
             "batch": {"mini_batch_prompts": 1},
+            "checkpoint": {"keep_rollouts": keep_rollouts},
             "algo": {"old_logprobs": "rollout"},
         }
     )

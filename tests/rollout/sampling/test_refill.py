@@ -341,6 +341,48 @@ def test_surplus_collected_ahead_ages_by_the_lag(collect):
     assert uids(second_step(1).groups) == [2] and uids(second_step(2).groups) == [1]
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_groups_that_are_finished_when_a_signal_comes_are_trained_on_after_it_if_asked(collect, keeps):
+    moves = []
+
+    def interrupted(in_flight: list[int]) -> list[int]:
+        moves.append(in_flight)
+        if len(moves) == 4:
+            raise KeyboardInterrupt
+        return [max(in_flight)]
+
+    options = dict(train=4, gen_batch_prompts=4, keep_rollouts=keeps)
+    scripts = [MIXED, MIXED, WRONG, MIXED, MIXED, MIXED, MIXED]
+    sampler, engine = collect(scripts, interrupted, **options)
+    with pytest.raises(KeyboardInterrupt):
+        sampler.collect(step=0)
+    assert engine.submitted == [0, 1, 2, 3, 4, 5] and engine.cancelled == [0, 1, 4]
+    if not keeps:
+        assert sampler.rescued is None
+        return
+    loader, state = sampler.rescued
+    assert (loader["offset"], uids(state.carried)) == (6, [3, 5])  # 2 does not vary
+    resumed, engine = collect(scripts, one_by_one, taken=6, **options)
+    packed, arrays = state.pack()
+    prompts = {prompt.uid: prompt for prompt in make_prompts(*scripts)}
+    assert resumed.load_state(json.loads(json.dumps(packed)), arrays, prompts) == ""
+    assert uids(resumed.collect(step=0).groups) == [3, 5, 0, 1] and engine.submitted == [0, 1]
+    assert resumed.state()[0]["again"] == ["train:4"]
+
+
+def test_groups_in_flight_for_several_steps_are_asked_again_after_a_signal(collect):
+    options = dict(train=2, max_in_flight_groups=4, max_staleness=2, keep_rollouts=True)
+    sampler, engine = keeping(collect, [MIXED] * 12, one_by_one_last_first, **options)
+    sampler.collect(step=1)
+    waiting = pending(sampler)
+    assert waiting
+    engine.order = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sampler.collect(step=2)
+    again = [int(prompt.uid.removeprefix("train:")) for prompt in sampler.rescued[1].again]
+    assert again == sorted(engine.cancelled) and set(waiting) <= set(again)
+
+
 @pytest.mark.parametrize("on_full", ["wait", "keep"])
 @pytest.mark.parametrize("culprit", ["engine", "reward"])
 def test_a_failure_ends_every_request(collect, culprit, on_full):

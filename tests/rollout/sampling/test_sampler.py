@@ -53,6 +53,26 @@ def test_surplus_can_be_thrown_away_as_verl_does():
     assert uids(sampler.collect(step=1).groups) == [3]
 
 
+def test_whole_rounds_are_kept_when_a_signal_ends_the_next_one():
+    scripts = [MIXED, WRONG, MIXED, MIXED, MIXED]
+    sampler, engine = make_sampler(
+        make_prompts(*scripts), make_config("filter", train=3, gen_batch_prompts=2, keep_rollouts=True)
+    )
+    generate = engine.generate
+
+    def interrupted(prompts, params):
+        if engine.calls:
+            raise KeyboardInterrupt
+        return generate(prompts, params)
+
+    engine.generate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        sampler.collect(step=0)
+    loader, state = sampler.rescued
+    assert (loader["offset"], uids(state.carried)) == (4, [0])
+    assert [prompt.uid for prompt in state.again] == ["train:2", "train:3"]
+
+
 def test_no_good_group_is_lost_or_trained_on_twice():
     scripts = [MIXED if i % 3 else RIGHT for i in range(60)]
     sampler, _ = make_sampler(make_prompts(*scripts), make_config("filter", train=3, gen_batch_prompts=5))

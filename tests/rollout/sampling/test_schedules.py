@@ -21,8 +21,9 @@ from dapo_mcore.config.schema import Config
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.errors import RewardError, RolloutError
 from dapo_mcore.rollout.sampling import scoring
-from dapo_mcore.rollout.sampling.refill import KEEPS, Refill
+from dapo_mcore.rollout.sampling.refill import Refill
 from dapo_mcore.rollout.sampling.sampler import Collected, Sampler
+from dapo_mcore.rollout.sampling.step import KEEPS
 from dapo_mcore.types import Group, Prompt, Rollout, SamplingParams
 from tests.rollout.sampling.scripted import ScriptedEngine, ThreadOfItsCaller, begun_by, decode, make_prompts, reward
 
