@@ -186,7 +186,7 @@ class Run:
         for step in range(first, last + 1):
             metrics = self._train_step(step)
             if metrics is None:
-                return self._stop_after(step - 1)
+                return self._stop_after(step - 1, keeps_rollout=self.config.checkpoint.keep_rollouts)
             if step == first and (warning := mismatch_warning(metrics)):  # later steps may have older samples
                 self.progress.line(warning)
             if self._evaluates(step):
@@ -257,10 +257,13 @@ class Run:
         took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
         return f"the run saves a checkpoint of the last completed rollout step{took} and ends{limit}"
 
-    def _stop_after(self, step: int) -> Stop:
+    def _stop_after(self, step: int, *, keeps_rollout: bool = False) -> Stop:
         """Save rollout step `step` if it is not saved yet, and return what has stopped the run. Before step 1 a checkpoint is
-        written only after a warm start."""
-        if step > self.saved_step and (step or self.config.warm_start):
+        written only after a warm start.
+
+        keeps_rollout  save it in any case, with what the next step has generated.
+        """
+        if keeps_rollout or (step > self.saved_step and (step or self.config.warm_start)):
             with self._phase("save"):
                 self.handover.to_training()
                 self._save_checkpoint(step, wait=True)

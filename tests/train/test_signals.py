@@ -19,6 +19,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from dapo_mcore.actor.parallel import layout
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.learner import Learner
 from dapo_mcore.controller import Controller
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 from dapo_mcore.train.__main__ import main
@@ -49,6 +50,7 @@ striking(Controller, "rollout", True, 0)
 striking(Controller, "evaluate", True, 0)
 striking(EmbeddedEngine, "_forward", False, 3)
 striking(Actor, "update", False, 2)
+striking(Learner, "score", False, 1)
 for case, plan in json.loads(os.environ["CASES"]):
     status = main([*sys.argv[1:], *case])
     layout.stop()
@@ -75,7 +77,7 @@ def signalled(name: str, place: str, step: str) -> dict:
 
 
 def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_one_bitwise(task):
-    stopped = ["name=stopped"]
+    stopped, kept = ["name=stopped"], ["name=kept", "checkpoint.keep_rollouts=true", "checkpoint.every=1"]
     cases = [
         (["name=whole"], {}),
         (stopped, signalled("SIGTERM", "_forward", "rollout 1")),  # nothing trained: the warm start is saved
@@ -85,9 +87,11 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
         (stopped, signalled("SIGTERM", "_forward", "evaluate 3")),  # the evaluation is made up for
         (stopped, {}),
         (stopped, {}),
+        (kept, signalled("SIGTERM", "score", "rollout 2")),  # generated and scored, but not trained on
+        (kept, {}),
     ]
     ended = runs(task, *cases)
-    assert [status for status, _ in ended] == [0, 143, 130, 129, 143, 143, 0, 0], ended
+    assert [status for status, _ in ended] == [0, 143, 130, 129, 143, 143, 0, 0, 143, 0], ended
     folder = "runs/stopped/checkpoints/step_00000"
     for (_, output), name, step in zip(
         ended[1:6], ("SIGTERM", "SIGINT", "SIGHUP", "SIGTERM", "SIGTERM"), (0, 1, 1, 2, 3)
@@ -101,7 +105,10 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
     assert [row["step"] for row in parts] == [0, 1, 2, 3]
     assert [stable(row) for row in whole] == [stable(row) for row in parts]
     final = "hf/final/model.safetensors"
-    assert (task / "runs/whole" / final).read_bytes() == (task / "runs/stopped" / final).read_bytes()
+    again = metrics(task, "kept")
+    assert [row["sampling/samples_generated"] for row in again[1:]] == [32, 0, 32], again
+    assert [row["actor/loss"] for row in again[1:]] == [row["actor/loss"] for row in whole[1:]]
+    assert len({(task / "runs" / name / final).read_bytes() for name in ("whole", "stopped", "kept")}) == 1
 
 
 def test_the_stop_file_ends_a_run_with_status_0_once_it_is_saved(task):
