@@ -142,8 +142,11 @@ def _listed(states: Sequence[RankState]) -> str:
 
 
 def main_thread(stacks: str) -> str:
-    """Return the lines of the main thread, innermost first. faulthandler writes it last."""
-    return re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE)[-1].strip("\n")
+    """Return the lines of the main thread, innermost first. py-spy names it, faulthandler writes it last."""
+    _, *parts = re.split(r"^((?:Current thread|Thread) .*)$", stacks, flags=re.MULTILINE)
+    threads = list(zip(parts[::2], parts[1::2]))
+    named = [lines for head, lines in threads if "MainThread" in head]
+    return (named or [lines for _, lines in threads] or [""])[-1].strip("\n")
 
 
 def _is_busy(stacks: str) -> bool:

@@ -43,6 +43,8 @@ _STACKS_S = 5.0
 _PY_SPY_S = 10.0
 _ALL_STACKS_S = 60.0
 _KILLED_S = 10.0
+_ENDED, _STOPPED = ("", "Z", "X"), ("T", "t")
+"""Letters of /proc/PID/stat: no such process, or one that its parent has not waited for; stopped by a signal or a debugger."""
 _REPEAT_S = 3.0
 """More than signals.REPEAT_S: a second SIGTERM ends a run that defers the first one."""
 
@@ -131,12 +133,14 @@ class Ranks:
         return {rank: text for rank, text in texts.items() if text}
 
     def end(self, guilty: Sequence[int], message: str, limits: Limits) -> None:
-        """End all ranks: the guilty ones by force, the others so that they can clean up. `message` becomes their last words."""
+        """End all ranks: the guilty ones by force, the others so that they can clean up. `message` becomes the last words of the
+        guilty ones, or of rank 0 if nobody is."""
         for state in self.look():
-            if state.rank in guilty:
+            if state.rank in (guilty or (0,)):
                 self._tell_torchrun(state.rank, message)
+            if state.rank in guilty:
                 _signal(state, signal.SIGKILL)
-        if self._ended(limits.lost_s):
+        if guilty and self._ended(limits.lost_s):
             return
         for _ in range(2):
             self._send(signal.SIGTERM)
@@ -150,7 +154,7 @@ class Ranks:
         return all(state.condition in ("gone", "left") for state in self.look())
 
     def _ended(self, timeout_s: float) -> bool:
-        return _wait(lambda: all(state.condition == "gone" for state in self.look()), timeout_s)
+        return _wait(lambda: all(_process(note.pid)[0] in _ENDED for note in self._notes.values()), timeout_s)
 
     def _send(self, number: int) -> None:
         for state in self.look():
@@ -158,12 +162,9 @@ class Ranks:
 
     def _state(self, note: Note) -> RankState:
         condition = self._condition(note)
-        age_s, condition_s = (
-            self._unchanged_s(note.rank, "note", note.since),
-            self._unchanged_s(note.rank, "is", condition),
-        )
-        told = note.phase, note.waits_for, note.num_waits
-        return RankState(note.rank, socket.gethostname(), note.pid, *told, age_s, condition, condition_s)
+        told = note.phase, note.waits_for, note.num_waits, self._unchanged_s(note.rank, "note", note.since)
+        condition_s = self._unchanged_s(note.rank, "condition", condition)
+        return RankState(note.rank, socket.gethostname(), note.pid, *told, condition, condition_s)
 
     def _unchanged_s(self, rank: int, what: str, value: Any) -> float:
         now = self._clock()
@@ -173,9 +174,11 @@ class Ranks:
 
     def _condition(self, note: Note) -> Condition:
         letter, started = _process(note.pid)
-        if letter in ("", "Z", "X") or self._started.setdefault(note.pid, started) != started:
-            return "left" if note.phase == "left" else "gone"
-        return "left" if note.phase == "left" else "stopped" if letter in "Tt" else "runs"
+        if note.phase == "left":
+            return "left"
+        if letter in _ENDED or self._started.setdefault(note.pid, started) != started:
+            return "gone"
+        return "stopped" if letter in _STOPPED else "runs"
 
     def _tell_torchrun(self, rank: int, message: str) -> None:
         """Leave the message in the rank's error file. What the rank has written itself is the better one."""
@@ -237,7 +240,7 @@ class Watchdog:
         else:
             _wait(lambda: (self._shared / "verdict.json").exists(), 2 * _ALL_STACKS_S)
             verdict = Verdict(*(_read(self._shared / "verdict.json") or ((), "hang: node 0 gives no verdict")))
-        self._ranks.end(verdict.guilty or (0,), verdict.message, self._watch.limits)
+        self._ranks.end(verdict.guilty, verdict.message, self._watch.limits)
 
     def _judge(self, own: Sequence[RankState], stacks: dict[int, str]) -> Verdict:
         """Print and return the verdict once the nodes have written their stacks, which they do after their last states."""

@@ -106,6 +106,9 @@ def test_of_many_ranks_few_are_listed() -> None:
     assert judge(states, {}).message.endswith("; ranks 1, 2, 3, 4, 5, 6, 7, 8 and 55 more wait for it")
 
 
-def test_the_main_thread_is_the_last_one_that_is_written() -> None:
+def test_the_main_thread_is_found() -> None:
     assert main_thread(OWN_CODE).splitlines()[0] == '  File "/x/dapo_mcore/actor/learner.py", line 12 in function'
+    assert main_thread(
+        'Thread 7 (idle): "MainThread"\n    wait (a.py:1)\nThread 8 (active): "x"\n    run (b.py:2)\n'
+    ) == ("    wait (a.py:1)")
     assert main_thread("") == ""
