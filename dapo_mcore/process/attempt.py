@@ -8,7 +8,6 @@ still are. Its restart count is no name for an attempt: each node counts its own
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
@@ -38,33 +37,38 @@ def call_roll(store: Store, rank: int, size: int, timeout_s: float) -> str:
     """Return a name for this attempt, the same on all of its ranks and new in the store. Raise OtherRankFailed, with the missing
     ranks, if not all are there within the time.
 
-    Every rank writes a number that nobody had before. Rank 0 writes the list of the numbers that it sees, again and again, until
-    all ranks have found themselves in it: what a dead rank wrote is either replaced by then, or not confirmed.
+    Every rank writes a number that nobody had before. Rank 0 answers each number with the name, and the rank confirms the name;
+    once all have, rank 0 says so. What dead ranks have written is therefore replaced, or never confirmed. If rank 0 dies meanwhile,
+    the others take the name that its successor gives them.
     """
-    number = secrets.token_hex(8)
     deadline = time.monotonic() + timeout_s
     if rank == 0:
-        return _lead(store, number, size, deadline)
+        return _lead(store, secrets.token_hex(8), size, deadline)
+    number, confirmed = secrets.token_hex(8), ""
     store.set(f"roll/{rank}", number)
-    while True:
-        seen = json.loads(store.get("roll/seen")) if store.check(["roll/seen"]) else {}
-        if seen.get(str(rank)) == number:
-            store.set(f"roll/{seen['0']}/{rank}", number)
-            return seen["0"]
-        if time.monotonic() > deadline:
-            raise OtherRankFailed("rank 0 has not joined the job in time; its log says why")
+    while time.monotonic() < deadline:
+        answered, _, name = (_read(store, f"roll/{rank}/answer") or "").partition(" ")
+        if answered == number and name != confirmed:
+            store.set(f"roll/{name}/{rank}", number)
+            confirmed = name
+        if confirmed and store.check([f"roll/{confirmed}/complete"]):
+            return confirmed
         time.sleep(_POLL_S)
+    raise OtherRankFailed(
+        "the ranks of this job have not found each other in time; rank 0 names those that are missing"
+    )
 
 
 def _lead(store: Store, name: str, size: int, deadline: float) -> str:
-    absent = list(range(1, size))
-    told: dict[str, str] = {}
+    others, answered = range(1, size), {}
+    absent = list(others)
     while absent:
-        seen = {"0": name} | {str(rank): number for rank in range(1, size) if (number := _read(store, f"roll/{rank}"))}
-        if seen != told:
-            store.set("roll/seen", json.dumps(seen))
-            told = seen
-        absent = [rank for rank in absent if _read(store, f"roll/{name}/{rank}") is None]
+        for rank in others:
+            number = _read(store, f"roll/{rank}")
+            if number is not None and number != answered.get(rank):
+                store.set(f"roll/{rank}/answer", f"{number} {name}")
+                answered[rank] = number
+        absent = [rank for rank in others if _read(store, f"roll/{name}/{rank}") != answered.get(rank, "")]
         if absent and time.monotonic() > deadline:
             ranks = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
             raise OtherRankFailed(
@@ -72,6 +76,7 @@ def _lead(store: Store, name: str, size: int, deadline: float) -> str:
             )
         if absent:
             time.sleep(_POLL_S)
+    store.set(f"roll/{name}/complete", "")
     return name
 
 

@@ -30,18 +30,30 @@ def test_every_attempt_on_one_store_has_a_name_of_its_own_that_all_ranks_know() 
 
 def test_what_dead_ranks_have_written_is_neither_believed_nor_waited_for() -> None:
     store = dist.HashStore()
-    store.set("roll/seen", json.dumps({"0": "dead", "1": "dead"}))
+    store.set("roll/dead/complete", "")
     for rank in range(1, 4):
         store.set(f"roll/{rank}", f"dead{rank}")
+        store.set(f"roll/{rank}/answer", f"dead{rank} dead")
         store.set(f"roll/dead/{rank}", f"dead{rank}")
-    assert len(set(roll(store, range(4)))) == 1
+    (name,) = set(roll(store, range(4)))
+    assert name != "dead"
 
 
-def test_rank_0_names_the_ranks_that_do_not_come_and_the_others_name_rank_0() -> None:
-    with pytest.raises(OtherRankFailed, match="2 of 4 ranks have not joined the job in time: 2, 3; their logs"):
-        roll(dist.HashStore(), range(2), timeout_s=0.5)
-    with pytest.raises(OtherRankFailed, match="rank 0 has not joined"):
-        roll(dist.HashStore(), range(1, 2), timeout_s=0.3)
+def test_a_rank_0_that_dies_in_the_roll_call_has_a_successor() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(call_roll, store, 1, 3, 30.0)
+        with pytest.raises(OtherRankFailed, match="1 of 3 ranks have not joined the job in time: 2; their logs"):
+            call_roll(store, 0, 3, 0.5)
+        others = [pool.submit(call_roll, store, rank, 3, 30.0) for rank in (0, 2)]
+        assert len({rank.result() for rank in (first, *others)}) == 1
+
+
+def test_rank_0_names_the_ranks_that_do_not_come_and_the_others_end_too() -> None:
+    with pytest.raises(OtherRankFailed, match=r"11 of 12 ranks have not joined the job in time: 1, .*, 8 and 3 more;"):
+        call_roll(dist.HashStore(), 0, 12, 0.0)
+    with pytest.raises(OtherRankFailed, match="have not found each other in time; rank 0 names"):
+        call_roll(dist.HashStore(), 1, 2, 0.1)
 
 
 def launched(logs: Path, restart: int) -> dict[str, str]:
