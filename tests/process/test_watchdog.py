@@ -151,3 +151,79 @@ def test_only_torchrun_jobs_are_watched_and_only_if_wanted(tmp_path: Path, monke
     (folder,) = tmp_path.iterdir()
     assert folder.name == "dapo_mcore-three-0" and folder.stat().st_mode & 0o777 == 0o700
     assert [note.phase for note in BeaconReader(folder).read()] == ["left"]
+
+
+# four ranks on gloo. In each attempt another rank hangs in another way and place, and the next attempt goes on
+GLOO = """
+import os, re, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+from dapo_mcore.process import watchdog
+from dapo_mcore.process.attempt import call_roll
+from dapo_mcore.process.hang import Limits
+
+watchdog.Limits = lambda minutes: Limits(minutes, dead_s=1.0, disagree_s=10.0, lost_s=5.0)
+CASES = [("forward", 1, "loops"), ("update", 2, "sleeps"), ("save", 0, "is stopped"), ("forward", 3, "returns"), ("save", 2, "dies")]
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def strikes(place):
+    how = {case[:2]: case[2] for case in CASES[attempt : attempt + 1]}.get((place, rank))
+    if how == "loops":
+        re.match("(a+)+$", "a" * 60 + "b")
+    elif how == "sleeps":
+        time.sleep(600)
+    elif how in ("is stopped", "dies"):
+        os.kill(os.getpid(), signal.SIGSTOP if how == "is stopped" else signal.SIGKILL)
+    return how is not None
+
+store, _, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=120)))
+name = call_roll(store, rank, size, 120.0)
+beacon = watchdog.watch_job(os.environ, name, Path(sys.argv[1]), 0.2)
+dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+control = dist.new_group(backend="gloo")
+with beacon.phase("train"):
+    for _ in range(3):
+        beacon.tick()
+        if strikes("forward"):
+            break
+        dist.all_reduce(torch.ones(8))
+    strikes("update")
+with beacon.waits("barrier"):
+    dist.barrier(group=control)
+with beacon.phase("save"):
+    strikes("save")
+    with beacon.waits("sum"):
+        dist.all_reduce(torch.ones(8), group=control)
+beacon.leave()
+print("done", rank, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_hangs_on_gloo_at_several_places_are_explained_and_the_job_goes_on_each_time(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(GLOO)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "4"]
+    command = [sys.executable, *launcher, "--max-restarts", "5", str(tmp_path / "job.py"), str(tmp_path)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0 and done.stdout.count("done") == 4, done.stdout
+    told = re.findall(
+        r"^hang: rank (\d) on \S+ \(process \d+\) (is stopped|is in phase train|is between two phases|has ended)",
+        done.stdout,
+        re.MULTILINE,
+    )
+    by_watchdog = [
+        ("1", "is in phase train"),
+        ("2", "is in phase train"),
+        ("0", "is stopped"),
+        ("3", "is between two phases"),
+    ]
+    assert told == by_watchdog, done.stdout  # torchrun sees the last one, which has died, by itself
