@@ -352,7 +352,7 @@ class Run:
 
     def _save_checkpoint(self, step: int, *, wait: bool) -> None:
         start = time.monotonic()
-        state = self.controller.train_state(step, self.actor.num_updates) if self.controller else None
+        state = self._on_controller(lambda c: c.train_state(step, self.actor.num_updates))
         self.saves.save(self.actor, state, wait=wait)
         self.saved_step, self.save_s = step, time.monotonic() - start
 

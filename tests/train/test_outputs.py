@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import pytest
+
+from dapo_mcore.errors import OutputError
+from dapo_mcore.process.beacon import NullBeacon
+from dapo_mcore.train.loop import Run
 from tests.train.runs import QUICKSTART, SMALL, metrics, python
 
 # several runs in one process, since importing takes longer than a run. After the named call no file can exceed 10 bytes
@@ -102,3 +109,13 @@ def check_full(task: Path, output: str) -> None:
         assert f"warning: cannot {what}: File too large" in output.replace("\n", " "), (what, output)
     assert "warning: cannot draw the plot: metrics.jsonl in runs/full has 0 rollout steps" in output.replace("\n", " ")
     assert "full is done" in output and [row["step"] for row in metrics(task, "full")] == [0]
+
+
+def test_an_export_that_cannot_be_written_still_takes_what_the_other_ranks_send(tmp_path):
+    sent = iter(range(5))
+    layout = SimpleNamespace(is_controller=True, beacon=NullBeacon(), on_controller_or_raise=lambda action: action())
+    refused = Mock(side_effect=OutputError("the disk is full"))
+    run = SimpleNamespace(handover=SimpleNamespace(stream=lambda: sent), layout=layout, _write_export=refused)
+    with pytest.raises(OutputError, match="the disk is full"):
+        Run._export(run, tmp_path, 1)
+    assert list(sent) == []
