@@ -289,6 +289,7 @@ def _join(parallel: ParallelConfig, new_beacon: Callable[[str], NullBeacon]) -> 
         join = min(timeout, _JOIN)
         store, rank, size = next(dist.rendezvous("env://", timeout=join))
         attempt = call_roll(store, rank, size, join.total_seconds())
+        store.set_timeout(timeout)
         beacon = new_beacon(attempt)
         own = dist.PrefixStore(f"attempt/{attempt}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
