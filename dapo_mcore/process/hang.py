@@ -9,7 +9,7 @@ hour, the others wait that long. It is rank 0 that must go on then.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -110,14 +110,20 @@ def judge(states: Sequence[RankState], stacks: Mapping[int, str]) -> Verdict:
     guilty = dead or (busy if len(busy) < len(here) else []) or apart
     ranks = tuple(state.rank for state in guilty)
     if not guilty:
-        longest = max(here, key=lambda state: state.age_s)
-        return Verdict(
-            (), f"hang: no rank stands out among {_listed(here)}, all {_doing(longest)}; see the stacks above"
-        )
+        return Verdict((), f"hang: no rank stands out: {_by_place(here)}; see the stacks above")
     others = [state for state in here if state.rank not in ranks]
     waiting = f"; {_listed(others)} {'waits' if len(others) == 1 else 'wait'} for it" if others else ""
     more = f" (and {len(guilty) - 1} more)" if len(guilty) > 1 else ""
     return Verdict(ranks, f"hang: {_accused(guilty[0])}{more}{waiting}")
+
+
+def _by_place(states: Sequence[RankState]) -> str:
+    places: dict[tuple[int, str, str], list[RankState]] = defaultdict(list)
+    for state in states:
+        places[state.place].append(state)
+    return "; ".join(
+        f"{_listed(same)} {'is' if len(same) == 1 else 'are'} {_doing(same[0])}" for same in places.values()
+    )
 
 
 def _accused(state: RankState) -> str:
