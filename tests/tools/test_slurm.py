@@ -94,7 +94,7 @@ def test_help_prints_the_words_and_the_variables() -> None:
     named = re.findall(r"^  ([A-Z_]+)  ", shown, re.MULTILINE)
     assert "[--dry-run] [--nodes=N] [CONFIG.yaml] [a.b=c …]" in shown
     page = (ROOT / "tools/README.md").read_text()
-    assert len(named) == 8 and set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE)) == set(named)
+    assert len(named) == 9 and set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE)) == set(named)
     attach = [ROOT / "tools/slurm/attach.sh", "--help"]
     assert "usage: attach.sh JOB [NODE]" in subprocess.run(attach, capture_output=True, text=True, check=True).stdout
 
@@ -120,6 +120,7 @@ def test_help_prints_the_words_and_the_variables() -> None:
             "GPUS_PER_NODE=4",
             "GPUS_PER_NODE 4 is less than RANKS_PER_NODE 8, but each rank needs a GPU; raise it, or lower RANKS_PER_NODE",
         ),
+        ("--dry-run", "MAX_RESTARTS=-1", "MAX_RESTARTS is -1; it must be a whole number of at least 0"),
         ("--dry-run", "DOCTOR=no", "DOCTOR is no; it must be 1 (examine the nodes) or 0"),
         (
             "--dry-run",
@@ -144,7 +145,13 @@ def test_a_layout_that_is_not_that_of_the_nodes_is_refused_by_the_dry_run() -> N
 
 def test_a_node_that_cannot_resolve_the_first_one_says_so_before_its_ranks_start(tmp_path: Path) -> None:
     job = {"NODES": "2", "RANKS_PER_NODE": "1", "ATTEMPT": "7.0", "SLURM_NODEID": "1", "SLURMD_NODENAME": "n1"}
-    place = {"FIRST_NODE": "n0.invalid", "PORT": "29500", "JOIN_SECONDS": "600", "SAVE_SECONDS": "600"}
+    place = {
+        "FIRST_NODE": "n0.invalid",
+        "PORT": "29500",
+        "JOIN_SECONDS": "600",
+        "SAVE_SECONDS": "600",
+        "MAX_RESTARTS": "0",
+    }
     command = ["bash", str(ROOT / "tools/slurm/node.sh"), "train", QUICKSTART]
     environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": str(ROOT), **job, **place}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
