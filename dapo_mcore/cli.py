@@ -171,6 +171,20 @@ def _plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help="a run's folder, with records (observe.record=true)")
+    parser.add_argument("b", type=Path, metavar="B", help="another run's folder")
+    parser.add_argument("--step", type=int, metavar="N", help="compare this rollout step alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the comparison to a file, too")
+
+
+def _runs(args: argparse.Namespace) -> int:
+    import dapo_mcore.process.environment  # noqa: F401  before torch is imported
+    from dapo_mcore.replay.report import run
+
+    return run(args.a, args.b, args.step, args.json)
+
+
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", required=True, metavar="TRUTH", help="the ground truth")
     parser.add_argument("--text", help="the response; standard input when absent")
@@ -226,6 +240,12 @@ COMMANDS = (
     ),
     Command(
         "plot", "Plot one run, or compare several, from metrics.jsonl; or benchmark results.", _plot_arguments, _plot
+    ),
+    Command(
+        "explain",
+        "Name the first step, and the first thing in it, in which two recorded runs differ; the exit code is then 1.",
+        _runs_arguments,
+        _runs,
     ),
     Command("reward-explain", "Say step by step why a response is right or wrong.", _explain_arguments, _explain),
 )

@@ -1,0 +1,147 @@
+"""What `dapo-mcore explain` prints: sentences for people, a table of checks, and the same as JSON.
+
+Change here: the words.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from textwrap import TextWrapper
+from typing import Any
+
+from dapo_mcore.errors import output_error, shortened
+from dapo_mcore.replay.compare import Check, Verdict
+from dapo_mcore.replay.explain import Explanation, Found, explain, span
+
+_MOST_SETTINGS = 6
+_NARROWEST, _WIDEST = 80, 100
+
+
+def run(a: Path, b: Path, step: int | None, json_file: Path | None) -> int:
+    """Print where two runs begin to differ. Return 0 if they are equal, else 1. Raise RecordError as `explain` does."""
+    found = explain(a, b, step)
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise output_error(error, f"write {json_file}") from error
+    width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_NARROWEST, 24)).columns))
+    print(*report(found, width), sep="\n")
+    return 0 if found.verdict is Verdict.EQUAL else 1
+
+
+def report(found: Explanation, width: int) -> list[str]:
+    """Return the lines of a screen of `width` columns."""
+    lines = [line for sentence in sentences(found) for line in _folded(sentence, width)]
+    if found.verdict is not Verdict.EQUAL or len(found.steps) == 1:
+        lines += ["", f"Step {found.shown}", *_table(found.checks, width)]
+    return lines
+
+
+def sentences(found: Explanation) -> list[str]:
+    """Return the outcome, what is equal before it, the settings, and what was not compared."""
+    return [*filter(None, [_outcome(found), _before(found), _settings(found), *found.notes])]
+
+
+def _outcome(found: Explanation) -> str:
+    both, over = f"{found.a} and {found.b}", f"rollout {span(found.steps)}"
+    if found.beyond is not None:
+        return f"{both} first differ in {_where(found.beyond)}."
+    if found.first is None:
+        return f"{both} are equal in {over}."
+    return f"{both} differ only in rounding in {over}, by at most {found.rounding:.1e}; first in {_where(found.first)}."
+
+
+def _where(found: Found) -> str:
+    return f"rollout step {found.step}, {found.check.name}: {found.check.detail}"
+
+
+def _before(found: Explanation) -> str:
+    """Return what is said of everything before the first difference."""
+    if found.beyond is None:
+        return ""
+    if found.first != found.beyond:
+        return f"Before that they differ only in rounding, by at most {found.rounding:.1e}; first in {_where(found.first)}."
+    whole = found.steps[: found.steps.index(found.beyond.step)]
+    checks = found.checks[: found.checks.index(found.beyond.check)]
+    equal = ", ".join(row.name for row in _rows([check for check in checks if check.verdict is Verdict.EQUAL]))
+    parts = [*([span(whole)] if whole else []), *([f"{equal} of step {found.beyond.step}"] if equal else [])]
+    return f"Before that all is equal: {'; '.join(parts)}." if parts else ""
+
+
+def _settings(found: Explanation) -> str:
+    if not found.settings:
+        return "No setting differs."
+    told = [f"{own.name} {_value(own.a)} against {_value(own.b)}" for own in found.settings[:_MOST_SETTINGS]]
+    more = len(found.settings) - len(told)
+    return f"Settings that differ: {'; '.join(told)}{f'; and {more} more (see --json)' if more else ''}."
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else shortened(str(value), 40)
+
+
+def _table(checks: list[Check], width: int) -> Iterator[str]:
+    """Yield a line for each row. What differs after the first difference follows from it, as far as anyone can tell."""
+    rows = _rows(checks)
+    column = max(len(check.name) for check in rows)
+    first = next((check for check in rows if check.verdict is Verdict.DIFFERS), None)
+    for check in rows:
+        differs = check.verdict is Verdict.DIFFERS
+        word = "DIFFERS" if check is first else "follows" if differs else check.verdict.value
+        detail = "see above" if check is first else check.detail
+        yield shortened(f"  {check.name:{column}}  {word:12}  {detail}".rstrip(), width - 1)
+
+
+def _rows(checks: Sequence[Check]) -> list[Check]:
+    """Return a check for each row: neighbours about gradient steps share one if they have the same verdict."""
+    rows = []
+    for (is_update, _), group in groupby(checks, lambda check: (check.name.startswith("update "), check.verdict)):
+        some = list(group)
+        if is_update and len(some) > 1:
+            detail = "" if some[0].verdict is Verdict.EQUAL else some[0].detail
+            some = [replace(some[0], name=_shared_name(some), detail=detail)]
+        rows += some
+    return rows
+
+
+def _shared_name(checks: Sequence[Check]) -> str:
+    """Return one name for checks of gradient steps: `update 1: log-probs, gradient`, `updates 1 to 4`."""
+    updates, parts = zip(*(check.name.split(": ") for check in checks))
+    if updates[0] == updates[-1]:
+        return f"{updates[0]}: {', '.join(parts)}"
+    return f"updates {updates[0].removeprefix('update ')} to {updates[-1].removeprefix('update ')}"
+
+
+def _folded(line: str, width: int) -> list[str]:
+    return TextWrapper(width, break_on_hyphens=False, break_long_words=False).wrap(line)
+
+
+def as_json(found: Explanation) -> dict[str, Any]:
+    """Return the explanation as JSON values."""
+    return {
+        "a": str(found.a),
+        "b": str(found.b),
+        "verdict": found.verdict.value,
+        "steps": found.steps,
+        "rounding": found.rounding,
+        "first": found.first and _found(found.first),
+        "first_beyond_rounding": found.beyond and _found(found.beyond),
+        "shown_step": found.shown,
+        "checks": [_check(check) for check in found.checks],
+        "settings": [{"name": own.name, "values": [own.a, own.b]} for own in found.settings],
+        "notes": found.notes,
+    }
+
+
+def _found(found: Found) -> dict[str, Any]:
+    return {"step": found.step, **_check(found.check)}
+
+
+def _check(check: Check) -> dict[str, Any]:
+    return {"check": check.name, "verdict": check.verdict.value, "detail": check.detail, "place": dict(check.place)}
