@@ -53,7 +53,7 @@ class Terms:
     """What two records have in common, which decides what a difference between them means.
 
     same_layout  the parallel layouts are the same, so micro-batches and each rank's share should be
-    exact        layouts, packages, devices and flags are the same, so every bit should be: no difference is rounding
+    exact        so are packages, devices and flags, and a run there repeats its bits: no difference is rounding
     rounding     the largest difference that counts as rounding if not `exact`
     """
 
@@ -64,7 +64,8 @@ class Terms:
     @classmethod
     def of(cls, a: Setting, b: Setting, dtype: str) -> Terms:
         """Return the terms of two records with these settings and this model.dtype."""
-        return cls(a.layout == b.layout, a == b, ROUNDING[dtype])
+        repeats = a.flags["deterministic"] == "True" or all(device.startswith("cpu") for device in a.devices)
+        return cls(a.layout == b.layout, a == b and repeats, ROUNDING[dtype])
 
     def verdict(self, size: float) -> Verdict:
         """Return the verdict on numbers that are not bitwise equal and differ by `size`."""
@@ -96,9 +97,10 @@ def compare_digests(name: str, a: Digests, b: Digests, terms: Terms) -> Check:
     worst, first = max(sizes, key=sizes.__getitem__), differing[0]
     norms = [a[first].norm, b[first].norm]
     place = {"tensor": first, "norms": norms, "differing": len(differing), "tensors": len(a), "worst_tensor": worst}
-    detail = f"{first}, norm {against(*norms)}"
+    detail = f"norm {against(*norms)}, apart by {sizes[first]:.1e} of it"
     if len(a) > 1:
-        detail += f"; {len(differing)} of {len(a)} tensors differ, most {worst}, by {sizes[worst]:.1e} of its norm"
+        most = "" if worst == first else f", most {worst}, by {sizes[worst]:.1e}"
+        detail = f"{first}, {detail}; {len(differing)} of {len(a)} tensors differ{most}"
     return Check(name, terms.verdict(sizes[worst]), detail, place, sizes[worst])
 
 
@@ -188,7 +190,8 @@ def compare_metrics(name: str, a: Mapping[str, float], b: Mapping[str, float], t
     differing = {key: pair for key, pair in values.items() if pair[0] != pair[1] and not all(map(math.isnan, pair))}
     if not differing:
         return Check(name, Verdict.EQUAL, count(len(keys), "number"))
-    sizes = {key: _metric_distance(key, *pair) for key, pair in differing.items()}
+    tokens = max(values.get("tokens", (1.0,)))
+    sizes = {key: _metric_distance(key, *pair, tokens) for key, pair in differing.items()}
     verdicts = {key: terms.verdict(size) for key, size in sizes.items()}
     beyond = [key for key, verdict in verdicts.items() if verdict is Verdict.DIFFERS]
     first = (beyond or list(differing))[0]
@@ -199,11 +202,11 @@ def compare_metrics(name: str, a: Mapping[str, float], b: Mapping[str, float], t
     return Check(name, verdicts[first], detail, place, max(sizes.values()))
 
 
-def _metric_distance(key: str, a: float, b: float) -> float:
-    """Return the difference, relative above 1: a loss near 0 is a sum of larger terms."""
+def _metric_distance(key: str, a: float, b: float, tokens: float) -> float:
+    """Return the difference, relative to the size of what was added up: for most metrics a number per token."""
     if key in _EXACT_METRICS or not (math.isfinite(a) and math.isfinite(b)):
         return math.inf
-    return abs(a - b) / max(abs(a), abs(b), 1.0)
+    return abs(a - b) / max(abs(a), abs(b), 1.0 if key in _FIRST_METRICS else tokens)
 
 
 def against(a: float, b: float) -> str:

@@ -24,7 +24,7 @@ def rows_of(run_dir: Path) -> dict[int, dict[str, float]]:
 
 def compare_rows(a: Mapping[str, float], b: Mapping[str, float]) -> Check:
     """Return the check of two rows, without the metrics that depend on the machine's speed and memory."""
-    names = [name for name in dict.fromkeys((*a, *b)) if _repeats(name)]
+    names = [name for name in dict.fromkeys((*a, *b)) if name != "step" and _repeats(name)]
     differing = [name for name in names if not _same(a.get(name), b.get(name))]
     if not differing:
         return Check("metrics", Verdict.EQUAL, f"{len(names)} metrics")

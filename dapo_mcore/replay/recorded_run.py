@@ -74,7 +74,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecordError(f"{path} cannot be read: {error}; it is damaged") from None
+        raise RecordError(f"{path} cannot be read: {str(error).splitlines()[0]}; it is damaged") from None
     if not isinstance(tree, Mapping):
         raise RecordError(f"{path} is damaged: it holds no settings")
     return dict(tree)

@@ -6,6 +6,7 @@ Change here: the words.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ def run(a: Path, b: Path, step: int | None, json_file: Path | None) -> int:
     found = explain(a, b, step)
     if json_file is not None:
         try:
-            json_file.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(_finite(as_json(found)), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise output_error(error, f"write {json_file}") from error
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_NARROWEST, 24)).columns))
@@ -88,23 +89,25 @@ def _value(value: Any) -> str:
 
 def _table(checks: list[Check], width: int) -> Iterator[str]:
     """Yield a line for each row. What differs after the first difference follows from it, as far as anyone can tell."""
-    rows = _rows(checks)
+    first = next((check for check in checks if check.verdict is Verdict.DIFFERS), None)
+    rows = _rows(checks, first)
     column = max(len(check.name) for check in rows)
-    first = next((check for check in rows if check.verdict is Verdict.DIFFERS), None)
     for check in rows:
-        differs = check.verdict is Verdict.DIFFERS
-        word = "DIFFERS" if check is first else "follows" if differs else check.verdict.value
-        detail = "see above" if check is first else check.detail
+        if check is first:
+            word, detail = "DIFFERS", "see above"
+        else:
+            word, detail = "follows" if check.verdict is Verdict.DIFFERS else check.verdict.value, check.detail
         yield shortened(f"  {check.name:{column}}  {word:12}  {detail}".rstrip(), width - 1)
 
 
-def _rows(checks: Sequence[Check]) -> list[Check]:
-    """Return a check for each row: neighbours about gradient steps share one if they have the same verdict."""
+def _rows(checks: Sequence[Check], first: Check | None = None) -> list[Check]:
+    """Return a check for each row: neighbours about gradient steps share one if they have the same verdict, but for `first`."""
     rows = []
-    for (is_update, _), group in groupby(checks, lambda check: (check.name.startswith("update "), check.verdict)):
+    keys = groupby(checks, lambda check: (check.name.startswith("update "), check.verdict, check is first))
+    for (is_update, verdict, _), group in keys:
         some = list(group)
         if is_update and len(some) > 1:
-            detail = "" if some[0].verdict is Verdict.EQUAL else some[0].detail
+            detail = "" if verdict is Verdict.EQUAL else some[0].detail
             some = [replace(some[0], name=_shared_name(some), detail=detail)]
         rows += some
     return rows
@@ -112,10 +115,11 @@ def _rows(checks: Sequence[Check]) -> list[Check]:
 
 def _shared_name(checks: Sequence[Check]) -> str:
     """Return one name for checks of gradient steps: `update 1: log-probs, gradient`, `updates 1 to 4`."""
-    updates, parts = zip(*(check.name.split(": ") for check in checks))
+    updates, parts = zip(*(check.name.removeprefix("update ").split(": ") for check in checks))
+    whole = parts[0] == "log-probs" and parts[-1] == "metrics"
     if updates[0] == updates[-1]:
-        return f"{updates[0]}: {', '.join(parts)}"
-    return f"updates {updates[0].removeprefix('update ')} to {updates[-1].removeprefix('update ')}"
+        return f"update {updates[0]}" if whole else f"update {updates[0]}: {', '.join(parts)}"
+    return f"updates {updates[0]} to {updates[-1]}" if whole else f"{checks[0].name} to {checks[-1].name}"
 
 
 def _folded(line: str, width: int) -> list[str]:
@@ -145,3 +149,12 @@ def _found(found: Found) -> dict[str, Any]:
 
 def _check(check: Check) -> dict[str, Any]:
     return {"check": check.name, "verdict": check.verdict.value, "detail": check.detail, "place": dict(check.place)}
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with null for what strict JSON lacks: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,6 +21,7 @@ from dapo_mcore import cli
 from dapo_mcore.config.file import load_config
 from dapo_mcore.doctor import command as doctor
 from dapo_mcore.observe import bench_plots, plots
+from dapo_mcore.replay import report
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
@@ -75,7 +76,8 @@ def check_tool(
         arguments.append(f"model.path={tmp_path}")
     for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):
         monkeypatch.setattr(module, name, lambda *given, **more: [ROOT])
-    monkeypatch.setattr(doctor, "run", lambda *given: 0)
+    for module in (doctor, report):
+        monkeypatch.setattr(module, "run", lambda *given: 0)
     assert cli.main([command, *arguments]) == 0, capsys.readouterr().err
 
 
