@@ -69,8 +69,9 @@ def _before(found: Explanation) -> str:
     if found.first != found.beyond:
         return f"Before that they differ only in rounding, by at most {found.rounding:.1e}; first in {_where(found.first)}."
     whole = found.steps[: found.steps.index(found.beyond.step)]
-    checks = found.checks[: found.checks.index(found.beyond.check)]
-    equal = ", ".join(row.name for row in _rows([check for check in checks if check.verdict is Verdict.EQUAL]))
+    rows = _rows(found.checks, found.beyond.check)
+    before = rows[: rows.index(found.beyond.check)]
+    equal = ", ".join(row.name for row in before if row.verdict is Verdict.EQUAL)
     parts = [*([span(whole)] if whole else []), *([f"{equal} of step {found.beyond.step}"] if equal else [])]
     return f"Before that all is equal: {'; '.join(parts)}." if parts else ""
 
@@ -100,26 +101,39 @@ def _table(checks: list[Check], width: int) -> Iterator[str]:
         yield shortened(f"  {check.name:{column}}  {word:12}  {detail}".rstrip(), width - 1)
 
 
-def _rows(checks: Sequence[Check], first: Check | None = None) -> list[Check]:
-    """Return a check for each row: neighbours about gradient steps share one if they have the same verdict, but for `first`."""
+def _rows(checks: Sequence[Check], first: Check | None) -> list[Check]:
+    """Return a check for each row: gradient steps that are alike share one, and so do neighbours of a step with one verdict."""
+    verdicts: dict[str, set[Verdict]] = {}
+    for check in checks:
+        verdicts.setdefault(_update(check), set()).add(check.verdict)
+    alone = {update for update, found in verdicts.items() if len(found) > 1} | ({_update(first)} if first else set())
     rows = []
-    keys = groupby(checks, lambda check: (check.name.startswith("update "), check.verdict, check is first))
-    for (is_update, verdict, _), group in keys:
+    for _, group in groupby(checks, lambda own: (own is first, own.verdict, _row_of(own, alone))):
         some = list(group)
-        if is_update and len(some) > 1:
-            detail = "" if verdict is Verdict.EQUAL else some[0].detail
+        if len(some) > 1:
+            detail = "" if some[0].verdict is Verdict.EQUAL else some[0].detail
             some = [replace(some[0], name=_shared_name(some), detail=detail)]
         rows += some
     return rows
 
 
+def _update(check: Check) -> str:
+    """Return the gradient step that a check is about: `update 2`; empty if it is about none."""
+    return check.name.partition(": ")[0] if check.name.startswith("update ") else ""
+
+
+def _row_of(check: Check, alone: set[str]) -> str:
+    """Return a key that checks of one row share."""
+    return check.name if not (update := _update(check)) else update if update in alone else "update"
+
+
 def _shared_name(checks: Sequence[Check]) -> str:
-    """Return one name for checks of gradient steps: `update 1: log-probs, gradient`, `updates 1 to 4`."""
-    updates, parts = zip(*(check.name.removeprefix("update ").split(": ") for check in checks))
-    whole = parts[0] == "log-probs" and parts[-1] == "metrics"
-    if updates[0] == updates[-1]:
-        return f"update {updates[0]}" if whole else f"update {updates[0]}: {', '.join(parts)}"
-    return f"updates {updates[0]} to {updates[-1]}" if whole else f"{checks[0].name} to {checks[-1].name}"
+    """Return one name for checks of gradient steps: `update 2: gradient, metrics`, `updates 1 to 4`."""
+    first, last = _update(checks[0]), _update(checks[-1])
+    if first != last:
+        return f"updates {first.removeprefix('update ')} to {last.removeprefix('update ')}"
+    parts = [check.name.partition(": ")[2] for check in checks]
+    return f"{first}: {', '.join(parts)}" if parts[0] != "log-probs" or parts[-1] != "metrics" else first
 
 
 def _folded(line: str, width: int) -> list[str]:
