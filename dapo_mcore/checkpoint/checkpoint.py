@@ -50,6 +50,13 @@ from dapo_mcore.model_files.side_files import write_model_files
 
 T = TypeVar("T")
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space on its disk",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+}
+"""What to do, by the number of the system's error."""
+
 
 def save_checkpoint(
     run_dir: Path,
@@ -252,8 +259,7 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space on its disk" if full else "make it writable"
+        remedy = _REMEDIES.get(error.errno, "make it writable")
         before = latest_checkpoint(folder.parents[1], before=step_of(folder))
         goes_on = f"it goes on from {before}" if before else "there is no checkpoint before it to go on from"
         raise CheckpointError(

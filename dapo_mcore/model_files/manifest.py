@@ -32,6 +32,8 @@ def check_manifest(folder: Path, only: str | None = None) -> None:
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedCheckpoint(f"{folder} is not a whole checkpoint: it lacks {MANIFEST}")
+    if path.stat().st_size == 0:
+        raise DamagedCheckpoint(f"{path} is damaged: it is empty")
     try:
         entries = [(str(name), size, digest) for name, (size, digest) in json.loads(path.read_bytes())["files"].items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,7 +47,10 @@ def exit_status(work: Callable[[], None]) -> int:
 def _as_user_error(error: Exception) -> DapoError | None:
     """Return the error whose one-line message replaces a traceback; None for an error that needs its traceback."""
     if is_lost_rank(error):
-        return OtherRankFailed(f"another rank has ended, and its error is the cause; here: {error}")
+        loss = re.search(r"[\w ]* by peer", str(error))[0].strip()  # the rest is gloo's advice for its developers
+        return OtherRankFailed(
+            f"another rank has ended, and its error is the cause; this one has lost the connection ({loss})"
+        )
     if isinstance(error, OSError):
         error = output_error(error, "go on")
     return error if isinstance(error, DapoError) else None

@@ -32,6 +32,19 @@ def test_the_loss_of_another_rank_is_distinguished_from_other_errors():
     assert not is_lost_rank(ValueError("Connection closed by peer"))
 
 
+def test_the_loss_of_another_rank_is_told_without_the_advice_of_gloo(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    where = "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:19338: "
+
+    def lose():
+        raise RuntimeError(f"{where}Connection reset by peer. This is typically caused by a remote worker hanging. GLHF!")
+
+    assert exit_status(lose) == 2
+    assert capsys.readouterr().err == (
+        "error: another rank has ended, and its error is the cause; this one has lost the connection (Connection reset by peer)\n"
+    )
+
+
 def test_a_refusal_of_the_operating_system_is_one_line_and_other_errors_keep_their_traceback(
     tmp_path, capsys, monkeypatch
 ):
