@@ -86,7 +86,8 @@ def metrics(task: Path, name: str) -> list[dict]:
 
 def stable(row: dict) -> dict:
     """Return the metrics of a step that do not depend on the machine's speed."""
-    return {key: value for key, value in row.items() if not key.startswith(("time/", "perf/", "memory/"))}
+    timed = ("time/", "perf/", "memory/")
+    return {key: value for key, value in row.items() if not key.startswith(timed) and not key.endswith("_s")}
 
 
 def rewind(run_dir: Path, step: int) -> None:

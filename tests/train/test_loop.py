@@ -11,14 +11,22 @@ import pytest
 
 from dapo_mcore.observe.metrics import describe
 from tests.checkpoint.stored_checkpoint import flip
-from tests.train.runs import QUICKSTART, SMALL, metrics, python, run, stable
+from tests.train.runs import QUICKSTART, SMALL, metrics, python, rewind, run
+from tests.train.same_run import assert_same_run, assert_same_run_elsewhere
+
+ODD = ["model.overrides={vocab_size: 37}", "checkpoint.every=1", "observe.samples_per_step=1000"]
 
 
-def test_a_run_on_two_processes_writes_every_documented_output(task):
+@pytest.fixture(scope="module")
+def pair(task) -> str:
+    """Return the output of the run `pair` on two tensor-parallel ranks."""
+    options = ["num_rollout_steps=2", *ODD, "parallel.sequence_parallel=true", "observe.profile_steps=[2]"]
+    return run(task, "pair", *options, processes=2)
+
+
+def test_a_run_on_two_processes_writes_every_documented_output(task, pair):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = ["num_rollout_steps=2", "parallel.sequence_parallel=true", "observe.profile_steps=[2]"]
-    output = run(task, "pair", *options, processes=2)
     folder = task / "runs/pair"
     rows = metrics(task, "pair")
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -46,7 +54,15 @@ def test_a_run_on_two_processes_writes_every_documented_output(task):
         "metrics",
         "heldout 1",
     ):
-        assert expected in output
+        assert expected in pair
+
+
+def test_a_run_that_goes_on_with_another_layout_and_an_odd_vocabulary_is_the_same(task, pair):
+    """Two tensor-parallel ranks pad 37 words to 48, one rank pads them to 40."""
+    shutil.copytree(task / "runs/pair", task / "runs/alone")
+    rewind(task / "runs/alone", 1)
+    assert "resumed after rollout step 1" in run(task, "alone", "num_rollout_steps=2", *ODD)
+    assert_same_run_elsewhere(task / "runs/pair", task / "runs/alone")
 
 
 def check_times(rows: list[dict]) -> None:
@@ -77,10 +93,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(task):
     assert "resumed after rollout step 2" in output
     kept = sorted(path.name for path in (task / "runs/parts/checkpoints").iterdir())
     assert kept == ["step_000003", "step_000004", "step_000004.corrupt"]
-    whole, parts = metrics(task, "whole"), metrics(task, "parts")
-    assert [row["step"] for row in parts] == [0, 1, 2, 3, 4]
-    for a, b in zip(whole, parts):
-        assert stable(a) == stable(b)
+    assert [row["step"] for row in metrics(task, "parts")] == [0, 1, 2, 3, 4]
+    assert_same_run(task / "runs/whole", task / "runs/parts")
     final = "hf/final/model.safetensors"
     assert (task / "runs/whole" / final).read_bytes() == (task / "runs/parts" / final).read_bytes()
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from tests.rollout.sglang.serving import wait_for
-from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, metrics, python, stable
+from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, metrics, python
+from tests.train.same_run import assert_same_run
 
 # runs in one process, as importing takes longer. A case is overrides, and perhaps a signal in the midst of a step's
 # generation or before its second gradient step; "file" makes the stop file in place of a signal
@@ -101,12 +102,12 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
         assert "torchrun" not in output and "Traceback" not in output, output  # there is no torchrun here
     assert "warm start" in ended[1][1] and "warm start" not in ended[2][1] + ended[5][1]
     assert "nothing to do, and nothing changed" in ended[7][1]
-    whole, parts = metrics(task, "whole"), metrics(task, "stopped")
-    assert [row["step"] for row in parts] == [0, 1, 2, 3]
-    assert [stable(row) for row in whole] == [stable(row) for row in parts]
+    assert [row["step"] for row in metrics(task, "stopped")] == [0, 1, 2, 3]
+    assert_same_run(task / "runs/whole", task / "runs/stopped")
     final = "hf/final/model.safetensors"
     again = metrics(task, "kept")
     assert [row["sampling/samples_generated"] for row in again[1:]] == [32, 0, 32], again
+    whole = metrics(task, "whole")
     assert [row["actor/loss"] for row in again[1:]] == [row["actor/loss"] for row in whole[1:]]
     assert len({(task / "runs" / name / final).read_bytes() for name in ("whole", "stopped", "kept")}) == 1
 
@@ -126,8 +127,7 @@ def test_the_stop_file_ends_a_run_with_status_0_once_it_is_saved(task):
         assert told in output and "runs/by-file/stop: the run saves" in output and "Traceback" not in output, output
         assert f'{{"step": {step}}}' in output.splitlines(), output
     assert "no requeue" in ended[3][1] and not (task / "runs/by-file/stop").exists()
-    whole, parts = metrics(task, "undisturbed"), metrics(task, "by-file")
-    assert [stable(row) for row in whole] == [stable(row) for row in parts]
+    assert_same_run(task / "runs/undisturbed", task / "runs/by-file")
 
 
 # the process group is never made, as if a rank were missing
