@@ -25,6 +25,7 @@ from dapo_mcore.replay import report
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
+PAGES.append(ROOT / "examples/reliability.md")
 WORDS = (
     "torchrun",
     "python",
