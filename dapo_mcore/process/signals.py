@@ -1,7 +1,7 @@
 """Early end of a run: it is saved and cleaned up exactly once, and a run that a signal ended shows no traceback.
 
 Change here: which signals end a run, what the first and the second one do, and how long the main thread may take to react.
-What is saved is decided in train/loop.py; exit_status.py turns the end into a message and an exit status.
+What is saved is decided in train/outputs.py; exit_status.py turns the end into a message and an exit status.
 
     `exit_on_signal`          during the start: a signal ends the process at once
     outside `defer_signals`   a signal ends the run at once

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(path: str, overrides: Sequence[str]) -> None:
     with exit_on_signal():
         config = _checked(path, overrides)
-        from dapo_mcore.train.loop import train
+        from dapo_mcore.train.job import train
 
     train(config)
 

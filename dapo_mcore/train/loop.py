@@ -13,15 +13,10 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
@@ -29,91 +24,30 @@ from dapo_mcore.actor.memory_use import MemoryUse
 from dapo_mcore.actor.metrics import UpdateStats, update_metrics
 from dapo_mcore.actor.model.fp8_rules import check_same_on_all_ranks
 from dapo_mcore.actor.parallel import layout as layouts
-from dapo_mcore.actor.parallel.determinism import make_deterministic
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.algo.correction import mismatch_warning
 from dapo_mcore.checkpoint.resume import load_resumed
-from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.config.schema import Config
-from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
+from dapo_mcore.controller import Controller, final_export, pad_token
 from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
-from dapo_mcore.model_files.hf_folder import open_weights, save_hf_folder
+from dapo_mcore.model_files.hf_folder import open_weights
 from dapo_mcore.observe.profile import profiled
-from dapo_mcore.observe.progress import NullProgress, Progress
+from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.process.beacon import NullBeacon
-from dapo_mcore.process.launcher import ranks_here, routed_address, shutdown_timeout_note, watch_launcher
+from dapo_mcore.process.launcher import routed_address, shutdown_timeout_note
 from dapo_mcore.process.run_lock import RunLock
-from dapo_mcore.process.signals import ControllerShutdown, Interrupted, Shutdown, Stop, WorkerShutdown, exit_on_signal
+from dapo_mcore.process.signals import Interrupted, Shutdown, Stop
 from dapo_mcore.process.stop_file import STOP, StopFile
-from dapo_mcore.process.watchdog import watch_job
 from dapo_mcore.rollout.build import build_peer
-from dapo_mcore.rollout.sglang.assembly import weights_folder
 from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost
 from dapo_mcore.train.leaders import open_leaders
+from dapo_mcore.train.outputs import Outputs, how_to_go_on
 from dapo_mcore.warm_start import warm_start
-
-
-def train(config: Config) -> None:
-    """Run from start or resume to export. Every rank of the job must call it.
-
-    Raise Interrupted after SIGINT, SIGTERM or SIGHUP, on every rank if all have stopped together (see process/signals.py).
-    Return early if the file `stop` in the run's folder asks for it (see process/stop_file.py).
-    """
-    make_deterministic(config)
-    with exit_on_signal():  # ranks wait here for each other
-        layout = layouts.start(config.parallel, config.seed, partial(_watched, config))
-        shutdown = _new_shutdown(config, layout)
-    try:
-        with shutdown:
-            watch_launcher(os.environ, lambda: shutdown.abort("torchrun is gone, so its ranks end"))
-            done = layout.on_controller_or_raise(lambda: finished_step(config) if layout.is_controller else None)
-            if layout.broadcast_object(done) is None:
-                with (
-                    Progress(config.name, config.num_rollout_steps, on_advance=layout.beacon.tick)
-                    if layout.is_controller
-                    else NullProgress() as shown
-                ):
-                    Run(config, layout, shown, shutdown).loop()
-            elif layout.is_controller:
-                print(
-                    f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
-                    f"num_rollout_steps is {config.num_rollout_steps}; raise it to go on, or set checkpoint.resume never "
-                    "to start anew"
-                )
-    except Interrupted:
-        raise  # the other ranks may be gone, and leaving the job may wait for them
-    except BaseException:
-        layouts.stop()
-        raise
-    layouts.stop()
-    layout.beacon.leave()
-
-
-def _watched(config: Config, attempt: str) -> NullBeacon:
-    """Return this rank's beacon. The first rank of a node also starts the watchdog there."""
-    remove = (weights_folder(config.rollout.sglang, config.run_dir),) if config.rollout.engine == "sglang" else ()
-    return watch_job(os.environ, attempt, config.run_dir, config.parallel.hang_minutes, remove)
-
-
-def _new_shutdown(config: Config, layout: Layout) -> Shutdown:
-    neighbours = ranks_here(os.environ)  # all live: they have joined the job
-    if layout.is_controller:
-        return ControllerShutdown(partial(_how_to_go_on, config), neighbours)
-    return WorkerShutdown(neighbours)
-
-
-def _how_to_go_on(config: Config) -> str:
-    path = latest_checkpoint(config.run_dir)
-    if path is None:
-        return "there is no checkpoint yet; the next start begins anew"
-    how = "checkpoint.resume=auto" if config.checkpoint.resume == "never" else "the same command"
-    return f"the last checkpoint is {path}; {how} goes on from there"
 
 
 class Run:
@@ -123,7 +57,6 @@ class Run:
         """Register all that must be cleaned up with `shutdown` as soon as it exists: building may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.shutdown = shutdown
-        self.saved_step, self.save_s = -1, None
         self.stop_file: StopFile | None = None  # on rank 0
         self.node: NodeHost | None = None  # on the first rank of each node, for servers there
         with self._phase("start"):
@@ -132,7 +65,7 @@ class Run:
             self.hf_config = load_hf_config(config.model)
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)
-            self.saves = self._open_saves()
+            saves = self._open_saves()
             nodes = self._open_nodes()
             relay = build_peer(config, layout.first_ranks_of_nodes(), layout.device)
             self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes, relay))
@@ -153,6 +86,17 @@ class Run:
                 leaders=leaders,
                 run_interruptible=self.shutdown.run_interruptible,
             )
+            self.outputs = Outputs(
+                config,
+                self.hf_config,
+                self.actor,
+                self.handover,
+                layout,
+                saves,
+                train_state=lambda step: self._on_controller(lambda c: c.train_state(step, self.actor.num_updates)),
+                phase=self._phase,
+                line=self.progress.line,
+            )
 
     def loop(self) -> None:
         """Run all rollout steps and export the model. Raise Interrupted if a signal has stopped them early; return if the stop file
@@ -164,16 +108,17 @@ class Run:
             stop = self._steps(first)
         if stop is not None:
             if stop.signum is not None:
+                self.layout.beacon.leave()
                 raise Interrupted(stop.signum)
             if self.layout.is_controller:
-                self.progress.line(f"stopped by {STOP}: {_how_to_go_on(self.config)}")
+                self.progress.line(f"stopped by {STOP}: {how_to_go_on(self.config)}")
             return
         self.actor.skipped_updates.check_trained()
-        self._finish_saves()
+        self.outputs.finish()
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
-            export = self._export(final_export(self.config), max(first - 1, self.config.num_rollout_steps))
+            export = self.outputs.export(final_export(self.config), max(first - 1, self.config.num_rollout_steps))
         self._on_controller(lambda c: c.finish(export))
 
     def _steps(self, first: int) -> Stop | None:
@@ -195,7 +140,7 @@ class Run:
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
             if self._stop() is not None:
                 return self._stop_after(step)
-            self._save(step)
+            self.outputs.save_due(step)
         return None
 
     def _evaluates(self, step: int) -> bool:
@@ -247,27 +192,18 @@ class Run:
         return self.layout.broadcast_object(self.shutdown.stop)
 
     def _on_stop_file(self) -> None:
-        print(f"{self.stop_file.path}: {self._what_follows('')}", file=sys.stderr, flush=True)
+        print(f"{self.stop_file.path}: {self.outputs.what_follows('')}", file=sys.stderr, flush=True)
         self.shutdown.request_stop()
 
     def _notice(self) -> str:
-        return f"{self._what_follows(shutdown_timeout_note(os.environ))}; a second signal ends it without saving"
-
-    def _what_follows(self, limit: str) -> str:
-        took = "" if self.save_s is None else f" (the last save took {self.save_s:.0f} s)"
-        return f"the run saves a checkpoint of the last completed rollout step{took} and ends{limit}"
+        return f"{self.outputs.what_follows(shutdown_timeout_note(os.environ))}; a second signal ends it without saving"
 
     def _stop_after(self, step: int, *, keeps_rollout: bool = False) -> Stop:
-        """Save rollout step `step` if it is not saved yet, and return what has stopped the run. Before step 1 a checkpoint is
-        written only after a warm start.
+        """Save rollout step `step` if it is not saved yet, and return what has stopped the run.
 
         keeps_rollout  save it in any case, with what the next step has generated.
         """
-        if keeps_rollout or (step > self.saved_step and (step or self.config.warm_start)):
-            with self._phase("save"):
-                self.handover.to_training()
-                self._save_checkpoint(step, wait=True)
-        self._finish_saves()
+        self.outputs.save_stopped(step, anew=keeps_rollout)
         stop = self._stop()
         if stop.signum is None and self.stop_file is not None:
             self.stop_file.confirm(step)
@@ -289,7 +225,7 @@ class Run:
         path, state = loaded
         self.handover.to_rollout(version=state.weight_version)
         self._on_controller(lambda c: c.resume(state))
-        self.saved_step = state.step
+        self.outputs.saved_step = state.step
         self.progress.line(f"resumed after rollout step {state.step} from {path}")
         return state.step + 1
 
@@ -337,35 +273,6 @@ class Run:
         self.shutdown.cleanup.callback(controller.close)
         return controller
 
-    def _save(self, step: int) -> None:
-        """Save and export what is due after rollout step `step`."""
-        checkpoint, last = self.config.checkpoint, step == self.config.num_rollout_steps
-        saves = (last and checkpoint.at_end) or (checkpoint.every and step % checkpoint.every == 0)
-        exports = checkpoint.export_every and step % checkpoint.export_every == 0
-        if not (saves or exports):
-            return
-        with self._phase("save"), self.handover.borrowed():
-            if saves:
-                self._save_checkpoint(step, wait=last)
-            if exports:
-                self._export(self.config.run_dir / "hf" / f"step_{step:06d}", step)
-
-    def _save_checkpoint(self, step: int, *, wait: bool) -> None:
-        start = time.monotonic()
-        state = self._on_controller(lambda c: c.train_state(step, self.actor.num_updates))
-        self.saves.save(self.actor, state, wait=wait)
-        self.saved_step, self.save_s = step, time.monotonic() - start
-
-    def _finish_saves(self) -> None:
-        """Wait for a save beside training. If it failed, save its step again: nothing has been trained since."""
-        if not self.saves.in_flight:
-            return
-        with self._phase("save"):
-            if problem := self.saves.finish():
-                self.progress.line(f"warning: {problem}; it is saved again")
-                self.handover.to_training()
-                self._save_checkpoint(self.saved_step, wait=True)
-
     def _open_saves(self) -> Saves:
         checkpoint = self.config.checkpoint
         saves = Saves(
@@ -373,39 +280,6 @@ class Run:
         )
         self.shutdown.cleanup.callback(saves.close)
         return saves
-
-    def _export(self, folder: Path, step: int) -> Path:
-        """Write an HF folder. Every rank raises what rank 0 raises. Collective: every rank sends its part of the weights to rank 0,
-        also if rank 0 cannot write them."""
-        stream = self.handover.stream()
-
-        def write() -> None:
-            try:
-                if self.layout.is_controller:
-                    self._write_export(stream, folder, step)
-            except Exception:
-                deque(stream, maxlen=0)
-                raise
-            deque(stream, maxlen=0)
-
-        with self.layout.beacon.phase("save"):
-            self.layout.on_controller_or_raise(write)
-        return folder
-
-    def _write_export(self, stream: Iterator[tuple[str, Tensor]], folder: Path, step: int) -> None:
-        try:
-            save_hf_folder(
-                stream,
-                folder,
-                shape=self.actor.shape,
-                dtype=self.actor.policy.config.params_dtype,
-                hf_config=self.hf_config,
-                source=self.config.model.path,
-                step=step,
-            )
-        except OSError as error:
-            doing = f"export the model to {folder} ({_how_to_go_on(self.config)})"
-            raise output_error(error, doing) from error
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -33,26 +32,6 @@ def fails(*arguments):
     return build(*arguments)
 
 loop.Actor = fails
-sys.exit(main())
-"""
-# rank 1 of the first attempt is stopped before the second gradient step of rollout step 2
-STOPPED = """
-import os, signal, sys
-from dapo_mcore.actor.actor import Actor
-from dapo_mcore.process import watchdog
-from dapo_mcore.process.hang import Limits
-from dapo_mcore.train.__main__ import main
-
-watchdog.Limits = lambda minutes: Limits(minutes, dead_s=1.0)
-update, calls = Actor.update, []
-
-def stops(self, *arguments, **more):
-    calls.append(1)
-    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], len(calls)) == ("1", "0", 4):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return update(self, *arguments, **more)
-
-Actor.update = stops
 sys.exit(main())
 """
 # runs with different overrides in one process, since importing takes longer than a run. The folder is copied after each
@@ -143,21 +122,6 @@ def test_a_rank_that_fails_to_build_its_model_leaves_no_servers_and_its_message_
     assert servers(task / "runs/broken") == [] and list(shared.iterdir()) == []
     assert output.rstrip("=\n").endswith("model-00002-of-00002.safetensors is truncated; fetch it again"), output
     assert re.search(r"Root Cause.*rank +: 1 ", output, re.DOTALL) and "[rank" not in output, output
-
-
-def test_a_stopped_rank_is_named_and_the_job_goes_on_from_its_checkpoint(task, tmp_path, shared):
-    (tmp_path / "program.py").write_text(STOPPED)
-    program = ("--max-restarts", "1", str(tmp_path / "program.py"))
-    begun = start(tmp_path, task, "name=hung", "num_rollout_steps=3", program=program, processes=2)
-    output = ended(begun)
-    assert begun.returncode == 0, output
-    (line,) = re.findall("^hang: .*$", output, re.MULTILINE)
-    named = r"hang: rank 1 on \S+ \(process \d+\) is stopped, by SIGSTOP or a debugger, for \d+ s, in phase train, .*"
-    assert re.fullmatch(f"{named}; rank 0 waits for it", line), output
-    assert "stack of rank 0, innermost call first:" in output and "resumed after rollout step 1" in output, output
-    rows = (task / "runs/hung/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
-    assert servers(task / "runs/hung") == [] and list(shared.iterdir()) == []
 
 
 def children(pid: int) -> list[int]:

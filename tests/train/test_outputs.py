@@ -11,7 +11,7 @@ import pytest
 
 from dapo_mcore.errors import OutputError
 from dapo_mcore.process.beacon import NullBeacon
-from dapo_mcore.train.loop import Run
+from dapo_mcore.train.outputs import Outputs
 from tests.train.runs import QUICKSTART, SMALL, metrics, python
 
 # several runs in one process, since importing takes longer than a run. After the named call no file can exceed 10 bytes
@@ -19,7 +19,7 @@ RUNS = """
 import json, os, resource, sys
 from dapo_mcore.actor.parallel import layout
 from dapo_mcore.controller import Controller
-from dapo_mcore.train import loop
+from dapo_mcore.train import outputs
 from dapo_mcore.train.__main__ import main
 
 free = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -34,7 +34,7 @@ def filling(owner, name):
     setattr(owner, name, wrapper)
 
 filling(Controller, "rollout")
-filling(loop, "save_hf_folder")
+filling(outputs, "save_hf_folder")
 for case, full_from in json.loads(os.environ["CASES"]):
     status = main([*sys.argv[1:], *case])
     resource.setrlimit(resource.RLIMIT_FSIZE, free)
@@ -111,11 +111,14 @@ def check_full(task: Path, output: str) -> None:
     assert "full is done" in output and [row["step"] for row in metrics(task, "full")] == [0]
 
 
-def test_an_export_that_cannot_be_written_still_takes_what_the_other_ranks_send(tmp_path):
+def test_an_export_that_cannot_be_written_still_takes_what_the_other_ranks_send(tmp_path, monkeypatch):
     sent = iter(range(5))
     layout = SimpleNamespace(is_controller=True, beacon=NullBeacon(), on_controller_or_raise=lambda action: action())
     refused = Mock(side_effect=OutputError("the disk is full"))
-    run = SimpleNamespace(handover=SimpleNamespace(stream=lambda: sent), layout=layout, _write_export=refused)
+    handover = SimpleNamespace(stream=lambda: sent)
+    given = dict.fromkeys(("train_state", "phase", "line"), Mock())
+    outputs = Outputs(Mock(), Mock(), Mock(), handover, layout, Mock(), **given)
+    monkeypatch.setattr("dapo_mcore.train.outputs.save_hf_folder", refused)
     with pytest.raises(OutputError, match="the disk is full"):
-        Run._export(run, tmp_path, 1)
+        outputs.export(tmp_path, 1)
     assert list(sent) == []

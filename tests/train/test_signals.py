@@ -14,7 +14,7 @@ from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, metrics, pyt
 from tests.train.same_run import assert_same_run
 
 # runs in one process, as importing takes longer. A case is overrides, and perhaps a signal in the midst of a step's
-# generation or before its second gradient step; "file" makes the stop file in place of a signal
+# generation, reward, gradient steps, sync or export; "file" makes the stop file in place of a signal
 RUNS = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -22,7 +22,9 @@ from dapo_mcore.actor.parallel import layout
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.controller import Controller
+from dapo_mcore.reward.scorer import Scorer
 from dapo_mcore.rollout.embedded import EmbeddedEngine
+from dapo_mcore.train import outputs
 from dapo_mcore.train.__main__ import main
 
 plan, counts = {}, {}
@@ -35,7 +37,7 @@ def striking(owner, name, begins, at):
             counts["step"] = f"{name} {[*arguments, *more.values()][0]}"
         else:
             counts[name] = counts.get(name, 0) + 1
-            if plan.get("in") == name and plan["step"] == counts.get("step") and counts[name] == at:
+            if plan.get("in") == name and plan["step"] == counts.get("step") and counts[name] == plan.get("at", at):
                 strike(plan["signal"])
         return method(self, *arguments, **more)
     setattr(owner, name, wrapper)
@@ -52,6 +54,9 @@ striking(Controller, "evaluate", True, 0)
 striking(EmbeddedEngine, "_forward", False, 3)
 striking(Actor, "update", False, 2)
 striking(Learner, "score", False, 1)
+striking(Scorer, "__call__", False, 1)
+striking(EmbeddedEngine, "update_weights", False, 1)
+striking(outputs, "save_hf_folder", False, 1)
 for case, plan in json.loads(os.environ["CASES"]):
     status = main([*sys.argv[1:], *case])
     layout.stop()
@@ -73,35 +78,43 @@ def runs(task: Path, *cases: tuple[list[str], dict]) -> list[tuple[int, str]]:
     return list(zip(statuses, outputs))
 
 
-def signalled(name: str, place: str, step: str) -> dict:
-    return {"signal": name, "in": place, "step": step}
+def signalled(name: str, place: str, step: str, **at: int) -> dict:
+    return {"signal": name, "in": place, "step": step, **at}
 
 
 def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_one_bitwise(task):
     stopped, kept = ["name=stopped"], ["name=kept", "checkpoint.keep_rollouts=true", "checkpoint.every=1"]
+    half = ["name=half", *kept[1:], "sampling.gen_batch_prompts=4", "num_rollout_steps=1"]
     cases = [
         (["name=whole"], {}),
         (stopped, signalled("SIGTERM", "_forward", "rollout 1")),  # nothing trained: the warm start is saved
         (stopped, signalled("SIGINT", "update", "rollout 1")),  # the step is finished
         (stopped, signalled("SIGHUP", "_forward", "rollout 2")),  # its step is saved already
+        (stopped, signalled("SIGTERM", "__call__", "rollout 2")),
         (stopped, signalled("SIGTERM", "update", "rollout 2")),
+        (stopped, signalled("SIGTERM", "update_weights", "rollout 3")),
         (stopped, signalled("SIGTERM", "_forward", "evaluate 3")),  # the evaluation is made up for
+        (stopped, signalled("SIGTERM", "save_hf_folder", "evaluate 3")),
         (stopped, {}),
         (stopped, {}),
         (kept, signalled("SIGTERM", "score", "rollout 2")),  # generated and scored, but not trained on
         (kept, {}),
+        (half, signalled("SIGTERM", "_forward", "rollout 1", at=14)),  # in the second of two rounds of the step
+        (half, {}),
     ]
     ended = runs(task, *cases)
-    assert [status for status, _ in ended] == [0, 143, 130, 129, 143, 143, 0, 0, 143, 0], ended
+    statuses = [0, 143, 130, 129, *(143,) * 5, 0, 0, 143, 0, 143, 0]
+    assert [status for status, _ in ended] == statuses, ended
     folder = "runs/stopped/checkpoints/step_00000"
-    for (_, output), name, step in zip(
-        ended[1:6], ("SIGTERM", "SIGINT", "SIGHUP", "SIGTERM", "SIGTERM"), (0, 1, 1, 2, 3)
-    ):
+    names = ("SIGTERM", "SIGINT", "SIGHUP", *("SIGTERM",) * 5)
+    for (_, output), name, step in zip(ended[1:9], names, (0, 1, 1, 1, 2, 3, 3, 3), strict=True):
         told = f"stopped by {name}: the last checkpoint is {folder}{step}; the same command goes on from there"
-        assert told in output.splitlines() and f"{name}: the run saves" in output, output
+        assert told in output.splitlines(), output
         assert "torchrun" not in output and "Traceback" not in output, output  # there is no torchrun here
-    assert "warm start" in ended[1][1] and "warm start" not in ended[2][1] + ended[5][1]
-    assert "nothing to do, and nothing changed" in ended[7][1]
+    notices = [f"{name}: the run saves" in output for (_, output), name in zip(ended[1:9], names, strict=True)]
+    assert notices == [*(True,) * 7, False]  # the last one only exports, which a signal ends
+    assert "warm start" in ended[1][1] and "warm start" not in ended[2][1] + ended[8][1]
+    assert "nothing to do, and nothing changed" in ended[10][1]
     assert [row["step"] for row in metrics(task, "stopped")] == [0, 1, 2, 3]
     assert_same_run(task / "runs/whole", task / "runs/stopped")
     final = "hf/final/model.safetensors"
@@ -109,6 +122,7 @@ def test_a_run_that_signals_stop_saves_by_itself_and_repeats_the_uninterrupted_o
     assert [row["sampling/samples_generated"] for row in again[1:]] == [32, 0, 32], again
     whole = metrics(task, "whole")
     assert [row["actor/loss"] for row in again[1:]] == [row["actor/loss"] for row in whole[1:]]
+    assert metrics(task, "half")[1]["sampling/samples_generated"] == 16
     assert len({(task / "runs" / name / final).read_bytes() for name in ("whole", "stopped", "kept")}) == 1
 
 
@@ -134,8 +148,8 @@ def test_the_stop_file_ends_a_run_with_status_0_once_it_is_saved(task):
 WAITS = """
 import os, signal, sys, time
 from dapo_mcore.train.__main__ import main
-from dapo_mcore.train import loop
-loop.layouts.start = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
+from dapo_mcore.train import job
+job.layouts.start = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))
 sys.exit(main())
 """
 
