@@ -51,6 +51,11 @@ def _as_user_error(error: Exception) -> DapoError | None:
         return OtherRankFailed(
             f"another rank has ended, and its error is the cause; this one has lost the connection ({loss})"
         )
+    if _has_timed_out(error):
+        return OtherRankFailed(
+            "this rank has waited parallel.timeout_minutes in vain for another one, which hangs or is gone; the logs of the others "
+            f"may say why. The same command goes on from the newest checkpoint; here: {error}"
+        )
     if isinstance(error, OSError):
         error = output_error(error, "go on")
     return error if isinstance(error, DapoError) else None
@@ -95,6 +100,12 @@ def _report(error: DapoError) -> None:
 def is_lost_rank(error: Exception) -> bool:
     """Return True if gloo raised the error because another rank is gone. torch has no error type for this."""
     return isinstance(error, RuntimeError) and "gloo" in str(error) and " by peer" in str(error)
+
+
+def _has_timed_out(error: Exception) -> bool:
+    """Return True if gloo raised the error because a collective took longer than its limit. torch has no error type for this."""
+    told = "gloo" in str(error) and "Timed out waiting" in str(error)
+    return isinstance(error, RuntimeError) and (told or "Application timeout caused pair closure" in str(error))
 
 
 def record_failure(message: str, is_consequence: bool = False) -> bool:

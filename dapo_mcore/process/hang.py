@@ -20,8 +20,9 @@ generate shows it with each finished response, and long ones may begin late. sta
 the whole share of a rank. The other phases are rank 0's own work between these."""
 _WAITING_CODE = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "param_and_grad_buffer.py")
 _MOST_RANKS = 8
+_LONGER = "If this may take so long, raise parallel.hang_minutes"
 
-Condition = Literal["runs", "stopped", "gone", "left"]
+Condition = Literal["runs", "stopped", "gone", "silent", "left"]
 
 
 class Limits(NamedTuple):
@@ -46,10 +47,11 @@ class Limits(NamedTuple):
 class RankState(NamedTuple):
     """What is known of a rank.
 
-    node                         name of its machine
-    pid, phase, waits_for, num_waits   as in beacon.py
-    age_s                        seconds since its last sign of progress
-    condition, condition_s       the process runs, is stopped, is gone, or has left as it should; for how long
+    node                              name of its machine
+    pid, phase, waits_for, num_waits  as in beacon.py
+    age_s                             seconds since its last sign of progress
+    condition, condition_s            the process runs, is stopped or gone, has left as it should, or is on a node that shows no sign of
+                                      life; for how long
     """
 
     rank: int
@@ -87,10 +89,13 @@ def limit_s(phase: str, minutes: float) -> float:
 def hangs(states: Sequence[RankState], limits: Limits) -> bool:
     """Return True if the job will not go on by itself."""
     here = [state for state in states if state.condition != "left"]
-    if any(state.condition in ("stopped", "gone") and state.condition_s > limits.dead_s for state in here):
+    seen = [state for state in here if state.condition != "silent"]
+    if any(state.condition in ("stopped", "gone") and state.condition_s > limits.dead_s for state in seen):
         return True
-    if any(state.works and state.age_s > limit_s(state.phase, limits.minutes) for state in here):
+    if any(state.works and state.age_s > limit_s(state.phase, limits.minutes) for state in seen):
         return True
+    if len(seen) < len(here):  # only the watchdog of that node may have ended: the others' progress would show it
+        return all(state.age_s > limits.silent_s for state in seen)
     return bool(here) and all(state.waits_for and state.age_s > limits.disagree_s for state in here)
 
 
@@ -99,7 +104,7 @@ def judge(states: Sequence[RankState], stacks: Mapping[int, str]) -> Verdict:
 
     stacks  by rank, as faulthandler writes them; ranks may be missing.
 
-    The first rule that finds a rank decides: it is stopped or gone; it is in its own code while others are in collectives; it is
+    The first rule that finds a rank decides: it is stopped, gone or silent; it is in its own code while others are in collectives; it is
     not where most ranks are.
     """
     here = [state for state in states if state.condition != "left"]
@@ -110,11 +115,11 @@ def judge(states: Sequence[RankState], stacks: Mapping[int, str]) -> Verdict:
     guilty = dead or (busy if len(busy) < len(here) else []) or apart
     ranks = tuple(state.rank for state in guilty)
     if not guilty:
-        return Verdict((), f"hang: no rank stands out: {_by_place(here)}; see the stacks above")
+        return Verdict((), f"hang: no rank stands out: {_by_place(here)}; see the stacks above. {_LONGER}")
     others = [state for state in here if state.rank not in ranks]
     waiting = f"; {_listed(others)} {'waits' if len(others) == 1 else 'wait'} for it" if others else ""
     more = f" (and {len(guilty) - 1} more)" if len(guilty) > 1 else ""
-    return Verdict(ranks, f"hang: {_accused(guilty[0])}{more}{waiting}")
+    return Verdict(ranks, f"hang: {_accused(guilty[0])}{more}{waiting}. {_advice(guilty[0])}")
 
 
 def _by_place(states: Sequence[RankState]) -> str:
@@ -130,9 +135,19 @@ def _accused(state: RankState) -> str:
     who = f"rank {state.rank} on {state.node} (process {state.pid})"
     if state.condition == "stopped":
         return f"{who} is stopped, by SIGSTOP or a debugger, for {state.condition_s:.0f} s, {_doing(state)}"
+    if state.condition == "silent":
+        return f"node {state.node}, with rank {state.rank}, has shown no sign of life for {state.condition_s:.0f} s"
     if state.condition == "gone":
         return f"{who} has ended without a message, {_doing(state)}"
     return f"{who} is {_doing(state)}"
+
+
+def _advice(state: RankState) -> str:
+    if state.condition == "gone":
+        return f"dmesg on {state.node} says whether the kernel has killed it because memory ran out"
+    if state.condition == "silent":
+        return f"Is {state.node} up, and does it reach the disk of the run?"
+    return _LONGER if state.condition == "runs" else "The same command goes on from the newest checkpoint"
 
 
 def _doing(state: RankState) -> str:

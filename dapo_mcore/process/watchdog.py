@@ -2,13 +2,8 @@
 
     python -m dapo_mcore.process.watchdog WATCH     started by the first rank of each node, see `start_watchdog`
 
-It is no thread of a rank, as a rank that hangs may hold the GIL or be stopped. Nodes exchange what they see as files of the run's
-folder, which all of them share for checkpoints. Node 0's process judges; node 1's does if node 0 is silent.
-
-    SHARED/node-3.json     the ranks of node 3, and a number that grows with each writing
-           alarm           the job hangs: every node writes the stacks of its ranks
-           stacks-3.json   by rank
-           verdict.json    which ranks are guilty: every node ends its ranks
+It is no thread of a rank, as a rank that hangs may hold the GIL or be stopped. Nodes tell each other what they see (exchange.py).
+Node 0's process judges; node 1's does if node 0 is silent.
 
 Change here: how ranks are observed and ended. What a hang is, and who is guilty, is in hang.py.
 """
@@ -31,9 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dapo_mcore.process.beacon import DUMP, Beacon, BeaconReader, Note, NullBeacon, error_file_of, stack_file
+from dapo_mcore.process.exchange import Disk, Exchange, write_whole
 from dapo_mcore.process.exit_status import write_failure
 from dapo_mcore.process.hang import Condition, Limits, RankState, Verdict, hangs, judge, main_thread
 from dapo_mcore.process.launcher import is_torchrun
+from dapo_mcore.process.stop_file import REQUEUE
 
 LOGS = "logs"
 """Folder of a run in which launchers and watchdogs of several starts have folders of their own."""
@@ -56,7 +53,8 @@ class Watch(NamedTuple):
     shared     folder of this attempt, which all nodes see.
     node       this node's number, of num_nodes.
     remove     folders in memory that a killed rank leaves, such as weights for servers.
-    exchange_s how often nodes tell each other what they see.
+    requeue    file that tells a batch script that the job hung and may be started again; empty: none.
+    exchange_s how often nodes tell each other what they see; 0: as often as Exchange says.
     """
 
     folder: str
@@ -65,7 +63,8 @@ class Watch(NamedTuple):
     num_nodes: int
     limits: Limits
     remove: tuple[str, ...] = ()
-    exchange_s: float = 5.0
+    requeue: str = ""
+    exchange_s: float = 0.0
 
 
 def watch_job(
@@ -86,7 +85,8 @@ def watch_job(
     if environment["LOCAL_RANK"] == "0":
         shared, num_nodes = run_dir.absolute() / LOGS / f"watch-{attempt}", int(environment["GROUP_WORLD_SIZE"])
         left = tuple(map(str, remove)) if node == 0 else ()
-        start_watchdog(Watch(str(folder), str(shared), node, num_nodes, Limits(minutes), left))
+        requeue = str(run_dir.absolute() / REQUEUE)
+        start_watchdog(Watch(str(folder), str(shared), node, num_nodes, Limits(minutes), left, requeue))
     return beacon
 
 
@@ -132,12 +132,9 @@ class Ranks:
         texts = {state.rank: self._written(state.rank) or _py_spy(state.pid) for state in alive}
         return {rank: text for rank, text in texts.items() if text}
 
-    def end(self, guilty: Sequence[int], message: str, limits: Limits) -> None:
-        """End all ranks: the guilty ones by force, the others so that they can clean up. `message` becomes the last words of the
-        guilty ones, or of rank 0 if nobody is."""
+    def end(self, guilty: Sequence[int], limits: Limits) -> None:
+        """End all ranks: the guilty ones by force, the others so that they can clean up."""
         for state in self.look():
-            if state.rank in (guilty or (0,)):
-                self._tell_torchrun(state.rank, message)
             if state.rank in guilty:
                 _signal(state, signal.SIGKILL)
         if guilty and self._ended(limits.lost_s):
@@ -149,6 +146,14 @@ class Ranks:
         if not self._ended(limits.clean_s):
             self._send(signal.SIGKILL)
             self._ended(_KILLED_S)
+
+    def tell_torchrun(self, verdict: Verdict) -> None:
+        """Leave the message in the error files of the guilty ranks, or of rank 0 if there are none. What a rank has written itself is
+        the better one."""
+        for rank in set(verdict.guilty or (0,)) & self._notes.keys():
+            path = error_file_of(self._folder, rank)
+            if path and not os.path.exists(path):
+                write_failure(path, str(rank), verdict.message)
 
     def all_ended(self) -> bool:
         return all(state.condition in ("gone", "left") for state in self.look())
@@ -180,12 +185,6 @@ class Ranks:
             return "gone"
         return "stopped" if letter in _STOPPED else "runs"
 
-    def _tell_torchrun(self, rank: int, message: str) -> None:
-        """Leave the message in the rank's error file. What the rank has written itself is the better one."""
-        path = error_file_of(self._folder, rank)
-        if path and not os.path.exists(path):
-            write_failure(path, str(rank), message)
-
     def _written(self, rank: int) -> str:
         with suppress(OSError):
             return stack_file(self._folder, rank).read_text(encoding="utf-8", errors="replace")
@@ -199,111 +198,74 @@ class Watchdog:
     """The work of this process."""
 
     def __init__(self, watch: Watch):
-        self._watch, self._shared, self._clock = watch, Path(watch.shared), WatchedTime()
+        self._watch, self._clock, self._disk = watch, WatchedTime(), Disk()
         self._ranks = Ranks(Path(watch.folder), self._clock)
-        self._beat, self._told_at = 0, 0.0
-        self._beats: dict[int, tuple[int, float]] = defaultdict(lambda: (-1, self._clock()))
+        nodes = watch.node, watch.num_nodes, watch.limits.silent_s
+        self._exchange = Exchange(Path(watch.shared), *nodes, self._clock, self._disk, watch.exchange_s)
         self._kept = {path: _inode(path) for path in watch.remove}
         self._ended_job = False
 
     def run(self) -> None:
         """Watch until all ranks of this node have ended, or end them."""
-        if self._watch.num_nodes > 1:
-            self._make_shared()
         while not self._ranks.all_ended():
             time.sleep(_POLL_S)
             own = self._ranks.look()
             self._keep()
-            if self._watch.num_nodes > 1 and time.monotonic() - self._told_at < self._watch.exchange_s:
-                continue
-            self._tell(own)
-            if self._has_alarm(own):
+            if self._exchange.is_due and self._has_alarm(own):
                 self._end_job(own)
                 break
         self._clean_up()
 
     def _has_alarm(self, own: Sequence[RankState]) -> bool:
-        """Return True if the job hangs. A job of one node touches no disk for that, as the disk may be what hangs."""
-        if hangs(own + self._others(), self._watch.limits) and self._leads():
-            self._make_shared()
-            self._write("alarm", "")
+        """Tell the other nodes, and return True if the job hangs. In a job of one node this touches no disk."""
+        self._exchange.tell(own)
+        others = self._exchange.others()
+        if self._exchange.leads and hangs(own + others, self._watch.limits):
+            self._exchange.write("alarm", "")
             return True
-        return self._watch.num_nodes > 1 and (self._shared / "alarm").exists()
+        return self._watch.num_nodes > 1 and self._exchange.has("alarm")
 
     def _end_job(self, own: Sequence[RankState]) -> None:
         stacks = self._ranks.dump(own)
         self._ended_job = True
-        self._write(f"stacks-{self._watch.node}.json", json.dumps(stacks))
-        if self._leads():
-            verdict = self._judge(own, stacks)
-            self._write("verdict.json", json.dumps(verdict))
-        else:
-            _wait(lambda: (self._shared / "verdict.json").exists(), 2 * _ALL_STACKS_S)
-            verdict = Verdict(*(_read(self._shared / "verdict.json") or ((), "hang: node 0 gives no verdict")))
-        self._ranks.end(verdict.guilty, verdict.message, self._watch.limits)
+        self._exchange.write(f"stacks-{self._watch.node}.json", json.dumps(stacks))
+        verdict = self._judge(own, stacks) if self._exchange.leads else self._told()
+        self._disk.do(lambda: self._ranks.tell_torchrun(verdict))
+        self._ranks.end(verdict.guilty, self._watch.limits)
 
     def _judge(self, own: Sequence[RankState], stacks: dict[int, str]) -> Verdict:
-        """Print and return the verdict once the nodes have written their stacks, which they do after their last states."""
-        files = [self._shared / f"stacks-{node}.json" for node in range(self._watch.num_nodes)]
-        _wait(lambda: all(file.exists() for file in files), _ALL_STACKS_S)
-        stacks = stacks | {int(rank): text for file in files for rank, text in (_read(file) or {}).items()}
-        verdict = judge([*own, *self._others()], stacks)
-        with suppress(OSError):  # whoever reads this may be gone
-            print("\n".join([*_described(stacks), verdict.message]), file=sys.stderr, flush=True)
+        """Print, write and return the verdict once the nodes have written their stacks, which they do after their last states."""
+        files = [f"stacks-{node}.json" for node in range(self._watch.num_nodes)]
+        if self._watch.num_nodes > 1:
+            self._exchange.wait_for(*files, timeout_s=_ALL_STACKS_S)
+        told = filter(None, self._exchange.read(*files))
+        stacks = stacks | {int(rank): text for texts in told for rank, text in texts.items()}
+        verdict = judge([*own, *self._exchange.others()], stacks)
+        lines = "\n".join([*_described(stacks), verdict.message])
+        self._disk.do(lambda: print(lines, file=sys.stderr, flush=True))  # whoever reads this may be gone
+        self._exchange.write("verdict.json", json.dumps(verdict))
+        if self._watch.requeue:
+            requeue, text = Path(self._watch.requeue), json.dumps({"hang": verdict.message}) + "\n"
+            self._disk.do(lambda: write_whole(requeue.with_name(f"{requeue.name}.partial"), requeue, text))
         return verdict
 
-    def _leads(self) -> bool:
-        """Return True on the node that judges: node 0, or node 1 if node 0 is silent."""
-        return self._watch.node == 0 or (self._watch.node == 1 and self._silent_s(0) > self._watch.limits.silent_s)
-
-    def _tell(self, own: Sequence[RankState]) -> None:
-        self._told_at = time.monotonic()
-        if self._watch.num_nodes > 1:
-            self._beat += 1
-            self._write(f"node-{self._watch.node}.json", json.dumps([self._beat, own]))
-
-    def _others(self) -> list[RankState]:
-        """Return the ranks of the other nodes. Only the two nodes that may judge read them."""
-        if self._watch.node > 1:
-            return []
-        others = [node for node in range(self._watch.num_nodes) if node != self._watch.node]
-        return [state for node in others for state in self._states_of(node)]
-
-    def _states_of(self, node: int) -> list[RankState]:
-        beat, states = _read(self._shared / f"node-{node}.json") or (-1, [])
-        if beat != self._beats[node][0]:
-            self._beats[node] = beat, self._clock()
-        silent_s = self._silent_s(node)
-        read = [RankState(*state) for state in states]
-        if silent_s < self._watch.limits.silent_s:
-            return read
-        return [s._replace(condition="gone", condition_s=silent_s) if s.condition != "left" else s for s in read]
-
-    def _silent_s(self, node: int) -> float:
-        return self._clock() - self._beats[node][1]
+    def _told(self) -> Verdict:
+        self._exchange.wait_for("verdict.json", timeout_s=2 * _ALL_STACKS_S)
+        (verdict,) = self._exchange.read("verdict.json")
+        return Verdict(*(verdict or ((), "hang: node 0 gives no verdict; its log may say more")))
 
     def _keep(self) -> None:
         """Remember which folders in memory are this attempt's: the next one may make them again under the same names."""
         self._kept = {path: _inode(path) or inode for path, inode in self._kept.items()}
 
     def _clean_up(self) -> None:
-        self._tell(self._ranks.look())
+        self._exchange.tell(self._ranks.look())
         for path, inode in self._kept.items():
             if inode is not None and _inode(path) == inode:
                 shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self._watch.folder, ignore_errors=True)
         if self._watch.node == 0 and not self._ended_job:
-            shutil.rmtree(self._shared, ignore_errors=True)
-
-    def _make_shared(self) -> None:
-        with suppress(OSError):
-            self._shared.mkdir(parents=True, exist_ok=True)
-
-    def _write(self, name: str, text: str) -> None:
-        with suppress(OSError):  # the disk may be the reason for the hang
-            partial = self._shared / f"{name}.{self._watch.node}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._shared / name)
+            self._exchange.remove()
 
 
 def _process(pid: int) -> tuple[str, str]:
@@ -343,12 +305,6 @@ def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
     while not (done := is_done()) and time.monotonic() < end:
         time.sleep(0.1)
     return done
-
-
-def _read(path: Path) -> Any:
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_bytes())
-    return None
 
 
 def _inode(path: str) -> int | None:

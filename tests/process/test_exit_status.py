@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dapo_mcore.process.exit_status import exit_status, is_lost_rank, record_failure
@@ -63,3 +67,16 @@ def test_a_refusal_of_the_operating_system_is_one_line_and_other_errors_keep_the
     assert capsys.readouterr().err.startswith("error: cannot go on: No space left on device; free some space there")
     with pytest.raises(ConnectionResetError):
         exit_status(lambda: (_ for _ in ()).throw(ConnectionResetError(errno.ECONNRESET, "reset")))
+
+
+def test_a_rank_that_has_waited_too_long_says_for_whom_and_what_to_do(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    store, options = dist.HashStore(), dist.AllreduceOptions()
+    options.timeout = timedelta(seconds=0.1)
+    with ThreadPoolExecutor(2) as pool:
+        group, other = pool.map(lambda rank: dist.ProcessGroupGloo(store, rank, 2, timedelta(minutes=1)), range(2))
+    for _ in range(2):  # the second time gloo has closed the connection
+        assert exit_status(lambda: group.allreduce([torch.ones(1)], options).wait()) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: this rank has waited parallel.timeout_minutes in vain for another one"), told
+        assert told.count("\n") == 1 and other is not None, told

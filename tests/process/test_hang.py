@@ -44,6 +44,8 @@ WAITING = state(0, waits_for="broadcast", num_waits=10)
         (state(3, condition="stopped", condition_s=59.0, age_s=59.0), WAITING, False),
         (state(3, condition="stopped", condition_s=61.0, age_s=1e6), WAITING, True),
         (state(3, condition="gone", condition_s=61.0), WAITING, True),
+        (state(3, condition="silent", condition_s=181.0), WAITING._replace(age_s=181.0), True),
+        (state(3, condition="silent", condition_s=181.0), WAITING._replace(age_s=179.0), False),  # the others get on
         (state(3, "left", condition="left"), state(0, "left", condition="left"), False),
         (state(3, waits_for="barrier"), WAITING._replace(age_s=119.0), False),
         (state(3, waits_for="barrier"), WAITING._replace(age_s=121.0), True),
@@ -91,14 +93,30 @@ def test_the_odd_one_out_is_guilty_and_no_victim_is(guilty, changes, like, stack
     others = ", ".join(str(rank) for rank in range(4) if rank != guilty)
     assert verdict.guilty == (guilty,)
     assert verdict.message.startswith(f"hang: rank {guilty} on node{guilty // 2} (process {100 + guilty}) {said}")
-    assert verdict.message.endswith(f"; ranks {others} wait for it")
+    waiting, advice = verdict.message.split("; ")[-1].split(". ")
+    assert waiting == f"ranks {others} wait for it"
+    assert advice == {
+        "stopped": "The same command goes on from the newest checkpoint",
+        "gone": f"dmesg on node{guilty // 2} says whether the kernel has killed it because memory ran out",
+    }.get(changes.get("condition"), "If this may take so long, raise parallel.hang_minutes")
+
+
+def test_a_silent_node_is_named() -> None:
+    silent = [state(rank, condition="silent", condition_s=200.0) for rank in (2, 3)]
+    verdict = judge([WAITING, WAITING._replace(rank=1), *silent], {})
+    assert verdict.guilty == (2, 3)
+    assert verdict.message == (
+        "hang: node node1, with rank 2, has shown no sign of life for 200 s (and 1 more); ranks 0, 1 wait for it. "
+        "Is node1 up, and does it reach the disk of the run?"
+    )
 
 
 def test_ranks_that_nothing_tells_apart_are_not_accused() -> None:
     verdict = judge(four(state(0), state(0)), dict.fromkeys(range(4), BACKWARD))
     assert verdict.guilty == ()
     assert verdict.message == (
-        "hang: no rank stands out: ranks 0, 1, 2, 3 are in phase train, without progress for 500 s; see the stacks above"
+        "hang: no rank stands out: ranks 0, 1, 2, 3 are in phase train, without progress for 500 s; see the stacks above. "
+        "If this may take so long, raise parallel.hang_minutes"
     )
     two = judge([state(0, waits_for="sum"), state(1, waits_for="barrier")], {})
     assert two.guilty == () and (
@@ -109,7 +127,7 @@ def test_ranks_that_nothing_tells_apart_are_not_accused() -> None:
 
 def test_of_many_ranks_few_are_listed() -> None:
     states = [state(0, "generate"), *(WAITING._replace(rank=rank) for rank in range(1, 64))]
-    assert judge(states, {}).message.endswith("; ranks 1, 2, 3, 4, 5, 6, 7, 8 and 55 more wait for it")
+    assert "; ranks 1, 2, 3, 4, 5, 6, 7, 8 and 55 more wait for it. " in judge(states, {}).message
 
 
 def test_the_main_thread_is_found() -> None:

@@ -1,5 +1,5 @@
 """Jobs of four processes on two nodes, one of which hangs or dies, and the watchdogs that end them. No torch: a pipe stands for the
-connection between the ranks. tests/train/test_end.py has a whole run."""
+connection between the ranks. tests/train/test_job.py has a whole run."""
 
 from __future__ import annotations
 
@@ -93,7 +93,16 @@ def watch(job: Job) -> None:
     for node in range(2):
         left = job.folder / f"weights{node}"
         left.mkdir()
-        told = Watch(str(job.folder / f"node{node}"), str(job.folder / "shared"), node, 2, LIMITS, (str(left),), 0.2)
+        told = Watch(
+            str(job.folder / f"node{node}"),
+            str(job.folder / "shared"),
+            node,
+            2,
+            LIMITS,
+            (str(left),),
+            str(job.folder / "requeue"),
+            0.2,
+        )
         command = [sys.executable, "-m", "dapo_mcore.process.watchdog", json.dumps(told)]
         job.dogs.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
 
@@ -128,12 +137,13 @@ def test_the_rank_at_fault_is_named_and_the_job_ends(jobs: dict[str, Job], name:
     others = [rank for rank in range(4) if rank != case.guilty]
     line = said.splitlines()[-1]
     who = rf"hang: rank {case.guilty} on \S+ \(process {job.ranks[case.guilty].pid}\) "
-    assert re.fullmatch(f"{who}{case.said}.*; ranks {', '.join(map(str, others))} wait for it", line), said
+    assert re.fullmatch(f"{who}{case.said}.*; ranks {', '.join(map(str, others))} wait for it\\. .+", line), said
     assert f"stack of rank {', '.join(map(str, others))}, innermost call first:\n" in said, said
     assert quiet == ""
     statuses = [rank.wait(60) for rank in job.ranks]
     assert statuses == [-signal.SIGKILL if rank == case.guilty else case.status for rank in range(4)]
-    assert sorted(path.name for path in job.folder.iterdir()) == [f"{case.guilty}.json", "shared"]
+    assert sorted(path.name for path in job.folder.iterdir()) == [f"{case.guilty}.json", "requeue", "shared"]
+    assert json.loads((job.folder / "requeue").read_text()) == {"hang": line}
     assert json.loads((job.folder / f"{case.guilty}.json").read_text())["message"]["message"] == line
 
 
@@ -153,9 +163,9 @@ def test_only_torchrun_jobs_are_watched_and_only_if_wanted(tmp_path: Path, monke
     assert [note.phase for note in BeaconReader(folder).read()] == ["left"]
 
 
-# four ranks on gloo. In each attempt another rank hangs in another way and place, and the next attempt goes on
+# ranks on gloo. In each attempt another rank hangs in another way and place, and the next attempt goes on
 GLOO = """
-import os, re, signal, sys, time
+import json, os, re, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -163,12 +173,12 @@ from dapo_mcore.process import watchdog
 from dapo_mcore.process.attempt import call_roll
 from dapo_mcore.process.hang import Limits
 
+CASES, minutes = json.loads(sys.argv[2]), float(sys.argv[3])
 watchdog.Limits = lambda minutes: Limits(minutes, dead_s=1.0, disagree_s=10.0, lost_s=5.0)
-CASES = [("forward", 1, "loops"), ("update", 2, "sleeps"), ("save", 0, "is stopped"), ("forward", 3, "returns"), ("save", 2, "dies")]
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 def strikes(place):
-    how = {case[:2]: case[2] for case in CASES[attempt : attempt + 1]}.get((place, rank))
+    how = {(case[0], case[1]): case[2] for case in CASES[attempt : attempt + 1]}.get((place, rank))
     if how == "loops":
         re.match("(a+)+$", "a" * 60 + "b")
     elif how == "sleeps":
@@ -179,7 +189,7 @@ def strikes(place):
 
 store, _, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=120)))
 name = call_roll(store, rank, size, 120.0)
-beacon = watchdog.watch_job(os.environ, name, Path(sys.argv[1]), 0.2)
+beacon = watchdog.watch_job(os.environ, name, Path(sys.argv[1]), minutes)
 dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size)
 control = dist.new_group(backend="gloo")
 with beacon.phase("train"):
@@ -200,13 +210,21 @@ print("done", rank, flush=True)
 """
 
 
-@pytest.mark.slow
-def test_hangs_on_gloo_at_several_places_are_explained_and_the_job_goes_on_each_time(tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(GLOO)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "4"]
-    command = [sys.executable, *launcher, "--max-restarts", "5", str(tmp_path / "job.py"), str(tmp_path)]
+def run_on_gloo(folder: Path, ranks: int, minutes: float, *hangs: tuple[str, int, str]) -> str:
+    """Run GLOO under torchrun, which starts it again after each hang, and return the output; all ranks must end well at last."""
+    (folder / "job.py").write_text(GLOO)
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(ranks),
+    ]
+    program = [str(folder / "job.py"), str(folder), json.dumps(hangs), str(minutes)]
     done = subprocess.run(
-        command,
+        [sys.executable, *launcher, "--max-restarts", str(len(hangs)), *program],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -214,16 +232,26 @@ def test_hangs_on_gloo_at_several_places_are_explained_and_the_job_goes_on_each_
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0 and done.stdout.count("done") == 4, done.stdout
-    told = re.findall(
-        r"^hang: rank (\d) on \S+ \(process \d+\) (is stopped|is in phase train|is between two phases|has ended)",
-        done.stdout,
-        re.MULTILINE,
-    )
-    by_watchdog = [
-        ("1", "is in phase train"),
-        ("2", "is in phase train"),
-        ("0", "is stopped"),
-        ("3", "is between two phases"),
-    ]
-    assert told == by_watchdog, done.stdout  # torchrun sees the last one, which has died, by itself
+    assert done.returncode == 0 and done.stdout.count("done") == ranks, done.stdout
+    return done.stdout
+
+
+def told(output: str) -> list[tuple[str, str]]:
+    """Return each rank that a watchdog has named, and the first words of what it is."""
+    what = "is stopped|is in phase train|is between two phases|has ended"
+    return re.findall(rf"^hang: rank (\d) on \S+ \(process \d+\) ({what})", output, re.MULTILINE)
+
+
+def test_torchrun_starts_a_job_again_after_the_watchdog_has_ended_it(tmp_path: Path) -> None:
+    output = run_on_gloo(tmp_path, 2, 10.0, ("save", 1, "is stopped"))
+    assert told(output) == [("1", "is stopped")], output
+    assert json.loads((tmp_path / "requeue").read_text())["hang"].startswith("hang: rank 1 on ")
+
+
+@pytest.mark.slow
+def test_hangs_on_gloo_at_several_places_are_explained_and_the_job_goes_on_each_time(tmp_path: Path) -> None:
+    hangs = [("forward", 1, "loops"), ("update", 2, "sleeps"), ("save", 0, "is stopped"), ("forward", 3, "returns")]
+    output = run_on_gloo(tmp_path, 4, 0.2, *hangs, ("save", 2, "dies"))
+    named = ["is in phase train", "is in phase train", "is stopped", "is between two phases"]
+    # torchrun sees the last one, which has died, by itself
+    assert told(output) == [(str(hang[1]), is_so) for hang, is_so in zip(hangs, named)], output
