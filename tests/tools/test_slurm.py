@@ -164,6 +164,51 @@ def test_a_name_with_blanks_and_signs_stays_one_word() -> None:
     assert lines[-1] == "# not shown: there is no python with dapo_mcore and torch here"
 
 
+# srun of a job: the check and the report print, and the ranks are a script
+SRUN = """#!/bin/bash
+case $* in
+  *" check "*) echo run_dir=run ;;
+  *" train "*) eval "$RANKS"; exit 1 ;;
+esac
+"""
+SCONTROL = """#!/bin/bash
+case $* in
+  "show hostnames"*) echo n0 ;;
+  "show node"*) echo NodeAddr=127.0.0.1 ;;
+  requeue*) echo "$@" >>asked ;;
+esac
+"""
+HANGS, SAVES = "echo hang >run/requeue", "mkdir -p run/checkpoints/step_000010 run/checkpoints/step_000012.1a.partial"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "asked", "last"),
+    [
+        (f"{SAVES}; {HANGS}", "requeue 7\n", "it hung, and starts again from run/checkpoints/step_000010"),
+        (HANGS, "", "it hung without a new checkpoint since its start, so it is not started again"),
+        (f"{SAVES}; {HANGS}; touch run/stop", "", "it hung while run/stop was there; submit the job again to go on"),
+        (SAVES, "", "the job has failed with status 1; logs of all ranks: run/logs/7.1"),
+    ],
+    ids=["saved", "nothing saved", "a person has stopped it", "an error"],
+)
+def test_a_job_that_hung_starts_again_if_it_has_saved_since_its_start(
+    tmp_path: Path, ranks: str, asked: str, last: str
+) -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("checkpoints/step_000009", "checkpoints/step_000011.deleted1"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run/requeue").touch()  # of an earlier job
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n0"}
+    given = {"SLURMD_NODENAME": "n0", "RANKS": ranks, "DOCTOR": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([JOB], cwd=tmp_path, env=os.environ | job | given, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == last, done.stderr
+    requeued = tmp_path / "asked"
+    assert (requeued.read_text() if requeued.exists() else "") == asked
+    assert done.returncode == (0 if asked else 1)
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_the_scripts_are_clean() -> None:
     assert len(SCRIPTS) > 3

@@ -18,7 +18,8 @@
 # How it ends. Before the job's time is over, Slurm sends USR1 to this shell alone. This shell makes RUN/stop; the run sees the
 # file in any phase, saves, writes RUN/requeue and ends with 0; this shell puts the job back into the queue. Without a new
 # rollout step since the last start it does not, as a job that is too short would be started for ever. Nor does it if a person
-# has made RUN/stop.
+# has made RUN/stop. A job that hung goes back into the queue as well (the watchdog beside the ranks ends them and writes
+# RUN/requeue), unless no checkpoint was written since its start. After any other failure it does not.
 set -euo pipefail
 stopping=''
 trap 'stopping=1' USR1 # first of all: without a handler the signal would end this shell
@@ -119,6 +120,16 @@ if [ "$DOCTOR" != 0 ] && ! "${doctor[@]}"; then
 fi
 PORT=$(free_port) # another job may have taken it since
 
+newest() {  # the newest checkpoint of the run
+  { find "$run/checkpoints" -maxdepth 1 -regex '.*/step_[0-9]+' 2>/dev/null || true; } | sort -V | tail -n 1
+}
+
+again() {
+  # one task of an array may have the id of the array, and Slurm would requeue all of them
+  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+}
+
+before=$(newest)
 "${train[@]}" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
@@ -127,12 +138,22 @@ while kill -0 "$step" 2>/dev/null; do
 done
 status=0
 wait "$step" || status=$?
+person=''
+[ -n "$stopping" ] || [ ! -e "$run/stop" ] || person=1
 rm -f "$run/stop"
 
 if [ "$status" -ne 0 ]; then
   "${report[@]}" "$run/logs/$ATTEMPT" >&2 || true
   echo "the job has failed with status $status; logs of all ranks: $run/logs/$ATTEMPT" >&2
-  exit "$status"
+  [ -e "$run/requeue" ] || exit "$status"
+  [ -z "$person" ] || { echo "it hung while $run/stop was there; submit the job again to go on" >&2; exit "$status"; }
+  if [ "$(newest)" = "$before" ]; then
+    echo "it hung without a new checkpoint since its start, so it is not started again" >&2
+    exit "$status"
+  fi
+  echo "it hung, and starts again from $(newest)" >&2
+  again
+  exit
 fi
 [ -e "$run/requeue" ] || exit 0
 [ -n "$stopping" ] || { echo "stopped by $run/stop; submit the job again to go on"; exit 0; }
@@ -141,5 +162,4 @@ if cmp -s "$run/requeue" "$run/requeued"; then
   exit 1
 fi
 mv "$run/requeue" "$run/requeued"
-# one task of an array may have the id of the array, and Slurm would requeue all of them
-scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+again
