@@ -1,7 +1,7 @@
 """A run that is asked to stop by a file: `touch runs/NAME/stop`. It saves, and ends with status 0.
 
     stop      made by a user, or by the batch script of a job whose time ends
-    requeue   made here once the run is saved: the job may be started again
+    requeue   made here once the run is saved, and by the watchdog of a job that hangs: the job may be started again
 
 torchrun turns every status of a rank into 1, and passes only some signals on, so files carry both messages.
 Change here: the names of the files, and how soon `stop` is seen.

@@ -156,10 +156,12 @@ class Ranks:
                 write_failure(path, str(rank), verdict.message)
 
     def all_ended(self) -> bool:
-        return all(state.condition in ("gone", "left") for state in self.look())
+        """Return True if no rank's process is left, also of those that have said that they end."""
+        self.look()
+        return self._ended(0.0)
 
     def _ended(self, timeout_s: float) -> bool:
-        return _wait(lambda: all(_process(note.pid)[0] in _ENDED for note in self._notes.values()), timeout_s)
+        return _wait(lambda: not any(self._letter(note) for note in self._notes.values()), timeout_s)
 
     def _send(self, number: int) -> None:
         for state in self.look():
@@ -178,12 +180,15 @@ class Ranks:
         return now - self._seen[rank, what][1]
 
     def _condition(self, note: Note) -> Condition:
-        letter, started = _process(note.pid)
+        letter = self._letter(note)
         if note.phase == "left":
             return "left"
-        if letter in _ENDED or self._started.setdefault(note.pid, started) != started:
-            return "gone"
-        return "stopped" if letter in _STOPPED else "runs"
+        return "stopped" if letter in _STOPPED else "runs" if letter else "gone"
+
+    def _letter(self, note: Note) -> str:
+        """Return the letter of the rank's process; empty if it has ended, and another process perhaps has its number."""
+        letter, started = _process(note.pid)
+        return letter if letter not in _ENDED and self._started.setdefault(note.pid, started) == started else ""
 
     def _written(self, rank: int) -> str:
         with suppress(OSError):
