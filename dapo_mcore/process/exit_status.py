@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from dapo_mcore.errors import DapoError, OtherRankFailed, output_error
 from dapo_mcore.process.signals import Interrupted
@@ -122,10 +123,14 @@ def record_failure(message: str, is_consequence: bool = False) -> bool:
 
 
 def write_failure(path: str, rank: str | None, message: str, is_consequence: bool = False) -> None:
-    """Write the message into a rank's error file."""
+    """Write the message into a rank's error file, all at once: torchrun itself fails at half a file, and a rank may be killed any time."""
+    if path == os.devnull:  # where torchrun wants no message
+        return
     # torchrun compares whole seconds, and the rank that failed first may write its file a little later than another one
     timestamp = int(time.time()) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
     info = {"timestamp": str(timestamp), "rank": rank, "is_consequence": is_consequence}
     content = {"message": {"message": message, "extraInfo": info}}
-    with suppress(OSError), open(path, "w", encoding="utf-8") as file:  # the error may be a full disk
-        json.dump(content, file)
+    with suppress(OSError):  # the error may be a full disk
+        partial = Path(f"{path}.partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)

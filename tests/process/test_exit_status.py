@@ -28,6 +28,17 @@ def test_torchrun_shows_the_message_of_the_rank_that_failed_first(tmp_path, monk
     assert str(error).rstrip("=\n").endswith("traceback : no data file at nowhere.jsonl")
 
 
+def test_a_rank_that_is_killed_while_it_writes_its_message_leaves_no_half_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path := str(tmp_path / "error.json"))
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        record_failure("the disk is full")
+    assert not os.path.exists(path)
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", os.devnull)
+    assert record_failure("the disk is full") and not os.path.isfile(os.devnull)
+
+
 def test_the_loss_of_another_rank_is_distinguished_from_other_errors():
     assert is_lost_rank(
         RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1")
