@@ -34,6 +34,7 @@ _FILES_PER_S = 8.0
 _LOOK_S = 1.0
 """Seconds between two looks for a file: up to all nodes ask the same server."""
 _LATE = 3
+"""Rounds without reading after which the time of silence begins again: what kept this node may have kept the others."""
 
 
 class Disk:
@@ -77,14 +78,8 @@ class Exchange:
         disk: Disk,
         interval_s: float = 0.0,
     ):
-        self._folder, self._node, self._num_nodes, self._silent_s, self._clock = (
-            folder,
-            node,
-            num_nodes,
-            silent_s,
-            clock,
-        )
-        self._disk = disk
+        self._folder, self._node, self._num_nodes = folder, node, num_nodes
+        self._silent_s, self._clock, self._disk = silent_s, clock, disk
         self.interval_s = interval_s or max(_INTERVAL_S, num_nodes / _FILES_PER_S)
         self._beats: dict[int, tuple[int, float]] = defaultdict(lambda: (-1, clock()))
         self._beat, self._told_at, self._read_at = 0, -math.inf, time.monotonic()
@@ -144,7 +139,7 @@ class Exchange:
 
     def _read_others(self) -> list[RankState]:
         now = time.monotonic()
-        if now - self._read_at > _LATE * self.interval_s:  # the disk may not have answered the others either
+        if now - self._read_at > _LATE * self.interval_s:
             self._beats.clear()
         self._read_at = now
         states = self._states_of(1 - self._node)
