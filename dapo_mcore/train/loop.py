@@ -57,6 +57,7 @@ class Run:
         """Register all that must be cleaned up with `shutdown` as soon as it exists: building may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.shutdown = shutdown
+        self.outputs: Outputs | None = None  # until all is built
         self.stop_file: StopFile | None = None  # on rank 0
         self.node: NodeHost | None = None  # on the first rank of each node, for servers there
         with self._phase("start"):
@@ -86,17 +87,7 @@ class Run:
                 leaders=leaders,
                 run_interruptible=self.shutdown.run_interruptible,
             )
-            self.outputs = Outputs(
-                config,
-                self.hf_config,
-                self.actor,
-                self.handover,
-                layout,
-                saves,
-                train_state=lambda step: self._on_controller(lambda c: c.train_state(step, self.actor.num_updates)),
-                phase=self._phase,
-                line=self.progress.line,
-            )
+            self.outputs = self._open_outputs(saves)
 
     def loop(self) -> None:
         """Run all rollout steps and export the model. Raise Interrupted if a signal has stopped them early; return if the stop file
@@ -192,11 +183,16 @@ class Run:
         return self.layout.broadcast_object(self.shutdown.stop)
 
     def _on_stop_file(self) -> None:
-        print(f"{self.stop_file.path}: {self.outputs.what_follows('')}", file=sys.stderr, flush=True)
+        print(f"{self.stop_file.path}: {self._what_follows('')}", file=sys.stderr, flush=True)
         self.shutdown.request_stop()
 
     def _notice(self) -> str:
-        return f"{self.outputs.what_follows(shutdown_timeout_note(os.environ))}; a second signal ends it without saving"
+        return f"{self._what_follows(shutdown_timeout_note(os.environ))}; a second signal ends it without saving"
+
+    def _what_follows(self, limit: str) -> str:
+        took_s = self.outputs and self.outputs.last_save_s
+        took = "" if took_s is None else f" (the last save took {took_s:.0f} s)"
+        return f"the run saves a checkpoint of the last completed rollout step{took} and ends{limit}"
 
     def _stop_after(self, step: int, *, keeps_rollout: bool = False) -> Stop:
         """Save rollout step `step` if it is not saved yet, and return what has stopped the run.
@@ -280,6 +276,19 @@ class Run:
         )
         self.shutdown.cleanup.callback(saves.close)
         return saves
+
+    def _open_outputs(self, saves: Saves) -> Outputs:
+        return Outputs(
+            self.config,
+            self.hf_config,
+            self.actor,
+            self.handover,
+            self.layout,
+            saves,
+            train_state=lambda step: self._on_controller(lambda c: c.train_state(step, self.actor.num_updates)),
+            phase=self._phase,
+            line=self.progress.line,
+        )
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -33,6 +33,7 @@ class Outputs:
     phase        The block is a phase of the run with this name.
     line         shows a line, on rank 0
     saved_step   rollout step of the newest checkpoint of this start; -1: none
+    last_save_s  seconds that it took; None: none
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Outputs:
     ):
         self._config, self._hf_config, self._actor, self._handover = config, hf_config, actor, handover
         self._layout, self._saves, self._train_state, self._phase, self._line = layout, saves, train_state, phase, line
-        self._took_s: float | None = None
+        self.last_save_s: float | None = None
         self.saved_step = -1
 
     def save_due(self, step: int) -> None:
@@ -104,15 +105,10 @@ class Outputs:
             self._layout.on_controller_or_raise(write)
         return folder
 
-    def what_follows(self, limit: str) -> str:
-        """Return a sentence for a user who has asked the run to stop. `limit` says how long it may take. Not collective."""
-        took = "" if self._took_s is None else f" (the last save took {self._took_s:.0f} s)"
-        return f"the run saves a checkpoint of the last completed rollout step{took} and ends{limit}"
-
     def _save(self, step: int, *, wait: bool) -> None:
         start = time.monotonic()
         self._saves.save(self._actor, self._train_state(step), wait=wait)
-        self.saved_step, self._took_s = step, time.monotonic() - start
+        self.saved_step, self.last_save_s = step, time.monotonic() - start
 
     def _write_export(self, stream: Iterator[tuple[str, Tensor]], folder: Path, step: int) -> None:
         try:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.train.runs import QUICKSTART, SMALL, metrics, python, stable
+from tests.train.runs import QUICKSTART, SMALL, python
+from tests.train.same_run import assert_same_run
 
 OPTIONS = ["warm_start=null", "eval.sets={}", "checkpoint.every=1", "parallel.tensor_parallel=1"]
 OPTIONS += ["observe.tensorboard=false", "observe.plot_at_end=false"]
@@ -55,9 +56,4 @@ def test_a_job_that_is_hit_ends_on_all_ranks_and_goes_on_to_the_same_bits(task: 
         other = start["statuses"][1 - hit.rank]
         assert start["statuses"][hit.rank] == hit.status and other not in (0, -signal.SIGKILL), (hit, done.stdout)
         assert (hit.told or "").replace("/hit/", f"/{name}/") in (start["told"][hit.rank] or ""), (hit, done.stdout)
-    rows = [[stable(row) for row in metrics(task, run)] for run in (f"whole-{len(hits)}", name)]
-    assert rows[0] == rows[1]
-    whole, parts = (
-        (task / "runs" / run / "hf/final/model.safetensors").read_bytes() for run in (f"whole-{len(hits)}", name)
-    )
-    assert whole == parts
+    assert_same_run(task / f"runs/whole-{len(hits)}", task / "runs" / name)

@@ -54,11 +54,13 @@ striking(Controller, "evaluate", True, 0)
 striking(EmbeddedEngine, "_forward", False, 3)
 striking(EmbeddedEngine, "generate", False, 2)
 striking(Actor, "update", False, 2)
+striking(Actor, "__init__", False, 1)
 striking(Learner, "score", False, 1)
 striking(Scorer, "__call__", False, 1)
 striking(EmbeddedEngine, "update_weights", False, 1)
 striking(outputs, "save_hf_folder", False, 1)
 for case, plan in json.loads(os.environ["CASES"]):
+    counts.clear()
     status = main([*sys.argv[1:], *case])
     layout.stop()
     requeue = Path("runs/by-file/requeue")
@@ -79,7 +81,7 @@ def runs(task: Path, *cases: tuple[list[str], dict]) -> list[tuple[int, str]]:
     return list(zip(statuses, outputs))
 
 
-def signalled(name: str, place: str, step: str) -> dict:
+def signalled(name: str, place: str, step: str | None) -> dict:
     return {"signal": name, "in": place, "step": step}
 
 
@@ -132,16 +134,17 @@ def test_the_stop_file_ends_a_run_with_status_0_once_it_is_saved(task):
     cases = [
         (["name=undisturbed"], {}),
         (stopped, signalled("file", "_forward", "rollout 2")),  # its step is saved already
+        (stopped, signalled("file", "__init__", None)),  # while the model is built
         (stopped, signalled("file", "update", "rollout 2")),  # the step is finished
         (stopped, {}),
     ]
     ended = runs(task, *cases)
-    assert [status for status, _ in ended] == [0, 0, 0, 0], ended
-    for (_, output), step in zip(ended[1:3], (1, 2)):
+    assert [status for status, _ in ended] == [0] * 5, ended
+    for (_, output), step in zip(ended[1:4], (1, 1, 2), strict=True):
         told = f"stopped by stop: the last checkpoint is runs/by-file/checkpoints/step_00000{step}"
         assert told in output and "runs/by-file/stop: the run saves" in output and "Traceback" not in output, output
         assert f'{{"step": {step}}}' in output.splitlines(), output
-    assert "no requeue" in ended[3][1] and not (task / "runs/by-file/stop").exists()
+    assert "no requeue" in ended[4][1] and not (task / "runs/by-file/stop").exists()
     assert_same_run(task / "runs/undisturbed", task / "runs/by-file")
 
 
