@@ -1,6 +1,6 @@
 """Ranks that find each other in a store that dead attempts have used, and starts that lead nowhere.
 
-tests/train/test_end.py shows that a job which torchrun starts again goes on.
+test_watchdog.py shows that a job which torchrun starts again goes on.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def test_the_loss_of_another_rank_is_told_without_the_advice_of_gloo(capsys, mon
     where = "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:19338: "
 
     def lose():
-        raise RuntimeError(f"{where}Connection reset by peer. This is typically caused by a remote worker hanging. GLHF!")
+        raise RuntimeError(
+            f"{where}Connection reset by peer. This is typically caused by a remote worker hanging. GLHF!"
+        )
 
     assert exit_status(lose) == 2
     assert capsys.readouterr().err == (
