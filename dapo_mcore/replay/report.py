@@ -72,7 +72,7 @@ def _before(found: Explanation) -> str:
     rows = _rows(found.checks, found.beyond.check)
     before = rows[: rows.index(found.beyond.check)]
     equal = ", ".join(row.name for row in before if row.verdict is Verdict.EQUAL)
-    parts = [*([span(whole)] if whole else []), *([f"{equal} of step {found.beyond.step}"] if equal else [])]
+    parts = [*([span(whole)] if whole else []), *([f"in step {found.beyond.step} {equal}"] if equal else [])]
     return f"Before that all is equal: {'; '.join(parts)}." if parts else ""
 
 

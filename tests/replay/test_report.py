@@ -34,8 +34,8 @@ def test_a_reward_that_differs(runs, capsys):
     assert out.splitlines() == [
         "runs/a and runs/b first differ in rollout step 3, rewards: sample 5 (train.jsonl",
         "row 3, response 2 of 2): score -1.0 against 0.5.",
-        "Before that all is equal: steps 1 to 2; prompts, requests, weight versions,",
-        "tokens, rollout log-probs of step 3.",
+        "Before that all is equal: steps 1 to 2; in step 3 prompts, requests, weight",
+        "versions, tokens, rollout log-probs.",
         SAME,
         "",
         "Step 3",
