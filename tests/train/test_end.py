@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.reliability_page import assert_told
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import wait_for
 from tests.train.runs import QUICKSTART, SMALL, TRAIN, environment, torchrun
@@ -143,6 +144,7 @@ def test_a_signal_under_torchrun_saves_a_checkpoint_and_prints_one_line(task, tm
     (last,) = checkpoints(task, name)
     told = f"the last checkpoint is runs/{name}/checkpoints/{last}; the same command goes on from there"
     assert line == f"stopped by {signum.name}: {told}" and "[rank" not in output, output
+    assert_told("SIGTERM or stop file", output)
     (notice,) = re.findall(f"^{signum.name}: the run saves a checkpoint.*$", output, re.MULTILINE)
     assert "torchrun waits 30 s for it" in notice, output
     assert output.count("Traceback") == 1, output  # torchrun's own
@@ -159,6 +161,7 @@ def test_ranks_end_after_their_torchrun_is_killed_and_until_then_no_other_run_ma
     wait_for(lambda: checkpoints(task, "orphans") or begun.poll() is not None, 300)
     second = ended(start(tmp_path, task, *options, "rollout.engine=embedded"))
     assert "error: another run is using runs/orphans: process " in second and "Traceback" not in second, second
+    assert_told("two runs in one folder", second)
     assert not list(task.glob("runs/orphans.old*"))
     ranks = children(begun.pid)
     assert len(ranks) == 2

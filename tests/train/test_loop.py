@@ -109,6 +109,7 @@ BAD_INPUT = {
     "parallel.tensor_parallel=2": "world size 1 is not a multiple of tensor_parallel 2",
     "model.path=nowhere": "nowhere",
     "model.path=no_eos": "EOS",
+    "model.overrides={vocab_size: 10}": "but the model has vocab_size 10; use the model's own tokenizer",
     "model.overrides={hidden_act: gelu}": "hidden_act 'gelu' in config.json is not supported for Qwen2ForCausalLM; supported is 'silu'",
     "sampling={style: filter, max_gen_batches: 2, train_batch_prompts: 8, gen_batch_prompts: 8} warm_start=null eval.sets={}": (
         "0 of sampling.train_batch_prompts 8 groups have answers that vary after sampling.max_gen_batches 2 rounds"

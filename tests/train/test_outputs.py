@@ -12,6 +12,7 @@ import pytest
 from dapo_mcore.errors import OutputError
 from dapo_mcore.process.beacon import NullBeacon
 from dapo_mcore.train.outputs import Outputs
+from tests.examples.reliability_page import assert_told
 from tests.train.runs import QUICKSTART, SMALL, metrics, python
 
 # several runs in one process, since importing takes longer than a run. After the named call no file can exceed 10 bytes
@@ -85,6 +86,7 @@ def test_a_run_that_cannot_write_or_train_ends_with_its_reason_and_leaves_files_
 def check_uniform(task: Path, output: str) -> None:
     assert "error: 0 of sampling.train_batch_prompts 8 groups have answers that vary" in output
     assert output.splitlines()[-1].endswith("; the step's samples are in runs/uniform/samples"), output
+    assert_told("no group varies", output)
     samples = [json.loads(line) for line in (task / "runs/uniform/samples/step_000001.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and not any(sample["acc"] for sample in samples)
     answers = [
