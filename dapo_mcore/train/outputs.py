@@ -98,8 +98,10 @@ class Outputs:
             try:
                 if self._layout.is_controller:
                     self._write_export(stream, folder, step)
-            finally:
+            except Exception:  # a signal's exception does not wait for the other ranks
                 deque(stream, maxlen=0)
+                raise
+            deque(stream, maxlen=0)
 
         with self._layout.beacon.phase("save"):
             self._layout.on_controller_or_raise(write)
