@@ -122,9 +122,13 @@ class Job:
         """The exit status of torchrun; None while it runs."""
         return self.process.poll()
 
+    def has_ended(self) -> bool:
+        """Return True once torchrun and all ranks have ended, so that the run may start again."""
+        return self.status is not None and not self.view().pids
+
     def is_finished(self) -> bool:
-        """Return True if the run has ended by itself, with its last step."""
-        return self.status == 0 and (self.run_dir / "hf/final/model.safetensors").exists()
+        """Return True if the run has ended with its last step done."""
+        return self.status == 0 and self.has_ended() and (self.run_dir / "hf/final/model.safetensors").exists()
 
     def view(self) -> View:
         """Return what is seen now. Cheap enough for hundreds of looks a second."""
@@ -175,7 +179,15 @@ class Job:
             if folder not in self._readers:
                 self._readers[folder] = BeaconReader(folder)
         notes = [note for reader in self._readers.values() for note in reader.read()]
-        return [note for note in notes if psutil.pid_exists(note.pid) and note.phase != "left"]
+        return [note for note in notes if is_alive(note.pid) and note.phase != "left"]
+
+
+def is_alive(pid: int) -> bool:
+    """Return True if the process exists, and not only waits for its parent to notice its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def family(mark: str) -> list[psutil.Process]:

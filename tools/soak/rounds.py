@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
     kind, at    the event, and where it struck. The kind is "no event" for an end without one.
     status      torchrun's exit status; None if it did not end.
-    exit_s      seconds from the event to torchrun's end.
+    exit_s      seconds from the event to the end of torchrun and all ranks.
     next_s      seconds from the event to the end of the next rollout step; None if there was none.
     repeated    rollout steps that were done again.
     words       the telling line of the run's output.
@@ -125,7 +125,7 @@ class Round:
 
     def _meet(self, event: Event, job: Job) -> Job:
         """Wait for the moment of the event and let it strike. Return the job that goes on."""
-        job = self._wait(job, lambda job: job.is_finished() or _is_due(event, job.view()))
+        job = self._wait(job, lambda job: job.is_finished() or is_due(event, job.view()))
         if job.is_finished():
             self._record(Outcome(event.kind, "the end", left_out="the run was done"))
             return job
@@ -136,23 +136,23 @@ class Round:
             next(striking)
         except LeftOut as reason:
             outcome = outcome._replace(left_out=str(reason))
-            if job.status is None:
+            if not job.has_ended():
                 self._record(outcome)
                 return job
         recovery = Recovery(before, KINDS[event.kind].ends)
 
         def is_over(job: Job) -> bool:
             lasts = next(striking, self) is not self
-            return job.status is not None or (not lasts and recovery.is_seen(job.view()))
+            return job.has_ended() or (not lasts and recovery.is_seen(job.view()))
 
         try:
             self._wait_for_one(job, is_over)
         finally:
             striking.close()
         outcome = outcome._replace(words=job.words(log))
-        if job.status is not None:
+        if job.has_ended():
             outcome = outcome._replace(status=job.status, exit_s=time.monotonic() - begin)
-        if job.status is not None and not job.is_finished():
+        if job.has_ended() and not job.is_finished():
             job = self._start_again(job)
             job = self._wait(job, lambda job: job.is_finished() or recovery.is_seen(job.view()))
         if not job.is_finished():
@@ -173,7 +173,7 @@ class Round:
     def _wait(self, job: Job, is_so: Callable[[Job], bool]) -> Job:
         """Wait until it is so. Start the run again if it ends meanwhile. Return the job that runs then."""
         while True:
-            self._wait_for_one(job, lambda job: job.status is not None or is_so(job))
+            self._wait_for_one(job, lambda job: job.has_ended() or is_so(job))
             if is_so(job):
                 return job
             self._record(Outcome(NO_EVENT, f"step {job.last_step() + 1}", status=job.status, words=job.words()))
@@ -216,7 +216,8 @@ class Round:
         self._tell(outcome)
 
 
-def _is_due(event: Event, view: View) -> bool:
+def is_due(event: Event, view: View) -> bool:
+    """Return True if the run is where the event strikes, or past it."""
     if not view.pids:
         return False
     is_there = view.is_saving if event.phase == SAVING else view.phases.get(event.rank) == event.phase
