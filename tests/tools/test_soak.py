@@ -49,7 +49,7 @@ def test_a_seed_gives_the_same_events_and_all_kinds_equally_often():
 
 
 @pytest.mark.parametrize(
-    ("step", "phase", "is_saving", "kind_phase", "is_due"),
+    ("step", "phase", "is_saving", "kind_phase", "due"),
     [
         (3, "train", False, "train", True),
         (2, "train", False, "train", False),  # a step too early
@@ -60,9 +60,9 @@ def test_a_seed_gives_the_same_events_and_all_kinds_equally_often():
         (3, "train", False, SAVING, False),
     ],
 )
-def test_an_event_waits_for_its_step_and_phase(step, phase, is_saving, kind_phase, is_due):
+def test_an_event_waits_for_its_step_and_phase(step, phase, is_saving, kind_phase, due):
     event = Event("kill-rank", 4, kind_phase, 1, 0.5)
-    assert is_due(event, View(step, {0: 10, 1: 11}, {0: "wait", 1: phase}, is_saving)) is is_due
+    assert is_due(event, View(step, {0: 10, 1: 11}, {0: "wait", 1: phase}, is_saving)) is due
     assert not is_due(event, View(9, {}, {}, False))
 
 
