@@ -59,7 +59,10 @@ class Connection:
 
     def receive_job(self) -> tuple[dict[str, Any], int]:
         """Wait for a job. Return it with the descriptor of its memory."""
-        head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH, 1)
+        try:
+            head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH, 1)
+        except ConnectionResetError as error:  # the rank has ended with messages that it had not read
+            raise RankIsGone from error
         head += self._receive(_LENGTH - len(head)) if head else b""
         if not head:
             raise RankIsGone

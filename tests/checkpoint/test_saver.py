@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,14 @@ def test_it_publishes_nothing_once_its_rank_is_gone(saver: SaverProcess, tmp_pat
     saver._socket.close()
     assert process.wait(30) == 0
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001.partial"]
+
+
+def test_a_rank_that_ends_with_unread_messages_is_gone_without_a_traceback(saver: SaverProcess, tmp_path: Path) -> None:
+    start(saver, tmp_path, 1)
+    while b'"done"' not in saver._socket.recv(1 << 16, socket.MSG_PEEK):
+        pass
+    saver._socket.close()
+    assert saver._process.wait(60) == 0
 
 
 def test_an_error_of_the_disk_is_a_problem_and_the_process_takes_the_next_job(
