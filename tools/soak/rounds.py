@@ -14,7 +14,6 @@ from typing import NamedTuple
 from tools.soak.events import KINDS, SAVING, Event
 from tools.soak.job import NAME, Job, Setup, View
 from tools.soak.leftovers import leftovers, shared_names
-from tools.soak.oracle import differences
 from tools.soak.strikes import LeftOut, kill_family, strike
 
 LIMIT_S = 300.0
@@ -106,6 +105,8 @@ class Round:
 
     def run(self, events: Sequence[Event], reference: Path, deadline: float, *, bitwise: bool) -> RoundResult:
         """Run to the last step, and compare. Events after the deadline are left out."""
+        from tools.soak.oracle import differences  # torch: seconds that a wrong option need not wait for
+
         begin, known = time.monotonic(), shared_names()
         rmtree(self._folder / NAME, ignore_errors=True)
         self._log.unlink(missing_ok=True)
