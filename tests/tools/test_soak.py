@@ -68,7 +68,7 @@ def test_an_event_waits_for_its_step_and_phase(step, phase, is_saving, kind_phas
 
 def test_recovery_is_a_step_of_the_successors_or_where_the_run_lives_a_further_one():
     before = View(5, {0: 10, 1: 11}, {0: "train", 1: "train"}, False)
-    survives, restarts = Recovery(before, ends=False), Recovery(before, ends=True)
+    survives, restarts = Recovery(before, KINDS["freeze"]), Recovery(before, KINDS["kill-rank"])
     assert [survives.is_seen(before._replace(step=step)) for step in (5, 6)] == [False, True]
     assert not restarts.is_seen(before._replace(step=6))  # SIGTERM lets the step end
     again = View(5, {0: 20, 1: 21}, {0: "start", 1: "start"}, False)
@@ -76,6 +76,14 @@ def test_recovery_is_a_step_of_the_successors_or_where_the_run_lives_a_further_o
     trains = again._replace(step=3, phases={0: "generate", 1: "train"})
     assert [restarts.is_seen(trains._replace(step=step)) for step in (3, 4)] == [False, True]
     assert (restarts.repeated, survives.repeated) == (2, 0)
+
+
+def test_what_has_become_of_a_save_beside_training_is_known_at_the_next_save():
+    before = View(5, {0: 10}, {0: "train"}, True)
+    recovery = Recovery(before, KINDS["kill-saver"])
+    assert not recovery.is_seen(before) and recovery.next_at is None
+    assert not recovery.is_seen(before._replace(step=6)) and recovery.next_at is not None
+    assert [recovery.is_seen(before._replace(step=step)) for step in (7, 8)] == [False, True]
 
 
 def write_run(folder: Path, **changes) -> Path:

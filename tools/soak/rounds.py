@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import NamedTuple
 
-from tools.soak.events import KINDS, SAVING, Event
+from tools.soak.events import KINDS, SAVING, Event, Kind
 from tools.soak.job import NAME, Job, Setup, View
 from tools.soak.leftovers import leftovers, shared_names
 from tools.soak.strikes import LeftOut, kill_family, strike
@@ -63,24 +63,40 @@ class GivenUp(Exception):
 
 
 class Recovery:
-    """Sees when a run goes on after an event: its ranks, or their successors, finish a step."""
+    """Sees when a run goes on after an event: its ranks, or their successors, finish a step.
 
-    def __init__(self, before: View, ends: bool):
-        self._before, self._ends = before, ends
+    steps     steps that they must finish: what has become of a save beside training is known at the next save.
+    next_at   when the first one was done; None before that.
+    """
+
+    def __init__(self, before: View, kind: Kind):
+        self._before, self._ends = before, kind.ends
+        self._steps = _LATE_STEPS + 1 if kind.phase == SAVING else 1
         self._resumed: int | None = None
+        self.next_at: float | None = None
 
     @property
     def repeated(self) -> int:
         return max(0, self._before.step - (self._before.step if self._resumed is None else self._resumed))
 
     def is_seen(self, view: View) -> bool:
-        if set(view.pids.values()) & set(self._before.pids.values()):
-            return not self._ends and view.step > self._before.step
-        if len(view.pids) < len(self._before.pids) or {"", "start"} & set(view.phases.values()):
+        since = self._since(view)
+        if since is None or view.step <= since:
             return False
-        if self._resumed is None:
+        self.next_at = self.next_at or time.monotonic()
+        return view.step >= since + self._steps
+
+    def _since(self, view: View) -> int | None:
+        """Return the last step before the run went on; None while it does not."""
+        if set(view.pids.values()) & set(self._before.pids.values()):
+            return None if self._ends else self._before.step
+        if (
+            self._resumed is None
+            and len(view.pids) == len(self._before.pids)
+            and not {"", "start"} & {*view.phases.values()}
+        ):
             self._resumed = view.step
-        return view.step > self._resumed
+        return self._resumed
 
 
 class Round:
@@ -140,7 +156,7 @@ class Round:
             if not job.has_ended():
                 self._record(outcome)
                 return job
-        recovery = Recovery(before, KINDS[event.kind].ends)
+        recovery = Recovery(before, KINDS[event.kind])
 
         def is_over(job: Job) -> bool:
             lasts = next(striking, self) is not self
@@ -156,9 +172,8 @@ class Round:
         if job.has_ended() and not job.is_finished():
             job = self._start_again(job)
             job = self._wait(job, lambda job: job.is_finished() or recovery.is_seen(job.view()))
-        if not job.is_finished():
-            outcome = outcome._replace(next_s=time.monotonic() - begin)
-        self._record(outcome._replace(repeated=recovery.repeated))
+        next_s = recovery.next_at and recovery.next_at - begin
+        self._record(outcome._replace(next_s=next_s, repeated=recovery.repeated))
         self._check_damage(outcome, job)
         return job
 
