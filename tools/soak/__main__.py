@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tools.soak import arena
 from tools.soak.events import KINDS, max_restarts, schedule
-from tools.soak.job import NAME, ROOT, TASK, Job, Setup
+from tools.soak.job import NAME, ROOT, TASK, Job, Setup, kill_family
 from tools.soak.report import Report, summary, write
 from tools.soak.rounds import Round, RoundResult
 
@@ -37,22 +38,29 @@ class CannotRun(Exception):
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     words = arena.enter("tools.soak", arguments)
+    mark = secrets.token_hex(8)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return Soak(options, words).run()
+        return Soak(options, words, mark).run()
     except CannotRun as error:
         print(f"error: soak: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing is said of the round that was running", file=sys.stderr)
+        return 130
+    finally:
+        kill_family(mark)
 
 
 class Soak:
     """All rounds of one call."""
 
-    def __init__(self, options: argparse.Namespace, arena_words: str):
+    def __init__(self, options: argparse.Namespace, arena_words: str, mark: str):
         self._options, self._report, self._has_disk = options, Report(), arena.has_disk(arena_words)
         work = options.work.absolute()
         overrides = [f"seed={options.seed}", *(_servers(options.sglang) if options.sglang else ()), *options.overrides]
         config = ROOT / "examples/quickstart.yaml"
-        self._setup = Setup(config, tuple(overrides), options.ranks, options.steps, work, secrets.token_hex(8))
+        self._setup = Setup(config, tuple(overrides), options.ranks, options.steps, work, mark)
         self._kinds = self._possible(options.kinds, overrides)
         self._report.line(f"small disk: {arena_words}")
 

@@ -49,6 +49,7 @@ TASK = (
     "parallel.hang_minutes=1",
 )
 """The quickstart's task in seconds. All samples of a step are written, so that they can be compared."""
+_DEATH_S = 10.0
 _TELLING = (
     r"^hang: .*",
     r"^error: .*",
@@ -81,8 +82,9 @@ class Setup(NamedTuple):
         return [sys.executable, *torchrun, "-m", "dapo_mcore.train", str(self.config), *TASK, *self.overrides, *own]
 
     def environment(self) -> dict[str, str]:
-        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
-        return {**os.environ, **own, "TMPDIR": str(self.temporary), MARK: self.mark}
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "500", MARK: self.mark}
+        caches = {"TMPDIR": str(self.temporary), "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor")}
+        return {**os.environ, **own, **caches}
 
 
 class View(NamedTuple):
@@ -199,3 +201,12 @@ def family(mark: str) -> list[psutil.Process]:
             if is_own and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def kill_family(mark: str) -> None:
+    """Kill every process with this mark at once, as if the machine died."""
+    while found := family(mark):  # one may start another meanwhile
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=_DEATH_S)

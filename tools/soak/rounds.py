@@ -12,9 +12,9 @@ from shutil import rmtree
 from typing import NamedTuple
 
 from tools.soak.events import KINDS, SAVING, Event, Kind
-from tools.soak.job import NAME, Job, Setup, View
+from tools.soak.job import NAME, Job, Setup, View, kill_family
 from tools.soak.leftovers import leftovers, shared_names
-from tools.soak.strikes import LeftOut, kill_family, strike
+from tools.soak.strikes import LeftOut, strike
 
 LIMIT_S = 300.0
 """A run that neither ends nor finishes a step for this long is given up. The watchdog needs a minute and a half."""
@@ -135,7 +135,7 @@ class Round:
             self._problems += differences(reference, job.run_dir, bitwise=bitwise)
         except GivenUp as error:
             self._problems.append(f"given up: {error}")
-            kill_family(job, self._setup.mark)
+            kill_family(self._setup.mark)
         self._problems += self._left(job, known)
         seconds = time.monotonic() - begin
         return RoundResult(self._number, self._max_restarts, seconds, self._starts, self._outcomes, self._problems)
@@ -222,7 +222,7 @@ class Round:
         """Return what the round has left, and remove it, so that the next round does not find it again."""
         setup = self._setup
         found = leftovers(setup.mark, job.run_dir, setup.temporary, known)
-        kill_family(job, setup.mark)
+        kill_family(setup.mark)
         rmtree(setup.temporary)
         setup.temporary.mkdir()
         return [f"left over: {line}" for line in found]

@@ -17,7 +17,7 @@ from shutil import rmtree
 from dapo_mcore.checkpoint.run_folder import all_checkpoints
 from tools.soak import arena
 from tools.soak.events import Event
-from tools.soak.job import Job, family
+from tools.soak.job import Job, family, kill_family
 
 Strike = Generator[None, None, None]
 _FREEZE_S = (0.5, 4.0)
@@ -47,7 +47,7 @@ def _kill_torchrun(_: Event, job: Job, *__: object) -> Strike:
 
 
 def _kill_all(_: Event, job: Job, __: Path, mark: str) -> Strike:
-    kill_family(job, mark)
+    kill_family(mark)
     yield
 
 
@@ -120,7 +120,7 @@ def _delete_partial(_: Event, job: Job, *__: object) -> Strike:
 
 def _flip_byte(event: Event, job: Job, _: Path, mark: str) -> Strike:
     """Change one bit of one file of the newest checkpoint, once nobody writes there."""
-    kill_family(job, mark)
+    kill_family(mark)
     checkpoints = all_checkpoints(job.run_dir)
     if len(checkpoints) < 2:
         raise LeftOut("fewer than two checkpoints: the run was killed, and no bit flipped")
@@ -169,15 +169,6 @@ def _saver(event: Event, job: Job) -> int:
     if pid is None:
         raise LeftOut(f"rank {event.rank} has no process that saves")
     return pid
-
-
-def kill_family(job: Job, mark: str) -> None:
-    """Kill every process of the run at once, as if the machine died."""
-    while found := family(mark):  # one may start another meanwhile
-        for process in found:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-        job.process.wait()
 
 
 def _stopped(pid: int, seconds: float) -> Strike:
