@@ -22,6 +22,7 @@ from dapo_mcore.config.file import load_config
 from dapo_mcore.doctor import command as doctor
 from dapo_mcore.observe import bench_plots, plots
 from dapo_mcore.replay import report
+from tools.soak import __main__ as soak
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
@@ -111,6 +112,8 @@ def test_a_command_of_a_page_runs(page, words, monkeypatch, capsys, tmp_path):
         assert all((ROOT / word).exists() for word in words if word.startswith("tests"))
     elif words[:2] == ["python", "tools/convert.py"]:
         check_convert(words[2:])
+    elif words[:3] == ["python", "-m", "tools.soak"]:
+        soak.build_parser().parse_args(words[3:])
     elif program in ("python", "python3") and words[1] != "-m":
         assert (ROOT / words[1]).is_file()
     elif any(word.endswith(".slurm") for word in words):

@@ -36,7 +36,7 @@ class CannotRun(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    options = _parse(arguments)
+    options = build_parser().parse_args(arguments)
     words = arena.enter("tools.soak", arguments)
     mark = secrets.token_hex(8)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -170,7 +170,7 @@ def _servers(python: Path) -> list[str]:
     return [*_SERVERS, f"rollout.sglang.python={python.absolute()}"]
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="no event comes after this time; the last round ends")
     parser.add_argument("--seed", type=int, default=0, help="of the events and of the run")
@@ -181,7 +181,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="use real servers; compares the steps alone")
     parser.add_argument("--work", type=Path, default=Path("runs/soak"))
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":
