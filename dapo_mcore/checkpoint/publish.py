@@ -11,6 +11,7 @@ Change here: the order in which a checkpoint becomes visible. Nothing imports to
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ def publish(job: Publication, warn: Callable[[str], None], check: Callable[[], N
     shards = job.partial / SHARDS
     missing = [part_path(shards, rank) for rank in range(job.num_ranks)]
     while missing := [path for path in missing if not path.exists()]:
+        os.stat(shards)  # somebody may have deleted what this process made: nobody writes there any more
         check()
         time.sleep(_POLL_S)
     index = read_parts(shards, job.num_ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,12 @@ def test_it_waits_for_every_rank_and_an_exception_of_the_check_ends_that(tmp_pat
     (partial / "shards" / "rank_00001.json").write_text(json.dumps({}))
     with pytest.raises(DamagedCheckpoint, match=r"rank_00000\.json is damaged"):
         publish(Publication(partial, partial.with_suffix(""), num_ranks=2, keep=1), print)
+
+
+def test_a_folder_that_is_deleted_while_it_waits_is_an_error_at_once(tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoints" / "step_000002.partial"
+    (partial / "shards").mkdir(parents=True)
+    looks = iter([lambda: shutil.rmtree(partial), lambda: pytest.fail("it waits on")])
+    with pytest.raises(FileNotFoundError):
+        publish(Publication(partial, partial.with_suffix(""), num_ranks=1, keep=1), print, lambda: next(looks)())
+    assert list(partial.parent.iterdir()) == []
