@@ -166,14 +166,13 @@ class Round:
             self._wait_for_one(job, is_over)
         finally:
             striking.close()
-        outcome = outcome._replace(words=job.words(log))
         if job.has_ended():
             outcome = outcome._replace(status=job.status, exit_s=time.monotonic() - begin)
         if job.has_ended() and not job.is_finished():
             job = self._start_again(job)
             job = self._wait(job, lambda job: job.is_finished() or recovery.is_seen(job.view()))
         next_s = recovery.next_at and recovery.next_at - begin
-        self._record(outcome._replace(next_s=next_s, repeated=recovery.repeated))
+        self._record(outcome._replace(next_s=next_s, repeated=recovery.repeated, words=job.words(log)))
         self._check_damage(outcome, job)
         return job
 
