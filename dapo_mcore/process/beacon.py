@@ -8,14 +8,16 @@ A note is a copy of 100 bytes into mapped memory: no system call, and the reader
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import mmap
 import os
+import shutil
 import signal
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -81,6 +83,8 @@ class Beacon(NullBeacon):
         self._lock, self._version = threading.Lock(), 0
         self._write()
         self._stacks = stack_file(folder, rank).open("wb")  # stays open: nothing can be opened in a signal's handler
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._stacks, fcntl.LOCK_EX)  # until the process ends, however it does
         faulthandler.register(DUMP, self._stacks, all_threads=True, chain=False)
         partial.rename(folder / f"{rank}.beacon")
 
@@ -130,6 +134,17 @@ class BeaconReader:
                 self._files[path] = path.open("rb")
         notes = [_read(file.fileno()) for file in self._files.values()]
         return sorted((note for note in notes if note is not None), key=lambda note: note.rank)
+
+
+def remove_dead(folders: Iterable[Path]) -> None:
+    """Delete the folders whose ranks have all ended: their watchdog was killed, too, or it would have deleted them."""
+    for folder in folders:
+        with suppress(OSError), ExitStack() as files:  # of another user, or a rank is alive
+            stacks = [files.enter_context(path.open("rb")) for path in folder.glob("*.stacks")]
+            for file in stacks:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stacks:
+                shutil.rmtree(folder)
 
 
 def error_file_of(folder: Path, rank: int) -> str:

@@ -25,7 +25,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dapo_mcore.process.beacon import DUMP, Beacon, BeaconReader, Note, NullBeacon, error_file_of, stack_file
+from dapo_mcore.process.beacon import (
+    DUMP,
+    Beacon,
+    BeaconReader,
+    Note,
+    NullBeacon,
+    error_file_of,
+    remove_dead,
+    stack_file,
+)
 from dapo_mcore.process.exchange import Disk, Exchange, write_whole
 from dapo_mcore.process.exit_status import write_failure
 from dapo_mcore.process.hang import Condition, Limits, RankState, Verdict, hangs, judge, main_thread
@@ -79,7 +88,10 @@ def watch_job(
     if minutes is None or not is_torchrun(environment):
         return NullBeacon()
     node, rank = int(environment["GROUP_RANK"]), int(environment["RANK"])
-    folder = Path(tempfile.gettempdir()) / f"dapo_mcore-{attempt}-{node}"
+    temporary = Path(tempfile.gettempdir())
+    folder = temporary / f"dapo_mcore-{attempt}-{node}"
+    if environment["LOCAL_RANK"] == "0":
+        remove_dead(temporary.glob("dapo_mcore-*-*"))
     folder.mkdir(mode=0o700, exist_ok=True)
     beacon = Beacon(folder, rank, environment.get("TORCHELASTIC_ERROR_FILE", ""))
     if environment["LOCAL_RANK"] == "0":

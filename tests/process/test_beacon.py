@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
-from dapo_mcore.process.beacon import DUMP, Beacon, BeaconReader, NullBeacon, error_file_of, stack_file
+from dapo_mcore.process.beacon import DUMP, Beacon, BeaconReader, NullBeacon, error_file_of, remove_dead, stack_file
 
 
 def test_a_beacon_tells_phase_collective_and_progress(tmp_path: Path) -> None:
@@ -64,3 +66,31 @@ def test_a_job_that_nobody_watches_has_a_beacon_that_does_nothing() -> None:
     with beacon.phase("train"), beacon.waits("barrier"):
         beacon.tick()
     beacon.leave()
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from dapo_mcore.process.beacon import Beacon
+beacon = Beacon(Path(sys.argv[1]), int(sys.argv[2]))
+print("there", flush=True)
+time.sleep(600)
+"""
+
+
+def test_beacons_are_deleted_once_all_their_ranks_have_been_killed(tmp_path: Path) -> None:
+    dead, empty = tmp_path / "dapo_mcore-1234-0", tmp_path / "dapo_mcore-node-5"
+    dead.mkdir()
+    empty.mkdir()
+    command = [sys.executable, "-c", RANK, str(dead)]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank.stdout.readline() == b"there\n"
+    left = []
+    for rank in ranks:
+        remove_dead(tmp_path.iterdir())
+        left.append(dead.exists())
+        rank.kill()
+        rank.communicate()
+    remove_dead(tmp_path.iterdir())
+    assert left == [True, True] and list(tmp_path.iterdir()) == [empty]
