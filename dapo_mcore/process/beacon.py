@@ -25,6 +25,8 @@ _VERSION, _NOTE = struct.Struct("<Q"), struct.Struct("<IIQQd32s32s")
 """The version is odd while the note changes."""
 _ERROR_FILE_AT, _SIZE = 256, 4096
 _READS = 100
+_ALIVE = ".alive"
+"""A file that is locked as long as its rank lives. Process ids do not tell: containers may share a folder, but not their numbers."""
 DUMP = signal.SIGUSR1
 """A rank that gets it writes the stacks of its threads into its stack file. faulthandler does that in C, without the GIL."""
 
@@ -83,8 +85,9 @@ class Beacon(NullBeacon):
         self._lock, self._version = threading.Lock(), 0
         self._write()
         self._stacks = stack_file(folder, rank).open("wb")  # stays open: nothing can be opened in a signal's handler
+        self._alive = (folder / f"{rank}{_ALIVE}").open("wb")
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._stacks, fcntl.LOCK_EX)  # until the process ends, however it does
+            fcntl.flock(self._alive, fcntl.LOCK_EX)  # until the process ends, however it does
         faulthandler.register(DUMP, self._stacks, all_threads=True, chain=False)
         partial.rename(folder / f"{rank}.beacon")
 
@@ -140,10 +143,10 @@ def remove_dead(folders: Iterable[Path]) -> None:
     """Delete the folders whose ranks have all ended: their watchdog was killed, too, or it would have deleted them."""
     for folder in folders:
         with suppress(OSError), ExitStack() as files:  # of another user, or a rank is alive
-            stacks = [files.enter_context(path.open("rb")) for path in folder.glob("*.stacks")]
-            for file in stacks:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stacks:
+            locks = [files.enter_context(path.open("rb")) for path in folder.glob(f"*{_ALIVE}")]
+            for lock in locks:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if locks:
                 shutil.rmtree(folder)
 
 
