@@ -189,7 +189,7 @@ class Round:
         """Wait until it is so. Start the run again if it ends meanwhile. Return the job that runs then."""
         while True:
             self._wait_for_one(job, lambda job: job.has_ended() or is_so(job))
-            if is_so(job):
+            if not job.has_ended() or job.is_finished():  # what was so for a moment need not be so still
                 return job
             self._record(Outcome(NO_EVENT, f"step {job.last_step() + 1}", status=job.status, words=job.words()))
             job = self._start_again(job)
