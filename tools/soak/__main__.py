@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     words = arena.enter("tools.soak", arguments)
     mark = secrets.token_hex(8)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts programs in the background with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         return Soak(options, words, mark).run()
     except CannotRun as error:
