@@ -146,6 +146,12 @@ def test_a_real_servers_run_is_compared_by_its_steps_alone(tmp_path):
     assert differences(expected, found, bitwise=False) == ["metrics.jsonl has no row of step 2"]
 
 
+def test_samples_of_a_full_disk_are_not_compared_but_those_of_other_steps_are(tmp_path):
+    expected, found = write_run(tmp_path / "expected"), write_run(tmp_path / "found", sample="")
+    assert differences(expected, found, without_samples={1}) == []
+    assert differences(expected, found, without_samples={2}) == ["samples/step_000001.jsonl differs in line 2"]
+
+
 def test_every_flipped_bit_is_one_that_a_checkpoint_must_notice(tmp_path):
     for number in range(25):
         checkpoint = write_run(tmp_path / str(number)) / "checkpoints/step_000002"

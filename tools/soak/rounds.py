@@ -116,6 +116,7 @@ class Round:
         self._log = setup.work / f"round-{number:03d}.log"
         self._outcomes: list[Outcome] = []
         self._problems: list[str] = []
+        self._without_samples: set[int] = set()
         self._starts = self._useless = 0
         self._saved = -1
 
@@ -132,7 +133,9 @@ class Round:
                 if time.monotonic() < deadline:
                     job = self._meet(event, job)
             job = self._wait(job, lambda job: job.is_finished())
-            self._problems += differences(reference, job.run_dir, bitwise=bitwise)
+            self._problems += differences(
+                reference, job.run_dir, bitwise=bitwise, without_samples=self._without_samples
+            )
         except GivenUp as error:
             self._problems.append(f"given up: {error}")
             kill_family(self._setup.mark)
@@ -166,6 +169,8 @@ class Round:
             self._wait_for_one(job, is_over)
         finally:
             striking.close()
+        if event.kind == "disk-full":  # a run without room for samples says so and trains on
+            self._without_samples |= {*range(before.step, job.last_step() + 2)}
         if job.has_ended():
             outcome = outcome._replace(status=job.status, exit_s=time.monotonic() - begin)
         if job.has_ended() and not job.is_finished():
