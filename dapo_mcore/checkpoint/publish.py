@@ -49,11 +49,11 @@ def publish(job: Publication, warn: Callable[[str], None], check: Callable[[], N
     visible then.
     """
     shards = job.partial / SHARDS
-    missing = [part_path(shards, rank) for rank in range(job.num_ranks)]
-    while missing := [path for path in missing if not path.exists()]:
-        os.stat(shards)  # somebody may have deleted what this process made: nobody writes there any more
-        check()
-        time.sleep(_POLL_S)
+    for rank in range(job.num_ranks):
+        while not part_path(shards, rank).exists():  # one at a time: each look is a request to the disk's server
+            os.stat(shards)  # somebody may have deleted what this process made: nobody writes there any more
+            check()
+            time.sleep(_POLL_S)
     index = read_parts(shards, job.num_ranks)
     (shards / INDEX).write_bytes(index.to_json())
     for rank in range(job.num_ranks):

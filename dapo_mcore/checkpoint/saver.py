@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,11 @@ class Connection:
 
     def receive_job(self) -> tuple[dict[str, Any], int]:
         """Wait for a job. Return it with the descriptor of its memory."""
-        try:
+        with _gone_named():
             head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH, 1)
-        except ConnectionResetError as error:  # the rank has ended with messages that it had not read
-            raise RankIsGone from error
-        head += self._receive(_LENGTH - len(head)) if head else b""
         if not head:
             raise RankIsGone
+        head += self._receive(_LENGTH - len(head))
         (memory,) = descriptors
         return json.loads(self._receive(int.from_bytes(head, "little"))), memory
 
@@ -74,10 +72,8 @@ class Connection:
         if not urgent and not select.select([], [self._socket], [], 0)[1]:
             return
         text = json.dumps(message).encode()
-        try:
+        with _gone_named():
             self._socket.sendall(len(text).to_bytes(_LENGTH, "little") + text)
-        except OSError as error:
-            raise RankIsGone from error
 
     def check(self) -> None:
         """Raise RankIsGone if the socket is closed. While a job runs, the rank sends nothing."""
@@ -87,10 +83,21 @@ class Connection:
     def _receive(self, count: int) -> bytes:
         parts = bytearray()
         while len(parts) < count:
-            if not (part := self._socket.recv(min(count - len(parts), 1 << 20))):
+            with _gone_named():
+                part = self._socket.recv(min(count - len(parts), 1 << 20))
+            if not part:
                 raise RankIsGone
             parts += part
         return bytes(parts)
+
+
+@contextmanager
+def _gone_named() -> Iterator[None]:
+    """A rank that ends with messages unread resets the connection instead of closing it."""
+    try:
+        yield
+    except OSError as error:
+        raise RankIsGone from error
 
 
 def _reason(error: Exception) -> str:

@@ -7,18 +7,21 @@ Change here: which files make it whole, and what is said of one that is damaged.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
 from dapo_mcore.checkpoint.run_state import ARRAYS_FILE, STATE_FILE, RunState, read_state, refuse_wrong_optimizer_state
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from dapo_mcore.model_files.manifest import check_manifest
 from dapo_mcore.model_files.megatron_folder import MEGATRON, Store, has_shards, open_store
+from dapo_mcore.model_files.shard_reader import check_size
 from dapo_mcore.model_files.torch_dist import read_companions
+
+T = TypeVar("T")
 
 VISIBLE_S = 120.0
 """A network disk shows another machine's file within its attribute cache's time, by default up to 60 s."""
@@ -38,21 +41,26 @@ def check_stored(path: Path) -> None:
 
 
 def open_visible(path: Path, patience_s: float = VISIBLE_S) -> Store:
-    """Return a reader of a checkpoint that rank 0 has found whole. Waits until this rank's machine sees its files, too.
+    """Return a reader of a checkpoint that rank 0 has found whole. Waits until this rank's machine sees its files, too: those of
+    tensors before their first use.
 
-    Raise CheckpointError if it does not see them within `patience_s`: they are not damaged.
+    Raise CheckpointError if it does not see them within `patience_s` from here on: they are not damaged.
     """
     deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return open_store(path)
-        except DamagedCheckpoint as error:
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{error} on this machine, but not on that of rank 0, for {patience_s:.0f} s: put the checkpoint on a disk that "
-                    f"every node shares"
-                ) from error
-        time.sleep(1.0)
+
+    def seen(look: Callable[[], T]) -> T:
+        while True:
+            try:
+                return look()
+            except DamagedCheckpoint as error:
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{error} on this machine, but not on that of rank 0, for {patience_s:.0f} s: put the checkpoint on a "
+                        f"disk that every node shares"
+                    ) from error
+            time.sleep(1.0)
+
+    return seen(lambda: open_store(path, lambda file, num_bytes: seen(lambda: check_size(file, num_bytes))))
 
 
 def what_then(path: Path) -> str:

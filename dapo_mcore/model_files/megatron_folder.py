@@ -6,6 +6,7 @@ checkpoint, torch_dist.py those of a conversion and of training runs before form
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,13 +35,13 @@ def has_shards(folder: Path) -> bool:
     return (folder / SHARDS).is_dir()
 
 
-def open_store(folder: Path) -> Store:
-    """Return a reader of the tensors in a checkpoint's folder. Raise CheckpointError as the reader does, and for an index that is
-    not the manifest's: the checksums in it cover bytes, not their places."""
+def open_store(folder: Path, check_first: Callable[[Path, int], None] | None = None) -> Store:
+    """Return a reader of the tensors in a checkpoint's folder; `check_first` as in ShardReader. Raise CheckpointError as the reader
+    does, and for an index that is not the manifest's: the checksums in it cover bytes, not their places."""
     if not has_shards(folder):
         return DistributedReader(folder / MEGATRON)
     check_manifest(folder, only=f"{SHARDS}/{INDEX}")
-    return ShardReader(folder / SHARDS)
+    return ShardReader(folder / SHARDS, check_first)
 
 
 class MegatronReader:

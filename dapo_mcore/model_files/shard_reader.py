@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,9 +32,12 @@ class ShardReader:
 
     Raise DamagedCheckpoint for a damaged index, and for missing or truncated files. Files are checked by their size here, and by
     checksums as they are read.
+
+    check_first   checks a file's path and size, instead of check_size, and only before the file's first use: one of many ranks
+                  need not look at all files
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, check_first: Callable[[Path, int], None] | None = None):
         self.folder = folder
         path = folder / INDEX
         if not path.is_file():
@@ -44,11 +47,10 @@ class ShardReader:
         self._index.check_covered(path)
         self._checked: set[str] = set()
         self._corners: dict[str, np.ndarray] = {}
-        for name, file in self._index.files.items():
-            found = (folder / name).stat().st_size if (folder / name).is_file() else -1
-            if found != file.num_bytes:
-                problem = "is missing" if found < 0 else "is truncated" if found < file.num_bytes else "is changed"
-                raise DamagedCheckpoint(f"{folder / name} {problem}: it has {max(found, 0)} of {file.num_bytes} bytes")
+        self._check_first = check_first
+        if check_first is None:
+            for name, file in self._index.files.items():
+                check_size(folder / name, file.num_bytes)
 
     @property
     def description(self) -> Path:
@@ -128,9 +130,9 @@ class ShardReader:
         size = min(last * CHUNK, self._num_bytes(key, part)) - first * CHUNK
         data, path = bytearray(size), self.folder / part.file
         view = memoryview(data)
+        self._check_file(part.file)
         # opened each time: a large checkpoint has more files than a process may hold open
         with open(path, "rb", buffering=0) as file:
-            self._check_header(part.file, file)
             _fill(view, file, part.start + first * CHUNK)
         for number, at in enumerate(range(0, size, CHUNK), start=first):
             if zlib.crc32(view[at : at + CHUNK]) != part.checksums[number]:
@@ -146,13 +148,26 @@ class ShardReader:
             raise DamagedCheckpoint(f"{self.folder / INDEX} is damaged: {key} has {len(part.checksums)} checksums")
         return num_bytes
 
-    def _check_header(self, name: str, file: BinaryIO) -> None:
+    def _check_file(self, name: str) -> None:
+        """Check a file's header, and its size if that is not done, before the first use."""
         if name in self._checked:
             return
-        told = self._index.files[name]
-        if zlib.crc32(os.pread(file.fileno(), told.header_bytes, 0)) != told.header_checksum:
-            raise DamagedCheckpoint(f"{self.folder / name} is changed: the checksum of its header does not hold")
+        path, told = self.folder / name, self._index.files[name]
+        if self._check_first is not None:
+            self._check_first(path, told.num_bytes)
+        with open(path, "rb") as file:
+            header = file.read(told.header_bytes)
+        if zlib.crc32(header) != told.header_checksum:
+            raise DamagedCheckpoint(f"{path} is changed: the checksum of its header does not hold")
         self._checked.add(name)
+
+
+def check_size(path: Path, num_bytes: int) -> None:
+    """Raise DamagedCheckpoint if the file is missing or has another size."""
+    found = path.stat().st_size if path.is_file() else -1
+    if found != num_bytes:
+        problem = "is missing" if found < 0 else "is truncated" if found < num_bytes else "is changed"
+        raise DamagedCheckpoint(f"{path} {problem}: it has {max(found, 0)} of {num_bytes} bytes")
 
 
 def _fill(view: memoryview, file: BinaryIO, position: int) -> None:

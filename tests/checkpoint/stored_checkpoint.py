@@ -15,6 +15,7 @@ import torch
 
 from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
 from dapo_mcore.checkpoint.publish import Publication, publish
+from dapo_mcore.checkpoint.run_folder import new_partial
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
 from dapo_mcore.checkpoint.shard_file import write_shard
 from dapo_mcore.checkpoint.snapshot import Snapshot
@@ -26,16 +27,22 @@ from dapo_mcore.model_files.torch_dist import write_chunk, write_metadata
 TRAIN = TrainState(2, 4, 2, {"epoch": 0, "offset": 8}, {}, {"x": np.arange(3, dtype=np.int32)}, "seed: 0\n")
 
 
-def write_checkpoint(path: Path) -> None:
-    """A whole checkpoint of step 2: the tensor `w` in the shards of two ranks, and what a run needs beside its tensors."""
-    partial = path.with_name(f"{path.name}.partial")
-    (partial / "shards").mkdir(parents=True)
+def begin(path: Path) -> Path:
+    """Write all but tensors of a checkpoint of step 2. Return the folder, which has no name yet."""
+    partial = new_partial(path)
+    (partial / "shards").mkdir()
     write_state(partial, RunState(FORMAT, TRAIN, {}, reference=False, adam_step=4.0))
+    return partial
+
+
+def write_checkpoint(path: Path, keep: int = 9) -> None:
+    """Write a whole checkpoint of step 2: the tensor `w` in the shards of two ranks, and what a run needs beside its tensors."""
+    partial = begin(path)
     for rank in (0, 1):
         block = CheckpointBlock("w", (8,), (4 * rank,), torch.zeros(4), is_written=True, is_padded=False)
         snapshot = Snapshot([block])
         write_shard(partial / "shards", rank, snapshot.header, snapshot.slices, snapshot.pieces)
-    publish(Publication(partial, path, num_ranks=2, keep=9), print)
+    publish(Publication(partial, path, num_ranks=2, keep=keep), print)
 
 
 def write_old_checkpoint(path: Path) -> None:

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
+from dapo_mcore.checkpoint.checkpoint import _check_finite
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
+from dapo_mcore.errors import TrainingError
 from tests.actor.parity import Mesh, spawn
 from tests.checkpoint.resuming import (
     STATE,
@@ -56,6 +60,23 @@ def test_a_tensor_that_is_not_finite_on_one_rank_is_never_saved(tensor_parallel_
     )
     assert "step_000002 is the last good checkpoint and stays" in found["told"][1]
     assert found["left"] == ["step_000002"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_that_is_not_finite_is_found_anywhere(tmp_path: Path, bad: float, dtype: torch.dtype) -> None:
+    blocks = [
+        CheckpointBlock(key, (6,), (0,), torch.full((6,), torch.finfo(dtype).max, dtype=dtype), True, False)
+        for key in "ab"
+    ]
+    _check_finite(tmp_path / "checkpoints" / "step_000001", blocks, 3)
+    for at in (0, 3, 5):
+        blocks[1].data[at] = bad
+        with pytest.raises(
+            TrainingError, match="1 tensors on rank 3 hold NaN or infinity, first b; there is no checkpoint"
+        ):
+            _check_finite(tmp_path / "checkpoints" / "step_000001", blocks, 3)
+        blocks[1].data[at] = 0
 
 
 def test_if_one_rank_finds_damage_all_ranks_take_the_checkpoint_before(tensor_parallel_run: dict[str, Any]) -> None:

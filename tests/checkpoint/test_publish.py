@@ -19,37 +19,6 @@ from dapo_mcore.model_files.megatron_folder import open_store
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-# saves step 2 beside step 1 again and again; the n-th time it dies at the n-th file operation
-KILLER = """
-import itertools, json, os, sys
-from pathlib import Path
-from tests.checkpoint.stored_checkpoint import write_checkpoint
-
-base, seen = Path(sys.argv[1]), []
-for number in itertools.count():
-    write_checkpoint(base / str(number) / "checkpoints" / "step_000001")
-    if (child := os.fork()) == 0:
-        left = iter(range(number))
-
-        def dying(name, function):
-            def call(*arguments, **more):
-                if next(left, None) is None:
-                    (base / f"{number}.died").write_text(name)
-                    os._exit(9)
-                return function(*arguments, **more)
-            return call
-
-        write_text = Path.write_text
-        for name in ("fsync", "fdatasync", "rename", "replace", "mkdir", "unlink", "rmdir", "posix_fadvise"):
-            setattr(os, name, dying(name, getattr(os, name)))
-        from dapo_mcore.checkpoint import publish
-        publish.drop_old = lambda folder, keep, warn, drop=publish.drop_old: drop(folder, 1, warn)
-        write_checkpoint(base / str(number) / "checkpoints" / "step_000002")
-        os._exit(0)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
-        break
-print(number)
-"""
 
 
 def loads(path: Path) -> None:
@@ -58,22 +27,37 @@ def loads(path: Path) -> None:
     assert torch.equal(open_store(path).read("w", (0,), (8,)), torch.zeros(8))
 
 
-def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLER, str(tmp_path)]
+    command = [sys.executable, "-m", "tests.checkpoint.killing", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    count = int(done.stdout)
-    operations = [(tmp_path / f"{number}.died").read_text() for number in range(count)]
-    assert count > 20 and {"fsync", "rename", "replace", "mkdir", "unlink", "rmdir"} <= set(operations)
-    published = []
-    for number in range(count):
-        whole = sorted((tmp_path / str(number) / "checkpoints").glob("step_00000?"))
+    assert "Traceback" not in done.stderr, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("victim", ["rank", "saver0", "saver1"])
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
+    killed: tuple[Path, dict[str, list[str]]], victim: str
+) -> None:
+    """Of a rank, or of a rank's process that writes beside training. The next save leaves nothing else."""
+    operations, published = killed[1][victim], []
+    for number in range(len(operations)):
+        folder = killed[0] / victim / str(number) / "checkpoints"
+        whole = sorted(folder.glob("step_00000?"))
         for path in whole:
             loads(path)
         published.append(whole[-1].name)
+        write_checkpoint(folder / "step_000003", keep=1)
+        assert [path.name for path in folder.iterdir()] == ["step_000003"]
+    if victim == "saver1":  # it writes a shard; the process of rank 0 publishes
+        assert operations[-1] == "replace" and set(published) == {"step_000001"}
+        return
     first = published.index("step_000002")
     assert set(published[:first]) == {"step_000001"} and set(published[first:]) == {"step_000002"}
-    assert operations[first - 1] == "rename" and 0 < first < count
+    assert operations[first - 1] == "rename" and 0 < first < len(operations)
+    assert {"open", "fsync", "rename", "replace", "unlink", "rmdir"} <= set(operations)
 
 
 def test_any_changed_byte_is_found_before_it_is_used(tmp_path: Path) -> None:
@@ -105,7 +89,10 @@ def test_an_exchanged_place_in_the_index_is_found_by_every_reader(tmp_path: Path
         open_store(path)
 
 
-def test_it_waits_for_every_rank_and_an_exception_of_the_check_ends_that(tmp_path: Path) -> None:
+def test_it_waits_for_every_rank_and_an_exception_of_the_check_ends_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for one rank's part at a time: a shared disk's server answers every look."""
     partial = tmp_path / "checkpoints" / "step_000002.partial"
     (partial / "shards").mkdir(parents=True)
     (partial / "shards" / "rank_00000.json").write_text(json.dumps({}))
@@ -116,8 +103,12 @@ def test_it_waits_for_every_rank_and_an_exception_of_the_check_ends_that(tmp_pat
     def enough() -> None:
         raise Enough
 
+    looked: list[str] = []
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: looked.append(path.name) or exists(path))
     with pytest.raises(Enough):
-        publish(Publication(partial, partial.with_suffix(""), num_ranks=2, keep=1), print, check=enough)
+        publish(Publication(partial, partial.with_suffix(""), num_ranks=1024, keep=1), print, check=enough)
+    assert looked == ["rank_00000.json", "rank_00001.json"]
     assert [path.name for path in partial.parent.iterdir()] == [partial.name]
     (partial / "shards" / "rank_00001.json").write_text(json.dumps({}))
     with pytest.raises(DamagedCheckpoint, match=r"rank_00000\.json is damaged"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -30,13 +33,13 @@ def saver() -> Iterator[SaverProcess]:
     saver.close()
 
 
-def start(saver: SaverProcess, run_dir: Path, step: int, num_ranks: int = 1) -> Path:
+def start(saver: SaverProcess, run_dir: Path, step: int, num_ranks: int = 1, whole: torch.Tensor = WHOLE) -> Path:
     """Give it the only rank's job, or that of rank 0 of two. Return the folder that it will publish."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(f"{folder.name}.partial")
     (partial / "shards").mkdir(parents=True)
     (partial / "state.json").write_text("{}")
-    block = CheckpointBlock("w", (5, 8), (0, 0), WHOLE.clone(), is_written=True, is_padded=False)
+    block = CheckpointBlock("w", tuple(whole.shape), (0, 0), whole.clone(), is_written=True, is_padded=False)
     half = CheckpointBlock("h", (40,), (0,), WHOLE.flatten().to(torch.bfloat16), is_written=True, is_padded=False)
     saver.start(Snapshot([half, block]), str(partial / "shards"), 0, Publication(partial, folder, num_ranks, keep=1))
     block.data.fill_(torch.nan)  # the copy is the process's
@@ -107,6 +110,35 @@ def test_a_job_given_to_a_dead_process_is_a_problem_too(saver: SaverProcess, tmp
     saver._process.wait()
     start(saver, tmp_path, 1)
     assert saver.wait("written", stall_s=30) == "the process that writes it has ended (signal 9)"
+
+
+def test_many_saves_take_no_more_memory_and_descriptors_than_a_few(saver: SaverProcess, tmp_path: Path) -> None:
+    """Of two sizes by turns, so that each save needs another memory."""
+    processes, used = [psutil.Process(), psutil.Process(saver.pid)], []
+    for step in range(1, 31):
+        start(saver, tmp_path, step, whole=torch.zeros(512, 1024 * (1 + step % 2)))
+        assert saver.wait("done", stall_s=60) is None
+        used.append([(process.num_fds(), process.memory_info().rss) for process in processes])
+    for few, many in zip(used[9], used[29], strict=True):
+        assert many[0] == few[0] and many[1] - few[1] < 20e6, "20 saves write 60 MB"
+
+
+def test_it_ends_without_a_word_when_its_rank_leaves_messages_unread(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "dapo_mcore.checkpoint.saver", str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+    theirs.close()
+    memory = os.memfd_create("empty")
+    os.ftruncate(memory, 8)
+    job = json.dumps(
+        {"shards": str(tmp_path), "rank": 0, "header_bytes": 8, "slices": [], "publication": None}
+    ).encode()
+    socket.send_fds(ours, [len(job).to_bytes(8, "little")], [memory])
+    ours.sendall(job)
+    while b"done" not in ours.recv(1000, socket.MSG_PEEK):
+        time.sleep(0.01)
+    ours.close()
+    assert (process.wait(30), process.communicate()[1]) == (0, "")
 
 
 def test_it_imports_no_framework() -> None:

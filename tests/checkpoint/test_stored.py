@@ -135,16 +135,27 @@ def test_damage_is_named_with_what_to_do(checkpoint: Path, case: str) -> None:
     assert all(part in told for part in [expected, *OLDER]), told
 
 
-def test_a_file_that_only_rank_0_sees_is_waited_for_and_is_no_damage(
+def test_a_file_that_only_rank_0_sees_is_waited_for_where_it_is_read_and_is_no_damage(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network disk may show a new file late. The checkpoint must not be set aside for that."""
+    """A network disk may show a new file late. The checkpoint must not be set aside for that; ranks that read other files go on."""
     path, hidden = checkpoint / TENSORS, checkpoint / "hidden"
     path.rename(hidden)
+    impatient = open_visible(checkpoint, patience_s=-1)
+    assert torch.equal(impatient.read("w", (0,), (4,)), torch.zeros(4))
     told = r"rank_00001\.safetensors is missing.* on this machine, but not on that of rank 0, for -1 s: put the checkpoint on a disk"
     with pytest.raises(CheckpointError, match=told) as caught:
-        open_visible(checkpoint, patience_s=-1)
+        impatient.read("w", (4,), (4,))
     assert not isinstance(caught.value, DamagedCheckpoint)
+    monkeypatch.setattr(time, "sleep", lambda _: hidden.rename(path))
+    assert torch.equal(open_visible(checkpoint, patience_s=60).read("w", (0,), (8,)), torch.zeros(8))
+
+
+def test_an_index_that_only_rank_0_sees_is_waited_for(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, hidden = checkpoint / "shards" / "index.json", checkpoint / "hidden"
+    path.rename(hidden)
+    with pytest.raises(CheckpointError, match=r"index\.json is missing on this machine, but not on that of rank 0"):
+        open_visible(checkpoint, patience_s=-1)
     monkeypatch.setattr(time, "sleep", lambda _: hidden.rename(path))
     assert open_visible(checkpoint, patience_s=60).size("w") == (8,)
 

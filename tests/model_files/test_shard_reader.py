@@ -14,6 +14,7 @@ from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from dapo_mcore.model_files import shard_reader
 from dapo_mcore.model_files.shard_format import CHUNK, SHARDS
 from dapo_mcore.model_files.shard_reader import ShardReader
+from tests.model_files.peak_memory import PeakMemory, give_freed_memory_back
 from tests.model_files.shards import write_shards
 
 WHOLE = torch.arange(3 * 5 * 7, dtype=torch.float32).view(3, 5, 7)
@@ -72,6 +73,15 @@ def test_a_region_is_read_in_bands(shards: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(shard_reader, "_STAGING", staging)
         reader = ShardReader(shards)
         assert torch.equal(reader.read("big", (2046, 500), (4, 524)), whole[2046:2050, 500:])
+
+
+def test_a_large_region_takes_the_memory_of_a_band(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_reader, "_STAGING", CHUNK)
+    give_freed_memory_back()
+    reader, target = ShardReader(shards), torch.zeros(6144, 1024, dtype=torch.bfloat16)  # 12 MiB
+    with PeakMemory() as memory:
+        reader.read_into("big", (0, 0), target)
+    assert memory.peak_bytes < 2.5 * CHUNK
 
 
 def test_a_flipped_bit_is_found_where_it_is_read(shards: Path) -> None:
