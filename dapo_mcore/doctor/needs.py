@@ -79,13 +79,10 @@ def count_values(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config, values: int) -> int:
-    """Return the bytes of one checkpoint: weights, fp32 copies of bf16 weights, two moments, and a reference policy."""
-    weight = _weight_bytes(config)
-    optimizer = config.optimizer
-    moments = sum(2 if dtype == "bf16" else 4 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    copy = 4 if config.model.dtype == "bf16" else 0
-    reference = weight if config.algo.kl.coef > 0 else 0
-    return values * (weight + copy + moments + reference)
+    """Return the bytes of the tensors in one checkpoint of a model with so many parameters."""
+    from dapo_mcore.plan.held import stored_bytes
+
+    return values * stored_bytes(config)
 
 
 def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dapo_mcore.actor.model.fp8_rules import bf16_layers
+from dapo_mcore.config.schema import Config
 from dapo_mcore.plan.activations import LayerBytes, layer_bytes
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.parameters import Counts
@@ -55,7 +56,7 @@ def held_bytes(job: Job, counts: Counts) -> dict[str, float]:
     return {
         "parameters": weights,
         "gradients": 4 * buffers,
-        "optimizer": state_bytes(job) * (1 - config.optimizer.offload_fraction) * optimizer_elements(job, counts),
+        "optimizer": state_bytes(config) * (1 - config.optimizer.offload_fraction) * optimizer_elements(job, counts),
         "reference": size * counts.trained + 4 * counts.float32 if config.algo.kl.coef else 0,
     }
 
@@ -68,11 +69,17 @@ def optimizer_elements(job: Job, counts: Counts) -> int:
     return dense + min(counts.experts, counts.expert_buffer // job.expert_data)
 
 
-def state_bytes(job: Job) -> int:
-    """Return the bytes of optimizer state per element: two moments, and in bf16 an fp32 copy of the parameter."""
-    optimizer = job.config.optimizer
+def state_bytes(config: Config) -> int:
+    """Return the bytes of optimizer state per parameter: two moments, and in bf16 an fp32 copy of the parameter."""
+    optimizer = config.optimizer
     moments = sum(4 if dtype == "fp32" else 2 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    return moments + (4 if job.dtype_bytes == 2 else 0)
+    return moments + (4 if config.model.dtype == "bf16" else 0)
+
+
+def stored_bytes(config: Config) -> int:
+    """Return the bytes of a checkpoint per parameter: its weight, its optimizer state, and a reference policy's weight."""
+    weight = 2 if config.model.dtype == "bf16" else 4
+    return state_bytes(config) + weight * (2 if config.algo.kl.coef else 1)
 
 
 def micro_batches_in_flight(job: Job, stage: int, num_micro_batches: int) -> float:

@@ -15,7 +15,7 @@ from dapo_mcore.plan.held import (
     micro_batches_in_flight,
     offloaded_input,
     optimizer_elements,
-    state_bytes,
+    stored_bytes,
 )
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.parameters import Counts, stage_counts, whole_model
@@ -97,6 +97,5 @@ def _saved(job: Job, counts: Counts) -> float:
     """
     checkpoint = job.config.checkpoint
     if checkpoint.async_save:
-        per_element = state_bytes(job) + job.dtype_bytes * (2 if job.config.algo.kl.coef else 1)
-        return per_element * (counts.dense / (job.data * job.context) + counts.experts / job.expert_data)
+        return stored_bytes(job.config) * (counts.dense / (job.data * job.context) + counts.experts / job.expert_data)
     return min(PIECE, 4 * counts.largest) if checkpoint.every or checkpoint.at_end else 0
