@@ -22,13 +22,13 @@ from dapo_mcore.model_files.shard_format import (
     Slice,
     StoredFile,
     StoredTensor,
-    chunks,
+    checksums,
     merged,
     parse_index,
 )
 
 PIECE = 16 * CHUNK
-"""Bytes that are copied, hashed and sent to the disk at a time."""
+"""Bytes that are copied, hashed and sent to the disk at a time. A piece is hashed while it is written."""
 
 
 class PlannedSlice(NamedTuple):
@@ -60,14 +60,19 @@ def write_shard(
     name, index = f"rank_{rank:05d}", ShardIndex()
     if slices:
         file_name = f"{name}.safetensors"
-        with open(folder / file_name, "wb", buffering=0) as file, _Flusher(file) as flusher:
+        with (
+            ThreadPoolExecutor(max_workers=2) as pool,
+            open(folder / file_name, "wb", buffering=0) as file,
+            _Flusher(file, pool) as flusher,
+        ):
             flusher.write(memoryview(header))
             for planned in slices:
                 found = []
                 for piece in pieces(planned):
                     check()
-                    found += [zlib.crc32(chunk) for chunk in chunks(piece)]
+                    sums = pool.submit(checksums, piece)
                     flusher.write(piece)
+                    found += sums.result()
                 stored = index.tensors.setdefault(planned.key, StoredTensor(planned.dtype, planned.shape))
                 stored.slices.append(Slice(planned.offsets, planned.sizes, file_name, planned.start, tuple(found)))
         size = slices[-1].start + slices[-1].num_bytes
@@ -90,8 +95,8 @@ def read_parts(folder: Path, num_ranks: int) -> ShardIndex:
 class _Flusher:
     """Writes, and sends what is written to the disk beside the next writes: dirty pages never exceed two pieces."""
 
-    def __init__(self, file: BinaryIO):
-        self._file, self._pool = file, ThreadPoolExecutor(max_workers=1)
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor):
+        self._file, self._pool = file, pool
         self._flush: Future[None] | None = None
         self._dirty = 0
 
@@ -107,12 +112,9 @@ class _Flusher:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self._wait()
-            if kind is None:
-                os.fsync(self._file.fileno())
-        finally:
-            self._pool.shutdown()
+        self._wait()
+        if kind is None:
+            os.fsync(self._file.fileno())
 
     def _wait(self) -> None:
         if self._flush is not None:
