@@ -145,7 +145,9 @@ def _checks(runs: Runs, step: int, *, with_weights: bool) -> Iterator[Check]:
     if prompts.verdict is Verdict.DIFFERS:
         yield Check("samples", Verdict.UNKNOWN, "the prompts differ")
     elif without := [str(run.path) for run in runs if not has_batch(run.path, step)]:
-        yield Check("samples", Verdict.UNKNOWN, f"observe.record_keep has deleted those of {' and '.join(without)}")
+        yield Check(
+            "samples", Verdict.UNKNOWN, f"no batch of this step in {' and '.join(without)} (observe.record_keep)"
+        )
     else:
         yield from compare_samples(a.prompts, *(read_batch(run.path, step) for run in runs), terms)
     yield from compare_training(a, b, terms)

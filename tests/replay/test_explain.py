@@ -151,7 +151,7 @@ def test_samples_whose_batch_is_deleted_are_not_compared(base, tmp_path):
     other = write_run(tmp_path / "other", changes={2: (scaled(2.0), lambda batch: None)})
     found = explain(base, other)
     unknown = [check for check in found.checks if check.verdict is Verdict.UNKNOWN]
-    assert [check.detail for check in unknown] == [f"observe.record_keep has deleted those of {other}"]
+    assert [check.detail for check in unknown] == [f"no batch of this step in {other} (observe.record_keep)"]
     assert found.beyond.check.name == "weights after"
 
 
