@@ -71,7 +71,7 @@ class Soak:
         reference, reference_s = self._reference()
         deadline, rounds = time.monotonic() + 60 * options.minutes, []
         while time.monotonic() < deadline or not rounds:
-            rounds.append(self._round(len(rounds), reference, deadline))
+            rounds.append(self._round(len(rounds), reference))
             write(
                 setup.work / "soak.json",
                 rounds,
@@ -84,7 +84,7 @@ class Soak:
         report.line(f"written: {setup.work / 'soak.json'}")
         return int(any(result.problems for result in rounds))
 
-    def _round(self, number: int, reference: Path, deadline: float) -> RoundResult:
+    def _round(self, number: int, reference: Path) -> RoundResult:
         setup, options = self._setup, self._options
         events = schedule(
             options.seed,
@@ -98,7 +98,7 @@ class Soak:
         self._report.line(f"round {number}, torchrun --max-restarts {restarts}: {', '.join(map(str, events))}")
         disk = setup.work / "disk"
         result = Round(setup, number, restarts, disk, self._report.outcome, self._report.show).run(
-            events, reference, deadline, bitwise=not options.sglang
+            events, reference, bitwise=not options.sglang
         )
         for problem in result.problems or ["the same bits as the undisturbed run, and nothing left over"]:
             self._report.line(f"round {number}: {problem}")
@@ -173,7 +173,7 @@ def _servers(python: Path) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30, help="no event comes after this time; the last round ends")
+    parser.add_argument("--minutes", type=float, default=30, help="no round begins after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the events and of the run")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=16, help="rollout steps of a round")
