@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -55,15 +55,15 @@ def checkpoint_blocks(actor: Actor) -> list[CheckpointBlock]:
     """Return this rank's blocks of policy, optimizer and reference policy. No communication."""
     layout, weights = actor.layout, list(_sharded_tensors(actor.policy))
     blocks = [_weight_block(sharded, "", layout) for _, sharded in weights]
-    sharded_of = defaultdict(list)
-    for parameter, sharded in weights:
-        sharded_of[parameter].append(sharded)
-    for shard in actor.optimizer.shards():
-        for sharded in sharded_of[shard.parameter]:
-            blocks += _optimizer_blocks(sharded, shard, layout)
+    blocks += _shard_blocks(weights, actor.optimizer.shards(), layout)
     if actor.reference is not None:
         blocks += [_weight_block(sharded, "reference.", layout) for _, sharded in _sharded_tensors(actor.reference)]
     return blocks
+
+
+def gradient_blocks(actor: Actor) -> list[CheckpointBlock]:
+    """Return this rank's blocks of the gradients that Optimizer.prepare has left. No communication."""
+    return list(_shard_blocks(_sharded_tensors(actor.policy), actor.optimizer.gradients(), actor.layout))
 
 
 def written_blocks(blocks: Sequence[CheckpointBlock]) -> list[CheckpointBlock]:
@@ -133,6 +133,18 @@ def _weight_block(sharded: ShardedTensor, prefix: str, layout: Layout) -> Checkp
     assert sharded.data.is_contiguous(), f"{sharded.key}: a checkpoint needs contiguous weights"
     data = sharded.data.detach().view((1,) * sharded.prepend_axis_num + sharded.local_shape)
     return _block(prefix + sharded.key, sharded, data, _num_copies(sharded, layout))
+
+
+def _shard_blocks(
+    weights: Iterable[tuple[Tensor, ShardedTensor]], shards: Iterable[OptimizerShard], layout: Layout
+) -> Iterator[CheckpointBlock]:
+    """Yield the blocks of the shards' states."""
+    sharded_of = defaultdict(list)
+    for parameter, sharded in weights:
+        sharded_of[parameter].append(sharded)
+    for shard in shards:
+        for sharded in sharded_of[shard.parameter]:
+            yield from _optimizer_blocks(sharded, shard, layout)
 
 
 def _optimizer_blocks(sharded: ShardedTensor, shard: OptimizerShard, layout: Layout) -> Iterator[CheckpointBlock]:

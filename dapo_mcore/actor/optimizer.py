@@ -130,6 +130,12 @@ class Optimizer:
             flat = {name: value.view(-1) for name, value in tensors.items()}
             yield OptimizerShard(parameter, start, flat, is_divided)
 
+    def gradients(self) -> Iterator[OptimizerShard]:
+        """Yield this rank's gradients after `prepare`, each as the state `gradient` of its parameter. No communication."""
+        for parameter, main, start, is_divided in self._updated_tensors():
+            if (gradient := getattr(main, self._gradient, None)) is not None:
+                yield OptimizerShard(parameter, start, {"gradient": gradient.detach().view(-1)}, is_divided)
+
     @property
     def adam_step(self) -> float:
         """Return the number of updates that Adam has made on this rank's parameters, without skipped ones.
