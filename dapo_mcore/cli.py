@@ -147,6 +147,22 @@ def _doctor(args: argparse.Namespace) -> int:
     return run(args.file, args.overrides, args.json)
 
 
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of a run with observe.record true")
+    parser.add_argument(
+        "step", type=int, metavar="STEP", help="repeat from the newest checkpoint before this rollout step to it"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the recorded ones")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the replay's own records (default: RUN.replay)")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    import dapo_mcore.process.environment  # noqa: F401  before torch is imported
+    from dapo_mcore.replay.command import run
+
+    return run(args.run_dir, args.step, args.overrides, args.out)
+
+
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder; several are compared")
     parser.add_argument("--out", type=Path, help="the PNG to write (default: plot.png in RUN, compare.png for several)")
@@ -237,6 +253,12 @@ COMMANDS = (
         "Say what is in use here, what falls back and why, and whether a configuration can run; under torchrun, on all nodes.",
         _doctor_arguments,
         _doctor,
+    ),
+    Command(
+        "replay",
+        "Repeat recorded rollout steps and compare them bit by bit; the exit code is 1 if they differ.",
+        _replay_arguments,
+        _replay,
     ),
     Command(
         "plot", "Plot one run, or compare several, from metrics.jsonl; or benchmark results.", _plot_arguments, _plot

@@ -38,6 +38,7 @@ from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, thro
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.run_lock import LOCK
 from dapo_mcore.process.watchdog import LOGS
+from dapo_mcore.replay.record import Sources
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
@@ -125,6 +126,7 @@ class Controller:
         self.positions: dict[int, Position] = {}  # of the last step and the one before it
         self.sinks: MetricSinks | None = None
         self.report: StepReport | None = None  # of the last rollout step
+        self.sources: Sources | None = None  # of its batch, if it is recorded
         self.rollout_times: dict[str, float] = {}
         self.flops, self.num_ranks, self.work = forward_flops(hf_config), num_ranks, StepWork(0, 0, 0.0)
         self.last_eval: EvalResult | None = None
@@ -194,6 +196,7 @@ class Controller:
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
         self.report = StepReport.of(collected, collected.groups, self.config.observe.samples_per_step)
+        self.sources = Sources.of(collected.groups) if self.config.observe.record else None
         batch = to_train_batch(collected.groups, overlong_filter=self.config.reward.overlong.filter)
         self.work = StepWork(
             num_tokens=len(batch.tokens),

@@ -6,7 +6,7 @@ Change here: the order of learning within a rollout step. Its parts are elsewher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -74,9 +74,12 @@ class Learner:
         """Return this rank's micro-batches of every mini-batch, with token weights and without advantages."""
         return [self._build_mini_batch(step, plan, loss_mode) for plan in step.plan]
 
-    def update(self, scored: ScoredStep) -> list[UpdateStats]:
+    def update(
+        self, scored: ScoredStep, watch: Callable[[UpdateStats], None] = lambda stats: None
+    ) -> list[UpdateStats]:
         """Take one gradient step per mini-batch, `batch.epochs` times over, and return the statistics of each.
 
+        watch  called with the statistics of each step before it changes the weights; the gradients are there then.
         Raises RolloutError on every rank, before any weight changes, if the engine's log-probs differ from the actor's by more
         than algo.max_mismatch.
         """
@@ -84,11 +87,15 @@ class Learner:
 
         def check(stats: UpdateStats) -> None:
             check_mismatch(mismatch_metrics(stats.mismatch + scored.mismatch), self.config.algo.max_mismatch)
+            watch(stats)
 
         count = self.config.batch.epochs * len(scored.mini_batches)
         stats = self.actor.update(first, check=check, update_follows=count > 1)
         rest = others + [_with_own_logprobs(first, stats), *others] * (self.config.batch.epochs - 1)
-        return [stats, *(self.actor.update(mini, update_follows=n < count) for n, mini in enumerate(rest, 2))]
+        return [
+            stats,
+            *(self.actor.update(mini, check=watch, update_follows=n < count) for n, mini in enumerate(rest, 2)),
+        ]
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout

@@ -293,6 +293,19 @@ def _check_profile(c: Config) -> None:
         )
 
 
+def _check_record(c: Config) -> None:
+    keep, every = c.observe.record_keep, c.checkpoint.every
+    if keep is None:
+        return
+    if not c.observe.record:
+        raise ValueError(f"observe.record_keep {keep} keeps nothing without observe.record; set observe.record true")
+    if every and keep < every:
+        raise ValueError(
+            f"observe.record_keep {keep} is below checkpoint.every {every}, and a replay needs the tokens of all steps since a "
+            f"checkpoint; keep at least {every}, or save more often"
+        )
+
+
 def _check_ray(c: Config) -> None:
     if c.rollout.engine != "sglang":
         return
@@ -325,5 +338,6 @@ RULES = (
     _check_generation,
     _check_keep,
     _check_profile,
+    _check_record,
     _check_ray,
 )

@@ -331,6 +331,13 @@ class ObserveConfig(Section):
     profile_steps: list[Steps] = Field(default_factory=list)
     """Rollout steps whose scoring and gradient steps rank 0 records with torch.profiler, in profile/step_000003.json.gz. Such a
     step is slower, and of a large model its trace has hundreds of MB."""
+    record: bool = False
+    """Keep of each rollout step, in record/, what it trained on and digests of log-probs, gradients and weights, so that
+    `dapo-mcore replay` can repeat it. Changes no number. Costs a pass over gradients and weights per gradient step, and on rank
+    0's disk 9 bytes per token, which training waits for."""
+    record_keep: Steps | None = None
+    """Rollout steps whose tokens are kept; null keeps all. Digests and metrics of all steps stay. A replay needs the tokens of
+    all steps since a checkpoint."""
 
 
 class WarmStartConfig(Section):

@@ -26,8 +26,8 @@ ODD = 0x9E3779B97F4A7C15 - 2**64
 """2^64 divided by the golden ratio: multiples of it stay further apart than the bits of an element reach."""
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**20
-"""Elements at a time: temporary memory is some 50 MB."""
+_CHUNKS = {"cpu": 2**16, "cuda": 2**22}
+"""Elements at a time: what a core's cache holds, and on a GPU some 200 MB of temporary memory."""
 _MAIN, _GRADIENT = "optimizer.state.param.", "optimizer.state.gradient."
 
 
@@ -44,8 +44,8 @@ class DigestSums:
 
     def add(self, name: str, values: Tensor, positions: Tensor) -> None:
         """Add the elements `values` [n] of the tensor `name`, which have the int64 `positions` [n] in it."""
-        mixed, wide = _mix(positions * ODD + _bits(values)), values.double()
-        signed = torch.where(_mix(positions * ODD) & 1 == 0, wide, -wide)
+        keys, wide = positions * ODD, values.double()
+        mixed, signed = _mix(keys + _bits(values)), torch.where(_mix(keys) & 1 == 0, wide, -wide)
         self._hashes[name] = self._hashes.get(name, 0) + mixed.sum()
         self._sums[name] = self._sums.get(name, 0) + torch.stack([wide.square().sum(), signed.sum()])
 
@@ -55,17 +55,20 @@ class DigestSums:
         if block.is_padded:
             data = data[: max(0, num_rows - block.offsets[0])]
         flat = data.reshape(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            stop = min(start + _CHUNK, flat.numel())
-            positions = _positions(torch.arange(start, stop, device=flat.device), data.shape, block.size, block.offsets)
+        dims, chunk = _merged(data.shape, block.size, block.offsets), _CHUNKS[flat.device.type]
+        for start in range(0, flat.numel(), chunk):
+            stop = min(start + chunk, flat.numel())
+            positions = _positions(torch.arange(start, stop, device=flat.device), dims)
             self.add(tensor_name(block), flat[start:stop], positions)
 
     def reduce(self, names: Sequence[str], layout: Layout) -> Digests:
         """Return the digests of `names` over all ranks, on every rank. Collectives: two gloo all-reduces."""
         hashes, sums = torch.zeros(len(names), dtype=torch.int64), torch.zeros(len(names), 2, dtype=torch.float64)
-        for number, name in enumerate(names):
-            if name in self._hashes:
-                hashes[number], sums[number] = self._hashes[name].cpu(), self._sums[name].cpu()
+        if held := [
+            number for number, name in enumerate(names) if name in self._hashes
+        ]:  # copied at once from a device
+            hashes[held] = torch.stack([self._hashes[names[number]] for number in held]).cpu()
+            sums[held] = torch.stack([self._sums[names[number]] for number in held]).cpu()
         layout.sum_over_ranks(hashes)
         layout.sum_over_ranks(sums)
         return {
@@ -150,13 +153,25 @@ def tensor_name(block: CheckpointBlock) -> str:
     return re.sub(r"(\blayers\.)(?!\d)", lambda found: f"{found[1]}{block.offsets[0]}.", block.key)
 
 
-def _positions(flat: Tensor, shape: Sequence[int], size: Sequence[int], offsets: Sequence[int]) -> Tensor:
-    """Return the positions in a tensor of `size` of elements `flat` of a rectangle of `shape` at `offsets`, all row-major."""
-    found, stride = torch.zeros_like(flat), 1
-    for extent, whole, offset in zip(reversed(shape), reversed(size), reversed(offsets), strict=True):
-        found += (flat % extent + offset) * stride
-        flat, stride = flat // extent, stride * whole
-    return found
+def _merged(shape: Sequence[int], size: Sequence[int], offsets: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (extent, size of the whole, offset) of each dim of a rectangle, with dims that it fills merged into the one before."""
+    dims = [(1, 1, 0)]
+    for extent, whole, offset in zip(shape, size, offsets, strict=True):
+        if extent == whole:
+            dims[-1] = tuple(value * whole for value in dims[-1])
+        else:
+            dims.append((extent, whole, offset))
+    return dims
+
+
+def _positions(flat: Tensor, dims: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Return the positions in the whole tensor of a rectangle's elements `flat`, both row-major."""
+    found, stride = 0, 1
+    for extent, whole, offset in reversed(dims[1:]):
+        rest = torch.div(flat, extent, rounding_mode="floor")
+        found += (flat - rest * extent + offset) * stride
+        flat, stride = rest, stride * whole
+    return found + (flat + dims[0][2]) * stride
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -166,7 +181,9 @@ def _bits(values: Tensor) -> Tensor:
     return bits if width == 8 else bits & (2 ** (8 * width) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(keys: Tensor) -> Tensor:
     for shift, factor in _MIX:
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor  # torch shifts the sign in: mask it out
-    return x
+        high = keys >> shift
+        high &= 2 ** (64 - shift) - 1  # torch shifts the sign in
+        keys = high.bitwise_xor_(keys).mul_(factor)
+    return keys

@@ -179,6 +179,19 @@ class Origins:
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """Where a batch comes from: its prompts, by group number, and the origins of its samples."""
+
+    prompts: list[PromptRecord]
+    origins: Origins
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Sources:
+        prompts = [PromptRecord(group.prompt.uid, group.prompt.row) for group in groups]
+        return cls(prompts, Origins.of(groups))
+
+
+@dataclass(frozen=True, slots=True)
 class BatchRecord:
     """What a rollout step trained on: `batch` as scatter_step takes it, and the origins of its samples."""
 

@@ -43,6 +43,7 @@ from dapo_mcore.process.launcher import routed_address, shutdown_timeout_note
 from dapo_mcore.process.run_lock import RunLock
 from dapo_mcore.process.signals import Interrupted, Shutdown, Stop
 from dapo_mcore.process.stop_file import STOP, StopFile
+from dapo_mcore.replay.recorder import open_recorder
 from dapo_mcore.rollout.build import build_peer
 from dapo_mcore.rollout.sglang.launch.node_servers import Node, NodeHost
 from dapo_mcore.train.leaders import open_leaders
@@ -73,6 +74,9 @@ class Run:
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer))
+            self.recorder = open_recorder(
+                config, self.actor, lambda: self.controller and self.controller.sources, self.progress.line
+            )
             self.memory = MemoryUse(self.actor)
             self.progress.line(self.memory.start_line())
             shared = config.rollout.engine == "sglang" and config.rollout.sglang.colocated
@@ -156,12 +160,15 @@ class Run:
                 share = scatter_step(
                     batch, config, self.layout, mini_batch_prompts=config.batch.mini_batch_prompts, seed=seed
                 )
+                self.recorder.add_batch(step, share, seed, batch)
                 del batch  # 9 bytes per token of the whole step: the ranks have their shares
                 scored = self.learner.score(share)
+                self.recorder.add_scores(scored)
             if self._stop() is not None:
                 return None
             with self._phase("train"), self.memory.phase("update"):
-                updates = self.learner.update(scored)
+                updates = self.learner.update(scored, self.recorder.add_update)
+                self.recorder.finish()
                 if config.parallel.check_replicas:
                     check_replicas(self.actor.policy, self.actor.shape, self.layout)
         self._tell_skips(updates)
@@ -219,8 +226,9 @@ class Run:
         if loaded is None:
             return self._start()
         path, state = loaded
-        self.handover.to_rollout(version=state.weight_version)
         self._on_controller(lambda c: c.resume(state))
+        self.recorder.start(state.step)
+        self.handover.to_rollout(version=state.weight_version)
         self.outputs.saved_step = state.step
         self.progress.line(f"resumed after rollout step {state.step} from {path}")
         return state.step + 1
@@ -229,6 +237,7 @@ class Run:
         self._on_controller(lambda c: c.open_run(resume_step=None))
         if self.config.warm_start is not None:
             warm_start(self.config, self.learner, self.handover, self.controller, self.layout)
+        self.recorder.start(after_step=0)
         self.handover.to_rollout(version=0)
         return 1
 

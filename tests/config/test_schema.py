@@ -114,6 +114,11 @@ RULES: list[tuple[list[str], str]] = [
         [*AHEAD, "algo.tis.mode=truncate", "sampling.max_staleness=0"],
         "sampling.max_staleness 0 is below rollout.async_steps 1: every group would be dropped as stale; use at least 1",
     ),
+    (["observe.record_keep=9"], "observe.record_keep 9 keeps nothing without observe.record; set observe.record true"),
+    (
+        ["observe.record=true", "observe.record_keep=9", "checkpoint.every=10"],
+        "observe.record_keep 9 is below checkpoint.every 10, and a replay needs the tokens of all steps since a checkpoint",
+    ),
     (
         ["observe.profile_steps=[2,30]", "num_rollout_steps=20"],
         "observe.profile_steps has 30, but the run ends at num_rollout_steps 20; name earlier steps",

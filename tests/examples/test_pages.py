@@ -21,6 +21,7 @@ from dapo_mcore import cli
 from dapo_mcore.config.file import load_config
 from dapo_mcore.doctor import command as doctor
 from dapo_mcore.observe import bench_plots, plots
+from dapo_mcore.replay import command as replay
 from dapo_mcore.replay import report
 from tools.soak import __main__ as soak
 
@@ -78,7 +79,7 @@ def check_tool(
         arguments.append(f"model.path={tmp_path}")
     for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):
         monkeypatch.setattr(module, name, lambda *given, **more: [ROOT])
-    for module in (doctor, report):
+    for module in (doctor, replay, report):
         monkeypatch.setattr(module, "run", lambda *given: 0)
     assert cli.main([command, *arguments]) == 0, capsys.readouterr().err
 

@@ -1,5 +1,6 @@
-"""The layout of a job of one process, as the tests of the actor have it."""
+"""The layout of a job of one process, and the quickstart's task, as other tests have them."""
 
 from tests.actor.conftest import alone
+from tests.train.conftest import task
 
-__all__ = ["alone"]
+__all__ = ["alone", "task"]

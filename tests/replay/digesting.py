@@ -14,7 +14,7 @@ from tests.actor.parity import Mesh, build_actor, make_batch, make_config, score
 
 def digests_of_a_step(layout: Any, mesh: Mesh, options: dict[str, Any]) -> dict[str, Any]:
     """Return all digests of one gradient step, as plain values."""
-    config = make_config(mesh, **options, algo__old_logprobs="policy", batch__mini_batch_prompts=2)
+    config = make_config(mesh, **options, algo__old_logprobs="actor", batch__mini_batch_prompts=2)
     actor, batch = build_actor(config, layout), make_batch()
     offsets, digester = torch.from_numpy(batch.offsets), Digester(actor)
     found = {"start": digester.weights()}
