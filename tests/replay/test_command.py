@@ -45,10 +45,10 @@ def test_causes_are_what_differs_from_the_recorded_start(tmp_path, capsys):
     path.write_text(dump_config(config))
     recorded = Setting({"tensor": 1}, {"torch": "2.13"}, {"cpu": 1}, {"NCCL_ALGO": "Ring"})
     command._tell_causes(
-        recorded, replace(recorded, versions={"torch": "2.12"}), path, make_config(Mesh(), optimizer__lr=2)
+        recorded, replace(recorded, versions={"torch": "2.12"}), path, make_config(Mesh(), optimizer__lr=0.5)
     )
     assert capsys.readouterr().out.splitlines() == [
-        "  optimizer.lr: 0.001 when it was recorded, 2.0 here",
+        "  optimizer.lr: 0.001 when it was recorded, 0.5 here",
         "  versions.torch: 2.13 when it was recorded, 2.12 here",
     ]
     command._tell_causes(recorded, recorded, path, config)
