@@ -126,6 +126,7 @@ class Controller:
         self.positions: dict[int, Position] = {}  # of the last step and the one before it
         self.sinks: MetricSinks | None = None
         self.report: StepReport | None = None  # of the last rollout step
+        self.uids: list[str] = []  # of its groups' prompts
         self.sources: Sources | None = None  # of its batch, if it is recorded
         self.rollout_times: dict[str, float] = {}
         self.flops, self.num_ranks, self.work = forward_flops(hf_config), num_ranks, StepWork(0, 0, 0.0)
@@ -196,6 +197,7 @@ class Controller:
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
         self.report = StepReport.of(collected, collected.groups, self.config.observe.samples_per_step)
+        self.uids = [group.prompt.uid for group in collected.groups]
         self.sources = Sources.of(collected.groups) if self.config.observe.record else None
         batch = to_train_batch(collected.groups, overlong_filter=self.config.reward.overlong.filter)
         self.work = StepWork(

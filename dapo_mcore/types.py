@@ -90,8 +90,8 @@ class Score:
     penalty   soft overlong punishment, 0 or negative.
     acc       raw correctness, which dynamic sampling looks at; never contains the penalty.
     pred      the answer that was extracted from the response, for people.
-    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`). Then `acc` is False, and statistics and loss
-              leave the sample out unless the configuration gives failures a value.
+    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`; `log-probs: …` if the engine's are not finite).
+              Then `acc` is False, and statistics and loss leave the sample out unless the configuration gives failures a value.
     masked    True if group statistics and loss leave the sample out because scoring failed.
     """
 

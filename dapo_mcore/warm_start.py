@@ -56,7 +56,7 @@ def warm_start(
                 f"warm start ended at max_updates {settings.max_updates}, short of stop_at {settings.stop_at}"
             )
     handover.to_training()
-    actor.skipped_updates.check_trained()
+    actor.guard.check_trained()
     actor.reset_optimizer(config.optimizer)
     actor.freeze_reference()
 

@@ -50,7 +50,7 @@ class Run:
         actor = SimpleNamespace(
             reset_optimizer=lambda optimizer: self.calls.append((optimizer.lr, optimizer.schedule)),
             update=self._update,
-            skipped_updates=SimpleNamespace(check_trained=lambda: self.calls.append("check")),
+            guard=SimpleNamespace(check_trained=lambda: self.calls.append("check")),
             freeze_reference=lambda: self.calls.append("reference"),
         )
         handover = SimpleNamespace(

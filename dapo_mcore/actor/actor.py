@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,16 +21,22 @@ from dapo_mcore.actor.forward_backward import MicroBatchOutput, finalize_without
 from dapo_mcore.actor.head import PolicyHead
 from dapo_mcore.actor.metrics import UpdateStats, micro_batch_stats
 from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
-from dapo_mcore.actor.optimizer import Optimizer, SkippedUpdates
+from dapo_mcore.actor.not_finite import Culprit, find_culprit, weights_lost
+from dapo_mcore.actor.optimizer import Optimizer
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.param_gather import gather_parameters
+from dapo_mcore.actor.update_guard import UpdateGuard, Verdict
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import weight_shape
 from dapo_mcore.batch.feeder import build_feeder
 from dapo_mcore.config import optimizer as settings
 from dapo_mcore.config.schema import Config
+from dapo_mcore.errors import TrainingError
 from dapo_mcore.types import MicroBatch
+
+OnSkip = Callable[[UpdateStats, Culprit | None, Sequence[MicroBatchOutput]], None]
+"""Called on every rank for a skipped gradient step, with what was not finite first and the outputs of its micro-batches."""
 
 
 class Actor:
@@ -47,7 +54,6 @@ class Actor:
         gather_parameters(self.ddp)  # Megatron takes those of a new model for outdated
         self.head = PolicyHead(config, layout, self.shape.vocab_size)
         self.feeder = build_feeder(config.batch.feeder, layout.device)
-        self.num_updates = 0
         self.reset_optimizer(config.optimizer)
 
     def _build_reference(self, hf_config: Any) -> Policy | None:
@@ -67,8 +73,12 @@ class Actor:
     def reset_optimizer(self, config: settings.OptimizerConfig) -> None:
         """Replace the optimizer by a new one, with empty state and a new schedule, over the same weights."""
         self.optimizer = Optimizer(self.ddp, config, self.policy.config.params_dtype)
-        self.num_updates = 0
-        self.skipped_updates = SkippedUpdates(config.max_skipped_updates)
+        self.guard = UpdateGuard(config)
+
+    @property
+    def num_updates(self) -> int:
+        """Return the number of gradient steps of this optimizer, with skipped ones."""
+        return self.guard.state.num_updates
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Return the micro-batches, on last-stage ranks with the policy's log-probs as old log-probs.
@@ -94,6 +104,7 @@ class Actor:
         supervised: bool = False,
         check: Callable[[UpdateStats], None] | None = None,
         update_follows: bool = False,
+        on_skip: OnSkip | None = None,
     ) -> UpdateStats:
         """Take one gradient step on a mini-batch and return its statistics over all ranks.
 
@@ -101,22 +112,51 @@ class Actor:
         check           called with the statistics before the weights change; an exception, on all ranks, leaves them as they are
         update_follows  nothing reads the weights before the next `update`. With parallel.overlap_param_gather its forward pass
                         gathers them then; otherwise they are whole when this returns
-        If a gradient is not finite on any rank, all ranks skip the step. Raises TrainingError, on every rank, at the last of
-        optimizer.max_skipped_updates skipped steps in a row. Collectives: all of Megatron's for a gradient step.
+        If a number of the step is not finite on any rank, or the guard sees a spike, all ranks skip the step. Raises
+        TrainingError, on every rank, at the last of optimizer.max_skipped_updates such steps in a row, and at once if a weight is
+        not finite. Collectives: all of Megatron's for a gradient step.
         """
         outputs = self.backward(micro_batches, supervised=supervised)
         norm = self.optimizer.prepare()
         stats = UpdateStats.reduce(
-            outputs, self.layout, grad_norm=norm, lr=self.optimizer.lr, aux_loss=self.take_aux_loss()
+            outputs,
+            self.layout,
+            grad_norm=norm,
+            lr=self.optimizer.lr,
+            judge=self.guard.judge,
+            aux_loss=self.take_aux_loss(),
         )
         if check is not None:
             check(stats)
-        if not stats.skipped:
+        if stats.skipped:
+            stats = self._skip(micro_batches, outputs, stats, on_skip)
+        else:
             self.optimizer.step(norm)
         if not update_follows:
             gather_parameters(self.ddp)
-        self.num_updates += 1
-        self.skipped_updates.add(stats.skipped)
+        self.guard.add(stats.verdict, stats.grad_norm, stats.cause)
+        return stats
+
+    def _skip(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        outputs: Sequence[MicroBatchOutput],
+        stats: UpdateStats,
+        on_skip: OnSkip | None,
+    ) -> UpdateStats:
+        """End a gradient step without an update. Return its statistics with the cause."""
+        self.optimizer.skip()
+        culprit = None
+        if stats.verdict is Verdict.SPIKE:
+            cause = self.guard.describe_spike(stats.grad_norm)
+        else:
+            culprit = find_culprit(self.policy, micro_batches, outputs, self.layout)
+            cause = str(culprit) if culprit else "all tensors are finite, but the gradient norm overflows"
+        stats = replace(stats, cause=cause)
+        if on_skip is not None:
+            on_skip(stats, culprit, outputs)
+        if culprit is not None and culprit.tensor == "weight":
+            raise TrainingError(weights_lost(cause))
         return stats
 
     def backward(self, micro_batches: Sequence[MicroBatch], *, supervised: bool = False) -> list[MicroBatchOutput]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,10 @@ import torch
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
 from dapo_mcore.actor.model.fp8_rules import token_multiple
+from dapo_mcore.actor.not_finite import Culprit
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
+from dapo_mcore.actor.skipped_batch import SKIPPED, SkippedBatch, write_skipped
+from dapo_mcore.actor.update_guard import Verdict
 from dapo_mcore.algo.advantage import group_advantages, whitened
 from dapo_mcore.algo.correction import (
     MismatchStats,
@@ -39,18 +44,27 @@ class ScoredStep:
     """The mini-batches of a rollout step, ready for gradient steps.
 
     mismatch  over all ranks, of the mini-batches after the first. Empty if these are not scored.
+    step      the samples that the micro-batches were built from
     """
 
     mini_batches: list[list[MicroBatch]]
     mismatch: MismatchStats
+    step: ScatteredStep
 
 
 class Learner:
-    """Trains an actor on scattered rollout steps. Every rank calls the same methods in the same order."""
+    """Trains an actor on scattered rollout steps. Every rank calls the same methods in the same order.
 
-    def __init__(self, actor: Actor, pad_token: int):
-        self.actor = actor
+    tell     gets a line about each skipped gradient step, on rank 0
+    skipped  folder for the mini-batches of skipped steps; None is `skipped` in the run's
+    """
+
+    def __init__(
+        self, actor: Actor, pad_token: int, tell: Callable[[str], object] = print, skipped: Path | None = None
+    ):
+        self.actor, self.tell = actor, tell
         self.config: Config = actor.config
+        self.skipped = skipped or self.config.run_dir / SKIPPED
         self.layout = actor.layout
         self.pad_token = pad_token
 
@@ -68,34 +82,76 @@ class Learner:
         mismatch = self._mismatch(flat[max(start, bounds[1]) :])
         advantages = self._advantages(step.metadata, flat)
         flat = [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in flat]
-        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch)
+        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch, step)
 
     def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
         """Return this rank's micro-batches of every mini-batch, with token weights and without advantages."""
         return [self._build_mini_batch(step, plan, loss_mode) for plan in step.plan]
 
     def update(
-        self, scored: ScoredStep, watch: Callable[[UpdateStats], None] = lambda stats: None
+        self, scored: ScoredStep, uids: Sequence[str] = (), watch: Callable[[UpdateStats], None] = lambda stats: None
     ) -> list[UpdateStats]:
         """Take one gradient step per mini-batch, `batch.epochs` times over, and return the statistics of each.
 
+        Skipped steps are told, and their mini-batches written. uids [P], on rank 0: of the prompts of the step's groups.
         watch  called with the statistics of each step before it changes the weights; the gradients are there then.
         Raises RolloutError on every rank, before any weight changes, if the engine's log-probs differ from the actor's by more
-        than algo.max_mismatch.
+        than algo.max_mismatch. Raises TrainingError on every rank if skipped steps end the run.
         """
-        first, *others = scored.mini_batches
+        first, *others = enumerate(scored.mini_batches)
 
         def check(stats: UpdateStats) -> None:
-            check_mismatch(mismatch_metrics(stats.mismatch + scored.mismatch), self.config.algo.max_mismatch)
+            own = None if stats.verdict is Verdict.NOT_FINITE else stats.mismatch
+            total = scored.mismatch if own is None else own + scored.mismatch
+            check_mismatch(mismatch_metrics(total), self.config.algo.max_mismatch)
             watch(stats)
 
         count = self.config.batch.epochs * len(scored.mini_batches)
-        stats = self.actor.update(first, check=check, update_follows=count > 1)
-        rest = others + [_with_own_logprobs(first, stats), *others] * (self.config.batch.epochs - 1)
-        return [
-            stats,
-            *(self.actor.update(mini, check=watch, update_follows=n < count) for n, mini in enumerate(rest, 2)),
-        ]
+        step = partial(self._take_step, scored, uids)
+        stats = step(*first, check=check, update_follows=count > 1)
+        again = (0, _with_own_logprobs(first[1], stats))
+        rest = others + [again, *others] * (self.config.batch.epochs - 1)
+        return [stats, *(step(*mini, check=watch, update_follows=n < count) for n, mini in enumerate(rest, 2))]
+
+    def _take_step(
+        self, scored: ScoredStep, uids: Sequence[str], number: int, micro_batches: list[MicroBatch], **options: Any
+    ) -> UpdateStats:
+        """Take the gradient step of mini-batch `number`."""
+
+        def on_skip(stats: UpdateStats, culprit: Culprit | None, outputs: Sequence[dict[str, torch.Tensor]]) -> None:
+            batch = SkippedBatch(scored.step, scored.step.plan[number], micro_batches, outputs)
+            self._report_skip(batch, stats, culprit, uids)
+
+        stats = self.actor.update(micro_batches, on_skip=on_skip, **options)
+        if stats.verdict is Verdict.NEW_LEVEL and self.layout.is_controller:
+            self.tell(
+                f"gradient step {self.actor.num_updates} was taken: {stats.grad_norm:.3g} is the gradient norm's new level, "
+                f"after {self.config.optimizer.max_skipped_updates - 1} spikes in a row"
+            )
+        return stats
+
+    def _report_skip(
+        self, batch: SkippedBatch, stats: UpdateStats, culprit: Culprit | None, uids: Sequence[str]
+    ) -> None:
+        """Write the mini-batch of a skipped step, and tell its cause on rank 0. Collectives: those of write_skipped."""
+        number = self.actor.num_updates + 1
+        facts = {
+            "update": number,
+            "verdict": stats.verdict.value,
+            "cause": stats.cause,
+            "culprit": culprit and {"tensor": culprit.tensor} | culprit._asdict(),
+            "grad_norm": stats.grad_norm,
+            "usual_grad_norm": self.actor.guard.usual_norm,
+            "lr": stats.lr,
+            **stats.sums,
+            "samples": batch.samples(uids) if self.layout.is_controller else [],
+        }
+        where = write_skipped(self.skipped / f"update_{number:06d}", batch, facts, self.layout)
+        if self.layout.is_controller:
+            self.tell(
+                f"warning: gradient step {number} was skipped on all ranks: {stats.cause}; {where}; "
+                f"optimizer.max_skipped_updates {self.config.optimizer.max_skipped_updates} in a row end the run"
+            )
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout
@@ -136,7 +192,7 @@ class Learner:
         advantages = group_advantages(
             rewards,
             metadata.group_ids,
-            metadata.in_statistics,
+            metadata.in_statistics & np.isfinite(rewards),  # a KL may not be: only its own mini-batch is skipped
             std="none" if algo.advantage_std == "batch" else algo.advantage_std,
             baseline=algo.advantage_baseline,
             eps=algo.advantage_eps,
@@ -166,7 +222,9 @@ class Learner:
         if self.layout.reports_loss:
             for micro in scored:
                 old = micro.old_logprobs.cpu()
-                total += mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), tis.mode, tis.cap)
+                own = mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), tis.mode, tis.cap)
+                if own.sums.isfinite().all():  # otherwise its gradient step is skipped
+                    total += own
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))
 
 

@@ -1,4 +1,4 @@
-"""AdamW on this rank: gradient steps, the learning-rate schedule, the optimizer state, and the count of skipped steps.
+"""AdamW on this rank: gradient steps, the learning-rate schedule, and the optimizer state.
 
 Change here: anything that differs between Megatron's optimizers (plain or distributed, with torch's AdamW or Transformer
 Engine's FusedAdam, or hybrid: a part of the state on the host).
@@ -21,14 +21,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from dapo_mcore.config import optimizer as settings
-from dapo_mcore.errors import ConfigError, TrainingError
+from dapo_mcore.errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ADVICE = (
-    "see actor/grad_norm, actor/ratio_max_deviation and mismatch/logprob_diff_max in metrics.jsonl for the steps before; "
-    "lower optimizer.lr, clip more (optimizer.clip_grad) or look for NaN in the model's weights, and resume from a "
-    "checkpoint from before the first skipped step"
-)
 
 
 class OptimizerShard(NamedTuple):
@@ -48,7 +43,11 @@ class OptimizerShard(NamedTuple):
 
 
 class Optimizer:
-    """Megatron's optimizer with its scheduler. Gradient steps count from 1: step u uses lr · min(1, u / warm-up)."""
+    """Megatron's optimizer with its scheduler. Gradient steps count from 1: step u uses lr · min(1, u / warm-up).
+
+    Skipped steps are not counted. So the schedule and Adam's bias correction count the same steps, and a run continues after a
+    skipped step as if it had never had that mini-batch.
+    """
 
     def __init__(self, chunks: list[DistributedDataParallel], config: settings.OptimizerConfig, dtype: torch.dtype):
         if config.saves_memory:
@@ -80,7 +79,7 @@ class Optimizer:
 
         Returns NaN on a rank with a gradient that is not finite. Another rank's norm may be finite all the same, because the
         norm counts only one copy of a parameter that several ranks hold. So the caller decides for all ranks whether to call
-        `step`; without that call, neither parameters nor Adam's state change. Collective: the gradient norm over the
+        `step` or `skip`; until `step`, neither parameters nor Adam's state change. Collective: the gradient norm over the
         model-parallel group (with the distributed optimizer, over all ranks).
         """
         self.scheduler.step(increment=1)
@@ -101,6 +100,10 @@ class Optimizer:
                 )
         updated = self.megatron.step_with_ready_grads()
         assert updated, "only a loss scale could refuse the step, and there is none"
+
+    def skip(self) -> None:
+        """End a gradient step that `prepare` began, without an update. The next step uses its learning rate."""
+        self.scheduler.step(increment=-1)
 
     @property
     def lr(self) -> float:
@@ -151,8 +154,8 @@ class Optimizer:
         )
         return max(counts, default=0.0)
 
-    def resume_at(self, adam_step: float, num_updates: int) -> None:
-        """Set the counts of a checkpoint whose tensors have been copied into `shards`.
+    def resume_at(self, adam_step: float) -> None:
+        """Set the count of a checkpoint whose tensors have been copied into `shards`, for Adam and for the schedule.
 
         Learning rate, weight decay and betas stay those of this run's config.
         """
@@ -165,7 +168,7 @@ class Optimizer:
                 for group in adam.param_groups:
                     group["step"] = int(adam_step)
         self.scheduler.num_steps = 0
-        self.scheduler.step(increment=num_updates)
+        self.scheduler.step(increment=int(adam_step))
 
     def _copies_are_finite(self) -> bool:
         """Return True if the gradients that the norm may leave out are finite.
@@ -199,36 +202,6 @@ class Optimizer:
     def _parts(self) -> list[MegatronOptimizer]:
         """Return the chained optimizers: one for dense parameters, and one for experts if they have groups of their own."""
         return self.megatron.chained_optimizers
-
-
-class SkippedUpdates:
-    """A count of the skipped gradient steps of one optimizer. All ranks see the same steps, so they raise together.
-
-    limit  this many skipped steps in a row are an error
-    """
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self.num_updates = self.num_skipped = self.num_in_row = 0
-
-    def add(self, skipped: bool) -> None:
-        """Count a gradient step. Raises TrainingError at the last of `limit` skipped steps in a row."""
-        self.num_updates += 1
-        self.num_skipped += skipped
-        self.num_in_row = self.num_in_row + 1 if skipped else 0
-        if self.num_in_row >= self._limit:
-            raise TrainingError(
-                f"the last {self.num_in_row} gradient steps were skipped, since a gradient was not finite on some rank, and "
-                f"optimizer.max_skipped_updates allows fewer than {self._limit} in a row; {_ADVICE}"
-            )
-
-    def check_trained(self) -> None:
-        """Raise TrainingError if there were gradient steps and all of them were skipped."""
-        if self.num_updates and self.num_skipped == self.num_updates:
-            raise TrainingError(
-                f"all {self.num_updates} gradient steps of this run were skipped, since a gradient was not finite on some "
-                f"rank: the weights are those of the start; {_ADVICE}"
-            )
 
 
 def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:

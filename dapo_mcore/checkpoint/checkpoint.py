@@ -38,6 +38,7 @@ from dapo_mcore.actor.checkpoint_blocks import (
     written_blocks,
 )
 from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.actor.update_guard import GuardState
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.run_folder import checkpoint_path, latest_checkpoint, new_partial, remove, step_of
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
@@ -127,8 +128,8 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     blocks = checkpoint_blocks(actor)
     _on_every_rank(layout, lambda: _read_blocks(path, shares(blocks)))
     exchange_shares(blocks, layout)
-    actor.optimizer.resume_at(shared.adam_step, shared.train.num_updates)
-    actor.num_updates = shared.train.num_updates
+    actor.optimizer.resume_at(shared.adam_step)
+    actor.guard.state = GuardState(**(shared.guard or {"num_updates": shared.train.num_updates}))
     return (state or shared).train
 
 
@@ -199,7 +200,8 @@ def _write_rest(partial: Path, state: TrainState | None, adam_step: float, actor
     """Rank 0: write what is no tensor."""
     assert state is not None, "rank 0 must give the state"
     (partial / SHARDS).mkdir()
-    write_state(partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_step))
+    guard = asdict(actor.guard.state)
+    write_state(partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_step, guard))
     write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
 
 

@@ -58,6 +58,7 @@ class RunState:
     fits        settings that must match between a checkpoint and the run that loads it; the parallel layout may differ
     reference   True if the checkpoint holds a reference policy
     adam_step   updates that Adam has made; None in format 1
+    guard       counts and norms of actor/update_guard.py; None in checkpoints of earlier versions
     """
 
     format: int
@@ -65,6 +66,7 @@ class RunState:
     fits: dict[str, Any]
     reference: bool
     adam_step: float | None
+    guard: dict[str, Any] | None = None
 
 
 def _file_model() -> type[BaseModel]:
@@ -82,6 +84,7 @@ def _file_model() -> type[BaseModel]:
         fits=(dict[str, Any], ...),
         reference=(bool, ...),
         adam_step=(float | None, None),
+        guard=(dict[str, Any] | None, None),
     )
 
 
@@ -115,7 +118,7 @@ def read_state(folder: Path) -> RunState:
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
     train = TrainState(**dict(stored.train), sampler_arrays=_read_arrays(folder / ARRAYS_FILE))
-    return RunState(stored.format, train, stored.fits, stored.reference, stored.adam_step)
+    return RunState(stored.format, train, stored.fits, stored.reference, stored.adam_step, stored.guard)
 
 
 def refuse_wrong_optimizer_state(folder: Path, state: RunState) -> None:

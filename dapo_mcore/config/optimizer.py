@@ -30,7 +30,14 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, le=1)
     clip_grad: float = Field(1.0, ge=0)
     max_skipped_updates: int = Field(10, ge=1)
-    """A gradient step whose gradient is not finite is skipped. This many skipped steps in a row end the run."""
+    """A gradient step in which any rank has a loss, log-prob, gradient or other number that is not finite is skipped on all ranks:
+    weights, Adam's state and the learning-rate schedule stay as they were. This many such steps in a row end the run."""
+    spike_factor: float | None = Field(None, gt=1, le=1e6)
+    """Skip a gradient step whose norm before clipping is above this many times the median of the last `spike_window` norms.
+    Null: no step is a spike. A run is never blocked: the `max_skipped_updates`-th spike in a row is taken, and the median begins
+    anew. Costs nothing. Clipping already bounds a spike's size; this saves the weights from its direction too."""
+    spike_window: int = Field(64, ge=8, le=100_000)
+    """Number of norms in the median. Nothing is a spike before that many gradient steps."""
     distributed: bool = True
     """Shard optimizer state over data-parallel ranks."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
@@ -47,6 +54,15 @@ class OptimizerConfig(Section):
     def saves_memory(self) -> bool:
         """True if state is on the host or in bf16."""
         return self.offload_fraction > 0 or "bf16" in (self.exp_avg_dtype, self.exp_avg_sq_dtype)
+
+    @model_validator(mode="after")
+    def _check_spikes(self) -> OptimizerConfig:
+        if self.spike_factor is not None and self.max_skipped_updates < 2:
+            raise ValueError(
+                f"spike_factor {self.spike_factor:g} with max_skipped_updates {self.max_skipped_updates} would skip nothing: the "
+                f"max_skipped_updates-th spike in a row is taken; set max_skipped_updates to at least 2, or spike_factor null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_memory(self) -> OptimizerConfig:

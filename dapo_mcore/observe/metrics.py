@@ -36,7 +36,9 @@ METRICS: dict[str, Metric] = {
     "reward/acc": Metric("fraction", "correct answers among generated samples that were scored"),
     "reward/acc_kept": Metric("fraction", "correct answers among the scored samples of kept groups"),
     "reward/failures": Metric(
-        "samples", "generated samples whose scoring failed (timeout, exception, NaN), masked or not"
+        "samples",
+        "generated samples whose scoring failed (timeout, exception, NaN), masked or not, and those whose log-probs from the "
+        "engine are not finite, always masked",
     ),
     "reward/groups_one_scored": Metric(
         "groups", "trained groups with several samples but one score: without a baseline that sample has advantage 0"
@@ -88,7 +90,11 @@ METRICS: dict[str, Metric] = {
         "",
         "loss as optimised (policy term, KL and entropy bonus, not model.moe_aux_loss_coef), mean over the step's updates",
     ),
-    "actor/skipped_updates": Metric("updates", "gradient steps skipped because the gradient was not finite"),
+    "actor/skipped_updates": Metric(
+        "updates",
+        "gradient steps skipped because a loss, log-prob, gradient or other number was not finite on some rank",
+    ),
+    "actor/skipped_spikes": Metric("updates", "gradient steps skipped by optimizer.spike_factor"),
     "actor/nll": Metric("nats", "negative log-prob of the loss tokens, mean"),
     "actor/entropy": Metric("nats", "entropy of the policy, mean over loss tokens"),
     "actor/grad_norm": Metric("", "gradient norm before clipping, mean over the step's updates"),

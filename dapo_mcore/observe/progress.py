@@ -290,6 +290,12 @@ def _failures(metrics: Metrics) -> str:
     return f"{failures:.0f}" if failures else ""
 
 
+def _skipped(metrics: Metrics) -> str:
+    """Return the number of gradient steps that were skipped, empty for 0."""
+    skipped = metrics.get("actor/skipped_updates", 0) + metrics.get("actor/skipped_spikes", 0)
+    return f"{skipped:.0f}" if skipped else ""
+
+
 def _tokens_per_s(metrics: Metrics) -> str:
     return f"{format_count(metrics['perf/tokens_per_s'])} tok/s" if "perf/tokens_per_s" in metrics else ""
 
@@ -310,6 +316,7 @@ _LINE = (
     Column("len", 5, _number("response_length/mean", 1)),
     Column("kept", 6, _kept),
     Column("failed", 3, _failures),
+    Column("skipped", 3, _skipped),
     Column("grad", 7, _number("actor/grad_norm", 2)),
     Column("", 9, _tokens_per_s),
 )

@@ -17,6 +17,7 @@ from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.scatter import scatter_step
+from dapo_mcore.actor.skipped_batch import SKIPPED
 from dapo_mcore.checkpoint.checkpoint import load_checkpoint
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
 from dapo_mcore.config.schema import Config
@@ -53,7 +54,7 @@ class Replay:
         self.setting = current_setting(config, layout)
         hf_config = load_hf_config(config.model)
         self._actor = Actor(config, hf_config, layout, open_weights(config.model, hf_config, config.seed))
-        self._learner = Learner(self._actor, pad_token(load_tokenizer(config.model)))
+        self._learner = Learner(self._actor, pad_token(load_tokenizer(config.model)), skipped=out / SKIPPED)
         self._sources: Sources | None = None
         self._recorder = Recorder(config, self._actor, out, tell, sources=lambda: self._sources)
 
@@ -86,7 +87,7 @@ class Replay:
         self._recorder.add_batch(step, share, seed, batch=None)
         scored = self._learner.score(share)
         self._recorder.add_scores(scored)
-        self._learner.update(scored, self._recorder.add_update)
+        self._learner.update(scored, watch=self._recorder.add_update)
         self._recorder.finish()
 
     def _checkpoint(self, step: int) -> Path | None:

@@ -293,7 +293,10 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = weights.double().cumsum(-1)
     points = uniforms.clamp(max=_LARGEST_UNIFORM)[:, None] * cumulative[:, -1:]
     # right=True: the first token whose cumulative weight exceeds the point, so never one of weight 0.
-    return torch.searchsorted(cumulative, points, right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, points, right=True)[:, 0]
+    return tokens.clamp_(
+        max=weights.size(-1) - 1
+    )  # a row of NaN finds none; its log-prob is NaN, which masks the sample
 
 
 def _restrict(probs: Tensor, top_k: int, top_p: float) -> Tensor:

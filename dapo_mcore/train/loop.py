@@ -21,8 +21,9 @@ from typing import Any
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.memory_use import MemoryUse
-from dapo_mcore.actor.metrics import UpdateStats, update_metrics
+from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.model.fp8_rules import check_same_on_all_ranks
+from dapo_mcore.actor.not_finite import check_weights
 from dapo_mcore.actor.parallel import layout as layouts
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
@@ -73,7 +74,7 @@ class Run:
             self.controller = layout.on_controller_or_raise(lambda: self._open_controller(tokenizer, nodes, relay))
             weights = open_weights(config.model, self.hf_config, config.seed)
             self.actor = Actor(config, self.hf_config, layout, weights)
-            self.learner = Learner(self.actor, pad_token(tokenizer))
+            self.learner = Learner(self.actor, pad_token(tokenizer), self.progress.line)
             self.recorder = open_recorder(
                 config, self.actor, lambda: self.controller and self.controller.sources, self.progress.line
             )
@@ -108,7 +109,7 @@ class Run:
             if self.layout.is_controller:
                 self.progress.line(f"stopped by {STOP}: {how_to_go_on(self.config)}")
             return
-        self.actor.skipped_updates.check_trained()
+        self.actor.guard.check_trained()
         self.outputs.finish()
         export = None
         if self.config.checkpoint.export_at_end:
@@ -167,11 +168,12 @@ class Run:
             if self._stop() is not None:
                 return None
             with self._phase("train"), self.memory.phase("update"):
-                updates = self.learner.update(scored, self.recorder.add_update)
+                uids = self.controller.uids if self.controller else ()
+                updates = self.learner.update(scored, uids, self.recorder.add_update)
+                check_weights(self.actor.policy, self.layout)  # before the engine gets them
                 self.recorder.finish()
                 if config.parallel.check_replicas:
                     check_replicas(self.actor.policy, self.actor.shape, self.layout)
-        self._tell_skips(updates)
         memory = self.memory.metrics()  # before the memory may go to servers
         with self.layout.beacon.phase("generate"):
             self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
@@ -211,14 +213,6 @@ class Run:
         if stop.signum is None and self.stop_file is not None:
             self.stop_file.confirm(step)
         return stop
-
-    def _tell_skips(self, updates: Sequence[UpdateStats]) -> None:
-        if skipped := sum(update.skipped for update in updates):
-            self.progress.line(
-                f"warning: {skipped} of this rollout step's {len(updates)} gradient steps were skipped, since a gradient was "
-                f"not finite on some rank; optimizer.max_skipped_updates {self.config.optimizer.max_skipped_updates} in a row "
-                f"end the run"
-            )
 
     def _resume_or_start(self) -> int:
         """Load or start the run, and return the number of the first rollout step to run."""

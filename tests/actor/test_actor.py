@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
+from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from dapo_mcore.model_files.hf_folder import RandomReader
 from dapo_mcore.types import MicroBatch
 from tests.actor import families, parity
 from tests.actor.parity import Mesh
+from tests.checkpoint import resuming
 
 
 def built(layout: Any, **overrides: Any) -> tuple[Actor, list[MicroBatch]]:
@@ -172,3 +176,36 @@ def test_a_new_optimizer_starts_without_moments_and_counts_from_zero(alone):
 def gradient_is_clear(actor: Actor) -> torch.Tensor:
     """Return bool, True where the gradient is far above Adam's epsilon of 1e-8."""
     return gradient(actor).abs() > 1e-4
+
+
+def test_a_run_that_is_resumed_anywhere_skips_the_same_steps_and_ends_with_the_same_bits(alone, tmp_path):
+    """A cosine, a NaN, spikes up to a new level. Neither schedule nor Adam moves with a skipped step."""
+    options = dict(
+        optimizer__schedule="cosine", optimizer__decay_updates=30, optimizer__spike_factor=3.0,
+        optimizer__spike_window=8, optimizer__max_skipped_updates=3,
+    )  # fmt: skip
+    config = resuming.settings(Mesh(), **options)
+    factors = [1.0] * 8 + [1e3, math.nan, 1.0, 1e3, math.nan, 1e3, 1e3, 1e3, 1.0]
+    whole = resuming.build_actor(config, alone)
+    mini_batch = parity.shared_step(config, alone, parity.make_batch(), whole)[0]
+    expected = [scaled_update(whole, mini_batch, factor) for factor in factors]
+    verdicts = [verdict for verdict, *_ in expected]
+    assert verdicts == [*["taken"] * 8, "spike", "not finite", "taken", "spike", "not finite", "spike",
+                        "taken at a new level", "taken", "taken"]  # fmt: skip
+    rates = [lr for _, lr, _ in expected]
+    assert rates[8] == rates[9] == rates[10] > rates[11] == rates[14] > rates[15]
+    for stop in (9, 12, 14):
+        first, second = (resuming.build_actor(config, alone) for _ in range(2))
+        for factor in factors[:stop]:
+            scaled_update(first, mini_batch, factor)
+        path = save_checkpoint(tmp_path, first, replace(resuming.STATE, step=stop, num_updates=stop), alone, keep=9)
+        load_checkpoint(path, second, alone)
+        assert [scaled_update(second, mini_batch, factor) for factor in factors[stop:]] == expected[stop:]
+        assert second.guard.state == whole.guard.state
+        assert resuming.differences(alone, resuming.local_state(whole), resuming.local_state(second)) == []
+
+
+def scaled_update(actor: Actor, mini_batch: list[MicroBatch], factor: float) -> tuple[str, float, str]:
+    """Take a gradient step with a loss that is `factor` times as large. Return its verdict, learning rate and norm."""
+    stats = actor.update([micro.with_(token_weights=micro.token_weights * factor) for micro in mini_batch])
+    return stats.verdict.value, stats.lr, repr(stats.grad_norm)

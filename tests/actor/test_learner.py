@@ -14,6 +14,7 @@ import torch
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
+from dapo_mcore.actor.update_guard import Verdict
 from dapo_mcore.algo.correction import mismatch_metrics, mismatch_stats
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.types import MicroBatch, TrainBatch
@@ -46,10 +47,11 @@ class MadeUpActor:
             return list(micro_batches)
         return [micro.with_(ref_logprobs=torch.full_like(micro.token_weights, -1.0)) for micro in micro_batches]
 
-    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None, update_follows: bool = False) -> Any:
+    def update(self, micro_batches: Sequence[MicroBatch], *, check: Any = None, **_: Any) -> Any:
         own = [torch.full_like(micro.token_weights, -0.3) for micro in micro_batches]
         rollout = torch.cat([micro.rollout_logprobs for micro in micro_batches])
-        stats = SimpleNamespace(mismatch=mismatch_stats(torch.cat(own), rollout), logprobs=own)
+        mismatch = mismatch_stats(torch.cat(own), rollout)
+        stats = SimpleNamespace(mismatch=mismatch, logprobs=own, verdict=Verdict.TAKEN)
         if check is not None:
             check(stats)
         self.updates.append(micro_batches)

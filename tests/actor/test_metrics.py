@@ -37,7 +37,7 @@ def test_ppo_kl_is_old_minus_new_log_prob_as_in_verl() -> None:
 def update(aux_loss: float | None) -> UpdateStats:
     mismatch = mismatch_stats(torch.zeros(0), torch.zeros(0))
     sums, maxima = dict.fromkeys(SUMS, 1.0), {"ratio_max_deviation": 0.0}
-    return UpdateStats(sums, maxima, mismatch, grad_norm=1.0, lr=0.1, skipped=False, aux_loss=aux_loss)
+    return UpdateStats(sums, maxima, mismatch, grad_norm=1.0, lr=0.1, aux_loss=aux_loss)
 
 
 def test_the_load_balancing_loss_is_a_metric_if_there_is_one() -> None:

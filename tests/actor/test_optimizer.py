@@ -1,4 +1,4 @@
-"""Skipped gradient steps, and optimizer state of experts that is saved on one mesh and loaded on others.
+"""Optimizer state of experts that is saved on one mesh and loaded on others.
 
 Optimizer state of dense models: tests/checkpoint/test_checkpoint.py.
 """
@@ -14,29 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dapo_mcore.actor.optimizer import SkippedUpdates
-from dapo_mcore.errors import ConfigError, TrainingError
+from dapo_mcore.errors import ConfigError
 from tests.actor import families, parity
 from tests.actor.cross_entropy import cross_entropy, micro_batch, own_batches
 from tests.actor.parity import Mesh
-
-
-def test_skipped_steps_in_a_row_end_the_run_at_the_limit() -> None:
-    skipped_updates = SkippedUpdates(3)
-    for skipped in (True, True, False, True, True):
-        skipped_updates.add(skipped)
-    with pytest.raises(TrainingError, match=r"last 3 gradient steps were skipped.*max_skipped_updates.*fewer than 3"):
-        skipped_updates.add(True)
-
-
-def test_a_run_that_only_skipped_has_not_trained() -> None:
-    skipped_updates = SkippedUpdates(10)
-    skipped_updates.check_trained()  # a run without gradient steps, for instance one resumed at its end
-    skipped_updates.add(True)
-    with pytest.raises(TrainingError, match="all 1 gradient steps of this run were skipped"):
-        skipped_updates.check_trained()
-    skipped_updates.add(False)
-    skipped_updates.check_trained()
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +116,21 @@ def test_state_that_saves_memory_resumes_bitwise_and_a_load_moves_no_weight(engi
     after = resuming.local_state(actor)
     still = [key for key in before if key.startswith(("policy.", "master"))]
     assert len(still) > 50 and all(torch.equal(before[key], after[key]) for key in still)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_skipped_step_leaves_state_that_saves_memory_as_it_is(engine, name):
+    from tests.checkpoint import resuming
+
+    actor = resuming.build_actor(resuming.settings(Mesh(), model__dtype="bf16", **MEMORY[name]), engine)
+    resuming.train(actor, 2)
+    before, lr = resuming.local_state(actor), actor.optimizer.lr
+    (mini_batch, *_) = parity.shared_step(actor.config, engine, parity.make_batch(), actor)
+    for factor in (float("nan"), float("inf")):
+        spoiled = [micro.with_(token_weights=micro.token_weights * factor) for micro in mini_batch]
+        assert actor.update(spoiled).skipped
+        assert resuming.differences(engine, before, resuming.local_state(actor)) == []
+    assert actor.optimizer.lr == lr and not actor.update(mini_batch).skipped and actor.optimizer.lr > lr
 
 
 @pytest.mark.parametrize("name", MEMORY)

@@ -220,8 +220,11 @@ def _step(actor: Any, update: int) -> None:
         rank = layout.expert_tensor_rank if ".experts." in name else layout.tensor_rank if split else 0
         noise = torch.Generator().manual_seed(zlib.crc32(f"{whole} {rank} {update}".encode()))
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=noise))
-    actor.optimizer.step(actor.optimizer.prepare())
-    actor.num_updates += 1
+    from dapo_mcore.actor.update_guard import Verdict
+
+    norm = actor.optimizer.prepare()
+    actor.optimizer.step(norm)
+    actor.guard.add(Verdict.TAKEN, norm)
 
 
 def _spoil(actor: Any) -> None:

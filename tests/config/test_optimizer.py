@@ -27,3 +27,17 @@ def test_state_that_saves_memory_is_sharded_and_in_one_place():
     with pytest.raises(ValidationError, match="exp_avg_dtype bf16 would be ignored on the host"):
         OptimizerConfig(offload_fraction=0.5, exp_avg_dtype="bf16")
     assert not OptimizerConfig(distributed=False).saves_memory
+
+
+def test_a_spike_factor_needs_more_than_one_skip_and_is_above_1():
+    assert (
+        OptimizerConfig().spike_factor is None
+        and OptimizerConfig(spike_factor=3, max_skipped_updates=2).spike_factor == 3
+    )
+    with pytest.raises(
+        ValidationError, match=r"spike_factor 3 with max_skipped_updates 1 would skip nothing.*at least 2"
+    ):
+        OptimizerConfig(spike_factor=3, max_skipped_updates=1)
+    for wrong in (1.0, float("nan"), float("inf")):
+        with pytest.raises(ValidationError, match="spike_factor"):
+            OptimizerConfig(spike_factor=wrong)

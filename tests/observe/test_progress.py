@@ -58,6 +58,14 @@ def test_a_steps_line_shows_failed_scores_only_when_there_are_some() -> None:
     assert "| failed 12 |" in step_line(1, 2, METRICS | {"reward/failures": 12.0}, 1.0)
 
 
+def test_a_steps_line_shows_skipped_gradient_steps_only_when_there_are_some() -> None:
+    none = {"actor/skipped_updates": 0.0, "actor/skipped_spikes": 0.0}
+    assert "skipped" not in step_line(1, 2, METRICS | none, 1.0)
+    assert "| skipped 3 |" in step_line(
+        1, 2, METRICS | {"actor/skipped_updates": 1.0, "actor/skipped_spikes": 2.0}, 1.0
+    )
+
+
 def test_an_evaluations_line() -> None:
     line = eval_line(12, {**METRICS, **VAL})
     assert line == "eval after step 12 | aime mean@32 0.312 maj@32 0.400 response_length 912 | gsm8k mean@1 0.500"

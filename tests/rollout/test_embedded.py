@@ -342,3 +342,12 @@ def test_extreme_uniforms_never_pick_an_impossible_token():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).expand(2, -1)
     tokens, _ = draw_tokens(logits, torch.tensor([0.0, 1.0], dtype=torch.float64), params())
     assert tokens.tolist() == [1, 2]
+
+
+def test_logits_that_are_not_finite_give_a_token_with_a_log_prob_that_says_so():
+    logits = torch.stack([torch.full((5,), math.nan), torch.zeros(5)])
+    for temperature in (0.0, 1.0):
+        tokens, logprobs = draw_tokens(
+            logits, torch.tensor([0.5, 0.5], dtype=torch.float64), params(temperature=temperature)
+        )
+        assert 0 <= int(tokens[0]) < 5 and logprobs.isnan().tolist() == [True, False]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.rollout.sampling.scoring import Answer, ScoringQueue
-from dapo_mcore.types import Group, Prompt, RewardFunction, Rollout, RolloutEngine, Sample, SamplingParams
+from dapo_mcore.types import Group, Prompt, RewardFunction, Rollout, RolloutEngine, Sample, SamplingParams, Score
 
 Decode = Callable[[Sequence[np.ndarray]], list[str]]
 
@@ -79,8 +80,20 @@ class Responder:
         return self._timer.phase("reward")
 
     def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
-        """Return the rollouts of `prompts`, decoded and scored, in order."""
+        """Return the rollouts of `prompts`, decoded and scored, in order. A rollout with a bad log-prob counts as failed."""
         texts = self._decode([rollout.token_ids for rollout in rollouts])
         scores = self._reward(prompts, rollouts, texts)
         assert len(scores) == len(prompts), f"reward returned {len(scores)} scores for {len(prompts)} samples"
-        return [Sample(rollout, text, score) for rollout, text, score in zip(rollouts, texts, scores)]
+        return [
+            Sample(rollout, text, _without_bad_logprobs(rollout, score))
+            for rollout, text, score in zip(rollouts, texts, scores)
+        ]
+
+
+def _without_bad_logprobs(rollout: Rollout, score: Score) -> Score:
+    """Return the score, masked and with a failure if a log-prob is not finite: one such sample would spoil its mini-batch."""
+    bad = np.count_nonzero(~np.isfinite(rollout.logprobs))
+    if not bad:
+        return score
+    failure = f"log-probs: {bad} of {len(rollout.logprobs)} from the engine are not finite"
+    return replace(score, acc=False, failure=failure, masked=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from dapo_mcore.batch.collate import to_train_batch
+from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.rollout.sampling.respond import Responder
-from dapo_mcore.types import SamplingParams
+from dapo_mcore.types import Rollout, SamplingParams
 from tests.rollout.sampling.scripted import (
     MIXED,
     ScriptedEngine,
@@ -33,6 +37,31 @@ def test_each_prompt_gets_its_own_group_of_scored_responses_in_order():
     assert [sample.text for sample in first.samples] == ["R", "WW"]
     assert [sample.score.reward for sample in first.samples] == [0.9, -1.2]
     assert [sample.score.reward for sample in second.samples] == [-1.1, 0.8]
+
+
+def test_a_response_with_a_log_prob_that_is_not_finite_is_masked_counted_and_named():
+    prompts = make_prompts("R", "WR")
+    engine = ScriptedEngine(prompts)
+    generate = engine.generate
+
+    def spoiled(*args: object) -> list[Rollout]:
+        rollouts = generate(*args)
+        rollouts[2] = replace(rollouts[2], logprobs=np.array([-np.inf], np.float32))
+        rollouts[3] = replace(rollouts[3], logprobs=np.array([np.nan, -1.0], np.float32))
+        return rollouts
+
+    engine.generate = spoiled
+    groups = Responder(engine, reward, decode).groups(prompts, size=2, params=PARAMS)
+    assert [[sample.scored for sample in group.samples] for group in groups] == [[True, True], [False, False]]
+    second = [sample.score for sample in groups[1].samples]
+    assert [score.failure for score in second] == [
+        "log-probs: 1 of 1 from the engine are not finite",
+        "log-probs: 1 of 2 from the engine are not finite",
+    ]
+    assert not any(score.acc for score in second), "the right answer of a bad sample counts as none"
+    batch = to_train_batch(groups, overlong_filter=False)
+    assert np.isfinite(batch.rollout_logprobs).all() and batch.num_loss_tokens.tolist() == [1, 2, 0, 0]
+    assert group_metrics(groups, groups)["reward/failures"] == 2
 
 
 def test_an_engine_or_a_reward_that_loses_a_response_is_noticed():
