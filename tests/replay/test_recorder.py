@@ -43,7 +43,7 @@ def train(actor, recorder: NullRecorder, steps: int, batch=BATCH):
         recorder.add_batch(step, share, 5, batch)
         scored = learner.score(share)
         recorder.add_scores(scored)
-        found += learner.update(scored, recorder.add_update)
+        found += learner.update(scored, watch=recorder.add_update)
         recorder.finish()
     return found
 
