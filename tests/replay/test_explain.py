@@ -1,4 +1,4 @@
-"""Made-up records, with one planted change each: it is named, and everything before it is equal."""
+"""Made-up records and real runs, with one planted change each: it is named, and everything before it is equal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import pytest
 
 from dapo_mcore.errors import RecordError
 from dapo_mcore.replay.compare import Verdict
+from dapo_mcore.replay.details import with_details
 from dapo_mcore.replay.explain import Explanation, explain
 from dapo_mcore.replay.record import StartRecord, StepRecord, write_start
+from dapo_mcore.replay.recorded_run import RecordedRun
 from tests.replay.planted import WEIGHTS, digest, in_batch, setting, step_record, unchanged, write_run
+from tests.replay.real_runs import INDEX, TENSOR, make_models, train, values_of_the_bit
 
 
 @pytest.fixture
@@ -184,3 +187,41 @@ def test_nothing_is_said_of_samples_of_other_prompts(base, tmp_path):
     assert [check.name for check in found.checks[:3]] == ["weights before", "prompts", "samples"]
     assert found.checks[2].verdict is Verdict.UNKNOWN
     assert np.all([check.name != "tokens" for check in found.checks])
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the runs `base`, `seed`, `reward` and `bit`, which one process has made, and `layout` on two ranks."""
+    folder = tmp_path_factory.mktemp("real")
+    make_models(folder)
+    train(folder, ["base"], ["seed", "seed=1"], ["reward"], ["bit", "model.path=bit"])
+    train(folder, ["layout", "parallel.tensor_parallel=2"], processes=2)
+    return folder / "runs"
+
+
+def test_real_runs_that_differ_by_one_planted_change(real, monkeypatch):
+    monkeypatch.chdir(real.parent)  # paths of a configuration are relative to where it was started
+    found = explain(real / "base", real / "seed")
+    assert (found.beyond.step, found.beyond.check.name) == (1, "prompts")
+    assert [tuple(setting) for setting in found.settings] == [("seed", 0, 1)]
+
+    found = explain(real / "base", real / "reward")
+    assert (found.beyond.step, found.beyond.check.name) == (2, "rewards") and equal_before(found)
+    assert found.beyond.check.place["values"]["score"][1] == 0.5 and found.settings == []
+
+    found = explain(real / "base", real / "bit")
+    assert (found.beyond.step, found.beyond.check.name) == (1, "weights before")
+    element = found.beyond.check.place["element"]
+    assert (element["tensor"], tuple(element["index"])) == (TENSOR, INDEX)
+    assert element["values"] == values_of_the_bit(real.parent)
+
+    found = explain(real / "base", real / "layout")
+    assert found.verdict is Verdict.ROUNDING and found.steps == [1, 2]
+    assert "layout.tensor" in [setting.name for setting in found.settings]
+
+    # two gradient steps have moved every weight, and both runs have a checkpoint after them
+    found = explain(real / "base", real / "bit", step=2)
+    after = next(check for check in found.checks if check.name == "weights after")
+    told = with_details(after, (RecordedRun(real / "base"), RecordedRun(real / "bit")), 2)
+    a, b = told.place["element"]["values"]
+    assert a != b and a == pytest.approx(b, rel=1e-3)
