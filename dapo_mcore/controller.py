@@ -28,11 +28,11 @@ from dapo_mcore.data.detokenize import decode_responses
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.run_data import load_run_data
 from dapo_mcore.eval import EvalResult, evaluate
-from dapo_mcore.model_files.hf_config import stop_token_ids
+from dapo_mcore.model_files.hf_config import pad_token, stop_token_ids
 from dapo_mcore.model_files.hf_folder import check_replaceable, exported_step
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.observe.samples import pick_samples, write_answers, write_samples
+from dapo_mcore.observe.samples import few_answers, pick_samples, write_answers, write_samples
 from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
 from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
@@ -305,7 +305,7 @@ class Controller:
         if self.num_failures:
             rows["reward failures"] = f"{self.num_failures} samples had no score; see failure in samples/"
         if self.last_eval is not None:
-            rows.update(_answers(self.last_eval.groups))
+            rows.update(few_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
 
     def _wait_for_rollout(self, unless: Callable[[], bool] = lambda: False) -> None:
@@ -366,33 +366,10 @@ def finished_step(config: Config) -> int | None:
     return done if done is not None and done >= config.num_rollout_steps else None
 
 
-def pad_token(tokenizer: Any) -> int:
-    """Return the padding token. No loss and no attended position ever reads it."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def _answers(groups: dict[str, list[Group]], count: int = 4) -> dict[str, str]:
-    """Return a few sample answers of each evaluation set, for people."""
-    rows = {}
-    for name, prompts in groups.items():
-        for group in prompts[:count]:
-            sample = group.samples[0]
-            verdict = "right" if sample.score.acc else f"wrong, the answer is {group.prompt.answer}"
-            rows[f"{name} {group.prompt.row.rpartition(' ')[2]}"] = (
-                f"{_short(group.prompt.text)} → {_short(sample.text)}  ({verdict})"
-            )
-    return rows
-
-
 def _plot(run_dir: Path) -> None:
     from dapo_mcore.observe.plots import plot_run  # matplotlib: a second that no other rank needs
 
     plot_run(run_dir)
-
-
-def _short(text: str, limit: int = 80) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"…{line[-limit:]}"
 
 
 def _move_aside(run_dir: Path) -> Path | None:

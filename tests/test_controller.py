@@ -7,7 +7,6 @@ import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,7 +16,7 @@ from transformers import Qwen2Config
 
 from dapo_mcore import controller as module
 from dapo_mcore.config.schema import Config
-from dapo_mcore.controller import Controller, final_export, finished_step, pad_token
+from dapo_mcore.controller import Controller, final_export, finished_step
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.sinks import read_metrics
 from dapo_mcore.observe.timing import PhaseTimer
@@ -191,8 +190,3 @@ def test_a_run_is_finished_with_its_last_checkpoint_or_export(tmp_path: Path) ->
     assert finished(checkpoint={"export_at_end": False, "resume": "never"}) is None
     assert finished() is None, "the export is still to be written"
     assert final_export(settings(tmp_path)) == tmp_path / "runs/run/hf/final"
-
-
-def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_sequence() -> None:
-    assert pad_token(SimpleNamespace(pad_token_id=0, eos_token_id=5)) == 0
-    assert pad_token(SimpleNamespace(pad_token_id=None, eos_token_id=5)) == 5

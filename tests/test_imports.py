@@ -40,7 +40,7 @@ FLOORS = {
     "dapo_mcore.doctor": 6,
     "dapo_mcore.controller": 5,
     "dapo_mcore.plan": 5,
-    "dapo_mcore.replay": 5,
+    "dapo_mcore.replay": 4,
     "dapo_mcore.warm_start": 5,
     "dapo_mcore.train": 6,
     "dapo_mcore.cli": 6,

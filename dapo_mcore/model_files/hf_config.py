@@ -125,6 +125,11 @@ def stop_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
 
 
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token. No loss and no attended position ever reads it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 def _existing_folder(model: ModelConfig) -> Path:
     folder = Path(model.path)
     if not folder.is_dir():

@@ -45,6 +45,19 @@ def pick_samples(groups: Sequence[Group], count: int) -> list[tuple[Prompt, Samp
     return alternating[:count]
 
 
+def few_answers(groups: Mapping[str, Sequence[Group]], count: int = 4) -> dict[str, str]:
+    """Return at most `count` answers of each evaluation set in a line each, by the set's name and row."""
+    rows = {}
+    for name, prompts in groups.items():
+        for group in prompts[:count]:
+            sample = group.samples[0]
+            verdict = "right" if sample.score.acc else f"wrong, the answer is {group.prompt.answer}"
+            rows[f"{name} {group.prompt.row.rpartition(' ')[2]}"] = (
+                f"{_short(group.prompt.text)} → {_short(sample.text)}  ({verdict})"
+            )
+    return rows
+
+
 def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
     score, rollout = sample.score, sample.rollout
     return {
@@ -64,3 +77,8 @@ def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "weight_version": rollout.weight_version,
         **({"version_spans": rollout.version_spans} if rollout.version_spans else {}),
     }
+
+
+def _short(text: str, limit: int = 80) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"…{line[-limit:]}"

@@ -21,9 +21,8 @@ from dapo_mcore.actor.skipped_batch import SKIPPED
 from dapo_mcore.checkpoint.checkpoint import load_checkpoint
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint, step_of
 from dapo_mcore.config.schema import Config
-from dapo_mcore.controller import pad_token
 from dapo_mcore.errors import RecordError
-from dapo_mcore.model_files.hf_config import load_hf_config, load_tokenizer
+from dapo_mcore.model_files.hf_config import load_hf_config, load_tokenizer, pad_token
 from dapo_mcore.model_files.hf_folder import open_weights
 from dapo_mcore.replay import record as records
 from dapo_mcore.replay.compare import Check, Terms, compare_digests, compare_training

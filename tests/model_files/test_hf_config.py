@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
+from dapo_mcore.model_files.hf_config import (
+    check_tokenizer_fits,
+    load_hf_config,
+    load_tokenizer,
+    pad_token,
+    stop_token_ids,
+)
 
 
 def model(folder: Path, **settings) -> ModelConfig:
@@ -127,3 +134,8 @@ def test_stop_tokens_that_are_not_ids_are_refused(copy: Path, eos):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(ConfigError, match="eos_token_id"):
         stop_token_ids(model(copy), load_tokenizer(model(copy)))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_sequence() -> None:
+    assert pad_token(SimpleNamespace(pad_token_id=0, eos_token_id=5)) == 0
+    assert pad_token(SimpleNamespace(pad_token_id=None, eos_token_id=5)) == 5
