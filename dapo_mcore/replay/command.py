@@ -24,7 +24,7 @@ from dapo_mcore.process.environment import set_deterministic
 from dapo_mcore.process.exit_status import exit_status, record_failure
 from dapo_mcore.process.signals import exit_on_signal
 from dapo_mcore.replay import record as records
-from dapo_mcore.replay.compare import ROUNDING, Check, Verdict
+from dapo_mcore.replay.compare import ROUNDING, Check, Verdict, count
 from dapo_mcore.replay.record import Setting
 from dapo_mcore.replay.recorded_run import read_settings, setting_differences
 
@@ -102,7 +102,7 @@ def _report(
             f"{_ORDER}"
         )
     elif checks:
-        tell(f"{what}: bitwise the same as recorded ({len(checks)} comparisons)")
+        tell(f"{what}: bitwise the same as recorded ({count(len(checks), 'comparison')})")
     else:
         tell(f"{what}: not recorded, so not compared")
     return 0
