@@ -67,7 +67,9 @@ def what_then(path: Path) -> str:
     """Return what follows if the newest checkpoint is damaged."""
     before = latest_checkpoint(path.parents[1], before=step_of(path))
     if before is None:
-        return f"no older one is beside it: delete {path} to start anew"
+        aside = sorted(path.parent.glob("step_*.set_aside"))
+        other = f"rename {aside[-1].name} to {aside[-1].stem} to go on from it, or " if aside else ""
+        return f"no older one is beside it: {other}set checkpoint.resume never to start anew; the folder is kept beside the new one"
     return f"a start with checkpoint.resume auto sets {path.name} aside and goes on from {before}"
 
 

@@ -104,14 +104,19 @@ def check_progress(environment: Mapping[str, str], checkpoint: str) -> None:
     notes = attempt.parent / _STARTS
     starts = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
     if starts.count(checkpoint) >= _MAX_STARTS:
-        before = int(environment.get("TORCHELASTIC_RESTART_COUNT", "1")) - 1
         raise RestartError(
             f"{_MAX_STARTS} starts from {checkpoint} have failed, so there is no third one; "
-            + _last_failure(attempt.with_name(f"attempt_{before}"))
+            f"{_last_failure(attempt.parent)}. Mend that, then give the command again; checkpoint.every must be shorter than the "
+            f"time between failures"
         )
     notes.write_text("\n".join([*starts, checkpoint, ""]), encoding="utf-8")
 
 
-def _last_failure(attempt: Path) -> str:
-    failures = find_failures(attempt)
-    return f"the last: rank {failures[0].rank}: {failures[0].message}" if failures else "see the messages above"
+def _last_failure(attempts: Path) -> str:
+    """Return why the last attempt that was not refused has failed: torchrun may also start refused ones again."""
+    numbers = sorted((int(path.name.removeprefix("attempt_")) for path in attempts.glob("attempt_*")), reverse=True)
+    for number in numbers:
+        for failure in find_failures(attempts / f"attempt_{number}"):
+            if "so there is no third one" not in failure.message:
+                return f"the last: rank {failure.rank}: {failure.message}"
+    return "see the messages above"

@@ -19,7 +19,7 @@ import yaml
 from dapo_mcore.checkpoint.run_folder import remove
 from dapo_mcore.config.file import dump_config, load_config
 from dapo_mcore.config.schema import Config
-from dapo_mcore.errors import RecordError
+from dapo_mcore.errors import ConfigError, RecordError
 from dapo_mcore.process.environment import set_deterministic
 from dapo_mcore.process.exit_status import exit_status, record_failure
 from dapo_mcore.process.signals import exit_on_signal
@@ -51,7 +51,14 @@ def _run(run_dir: Path, step: int, overrides: Sequence[str], out: Path | None) -
         from dapo_mcore.actor.parallel.determinism import make_deterministic
 
         make_deterministic(config)
-        layout = layouts.start(config.parallel, config.seed)
+        records.read_step(run_dir, step)  # before a message about processes
+        try:
+            layout = layouts.start(config.parallel, config.seed)
+        except ConfigError as error:
+            raise RecordError(
+                f"the recorded layout does not fit the processes of this replay: {error}; a replay is `torchrun --nproc-per-node N -m "
+                f"dapo_mcore.cli replay {run_dir} {step}`, or takes another layout such as parallel.tensor_parallel=1"
+            ) from error
     try:
         from dapo_mcore.replay.replay import Replay
 

@@ -280,8 +280,16 @@ def read_start(run_dir: Path, step: int) -> StartRecord:
     """Return the record of the start that rollout step `step` belongs to."""
     before = [start for start in recorded_starts(run_dir) if start < step]
     if not before:
-        raise RecordError(f"{record_folder(run_dir)} has no record of a start before rollout step {step}")
+        raise RecordError(_why_no_start(run_dir, step))
     return _read(StartRecord, _start_path(run_dir, before[-1]))
+
+
+def _why_no_start(run_dir: Path, step: int) -> str:
+    if step < 1:
+        return f"rollout steps begin at 1, got {step}"
+    if not run_dir.is_dir():
+        return f"there is no run in {run_dir}; give the folder of a run with observe.record true"
+    return f"{run_dir} has no record of a start before rollout step {step}; records need observe.record true when the run is made"
 
 
 def read_step(run_dir: Path, step: int) -> StepRecord:

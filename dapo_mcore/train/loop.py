@@ -107,7 +107,7 @@ class Run:
                 self.layout.beacon.leave()
                 raise Interrupted(stop.signum)
             if self.layout.is_controller:
-                self.progress.line(f"stopped by {STOP}: {how_to_go_on(self.config)}")
+                self.progress.line(f"stopped by the file {STOP}: {how_to_go_on(self.config)}")
             return
         self.actor.guard.check_trained()
         self.outputs.finish()

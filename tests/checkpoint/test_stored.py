@@ -187,7 +187,10 @@ def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_without_an_older_checkpoint_the_run_starts_anew(checkpoint: Path) -> None:
     (checkpoint.parent / "step_000001").rmdir()
-    assert what_then(checkpoint) == f"no older one is beside it: delete {checkpoint} to start anew"
+    told = what_then(checkpoint)
+    assert told.startswith("no older one is beside it: set checkpoint.resume never to start anew;")
+    (checkpoint.parent / "step_000099.set_aside").mkdir()
+    assert "rename step_000099.set_aside to step_000099 to go on from it, or set" in what_then(checkpoint)
 
 
 def test_a_file_that_the_system_refuses_is_no_damage(checkpoint: Path) -> None:

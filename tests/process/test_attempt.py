@@ -78,6 +78,10 @@ def test_the_third_start_from_one_checkpoint_ends_with_the_error_of_the_second(t
     message = "2 starts from step_000002 have failed, so there is no third one; the last: rank 3: the disk is full"
     with pytest.raises(RestartError, match=message):
         check_progress(third, "step_000002")
+    refused = tmp_path / "attempt_3/0/error.json"
+    refused.write_text(json.dumps({"message": {"message": message, "extraInfo": info | {"rank": "0"}}}))
+    with pytest.raises(RestartError, match=f"{message}\\. Mend that"):
+        check_progress(launched(tmp_path, 4), "step_000002")
     check_progress(third, "step_000004")
 
 

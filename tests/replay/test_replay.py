@@ -119,7 +119,7 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
         (2, "has no checkpoint before rollout step 1, and a replay does not repeat the warm start"),
         (2, "has no record of rollout step 5; it has those of 4 steps from 1 to 4"),
         (2, "but the batches of steps 3 are not in runs/gone/record"),
-        (2, "runs/plain/record has no record of a start before rollout step 4"),
+        (2, "runs/plain has no record of a start before rollout step 4"),
         (2, "lies in runs/whole, which a replay leaves as it is"),
     ]
     for (status, text), (expected_status, message) in zip(others, expected, strict=True):

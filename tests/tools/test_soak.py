@@ -23,6 +23,7 @@ from dapo_mcore.errors import DapoError
 from dapo_mcore.model_files.shard_reader import ShardReader
 from tests.checkpoint.stored_checkpoint import TRAIN
 from tools.soak import leftovers as places
+from tools.soak.__main__ import CannotRun, claim
 from tools.soak.events import KINDS, SAVING, Event, schedule
 from tools.soak.job import MARK, View
 from tools.soak.leftovers import leftovers
@@ -228,3 +229,15 @@ def test_a_soak_of_four_events_ends_with_the_bits_of_the_undisturbed_run(tmp_pat
     record = json.loads((tmp_path / "soak.json").read_text())
     (only,) = record["rounds"]
     assert {outcome["kind"] for outcome in only["outcomes"]} >= {"kill-rank", "kill-saver", "term", "flip-byte"}
+
+
+def test_a_folder_of_others_is_no_work_folder(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "tmp").mkdir(parents=True)
+    with pytest.raises(CannotRun, match=r"is not empty, and no earlier soak has made it; give a new folder"):
+        claim(theirs)
+    assert (theirs / "tmp").is_dir() and not (theirs / ".soak").exists()
+    for _ in range(2):
+        claim(tmp_path / "new/work")
+    (tmp_path / "new/work/tmp").mkdir()
+    claim(tmp_path / "new/work")

@@ -136,7 +136,7 @@ def test_the_stop_file_ends_a_run_with_status_0_once_it_is_saved(task):
     ended = runs(task, *cases)
     assert [status for status, _ in ended] == [0] * 5, ended
     for (_, output), step in zip(ended[1:4], (1, 1, 2), strict=True):
-        told = f"stopped by stop: the last checkpoint is runs/by-file/checkpoints/step_00000{step}"
+        told = f"stopped by the file stop: the last checkpoint is runs/by-file/checkpoints/step_00000{step}"
         assert told in output and "runs/by-file/stop: the run saves" in output and "Traceback" not in output, output
         assert f'{{"step": {step}}}' in output.splitlines(), output
     assert "no requeue" in ended[4][1] and not (task / "runs/by-file/stop").exists()

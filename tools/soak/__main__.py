@@ -28,6 +28,8 @@ from tools.soak.report import Report, summary, write
 from tools.soak.rounds import Round, RoundResult
 
 _REFERENCE_S = 1200
+_MARK = ".soak"
+"""A file that says that a work folder is a soak's own."""
 _SERVERS = ("rollout.engine=sglang", "rollout.sglang.device=cpu", "rollout.sglang.colocated=false")
 
 
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: soak: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing is said of the round that was running", file=sys.stderr)
+        print("stopped; the running round was not checked", file=sys.stderr)
         return 130
     finally:
         kill_family(mark)
@@ -109,8 +111,9 @@ class Soak:
         return result
 
     def _prepare(self) -> None:
-        """Make the data and the model, an empty place for temporary files, and the small disk."""
+        """Make the data and the model, an empty place for temporary files, and the small disk. Never in a folder of others."""
         setup = self._setup
+        claim(setup.work)
         for folder in ("tmp", "disk", "torchrun"):
             shutil.rmtree(setup.work / folder, ignore_errors=True)
             (setup.work / folder).mkdir(parents=True)
@@ -167,6 +170,14 @@ class Soak:
         return [kind for kind in kinds if not reasons.get(kind)]
 
 
+def claim(work: Path) -> None:
+    """Make the work folder, or take one that an earlier soak has made. Raise CannotRun if it may be somebody else's."""
+    if work.exists() and not (work / _MARK).exists() and (not work.is_dir() or any(work.iterdir())):
+        raise CannotRun(f"--work {work} is not empty, and no earlier soak has made it; give a new folder")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _MARK).touch()
+
+
 def _servers(python: Path) -> list[str]:
     return [*_SERVERS, f"rollout.sglang.python={python.absolute()}"]
 
@@ -175,12 +186,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="no round begins after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the events and of the run")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
     parser.add_argument("--steps", type=int, default=16, help="rollout steps of a round")
     parser.add_argument("--events", type=int, default=4, help="events of a round")
     parser.add_argument("--kinds", help=f"separated by commas; all by default: {', '.join(KINDS)}")
     parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="use real servers; compares the steps alone")
-    parser.add_argument("--work", type=Path, default=Path("runs/soak"))
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/soak"),
+        help="a folder of soak's own, new or of an earlier soak (runs/soak)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
     return parser
 

@@ -13,7 +13,7 @@ import torch
 from dapo_mcore.actor.parallel.determinism import make_deterministic
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.process.environment import DETERMINISTIC
-from dapo_mcore.train import loop
+from dapo_mcore.train import job
 from dapo_mcore.train.__main__ import main
 from tests.actor import parity
 from tests.actor.parity import Mesh, make_config
@@ -34,10 +34,10 @@ def test_a_run_switches_before_its_processes_connect(monkeypatch):
     def start(*_: Any) -> None:
         raise InterruptedError(f"{torch.are_deterministic_algorithms_enabled()} {os.environ.get('NCCL_ALGO')}")
 
-    monkeypatch.setattr(loop.layouts, "start", start)
+    monkeypatch.setattr(job.layouts, "start", start)
     for deterministic, told in ((False, "False None"), (True, "True Ring")):
         with pytest.raises(InterruptedError, match=told):
-            loop.train(make_config(Mesh(), deterministic=deterministic))
+            job.train(make_config(Mesh(), deterministic=deterministic))
 
 
 def test_the_start_of_a_process_sets_the_environment_or_says_what_stands_against_it(
