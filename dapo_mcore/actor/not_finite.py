@@ -1,12 +1,13 @@
 """Finds the first tensor of a gradient step, over all ranks, that is not finite.
 
 Change here: which tensors are searched, and in which order: along the step's data flow, so the first one found is the cause of
-those after it. Only skipped steps are searched; other steps pay nothing.
+those after it. Only skipped steps are searched; every rollout step costs one pass over the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,17 @@ def find_culprit(
     return culprit
 
 
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return True if no tensor holds NaN or infinity. Reads each once and takes no memory: NaN is the minimum of what holds one."""
+    ends = defaultdict(list)
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        ends[tensor.device] += [end.float() for end in torch.aminmax(tensor)]
+    return all(bool(torch.stack(found).isfinite().all()) for found in ends.values())
+
+
 def check_weights(policy: Policy, layout: Layout) -> None:
     """Raise TrainingError, on every rank, if a weight of any rank is NaN or infinite.
 
@@ -76,8 +88,7 @@ def check_weights(policy: Policy, layout: Layout) -> None:
 
 
 def _check_own_weights(policy: Policy, rank: int) -> None:
-    weights = [weight.detach() for _, weight in policy.named_weights()]
-    if torch.nn.utils.get_total_norm(weights, norm_type=torch.inf).isfinite():
+    if all_finite(weight.detach() for _, weight in policy.named_weights()):
         return
     raise TrainingError(weights_lost(str(_first_here(policy, (), (), rank))))
 

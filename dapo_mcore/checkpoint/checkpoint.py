@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import errno
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.checkpoint_blocks import (
@@ -37,6 +35,7 @@ from dapo_mcore.actor.checkpoint_blocks import (
     shares,
     written_blocks,
 )
+from dapo_mcore.actor.not_finite import all_finite
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.update_guard import GuardState
 from dapo_mcore.checkpoint.publish import Publication, publish
@@ -167,18 +166,9 @@ def _patience(partial: Path) -> Callable[[], None]:
     return check
 
 
-@torch.no_grad()
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return True if no tensor holds NaN or infinity. Reads each once and takes no memory: NaN is the minimum of what holds one."""
-    ends = defaultdict(list)
-    for tensor in tensors:
-        ends[tensor.device] += [end.float() for end in torch.aminmax(tensor)]
-    return all(bool(torch.stack(found).isfinite().all()) for found in ends.values())
-
-
 def _check_finite(folder: Path, blocks: Sequence[CheckpointBlock], rank: int) -> None:
     """Raise TrainingError for a block with NaN or infinity. One host wait for each device if there is none."""
-    if _all_finite(block.data for block in blocks if block.data.numel()):
+    if all_finite(block.data for block in blocks):
         return
     bad = [block.key for block in blocks if not block.data.isfinite().all()]
     before = latest_checkpoint(folder.parents[1])

@@ -238,6 +238,6 @@ def test_a_folder_of_others_is_no_work_folder(tmp_path: Path) -> None:
         claim(theirs)
     assert (theirs / "tmp").is_dir() and not (theirs / ".soak").exists()
     for _ in range(2):
-        claim(tmp_path / "new/work")
-    (tmp_path / "new/work/tmp").mkdir()
-    claim(tmp_path / "new/work")
+        claim(tmp_path / "new/soak")
+    (tmp_path / "new/soak/tmp").mkdir()
+    claim(tmp_path / "new/soak")
