@@ -54,8 +54,26 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool in a response.
+
+    name, arguments  as the policy wrote them; the name is empty if the call cannot be read.
+    kind             `ok`; `error` of the policy, such as a call that cannot be read, an unknown tool or code that fails;
+                     `timeout`; or `infrastructure`: the tool failed through no fault of the policy.
+    output           the text that the policy read of it.
+    seconds          while the tool ran.
+    """
+
+    name: str
+    arguments: str
+    kind: Literal["ok", "error", "timeout", "infrastructure"]
+    output: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
-    """One generated response.
+    """One generated response. With tools it is a number of turns of the policy, with the tools' output between them.
 
     token_ids       int32 [T], response only, with the end-of-sequence token when there is one.
     logprobs        float32 [T], natural log of the probability of each token after temperature (not renormalised for
@@ -66,6 +84,8 @@ class Rollout:
     version_spans   empty if one version produced all tokens; else (first token, version) of each span, in order:
                     ((0, 3), (17, 4)) says that version 4 produced the tokens from 17 on.
     seed            of the request; None if the engine does not tell.
+    num_turns       turns that the policy wrote.
+    calls           of tools, in order.
     """
 
     token_ids: np.ndarray
@@ -75,6 +95,8 @@ class Rollout:
     weight_version: int
     version_spans: tuple[tuple[int, int], ...] = ()
     seed: int | None = None
+    num_turns: int = 1
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def truncated(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall
 
 
 def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -55,6 +55,8 @@ def _describe(group: Group) -> dict[str, Any]:
                 "weight_version": sample.rollout.weight_version,
                 "version_spans": sample.rollout.version_spans,
                 "seed": sample.rollout.seed,
+                "num_turns": sample.rollout.num_turns,
+                "calls": [asdict(call) for call in sample.rollout.calls],
             }
             for sample in group.samples
         ],
@@ -69,6 +71,9 @@ def _restore(described: dict[str, Any], arrays: dict[str, np.ndarray], start: in
         finish_reason=described["finish_reason"],
         weight_version=described["weight_version"],
         version_spans=tuple((start, version) for start, version in described["version_spans"]),
-        seed=described.get("seed"),  # checkpoints of earlier versions lack it
+        # checkpoints of earlier versions lack these
+        seed=described.get("seed"),
+        num_turns=described.get("num_turns", 1),
+        calls=tuple(ToolCall(**call) for call in described.get("calls", ())),
     )
     return Sample(rollout, described["text"], Score(**described["score"]))
