@@ -34,6 +34,7 @@ setup(
         "jinja2>=3.1",
         "aiohttp>=3.10",
         "msgspec>=0.19",
+        "jsonschema>=4.18",
     ],
     extras_require={
         "test": [

@@ -235,6 +235,21 @@ def _row(text: str) -> tuple[Any, dict[str, Any]]:
     return columns.pop("prompt", ""), columns
 
 
+def _tool_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="NAME", help="python, calculator, or with --config the name of one of its tools"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML configuration with the section tools")
+    parser.add_argument("--call", help="the arguments as JSON, or a tool's only text; standard input when absent")
+
+
+def _tool(args: argparse.Namespace) -> int:
+    from dapo_mcore.tools.command import run
+
+    return run(args.name, sys.stdin.read() if args.call is None else args.call, args.config, args.overrides)
+
+
 COMMANDS = (
     Command(
         "config",
@@ -270,6 +285,7 @@ COMMANDS = (
         _runs,
     ),
     Command("reward-explain", "Say step by step why a response is right or wrong.", _explain_arguments, _explain),
+    Command("tool", "Make one call of a tool and print what the policy would see.", _tool_arguments, _tool),
 )
 
 

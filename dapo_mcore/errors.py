@@ -3,6 +3,8 @@
 import errno
 from collections.abc import Sequence
 
+_LONGEST_TEXT = 1000
+
 
 class DapoError(Exception):
     """Base of every error that dapo_mcore raises on purpose."""
@@ -26,6 +28,10 @@ class DataError(DapoError):
 
 class RewardError(DapoError):
     """A reward function cannot be loaded or called at all (one sample's failure is a counted outcome instead)."""
+
+
+class ToolError(DapoError):
+    """A tool cannot be used at all, or no sandbox holds (one call's failure is a result that the policy sees instead)."""
 
 
 class RolloutError(DapoError):
@@ -97,3 +103,12 @@ def listed(values: Sequence[object]) -> str:
 def shortened(text: str, longest: int = 80) -> str:
     """Return the text, shortened to at most `longest` characters."""
     return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return `ValueError: no`, one line of bounded length, even if the exception's `__str__` raises."""
+    try:
+        text = str(error)
+    except Exception as second:
+        text = f"its text raised {type(second).__name__}"
+    return " ".join(f"{type(error).__name__}: {text}".split())[:_LONGEST_TEXT].removesuffix(":")

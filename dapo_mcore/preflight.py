@@ -29,6 +29,11 @@ def check_run(config: Config, processes: int | None = None) -> None:
     This imports transformers and torch, but not Megatron, and reads no weights and no rows.
     """
     check_files_of(config)
+    if config.tools:
+        raise ConfigError(
+            f"tools: rollouts do not call tools yet, so a run would ignore its {len(config.tools)}; leave tools out. dapo-mcore tool "
+            "NAME --config FILE makes single calls"
+        )
     if ":" not in config.reward.function:  # otherwise a user's code, which a run executes only in its workers
         _load_reward(config)
     if config.observe.wandb_project:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dapo_mcore.errors import REFUSALS, DapoError, OutputError, listed, output_error, shortened
+from dapo_mcore.errors import REFUSALS, DapoError, OutputError, describe_error, listed, output_error, shortened
 
 
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
@@ -36,3 +36,9 @@ def test_a_long_text_is_cut_and_says_so() -> None:
     assert shortened("x" * 80) == "x" * 80
     assert shortened("x" * 81) == "x" * 80 + "…"
     assert shortened("abc", 2) == "ab…"
+
+
+def test_an_error_is_described_in_one_line_of_bounded_length():
+    assert describe_error(ValueError("a\n  b")) == "ValueError: a b"
+    assert describe_error(KeyError()) == "KeyError"
+    assert describe_error(ValueError("x" * 5000)) == "ValueError: " + "x" * (1000 - len("ValueError: "))

@@ -46,12 +46,15 @@ _OTHER_NAMES = {
 
 
 def type_below(kind: Any, key: str) -> Any:
-    """Return the type of the value under `key` in a value of type `kind`: Any in a free mapping, None for an unknown key."""
+    """Return the type of the value under `key` in a value of type `kind`: Any in a free mapping, None for an unknown key. The
+    key of an item of a list is its number."""
     for option in options(kind):
         if is_section(option):
             return _fields(option).get(key)
         if get_origin(option) is dict:
             return get_args(option)[1]
+        if get_origin(option) is list and key.isdecimal():
+            return get_args(option)[0]
         if option is Any:
             return Any
     return None

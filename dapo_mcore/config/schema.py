@@ -26,6 +26,7 @@ from dapo_mcore.config.sections import (
     SamplingConfig,
     WarmStartConfig,
 )
+from dapo_mcore.config.tools import ToolConfig, check_names
 from dapo_mcore.config.values import FilePath, Name, Section, Seed, Steps
 
 
@@ -47,6 +48,8 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
+    tools: list[ToolConfig] = Field(default_factory=list)
+    """What the policy may call while it writes a response; `dapo-mcore tool` makes a single call."""
     ray: RayConfig = RayConfig()
     algo: AlgoConfig = AlgoConfig()
     batch: BatchConfig = BatchConfig()
@@ -325,6 +328,10 @@ def _check_ray(c: Config) -> None:
         )
 
 
+def _check_tools(c: Config) -> None:
+    check_names(c.tools)
+
+
 RULES = (
     _check_batch,
     _check_param_gather,
@@ -340,4 +347,5 @@ RULES = (
     _check_profile,
     _check_record,
     _check_ray,
+    _check_tools,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dapo_mcore.errors import describe_error
 from dapo_mcore.process.signals import Interrupted
 
 LARGEST_SCORE = 1e30
@@ -66,15 +67,6 @@ def judged(judge: Judge, attempt: Attempt) -> Outcome:
         raise
     except BaseException as error:
         return Outcome(failure=f"exception: {describe_error(error)}")
-
-
-def describe_error(error: BaseException) -> str:
-    """Return `ValueError: no`, one line of bounded length, even if the exception's `__str__` raises."""
-    try:
-        text = str(error)
-    except Exception as second:
-        text = f"its text raised {type(second).__name__}"
-    return " ".join(f"{type(error).__name__}: {text}".split())[:_LONGEST_TEXT].removesuffix(":")
 
 
 def _as_outcome(result: Any) -> Outcome:

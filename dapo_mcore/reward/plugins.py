@@ -6,19 +6,14 @@ Change here: another built-in grader, or another calling convention.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from dapo_mcore.errors import RewardError
-from dapo_mcore.process.signals import Interrupted
+from dapo_mcore.errors import RewardError, describe_error
+from dapo_mcore.process.plugin import load_function, parameters_of
 from dapo_mcore.reward import math_answer
-from dapo_mcore.reward.attempt import Attempt, Judge, describe_error
+from dapo_mcore.reward.attempt import Attempt, Judge
 
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 _OF_TRLS_TRAINER = ("trainer_state", "log_extra", "log_metric", "environments")
@@ -33,7 +28,7 @@ def build_judge(function: str, adapter: str, strict_box: bool) -> Judge:
         return lambda attempt: math_answer.compute_score(attempt.response, attempt.answer, strict_box)
     if function == "math_verify":
         return _math_verify()
-    loaded = load_function(function)
+    loaded = load_function(function, "reward.function", "math_dapo, math_verify", RewardError)
     try:
         return {"verl": as_verl, "trl": as_trl}[adapter](loaded)
     except TypeError as error:
@@ -50,33 +45,6 @@ def _math_verify() -> Judge:
             f"reward.function math_verify needs the package math-verify ({describe_error(error)}): pip install math-verify[antlr4_13_2]"
         ) from error
     return lambda attempt: equivalence.compute_score(attempt.response, attempt.answer)
-
-
-def load_function(spec: str) -> Callable[..., Any]:
-    """Return the function of `package.module:function` or `path/to/file.py:function`. Raise RewardError if it fails."""
-    place, separator, name = spec.rpartition(":")
-    if not separator or not place or not name:
-        raise RewardError(
-            f"reward.function {spec!r} is neither math_dapo, math_verify nor an import path; "
-            f"write package.module:function or path/to/file.py:function"
-        )
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Interrupted:
-        raise
-    except BaseException as error:  # the user's module may raise anything
-        raise RewardError(f"reward.function {spec!r}: {place} cannot be imported: {describe_error(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = (
-            name
-            for name, value in inspect.getmembers(module, inspect.isfunction)
-            if value.__module__ == module.__name__
-        )
-        raise RewardError(
-            f"reward.function {spec!r}: {place} has no function {name!r}; its functions are: {', '.join(own) or 'none'}"
-        )
-    return function
 
 
 def as_verl(function: Callable[..., Any]) -> Judge:
@@ -111,7 +79,7 @@ def as_trl(function: Callable[..., Any]) -> Judge:
     gets only the arguments that it names. TRL's trainer_state, log_extra, log_metric and environments do not exist here.
     Raise TypeError if the function takes no completions, or requires one of these four.
     """
-    parameters = _parameters(function)
+    parameters = parameters_of(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = {parameter.name for parameter in parameters}
     if not takes_all and "completions" not in names:
@@ -147,20 +115,12 @@ def _trl_columns(attempt: Attempt) -> dict[str, Any]:
 
 def _check_call(function: Callable[..., Any], names: tuple[str, ...]) -> None:
     """Raise TypeError if the function cannot be called with arguments of these names."""
-    signature = inspect.Signature(_parameters(function))
+    signature = inspect.Signature(parameters_of(function))
     try:
         signature.bind(**dict.fromkeys(names))
     except TypeError as error:
         hint = "; for TRL's convention set reward.adapter trl" if "completions" in signature.parameters else ""
         raise TypeError(f"{error}; it must take {', '.join(names)}, by these names or as **kwargs{hint}") from error
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the function's parameters; **kwargs if it has no signature, as some C functions."""
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
 
 
 def _to_its_end(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,14 +132,3 @@ def _to_its_end(function: Callable[..., Any]) -> Callable[..., Any]:
         return runner.run(result) if inspect.iscoroutine(result) else result
 
     return call
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path.absolute()}")
-    spec = importlib.util.spec_from_file_location(f"reward_plugin_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module there
-    spec.loader.exec_module(module)
-    return module

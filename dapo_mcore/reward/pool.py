@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from dapo_mcore.errors import RewardError
-from dapo_mcore.process.ray_cluster import without_ray
+from dapo_mcore.process.plugin import plugin_environment
 from dapo_mcore.reward.attempt import Attempt, Outcome
 from dapo_mcore.reward.worker import LATE_EXIT_CODE
 
@@ -152,7 +152,7 @@ class _Worker:
                 [sys.executable, "-m", "dapo_mcore.reward.worker", str(theirs.fileno()), json.dumps(arguments)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=_environment(),
+                env=plugin_environment(),
                 start_new_session=True,  # a signal to the group ends its children too; Ctrl-C does not reach it
             )
 
@@ -180,12 +180,3 @@ class _Worker:
         with suppress(ProcessLookupError):  # it has already ended
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """Return our environment with our import path and one thread per worker, so that workers do not compete for cores.
-
-    The token of a Ray cluster is removed: reward functions handle text that a model wrote.
-    """
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {"OMP_NUM_THREADS": "1", **without_ray(dict(os.environ)), "PYTHONPATH": path}

@@ -31,6 +31,8 @@ def test_a_key_leads_to_the_type_of_its_value() -> None:
     assert kind_of(["eval", "sets", "any_name"]) is DataConfig
     assert type_below(WarmStartConfig | None, "choose") == DataConfig | None
     assert type_below(dict[str, int], "any_name") is int
+    assert type_below(list[int], "0") is int and type_below(list[int], "first") is None
+    assert kind_of(["tools", "3", "workers"]) == int | None
     assert kind_of(["megatron", "any_name", "below"]) is Any
     assert kind_of(["algo", "no_such_key"]) is kind_of(["seed", "below_a_value"]) is None
 

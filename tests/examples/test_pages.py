@@ -23,6 +23,7 @@ from dapo_mcore.doctor import command as doctor
 from dapo_mcore.observe import bench_plots, plots
 from dapo_mcore.replay import command as replay
 from dapo_mcore.replay import report
+from tests.tools.sandbox.boxes import skip_without_sandbox
 from tools.soak import __main__ as soak
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,8 @@ def check_tool(
     command, arguments = words[1], [STANDS_FOR_ONE_OF_YOURS.get(word, word) for word in words[2:]]
     if command == "config":
         arguments.append("--only-values")
+    if arguments[:1] == ["python"]:
+        skip_without_sandbox()
     if command == "plan":
         models = json.loads((ROOT / "tests/architecture/hub_configs.json").read_text())
         model = models["Qwen2.5-32B" if "dapo_32b" in arguments[0] else "Qwen2.5-1.5B"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dapo_mcore.process.signals import ControllerShutdown, Interrupted
-from dapo_mcore.reward.attempt import Attempt, Outcome, describe_error, judged
+from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 
 
 def test_a_signal_that_ends_the_run_is_no_failure_of_a_sample():
@@ -58,9 +58,3 @@ def test_what_is_no_number_is_a_failure_and_no_score(result, failure: str):
     found = judged(lambda attempt: result, Attempt("q", "r", "a"))
     assert found.failure.startswith(failure)
     assert (found.score, found.acc, found.pred) == (0.0, False, "")
-
-
-def test_an_error_is_described_in_one_line_of_bounded_length():
-    assert describe_error(ValueError("a\n  b")) == "ValueError: a b"
-    assert describe_error(KeyError()) == "KeyError"
-    assert describe_error(ValueError("x" * 5000)) == "ValueError: " + "x" * (1000 - len("ValueError: "))

@@ -10,7 +10,7 @@ import pytest
 
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
-from dapo_mcore.reward.plugins import build_judge, load_function
+from dapo_mcore.reward.plugins import build_judge
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
@@ -18,11 +18,6 @@ ZOO = Path(__file__).with_name("plugin_zoo.py")
 def outcome(name: str, adapter: str = "verl", **attempt) -> Outcome:
     settings = {"prompt": "q", "response": "7", "answer": "7", **attempt}
     return judged(build_judge(f"{ZOO}:{name}", adapter, strict_box=False), Attempt(**settings))
-
-
-def test_a_function_is_loaded_by_module_or_by_file():
-    assert load_function("math:sqrt")(4) == 2
-    assert load_function(f"{ZOO}:half")("s", "r", "t") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -40,13 +35,6 @@ def test_a_function_that_cannot_be_loaded_is_refused_with_the_reason(spec: str, 
     with pytest.raises(RewardError) as error:
         build_judge(spec, "verl", strict_box=False)
     assert reason in str(error.value)
-
-
-@pytest.mark.parametrize("body", ["def f(:", "1 / 0", "raise SystemExit(3)"])
-def test_a_file_that_fails_on_import(tmp_path: Path, body: str):
-    (tmp_path / "broken.py").write_text(body)
-    with pytest.raises(RewardError, match=r"broken\.py cannot be imported"):
-        load_function(f"{tmp_path / 'broken.py'}:f")
 
 
 def test_the_built_in_rule_and_its_strict_box():
@@ -79,7 +67,7 @@ def seen_by_trl(**attempt) -> tuple:
     """Return the arguments that a function of TRL's convention was called with."""
     judge = build_judge(f"{ZOO}:trl_repr", "trl", strict_box=False)
     assert judged(judge, Attempt("<user>q", "7", "8", **attempt)) == Outcome(1.0, True)
-    return sys.modules["reward_plugin_plugin_zoo"].TRL_SEEN[-1]
+    return sys.modules["plugin_plugin_zoo"].TRL_SEEN[-1]
 
 
 def test_trl_gets_text_for_a_text_prompt():

@@ -1,0 +1,167 @@
+"""The tools of a run, for a rollout: any number of calls at once, from any thread, without blocking it.
+
+Change here: what happens between a policy's call and a tool. The tools themselves are in python_tool.py and function_tool.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+from dapo_mcore.config.tools import ToolConfig
+from dapo_mcore.tools import calculator, python_tool
+from dapo_mcore.tools.arguments import Arguments
+from dapo_mcore.tools.function_tool import FunctionTool
+from dapo_mcore.tools.python_tool import PythonTool
+from dapo_mcore.tools.result import Kind, ToolResult
+
+T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """What runs the calls of one tool. All methods run on the ToolSet's event loop and must not block it."""
+
+    async def start(self) -> None: ...
+    async def run(self, session: str, arguments: dict[str, Any]) -> ToolResult: ...
+    async def end_session(self, session: str) -> None: ...
+    async def close(self) -> None: ...
+
+
+class ToolSet:
+    """All tools, started. Raises ToolError if one cannot be used, or if no sandbox holds for model-written code.
+
+    Calls run on a thread and an event loop of their own. A session is one sample: any text that no other sample has.
+    """
+
+    def __init__(self, configs: Sequence[ToolConfig]):
+        self._tools: dict[str, tuple[ToolConfig, Runner, Arguments]] = {}
+        self._calls: dict[str, set[asyncio.Task[Any]]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tools", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(self._start(configs))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ToolSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The tools as OpenAI function schemas, as chat templates take them."""
+        return [
+            {
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "description": config.description or _description(config, runner),
+                    "parameters": arguments.schema,
+                },
+            }
+            for name, (config, runner, arguments) in self._tools.items()
+        ]
+
+    def call(self, session: str, name: str, arguments: Mapping[str, Any] | str) -> Future[ToolResult]:
+        """Start a call and return its future; `cancel` of it ends the call. The policy's errors are results, too.
+
+        arguments  a mapping, or what the policy wrote: a JSON object, or for a tool with one argument its text as it stands.
+        The future raises ToolError if the tool cannot go on at all.
+        """
+        return asyncio.run_coroutine_threadsafe(
+            self._tracked(session, self._call(session, name, arguments)), self._loop
+        )
+
+    def close_session(self, session: str) -> Future[None]:
+        """Start the end of a sample: cancel its calls, then close what its tools keep of it. Return when that is done."""
+        return asyncio.run_coroutine_threadsafe(self._close_session(session), self._loop)
+
+    def num_calls(self) -> int:
+        """Return how many calls run or wait."""
+        return sum(map(len, list(self._calls.values())))
+
+    def close(self) -> None:
+        """Cancel all calls and end all processes. May be called twice."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _start(self, configs: Sequence[ToolConfig]) -> None:
+        for config in configs:
+            runner, arguments = _build(config)
+            self._tools[config.name] = (config, runner, arguments)
+        await asyncio.gather(*(runner.start() for _, runner, _ in self._tools.values()))
+
+    async def _stop(self) -> None:
+        for session in list(self._calls):
+            await self._cancel_calls(session)
+        await asyncio.gather(*(runner.close() for _, runner, _ in self._tools.values()))
+
+    async def _tracked(self, session: str, work: Coroutine[Any, Any, ToolResult]) -> ToolResult:
+        task = asyncio.current_task()
+        tasks = self._calls.setdefault(session, set())
+        tasks.add(task)
+        try:
+            return await work
+        finally:
+            tasks.discard(task)
+            if not tasks:
+                self._calls.pop(session, None)
+
+    async def _call(self, session: str, name: str, arguments: Mapping[str, Any] | str) -> ToolResult:
+        if name not in self._tools:
+            return ToolResult(
+                Kind.ERROR, f"there is no tool {name!r:.80}; the tools are: {', '.join(self._tools) or 'none'}"
+            )
+        _, runner, known = self._tools[name]
+        try:
+            fitting = known.read(arguments)
+        except ValueError as error:
+            return ToolResult(Kind.ERROR, f"the arguments do not fit {name}: {error}")
+        start_s = time.monotonic()
+        result = await runner.run(session, fitting)
+        waited = max(0.0, time.monotonic() - start_s - result.seconds)
+        return ToolResult(result.kind, result.text, result.seconds, waited, result.cpu_seconds)
+
+    async def _close_session(self, session: str) -> None:
+        await self._cancel_calls(session)
+        for _, runner, _ in self._tools.values():
+            await runner.end_session(session)
+
+    async def _cancel_calls(self, session: str) -> None:
+        tasks = list(self._calls.get(session, ()))
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def _build(config: ToolConfig) -> tuple[Runner, Arguments]:
+    if config.function == "python":
+        return PythonTool(config), Arguments(config.name, config.parameters or python_tool.PARAMETERS)
+    if config.function == "calculator":
+        arguments = Arguments(config.name, config.parameters or calculator.PARAMETERS)
+        return FunctionTool(config, f"{calculator.__name__}:calculate", arguments.schema), arguments
+    assert config.parameters is not None, config
+    arguments = Arguments(config.name, config.parameters)
+    return FunctionTool(config, config.function, arguments.schema), arguments
+
+
+def _description(config: ToolConfig, runner: Runner) -> str:
+    if isinstance(runner, FunctionTool) and config.function != "calculator":
+        return runner.documentation
+    return {"python": python_tool.DESCRIPTION, "calculator": calculator.DESCRIPTION}[config.function]

@@ -1,0 +1,56 @@
+"""`dapo-mcore tool`: what it prints, its exit status, and its errors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from dapo_mcore.cli import main
+from tests.tools.sandbox.boxes import skip_without_sandbox
+
+ZOO = Path(__file__).with_name("tool_zoo.py")
+
+
+def test_a_call_of_the_calculator_from_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"expression": "6 * 7"}'))
+    assert main(["tool", "calculator"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "42\n" and err.startswith("# ok, ")
+
+
+def test_python_runs_in_the_sandbox(capsys: pytest.CaptureFixture[str]):
+    skip_without_sandbox()
+    assert main(["tool", "python", "--call", "open('/etc/passwd')"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Traceback") and out.endswith("Error: [Errno 2] No such file or directory: '/etc/passwd'\n")
+    assert err.startswith("# error, ") and " ms of CPU" in err
+
+
+def test_a_configurations_own_tool(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {path: m}\ndata: {train_files: [d.jsonl]}\ntools:\n"
+        f"  - {{name: say, function: '{ZOO}:act', parameters: {{type: object, properties: {{query: {{type: string}}}}}}}}\n"
+    )
+    assert main(["tool", "say", "--config", str(file), "--call", "x"]) == 0
+    assert main(["tool", "say", "--config", str(file), "--call", "away down"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "did x\nToolUnavailable: down\n" and "# infrastructure, " in err
+    assert main(["tool", "other", "--config", str(file), "--call", "x"]) == 2
+    assert f"{file} has no tool 'other'; its tools are: say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["pythn"], "there is no tool 'pythn'; built in are python and calculator"),
+        (["python", "seed=1"], "seed=1 changes a configuration, but none is given: add --config FILE"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str):
+    assert main(["tool", *arguments, "--call", "1"]) == 2
+    assert reason in capsys.readouterr().err
