@@ -19,15 +19,11 @@ from typing import Any
 from dapo_mcore.errors import ToolError, describe_error
 from dapo_mcore.process.plugin import load_function, parameters_of
 from dapo_mcore.tools import frames
-from dapo_mcore.tools.result import Kind
+from dapo_mcore.tools.result import Kind, ToolUnavailable
 
 _THREADS = 64
 _MOST_STUCK = 8
 """Threads whose call is over its time, and which still run: with so many, the process asks to be replaced."""
-
-
-class ToolUnavailable(Exception):
-    """For a tool to raise: what it needs is away, through no fault of the policy. The sample is not trained on."""
 
 
 class Tool:

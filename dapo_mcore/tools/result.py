@@ -35,6 +35,10 @@ class ToolResult:
     cpu_seconds: float = 0.0
 
 
+class ToolUnavailable(Exception):
+    """For a tool to raise: what it needs is away, through no fault of the policy. The sample is not trained on."""
+
+
 def clip(text: str, most: int, missing: int = 0) -> str:
     """Return the text, at most `most` characters of it and a note in the middle.
 

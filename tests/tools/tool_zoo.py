@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 
-from dapo_mcore.tools.function_worker import ToolUnavailable
+from dapo_mcore.tools.result import ToolUnavailable
 
 
 def echo(query: str) -> str:
