@@ -17,8 +17,8 @@ from typing import Any
 from dapo_mcore.config.tools import ToolConfig
 from dapo_mcore.errors import ToolError
 from dapo_mcore.process.plugin import plugin_environment
-from dapo_mcore.tools import frames
 from dapo_mcore.tools.result import Kind, ToolResult, clip
+from dapo_mcore.tools.sandbox.inside import frames
 
 START_S = 180.0
 """Timeout for a process's start: the function's module may import much from a cold network disk."""

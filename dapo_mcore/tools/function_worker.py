@@ -18,8 +18,8 @@ from typing import Any
 
 from dapo_mcore.errors import ToolError, describe_error
 from dapo_mcore.process.plugin import load_function, parameters_of
-from dapo_mcore.tools import frames
 from dapo_mcore.tools.result import Kind, ToolUnavailable
+from dapo_mcore.tools.sandbox.inside import frames
 
 _THREADS = 64
 _MOST_STUCK = 8

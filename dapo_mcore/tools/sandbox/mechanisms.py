@@ -17,13 +17,13 @@ from typing import Any
 from dapo_mcore.tools.sandbox.inside import cell
 
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/nix/store")
-_TOOLS = Path(__file__).parents[1]
-"""The folder dapo_mcore/tools, which the template of a box imports. A box sees nothing else of this package."""
-_SOURCES = "/inside"
-_TOOLS_INSIDE = f"{_SOURCES}/dapo_mcore/tools"
+_CODE = Path(cell.__file__).parent
+"""The folder of the code that runs in a box, which sees nothing else of this package."""
+_ROOT = "/inside"
+_CODE_IN_A_BOX = f"{_ROOT}/dapo_mcore/tools/sandbox/inside"
 _START = """
 import json, sys
-sys.path.insert(0, {sources!r})
+sys.path.insert(0, {root!r})
 from dapo_mcore.tools.sandbox.inside.{module} import {function}
 {function}(json.loads(sys.argv[1]))
 """
@@ -51,7 +51,7 @@ def readable_paths() -> list[str]:
 
 def template_settings(limits: cell.Limits, preload: Sequence[str], needs_landlock: bool) -> dict[str, Any]:
     """Return what a box is told when it starts."""
-    readable = [*readable_paths(), _SOURCES]
+    readable = [*readable_paths(), _ROOT]
     return {
         "limits": asdict(limits),
         "preload": list(preload),
@@ -75,25 +75,25 @@ def bubblewrap_command(settings: dict[str, Any]) -> list[str]:
     command += ["--cap-drop", "ALL"] if as_root else ["--unshare-user"]
     for capability in capabilities:
         command += ["--cap-add", capability]
-    for folder in _parents(cell.HOME, _TOOLS_INSIDE, *cell.DEVICES, *readable_paths()):
+    for folder in _parents(cell.HOME, _CODE_IN_A_BOX, *cell.DEVICES, *readable_paths()):
         command += ["--perms", "0755", "--dir", folder]  # bubblewrap's own choice would shut out all but root
     command += ["--tmpfs", cell.HOME]
     for path in readable_paths():
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     for device in cell.DEVICES:
         command += ["--dev-bind", device, device]
-    command += ["--ro-bind", str(_TOOLS), _TOOLS_INSIDE, "--remount-ro", cell.HOME, "--remount-ro", "/", "--chdir", "/"]
-    return command + _python("template", "serve", _SOURCES, settings)
+    command += ["--ro-bind", str(_CODE), _CODE_IN_A_BOX, "--remount-ro", cell.HOME, "--remount-ro", "/", "--chdir", "/"]
+    return command + _python("template", "serve", _ROOT, settings)
 
 
 def namespaces_command(settings: dict[str, Any]) -> list[str]:
     """Return the command of a box that builds its namespaces itself. It needs Landlock."""
-    return _python("box", "main", str(_TOOLS.parents[1]), settings)
+    return _python("box", "main", str(_CODE.parents[3]), settings)
 
 
-def _python(module: str, function: str, sources: str, settings: dict[str, Any]) -> list[str]:
+def _python(module: str, function: str, root: str, settings: dict[str, Any]) -> list[str]:
     """Return the command of an isolated Python that calls a function of `inside/` with the settings."""
-    start = _START.format(sources=sources, module=module, function=function)
+    start = _START.format(root=root, module=module, function=function)
     return [sys.executable, "-I", "-X", "utf8", "-c", start, json.dumps(settings)]
 
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_mcore.errors import ToolError
-from dapo_mcore.tools import frames
-from dapo_mcore.tools.sandbox.inside import canary, cell
+from dapo_mcore.tools.sandbox.inside import canary, cell, frames
 from dapo_mcore.tools.sandbox.mechanisms import ENVIRONMENT, MECHANISMS, readable_paths, template_settings
 
 START_S = 180.0

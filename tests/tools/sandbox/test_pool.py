@@ -227,7 +227,7 @@ def test_a_bubblewrap_that_builds_no_walls_is_refused(monkeypatch: pytest.Monkey
     fake = tmp_path / "bwrap"
     fake.write_text(
         f"#!{sys.executable}\nimport os, sys\n"
-        f"command = [word.replace({mechanisms._SOURCES!r}, {str(root)!r}) for word in sys.argv]\n"
+        f"command = [word.replace({mechanisms._ROOT!r}, {str(root)!r}) for word in sys.argv]\n"
         "start = command.index('-I') - 1\nos.execv(command[start], command[start:])\n"
     )
     fake.chmod(0o755)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore.errors import ToolError
-from dapo_mcore.tools import frames
 from dapo_mcore.tools.sandbox import mechanisms, worker
+from dapo_mcore.tools.sandbox.inside import frames
 from dapo_mcore.tools.sandbox.worker import Bait, Settings, Worker, WorkerLost
 from tests.tools.sandbox.boxes import LIMITS
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 def start(monkeypatch: pytest.MonkeyPatch, code: str) -> Worker:
     """Start a worker whose box is this code. It must fail: the worker is closed in any case."""
-    code = f"import json, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dapo_mcore.tools import frames\n{code}"
+    code = f"import json, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dapo_mcore.tools.sandbox.inside import frames\n{code}"
     monkeypatch.setitem(mechanisms.MECHANISMS, "fake", lambda settings: [sys.executable, "-c", code])
 
     async def once() -> None:

@@ -17,8 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from dapo_mcore.tools import frames
-from dapo_mcore.tools.sandbox.inside import cell, kernel, run_code
+from dapo_mcore.tools.sandbox.inside import cell, frames, kernel, run_code
 
 OUTPUT_FLOOD = 16 << 20
 """Bytes of output after which a call is ended: what is beyond the limit of a request is read and thrown away until then."""

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from dapo_mcore.tools import frames
+from dapo_mcore.tools.sandbox.inside import frames
 
 
 def test_messages_come_out_as_they_went_in_and_then_the_pipe_ends():
