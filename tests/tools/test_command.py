@@ -33,7 +33,7 @@ def test_python_runs_in_the_sandbox(capsys: pytest.CaptureFixture[str]):
 def test_a_configurations_own_tool(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model: {path: m}\ndata: {train_files: [d.jsonl]}\ntools:\n"
+        "model: {path: m}\ndata: {files: [d.jsonl]}\ntools:\n"
         f"  - {{name: say, function: '{ZOO}:act', parameters: {{type: object, properties: {{query: {{type: string}}}}}}}}\n"
     )
     assert main(["tool", "say", "--config", str(file), "--call", "x"]) == 0

@@ -23,7 +23,7 @@ ZOO = Path(__file__).with_name("tool_zoo.py")
 QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 
 
-def tool(function: str, **settings: Any) -> ToolConfig:
+def tool(function: str, /, **settings: Any) -> ToolConfig:
     return ToolConfig(**{"name": function, "function": f"{ZOO}:{function}", "parameters": QUERY, **settings})
 
 
