@@ -26,7 +26,7 @@ def _checked_tool_name(name: str) -> str:
 
 
 class SandboxConfig(Section):
-    """Walls and limits of function `python`. Each call runs in a process of its own, which the limits hold for."""
+    """Walls and limits of function `python`. They hold for each call, so that `workers` calls may take as much each."""
 
     mechanism: Literal["auto", "bubblewrap", "namespaces"] = "auto"
     """`bubblewrap` needs the Debian package of that name; `namespaces` needs Linux 5.13 with Landlock. `auto` takes the first

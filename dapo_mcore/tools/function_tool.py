@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -91,7 +92,10 @@ class FunctionTool:
             self._retired += [process for process in self._processes if process.must_go]
             self._processes = [process for process in self._processes if not process.must_go]
             missing = (self._config.workers or 1) - len(self._processes)
-            self._processes += await asyncio.gather(*(_Process.start(self._arguments) for _ in range(missing)))
+            await all_done(*(self._add_process() for _ in range(missing)))
+
+    async def _add_process(self) -> None:
+        self._processes.append(await _Process.start(self._arguments))
 
     async def _reap(self) -> None:
         """Kill retired processes that no sample needs."""
@@ -189,6 +193,13 @@ class _Process:
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(_Lost("the tool's process ended during the call"))
+
+
+async def all_done(*starts: Coroutine[Any, Any, None]) -> None:
+    """Wait for all, then raise the first error: what the others have started can be closed only when it is known."""
+    found = await asyncio.gather(*starts, return_exceptions=True)
+    if error := next((result for result in found if result is not None), None):
+        raise error
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:

@@ -31,7 +31,7 @@ _BYTES_PER_CHARACTER = 4
 
 
 class PythonTool:
-    """The sandbox as a tool. `state` of samples does not exist: no call sees anything of another."""
+    """The sandbox as a tool. It keeps no state: no call sees anything of another, of the same sample or not."""
 
     def __init__(self, config: ToolConfig):
         self._config = config

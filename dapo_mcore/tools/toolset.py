@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from dapo_mcore.config.tools import ToolConfig
 from dapo_mcore.tools import calculator, python_tool
 from dapo_mcore.tools.arguments import Arguments
-from dapo_mcore.tools.function_tool import FunctionTool
+from dapo_mcore.tools.function_tool import FunctionTool, all_done
 from dapo_mcore.tools.python_tool import PythonTool
 from dapo_mcore.tools.result import Kind, ToolResult
 
@@ -98,13 +98,18 @@ class ToolSet:
         self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # a signal has interrupted the wait, not the work
+            raise
 
     async def _start(self, configs: Sequence[ToolConfig]) -> None:
         for config in configs:
             runner, arguments = _build(config)
             self._tools[config.name] = (config, runner, arguments)
-        await asyncio.gather(*(runner.start() for _, runner, _ in self._tools.values()))
+        await all_done(*(runner.start() for _, runner, _ in self._tools.values()))
 
     async def _stop(self) -> None:
         for session in list(self._calls):

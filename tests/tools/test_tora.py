@@ -16,7 +16,7 @@ from dapo_mcore.tools.toolset import ToolSet
 from tests.tools.sandbox.boxes import skip_without_sandbox
 
 _CALL = re.compile(r"```python\n(.*?)```\s*```output\n(.*?)```", re.S)
-_TIMEOUT_S = 8.0
+_TIMEOUT_S = 6.0
 
 
 def agrees(result: ToolResult, recorded: str) -> bool:
@@ -36,7 +36,9 @@ def test_the_transcripts_code_prints_what_was_recorded(
     transcripts = [json.loads(line)["code"][0] for line in path.read_text().splitlines()]
     calls = [call for transcript in transcripts for call in _CALL.findall(transcript)]
     assert (len(transcripts), len(calls)) == (1319, 1318), "one transcript has a call without output"
-    config = ToolConfig(name="python", function="python", timeout_s=_TIMEOUT_S, workers=os.cpu_count())
+    config = ToolConfig(
+        name="python", function="python", timeout_s=_TIMEOUT_S, workers=os.cpu_count(), sandbox={"preload": []}
+    )
     with ToolSet([config]) as tools:
         futures = [tools.call(str(n), "python", code) for n, (code, _) in enumerate(calls)]
         results = [future.result(timeout=600) for future in futures]

@@ -72,20 +72,22 @@ class Worker:
         """Start a box and let the canary attack it. Raise WorkerLost if it does not start, ToolError if an attack succeeds."""
         given = template_settings(settings.limits, settings.preload, needs_landlock=mechanism == "namespaces")
         errors = os.memfd_create("errors")
-        worker = cls(
-            await asyncio.create_subprocess_exec(
+        try:
+            process = await asyncio.create_subprocess_exec(
                 *MECHANISMS[mechanism](given),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C in the terminal does not reach it
-            ),
-            errors,
-        )
+            )
+        except BaseException:
+            os.close(errors)
+            raise
+        worker = cls(process, errors)
         try:
             await worker._await_ready()
-            await worker._withstand(mechanism, settings)
+            await worker._withstand(mechanism)
         except BaseException:
             await worker.close()
             raise
@@ -123,7 +125,7 @@ class Worker:
         if "error" in answer:
             raise ToolError(f"the Python sandbox cannot load its modules: {answer['error']}; change sandbox.preload")
 
-    async def _withstand(self, mechanism: str, settings: Settings) -> None:
+    async def _withstand(self, mechanism: str) -> None:
         """Raise ToolError unless every attack of the canary fails, and WorkerLost if it does not report."""
         with Bait() as bait:
             nonce = secrets.token_hex(16)
