@@ -67,9 +67,11 @@ class FunctionTool:
         return ToolResult(Kind(answer["kind"]), text, answer["seconds"])
 
     async def end_session(self, session: str) -> None:
-        """Close the state of a sample."""
-        if process := self._homes.pop(session, None):
-            await process.end(session)
+        """Close the state of a sample, and return when it is closed or its process is lost."""
+        if process := self._homes.get(session):
+            with suppress(_Lost, TimeoutError):
+                await process.end(session, self._config.timeout_s + GRACE_S)
+            self._homes.pop(session, None)
             await self._reap()
 
     async def close(self) -> None:
@@ -150,13 +152,20 @@ class _Process:
 
     async def call(self, session: str, arguments: dict[str, Any], deadline_s: float) -> dict[str, Any]:
         """Return the answer. Raise _Lost if the process ends, TimeoutError after killing one that does not answer at all."""
+        return await self._answer_to({"session": session, "arguments": arguments}, deadline_s)
+
+    async def end(self, session: str, deadline_s: float) -> None:
+        """Close the state of a sample. Raise as `call` does."""
+        await self._answer_to({"session": session}, deadline_s)
+
+    async def _answer_to(self, message: dict[str, Any], deadline_s: float) -> dict[str, Any]:
         if self._listener.done():
             raise _Lost("the tool's process has ended, and with it what it knew of this sample")
         self._last_number += 1
         number, answer = self._last_number, asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            await self._send({"id": number, "session": session, "arguments": arguments})
+            await self._send({"id": number, **message})
             return await asyncio.wait_for(answer, deadline_s)
         except TimeoutError:
             await self.close()
@@ -166,9 +175,6 @@ class _Process:
             raise
         finally:
             self._waiting.pop(number, None)
-
-    async def end(self, session: str) -> None:
-        await self._send({"session": session})
 
     async def close(self) -> None:
         self.must_go = True

@@ -153,37 +153,34 @@ def _check_arguments(
 
 
 class Server:
-    """Answers messages: {id, session, arguments} is a call, {id} cancels it, {session} is the end of a sample."""
+    """Answers messages: {id, session, arguments} is a call, {id, session} the end of a sample, and {id} cancels either."""
 
     def __init__(self, tool: Tool, answers: int):
         self._tool = tool
         self._answers = answers
-        self._calls: dict[int, asyncio.Task[None]] = {}
-        self._ends: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self, requests: asyncio.StreamReader) -> None:
         """Answer until the stream ends."""
         with suppress(EOFError):
             while True:
-                self._take(await frames.receive_from(requests))
-        await asyncio.gather(*self._ends)
+                self._take(**await frames.receive_from(requests))
 
-    def _take(self, message: dict[str, Any]) -> None:
-        number = message.get("id")
-        if "arguments" in message:
-            task = asyncio.create_task(self._answer(**message))
-            self._calls[number] = task
-            task.add_done_callback(lambda _: self._calls.pop(number))
-        elif number is None:
-            end = asyncio.create_task(self._tool.end(message["session"]))
-            self._ends.add(end)
-            end.add_done_callback(self._ends.discard)
-        elif number in self._calls:
-            self._calls[number].cancel()
+    def _take(self, id: int, session: str | None = None, arguments: dict[str, Any] | None = None) -> None:
+        if session is not None:
+            task = asyncio.create_task(self._answer(id, session, arguments))
+            self._tasks[id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(id))
+        elif id in self._tasks:
+            self._tasks[id].cancel()
 
-    async def _answer(self, id: int, session: str, arguments: dict[str, Any]) -> None:
+    async def _answer(self, id: int, session: str, arguments: dict[str, Any] | None) -> None:
         start_s = time.monotonic()
-        kind, text = await self._tool.call(session, arguments)
+        if arguments is None:
+            await self._tool.end(session)
+            kind, text = Kind.OK, ""
+        else:
+            kind, text = await self._tool.call(session, arguments)
         seconds, retire = time.monotonic() - start_s, self._tool.num_stuck >= _MOST_STUCK
         frames.send(self._answers, {"id": id, "kind": kind, "text": text, "seconds": seconds, "retire": retire})
 
