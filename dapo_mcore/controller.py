@@ -199,7 +199,8 @@ class Controller:
         self.report = StepReport.of(collected, collected.groups, self.config.observe.samples_per_step)
         self.uids = [group.prompt.uid for group in collected.groups]
         self.sources = Sources.of(collected.groups) if self.config.observe.record else None
-        batch = to_train_batch(collected.groups, overlong_filter=self.config.reward.overlong.filter)
+        reward = self.config.reward
+        batch = to_train_batch(collected.groups, overlong_filter=reward.overlong.filter, filter_void=reward.filter_void)
         self.work = StepWork(
             num_tokens=len(batch.tokens),
             num_generated=collected.stats.get("sampling/generated_tokens", 0),

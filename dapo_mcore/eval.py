@@ -65,18 +65,22 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
     best@k           share of prompts with at least one right sample.
     maj@k            share of prompts whose most frequent answer is right; absent if the reward function names no answer.
     response_length  tokens; clip_ratio: share of samples truncated at the length limit.
+    policy_length    tokens without tool output; absent if no response has any.
     failures         samples whose scoring failed. They count as wrong, so if there are any, the accuracies are too low.
     """
     k = len(groups[0].samples)
     correct = np.array([[_right(sample) for sample in group.samples] for group in groups], dtype=np.float64)
     samples = [sample for group in groups for sample in group.samples]
     names_answers = any(_has_vote(sample) for sample in samples)
+    lengths = [len(sample.rollout.token_ids) for sample in samples]
+    own = [sample.rollout.num_policy_tokens for sample in samples]
     majority = {f"maj@{k}": float(np.mean([majority_is_right(group) for group in groups]))} if names_answers else {}
     return {
         f"mean@{k}": float(correct.mean()),
         f"best@{k}": float(correct.max(axis=1).mean()),
         **majority,
-        "response_length": float(np.mean([len(sample.rollout.token_ids) for sample in samples])),
+        "response_length": float(np.mean(lengths)),
+        **({"policy_length": float(np.mean(own))} if own != lengths else {}),
         "clip_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
         "failures": float(sum(sample.score.failure is not None for sample in samples)),
     }

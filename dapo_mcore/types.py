@@ -102,6 +102,11 @@ class Rollout:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    @property
+    def num_policy_tokens(self) -> int:
+        """Number of tokens that the policy wrote."""
+        return int(np.count_nonzero(self.loss_mask))
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -111,7 +116,7 @@ class Score:
     score     raw reward of the answer, for instance +1 or -1.
     penalty   soft overlong punishment, 0 or negative.
     acc       raw correctness, which dynamic sampling looks at; never contains the penalty.
-    pred      the answer that was extracted from the response, for people.
+    pred      the answer that was extracted from the response, for people; one of NO_ANSWER if none was found.
     failure   None, or why there is no score (`timeout`, `exception: …`, `nan`; `log-probs: …` if the engine's are not finite).
               Then `acc` is False, and statistics and loss leave the sample out unless the configuration gives failures a value.
     masked    True if group statistics and loss leave the sample out because scoring failed.
@@ -124,6 +129,15 @@ class Score:
     penalty: float = 0.0
     failure: str | None = None
     masked: bool = False
+
+    @property
+    def answered(self) -> bool:
+        """True unless scoring succeeded without finding an answer."""
+        return self.failure is not None or self.pred not in NO_ANSWER
+
+
+NO_ANSWER = ("", "[INVALID]")
+"""`Score.pred` of a response without an answer. math_dapo, verl's and ours, gives the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +152,11 @@ class Sample:
     def scored(self) -> bool:
         """True if the sample counts: scoring did not fail, and generation was not aborted."""
         return not self.score.masked and self.rollout.finish_reason != "abort"
+
+    @property
+    def void(self) -> bool:
+        """True if there is nothing to learn from: no token of the policy, or neither an answer nor a right outcome."""
+        return not self.rollout.loss_mask.any() or not (self.score.acc or self.score.answered)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,15 @@ def test_set_metrics_by_hand():
         "clip_ratio": 0.5,
         "failures": 1.0,
     }
+
+
+def test_lengths_with_and_without_tool_output():
+    group = make_group("RA", length=6)
+    first = group.samples[0]
+    mask = np.array([True, False, False, False, True, True])
+    with_tool = replace(first, rollout=replace(first.rollout, loss_mask=mask))
+    metrics = set_metrics([replace(group, samples=(with_tool, group.samples[1]))])
+    assert (metrics["response_length"], metrics["policy_length"]) == (6.0, 4.5)
 
 
 @pytest.mark.parametrize("preds", ["..", "FF", ".F"])

@@ -10,17 +10,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dapo_mcore.errors import DataError
+from dapo_mcore.errors import DataError, RewardError
 from dapo_mcore.types import Group, Sample, TrainBatch
 
 
-def to_train_batch(groups: Sequence[Group], *, overlong_filter: bool) -> TrainBatch:
+def to_train_batch(groups: Sequence[Group], *, overlong_filter: bool, filter_void: bool = False) -> TrainBatch:
     """Return the samples of `groups`, in order, as one flat batch; group_ids are 0, 1, … in that order.
 
     A sample whose scoring failed or whose generation was aborted is left out of statistics and loss. A truncated sample
-    is left out of the loss if `overlong_filter` is set (DAPO's overlong filtering), never out of the statistics.
-    Raise DataError for an empty prompt: the first response token could not be predicted from anything.
+    is left out of the loss if `overlong_filter` is set (DAPO's overlong filtering), a void one if `filter_void` is; neither
+    out of the statistics.
+    Raise DataError for an empty prompt: the first response token could not be predicted from anything. With `filter_void`
+    raise RewardError if a right sample has no answer: the reward function names none, so every wrong sample would be void.
     """
+    if filter_void:
+        _check_answers(groups)
     rows = [(group.prompt.token_ids, sample) for group in groups for sample in group.samples]
     offsets = _offsets(np.array([len(prompt) + len(sample.rollout.token_ids) for prompt, sample in rows], np.int64))
     batch = TrainBatch(
@@ -35,7 +39,8 @@ def to_train_batch(groups: Sequence[Group], *, overlong_filter: bool) -> TrainBa
     for (prompt, sample), begin, end in zip(rows, offsets[:-1], offsets[1:]):
         if len(prompt) == 0:
             raise DataError("a prompt has 0 tokens, but at least 1 must precede a response; set data.add_bos true")
-        _write(batch, prompt, sample, slice(begin, end), overlong_filter)
+        left_out = (overlong_filter and sample.rollout.truncated) or (filter_void and sample.void)
+        _write(batch, prompt, sample, slice(begin, end), trained=sample.scored and not left_out)
     return batch
 
 
@@ -54,13 +59,22 @@ def select(batch: TrainBatch, samples: Sequence[int] | np.ndarray) -> TrainBatch
     )
 
 
-def _write(batch: TrainBatch, prompt: np.ndarray, sample: Sample, span: slice, overlong_filter: bool) -> None:
+def _check_answers(groups: Sequence[Group]) -> None:
+    right = [sample for group in groups for sample in group.samples if sample.scored and sample.score.acc]
+    if unnamed := sum(not sample.score.answered for sample in right):
+        raise RewardError(
+            f"reward.filter_void leaves out samples without an answer, but the reward function names none for {unnamed} of "
+            f"{len(right)} right samples; let it return `pred`, or set reward.filter_void false"
+        )
+
+
+def _write(batch: TrainBatch, prompt: np.ndarray, sample: Sample, span: slice, *, trained: bool) -> None:
     rollout = sample.rollout
     assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.loss_mask), "ragged rollout"
     response = slice(span.start + len(prompt), span.stop)
     batch.tokens[span.start : response.start] = prompt
     batch.tokens[response] = rollout.token_ids
-    if sample.scored and not (overlong_filter and rollout.truncated):
+    if trained:
         batch.loss_mask[response] = rollout.loss_mask
         batch.rollout_logprobs[response] = np.where(rollout.loss_mask, rollout.logprobs, 0)
 

@@ -134,6 +134,9 @@ class OverlongConfig(Section):
     cache: Tokens = 4096
     """L_cache in tokens: the penalty grows from 0 to -factor over the last `cache` tokens."""
     factor: float = Field(1.0, gt=0, le=1000)
+    count_tool_output: bool = False
+    """The penalty's length has the output of tools, too, as in verl: then a tool that prints much costs reward. False: only
+    tokens that the policy wrote."""
     filter: bool = False
     """Mask the tokens of truncated responses out of the loss."""
 
@@ -161,6 +164,9 @@ class RewardConfig(Section):
     """A sample whose scoring failed is left out of statistics and loss (`mask`), or its score is `failure_value`. It is counted
     in both cases. A step in which all scores failed ends the run."""
     failure_value: float = Field(-1.0, ge=-1000, le=1000)
+    filter_void: bool = False
+    """Mask responses without an answer, and such without a token of the policy, out of the loss; they stay in the statistics
+    (SimpleTIR, arXiv 2509.02479, against collapse with tools). The reward function must name answers (`pred`)."""
     overlong: OverlongConfig = OverlongConfig()
 
     @property

@@ -18,9 +18,6 @@ if TYPE_CHECKING:  # types imports torch, which reading or plotting metrics does
     from dapo_mcore.types import Group, Sample
 
 
-_UNPARSED = ("", "[INVALID]")  # math_dapo, verl's and ours, gives the second to a response without an answer
-
-
 class Metric(NamedTuple):
     """The unit of a metric (empty if it has none) and what it measures over one rollout step."""
 
@@ -44,9 +41,16 @@ METRICS: dict[str, Metric] = {
         "groups", "trained groups with several samples but one score: without a baseline that sample has advantage 0"
     ),
     "reward/unparsed_ratio": Metric("fraction", "scored samples in which the reward function found no answer"),
+    "reward/void_ratio": Metric(
+        "fraction", "scored samples, right ones excepted, without an answer, and those without a token of the policy"
+    ),
     "response_length/mean": Metric("tokens", "response length of generated samples, with tool output, mean"),
     "response_length/max": Metric("tokens", "longest response"),
     "response_length/min": Metric("tokens", "shortest response"),
+    "response_length/policy_mean": Metric(
+        "tokens", "the same without tool output, mean; absent, as the next, if no response has any"
+    ),
+    "response_length/policy_max": Metric("tokens", "the same, maximum"),
     "response_length/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
     "sampling/groups_generated": Metric("groups", "groups finished in this step"),
     "sampling/groups_kept": Metric("groups", "groups trained on"),
@@ -56,7 +60,7 @@ METRICS: dict[str, Metric] = {
     "sampling/gen_batches": Metric(
         "batches", "generation batches; with continuous generation, groups begun / gen_batch_prompts"
     ),
-    "sampling/generated_tokens": Metric("tokens", "response tokens generated in this step"),
+    "sampling/generated_tokens": Metric("tokens", "response tokens generated in this step, without tool output"),
     "sampling/surplus_reused": Metric("groups", "trained groups that an earlier step generated"),
     "sampling/surplus_carried": Metric(
         "groups", "surplus groups with right and wrong answers, carried to the next step"
@@ -80,7 +84,7 @@ METRICS: dict[str, Metric] = {
         "versions", "weight versions between a trained group's oldest token and the policy that trains on it, mean"
     ),
     "sampling/staleness_max": Metric("versions", "the same, maximum over trained groups"),
-    "sampling/token_staleness_mean": Metric("versions", "the same for each token of these groups, mean"),
+    "sampling/token_staleness_mean": Metric("versions", "the same for each token that the policy wrote, mean"),
     "sampling/samples_resumed": Metric("samples", "trained responses that several weight versions generated"),
     "sampling/resample_rate": Metric(
         "fraction", "responses added to groups whose answers did not vary, among all responses generated"
@@ -170,7 +174,7 @@ METRICS: dict[str, Metric] = {
         "fraction",
         "perf/tflops_per_gpu / the card's dense bf16 peak, also with FP8; absent on a CPU and an unknown card",
     ),
-    "perf/generated_tokens_per_s": Metric("tokens/s", "response tokens generated / time/generate_s"),
+    "perf/generated_tokens_per_s": Metric("tokens/s", "sampling/generated_tokens / time/generate_s"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
     "memory/weights_gib": Metric(
         "GiB", "parameters and buffers of the policy, the largest rank's as in all that follow"
@@ -216,7 +220,8 @@ METRICS: dict[str, Metric] = {
         "fraction",
         "problems whose most frequent answer among k samples is right; absent if the reward function names no answer",
     ),
-    "val/<set>/response_length": Metric("tokens", "mean response length on a validation set"),
+    "val/<set>/response_length": Metric("tokens", "mean response length on a validation set, with tool output"),
+    "val/<set>/policy_length": Metric("tokens", "the same without tool output; absent if no response has any"),
     "val/<set>/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
     "val/<set>/failures": Metric("samples", "samples whose scoring failed; they count as wrong"),
 }
@@ -270,17 +275,24 @@ def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "reward/overlong_penalty_mean": _mean([score.penalty for score in scores]),
         "reward/acc": _mean([score.acc for score in scores]),
         "reward/failures": float(sum(sample.score.failure is not None for sample in samples)),
-        "reward/unparsed_ratio": _mean([score.failure is None and score.pred in _UNPARSED for score in scores]),
+        "reward/unparsed_ratio": _mean([not score.answered for score in scores]),
+        "reward/void_ratio": _mean([sample.void for sample in _scored(samples)]),
     }
 
 
 def _length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     lengths = [len(sample.rollout.token_ids) for sample in samples]
+    own = [sample.rollout.num_policy_tokens for sample in samples]
     return {
         "response_length/mean": _mean(lengths),
         "response_length/max": float(max(lengths, default=math.nan)),
         "response_length/min": float(min(lengths, default=math.nan)),
         "response_length/clip_ratio": _mean([sample.rollout.truncated for sample in samples]),
+        **(
+            {"response_length/policy_mean": _mean(own), "response_length/policy_max": float(max(own))}
+            if own != lengths
+            else {}
+        ),
     }
 
 

@@ -100,7 +100,11 @@ PANELS = (
     Panel(
         "Response length",
         "tokens",
-        (Curve("response_length/mean", "mean"), Curve("response_length/clip_ratio", "truncated", twin=True)),
+        (
+            Curve("response_length/mean", "mean"),
+            Curve("response_length/clip_ratio", "truncated", twin=True),
+            Curve("response_length/policy_mean", "without tool output"),
+        ),
         alone="mean tokens",
         twin_unit="truncated fraction",
         fraction=True,

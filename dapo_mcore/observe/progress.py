@@ -225,7 +225,7 @@ def eval_line(step: int, metrics: Metrics) -> str:
     for name, value in metrics.items():
         _, dataset, quantity = name.split("/", 2) if name.startswith("val/") else ("", "", "")
         if dataset and (quantity, value) != ("failures", 0):
-            whole = quantity in ("response_length", "failures")
+            whole = quantity in ("response_length", "policy_length", "failures")
             sets.setdefault(dataset, []).append(f"{quantity} {_fixed(value, 0 if whole else 3)}")
     return " | ".join([f"eval after step {step}", *(f"{name} {' '.join(items)}" for name, items in sets.items())])
 

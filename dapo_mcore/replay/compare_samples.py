@@ -151,13 +151,13 @@ def _compare_logprobs(a: BatchRecord, b: BatchRecord, label: Label, terms: Terms
 
 
 def _compare_masks(a: BatchRecord, b: BatchRecord, label: Label) -> Check:
-    """Return the check of which tokens have a loss. Sums suffice to name a sample: overlong filtering takes all of it."""
+    """Return the check of which tokens have a loss."""
     name = "loss mask"
     for sample, pair in enumerate(_pairs(a, b, "loss_mask")):
-        if _first(*pair) is not None:
+        if (position := _first(*pair)) is not None:
             values = [int(np.count_nonzero(part)) for part in pair]
-            detail = f"{label(sample)}: {values[0]} loss tokens against {values[1]}"
-            return Check(name, Verdict.DIFFERS, detail, {"sample": sample, "values": values})
+            detail = f"{label(sample)}, from token {position}: {values[0]} loss tokens against {values[1]}"
+            return Check(name, Verdict.DIFFERS, detail, {"sample": sample, "position": position, "values": values})
     return Check(name, Verdict.EQUAL, count(int(np.count_nonzero(a.batch.loss_mask)), "loss token"))
 
 

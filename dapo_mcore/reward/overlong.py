@@ -9,8 +9,8 @@ from __future__ import annotations
 def soft_overlong_penalty(length: int, max_length: int, cache: int, factor: float) -> float:
     """Return the penalty, in [-factor, 0] (paper eq. 13).
 
-    0 up to max_length - cache tokens, then linear down to -factor at max_length and beyond. `length` counts every
-    response token, also tool output. Example: max_length 20480, cache 4096, factor 1: 18432 tokens cost -0.5.
+    0 up to max_length - cache tokens, then linear down to -factor at max_length and beyond. For `length` see
+    OverlongConfig.count_tool_output. Example: max_length 20480, cache 4096, factor 1: 18432 tokens cost -0.5.
     """
     over = length - (max_length - cache)
     if over <= 0:

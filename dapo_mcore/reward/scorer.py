@@ -42,13 +42,17 @@ class Scorer:
         with self._turn:
             outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, one) for one in attempts]
         return [
-            self._score(outcome, len(rollout.token_ids)) for outcome, rollout in zip(outcomes, rollouts, strict=True)
+            self._score(outcome, self._length(rollout)) for outcome, rollout in zip(outcomes, rollouts, strict=True)
         ]
 
     def close(self) -> None:
         """End the worker processes, if any. May be called twice."""
         if self._pool:
             self._pool.close()
+
+    def _length(self, rollout: Rollout) -> int:
+        """Return the number of tokens that the overlong penalty is for."""
+        return len(rollout.token_ids) if self._config.overlong.count_tool_output else rollout.num_policy_tokens
 
     def _score(self, outcome: Outcome, length: int) -> Score:
         """Return the Score of an outcome. A failure gets failure_value, and with on_failure mask it is masked as well."""

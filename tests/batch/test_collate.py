@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
+from dapo_mcore.algo.loss import sample_weights
 from dapo_mcore.batch.collate import select, to_train_batch
-from dapo_mcore.errors import DataError
+from dapo_mcore.errors import DataError, RewardError
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
-def make_sample(tokens, mask=None, finish="stop", reward=1.0, masked=False):
+def make_sample(tokens, mask=None, finish="stop", reward=1.0, masked=False, pred=""):
     mask = np.ones(len(tokens), bool) if mask is None else np.array(mask, bool)
     logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
     rollout = Rollout(np.array(tokens, np.int32), logprobs, mask, finish, 0)
     failure = "timeout" if masked else None
-    return Sample(rollout, "", Score(reward, reward, reward > 0, failure=failure, masked=masked))
+    return Sample(rollout, "", Score(reward, reward, reward > 0, pred, failure=failure, masked=masked))
 
 
 def make_group(uid, prompt, *samples):
@@ -56,6 +57,36 @@ def test_overlong_filter_takes_truncated_samples_out_of_the_loss_only():
     assert np.flatnonzero(batch.loss_mask).tolist() == [2, 4]
     assert batch.rollout_logprobs[7] == 0
     assert batch.in_statistics.tolist() == [True, True, False, False, True]
+
+
+VOID = [
+    make_group(
+        "train:1",
+        [1],
+        make_sample([3, 4], pred="7"),
+        make_sample([5], reward=-1),
+        make_sample([6, 7], mask=[0, 0], reward=-1, pred="8"),
+        make_sample([8], reward=-1, pred="[INVALID]", finish="length"),
+        make_sample([9], reward=-1, pred="8"),
+    )
+]
+
+
+def test_void_samples_leave_the_loss_only_if_the_filter_is_on():
+    without, batch = (to_train_batch(VOID, overlong_filter=False, filter_void=on) for on in (False, True))
+    assert without.num_loss_tokens.tolist() == [2, 1, 0, 1, 1]
+    assert batch.num_loss_tokens.tolist() == [2, 0, 0, 0, 1]
+    assert batch.rollout_logprobs.tolist() == [0, -1, -2, 0, 0, 0, 0, 0, 0, 0, 0, -1]
+    assert batch.in_statistics.all() and batch.rewards.tolist() == [1, -1, -1, -1, -1]
+    weights = sample_weights("seq-mean-token-mean", batch.num_loss_tokens)
+    assert weights.tolist() == [1 / 4, 0, 0, 0, 1 / 2], "a void sample is no sequence of the mean"
+
+
+def test_the_void_filter_needs_a_reward_function_that_names_answers():
+    """Without names every wrong sample would be void, and training would see right ones only."""
+    group = make_group("train:1", [1], make_sample([3]), make_sample([4], reward=-1))
+    with pytest.raises(RewardError, match=r"names none for 1 of 1 right samples; let it return `pred`"):
+        to_train_batch([group], overlong_filter=False, filter_void=True)
 
 
 def test_select_keeps_order_and_group_numbers():

@@ -14,9 +14,10 @@ from dapo_mcore.observe.metrics import METRICS, OLD_NAMES, current_name, describ
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 
 
-def sample(length: int, score: Score, finish: str = "stop") -> Sample:
-    ids = np.zeros(length, dtype=np.int32)
-    return Sample(Rollout(ids, np.zeros(length, np.float32), np.ones(length, bool), finish, 0), "text", score)
+def sample(length: int, score: Score, finish: str = "stop", tool: int = 0) -> Sample:
+    """Return a sample of `length` tokens that ends in `tool` tokens of tool output."""
+    ids, mask = np.zeros(length, dtype=np.int32), np.arange(length) < length - tool
+    return Sample(Rollout(ids, np.zeros(length, np.float32), mask, finish, 0), "text", score)
 
 
 def group(*samples: Sample) -> Group:
@@ -47,6 +48,7 @@ def test_statistics_of_two_groups_by_hand() -> None:
             "reward/groups_one_scored": 0.0,
             "reward/failures": 1.0,
             "reward/unparsed_ratio": 0.25,
+            "reward/void_ratio": 0.25,
             "response_length/mean": 5.2,
             "response_length/max": 10.0,
             "response_length/min": 2.0,
@@ -59,6 +61,22 @@ def test_statistics_of_two_groups_by_hand() -> None:
 def test_a_failure_with_a_value_counts_in_statistics_but_not_as_unparsed() -> None:
     metrics = group_metrics([group(sample(1, RIGHT), sample(1, FAILED_WITH_VALUE))], [])
     assert (metrics["reward/mean"], metrics["reward/failures"], metrics["reward/unparsed_ratio"]) == (0.0, 1.0, 0.0)
+
+
+def test_lengths_with_and_without_tool_output() -> None:
+    metrics = group_metrics([group(sample(9, RIGHT, tool=4), sample(3, WRONG), sample(6, FAILED, tool=6))], [])
+    lengths = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("response_length/")}
+    assert lengths == pytest.approx(
+        {"mean": 6.0, "max": 9.0, "min": 3.0, "clip_ratio": 0.0, "policy_mean": 8 / 3, "policy_max": 5.0}
+    )
+
+
+def test_void_samples_have_no_answer_or_no_token_of_the_policy() -> None:
+    right_without_name = Score(reward=1.0, score=1.0, acc=True)
+    samples = [sample(2, UNPARSED), sample(2, RIGHT, tool=2), sample(2, right_without_name), sample(2, WRONG, tool=1)]
+    samples += [sample(2, FAILED_WITH_VALUE), sample(2, FAILED, tool=2)]
+    assert [one.void for one in samples] == [True, True, False, False, False, True]
+    assert group_metrics([group(*samples)], [])["reward/void_ratio"] == 2 / 5, "of the scored ones"
 
 
 def test_trained_groups_with_one_score_left_are_counted() -> None:

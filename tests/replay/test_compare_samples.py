@@ -63,6 +63,18 @@ def test_a_longer_response_differs_where_the_other_one_ends():
     assert found["loss mask"].detail.endswith(f"{loss} loss tokens against {loss + 1}")
 
 
+def test_masks_of_as_many_tokens_differ_at_the_first_that_only_one_has():
+    """A tool's output that begins one token later in one of the runs, and ends one token later."""
+    record = batch_record(1)
+    start = int(record.batch.offsets[4]) + PROMPT_TOKENS
+    one, other = (in_batch("loss_mask", start + 1 + late, False)(record) for late in (0, 1))
+    check = {check.name: check for check in compare_samples(PROMPTS, one, other, EXACT)}["loss mask"]
+    count = int(one.batch.num_loss_tokens[4])
+    told = f"from token {PROMPT_TOKENS + 1}: {count} loss tokens against {count}"
+    assert check.verdict is Verdict.DIFFERS and check.detail == f"sample 4 (train.jsonl row 3, response 1 of 2), {told}"
+    assert check.place == {"sample": 4, "position": PROMPT_TOKENS + 1, "values": [count, count]}
+
+
 def test_only_log_probs_of_equal_tokens_are_compared_and_the_largest_difference_is_told():
     record = batch_record(1)
     start = int(record.batch.offsets[5])

@@ -19,8 +19,9 @@ OVERLONG = {"penalty": True, "cache": 8}
 
 
 def rollout(length: int) -> Rollout:
-    written = np.arange(length) % 2 == 0  # every other token is tool output, which counts as length
-    return Rollout(np.zeros(length, np.int32), np.zeros(length, np.float32), written, "stop", 0)
+    """Return a rollout of which the policy wrote `length` tokens; a tool wrote as many between them."""
+    written = np.arange(2 * length) % 2 == 0
+    return Rollout(np.zeros(2 * length, np.int32), np.zeros(2 * length, np.float32), written, "stop", 0)
 
 
 def score(*responses: str, lengths: tuple[int, ...] = (), max_response_tokens: int = 16, **config) -> list[Score]:
@@ -56,6 +57,14 @@ def test_the_penalty_is_in_the_reward_and_never_in_acc():
 def test_the_penalty_can_have_a_length_of_its_own():
     (scored,) = score("Answer: 7", lengths=(8,), overlong={**OVERLONG, "max_length": 10, "factor": 2.0})
     assert scored.penalty == -1.5
+
+
+def test_the_penalty_is_for_tokens_of_the_policy_or_as_in_verl_for_all():
+    settings = {**OVERLONG, "max_length": 16}
+    for count, penalties in ((False, [0.0, -0.25]), (True, [-1.0, -1.0])):
+        overlong = {**settings, "count_tool_output": count}
+        scores = score(*["Answer: 7"] * 2, lengths=(8, 10), max_response_tokens=64, overlong=overlong)
+        assert [s.penalty for s in scores] == penalties
 
 
 def test_the_penalty_is_off_by_default():

@@ -91,9 +91,11 @@ class Responder:
 
 
 def _without_bad_logprobs(rollout: Rollout, score: Score) -> Score:
-    """Return the score, masked and with a failure if a log-prob is not finite: one such sample would spoil its mini-batch."""
-    bad = np.count_nonzero(~np.isfinite(rollout.logprobs))
+    """Return the score, masked and with a failure if a log-prob of a token of the policy is not finite: one such sample would
+    spoil its mini-batch."""
+    logprobs = rollout.logprobs[rollout.loss_mask]
+    bad = np.count_nonzero(~np.isfinite(logprobs))
     if not bad:
         return score
-    failure = f"log-probs: {bad} of {len(rollout.logprobs)} from the engine are not finite"
+    failure = f"log-probs: {bad} of {len(logprobs)} from the engine are not finite"
     return replace(score, acc=False, failure=failure, masked=True)

@@ -90,7 +90,7 @@ class Step:
             "sampling/gen_batches": float(self.num_rounds),
             "sampling/resample_rate": _ratio(self.num_extra, len(samples)),
             "sampling/samples_generated": float(len(samples)),
-            "sampling/generated_tokens": float(sum(len(sample.rollout.token_ids) for sample in samples)),
+            "sampling/generated_tokens": float(sum(sample.rollout.num_policy_tokens for sample in samples)),
             "sampling/groups_stale": float(self.num_stale),
             **self.more,
         }
@@ -105,26 +105,27 @@ class Step:
 
 
 def staleness_stats(groups: Sequence[Group], trained: int) -> dict[str, float]:
-    """Return the `sampling/…` metrics about how old the weights are that generated `groups` (at least one token in all).
+    """Return the `sampling/…` metrics about how old the weights are that generated `groups` (at least one).
 
-    trained  weight version of the policy that trains on the groups. A group is as old as its oldest token.
+    trained  weight version of the policy that trains on the groups. A group is as old as its oldest token. The mean over
+             tokens is over those that the policy wrote, NaN if there are none.
     """
     ages = [trained - group.weight_version for group in groups]
     rollouts = [sample.rollout for group in groups for sample in group.samples]
-    num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    num_tokens = sum(rollout.num_policy_tokens for rollout in rollouts)
     return {
         "sampling/staleness_mean": sum(ages) / len(ages),
         "sampling/staleness_max": float(max(ages)),
-        "sampling/token_staleness_mean": trained - sum(map(_version_sum, rollouts)) / num_tokens,
+        "sampling/token_staleness_mean": trained - _ratio(sum(map(_version_sum, rollouts)), num_tokens),
         "sampling/samples_resumed": float(sum(bool(rollout.version_spans) for rollout in rollouts)),
     }
 
 
 def _version_sum(rollout: Rollout) -> int:
-    """Return the sum of the weight versions that generated each token."""
+    """Return the sum of the weight versions that generated each token of the policy."""
     spans = rollout.version_spans or ((0, rollout.weight_version),)
-    ends = [*(start for start, _ in spans[1:]), len(rollout.token_ids)]
-    return sum((end - start) * version for (start, version), end in zip(spans, ends, strict=True))
+    written = np.split(rollout.loss_mask, [start for start, _ in spans[1:]])
+    return sum(int(np.count_nonzero(part)) * version for (_, version), part in zip(spans, written, strict=True))
 
 
 def _ratio(part: int, whole: int) -> float:

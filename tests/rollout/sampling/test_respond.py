@@ -64,6 +64,24 @@ def test_a_response_with_a_log_prob_that_is_not_finite_is_masked_counted_and_nam
     assert group_metrics(groups, groups)["reward/failures"] == 2
 
 
+def test_only_log_probs_of_the_policys_tokens_must_be_finite():
+    """A tool's output has none: what stands there is not read."""
+    prompts, tokens = make_prompts("R"), np.array([82, 82, 82], np.int32)
+    logprobs, mask = np.array([-1, np.nan, np.inf], np.float32), np.array([True, False, False])
+    engine = ScriptedEngine(prompts)
+    engine.generate = lambda *_: [
+        Rollout(tokens, logprobs, mask, "stop", 1),
+        Rollout(tokens, logprobs, ~mask, "stop", 1),
+    ]
+    (group,) = Responder(engine, reward, decode).groups(prompts, size=2, params=PARAMS)
+    assert [sample.score.failure for sample in group.samples] == [
+        None,
+        "log-probs: 2 of 2 from the engine are not finite",
+    ]
+    batch = to_train_batch([group], overlong_filter=False)
+    assert batch.rollout_logprobs.tolist() == [0, 0, -1, 0, 0] + [0] * 5
+
+
 def test_an_engine_or_a_reward_that_loses_a_response_is_noticed():
     prompts = make_prompts("R", "R")
     engine = ScriptedEngine(prompts)

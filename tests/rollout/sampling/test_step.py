@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from dapo_mcore.rollout.sampling.step import staleness_stats
+from dapo_mcore.rollout.sampling.step import Step, staleness_stats
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
 from tests.rollout.sampling.scripted import MIXED, WRONG, make_config, make_prompts, make_sampler
 
 
-def sample(length: int, version: int, *spans: tuple[int, int]) -> Sample:
+def sample(length: int, version: int, *spans: tuple[int, int], tool: range = range(0)) -> Sample:
     ids = np.zeros(length, dtype=np.int32)
-    rollout = Rollout(ids, np.zeros(length, np.float32), np.ones(length, bool), "stop", version, spans)
+    mask = ~np.isin(np.arange(length), tool)
+    rollout = Rollout(ids, np.zeros(length, np.float32), mask, "stop", version, spans)
     return Sample(rollout, "", Score(1.0, 1.0, True))
 
 
@@ -25,6 +28,24 @@ def test_a_group_is_as_old_as_its_oldest_token_and_each_token_has_its_own_age() 
         "sampling/token_staleness_mean": pytest.approx((16 + 15 + 1 + 2 + 3 + 10) / 20),
         "sampling/samples_resumed": 1.0,
     }
+
+
+def test_tool_output_has_no_age() -> None:
+    prompt = Prompt("train:0", np.zeros(1, np.int32), "", "")
+    turns = sample(10, 2, (0, 2), (6, 3), (9, 4), tool=range(4, 8))  # 4 tokens of version 2, 1 of 3, 1 of 4
+    only_a_tool = sample(3, 2, tool=range(3))
+    stats = staleness_stats([Group(prompt, (turns, only_a_tool, sample(2, 4)))], trained=5)
+    assert stats["sampling/token_staleness_mean"] == pytest.approx((12 + 2 + 1 + 2) / 8)
+    nothing = staleness_stats([Group(prompt, (only_a_tool,))], trained=5)
+    assert math.isnan(nothing["sampling/token_staleness_mean"]) and nothing["sampling/staleness_mean"] == 3.0
+
+
+def test_generated_tokens_are_those_of_the_policy() -> None:
+    step = Step(make_config("none", train=1), number=1, oldest=0)
+    step.generated.append(
+        Group(Prompt("train:0", np.zeros(1, np.int32), "", ""), (sample(9, 1, tool=range(2, 7)), sample(3, 1)))
+    )
+    assert step.stats()["sampling/generated_tokens"] == 7.0
 
 
 def test_the_engine_gets_the_configured_sampling_parameters():
