@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -115,6 +116,16 @@ def test_a_rollout_step_gives_the_batch_the_row_and_the_position_of_its_step(bui
         (1, 1, 1),
         (2, 2, 2),
     ]
+
+
+@pytest.mark.parametrize("reward", [{"overlong": {"filter": True}}, {"filter_void": True}, {}], ids=str)
+def test_truncated_or_void_samples_leave_the_loss_as_configured(build, reward) -> None:
+    controller = build(reward=reward)
+    controller.open_run(None)
+    controller.engine.answer = controller.engine.answer[:-1]  # "Answer: ", without an answer
+    generate = controller.engine.generate
+    controller.engine.generate = lambda *args: [replace(one, finish_reason="length") for one in generate(*args)]
+    assert controller.rollout(1).loss_mask.any() == (reward == {})
 
 
 def test_only_the_samples_to_show_are_kept_once_a_step_has_its_batch(build) -> None:

@@ -36,7 +36,9 @@ def score(*responses: str, lengths: tuple[int, ...] = (), max_response_tokens: i
 
 
 def test_math_dapo():
-    assert score("Answer: 7", "Answer: 8", "?") == [
+    scores = score("Answer: 7", "Answer: 8", "?")
+    assert [s.answered for s in scores] == [True, True, False]
+    assert scores == [
         Score(reward=1.0, score=1.0, acc=True, pred="7"),
         Score(reward=-1.0, score=-1.0, acc=False, pred="8"),
         Score(reward=-1.0, score=-1.0, acc=False, pred="[INVALID]"),
