@@ -208,16 +208,25 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", default="verl", choices=("verl", "trl"), help="as reward.adapter")
     parser.add_argument("--strict-box", action="store_true", help="as reward.strict_box")
     parser.add_argument("--row", metavar="JSON", default="{}", help='the data row: {"prompt": [{…}], "solution": "7"}')
+    parser.add_argument(
+        "--transcript",
+        metavar="JSON",
+        help='a response with tools in place of --text: {"turns": ["…"], "calls": [{…}]}',
+    )
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from dapo_mcore.reward.attempt import Attempt
-    from dapo_mcore.reward.explain import explain, explain_other
+    from dapo_mcore.reward.attempt import Attempt, joined
+    from dapo_mcore.reward.explain import explain, explain_other, read_transcript
 
-    text = sys.stdin.read() if args.text is None else args.text
+    transcript = read_transcript(args.transcript) if args.transcript else None
+    if transcript:
+        text = joined(transcript["turns"])
+    else:
+        text = sys.stdin.read() if args.text is None else args.text
     prompt, columns = _row(args.row)
     messages = prompt if isinstance(prompt, list) else None
-    attempt = Attempt(str(prompt), text, args.answer, extra=columns, messages=messages)
+    attempt = Attempt(str(prompt), text, args.answer, extra=columns, messages=messages, transcript=transcript)
     block = explain(attempt, args.function, args.adapter, args.strict_box)
     other = explain_other(attempt, args.function)
     print("\n".join([*block, "", *other] if other else block))

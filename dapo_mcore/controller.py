@@ -30,7 +30,7 @@ from dapo_mcore.data.run_data import load_run_data
 from dapo_mcore.eval import EvalResult, evaluate
 from dapo_mcore.model_files.hf_config import pad_token, stop_token_ids
 from dapo_mcore.model_files.hf_folder import check_replaceable, exported_step
-from dapo_mcore.observe.metrics import group_metrics
+from dapo_mcore.observe.metrics import group_metrics, tool_metrics
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.samples import few_answers, pick_samples, write_answers, write_samples
 from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
@@ -42,6 +42,7 @@ from dapo_mcore.replay.record import Sources
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
+from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
 from dapo_mcore.types import Group, Prompt, Sample, SamplingParams, TrainBatch
 
@@ -71,11 +72,14 @@ class StepReport:
     failure: str | None
 
     @classmethod
-    def of(cls, collected: Collected, groups: Sequence[Group], count: int) -> StepReport:
-        """Return the report of `collected` with at most `count` samples of `groups`."""
+    def of(cls, collected: Collected, groups: Sequence[Group], config: Config) -> StepReport:
+        """Return the report of `collected`, which shows samples of `groups`."""
         failures = (sample.score.failure for group in collected.generated for sample in group.samples)
         metrics = {**group_metrics(collected.generated, collected.groups), **collected.stats}
-        return cls(metrics, pick_samples(groups, count), next(filter(None, failures), None))
+        if config.tools:
+            metrics |= tool_metrics(collected.generated)
+        shown = pick_samples(groups, config.observe.samples_per_step)
+        return cls(metrics, shown, next(filter(None, failures), None))
 
 
 class Controller:
@@ -196,7 +200,7 @@ class Controller:
         self.positions = {step - 1: self._untrained(step, collected), step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
-        self.report = StepReport.of(collected, collected.groups, self.config.observe.samples_per_step)
+        self.report = StepReport.of(collected, collected.groups, self.config)
         self.uids = [group.prompt.uid for group in collected.groups]
         self.sources = Sources.of(collected.groups) if self.config.observe.record else None
         reward = self.config.reward
@@ -234,6 +238,7 @@ class Controller:
                 self.config.eval,
                 self.config.rollout.max_response_tokens,
                 self.rollout_progress,
+                tools=bool(self.config.tools),
             )
         folder, count, answers = self.config.run_dir, self.config.observe.samples_per_step, self.last_eval.groups
         attempt("write answers", lambda: write_answers(folder, step, answers, count), self.progress.line)
@@ -260,9 +265,8 @@ class Controller:
         """Return the share of right answers with one sample per prompt, sampled as in training."""
         rollout = self.config.rollout
         params = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, seed)
-        rollouts = self.engine.generate([prompt.token_ids for prompt in prompts], params)
-        scores = self.reward(prompts, rollouts, self.decode([r.token_ids for r in rollouts]))
-        return sum(score.acc for score in scores) / len(scores)
+        samples = Responder(self.engine, self.reward, self.decode).samples(prompts, params)
+        return sum(sample.score.acc for sample in samples) / len(samples)
 
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics and samples of one rollout step."""
@@ -285,7 +289,7 @@ class Controller:
     def _record_untrained(self, step: int, collected: Collected) -> None:
         """Write what was generated in a step that ends the run, so that people can see why it ended."""
         assert self.sinks is not None
-        report = StepReport.of(collected, collected.generated, self.config.observe.samples_per_step)
+        report = StepReport.of(collected, collected.generated, self.config)
         self.sinks.write(step, report.metrics)
         self._write_samples(step, report)
 
@@ -304,7 +308,7 @@ class Controller:
             rows["HF model"] = str(export)
         rows["wall time"] = f"{time.time() - psutil.Process().create_time():.0f} s"
         if self.num_failures:
-            rows["reward failures"] = f"{self.num_failures} samples had no score; see failure in samples/"
+            rows["without a score"] = f"{self.num_failures} samples; see failure in samples/"
         if self.last_eval is not None:
             rows.update(few_answers(self.last_eval.groups))
         self.progress.summary(f"{self.config.name} is done", rows)
@@ -340,7 +344,7 @@ class Controller:
         count, total = (int(report.metrics[name]) for name in ("reward/failures", "sampling/samples_generated"))
         self.num_failures += count
         if count:
-            self.progress.line(f"reward failed on {count} of {total} samples; the first: {report.failure}")
+            self.progress.line(f"{count} of {total} samples have no score; the first: {report.failure}")
 
     def close(self) -> None:
         """Stop workers and servers, and close the run's files. May be called twice."""

@@ -34,8 +34,11 @@ def evaluate(
     eval_config: EvalConfig,
     max_new_tokens: int,
     progress: NullProgress | None = None,
+    tools: bool = False,
 ) -> EvalResult:
     """Return the metrics and samples of every set, with eval_config.samples_per_prompt (k) responses per prompt.
+
+    tools  whether the policy has tools; then turns and calls are counted.
 
     Every set uses the same seed, so a set's result does not depend on the other sets, and successive evaluations differ
     only by the weights. Raise DataError for a set without prompts.
@@ -54,7 +57,8 @@ def evaluate(
         if not prompts:
             raise DataError(f"eval.sets.{name} has 0 prompts; a mean needs at least 1: check its files and limit")
         groups[name] = responder.groups(prompts, eval_config.samples_per_prompt, params)
-        metrics |= {f"val/{name}/{key}": value for key, value in set_metrics(groups[name]).items()}
+        found = set_metrics(groups[name]) | (turn_metrics(groups[name]) if tools else {})
+        metrics |= {f"val/{name}/{key}": value for key, value in found.items()}
     return EvalResult(metrics, groups)
 
 
@@ -83,6 +87,15 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
         **({"policy_length": float(np.mean(own))} if own != lengths else {}),
         "clip_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
         "failures": float(sum(sample.score.failure is not None for sample in samples)),
+    }
+
+
+def turn_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return means over the samples of one set: `turns` that the policy wrote, and `tool_calls`."""
+    rollouts = [sample.rollout for group in groups for sample in group.samples]
+    return {
+        "turns": float(np.mean([rollout.num_turns for rollout in rollouts])),
+        "tool_calls": float(np.mean([len(rollout.calls) for rollout in rollouts])),
     }
 
 

@@ -117,7 +117,8 @@ class Score:
     penalty   soft overlong punishment, 0 or negative.
     acc       raw correctness, which dynamic sampling looks at; never contains the penalty.
     pred      the answer that was extracted from the response, for people; one of NO_ANSWER if none was found.
-    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`; `log-probs: …` if the engine's are not finite).
+    failure   None, or why there is no score (`timeout`, `exception: …`, `nan`; `log-probs: …` if the engine's are not finite;
+              `tool: …` if a tool failed through no fault of the policy).
               Then `acc` is False, and statistics and loss leave the sample out unless the configuration gives failures a value.
     masked    True if group statistics and loss leave the sample out because scoring failed.
     """
@@ -142,7 +143,7 @@ NO_ANSWER = ("", "[INVALID]")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A response with its text and score."""
+    """A response with its score, and its text for people: with tools, also what they gave."""
 
     rollout: Rollout
     text: str
@@ -371,6 +372,11 @@ class ColocatedEngine(RolloutEngine, Protocol):
 
 
 class RewardFunction(Protocol):
-    """Scores samples in order. The failure of one sample never affects another."""
+    """Scores samples in order. The failure of one sample never affects another.
 
-    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]: ...
+    turns  the texts of each sample's turns, as the policy wrote them. Without tools there is one, the whole response.
+    """
+
+    def __call__(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], turns: Sequence[Sequence[str]]
+    ) -> list[Score]: ...

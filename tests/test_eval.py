@@ -9,8 +9,8 @@ import pytest
 
 from dapo_mcore.config.sections import EvalConfig
 from dapo_mcore.errors import DataError
-from dapo_mcore.eval import evaluate, majority_is_right, set_metrics
-from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+from dapo_mcore.eval import evaluate, majority_is_right, set_metrics, turn_metrics
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall
 
 
 def make_prompt(index: int) -> Prompt:
@@ -74,6 +74,14 @@ def test_lengths_with_and_without_tool_output():
     assert (metrics["response_length"], metrics["policy_length"]) == (6.0, 4.5)
 
 
+def test_turns_and_calls_of_a_set():
+    plain = make_group("RR")
+    calls = (ToolCall("python", "", "ok", "", 0.1), ToolCall("python", "", "error", "", 0.1))
+    used = replace(plain.samples[0], rollout=replace(plain.samples[0].rollout, num_turns=3, calls=calls))
+    groups = [plain, replace(plain, samples=(used, plain.samples[1]))]
+    assert turn_metrics(groups) == {"turns": 1.5, "tool_calls": 0.5}
+
+
 @pytest.mark.parametrize("preds", ["..", "FF", ".F"])
 def test_without_any_named_answer_there_is_no_majority(preds):
     """Reward functions that return only a number name no answers. A maj@k of 0 would say that all majorities are wrong."""
@@ -99,7 +107,7 @@ class RecordingEngine:
         return [make_rollout(int(p[0]) + 1) for p in prompts]
 
 
-def reward(prompts, rollouts, texts):
+def reward(prompts, rollouts, turns):
     return [_score("R" if len(rollout.token_ids) > 1 else "A") for rollout in rollouts]
 
 
@@ -117,6 +125,10 @@ def test_evaluate_samples_every_set_as_the_section_says():
     assert result.metrics["val/easy/mean@3"] == 1.0 and result.metrics["val/hard/mean@3"] == 0.0
     assert result.metrics["val/easy/response_length"] == 2.5
     assert len(result.metrics) == 12
+    more = evaluate(engine, sets, reward, lambda responses: [""] * len(responses), config, max_new_tokens=9, tools=True)
+    assert more.metrics == result.metrics | {
+        f"val/{name}/{key}": value for name in sets for key, value in {"turns": 1.0, "tool_calls": 0.0}.items()
+    }
     assert [group.prompt.uid for group in result.groups["easy"]] == ["val:1", "val:2"]
     assert result.groups["hard"][0].samples[0].text == "1 tokens"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,8 +35,8 @@ METRICS: dict[str, Metric] = {
     "reward/acc_kept": Metric("fraction", "correct answers among the scored samples of kept groups"),
     "reward/failures": Metric(
         "samples",
-        "generated samples whose scoring failed (timeout, exception, NaN), masked or not, and those whose log-probs from the "
-        "engine are not finite, always masked",
+        "generated samples whose scoring failed (timeout, exception, NaN), masked or not, and those that lost a tool or whose "
+        "log-probs from the engine are not finite, always masked",
     ),
     "reward/groups_one_scored": Metric(
         "groups", "trained groups with several samples but one score: without a baseline that sample has advantage 0"
@@ -52,6 +53,16 @@ METRICS: dict[str, Metric] = {
     ),
     "response_length/policy_max": Metric("tokens", "the same, maximum"),
     "response_length/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
+    "turns/mean": Metric("turns", "turns that the policy wrote in a response, mean over generated samples"),
+    "turns/max": Metric("turns", "the same, maximum"),
+    "tools/calls": Metric(
+        "calls", "tool calls in the generated samples; absent without tools, as all of turns and tools"
+    ),
+    "tools/errors": Metric("calls", "those that the policy got wrong: unreadable, unknown tool, code that fails"),
+    "tools/timeouts": Metric("calls", "those that took longer than the tool's timeout_s"),
+    "tools/lost": Metric("calls", "those that failed through no fault of the policy; their samples are not trained on"),
+    "tools/call_s": Metric("s", "time of a call, mean"),
+    "tools/tokens": Metric("tokens", "tokens of a generated sample that tools gave, mean"),
     "sampling/groups_generated": Metric("groups", "groups finished in this step"),
     "sampling/groups_kept": Metric("groups", "groups trained on"),
     "sampling/groups_all_right": Metric("groups", "groups in which every answer is right: they give no gradient"),
@@ -223,7 +234,9 @@ METRICS: dict[str, Metric] = {
     "val/<set>/response_length": Metric("tokens", "mean response length on a validation set, with tool output"),
     "val/<set>/policy_length": Metric("tokens", "the same without tool output; absent if no response has any"),
     "val/<set>/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
-    "val/<set>/failures": Metric("samples", "samples whose scoring failed; they count as wrong"),
+    "val/<set>/failures": Metric("samples", "samples that have no score, as in reward/failures; they count as wrong"),
+    "val/<set>/turns": Metric("turns", "turns that the policy wrote in a response, mean; absent without tools"),
+    "val/<set>/tool_calls": Metric("calls", "tool calls of a response, mean; absent without tools"),
 }
 
 
@@ -293,6 +306,24 @@ def _length_metrics(samples: Sequence[Sample]) -> dict[str, float]:
             if own != lengths
             else {}
         ),
+    }
+
+
+def tool_metrics(generated: Sequence[Group]) -> dict[str, float]:
+    """Return the `turns/…` and `tools/…` metrics of one rollout step, over all its samples. A mean over nothing is NaN."""
+    rollouts = [sample.rollout for sample in _samples(generated)]
+    turns = [rollout.num_turns for rollout in rollouts]
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    kinds = Counter(call.kind for call in calls)
+    return {
+        "turns/mean": _mean(turns),
+        "turns/max": float(max(turns, default=math.nan)),
+        "tools/calls": float(len(calls)),
+        "tools/errors": float(kinds["error"]),
+        "tools/timeouts": float(kinds["timeout"]),
+        "tools/lost": float(kinds["infrastructure"]),
+        "tools/call_s": _mean([call.seconds for call in calls]),
+        "tools/tokens": _mean([len(rollout.token_ids) - rollout.num_policy_tokens for rollout in rollouts]),
     }
 
 

@@ -6,6 +6,7 @@ Change here: which completions are written, and what is written about each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dapo_mcore.observe.sinks import json_line
 
 if TYPE_CHECKING:
-    from dapo_mcore.types import Group, Prompt, Sample
+    from dapo_mcore.types import Group, Prompt, Rollout, Sample
 
 
 def write_samples(run_dir: Path, step: int, picked: Sequence[tuple[Prompt, Sample]]) -> Path | None:
@@ -76,7 +77,12 @@ def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "finish_reason": rollout.finish_reason,
         "weight_version": rollout.weight_version,
         **({"version_spans": rollout.version_spans} if rollout.version_spans else {}),
+        **({"num_turns": rollout.num_turns, "calls": list(map(asdict, rollout.calls))} if _has_tools(rollout) else {}),
     }
+
+
+def _has_tools(rollout: Rollout) -> bool:
+    return rollout.num_turns > 1 or bool(rollout.calls)
 
 
 def _short(text: str, limit: int = 80) -> str:

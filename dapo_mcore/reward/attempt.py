@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,13 +21,28 @@ LARGEST_SCORE = 1e30
 _LONGEST_TEXT = 1000
 
 
+class Transcript(TypedDict):
+    """How a response came about. Without tools it is one turn, without calls.
+
+    num_turns  turns that the policy wrote.
+    turns      their texts; one without any token has none.
+    calls      of tools, in order: {name, arguments, kind, output, seconds} each, as in types.ToolCall.
+    """
+
+    num_turns: int
+    turns: list[str]
+    calls: list[dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """A response and its prompt.
 
-    messages   the prompt as the row has it if it is a chat, else None.
-    extra      the row's columns, without the prompt.
-    token_ids  int32 [T], response only.
+    response    what the policy wrote, and nothing that a tool gave; with tools, its turns with a line break between them.
+    messages    the prompt as the row has it if it is a chat, else None.
+    extra       the row's columns, without the prompt.
+    token_ids   int32 [T], what the policy wrote.
+    transcript  None stands for a single turn, the response.
     """
 
     prompt: str
@@ -37,6 +52,11 @@ class Attempt:
     extra: Mapping[str, Any] = field(default_factory=dict)
     token_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     messages: Sequence[Mapping[str, Any]] | None = None
+    transcript: Transcript | None = None
+
+    def full_transcript(self) -> Transcript:
+        """Return the transcript, also of a single turn."""
+        return self.transcript or {"num_turns": 1, "turns": [self.response], "calls": []}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +67,11 @@ class Outcome:
     acc: bool = False
     pred: str = ""
     failure: str | None = None
+
+
+def joined(turns: Sequence[str]) -> str:
+    """Return the response that is scored. The line breaks keep one turn's last line apart from the next one's first."""
+    return "\n".join(turns)
 
 
 Judge = Callable[[Attempt], Any]

@@ -5,10 +5,11 @@ Change here: what `dapo-mcore reward-explain` prints. The reward function itself
 
 from __future__ import annotations
 
+import json
 import re
 
-from dapo_mcore.errors import RewardError
-from dapo_mcore.reward.attempt import Attempt, Outcome, judged
+from dapo_mcore.errors import DataError, RewardError, shortened
+from dapo_mcore.reward.attempt import Attempt, Outcome, Transcript, judged
 from dapo_mcore.reward.math_answer import (
     _ANSWER_WINDOW,
     _BOX_WINDOW,
@@ -25,6 +26,7 @@ from dapo_mcore.reward.pool import RewardPool
 _DEADLINE_S = 30.0
 _LONGEST_QUOTE = 300
 _GRADERS = ("math_dapo", "math_verify")
+_NO_CALL = {"name": "", "arguments": "", "kind": "ok", "output": "", "seconds": 0.0}
 
 
 def explain(
@@ -34,6 +36,30 @@ def explain(
 
     For a user's function only the outcome is known. Raise RewardError if the function cannot be loaded.
     """
+    heading, *lines = _explain(attempt, function, adapter, strict_box)
+    return [heading, *(f"  {line}" for line in _transcript_lines(attempt)), *lines]
+
+
+def read_transcript(text: str) -> Transcript:
+    """Return the transcript of a JSON object with `turns` and perhaps `calls`. Raise DataError if it is something else."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"--transcript is not valid JSON: {error}") from error
+    turns, calls = (found.get("turns"), found.get("calls", [])) if isinstance(found, dict) else (None, None)
+    if not _is_list_of(str, turns) or not _is_list_of(dict, calls):
+        raise DataError(
+            '--transcript must be a JSON object such as {"turns": ["Let me see.", "Answer: 7"], "calls": [{"name": "python", '
+            f'"arguments": "3 + 4", "kind": "ok", "output": "7", "seconds": 0.1}}]}}, not {text!r:.80}'
+        )
+    return {"num_turns": len(turns), "turns": turns, "calls": [_NO_CALL | call for call in calls]}
+
+
+def _is_list_of(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _explain(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> list[str]:
     outcome = _grade(attempt, function, adapter, strict_box)
     if function not in _GRADERS:
         return _block(f"{function}, called as {adapter}", _outcome_lines(attempt, outcome), outcome)
@@ -50,7 +76,7 @@ def explain_other(attempt: Attempt, function: str) -> list[str]:
         return []
     (other,) = set(_GRADERS) - {function}
     try:
-        heading, *lines = explain(attempt, other)
+        heading, *lines = _explain(attempt, other, adapter="verl", strict_box=False)
     except RewardError:
         return [f"{other}, for comparison: not installed here; pip install 'math-verify[antlr4_13_2]' adds it"]
     return [f"{heading}, for comparison", *lines]
@@ -76,6 +102,17 @@ def _verdict(outcome: Outcome) -> str:
     if outcome.failure is not None:
         return f"none: {outcome.failure} (reward.on_failure decides what a run does with it)"
     return f"{outcome.score:+g} ({'right' if outcome.acc else 'wrong'})"
+
+
+def _transcript_lines(attempt: Attempt) -> list[str]:
+    """Return a line about the turns and one for each call, [] without a transcript."""
+    if attempt.transcript is None:
+        return []
+    calls = [
+        f"call {number:<7}{call['name']}: {call['kind']}: {shortened(call['output'], _LONGEST_QUOTE)!r}"
+        for number, call in enumerate(attempt.transcript["calls"], start=1)
+    ]
+    return [f"turns       {attempt.transcript['num_turns']}; what tools gave is not scored", *calls]
 
 
 def _outcome_lines(attempt: Attempt, outcome: Outcome) -> list[str]:

@@ -50,19 +50,25 @@ def _math_verify() -> Judge:
 def as_verl(function: Callable[..., Any]) -> Judge:
     """Return a Judge that calls `compute_score(data_source, solution_str, ground_truth, extra_info)`, all by name.
 
-    extra_info is the row's extra_info column if it has one, else all its columns but the prompt. An `async def` is
-    awaited. Raise TypeError if the function does not take these four arguments, or needs more.
+    extra_info is the row's extra_info column if it has one, else all its columns but the prompt. As in verl it also has
+    `num_turns`, which counts the prompt and what tools gave: 2 for one turn of the policy, 4 for two. A column of this name
+    takes precedence. A function with a parameter `transcript` gets an attempt.Transcript. An `async def` is awaited.
+    Raise TypeError if the function does not take these arguments, or needs more.
     """
-    _check_call(function, _VERL)
+    more = {parameter.name for parameter in parameters_of(function)} & {"transcript"}
+    _check_call(function, (*_VERL, *more))
     call = _to_its_end(function)
 
     def judge(attempt: Attempt) -> Any:
-        extra_info = attempt.extra.get("extra_info")
+        column = attempt.extra.get("extra_info")
+        columns = column if isinstance(column, Mapping) else attempt.extra
+        transcript = attempt.full_transcript()
         return call(
             data_source=attempt.source,
             solution_str=attempt.response,
             ground_truth=attempt.answer,
-            extra_info=dict(extra_info if isinstance(extra_info, Mapping) else attempt.extra),
+            extra_info={"num_turns": 2 * transcript["num_turns"], **columns},
+            **dict.fromkeys(more, transcript),
         )
 
     return judge
@@ -75,7 +81,8 @@ def as_trl(function: Callable[..., Any]) -> Judge:
     As in TRL's GRPOTrainer (0.2x to 1.16): if the row's prompt is a chat, `prompts` has its messages and `completions`
     `[{"role": "assistant", "content": …}]`, else both are text; each column of the row is a list with its own name; an
     `async def` is awaited. Different: text prompts are rendered, with data.prompt_template; the answer column has the
-    answer after data.answer_pattern, which is also passed as `answer` and `ground_truth`; a function without **kwargs
+    answer after data.answer_pattern, which is also passed as `answer` and `ground_truth`; completions and completion_ids are
+    what the policy wrote, without what tools gave; `transcript` is an attempt.Transcript; a function without **kwargs
     gets only the arguments that it names. TRL's trainer_state, log_extra, log_metric and environments do not exist here.
     Raise TypeError if the function takes no completions, or requires one of these four.
     """
@@ -106,6 +113,7 @@ def _trl_columns(attempt: Attempt) -> dict[str, Any]:
         "answer": attempt.answer,
         "ground_truth": attempt.answer,
         "data_source": attempt.source,
+        "transcript": attempt.full_transcript(),
         **attempt.extra,
         "prompts": list(attempt.messages) if chat else attempt.prompt,
         "completions": [{"role": "assistant", "content": attempt.response}] if chat else attempt.response,

@@ -6,10 +6,11 @@ Change here: how these are combined into a Score.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from threading import Lock
 
 from dapo_mcore.config.sections import RewardConfig
-from dapo_mcore.reward.attempt import Attempt, Outcome, judged
+from dapo_mcore.reward.attempt import Attempt, Outcome, joined, judged
 from dapo_mcore.reward.overlong import soft_overlong_penalty
 from dapo_mcore.reward.plugins import build_judge
 from dapo_mcore.reward.pool import RewardPool
@@ -33,12 +34,11 @@ class Scorer:
         else:
             self._judge = build_judge(*function)
 
-    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[Score]:
+    def __call__(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], turns: Sequence[Sequence[str]]
+    ) -> list[Score]:
         """Return one Score per sample, in order. The three sequences have equal lengths. Calls of several threads take turns."""
-        attempts = [
-            Attempt(prompt.text, text, prompt.answer, prompt.source, prompt.extra, rollout.token_ids, prompt.messages)
-            for prompt, rollout, text in zip(prompts, rollouts, texts, strict=True)
-        ]
+        attempts = [_attempt(*one) for one in zip(prompts, rollouts, turns, strict=True)]
         with self._turn:
             outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, one) for one in attempts]
         return [
@@ -70,6 +70,23 @@ class Scorer:
             failure=outcome.failure,
             masked=failed and self._config.on_failure == "mask",
         )
+
+
+def _attempt(prompt: Prompt, rollout: Rollout, turns: Sequence[str]) -> Attempt:
+    return Attempt(
+        prompt=prompt.text,
+        response=joined(turns),
+        answer=prompt.answer,
+        source=prompt.source,
+        extra=prompt.extra,
+        token_ids=rollout.token_ids[rollout.loss_mask],
+        messages=prompt.messages,
+        transcript={
+            "num_turns": rollout.num_turns,
+            "turns": list(turns),
+            "calls": [asdict(call) for call in rollout.calls],
+        },
+    )
 
 
 def build_reward(config: RewardConfig, max_response_tokens: int, ray_address: str | None = None) -> Scorer:

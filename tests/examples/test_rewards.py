@@ -1,4 +1,4 @@
-"""The example reward plug-in, loaded by its path, against published answers of real models."""
+"""The example reward plug-ins, loaded by their paths: one against published answers of real models, one against verl's numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore.config.sections import RewardConfig
-from dapo_mcore.reward.attempt import Attempt, Outcome, judged
+from dapo_mcore.reward.attempt import Attempt, Outcome, joined, judged
 from dapo_mcore.reward.plugins import build_judge
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -47,3 +47,29 @@ def test_it_agrees_with_every_published_verdict(judge, real_data):
     assert len(found) == 5276
     assert 0 < sum(published) < 5276
     assert found == published
+
+
+@pytest.mark.parametrize(
+    ("num_calls", "wrong"),
+    [
+        (0, -1.0),
+        (1, -0.9),
+        (2, -0.8),
+        (3, -0.7),
+        (4, -0.6),
+        (5, -0.6),
+        (6, -0.6),
+        (7, -0.6),
+        (8, -0.6),
+        (9, -0.6),
+        (10, -0.6),
+    ],
+)
+def test_retool_pays_for_calls_in_wrong_responses_only(num_calls: int, wrong: float):
+    judge = build_judge(f"{EXAMPLES / 'rewards' / 'retool.py'}:compute_score", "verl", strict_box=False)
+    calls = [{"name": "python", "arguments": "1", "kind": "error", "output": "\\boxed{7}", "seconds": 0.1}] * num_calls
+    for text, score in (("so \\boxed{8}", wrong), ("so \\boxed{7}", 1.0), ("so 7", wrong)):
+        turns = ["Let me see."] * num_calls + [text]
+        attempt = Attempt("q", joined(turns), "7", transcript={"num_turns": len(turns), "turns": turns, "calls": calls})
+        outcome = judged(judge, attempt)
+        assert (outcome.score, outcome.acc) == (pytest.approx(score), score > 0), outcome

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dapo_mcore.observe.metrics import METRICS, OLD_NAMES, current_name, describe, group_metrics
-from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+from dapo_mcore.observe.metrics import METRICS, OLD_NAMES, current_name, describe, group_metrics, tool_metrics
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall
 
 
 def sample(length: int, score: Score, finish: str = "stop", tool: int = 0) -> Sample:
@@ -87,16 +88,48 @@ def test_trained_groups_with_one_score_left_are_counted() -> None:
     assert metrics["reward/groups_one_scored"] == 2.0
 
 
+def test_turns_and_calls_by_hand() -> None:
+    def used(length: int, num_tool_tokens: int, num_turns: int, *kinds: str) -> Sample:
+        one = sample(length, RIGHT)
+        calls = tuple(ToolCall("python", "", kind, "", float(seconds)) for seconds, kind in enumerate(kinds))
+        mask = np.arange(length) >= num_tool_tokens
+        return replace(one, rollout=replace(one.rollout, loss_mask=mask, num_turns=num_turns, calls=calls))
+
+    groups = [
+        group(used(9, 6, 3, "ok", "error", "timeout"), used(5, 0, 1)),
+        group(used(7, 2, 2, "infrastructure"), sample(1, FAILED)),
+    ]
+    assert tool_metrics(groups) == {
+        "turns/mean": 7 / 4,
+        "turns/max": 3.0,
+        "tools/calls": 4.0,
+        "tools/errors": 1.0,
+        "tools/timeouts": 1.0,
+        "tools/lost": 1.0,
+        "tools/call_s": 3 / 4,
+        "tools/tokens": 2.0,
+    }
+    assert all(type(value) is float for value in tool_metrics(groups).values())
+
+
 def test_statistics_over_nothing_are_nan() -> None:
-    counts = {"reward/failures", "reward/groups_one_scored"}
-    assert all(math.isnan(v) for k, v in group_metrics([], []).items() if k not in counts)
+    counts = {
+        "reward/failures",
+        "reward/groups_one_scored",
+        "tools/calls",
+        "tools/errors",
+        "tools/timeouts",
+        "tools/lost",
+    }
+    found = group_metrics([], []) | tool_metrics([])
+    assert all(math.isnan(value) for name, value in found.items() if name not in counts)
     failed = group_metrics([group(sample(5, FAILED))], [])
     assert math.isnan(failed["reward/mean"])
     assert failed["response_length/mean"] == 5.0
 
 
 def test_every_metric_made_here_is_in_the_table() -> None:
-    assert set(group_metrics([], [])) <= set(METRICS)
+    assert set(group_metrics([], []) | tool_metrics([])) <= set(METRICS)
 
 
 def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from dapo_mcore.observe.samples import pick_samples, write_samples
-from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall
 
 
 def group(name: str, *accs: bool) -> Group:
@@ -63,3 +64,12 @@ def test_the_record_of_a_sample(tmp_path: Path) -> None:
             "weight_version": 7,
         }
     ]
+
+
+def test_the_record_of_a_sample_with_tools(tmp_path: Path) -> None:
+    ((prompt, sample),) = pick_samples([group("a", True)], 1)
+    calls = (ToolCall("python", "1 +", "error", "SyntaxError", 0.1), ToolCall("python", "1 + 1", "ok", "2", 0.2))
+    used = replace(sample, rollout=replace(sample.rollout, num_turns=3, calls=calls))
+    path = write_samples(tmp_path, 12, [(prompt, used)])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["num_turns"] == 3 and record["calls"] == [asdict(call) for call in calls]

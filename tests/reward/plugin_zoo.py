@@ -102,6 +102,12 @@ async def awaited(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": 1.0, "acc": LOOPS[0] is LOOPS[-1]}
 
 
+def of_transcript(data_source, solution_str, ground_truth, extra_info, transcript):
+    calls = ["{name}({arguments}): {kind}: {output}".format(**call) for call in transcript["calls"]]
+    told = f"{transcript['num_turns']} turns: {'|'.join(transcript['turns'])}; {', '.join(calls)}"
+    return {"score": extra_info["num_turns"], "pred": f"{os.getpid()} {told}"}
+
+
 def without_extra(data_source, solution_str, ground_truth):
     return 1.0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.errors import RewardError
-from dapo_mcore.reward.attempt import Attempt, Outcome
-from dapo_mcore.reward.explain import explain, explain_other
+from dapo_mcore.errors import DataError, RewardError
+from dapo_mcore.reward.attempt import Attempt, Outcome, joined
+from dapo_mcore.reward.explain import explain, explain_other, read_transcript
 from dapo_mcore.reward.math_answer import INVALID, compute_score
 
 
@@ -97,3 +97,25 @@ def test_every_block_has_the_same_layout(response: str, monkeypatch: pytest.Monk
     assert [block[0] for block in blocks[1:]] == ["math_dapo with strict_box", *["math_verify, for comparison"] * 3]
     labels = ["  looked at   ", "  matched     ", "  prediction  ", "  truth       ", "  score       "]
     assert [[line[:14] for line in block[1:]] for block in blocks] == [labels] * 5
+
+
+def test_calls_are_listed_and_their_output_is_not_searched() -> None:
+    found = read_transcript('{"turns": ["Answer: 3", "x"], "calls": [{"name": "python", "output": "Answer: 7"}]}')
+    one = Attempt(prompt="", response=joined(found["turns"]), answer="7", transcript=found)
+    lines = explain(one)
+    assert lines[:4] == [
+        "math_dapo",
+        "  turns       2; what tools gave is not scored",
+        "  call 1      python: ok: 'Answer: 7'",
+        "  looked at   all 11 characters: 'Answer: 3\\nx'",
+    ]
+    assert lines[-1] == "  score       -1 (wrong)"
+    assert not any("call 1" in line for line in explain_other(one, "math_dapo"))
+
+
+@pytest.mark.parametrize(
+    "text", ["[3]", '{"turns": "Answer: 7"}', '{"turns": [7]}', '{"turns": ["x"], "calls": [7]}', "{"]
+)
+def test_something_else_than_a_transcript_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"--transcript (must be a JSON object such as|is not valid JSON)"):
+        read_transcript(text)

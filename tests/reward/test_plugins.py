@@ -50,8 +50,18 @@ def test_verl_numbers_and_dicts():
 
 
 def test_verl_arguments():
-    assert outcome("echo", source="s", extra={"level": 3}).pred == "s|7|7|{'level': 3}"
-    assert outcome("echo", source="s", extra={"level": 3, "extra_info": {"i": 1}}).pred == "s|7|7|{'i': 1}"
+    assert outcome("echo", source="s", extra={"level": 3}).pred == "s|7|7|{'num_turns': 2, 'level': 3}"
+    row = {"level": 3, "extra_info": {"i": 1}}
+    assert outcome("echo", source="s", extra=row).pred == "s|7|7|{'num_turns': 2, 'i': 1}"
+    assert outcome("echo", source="s", extra={"num_turns": "the row's"}).pred == "s|7|7|{'num_turns': \"the row's\"}"
+
+
+@pytest.mark.parametrize("num_calls", range(11))
+def test_verls_number_of_turns_counts_prompt_turns_and_answers_of_tools(num_calls: int):
+    messages = ["prompt", *["call", "output"] * num_calls, "answer"]
+    turns = [message for message in messages if message in ("call", "answer")]
+    transcript = {"num_turns": len(turns), "turns": turns, "calls": []}
+    assert outcome("of_transcript", transcript=transcript).score == len(messages)
 
 
 def test_trl_arguments_and_numbers():
@@ -77,6 +87,7 @@ def test_trl_gets_text_for_a_text_prompt():
     assert columns == {
         **{"solution": ["8"], "level": [3], "answer": ["of the row"]},
         **{"ground_truth": ["8"], "data_source": ["s"]},
+        "transcript": [{"num_turns": 1, "turns": ["7"], "calls": []}],
     }
 
 

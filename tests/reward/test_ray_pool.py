@@ -21,7 +21,7 @@ from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.reward.scorer import build_reward
-from dapo_mcore.types import Prompt, Rollout
+from dapo_mcore.types import Prompt, Rollout, ToolCall
 from tests.reward.waiting import wait_for
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
@@ -130,14 +130,17 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused(workers):
 
 @needs_ray
 def test_the_configuration_chooses_the_cluster(workers):
-    config = RewardConfig(function=f"{ZOO}:by_text", workers=1, placement="ray")
+    config = RewardConfig(function=f"{ZOO}:of_transcript", workers=1, placement="ray")
     reward = build_reward(config, max_response_tokens=8)
     prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7")
-    rollout = Rollout(np.zeros(1, np.int32), np.zeros(1, np.float32), np.ones(1, bool), "stop", 0)
-    (scored,) = reward([prompt], [rollout], ["pid"])
-    assert psutil.Process(int(scored.pred)).ppid() != os.getpid(), (
-        "workers of this machine are children of this process"
+    call = ToolCall("python", "3 + 4", "ok", "7", 0.1)
+    rollout = Rollout(
+        np.zeros(1, np.int32), np.zeros(1, np.float32), np.ones(1, bool), "stop", 0, num_turns=2, calls=(call,)
     )
+    (scored,) = reward([prompt], [rollout], [["Let me see.", "Answer: 7"]])
+    pid, text = scored.pred.split(" ", 1)
+    assert text == "2 turns: Let me see.|Answer: 7; python(3 + 4): ok: 7"
+    assert psutil.Process(int(pid)).ppid() != os.getpid(), "workers of this machine are children of this process"
     reward.close()
 
 

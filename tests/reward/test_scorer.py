@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.scorer import build_reward
-from dapo_mcore.types import Prompt, Rollout, Score
+from dapo_mcore.types import Prompt, Rollout, Score, ToolCall
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 OVERLONG = {"penalty": True, "cache": 8}
@@ -29,7 +31,7 @@ def score(*responses: str, lengths: tuple[int, ...] = (), max_response_tokens: i
     reward = build_reward(RewardConfig(**config), max_response_tokens)
     try:
         rollouts = [rollout(length) for length in lengths or [4] * len(responses)]
-        return reward([prompt] * len(responses), rollouts, responses)
+        return reward([prompt] * len(responses), rollouts, [[response] for response in responses])
     finally:
         reward.close()
         reward.close()
@@ -111,8 +113,32 @@ def test_trl_sees_the_rows_columns():
 def test_trl_sees_messages(workers: int):
     prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7", extra={"solution": "7"}, messages=[{"role": "user"}])
     reward = build_reward(RewardConfig(function=f"{ZOO}:trl_accuracy", adapter="trl", workers=workers), 16)
-    assert [scored.reward for scored in reward([prompt] * 2, [rollout(1)] * 2, ["so 7", "so 8"])] == [1.0, 0.0]
+    assert [scored.reward for scored in reward([prompt] * 2, [rollout(1)] * 2, [["so 7"], ["so 8"]])] == [1.0, 0.0]
     reward.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_function_gets_the_turns_and_the_calls(workers: int):
+    calls = (ToolCall("python", "3 +", "error", "SyntaxError", 0.1), ToolCall("python", "3 + 4", "ok", "7", 0.2))
+    reward = build_reward(RewardConfig(function=f"{ZOO}:of_transcript", workers=workers), 16)
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7")
+    used = replace(rollout(8), num_turns=3, calls=calls)
+    with_tools, without = reward([prompt] * 2, [used, rollout(4)], [["Hm.", "Again.", "Answer: 7"], ["Answer: 8"]])
+    reward.close()
+    assert with_tools.pred.split(" ", 1)[1] == (
+        "3 turns: Hm.|Again.|Answer: 7; python(3 +): error: SyntaxError, python(3 + 4): ok: 7"
+    )
+    assert without.pred.split(" ", 1)[1] == "1 turns: Answer: 8; "
+    assert (with_tools.score, without.score) == (6.0, 2.0), "extra_info has verl's num_turns"
+
+
+def test_only_the_tokens_that_the_policy_wrote_reach_the_function():
+    reward = build_reward(RewardConfig(function=f"{ZOO}:trl_repr", adapter="trl", workers=0), 16)
+    used = replace(rollout(3), token_ids=np.arange(6, dtype=np.int32), num_turns=3)
+    assert reward([Prompt("t:0", np.zeros(1, np.int32), "q", "7")], [used], [["a", "b", "c"]])[0].acc
+    _, completions, completion_ids, columns = sys.modules["plugin_plugin_zoo"].TRL_SEEN[-1]
+    assert (completions, completion_ids) == (["a\nb\nc"], [[0, 2, 4]])
+    assert columns["transcript"] == [{"num_turns": 3, "turns": ["a", "b", "c"], "calls": []}]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

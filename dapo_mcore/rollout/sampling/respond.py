@@ -11,12 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from dapo_mcore.errors import shortened
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.rollout.sampling.scoring import Answer, ScoringQueue
 from dapo_mcore.types import Group, Prompt, RewardFunction, Rollout, RolloutEngine, Sample, SamplingParams, Score
 
 Decode = Callable[[Sequence[np.ndarray]], list[str]]
+_LONGEST_REASON = 200
 
 
 class Responder:
@@ -80,22 +82,37 @@ class Responder:
         return self._timer.phase("reward")
 
     def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Sample]:
-        """Return the rollouts of `prompts`, decoded and scored, in order. A rollout with a bad log-prob counts as failed."""
+        """Return the rollouts of `prompts`, decoded and scored, in order. A rollout that cannot be trained on counts as failed."""
         texts = self._decode([rollout.token_ids for rollout in rollouts])
-        scores = self._reward(prompts, rollouts, texts)
+        turns = [self._turns(rollout, text) for rollout, text in zip(rollouts, texts)]
+        scores = self._reward(prompts, rollouts, turns)
         assert len(scores) == len(prompts), f"reward returned {len(scores)} scores for {len(prompts)} samples"
         return [
-            Sample(rollout, text, _without_bad_logprobs(rollout, score))
-            for rollout, text, score in zip(rollouts, texts, scores)
+            Sample(rollout, text, _checked(rollout, score)) for rollout, text, score in zip(rollouts, texts, scores)
         ]
 
+    def _turns(self, rollout: Rollout, text: str) -> list[str]:
+        """Return the texts that the policy wrote: an answer that a tool printed must not be scored."""
+        return [text] if rollout.loss_mask.all() else self._decode(_written_spans(rollout))
 
-def _without_bad_logprobs(rollout: Rollout, score: Score) -> Score:
-    """Return the score, masked and with a failure if a log-prob of a token of the policy is not finite: one such sample would
-    spoil its mini-batch."""
+
+def _written_spans(rollout: Rollout) -> list[np.ndarray]:
+    """Return each run of tokens that the policy wrote, int32 [T]."""
+    edges = np.flatnonzero(np.diff(rollout.loss_mask, prepend=False, append=False))
+    return [rollout.token_ids[start:end] for start, end in edges.reshape(-1, 2)]
+
+
+def _checked(rollout: Rollout, score: Score) -> Score:
+    """Return the score, masked and with a failure if the rollout cannot be trained on."""
+    failure = _failure(rollout)
+    return score if failure is None else replace(score, acc=False, failure=failure, masked=True)
+
+
+def _failure(rollout: Rollout) -> str | None:
+    """Return why a rollout cannot be trained on through no fault of the policy, or None: a log-prob of its tokens that is not
+    finite would spoil the mini-batch, and a response that lost a tool would look wrong."""
     logprobs = rollout.logprobs[rollout.loss_mask]
-    bad = np.count_nonzero(~np.isfinite(logprobs))
-    if not bad:
-        return score
-    failure = f"log-probs: {bad} of {len(logprobs)} from the engine are not finite"
-    return replace(score, acc=False, failure=failure, masked=True)
+    if bad := np.count_nonzero(~np.isfinite(logprobs)):
+        return f"log-probs: {bad} of {len(logprobs)} from the engine are not finite"
+    lost = next((call for call in rollout.calls if call.kind == "infrastructure"), None)
+    return lost and f"tool: {lost.name}: {shortened(lost.output, _LONGEST_REASON)}"

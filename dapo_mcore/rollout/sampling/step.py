@@ -66,7 +66,7 @@ class Step:
         )
 
     def check_scored(self, groups: Iterable[Group]) -> None:
-        """Raise RewardError if scoring failed for every sample of `groups`: there is nothing to learn from."""
+        """Raise RewardError if no sample of `groups` has a score: there is nothing to learn from."""
         failures = []
         for sample in (sample for group in groups for sample in group.samples):
             if sample.score.failure is None:
@@ -74,8 +74,9 @@ class Step:
             failures.append(sample.score.failure)
         if failures:
             raise RewardError(
-                f"the reward function {self.config.reward.function} failed on all {len(failures)} samples of rollout step "
-                f"{self.number}; the first: {failures[0]}; try it on one response with dapo-mcore reward-explain"
+                f"none of the {len(failures)} samples of rollout step {self.number} has a score; the first: {failures[0]}; "
+                f"dapo-mcore reward-explain --function {self.config.reward.function} tries the reward function on one "
+                "response, and dapo-mcore tool a tool"
             )
 
     def stats(self) -> dict[str, float]:

@@ -64,8 +64,8 @@ def decode(responses: Sequence[np.ndarray]) -> list[str]:
     return ["".join(map(chr, token_ids)) for token_ids in responses]
 
 
-def reward(prompts, rollouts, texts) -> list[Score]:
-    return [_score(len(text), text[-1]) for text in texts]
+def reward(prompts, rollouts, turns) -> list[Score]:
+    return [_score(len(text), text[-1]) for (text,) in turns]
 
 
 def _score(length: int, letter: str) -> Score:

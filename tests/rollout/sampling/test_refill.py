@@ -311,7 +311,7 @@ def test_the_budget_of_groups_is_max_gen_batches_batches(collect):
 
 def test_a_reward_that_fails_on_every_sample_ends_the_run_with_the_first_batch(collect):
     sampler, engine = collect(["F"] * 30, one_by_one, train=2, gen_batch_prompts=3, max_gen_batches=4)
-    with pytest.raises(RewardError, match="failed on all 4 samples of rollout step 7; the first: timeout"):
+    with pytest.raises(RewardError, match="none of the 4 samples of rollout step 7 has a score; the first: timeout"):
         sampler.collect(step=7)
     assert len(engine.submitted) < 12 and engine.running == []
 

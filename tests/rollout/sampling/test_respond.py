@@ -8,12 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dapo_mcore.algo.advantage import group_advantages
+from dapo_mcore.algo.filtering import group_varies
 from dapo_mcore.batch.collate import to_train_batch
+from dapo_mcore.config.sections import RewardConfig
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
+from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.sampling.respond import Responder
-from dapo_mcore.types import Rollout, SamplingParams
+from dapo_mcore.types import Group, Rollout, SamplingParams, ToolCall
 from tests.rollout.sampling.scripted import (
     MIXED,
     ScriptedEngine,
@@ -80,6 +84,60 @@ def test_only_log_probs_of_the_policys_tokens_must_be_finite():
     ]
     batch = to_train_batch([group], overlong_filter=False)
     assert batch.rollout_logprobs.tolist() == [0, 0, -1, 0, 0] + [0] * 5
+
+
+TOOL, POLICY = False, True
+
+
+def used_tool(*parts: tuple[bool, str], kind: str = "ok") -> Rollout:
+    """Return a response with one call and a token for each character of its parts."""
+    tokens = np.array([ord(letter) for _, text in parts for letter in text], np.int32)
+    mask = np.array([writer for writer, text in parts for _ in text])
+    calls = (ToolCall("python", "3 + 4", kind, "the sandbox has failed twice", 0.1),)
+    return Rollout(tokens, np.zeros(len(tokens), np.float32), mask, "stop", 1, num_turns=2, calls=calls)
+
+
+def respond(*rollouts: Rollout) -> Group:
+    """Return the group of these responses, scored as the configuration does by default."""
+    prompt = replace(make_prompts("R")[0], answer="7")
+    engine = ScriptedEngine([prompt])
+    engine.generate = lambda *_: list(rollouts)
+    (group,) = Responder(engine, build_reward(RewardConfig(), 64), decode).groups([prompt], len(rollouts), PARAMS)
+    return group
+
+
+def test_an_answer_that_only_a_tool_gave_is_wrong():
+    found = respond(
+        used_tool((POLICY, "Hm. "), (TOOL, "Answer: 7\n"), (POLICY, "So it is.")),
+        used_tool((POLICY, "Hm. "), (TOOL, "Answer: 8\n"), (POLICY, "Answer: 7")),
+        used_tool((POLICY, "Answer: 7"), (TOOL, "1"), (POLICY, "2")),
+        used_tool((POLICY, "Answer: 7"), (TOOL, "Answer: 8")),
+        used_tool((TOOL, "Answer: 7")),
+    ).samples
+    assert [sample.score.acc for sample in found] == [False, True, True, True, False]
+    assert found[0].text == "Hm. Answer: 7\nSo it is.", "people see everything"
+
+
+@pytest.mark.parametrize("num_lost", [4, 7])
+def test_samples_that_lost_a_tool_leave_statistics_and_loss(num_lost: int):
+    """All that is left of the group is trained on as if it were the whole group."""
+    right, wrong = (used_tool((POLICY, text), (TOOL, "7")) for text in ("Answer: 7", "Answer: 8"))
+    lost = used_tool((POLICY, "Answer: 7"), (TOOL, "?"), kind="infrastructure")
+    good = [right, wrong, right, right][: 8 - num_lost]
+    group = respond(*[lost] * (num_lost - 1), *good, lost)
+    assert {sample.score.failure for sample in group.samples if not sample.scored} == {
+        "tool: python: the sandbox has failed twice"
+    }
+    assert [sample.scored for sample in group.samples] == [False] * (num_lost - 1) + [True] * len(good) + [False]
+    assert group_varies(group) == (len(good) == 4)
+    whole, alone = (to_train_batch([one], overlong_filter=False) for one in (group, respond(*good)))
+    assert whole.num_loss_tokens.tolist() == [0] * (num_lost - 1) + [9] * len(good) + [0]
+    advantages = group_advantages(whole.rewards, whole.group_ids, whole.in_statistics)
+    expected = group_advantages(alone.rewards, alone.group_ids, alone.in_statistics) if len(good) == 4 else [0.0]
+    assert advantages.tolist() == [0.0] * (num_lost - 1) + list(expected) + [0.0]
+    metrics = group_metrics([group], [group])
+    assert (metrics["reward/failures"], metrics["reward/groups_one_scored"]) == (num_lost, float(len(good) == 1))
+    assert metrics["reward/mean"] == np.mean([1.0, -1.0, 1.0, 1.0][: len(good)])
 
 
 def test_an_engine_or_a_reward_that_loses_a_response_is_noticed():

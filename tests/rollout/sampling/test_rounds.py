@@ -67,7 +67,9 @@ def test_failed_scores_do_not_make_a_group_vary():
 def test_a_reward_that_fails_on_every_sample_ends_the_run_after_one_round(style):
     config = make_config(style, train=2, gen_batch_prompts=2, max_gen_batches=9, max_samples_per_prompt=3)
     sampler, engine = make_sampler(make_prompts("F", "F", "RW", "RW"), config)
-    with pytest.raises(RewardError, match=r"math_dapo failed on all \d samples of rollout step 4; the first: timeout"):
+    with pytest.raises(
+        RewardError, match=r"none of the \d samples of rollout step 4 has a score; the first: timeout; .*math_dapo"
+    ):
         sampler.collect(step=4)
     assert sum(n for n, _ in engine.calls) == (6 if style == "resample" else 4)
 

@@ -357,7 +357,7 @@ def play(seed: int, **fixed: object) -> Play:
             assert "after sampling.max_gen_batches" in str(error), error
             assert made.config.sampling.on_exhausted == "error" or str(error).startswith("0 of")
         except RewardError as error:
-            assert "failed on all" in str(error), error
+            assert "has a score" in str(error), error
         except Exception as error:
             error.add_note(f"seed {seed}: {made.config.sampling}, {made.config.rollout.engine}, lag {made.lag}")
             raise
