@@ -40,6 +40,7 @@ from dapo_mcore.process.run_lock import LOCK
 from dapo_mcore.process.watchdog import LOGS
 from dapo_mcore.replay.record import Sources
 from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.rollout.agent.build import open_agent
 from dapo_mcore.rollout.build import SERVERS, build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
 from dapo_mcore.rollout.sampling.respond import Responder
@@ -83,7 +84,11 @@ class StepReport:
 
 
 class Controller:
-    """Prompts, reward, engine and sampler of a run. Building it finds bad data, rewards and models before anything is trained."""
+    """Prompts, reward, engine and sampler of a run. Building it finds bad data, rewards and models before anything is trained.
+
+    engine    takes weights.
+    answerer  answers prompts: the engine itself or, if there are tools, turns of it with their calls between them.
+    """
 
     def __init__(
         self,
@@ -102,7 +107,9 @@ class Controller:
         check_services(config.observe)
         self.decode = partial(decode_responses, tokenizer)
         resumes = resumed_checkpoint(config) is not None
-        self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes)
+        stops = stop_token_ids(config.model, tokenizer)
+        self.agent = open_agent(config, tokenizer, stops)
+        self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes, tools=self.agent.schemas)
         for line in self.data.lines():
             progress.line(line)
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
@@ -115,16 +122,17 @@ class Controller:
         self.engine = build_engine(
             config,
             hf_config,
-            stop_token_ids=stop_token_ids(config.model, tokenizer),
+            stop_token_ids=(*stops, *self.agent.end_tokens),
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
             nodes=nodes,
             peers=peers,
             progress=progress,
         )
-        self.engine.on_progress = self.rollout_progress.advance
+        self.answerer = self.agent.on(self.engine)
+        self.answerer.on_progress = self.rollout_progress.advance
         self.sampler = Sampler(
-            self.engine, self.loader, self.reward, self.decode, config, self.rollout_progress, self.rollout_timer
+            self.answerer, self.loader, self.reward, self.decode, config, self.rollout_progress, self.rollout_timer
         )
         self.ahead = Ahead(lambda step: self._collect(step, lag=1))
         self.positions: dict[int, Position] = {}  # of the last step and the one before it
@@ -231,7 +239,7 @@ class Controller:
         self._wait_for_rollout()
         with self.timer.phase("eval"):
             self.last_eval = evaluate(
-                self.engine,
+                self.answerer,
                 self.eval_sets,
                 self.reward,
                 self.decode,
@@ -265,7 +273,7 @@ class Controller:
         """Return the share of right answers with one sample per prompt, sampled as in training."""
         rollout = self.config.rollout
         params = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, seed)
-        samples = Responder(self.engine, self.reward, self.decode).samples(prompts, params)
+        samples = Responder(self.answerer, self.reward, self.decode).samples(prompts, params)
         return sum(sample.score.acc for sample in samples) / len(samples)
 
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
@@ -276,7 +284,7 @@ class Controller:
         row = {
             "updates": float(num_updates),
             **self.report.metrics,
-            **self.engine.metrics(),
+            **self.answerer.metrics(),
             **metrics,
             **throughput_metrics(self.work, times, self.num_ranks, peak_tflops(card_name())),
             **times,
@@ -348,7 +356,8 @@ class Controller:
 
     def close(self) -> None:
         """Stop workers and servers, and close the run's files. May be called twice."""
-        self.engine.close()
+        self.answerer.close()  # and the engine
+        self.agent.close()
         self.reward.close()
         if self.sinks is not None:
             self.sinks.close()

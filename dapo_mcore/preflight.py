@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from dapo_mcore.checkpoint.choice import resumed_checkpoint
@@ -29,11 +30,6 @@ def check_run(config: Config, processes: int | None = None) -> None:
     This imports transformers and torch, but not Megatron, and reads no weights and no rows.
     """
     check_files_of(config)
-    if config.tools:
-        raise ConfigError(
-            f"tools: rollouts do not call tools yet, so a run would ignore its {len(config.tools)}; leave tools out. dapo-mcore tool "
-            "NAME --config FILE makes single calls"
-        )
     if ":" not in config.reward.function:  # otherwise a user's code, which a run executes only in its workers
         _load_reward(config)
     if config.observe.wandb_project:
@@ -46,17 +42,18 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     """Return what a run prints about its data, for up to 1,000 prompts per set. Raise the DapoError it would raise.
 
     Check what a run reads at its start: rows, headers of weight files, the reward function, the options of this machine's
-    SGLang, and the checkpoint that the run would resume from. servers  False leaves SGLang out.
+    SGLang, the tools, and the checkpoint that the run would resume from. servers  False leaves SGLang out.
     """
     from dapo_mcore.architecture.families import architecture_name
     from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
     from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
     from dapo_mcore.model_files.hf_folder import open_stored
+    from dapo_mcore.rollout.agent.build import open_agent
 
     hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
     check_tokenizer_fits(tokenizer, hf_config)
-    stop_token_ids(config.model, tokenizer)
+    stops = stop_token_ids(config.model, tokenizer)
     if config.model.init == "pretrained":
         open_stored(Path(config.model.path), hf_config)
     if config.reward.placement == "local":
@@ -65,7 +62,10 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
         _check_servers(config, architecture_name(hf_config))
     if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
-    data = load_run_data(config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS)
+    with closing(open_agent(config, tokenizer, stops)) as agent:
+        data = load_run_data(
+            config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS, tools=agent.schemas
+        )
     incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
     return data.lines() + (
         [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else []

@@ -60,7 +60,7 @@ class ToolCall:
     name, arguments  as the policy wrote them; the name is empty if the call cannot be read.
     kind             `ok`; `error` of the policy, such as a call that cannot be read, an unknown tool or code that fails;
                      `timeout`; or `infrastructure`: the tool failed through no fault of the policy.
-    output           the text that the policy read of it.
+    output           the text that the policy read of it, before agent.max_output_tokens shortened it.
     seconds          while the tool ran.
     """
 

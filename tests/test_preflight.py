@@ -270,7 +270,6 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
     ),
     "few demonstrations": (nothing, ["warm_start.batch_size=9"], "warm_start.files hold 3 demonstrations, fewer than"),
     # services
-    "tools": (nothing, ["tools=[{name: sum, function: calculator}]"], "tools: rollouts do not call tools yet"),
     "no DALI": (nothing, ["batch.feeder=dali"], "batch.feeder dali needs NVIDIA DALI"),
     "no wandb": (nothing, ["observe.wandb_project=p"], "observe.wandb_project is set, but wandb"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from dapo_mcore.config.agent import AgentConfig
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.config.parallel import ParallelConfig
@@ -46,6 +47,7 @@ class Config(Section):
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig = RolloutConfig()
+    agent: AgentConfig = AgentConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
     tools: list[ToolConfig] = Field(default_factory=list)
@@ -330,6 +332,24 @@ def _check_ray(c: Config) -> None:
 
 def _check_tools(c: Config) -> None:
     check_names(c.tools)
+    if not c.tools:
+        if c.agent != AgentConfig():
+            raise ValueError("agent is about calls of tools, but there are no tools: name some, or leave agent out")
+        return
+    if c.agent.call_format == "code_block" and len(c.tools) > 1:
+        raise ValueError(
+            f"agent.call_format code_block names no tool, but there are {len(c.tools)} ({', '.join(t.name for t in c.tools)}); leave "
+            "one, or use call_format tool_call"
+        )
+    sections = {f"eval.sets.{name}": section for name, section in c.eval.sets.items()}
+    if c.warm_start is not None and c.warm_start.choose is not None:
+        sections["warm_start.choose"] = c.warm_start.choose
+    for name, section in sections.items():
+        if section.chat_template != c.data.chat_template:
+            raise ValueError(
+                f"{name}.chat_template {section.chat_template} differs from data.chat_template {c.data.chat_template}, but a run with "
+                "tools writes their output in one way; give both the same"
+            )
 
 
 RULES = (

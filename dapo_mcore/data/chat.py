@@ -6,7 +6,7 @@ Change here: how a row's prompt is rendered for the model. prompts.py reads the 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -30,11 +30,19 @@ class PromptRenderer:
     """Renders prompts as one data section says. Raises ConfigError if the section does not fit the tokenizer.
 
     section  name of the section in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
+    tools    OpenAI function schemas that a chat template declares in each prompt.
     `lost` collects the characters of the rendered texts that the tokenizer loses.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data"):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        section: str = "data",
+        tools: Sequence[Mapping[str, Any]] = (),
+    ):
         self.config = config
+        self._tools = list(tools) or None
         self.tokenizer = tokenizer
         self.section = section
         self.lost = LostCharacters(tokenizer)
@@ -96,7 +104,11 @@ class PromptRenderer:
         try:
             with _cpu_limit(TEMPLATE_CPU_S):
                 text = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                    messages,
+                    tools=self._tools,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=True,
                 )
         except TimeoutError as error:
             raise ConfigError(

@@ -5,9 +5,10 @@ Change here: what a demonstration must have. warm_start.py trains the policy on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,16 +35,20 @@ class Demonstration:
 
 
 def load_demonstrations(
-    config: Config, tokenizer: PreTrainedTokenizerBase, most: int | None = None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    most: int | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[tuple[Demonstration, ...], str]:
     """Return the rows of warm_start.files in order, and one line about characters that the tokenizer loses (or "").
 
-    most  read only so many rows, but at least one batch. Prompts are rendered as the data section says.
+    most   read only so many rows, but at least one batch. Prompts are rendered as the data section says.
+    tools  schemas of tools that its chat template declares.
     Raise DataError for a bad row, and for fewer rows than warm_start.batch_size.
     """
     settings = config.warm_start
     assert settings is not None
-    renderer = PromptRenderer(config.data, tokenizer)
+    renderer = PromptRenderer(config.data, tokenizer, tools=tools)
     rows = islice(read_rows(settings.files), most and max(most, settings.batch_size))
     found = tuple(_demonstration(row, renderer) for row in rows)
     if len(found) < settings.batch_size:

@@ -18,17 +18,19 @@ _RESPONSES_AT_ONCE = 64
 _BPE_CLEANS = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
-def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[np.ndarray]) -> list[str]:
-    """Return the text of each response (int32 [T]) without special tokens, exactly as `tokenizer.decode` returns it.
+def decode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[np.ndarray], *, skip_special_tokens: bool = True
+) -> list[str]:
+    """Return the text of each response (int32 [T]), by default without special tokens, exactly as `tokenizer.decode` returns it.
 
     Where the tokenizers library alone decides the text, it decodes without the GIL, so that other threads go on meanwhile.
     """
     if not _is_decoded_by_the_library(tokenizer):
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        return [tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in responses]
     texts: list[str] = []
     for start in range(0, len(responses), _RESPONSES_AT_ONCE):
         ids = [response.tolist() for response in responses[start : start + _RESPONSES_AT_ONCE]]
-        texts += tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
+        texts += tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=skip_special_tokens)
     return texts
 
 

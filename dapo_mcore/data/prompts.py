@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -91,24 +91,36 @@ class PromptSet:
         return [f"warning: {line}" for line in lines]
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> PromptSet:
+def load_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    section: str = "data",
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> PromptSet:
     """Return the prompts of `config.files` in file order, each with a uid that depends on its content.
 
+    tools  schemas of tools that chat templates declare.
     With `limit`, reading stops after that many prompts. Raise DataError for an unreadable file, a bad row (unless
     on_bad_row is skip), a long prompt (if on_long_prompt is error), no prompt at all, or if all prompts are truncated;
     ConfigError for settings that do not fit the tokenizer.
     """
-    return _Loading(config, tokenizer, section).run()
+    return _Loading(config, tokenizer, section, tools).run()
 
 
 class _Loading:
     """One pass over the files."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        section: str,
+        tools: Sequence[Mapping[str, Any]],
+    ):
         self.config = config
         self.tokenizer = tokenizer
         self.section = section
-        self.renderer = PromptRenderer(config, tokenizer, section)
+        self.renderer = PromptRenderer(config, tokenizer, section, tools)
         self.pattern = config.answer_pattern and re.compile(config.answer_pattern)
         self.answers: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
         self.uids: Counter[str] = Counter()

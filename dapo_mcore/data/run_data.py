@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sections import DataConfig
@@ -51,17 +51,19 @@ def load_run_data(
     *,
     warm_start: bool = True,
     most: int | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> RunData:
     """Read all data that the configuration names; without the warm start's files if `warm_start` is False (on resume).
 
-    most  read at most so many prompts per set and demonstrations: enough to find a mistake before a run.
+    most   read at most so many prompts per set and demonstrations: enough to find a mistake before a run.
+    tools  schemas of tools that chat templates declare.
     Raise DataError, with file and row, for data that cannot be used or do not fit the model's positions or a
     micro-batch; ConfigError for settings that cannot work.
     """
 
     def prompts(section: DataConfig, name: str) -> PromptSet:
         limit = min(filter(None, (section.limit, most)), default=None)
-        found = load_prompts(section.model_copy(update={"limit": limit}), tokenizer, name)
+        found = load_prompts(section.model_copy(update={"limit": limit}), tokenizer, name, tools)
         own = section if limit == section.limit else section.model_copy(update={"limit": None})
         return replace(found, config=own)
 
@@ -71,7 +73,7 @@ def load_run_data(
     settings = config.warm_start
     if warm_start and settings is not None:
         choose = prompts(settings.choose, "warm_start.choose") if settings.choose else None
-        demonstrations, lost = load_demonstrations(config, tokenizer, most)
+        demonstrations, lost = load_demonstrations(config, tokenizer, most, tools)
         data = RunData(train, evaluation, demonstrations, choose, lost)
     positions = max_positions(hf_config)
     for found in data.prompt_sets:

@@ -151,6 +151,9 @@ METRICS: dict[str, Metric] = {
     "rollout/dropped_stale_version": Metric("responses", "responses of older weights than allowed, dropped"),
     "rollout/dropped_mixed_versions": Metric("responses", "responses during which the weights changed, dropped"),
     "rollout/dropped_unknown_version": Metric("responses", "responses of weights that this run did not send, dropped"),
+    "rollout/tokens_cut": Metric(
+        "tokens", "tokens that the policy wrote after the end of a call, dropped; with tools only"
+    ),
     "rollout/dropped_malformed": Metric("responses", "responses without usable tokens or log-probs, dropped"),
     "rollout/servers_suspected": Metric("times", "servers taken out because a request or a health check failed"),
     "rollout/servers_excluded": Metric("times", "servers taken out because a weight update failed on them"),

@@ -71,12 +71,16 @@ class EmbeddedEngine:
         """Return the version of the last `update_weights`; -1 before the first, and after one that failed."""
         return self._version
 
-    def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, limits: Sequence[int] | None = None
+    ) -> list[Rollout]:
         """Return one response for each entry of `prompts` (int32 [T] each), in order.
 
+        limits  most tokens of each response, at most params.max_new_tokens; None: as many for all.
         Raise RolloutError before the first weights, and for a prompt that `check_prompts` refuses.
         """
-        self._check(prompts, params)
+        allowed = np.full(len(prompts), params.max_new_tokens) if limits is None else np.array(limits, np.int64)
+        self._check(prompts, allowed)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         responses = _Responses.empty(len(prompts), params.max_new_tokens, self._device)
         generator = torch.Generator(self._device).manual_seed(params.seed)
@@ -85,7 +89,7 @@ class EmbeddedEngine:
         with _cpu_threads(self._num_threads), torch.inference_mode():
             for start in range(0, len(order), self._max_batch):
                 batch = self._prefill(prompts, order[start : start + self._max_batch])
-                self._decode(batch, params, generator, responses)
+                self._decode(batch, params, torch.from_numpy(allowed).to(self._device), generator, responses)
         return responses.as_rollouts(self._version, params.seed)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
@@ -125,10 +129,10 @@ class EmbeddedEngine:
         table[list(stop_token_ids)] = True
         return table
 
-    def _check(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> None:
+    def _check(self, prompts: Sequence[np.ndarray], limits: np.ndarray) -> None:
         if self._version < 0:
             raise RolloutError("the embedded engine has no complete weights; call update_weights before generate")
-        check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
+        check_prompts(prompts, limits, self._vocab, self._context)
 
     def _prefill(self, prompts: Sequence[np.ndarray], rows: np.ndarray) -> _Batch:
         """Return the decoding state after the prompts. Each distinct prompt is computed once."""
@@ -145,8 +149,16 @@ class EmbeddedEngine:
         batch.select(which, rows=slots)
         return batch
 
-    def _decode(self, batch: _Batch, params: SamplingParams, generator: torch.Generator, responses: _Responses) -> None:
-        """Decode until every row has stopped or is full, and write tokens and log-probs into `responses`."""
+    def _decode(
+        self,
+        batch: _Batch,
+        params: SamplingParams,
+        limits: Tensor,
+        generator: torch.Generator,
+        responses: _Responses,
+    ) -> None:
+        """Decode until every row has stopped or has as many tokens as `limits` [P] allows its prompt, and write tokens and log-probs
+        into `responses`."""
         size = len(batch.rows)
         alive, num_alive = torch.ones(size, dtype=torch.bool, device=self._device), size
         for step in range(params.max_new_tokens):
@@ -155,7 +167,7 @@ class EmbeddedEngine:
             tokens, logprobs = draw_tokens(batch.logits, uniforms[batch.slots], params)
             stopped = self._is_stop[tokens]
             responses.write(step, batch.rows, tokens, logprobs, alive, stopped)
-            alive &= ~stopped if step + 1 < params.max_new_tokens else False
+            alive &= ~stopped & (limits[batch.rows] > step + 1)
             num_before, num_alive = num_alive, int(alive.sum())
             if self.on_progress and num_alive < num_before:
                 self.on_progress(num_before - num_alive)

@@ -132,6 +132,26 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_limit():
     assert any(r.finish_reason == "stop" and len(r.token_ids) == 6 for r in rollouts), "a stop on the last token"
 
 
+def test_each_response_may_have_a_limit_of_its_own():
+    """The context has 40 positions: no limit for all prompts would let the short one have 30 tokens and take the long one."""
+    prompts, limits = prompts_of(4, 30, 4, 4) * 20, [30, 8, 1, 5] * 20
+    engine = loaded_engine()
+    limited = engine.generate(prompts, params(max_new_tokens=30), limits)
+    for row, (rollout, limit) in enumerate(zip(limited, limits)):
+        length = len(rollout.token_ids)
+        assert length == limit if rollout.finish_reason == "length" else 0 < length <= limit
+        expected = teacher_forced(prompts[row], rollout.token_ids, 1.0)
+        np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-5, rtol=0)
+    assert {limit for limit, r in zip(limits, limited) if r.finish_reason == "length"} >= {8, 1, 5}
+    short = [row for row, limit in enumerate(limits) if limit != 8]
+    alone = engine.generate([prompts[row] for row in short], params(max_new_tokens=30), [limits[row] for row in short])
+    free = engine.generate([prompts[row] for row in short], params(max_new_tokens=30))
+    for ours, whole, row in zip(alone, free, short):
+        assert ours.token_ids.tolist() == whole.token_ids[: limits[row]].tolist()
+    with pytest.raises(RolloutError, match="prompt 1 has 30 tokens; with max_new_tokens 11 that is 41"):
+        engine.generate(prompts, params(max_new_tokens=30), [30, 11, 1, 5] * 20)
+
+
 def test_first_tokens_follow_the_models_distribution():
     prompt, n = prompts_of(5)[0], 20_000
     rollouts = loaded_engine(max_batch=n).generate([prompt] * n, params(max_new_tokens=1, temperature=1.3))

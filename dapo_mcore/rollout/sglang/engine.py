@@ -29,10 +29,11 @@ from dapo_mcore.architecture.manifest import StreamCheck, WeightManifest, bucket
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
+from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.rollout.sglang.assembly import Startup, new_sender, open_pool, shown_startup, start_planned
 from dapo_mcore.rollout.sglang.client.api import Keys
-from dapo_mcore.rollout.sglang.client.http import HttpClient, LoopThread, RequestFailed, allow_open_files
+from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.client.reply import DROP_REASONS, Dropped, VersionRule, check_length, read_reply
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_LOST_SCALES
 from dapo_mcore.rollout.sglang.launch.node_servers import Node

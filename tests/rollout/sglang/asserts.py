@@ -82,13 +82,14 @@ def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatc
 
 
 def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temperature: float = 1.0) -> float:
-    """Return the largest difference between the servers' log-probs and those of Hugging Face's model in fp64."""
+    """Return the largest difference between the servers' log-probs of what the policy wrote and Hugging Face's in fp64."""
     model, worst = tiny_model(seed).double(), 0.0
     for prompt, rollout in zip(asked, rollouts, strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
         logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature
         expected = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
-        worst = max(worst, (torch.from_numpy(rollout.logprobs) - expected).abs().max().item())
+        written = torch.from_numpy(rollout.loss_mask)
+        worst = max(worst, (torch.from_numpy(rollout.logprobs) - expected)[written].abs().max().item())
     return worst
 
 

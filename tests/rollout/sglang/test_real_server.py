@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 
 from dapo_mcore.errors import UpdateBroken
+from dapo_mcore.rollout.agent.engine import ContinuousToolEngine
+from dapo_mcore.rollout.agent.episode import Dialect
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.rollout.sglang.pool.server import Server
 from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender
 from dapo_mcore.types import SamplingParams
+from tests.rollout.agent.letters import Angles, FiveTokens, spoken
+from tests.rollout.agent.talk import Kind, Result, StubTools, runs_of
 from tests.rollout.sglang.asserts import assert_follows, mismatch
 from tests.rollout.sglang.serving import (
     STOP,
@@ -105,6 +109,20 @@ def test_greedy_responses_equal_those_of_the_embedded_engine(made):
 def test_servers_generate_with_the_weights_of_a_sync_from_disk(made):
     sync(made, seed=2)
     assert_follows(made, seed=2)
+
+
+def test_turns_of_a_response_with_tools_have_the_logprobs_of_the_whole_sequence(made):
+    """A turn's server computes the tool's output as a prompt, and stops where a call may end."""
+    tools = StubTools(lambda name, arguments: Result(Kind.OK, "\x05"))
+    answers = ContinuousToolEngine(made, tools, Dialect(FiveTokens(), Angles(), spoken, frozenset(), max_turns=3))
+    asked = prompts(16)
+    rollouts = answers.generate(asked, params(24))
+    answers.stop()
+    assert mismatch(rollouts, asked, 2) <= 1e-5
+    longest = max(rollouts, key=lambda rollout: rollout.num_turns)
+    assert longest.num_turns > 1 and len(longest.calls) == longest.num_turns - 1
+    assert list(runs_of(longest.loss_mask))[:2] == [(True, 5), (False, 3)]
+    assert not longest.logprobs[~longest.loss_mask].any() and answers.metrics()["rollout/tokens_cut"] > 0
 
 
 def test_aborted_requests_are_sent_again(made):

@@ -1,4 +1,4 @@
-"""JSON over HTTP through one connection pool, for thousands of requests in flight, and the thread that its event loop runs in.
+"""JSON over HTTP through one connection pool, for thousands of requests in flight.
 
 Change here: pooling, limits, and which HTTP answers are worth another try. The endpoints are in api.py.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -22,7 +20,6 @@ from dapo_mcore.errors import ConfigError, RolloutError
 _KEEP_ALIVE_S = 2.0
 _NUM_SPARE_FILES = 256
 _MAX_BYTES = 64 << 20
-_CANCEL_S = 10.0
 
 
 class RequestFailed(RolloutError):
@@ -87,41 +84,6 @@ class HttpClient:
         await self._session.close()
 
 
-class LoopThread:
-    """Runs coroutines for other threads until it is closed."""
-
-    def __init__(self, name: str):
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Start the coroutine in the loop and return its future at once."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Wait for the coroutine and return its result. If the wait is interrupted, the coroutine is cancelled."""
-        future = self.submit(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def cancel_all(self) -> None:
-        """Cancel every coroutine that still runs, and wait up to _CANCEL_S for them to end."""
-        self.run(_cancel_others())
-
-    def close(self) -> None:
-        """Cancel what still runs and stop the loop. May be called twice."""
-        if self._loop.is_closed():
-            return
-        self.cancel_all()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
 def decode_json(raw: bytes | bytearray) -> Any:
     """Return the decoded JSON, the text if it is not JSON, or None if it is empty."""
     try:
@@ -151,14 +113,6 @@ def open_file_limit(num_connections: int, soft: int, hard: int) -> int:
             f"files need {needed} open files, but this process may open {hard} (ulimit -Hn); lower rollout.sglang.max_in_flight or raise the limit"
         )
     return needed
-
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    if others:
-        await asyncio.wait(others, timeout=_CANCEL_S)
 
 
 async def _read(url: str, response: aiohttp.ClientResponse, max_bytes: int) -> bytearray:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dapo_mcore.architecture.manifest import Bucket
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.client.http import LoopThread
+from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.pool.recovery import Reload
 from dapo_mcore.rollout.sglang.pool.update import Transaction
 

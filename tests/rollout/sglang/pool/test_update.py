@@ -15,8 +15,9 @@ import pytest
 from safetensors.torch import save_file
 
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.client.api import ServerClient
-from dapo_mcore.rollout.sglang.client.http import HttpClient, LoopThread
+from dapo_mcore.rollout.sglang.client.http import HttpClient
 from dapo_mcore.rollout.sglang.pool.server import GENERATING, Server, ServerStates
 from dapo_mcore.rollout.sglang.pool.update import PoolWeights, Transaction, Updates
 from tests.rollout.sglang.asserts import all_serve, assert_whole

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dapo_mcore.errors import RolloutError
-from dapo_mcore.rollout.sglang.client.http import LoopThread
+from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.rollout.sglang.sync.sender import BucketQueue
 
 
