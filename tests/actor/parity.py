@@ -166,6 +166,21 @@ def make_batch(seed: int = 5, num_groups: int = 4, group_size: int = 4) -> Train
     )
 
 
+def multi_turn_batch() -> TrainBatch:
+    """Return make_batch with tool output between the turns of each response, off-policy. Responses of odd numbers begin with tool
+    output, some end in it, and the second has no token of the policy. Log-probs of tokens without loss are NaN: nothing may
+    read them."""
+    batch = make_batch()
+    rng, mask = np.random.default_rng(11), np.zeros_like(batch.loss_mask)
+    for sample, (begin, end) in enumerate(zip(batch.offsets[:-1], batch.offsets[1:])):
+        if (written := np.flatnonzero(batch.loss_mask[begin:end])).size:
+            turns = np.repeat(np.arange(24) % 2 == sample % 2, rng.integers(1, 8, 24))
+            mask[begin + written[0] : end] = turns[: end - begin - written[0]]
+            mask[end - 1] |= not mask[begin:end].any()
+    batch = off_policy(replace(batch, loss_mask=mask))
+    return replace(batch, rollout_logprobs=np.where(mask, batch.rollout_logprobs, np.nan).astype(np.float32))
+
+
 def off_policy(batch: TrainBatch, model: torch.nn.Module | None = None) -> TrainBatch:
     """Return the batch with old log-probs near the policy's, and a few far away, so that every clip is active."""
     model = model or model64("qwen2", False)

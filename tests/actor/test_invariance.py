@@ -1,21 +1,27 @@
-"""The gradient is the same for any micro-batch size, packing order and layout, in every loss mode.
+"""The gradient of multi-turn samples is the same for any micro-batch size, packing order and layout, in every loss mode.
 
-The reference of the first two tests is plain fp64; the third compares layouts with one process.
+One process is compared with plain fp64 in every mode (objectives.py), and layouts with one process.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.actor import parity
+from dapo_mcore.batch.context import padded_length, zigzag_positions
+from dapo_mcore.replay.digest import token_positions
+from dapo_mcore.types import TrainBatch
+from tests.actor import objectives, parity
 from tests.actor.parity import Mesh
 
 TOLERANCE = 1e-6
+TOOL_TOKEN = 120
+"""Position in the problem's batch of a token of tool output between two turns: the last before a border of CP 4."""
 
 MODES: dict[str, dict[str, Any]] = {
     "old log-probs from the actor": {"algo__old_logprobs": "actor"},
@@ -53,7 +59,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("invariance")
-    return str(parity.save_problem(folder / "problem.pt", parity.off_policy(parity.make_batch())))
+    return str(parity.save_problem(folder / "problem.pt", parity.multi_turn_batch()))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +72,48 @@ def on_one_process(problem: str, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(context=4)], ids=str)
 def test_gradient_is_the_same_for_any_micro_batch_size_and_order(mesh, problem):
-    rows = parity.spawn(vary_micro_batches, mesh, problem)
-    assert len({row["num_micro_batches"] for row in rows}) >= 3, rows
-    for row in rows:
+    found = parity.spawn(vary_micro_batches, mesh, problem)
+    assert len({row["num_micro_batches"] for row in found["rows"]}) >= 3, found["rows"]
+    for row in found["rows"]:
         assert row["error"] <= TOLERANCE, row
+    check_logprobs(parity.load_problem(problem)[0], found["logprobs"], found["of another tool token"])
+
+
+def check_logprobs(batch: TrainBatch, logprobs: list[float], other: list[float]) -> None:
+    """Check log-probs of all tokens, 0 without loss, and those after one token of tool output has changed."""
+    expected = torch.zeros(len(batch.tokens), dtype=torch.float64)
+    with torch.no_grad():
+        for begin, end in pairwise(batch.offsets):
+            tokens = torch.from_numpy(batch.tokens[begin:end].astype(np.int64))
+            logits = parity.model64("qwen2", False)(tokens[None]).logits[0, :-1]
+            expected[begin + 1 : end] = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    expected[~batch.loss_mask] = 0
+    assert (torch.tensor(logprobs) - expected).abs().max() <= 1e-5
+    end = batch.offsets[np.searchsorted(batch.offsets, TOOL_TOKEN, "right")]
+    later = TOOL_TOKEN + np.flatnonzero(batch.loss_mask[TOOL_TOKEN:end])
+    assert len(later) >= 3 and np.flatnonzero(np.array(logprobs) != other).tolist() == later.tolist()
+
+
+def test_the_problem_has_the_turns_that_are_hard(problem):
+    """Tool output first and last in a response, none of the policy's tokens, and tool output across the borders of CP 2 and 4."""
+    batch, borders = parity.load_problem(problem)[0], {2: 0, 4: 0}
+    assert batch.num_loss_tokens.min() == 0 and np.isnan(batch.rollout_logprobs[~batch.loss_mask]).all()
+    masks = [batch.loss_mask[begin:end] for begin, end in pairwise(batch.offsets)]
+    plain = [parity.make_batch().loss_mask[begin:end] for begin, end in pairwise(batch.offsets)]
+    assert any(mask.any() and not mask[whole.argmax()] for mask, whole in zip(masks, plain)), "begins with tool output"
+    assert sum(mask.any() and not mask[-1] for mask in masks) > 1, "ends in it"
+    for context, mask in product(borders, masks):
+        owners = np.empty(len(mask), int)
+        padded = padded_length(np.array([len(mask)]), context)
+        for rank in range(context):
+            held = zigzag_positions(padded, context, rank)
+            owners[held[held < len(mask)]] = rank
+        turns = np.flatnonzero(mask)
+        between = np.arange(len(mask) - 1) > turns.min(initial=len(mask))
+        borders[context] += int(
+            (between & ~mask[:-1] & ~mask[1:] & (np.diff(owners) != 0))[: turns.max(initial=0)].sum()
+        )
+    assert min(borders.values()) >= 2, borders
 
 
 def test_a_rank_without_any_loss_token_takes_part_and_an_empty_batch_moves_nothing(tmp_path):
@@ -86,6 +130,21 @@ def test_a_rank_without_any_loss_token_takes_part_and_an_empty_batch_moves_nothi
     assert result["empty_loss"] == 0.0
     assert result["poisoned_is_skipped"], "a NaN on one rank must leave every rank's parameters as they were"
     assert result["next_step_moves"]
+
+
+def test_every_mode_of_multi_turn_samples_equals_its_plain_form_in_fp64(problem, on_one_process):
+    batch, known = parity.load_problem(problem)[0], {}
+    for name, overrides in MODES.items():
+        found, config = on_one_process[name], parity.make_config(Mesh(), **overrides)
+        key = (config.algo.model_dump_json(), config.batch.mini_batch_prompts)
+        if key not in known:
+            known[key] = objectives.first_gradient(batch, config)
+        gradient, metrics = known[key]
+        assert parity.worst(found["gradient"], gradient) <= TOLERANCE, name
+        if found["metrics"]["updates_per_step"] == 1:
+            assert {metric: found["metrics"][metric] for metric in metrics} == pytest.approx(
+                metrics, rel=1e-5, abs=1e-7
+            ), name
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tensor=2, data=2), Mesh(pipeline=2, virtual=2, context=2)], ids=str)
@@ -110,8 +169,10 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem,
         assert found[name]["metrics"]["actor/first_update_ratio_deviation"] == 0.0, name
 
 
-def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any]]:
-    """Return the error of one mini-batch's gradient for several token budgets, orders and packings. Runs in a worker."""
+def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
+    """Return the error of one mini-batch's gradient for several token budgets, orders and packings, and the log-probs of all
+    tokens with and without a change of TOOL_TOKEN. Runs in a worker.
+    """
     batch, expected = parity.load_problem(path)
     rows = []
     for max_tokens, packing, seed in [
@@ -127,7 +188,19 @@ def vary_micro_batches(layout: Any, mesh: Mesh, path: str) -> list[dict[str, Any
         found = parity.gradient_of(actor, mini_batch)
         error = parity.worst(found, expected["grads"]) if layout.is_controller else 0.0
         rows.append({"setting": (max_tokens, packing, seed), "num_micro_batches": len(mini_batch), "error": error})
-    return rows
+    tokens = batch.tokens.copy()
+    tokens[TOOL_TOKEN] = (tokens[TOOL_TOKEN] + 7) % parity.VOCAB
+    logprobs, other = (logprobs_of(actor, one) for one in (batch, replace(batch, tokens=tokens)))
+    return {"rows": rows, "logprobs": logprobs, "of another tool token": other}
+
+
+def logprobs_of(actor: Any, batch: TrainBatch) -> list[float]:
+    """Return the policy's log-probs of the batch's tokens, summed over ranks: 0 without loss."""
+    (mini_batch,) = parity.shared_step(actor.config, actor.layout, batch, actor)
+    found, offsets = torch.zeros(len(batch.tokens), dtype=torch.float64), torch.from_numpy(batch.offsets)
+    for micro in actor.score(mini_batch):
+        found.index_add_(0, token_positions(micro, offsets), micro.old_logprobs.double())
+    return actor.layout.sum_over_ranks(found).tolist()
 
 
 def train_on_little(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Every layout against Hugging Face, torch AdamW and the plain fp64 loss; and each check against broken scaling.
+"""Every layout against Hugging Face, torch AdamW and the plain fp64 loss, on multi-turn samples; and each check against broken
+scaling.
 
 Proves: gradients, gradient norm and parameters of real megatron-core under TP, PP (interleaved, too), CP, DP and SP on gloo, in
 fp32.
@@ -34,8 +35,7 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory) -> str:
-    batch = parity.off_policy(parity.make_batch())
-    return str(parity.save_problem(tmp_path_factory.mktemp("parity") / "qwen2.pt", batch))
+    return str(parity.save_problem(tmp_path_factory.mktemp("parity") / "qwen2.pt", parity.multi_turn_batch()))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -1,0 +1,129 @@
+"""Every objective in its plainest form: fp64, sample by sample, over whole logits of Hugging Face's model. The reference of
+test_invariance.py. It reads no engine log-prob of a token without loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dapo_mcore.config.schema import Config
+from dapo_mcore.types import TrainBatch
+from tests.actor import parity
+
+
+def first_gradient(batch: TrainBatch, config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return gradient and metrics of the first gradient step. Every sample must be in the statistics."""
+    model, reference = parity.model64("qwen2", False), parity.model64("qwen2", False)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.01)  # as test_invariance.py does
+    first = np.isin(batch.group_ids, np.unique(batch.group_ids)[: config.batch.mini_batch_prompts])
+    advantages = _advantages(batch, config, model, reference)
+    chosen = [sample for sample in np.flatnonzero(first) if batch.num_loss_tokens[sample]]
+    tokens = [_Sample(batch, sample, config, model, reference) for sample in chosen]
+    losses = [one.losses(advantages[sample]) for one, sample in zip(tokens, chosen)]
+    lengths = [len(loss) for loss in losses]
+    mode = config.algo.loss_mode
+    if mode == "token-mean":
+        total = sum(loss.sum() for loss in losses) / sum(lengths)
+    elif mode == "seq-mean-token-mean":
+        total = sum(loss.mean() for loss in losses) / len(losses)
+    else:
+        assert mode == "seq-mean-token-sum-norm"
+        total = sum(loss.sum() for loss in losses) / len(losses) / config.rollout.max_response_tokens
+    total.backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    means = {name: float(torch.cat([one.metrics[name] for one in tokens]).mean()) for name in tokens[0].metrics}
+    return gradient, {"actor/loss": total.item()} | means
+
+
+class _Sample:
+    """The loss tokens of one sample, [n] each."""
+
+    def __init__(self, batch: TrainBatch, sample: int, config: Config, model: Any, reference: Any):
+        where = slice(batch.offsets[sample], batch.offsets[sample + 1])
+        mask = torch.from_numpy(batch.loss_mask[where])[1:]
+        tokens = torch.from_numpy(batch.tokens[where].astype(np.int64))
+        self.config, self.metrics = config, {}
+        self.engine = torch.from_numpy(batch.rollout_logprobs[where].astype(np.float64))[1:][mask]
+        self.logp, self.entropy = _logprobs(model, tokens, mask)
+        with torch.no_grad():
+            self.reference, _ = _logprobs(reference, tokens, mask)
+        self.own = self.logp.detach()
+
+    def kl(self, logp: Tensor) -> Tensor:
+        x = logp - self.reference
+        return {"k1": x, "k3": (-x).exp() - 1 + x}[self.config.algo.kl.estimator]
+
+    def losses(self, advantage: Tensor) -> Tensor:
+        """Return the tokens' losses, and fill in their metrics."""
+        algo = self.config.algo
+        old = self.engine if algo.old_logprobs == "rollout" else self.own
+        loss = self._policy_term(advantage, old) * self._importance()
+        if algo.kl.coef and algo.kl.place == "loss":
+            loss = loss + algo.kl.coef * self.kl(self.logp)
+        self.metrics |= {
+            "actor/nll": -self.own,
+            "actor/entropy": self.entropy.detach(),
+            "actor/ppo_kl": old - self.own,
+            "mismatch/logprob_diff_mean": (self.own - self.engine).abs(),
+            "mismatch/k3_kl": (self.own - self.engine).expm1() - (self.own - self.engine),
+        }
+        if algo.kl.coef:
+            self.metrics["actor/ref_kl"] = self.kl(self.own)
+        return loss - algo.entropy_coef * self.entropy
+
+    def _policy_term(self, advantage: Tensor, old: Tensor) -> Tensor:
+        algo, log_ratio = self.config.algo, self.logp - old
+        low, high = 1 - algo.clip_low, 1 + algo.clip_high
+        if algo.policy_loss == "cispo":
+            return -log_ratio.exp().clamp(low, high).detach() * advantage * self.logp
+        ratio = log_ratio.exp()
+        if algo.policy_loss == "gspo":
+            ratio = log_ratio.mean().exp().expand(len(old))  # the gradient goes through the mean
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high))
+        capped = algo.dual_clip and advantage < 0
+        return torch.minimum(loss, -advantage * algo.dual_clip) if capped else loss
+
+    def _importance(self) -> Tensor:
+        tis, weights = self.config.algo.tis, (self.own - self.engine).exp()
+        if tis.mode == "off":
+            return torch.ones(())
+        limited = weights > tis.cap
+        if tis.mode == "mask":
+            limited |= weights < 1 / tis.cap
+        kept = torch.where(limited, tis.cap if tis.mode == "truncate" else 0.0, weights)
+        kept = kept if tis.mode == "truncate" else (~limited).double()
+        self.metrics |= {
+            "tis/weight_mean_before": weights,
+            "tis/weight_mean_after": kept,
+            "tis/truncated_ratio": limited.double(),
+        }
+        return kept
+
+
+def _logprobs(model: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    logp = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+    return logp.gather(1, tokens[1:, None])[:, 0][mask], -(logp.exp() * logp).sum(-1)[mask]
+
+
+def _advantages(batch: TrainBatch, config: Config, model: Any, reference: Any) -> Tensor:
+    """Return the advantages of all samples of the step, [B]."""
+    algo, rewards = config.algo, torch.from_numpy(batch.rewards)
+    if algo.kl.coef and algo.kl.place == "reward":
+        with torch.no_grad():
+            samples = [_Sample(batch, sample, config, model, reference) for sample in range(batch.num_samples)]
+        rewards = rewards - algo.kl.coef * torch.stack([one.kl(one.own).sum() for one in samples])
+    found = torch.zeros_like(rewards)
+    for group in np.unique(batch.group_ids):
+        own = torch.from_numpy(batch.group_ids == group)
+        spread = rewards[own].std() + 1e-6 if algo.advantage_std == "unbiased" else 1.0
+        found[own] = (rewards[own] - rewards[own].mean()) / spread
+    if algo.advantage_std == "batch":
+        each = found.repeat_interleave(torch.from_numpy(batch.num_loss_tokens))
+        found = (found - each.mean()) / (each.var() + 1e-8).sqrt()
+    return found
