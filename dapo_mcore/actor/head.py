@@ -68,6 +68,11 @@ class PolicyHead:
         batch        old_logprobs None means the log-probs of this forward pass, detached: the ratio is exactly 1
         tis_weights  float32 [L], or a function of this forward pass's log-probs of a slice of the L rows
         Collective with a ratio per sequence and given old log-probs: one all-reduce over the context-parallel group.
+
+        A ratio per sequence (GSPO) is s = exp(mean of log p - old over the tokens that the policy wrote), and its gradient goes
+        through each token's own log p as in verl 0.9.1. slime's and NeMo-RL's goes through the mean: the same unless advantages
+        differ within a sequence. Our exponent is clamped to ±20, verl's to at most 10, theirs not at all. `tis_weights` are
+        per token; with such ratios NeMo-RL's are per sequence, exp(Σ of actor - engine).
         """
         old = batch.old_logprobs
         if self.per_sequence and old is not None:

@@ -25,7 +25,9 @@ def group_advantages(
     group_ids      int64 [B], equal numbers are one group, in any order.
     in_statistics  bool [B]; a sample with False gets 0 and does not change its group.
     std            divisor n - 1 (`unbiased`, as verl), n (`biased`), or neither scaling nor eps (`none`).
-    baseline       the group's mean, or the mean of the *other* samples; std is always that of the whole group.
+    baseline       the group's mean, or the mean of the *other* samples; std is always that of the whole group. The latter
+                   without std is RLOO (arXiv 2402.14740), as verl's `rloo` and NeMo-RL's; NeMo-RL's std is that of the others,
+                   too, and its group of one gets 0.
 
     A group sampled with size one has baseline 0 and std 1, as in verl. The only valid sample of a larger group gets 0:
     it has no baseline without the others (in verl no sample can fail, so it has no such group). A group of equal
@@ -48,7 +50,8 @@ def whitened(advantages: np.ndarray, num_loss_tokens: np.ndarray) -> np.ndarray:
 
     The variance has the divisor N - 1, with N the number of loss tokens; fewer than two are left as they are.
     Equals masked_whiten of verl (utils/torch_functional.py) for advantages that are constant in a sample. REINFORCE++ with a group
-    baseline (arXiv 2501.03262) is this of `R - group mean`.
+    baseline (arXiv 2501.03262) is this of `R - group mean`: as in verl; as in slime without its option to subtract a multiple of
+    each token's KL first; NeMo-RL's variance has the divisor N.
     Example: A = 1 with three tokens and A = -1 with one have mean 0.5 and variance (3 · 0.25 + 2.25) / 3 = 1.
     """
     tokens = np.asarray(num_loss_tokens, dtype=np.float64)

@@ -215,14 +215,14 @@ class TISConfig(Section):
 class AlgoConfig(Section):
     """The objective. Defaults are the paper's."""
 
-    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: float = Field(0.28, ge=0)
     dual_clip: float | None = Field(None, gt=1)
     policy_loss: Literal["clip", "cispo", "gspo"] = "clip"
-    """clip: PPO's and DAPO's, a ratio per token. cispo (arXiv 2506.13585): the clipped ratio only weighs a token's log-prob, so that
-    clipped tokens keep a gradient. gspo (arXiv 2507.18071): one ratio per response, exp(mean log-ratio of its tokens); set
-    clip_low and clip_high to about 3e-4 and 4e-4. Wherever old log-probs were scored or come from the engine, gspo projects to
-    the vocabulary once more."""
+    """clip: PPO's and DAPO's, a ratio per token. cispo (arXiv 2506.13585): the clipped ratio only weighs a token's log-prob,
+    so that clipped tokens keep a gradient; the paper clips above only, which is clip_low 1. gspo (arXiv 2507.18071): one
+    ratio per response, exp(mean log-ratio of its tokens); set clip_low and clip_high to about 3e-4 and 4e-4. Wherever old
+    log-probs were scored or come from the engine, gspo projects to the vocabulary once more."""
     loss_mode: LossMode = "token-mean"
     loss_length: int | None = Field(None, ge=1)
     """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length

@@ -117,13 +117,22 @@ def _compare_tokens(a: BatchRecord, b: BatchRecord, label: Label) -> Check:
     sample, position = differing[0], places[differing[0]]
     values = [_at(record, sample, position) for record in (a, b)]
     told = " against ".join("its end" if value is None else str(value) for value in values)
-    detail = f"{label(sample)}, token {position}: {told}{_others(len(differing), len(places))}"
+    by_tool = " (tool output)" if all(_in_tool_output(record, sample, position) for record in (a, b)) else ""
+    detail = f"{label(sample)}, token {position}{by_tool}: {told}{_others(len(differing), len(places))}"
     return Check("tokens", Verdict.DIFFERS, detail, {"sample": sample, "position": position, "values": values})
 
 
 def _at(record: BatchRecord, sample: int, position: int) -> int | None:
     start, stop = record.batch.offsets[sample : sample + 2]
     return int(record.batch.tokens[start + position]) if start + position < stop else None
+
+
+def _in_tool_output(record: BatchRecord, sample: int, position: int) -> bool:
+    """Return True for a token without loss after one with loss: the policy did not write it. A sample that is left out of the
+    loss does not tell."""
+    start, stop = record.batch.offsets[sample : sample + 2]
+    mask = record.batch.loss_mask[start:stop]
+    return bool(position < len(mask) and mask[:position].any() and not mask[position])
 
 
 def _compare_logprobs(a: BatchRecord, b: BatchRecord, label: Label, terms: Terms) -> Check:

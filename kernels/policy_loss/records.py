@@ -23,7 +23,7 @@ K3_LIMIT = 10.0
 class Objective:
     """Constants of the objective.
 
-    clip_low, clip_high  the ratio is clipped to [1 - clip_low, 1 + clip_high].
+    clip_low, clip_high  the ratio is clipped to [1 - clip_low, 1 + clip_high]; with clip_low 1 only above.
     dual_clip            c > 1: for a negative advantage A the loss is at most -A·c. None: no such bound.
     kl_coef              weight of the KL to the reference policy, estimated per token by `kl_estimator`.
     entropy_coef         weight of the entropy bonus, which is subtracted from the loss.
@@ -41,9 +41,9 @@ class Objective:
     form: Form = "clip"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
             raise ValueError(
-                f"clip_low {self.clip_low} must be in [0, 1) and clip_high {self.clip_high} at least 0: "
+                f"clip_low {self.clip_low} must be in [0, 1] and clip_high {self.clip_high} at least 0: "
                 f"the ratio is clipped to [1 - clip_low, 1 + clip_high]"
             )
         if self.dual_clip is not None and self.dual_clip <= 1:

@@ -32,7 +32,8 @@ def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objectiv
     derivative is -A·r where -A·r is the larger term, and 0 where a bound is reached or outside the ±20 clamp.
     If r lies exactly on a clip bound the token counts as not clipped and its derivative is -A·r. (The one-sided
     derivatives differ there, and any value between them is a subgradient.)
-    With form cispo (arXiv 2506.13585 eq. 4) the term is -A·clip(r)·logp and its derivative -A·clip(r): r is a constant.
+    With form cispo (arXiv 2506.13585 eq. 4) the term is -A·clip(r)·logp and its derivative -A·clip(r): r is a constant. The
+    paper clips above only, which is clip_low 1; verl, slime and NeMo-RL clip at 0.8 and 1.2 by default.
     """
     advantages = tokens.advantages
     low, high = 1 - objective.clip_low, 1 + objective.clip_high

@@ -64,6 +64,37 @@ def test_whitening_counts_every_loss_token():
     np.testing.assert_array_equal(whitened(np.array([2.0, 3.0]), np.array([0, 1])), [2.0, 3.0])
 
 
+def test_rloo_is_that_of_verl_and_nemo_rl():
+    rng = np.random.default_rng(1)
+    ids = rng.permutation(np.repeat([0, 1, 2, 3], [2, 5, 1, 9]))
+    rewards = rng.normal(size=len(ids))
+    verl, nemo_rl = np.zeros((2, len(ids)))
+    for group in range(4):
+        own, n = rewards[ids == group], (ids == group).sum()
+        verl[ids == group] = (own - own.mean()) * n / (n - 1) if n > 1 else own
+        nemo_rl[ids == group] = own - (own.sum() - own) / (n - 1) if n > 1 else 0
+    found = advantages(rewards, ids, std="none", baseline="leave-one-out")
+    np.testing.assert_allclose(found, verl, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(found[ids != 2], nemo_rl[ids != 2], rtol=1e-12, atol=1e-14)
+
+
+def test_reinforce_with_a_group_baseline_is_that_of_the_peers_on_multi_turn_samples():
+    """By their masked tensors of [samples, tokens]. A tool's tokens have the advantage 100 there."""
+    rng = np.random.default_rng(2)
+    ids, mask = np.repeat([0, 1, 2], [4, 4, 2]), rng.random((10, 30)) < 0.4
+    mask[3] = False
+    rewards = rng.normal(size=10)
+    centred = rewards - np.array([rewards[ids == group].mean() for group in ids])
+    tokens = np.where(mask, centred[:, None], 100.0)
+    count = mask.sum()
+    mean = (tokens * mask).sum() / count
+    squares = ((tokens - mean) ** 2 * mask).sum()
+    found = whitened(advantages(rewards, ids, std="none"), mask.sum(1))
+    for divisor, factor in ((count - 1, 1.0), (count, np.sqrt(count / (count - 1)))):  # verl and slime; NeMo-RL
+        theirs = (tokens - mean) / np.sqrt(squares / divisor + 1e-8) * mask
+        np.testing.assert_allclose(factor * found[:, None] * mask, theirs, rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("std", ["unbiased", "biased", "none"])
 def test_uniform_group_is_exactly_zero(std, eps):

@@ -63,6 +63,17 @@ def test_a_longer_response_differs_where_the_other_one_ends():
     assert found["loss mask"].detail.endswith(f"{loss} loss tokens against {loss + 1}")
 
 
+def test_a_token_of_tool_output_that_differs_is_told_from_one_of_the_policy():
+    """Another tool output explains all that follows; another token of the policy does not."""
+    place = int(batch_record(1).batch.offsets[4]) + PROMPT_TOKENS + 1
+    record = in_batch("loss_mask", place, False)(batch_record(1))
+    for position, told in ((place - 1, ""), (place, " (tool output)"), (place + 1, "")):
+        other = in_batch("tokens", position, 0)(record)
+        check = {check.name: check for check in compare_samples(PROMPTS, record, other, EXACT)}["tokens"]
+        at = position - int(record.batch.offsets[4])
+        assert check.detail.startswith(f"sample 4 (train.jsonl row 3, response 1 of 2), token {at}{told}: ")
+
+
 def test_masks_of_as_many_tokens_differ_at_the_first_that_only_one_has():
     """A tool's output that begins one token later in one of the runs, and ends one token later."""
     record = batch_record(1)

@@ -11,7 +11,7 @@ from dapo_mcore.kernels.policy_loss.records import compute_dtype
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"clip_low": 1.0}, "clip_low 1.0"),
+        ({"clip_low": 1.1}, "clip_low 1.1"),
         ({"clip_high": -0.1}, "clip_high -0.1"),
         ({"dual_clip": 1.0}, "dual_clip 1.0 must be above 1"),
         ({"kl_estimator": "k4"}, "kl_estimator 'k4' is unknown"),

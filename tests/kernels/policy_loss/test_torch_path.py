@@ -103,6 +103,9 @@ def test_cispo_weighs_the_log_prob_of_every_token_by_the_clipped_ratio():
     torch.testing.assert_close(terms.grad_logprobs, f64(-2.56, 1.6, -1.8), rtol=1e-14, atol=0)
     torch.testing.assert_close(terms.loss, f64(-2.56, 1.6, -1.8) * logprobs, rtol=1e-14, atol=0)
     assert terms.clipped_high.tolist() == [True, False, False] and terms.clipped_low.tolist() == [False, True, False]
+    above_only = policy_loss_terms(logprobs, tokens, Objective(1.0, 0.28, form="cispo"))
+    torch.testing.assert_close(above_only.grad_logprobs, f64(-2.56, 1.2, -1.8), rtol=1e-14, atol=0)
+    assert not above_only.clipped_low.any()
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
