@@ -43,7 +43,8 @@ METRICS: dict[str, Metric] = {
     ),
     "reward/unparsed_ratio": Metric("fraction", "scored samples in which the reward function found no answer"),
     "reward/void_ratio": Metric(
-        "fraction", "scored samples, right ones excepted, without an answer, and those without a token of the policy"
+        "fraction",
+        "scored samples without a token of the policy, and wrong ones without an answer; absent if the reward function names none",
     ),
     "response_length/mean": Metric("tokens", "response length of generated samples, with tool output, mean"),
     "response_length/max": Metric("tokens", "longest response"),
@@ -284,6 +285,7 @@ def group_metrics(generated: Sequence[Group], kept: Sequence[Group]) -> dict[str
 def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     scores = [sample.score for sample in _scored(samples)]
     rewards = np.array([score.reward for score in scores], dtype=np.float64)
+    void = [sample.void for sample in _scored(samples)] if any(score.pred for score in scores) else []
     return {
         "reward/mean": _mean(rewards),
         "reward/std": float(rewards.std()) if len(rewards) else math.nan,
@@ -292,7 +294,7 @@ def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "reward/acc": _mean([score.acc for score in scores]),
         "reward/failures": float(sum(sample.score.failure is not None for sample in samples)),
         "reward/unparsed_ratio": _mean([not score.answered for score in scores]),
-        "reward/void_ratio": _mean([sample.void for sample in _scored(samples)]),
+        **({"reward/void_ratio": _mean(void)} if void else {}),
     }
 
 

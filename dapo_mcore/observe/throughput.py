@@ -25,7 +25,7 @@ class StepWork:
     """What a rollout step has done.
 
     num_tokens     tokens trained on, prompts and responses
-    num_generated  response tokens generated
+    num_generated  response tokens generated, without tool output
     train_flops    FLOPs of all gradient steps, forward and backward (architecture/flops.py)
     """
 

@@ -78,6 +78,8 @@ def test_void_samples_have_no_answer_or_no_token_of_the_policy() -> None:
     samples += [sample(2, FAILED_WITH_VALUE), sample(2, FAILED, tool=2)]
     assert [one.void for one in samples] == [True, True, False, False, False, True]
     assert group_metrics([group(*samples)], [])["reward/void_ratio"] == 2 / 5, "of the scored ones"
+    unnamed = Score(reward=-1.0, score=-1.0, acc=False)
+    assert "reward/void_ratio" not in group_metrics([group(sample(2, unnamed), sample(2, right_without_name))], [])
 
 
 def test_trained_groups_with_one_score_left_are_counted() -> None:

@@ -11,9 +11,9 @@ from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall
 def test_version_spans_seeds_and_calls_survive_a_restart():
     prompt = Prompt("train:0", np.array([1, 2], np.int32), "1+1=", "2")
     rollout = Rollout(
-        token_ids=np.array([5, 6, 7], np.int32),
-        logprobs=np.array([-1.0, -2.0, -3.0], np.float32),
-        loss_mask=np.ones(3, bool),
+        token_ids=np.array([5, 6, 7, 8], np.int32),
+        logprobs=np.array([-1.0, 0.0, -2.0, -3.0], np.float32),
+        loss_mask=np.array([True, False, True, True]),
         finish_reason="stop",
         weight_version=3,
         version_spans=((0, 3), (2, 4)),
@@ -27,7 +27,9 @@ def test_version_spans_seeds_and_calls_survive_a_restart():
     assert sample.rollout.version_spans == ((0, 3), (2, 4)) and group.weight_version == 3
     assert sample.rollout.seed == 2**63 - 1
     assert sample.rollout.num_turns == 2 and sample.rollout.calls == rollout.calls
-    np.testing.assert_array_equal(sample.rollout.token_ids, rollout.token_ids)
+    for name in ("token_ids", "logprobs", "loss_mask"):
+        found, kept = getattr(sample.rollout, name), getattr(rollout, name)
+        assert found.dtype == kept.dtype and np.array_equal(found, kept), name
 
 
 def test_groups_of_earlier_versions_have_one_turn_and_no_calls():
