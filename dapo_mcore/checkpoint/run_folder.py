@@ -32,7 +32,7 @@ def new_partial(folder: Path) -> Path:
 
     Delete those of attempts that failed; one that cannot be deleted only takes space.
     """
-    for left in folder.parent.glob(f"step_*{_PARTIAL}"):
+    for left in folder.parent.glob(f"*{_PARTIAL}"):
         with suppress(OSError):
             remove(left)
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{_PARTIAL}")

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dapo_mcore.config.allowed import allowed
 from dapo_mcore.config.keys import (
     OLD_KEYS,
     is_section,
@@ -63,10 +64,9 @@ def parse_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         mistakes = [single for item in error.errors() for single in _single(item)]
-        told = [_explain(item) for item in mistakes[:_MOST_MISTAKES]]
-        if len(mistakes) > _MOST_MISTAKES:
-            told.append(f"and {len(mistakes) - _MOST_MISTAKES} more mistakes")
-        raise ConfigError("\n".join(told)) from None
+        told = list(dict.fromkeys(map(_explain, mistakes)))  # pydantic has a mistake for each alternative of a type
+        more = [f"and {len(told) - _MOST_MISTAKES} more mistakes"] if len(told) > _MOST_MISTAKES else []
+        raise ConfigError("\n".join(told[:_MOST_MISTAKES] + more)) from None
 
 
 def repeated_overrides(overrides: Sequence[str]) -> list[str]:
@@ -202,6 +202,10 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"unknown key {where!r}; {_did_you_mean(near, path[:-1])}"
     if item["type"] in ("model_type", "dict_type") and where:
         return f"{where} is a section, not a value (got {_shown(item['input'])}); {_how_to_set(path)}"
+    key, words = allowed(path)
+    where = shortened(".".join(key), 100)
+    if item["type"] != "value_error" and words:
+        return f"{where} is {_shown(item['input'])}; set {words}"
     message = item["msg"].removeprefix("Value error, ")
     broken_section = item["type"] == "value_error" and isinstance(item["input"], dict)  # its message has the numbers
     got = "" if broken_section else f" (got {_shown(item['input'])})"
@@ -234,7 +238,9 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return the value's repr, shortened."""
+    """Return the value's repr, shortened; null, true and false as in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     short = Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     short.maxlevel = 2

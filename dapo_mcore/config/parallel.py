@@ -38,7 +38,8 @@ class ParallelConfig(Section):
     """End a job that torchrun has started once a rank gets no further for this long within a gradient step or a weight sync: the stacks
     of all ranks and the rank at fault are told, and torchrun's --max-restarts can start it again. Twice as long at the start and
     in a save, four times between two finished responses. A rank that only waits for others never counts. A stopped or lost
-    process ends the job after a minute. Costs a small process per node. null: only timeout_minutes ends a hang."""
+    process ends the job after a minute. Costs a small process per node. At most timeout_minutes. null: only timeout_minutes ends a
+    hang."""
     check_replicas: bool = True
     """Compare checksums of the weights that several ranks hold, after the gradient steps of every rollout step; a
     difference ends the run."""
@@ -76,6 +77,16 @@ class ParallelConfig(Section):
     def micro_batch_multiple(self) -> int:
         """Divides the number of micro-batches of a gradient step: an interleaved schedule passes them on in groups."""
         return self.pipeline_parallel if self.virtual_pipeline_size else 1
+
+    @model_validator(mode="after")
+    def _check_hang(self) -> ParallelConfig:
+        if self.hang_minutes is not None and self.hang_minutes > self.timeout_minutes:
+            raise ValueError(
+                f"hang_minutes {self.hang_minutes:g} is above timeout_minutes {self.timeout_minutes}, so the collectives' time-out would "
+                f"end a hang first, without stacks and the rank at fault; set hang_minutes to at most {self.timeout_minutes} or null, "
+                "or raise timeout_minutes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_overlap(self) -> ParallelConfig:

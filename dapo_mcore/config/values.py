@@ -29,7 +29,7 @@ class Section(BaseModel):
         """pydantic takes true for 1, and YAML takes yes and on for true."""
         kinds = cls._kinds(info)
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-            raise ValueError("Input should be a number, not true or false")
+            raise ValueError("true and false are no numbers; set a number")
         return value
 
     @field_validator("*", mode="before")

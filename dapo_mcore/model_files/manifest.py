@@ -31,7 +31,7 @@ def check_manifest(folder: Path, only: str | None = None) -> None:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DamagedCheckpoint(f"{folder} is not a whole checkpoint: it lacks {MANIFEST}")
+        raise DamagedCheckpoint(f"{folder} is not whole: it lacks {MANIFEST}")
     if path.stat().st_size == 0:
         raise DamagedCheckpoint(f"{path} is damaged: it is empty")
     try:

@@ -1,11 +1,15 @@
 """The records of a run: what each rollout step trained on, and digests of all that came out.
 
-Change here: the fields, and where they are stored. Reading checks types, so a damaged record is an error and never a difference.
+Change here: the fields, and where they are stored. Reading checks hashes and types, so a damaged record is an error and never a
+difference.
 
-    run_dir/record/start_000000.json        StartRecord: one for each start of the run, by the step that it went on from
-                   start_000000.yaml        its configuration, which `load_config` reads
-                   step_000012/step.json    StepRecord
-                               batch.safetensors   BatchRecord; deleted after observe.record_keep steps, step.json never
+    run_dir/record/start_000000/            one for each start of the run, by the step that it went on from
+                       start.json           StartRecord
+                       config.yaml          its configuration, which `load_config` reads
+                   step_000012/
+                       step.json            StepRecord
+                       batch.safetensors    BatchRecord; deleted after observe.record_keep steps, step.json never
+    and in each folder manifest.json, the size and hash of each file
 """
 
 from __future__ import annotations
@@ -25,13 +29,16 @@ from pydantic import TypeAdapter, ValidationError
 from dapo_mcore.checkpoint.run_folder import is_name, new_partial, remove, step_of
 from dapo_mcore.errors import CheckpointError, RecordError
 from dapo_mcore.model_files.disk import sync_to_disk
+from dapo_mcore.model_files.manifest import check_manifest, write_manifest
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from dapo_mcore.types import FinishReason, Group, TrainBatch
 
 T = TypeVar("T")
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 STEP_FILE, BATCH_FILE = "step.json", "batch.safetensors"
-_DAMAGED = "it is damaged, or another version wrote it"
+START_FILE, CONFIG_FILE = "start.json", "config.yaml"
+_START = "start_"
+_REMEDY = "copy it again from where the run wrote it, or choose other steps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +222,8 @@ def recorded_steps(run_dir: Path) -> list[int]:
 
 def recorded_starts(run_dir: Path) -> list[int]:
     """Return the steps that the run's starts went on from, in order."""
-    return sorted(int(path.stem.removeprefix("start_")) for path in record_folder(run_dir).glob("start_*.json"))
+    names = (path.parent.name.removeprefix(_START) for path in record_folder(run_dir).glob(f"{_START}*/{START_FILE}"))
+    return sorted(int(name) for name in names if name.isdecimal())  # the folder of an unfinished one has a longer name
 
 
 def has_batch(run_dir: Path, step: int) -> bool:
@@ -223,8 +231,8 @@ def has_batch(run_dir: Path, step: int) -> bool:
 
 
 def config_path(run_dir: Path, after_step: int) -> Path:
-    """Return the configuration of the start that went on from `after_step`."""
-    return record_folder(run_dir) / f"start_{after_step:06d}.yaml"
+    """Return the configuration of the start that went on from `after_step`. Raise RecordError if it is damaged."""
+    return _checked(_start_folder(run_dir, after_step) / CONFIG_FILE)
 
 
 def forget_after(run_dir: Path, step: int) -> None:
@@ -234,15 +242,16 @@ def forget_after(run_dir: Path, step: int) -> None:
             remove(step_folder(run_dir, later))
     for start in recorded_starts(run_dir):
         if start >= step:
-            config_path(run_dir, start).unlink(missing_ok=True)
-            _start_path(run_dir, start).unlink()
+            remove(_start_folder(run_dir, start))
 
 
 def write_start(run_dir: Path, record: StartRecord, config: str) -> None:
     """Write the record of a start, with the configuration as YAML."""
-    record_folder(run_dir).mkdir(parents=True, exist_ok=True)
-    _write(config_path(run_dir, record.after_step), config)
-    _write(_start_path(run_dir, record.after_step), _to_json(record))
+    folder = _start_folder(run_dir, record.after_step)
+    partial = new_partial(folder)
+    (partial / CONFIG_FILE).write_text(config, encoding="utf-8")
+    (partial / START_FILE).write_text(_to_json(record), encoding="utf-8")
+    _publish(partial, folder)
 
 
 def write_batch(run_dir: Path, step: int, record: BatchRecord) -> Path:
@@ -262,11 +271,8 @@ def write_step(run_dir: Path, record: StepRecord, partial: Path | None = None) -
     """Publish a step's record at once: in the folder of `write_batch`, or without its batch. Replace an earlier one."""
     folder = step_folder(run_dir, record.step)
     partial = partial or new_partial(folder)
-    _write(partial / STEP_FILE, _to_json(record))
-    sync_to_disk(partial)
-    remove(folder)
-    os.rename(partial, folder)
-    sync_to_disk(folder.parent)
+    (partial / STEP_FILE).write_text(_to_json(record), encoding="utf-8")
+    _publish(partial, folder)
 
 
 def drop_batches(run_dir: Path, newest: int, keep: int) -> None:
@@ -281,7 +287,7 @@ def read_start(run_dir: Path, step: int) -> StartRecord:
     before = [start for start in recorded_starts(run_dir) if start < step]
     if not before:
         raise RecordError(_why_no_start(run_dir, step))
-    return _read(StartRecord, _start_path(run_dir, before[-1]))
+    return _read(StartRecord, _start_folder(run_dir, before[-1]) / START_FILE)
 
 
 def _why_no_start(run_dir: Path, step: int) -> str:
@@ -310,13 +316,13 @@ def read_batch(run_dir: Path, step: int) -> BatchRecord:
             "are there"
         )
     try:
-        file = SafetensorsFile(path)
+        file = SafetensorsFile(_checked(path))
         arrays = {name: file.read(name).numpy() for name in file.tensors}
         file.close()
     except CheckpointError as error:
         raise RecordError(str(error)) from error
     if missing := [name for name in (*_names(TrainBatch), *_names(Origins)) if name not in arrays]:
-        raise RecordError(f"{path} lacks {', '.join(missing)}; it was written by another version")
+        raise RecordError(f"{path} lacks {', '.join(missing)}; another version wrote it: use that one")
     return BatchRecord(
         TrainBatch(**{name: arrays[name] for name in _names(TrainBatch)}),
         Origins(**{name: arrays[name] for name in _names(Origins)}),
@@ -330,8 +336,8 @@ def _those_there(run_dir: Path) -> str:
     return f"it has those of {len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
-def _start_path(run_dir: Path, after_step: int) -> Path:
-    return config_path(run_dir, after_step).with_suffix(".json")
+def _start_folder(run_dir: Path, after_step: int) -> Path:
+    return record_folder(run_dir) / f"{_START}{after_step:06d}"
 
 
 def _arrays(record: BatchRecord) -> dict[str, np.ndarray]:
@@ -347,22 +353,32 @@ def _to_json(record: Any) -> str:
     return json.dumps(asdict(record))  # Python writes a float's shortest form that reads back to the same bits, and NaN
 
 
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    sync_to_disk(new)
-    os.replace(new, path)
+def _publish(partial: Path, folder: Path) -> None:
+    """Hash the files of a folder, and give it its name once all of it is on disk. Replace an earlier folder."""
+    write_manifest(partial, list(partial.iterdir()), {})
+    for path in (*partial.iterdir(), partial):
+        sync_to_disk(path)
+    remove(folder)
+    os.rename(partial, folder)
+    sync_to_disk(folder.parent)
+
+
+def _checked(path: Path) -> Path:
+    """Return the path. Raise RecordError if the file is missing, or is not bit for bit what was recorded."""
+    try:
+        check_manifest(path.parent, only=path.name)
+    except (CheckpointError, OSError) as error:
+        raise RecordError(f"{error}; {_REMEDY}") from error
+    return path
 
 
 def _read(kind: type[T], path: Path) -> T:
     try:
-        return _adapter(kind).validate_json(path.read_bytes(), strict=True)
+        return _adapter(kind).validate_json(_checked(path).read_bytes(), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its content"
-        raise RecordError(f"{path}: {where}: {first['msg']}; {_DAMAGED}") from None
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error}; {_DAMAGED}") from None
+        raise RecordError(f"{path}: {where}: {first['msg']}; another version wrote it: use that one") from None
 
 
 @cache

@@ -61,6 +61,7 @@ def make_config(mesh: Mesh, **overrides: Any) -> Config:
             "expert_parallel": mesh.expert,
             "expert_tensor_parallel": mesh.expert_tensor,
             "timeout_minutes": 5,
+            "hang_minutes": 5,
         },
         "rollout": {"group_size": 4, "max_response_tokens": 24},
         "sampling": {"train_batch_prompts": 4, "gen_batch_prompts": 4},

@@ -82,7 +82,7 @@ class Example(Section):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"number": True}, "should be a number, not true or false"),
+        ({"number": True}, "true and false are no numbers; set a number"),
         ({"count": False}, "only null turns it off"),
         ({"text": "None"}, "only null turns it off"),
         ({"text": "off"}, "only null turns it off"),

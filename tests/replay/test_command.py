@@ -41,7 +41,7 @@ def test_a_step_is_told_in_a_line_by_its_worst_check(checks, status, told):
 
 def test_causes_are_what_differs_from_the_recorded_start(tmp_path, capsys):
     config = make_config(Mesh())
-    path = tmp_path / "start_000000.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     recorded = Setting({"tensor": 1}, {"torch": "2.13"}, {"cpu": 1}, {"NCCL_ALGO": "Ring"})
     command._tell_causes(

@@ -116,7 +116,7 @@ def test_rounding_lasts_after_a_start_in_another_layout(base, tmp_path):
     """A run whose second start had another layout keeps its roundings when a third one has the first layout again."""
     other = write_run(tmp_path / "other", changes={3: (scaled(1 + 1e-8), unchanged)})
     weights = step_record(1).weights, step_record(2).weights
-    config = (other / "record/start_000000.yaml").read_text()
+    config = (other / "record/start_000000/config.yaml").read_text()
     write_start(other, StartRecord(1, 2, setting(tensor=2), weights[0]), config)
     write_start(other, StartRecord(2, 4, setting(), weights[1]), config)
     assert explain(base, other).verdict is Verdict.ROUNDING
@@ -126,7 +126,7 @@ def test_rounding_lasts_after_a_start_in_another_layout(base, tmp_path):
 def test_weights_that_change_between_two_starts_are_named(base, tmp_path):
     other = write_run(tmp_path / "other")
     weights = {**step_record(1).weights, WEIGHTS[0]: digest(9)}
-    config = (other / "record/start_000000.yaml").read_text()
+    config = (other / "record/start_000000/config.yaml").read_text()
     write_start(other, StartRecord(1, 2, setting(), weights), config)
     found = explain(base, other)
     assert (found.beyond.step, found.beyond.check.name) == (2, "weights before")

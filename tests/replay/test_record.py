@@ -10,6 +10,7 @@ import pytest
 
 from dapo_mcore.batch.collate import to_train_batch
 from dapo_mcore.errors import RecordError
+from dapo_mcore.model_files.manifest import write_manifest
 from dapo_mcore.replay import record as records
 from dapo_mcore.replay.record import (
     BatchRecord,
@@ -62,6 +63,7 @@ def test_a_step_and_its_batch_are_read_back_bit_for_bit(tmp_path):
     records.write_step(tmp_path, step_record(12), records.write_batch(tmp_path, 12, batch))
     assert sorted(path.name for path in (tmp_path / "record/step_000012").iterdir()) == [
         "batch.safetensors",
+        "manifest.json",
         "step.json",
     ]
     assert repr(records.read_step(tmp_path, 12)) == repr(step_record(12))  # NaN is not equal to itself
@@ -96,7 +98,7 @@ def test_a_resumed_run_forgets_what_came_after_and_keeps_the_rest(tmp_path):
     records.write_step(tmp_path, step_record(2, loss=0.5))
     assert records.read_step(tmp_path, 2).updates[0].metrics["loss"] == 0.5
     left = sorted(path.name for path in (tmp_path / "record").iterdir())
-    assert left == ["start_000000.json", "start_000000.yaml", "step_000001", "step_000002"]
+    assert left == ["start_000000", "step_000001", "step_000002"]
 
 
 def test_old_batches_go_and_digests_stay(tmp_path):
@@ -119,22 +121,46 @@ def test_what_is_missing_or_damaged_is_told(tmp_path):
     records.write_step(tmp_path, step_record(1), records.write_batch(tmp_path, 1, batch_record()))
     with pytest.raises(RecordError, match="it has those of 1 steps from 1 to 1"):
         records.read_step(tmp_path, 2)
-    path = tmp_path / "record/step_000001/step.json"
-    content = json.loads(path.read_bytes())
-    for damaged, told in (
+
+
+def test_a_record_of_another_version_is_told(tmp_path):
+    records.write_step(tmp_path, step_record(1))
+    folder = tmp_path / "record/step_000001"
+    content = json.loads((folder / "step.json").read_bytes())
+    for other, told in (
         ({**content, "num_updates": "2"}, "num_updates: Input should be a valid integer"),
         ({name: value for name, value in content.items() if name != "plan"}, "plan: Field required"),
     ):
-        path.write_text(json.dumps(damaged))
-        with pytest.raises(RecordError, match=told):
+        (folder / "step.json").write_text(json.dumps(other))
+        write_manifest(folder, [folder / "step.json"], {})
+        with pytest.raises(RecordError, match=f"{told}; another version wrote it: use that one"):
             records.read_step(tmp_path, 1)
-    path.write_text("{")
-    with pytest.raises(RecordError, match="it is damaged, or another version wrote it"):
-        records.read_step(tmp_path, 1)
-    batch = tmp_path / "record/step_000001/batch.safetensors"
-    batch.write_bytes(batch.read_bytes()[:-1])
-    with pytest.raises(RecordError, match="truncated"):
-        records.read_batch(tmp_path, 1)
+
+
+def test_one_flipped_bit_in_any_file_of_a_record_is_noticed(tmp_path):
+    records.write_start(tmp_path, StartRecord(0, 0, SETTING, {"w": DIGEST}), "name: run\n")
+    records.write_step(tmp_path, step_record(1), records.write_batch(tmp_path, 1, batch_record()))
+    readers = {
+        "start_000000/start.json": lambda: records.read_start(tmp_path, 1),
+        "start_000000/config.yaml": lambda: records.config_path(tmp_path, 0),
+        "step_000001/step.json": lambda: records.read_step(tmp_path, 1),
+        "step_000001/batch.safetensors": lambda: records.read_batch(tmp_path, 1),
+    }
+    for name, read in readers.items():
+        path = tmp_path / "record" / name
+        whole = path.read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 50)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(RecordError, match=rf"{path.name} is changed: its SHA-256 .*; copy it again from where"):
+                read()
+        path.write_bytes(whole)
+        for damaged in (path, path.with_name("manifest.json")):
+            content = damaged.read_bytes()
+            damaged.write_bytes(content[:-1])
+            with pytest.raises(RecordError, match=rf"{damaged.name} is (truncated|damaged): .*; copy it again"):
+                read()
+            damaged.write_bytes(content)
+        read()
 
 
 def test_a_batch_takes_nine_bytes_for_each_token(tmp_path):

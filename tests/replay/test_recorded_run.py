@@ -11,7 +11,7 @@ from tests.replay.planted import digest, setting, step_record, write_run
 def test_a_step_finds_its_start_and_the_weights_that_it_began_with(tmp_path):
     path = write_run(tmp_path / "run")
     second = StartRecord(2, 4, setting(tensor=2), {"w": digest(9)})
-    write_start(path, second, (path / "record/start_000000.yaml").read_text().replace("seed: 0", "seed: 5"))
+    write_start(path, second, (path / "record/start_000000/config.yaml").read_text().replace("seed: 0", "seed: 5"))
     run = RecordedRun(path)
     assert run.starts_before(3) == [0, 2] and run.starts_before(2) == [0]
     assert [run.begins_at(step) for step in (1, 2, 3)] == [True, False, True]

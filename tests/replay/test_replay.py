@@ -44,9 +44,14 @@ def changed(run_dir: Path, name: str, step: int, array: str) -> str:
     given = records.read_batch(copy, step)
     values = getattr(given.batch, array)
     values[given.batch.loss_mask.argmax() if array == "tokens" else 0] += 1
-    partial = records.write_batch(copy, step, given)
-    shutil.move(partial / records.BATCH_FILE, records.step_folder(copy, step) / records.BATCH_FILE)
+    records.write_step(copy, records.read_step(copy, step), records.write_batch(copy, step, given))
     return f"runs/{name}"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,8 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
     rewind(task / "runs/parts", 2)
     shutil.copytree(recorded, task / "runs/gone")
     (records.step_folder(task / "runs/gone", 3) / records.BATCH_FILE).unlink()
+    shutil.copytree(recorded, task / "runs/damaged")
+    flip(records.step_folder(task / "runs/damaged", 3) / records.BATCH_FILE)
     before = files(recorded)
     token, reward = changed(recorded, "token", 4, "tokens"), changed(recorded, "reward", 3, "rewards")
     (
@@ -93,6 +100,7 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
         ["replay", ["runs/whole", "1"]],
         ["replay", ["runs/whole", "5"]],
         ["replay", ["runs/gone", "4"]],
+        ["replay", ["runs/damaged", "4"]],
         ["replay", ["runs/plain", "4"]],
         ["replay", ["runs/whole", "4", "--out", "runs/whole/again"]],
     )
@@ -119,6 +127,10 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
         (2, "has no checkpoint before rollout step 1, and a replay does not repeat the warm start"),
         (2, "has no record of rollout step 5; it has those of 4 steps from 1 to 4"),
         (2, "but the batches of steps 3 are not in runs/gone/record"),
+        (
+            2,
+            "step_000003/batch.safetensors is changed: its SHA-256 is not that of manifest.json; copy it again from where",
+        ),
         (2, "runs/plain has no record of a start before rollout step 4"),
         (2, "lies in runs/whole, which a replay leaves as it is"),
     ]

@@ -114,3 +114,18 @@ def test_a_missing_record_and_an_unwritable_file_end_with_status_2(runs, capsys,
     )
     assert cli.main(["explain", "runs/a", "runs/a", "--json", "empty"]) == 2
     assert "cannot write empty: Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["start_000000/start.json", "step_000002/step.json", "step_000002/batch.safetensors"])
+def test_a_flipped_bit_of_a_record_is_no_difference(runs, capsys, tmp_path, name):
+    write_run(tmp_path / "runs/flipped")
+    path = tmp_path / "runs/flipped/record" / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    assert cli.main(["explain", "runs/a", "runs/flipped"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.splitlines() == [
+        f"dapo-mcore explain: runs/flipped/record/{name} is changed: its SHA-256 is not that of manifest.json; copy it again "
+        "from where the run wrote it, or choose other steps"
+    ]

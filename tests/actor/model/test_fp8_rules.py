@@ -61,8 +61,8 @@ def on_card(monkeypatch, capability: tuple[int, int], engine_version: str = "2.1
             "model.fp8: recipe delayed .* first gradients.* underflow; use blockwise or tensorwise",
         ),
         ({"recipe": "mxfp8", "format": "hybrid"}, "mxfp8 with format hybrid is known to diverge; use format e4m3"),
-        ({"recipe": "rowwise"}, "model.fp8.recipe: .*'blockwise'"),
-        ({"first_last_bf16": -1}, "model.fp8.first_last_bf16: .*greater than or equal to 0"),
+        ({"recipe": "rowwise"}, "model.fp8.recipe is 'rowwise'; set .*blockwise"),
+        ({"first_last_bf16": -1}, "model.fp8.first_last_bf16 is -1; set a whole number that is at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(fp8, message):
