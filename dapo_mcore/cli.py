@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ class Command(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Return 0, 2 after an error message for the user on standard error, or 130 after Ctrl-C."""
+    """Run a subcommand. Return its exit code, 2 after an error message for the user on standard error, 130 after Ctrl-C, or 141 if
+    nobody reads the output any more, as in `dapo-mcore explain A B | head`."""
     parser = argparse.ArgumentParser(prog="dapo-mcore", description="Tools around a dapo_mcore training run.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -39,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command.run)
     args = _parse(parser, argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's end
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 128 + signal.SIGPIPE
     except DapoError as error:
         print(f"dapo-mcore {args.command}: {error}", file=sys.stderr)
         record_failure(str(error))  # doctor runs under torchrun, too
@@ -289,7 +296,7 @@ COMMANDS = (
     ),
     Command(
         "explain",
-        "Name the first step, and the first thing in it, in which two recorded runs differ; the exit code is then 1.",
+        "Name the first step, and the first thing in it, in which two recorded runs differ; the exit code is 1 if that is no rounding.",
         _runs_arguments,
         _runs,
     ),

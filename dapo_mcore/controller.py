@@ -37,8 +37,10 @@ from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_s
 from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.process.run_lock import LOCK
+from dapo_mcore.process.stop_file import STOP
 from dapo_mcore.process.watchdog import LOGS
 from dapo_mcore.replay.record import Sources
+from dapo_mcore.replay.recorded_run import changed_keys
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.agent.build import open_agent
 from dapo_mcore.rollout.build import SERVERS, build_engine
@@ -154,7 +156,10 @@ class Controller:
         self.sinks = MetricSinks(run_dir, self.config.observe, resume_step or None, self.progress.line)
         self.positions = {resume_step or 0: self._position()}
         if (before := record_config(self.config, run_dir, resume_step or 0)) is not None:
-            self.progress.line(f"the configuration has changed: {before} held until rollout step {resume_step or 0}")
+            told = changed_keys(before, self.config)
+            self.progress.line(
+                f"the configuration has changed{told}: {before} held until rollout step {resume_step or 0}"
+            )
 
     def train_state(self, step: int, num_updates: int) -> TrainState:
         """Return the controller's part of a checkpoint after rollout step `step`: the last step, or the one before it while the
@@ -389,11 +394,11 @@ def _plot(run_dir: Path) -> None:
 def _move_aside(run_dir: Path) -> Path | None:
     """Move the results of an earlier run aside and return their new folder; None if there are none.
 
-    This run's lock stays, and so do the folder of its servers and the logs, which its launcher may be writing.
+    This run's lock stays, and so do a wish to stop it, the folder of its servers, and the logs, which its launcher may be writing.
     """
     if not _has_results(run_dir):
         return None
-    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, LOGS, SERVERS)]
+    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, LOGS, SERVERS, STOP)]
     aside = next(path for i in range(1, 10_000) if not (path := run_dir.with_name(f"{run_dir.name}.old{i}")).exists())
     aside.mkdir()
     for path in entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_overrides_may_follow_an_option(config: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["config", str(config), "--only-values", "optimizer.lr=1e-5", "--procesess"])
     assert "unrecognized arguments: --procesess" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--only-values"], ["--run-dir"]], ids=["more than the pipe's buffer", "less"])
+def test_a_reader_that_goes_away_ends_a_command_quietly(
+    config: Path, monkeypatch: pytest.MonkeyPatch, arguments
+) -> None:
+    """As in `dapo-mcore explain A B | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["config", str(config), *arguments]) == 141
 
 
 SHARED_SERVERS = (

@@ -67,4 +67,4 @@ def _tidy(
         )
     if is_chosen(config, path):
         for moved in take(config, path):
-            tell(f"{moved} is newer than the chosen {path.name}: no start goes on from it")
+            tell(f"{moved.with_suffix('')} was renamed to {moved.name}, since checkpoint.resume chose {path.name}")

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from dapo_mcore.config.schema import Config
+from dapo_mcore.errors import listed
 
 _KINDS = {
     "boolean": "true or false", "null": "null", "integer": "a whole number", "number": "a finite number", "string": "text",
@@ -70,7 +71,7 @@ def _words(schema: Mapping[str, Any]) -> str | None:
 
 def _word(option: Mapping[str, Any]) -> str | None:
     if values := option.get("enum", [option["const"]] if "const" in option else []):
-        return _or(list(map(str, values)))
+        return listed(values)
     if (kind := option.get("type")) is None:
         return None
     bounds = " and ".join(f"{words} {_number(option[name])}" for name, words in _BOUNDS.items() if name in option)
@@ -81,7 +82,3 @@ def _word(option: Mapping[str, Any]) -> str | None:
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
-
-
-def _or(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]

@@ -340,7 +340,7 @@ class ObserveConfig(Section):
     record: bool = False
     """Keep of each rollout step, in record/, what it trained on and digests of log-probs, gradients and weights, so that
     `dapo-mcore replay` can repeat it. Changes no number. Costs a pass over gradients and weights per gradient step, and on rank
-    0's disk 9 bytes per token, which training waits for."""
+    0's disk 9 bytes per token, which are hashed, too; training waits for all of it (`time/record_s`)."""
     record_keep: Steps | None = None
     """Rollout steps whose tokens are kept; null keeps all. Digests and metrics of all steps stay. A replay needs the tokens of
     all steps since a checkpoint."""

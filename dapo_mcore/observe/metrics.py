@@ -219,7 +219,7 @@ METRICS: dict[str, Metric] = {
     ),
     "time/<phase>_s": Metric(
         "s",
-        "wall time of generate, reward, filter, logprob, train, wait or sync; with servers, reward is the time in which only "
+        "wall time of generate, reward, filter, logprob, train, record, wait or sync; with servers, reward is the time in which only "
         "scores are waited for; with rollout.async_steps, generate and reward run during the step before, and wait is the rest "
         "of them",
     ),

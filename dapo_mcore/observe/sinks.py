@@ -97,7 +97,9 @@ class JsonlSink:
     """One JSON object per line, `step` first. An incomplete line is dropped on resume."""
 
     def __init__(self, path: Path, resume_step: int | None, tell: Callable[[str], None] = lambda _: None) -> None:
-        _keep_until(path, resume_step)
+        if dropped := _keep_until(path, resume_step):
+            told = f"step {dropped[0]}" if len(dropped) == 1 else f"steps {dropped[0]} to {dropped[-1]}"
+            tell(f"rollout {told} will be done again: the checkpoint is older")
         self._path, self._tell = path, tell
         self._file = path.open("ab", buffering=0)
         self._waiting: list[bytes] = []
@@ -239,10 +241,11 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_until(path: Path, step: int | None) -> None:
-    """Rewrite the file with the complete lines up to `step`, in one rename."""
+def _keep_until(path: Path, step: int | None) -> list[int]:
+    """Rewrite the file with the complete lines up to `step`, in one rename. Return the steps of the others, in order."""
     records = _read_records(path) if step is not None and path.is_file() else []
     _replace(path, [record for record in records if record["step"] <= step])
+    return sorted({record["step"] for record in records if record["step"] > step})
 
 
 def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

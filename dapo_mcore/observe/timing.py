@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-StepPhase = Literal["generate", "reward", "filter", "logprob", "train", "wait", "sync"]
+StepPhase = Literal["generate", "reward", "filter", "logprob", "train", "record", "wait", "sync"]
 OtherPhase = Literal["start", "eval", "save"]
 """Phases between steps. Their time does not count as the step's."""
 Phase = StepPhase | OtherPhase

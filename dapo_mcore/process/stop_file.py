@@ -22,18 +22,19 @@ _POLL_S = 1.0
 class StopFile:
     """The files `stop` and `requeue` of a run's folder, on rank 0. Those of an earlier run are removed.
 
-    A batch script makes `stop` again and again until the run ends, so one that it made before this start is not lost.
+    since  when this run was started, in seconds since the epoch. A `stop` that is not older is meant for it: Python imports for
+           up to a minute before this object exists.
+    tell   gets a line if an older `stop` is removed.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, since: float, tell: Callable[[str], None]):
         self.path, self._requeue = run_dir / STOP, run_dir / REQUEUE
         self._closed = threading.Event()
-        self.clear()
-
-    def clear(self) -> None:
-        """Remove both files."""
-        self.path.unlink(missing_ok=True)
         self._requeue.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if self.path.stat().st_mtime < since:
+                self.path.unlink()
+                tell(f"{self.path} is older than this start, so it was removed; make it again to stop this run")
 
     def watch(self, on_found: Callable[[], None]) -> None:
         """Call `on_found` once in another thread when `stop` is there; on a network file system it may be seen a minute late."""

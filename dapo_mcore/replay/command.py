@@ -63,7 +63,7 @@ def _run(run_dir: Path, step: int, overrides: Sequence[str], out: Path | None) -
         from dapo_mcore.replay.replay import Replay
 
         tell: Callable[[str], None] = _print if layout.is_controller else lambda line: None
-        folder = layout.on_controller_or_raise(lambda: _out(run_dir, out) if layout.is_controller else run_dir)
+        folder = layout.on_controller_or_raise(lambda: _out(run_dir, out, tell) if layout.is_controller else run_dir)
         replay = Replay(config, run_dir, folder, layout, tell)
         report = partial(_report, tell=tell, rounding=ROUNDING[config.model.dtype])
         first = replay.load(step)
@@ -80,8 +80,8 @@ def _run(run_dir: Path, step: int, overrides: Sequence[str], out: Path | None) -
         layouts.stop()
 
 
-def _out(run_dir: Path, out: Path | None) -> Path:
-    """Return the folder for the records of the replay. The default one replaces that of an earlier replay."""
+def _out(run_dir: Path, out: Path | None, tell: Callable[[str], None]) -> Path:
+    """Return the folder for the records of the replay. By default they replace those of an earlier replay, which `tell` gets."""
     folder = out or run_dir.with_name(f"{run_dir.name}.replay")
     if folder.resolve() == run_dir.resolve() or run_dir.resolve() in folder.resolve().parents:
         raise RecordError(
@@ -89,7 +89,9 @@ def _out(run_dir: Path, out: Path | None) -> Path:
         )
     if out is not None and records.record_folder(out).exists():
         raise RecordError(f"--out {out} has records already; choose another folder, or delete {out / 'record'}")
-    remove(records.record_folder(folder))
+    if records.record_folder(folder).exists():
+        tell(f"the records of an earlier replay in {folder} are replaced; --out FOLDER keeps both")
+        remove(records.record_folder(folder))
     return folder
 
 

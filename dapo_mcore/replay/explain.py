@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dapo_mcore.errors import RecordError
 from dapo_mcore.observe.sinks import METRICS_FILE
 from dapo_mcore.replay.compare import Check, Terms, Verdict, compare_digests, compare_training
-from dapo_mcore.replay.compare_rows import compare_rows, rows_of
+from dapo_mcore.replay.compare_rows import compare_rows, only_in_one, rows_of
 from dapo_mcore.replay.compare_samples import compare_prompts, compare_samples
 from dapo_mcore.replay.details import with_details
 from dapo_mcore.replay.record import has_batch, read_batch, read_step
@@ -82,11 +82,14 @@ def _explain_rows(paths: tuple[Path, Path], without: Sequence[Path], step: int |
     if not all((path / METRICS_FILE).is_file() for path in paths):
         raise RecordError(f"{told} has no records to compare: run it again with observe.record=true")
     rows = [rows_of(path) for path in paths]
-    found = _explanation(paths, ((n, [compare_rows(*(row[n] for row in rows))]) for n in _common(paths, rows, step)))
+    pairs = {number: [own[number] for own in rows] for number in _common(paths, rows, step)}
+    found = _explanation(paths, ((number, [compare_rows(*pair)]) for number, pair in pairs.items()))
     files = [path / "config.yaml" for path in paths]
     settings = setting_differences(*map(read_settings, files)) if all(file.is_file() for file in files) else []
-    note = f"Without records of {told} their metrics are all that can be compared; observe.record=true keeps more."
-    return replace(found, settings=settings, notes=[note])
+    notes = [f"Without records of {told} their metrics are all that can be compared; observe.record=true keeps more."]
+    if alone := dict.fromkeys(name for number in found.steps for name in only_in_one(*pairs[number])):
+        notes.append(f"Not compared, since only one of the runs has them in a step: {', '.join(alone)}.")
+    return replace(found, settings=settings, notes=notes)
 
 
 def _common(paths: tuple[Path, Path], steps: Sequence[Collection[int]], only: int | None) -> list[int]:

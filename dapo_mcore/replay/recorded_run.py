@@ -96,6 +96,15 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Diff
     return [pair for pair in pairs if pair.a != pair.b]
 
 
+def changed_keys(before: Path, config: Config) -> str:
+    """Return a clause with the keys that an earlier configuration sets otherwise: ` in seed, optimizer.lr`; empty if it is damaged."""
+    try:
+        changed = setting_differences(read_settings(before), config.model_dump(mode="json"))
+    except RecordError:
+        return ""
+    return f" in {', '.join(own.name for own in changed)}"
+
+
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dapo_mcore.actor.scatter import ScatteredStep
 from dapo_mcore.config.file import dump_config
 from dapo_mcore.config.schema import Config
 from dapo_mcore.observe.sinks import attempt
+from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.replay import record as records
 from dapo_mcore.replay.digest import Digester
 from dapo_mcore.replay.record import BatchRecord, PromptRecord, Sources, StartRecord, StepRecord, UpdateRecord
@@ -47,12 +49,13 @@ class NullRecorder:
 
 
 def open_recorder(
-    config: Config, actor: Actor, sources: Callable[[], Sources | None], tell: Callable[[str], None]
+    config: Config, actor: Actor, sources: Callable[[], Sources | None], tell: Callable[[str], None], timer: PhaseTimer
 ) -> NullRecorder:
-    """Return the recorder that the configuration asks for. `sources` returns, on rank 0, those of the last batch."""
+    """Return the recorder that the configuration asks for. `sources` returns, on rank 0, those of the last batch; `timer` gets the
+    time as phase `record`."""
     if not config.observe.record:
         return NullRecorder()
-    return Recorder(config, actor, config.run_dir, tell, sources=sources)
+    return Recorder(config, actor, config.run_dir, tell, sources, timer)
 
 
 @dataclass(slots=True)
@@ -70,10 +73,22 @@ class _Step:
     updates: list[UpdateRecord]
 
 
+def _timed(method: Callable[..., None]) -> Callable[..., None]:
+    """Return the method of a Recorder, with its time counted as phase `record`."""
+
+    @wraps(method)
+    def timed(recorder: Recorder, *arguments: Any, **named: Any) -> None:
+        with recorder._timer.phase("record"):
+            method(recorder, *arguments, **named)
+
+    return timed
+
+
 class Recorder(NullRecorder):
     """Writes a record of each rollout step into `folder`. Its methods are collective: see Digester.
 
     sources  returns where the samples of the last batch come from; None leaves the batch out of the record.
+    timer    gets the time that training waits for the record, as phase `record`.
     If the disk refuses a record, `tell` gets a line and training goes on.
     """
 
@@ -84,17 +99,20 @@ class Recorder(NullRecorder):
         folder: Path,
         tell: Callable[[str], None],
         sources: Callable[[], Sources | None] = lambda: None,
+        timer: PhaseTimer | None = None,
     ):
         self._config, self._actor, self._layout, self._folder = config, actor, actor.layout, folder
-        self._tell, self._sources = tell, sources
+        self._tell, self._sources, self._timer = tell, sources, timer or PhaseTimer()
         self._digester = Digester(actor)
         self._step: _Step | None = None
 
+    @_timed
     def start(self, after_step: int) -> None:
         setting, weights = current_setting(self._config, self._layout), self._digester.weights()
         record = StartRecord(after_step, self._actor.num_updates, setting, weights)
         self._on_disk(partial(_write_start, self._folder, record, dump_config(self._config)))
 
+    @_timed
     def add_batch(self, step: int, share: ScatteredStep, seed: int | None, batch: TrainBatch | None) -> None:
         sources = self._sources()
 
@@ -107,12 +125,14 @@ class Recorder(NullRecorder):
         prompts = sources.prompts if sources is not None else []
         self._step = _Step(step, seed, share, prompts, path, torch.from_numpy(offsets), {}, [], [])
 
+    @_timed
     def add_scores(self, scored: ScoredStep) -> None:
         step = self._step
         assert step is not None, "add_batch comes first"
         step.mini_batches = scored.mini_batches
         step.inputs = self._digester.inputs([micro for mini in scored.mini_batches for micro in mini], step.offsets)
 
+    @_timed
     def add_update(self, stats: UpdateStats) -> None:
         step = self._step
         assert step is not None, "add_batch comes first"
@@ -121,6 +141,7 @@ class Recorder(NullRecorder):
         logprobs = gradients.pop("logprobs")
         step.updates.append(UpdateRecord(_metrics(stats), stats.skipped, logprobs, gradients))
 
+    @_timed
     def finish(self) -> None:
         step, self._step = self._step, None
         assert step is not None, "add_batch comes first"

@@ -20,11 +20,13 @@ from dapo_mcore.replay.compare import Check, Verdict
 from dapo_mcore.replay.explain import Explanation, Found, explain, span
 
 _MOST_SETTINGS = 6
+_LONGEST_VALUE = 60
 _NARROWEST, _WIDEST = 80, 100
 
 
 def run(a: Path, b: Path, step: int | None, json_file: Path | None) -> int:
-    """Print where two runs begin to differ. Return 0 if they are equal, else 1. Raise RecordError as `explain` does."""
+    """Print where two runs begin to differ. Return 1 if they differ beyond rounding, else 0, as a replay does. Raise RecordError as
+    `explain` does."""
     found = explain(a, b, step)
     if json_file is not None:
         try:
@@ -33,7 +35,7 @@ def run(a: Path, b: Path, step: int | None, json_file: Path | None) -> int:
             raise output_error(error, f"write {json_file}") from error
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_NARROWEST, 24)).columns))
     print(*report(found, width), sep="\n")
-    return 0 if found.verdict is Verdict.EQUAL else 1
+    return int(found.verdict is Verdict.DIFFERS)
 
 
 def report(found: Explanation, width: int) -> list[str]:
@@ -79,13 +81,17 @@ def _before(found: Explanation) -> str:
 def _settings(found: Explanation) -> str:
     if not found.settings:
         return "No setting differs."
-    told = [f"{own.name} {_value(own.a)} against {_value(own.b)}" for own in found.settings[:_MOST_SETTINGS]]
+    told = [f"{own.name} {' against '.join(_values(own.a, own.b))}" for own in found.settings[:_MOST_SETTINGS]]
     more = len(found.settings) - len(told)
     return f"Settings that differ: {'; '.join(told)}{f'; and {more} more (see --json)' if more else ''}."
 
 
-def _value(value: Any) -> str:
-    return "none" if value is None else shortened(str(value), 40)
+def _values(a: Any, b: Any) -> list[str]:
+    """Return two values, shortened to where they differ."""
+    texts = ["none" if value is None else str(value) for value in (a, b)]
+    alike = next((place for place, pair in enumerate(zip(*texts)) if pair[0] != pair[1]), min(map(len, texts)))
+    start = max(0, alike - _LONGEST_VALUE // 2) if max(map(len, texts)) > _LONGEST_VALUE else 0
+    return [f"{'…' if start else ''}{shortened(text[start:], _LONGEST_VALUE)}" for text in texts]
 
 
 def _table(checks: list[Check], width: int) -> Iterator[str]:
@@ -98,7 +104,8 @@ def _table(checks: list[Check], width: int) -> Iterator[str]:
             word, detail = "DIFFERS", "see above"
         else:
             word, detail = "follows" if check.verdict is Verdict.DIFFERS else check.verdict.value, check.detail
-        yield shortened(f"  {check.name:{column}}  {word:12}  {detail}".rstrip(), width - 1)
+        start = f"  {check.name:{column}}  {word:12}  "
+        yield from _folded(detail, width - 1, start) or [start.rstrip()]
 
 
 def _rows(checks: Sequence[Check], first: Check | None) -> list[Check]:
@@ -136,8 +143,10 @@ def _shared_name(checks: Sequence[Check]) -> str:
     return f"{first}: {', '.join(parts)}" if parts[0] != "log-probs" or parts[-1] != "metrics" else first
 
 
-def _folded(line: str, width: int) -> list[str]:
-    return TextWrapper(width, break_on_hyphens=False, break_long_words=False).wrap(line)
+def _folded(line: str, width: int, start: str = "") -> list[str]:
+    """Return the lines of a text after `start`; the others are as far to the right. No word is cut."""
+    indents = {"initial_indent": start, "subsequent_indent": " " * len(start)}
+    return TextWrapper(width, break_on_hyphens=False, break_long_words=False, **indents).wrap(line)
 
 
 def as_json(found: Explanation) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.memory_use import MemoryUse
@@ -40,7 +42,7 @@ from dapo_mcore.model_files.hf_folder import open_weights
 from dapo_mcore.observe.profile import profiled
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.process.launcher import routed_address, shutdown_timeout_note
+from dapo_mcore.process.launcher import is_torchrun, routed_address, shutdown_timeout_note
 from dapo_mcore.process.run_lock import RunLock
 from dapo_mcore.process.signals import Interrupted, Shutdown, Stop
 from dapo_mcore.process.stop_file import STOP, StopFile
@@ -76,7 +78,7 @@ class Run:
             self.actor = Actor(config, self.hf_config, layout, weights)
             self.learner = Learner(self.actor, pad_token(tokenizer), self.progress.line)
             self.recorder = open_recorder(
-                config, self.actor, lambda: self.controller and self.controller.sources, self.progress.line
+                config, self.actor, lambda: self.controller and self.controller.sources, self.progress.line, self.timer
             )
             self.memory = MemoryUse(self.actor)
             self.progress.line(self.memory.start_line())
@@ -255,7 +257,8 @@ class Run:
         except OSError as error:
             raise output_error(error, f"write to {self.config.run_dir}") from error
         self.shutdown.cleanup.callback(lock.release)
-        self.stop_file = StopFile(self.config.run_dir)
+        launcher = psutil.Process(os.getppid() if is_torchrun(os.environ) else None)
+        self.stop_file = StopFile(self.config.run_dir, launcher.create_time(), self.progress.line)
         self.stop_file.watch(self._on_stop_file)
         self.shutdown.cleanup.callback(self.stop_file.close)
         controller = Controller(

@@ -79,7 +79,7 @@ def test_the_chosen_checkpoint_is_taken_and_newer_ones_are_set_aside(
     name, lines = start(checkpoints, monkeypatch, damaged="", choice=2)
     assert name == "step_000002"
     assert lines == [
-        f"{checkpoints}/step_000003.set_aside is newer than the chosen step_000002: no start goes on from it"
+        f"{checkpoints}/step_000003 was renamed to step_000003.set_aside, since checkpoint.resume chose step_000002"
     ]
     assert start(checkpoints, monkeypatch, damaged="", choice=2) == ("step_000002", [])
 

@@ -57,10 +57,17 @@ def test_what_json_lacks_is_null_and_reads_as_nan(tmp_path: Path) -> None:
     assert math.isnan(read_metrics(tmp_path)[0]["b"])
 
 
-def test_resuming_drops_later_steps_only(tmp_path: Path) -> None:
+def test_resuming_drops_later_steps_only_and_says_so(tmp_path: Path) -> None:
     write_steps(tmp_path, range(0, 6))
-    write_steps(tmp_path, range(4, 5), resume_step=3)
+    told: list[str] = []
+    with MetricSinks(tmp_path, JSONL_ONLY, 3, told.append) as sinks:
+        sinks.write(4, {"a": 1.0})
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    for step in (3, 4):
+        MetricSinks(tmp_path, JSONL_ONLY, step, told.append).close()
+    assert told == [
+        f"rollout {steps} will be done again: the checkpoint is older" for steps in ("steps 4 to 5", "step 4")
+    ]
 
 
 def test_a_fresh_run_starts_empty(tmp_path: Path) -> None:

@@ -60,9 +60,12 @@ def test_a_replay_writes_beside_the_run_and_never_over_records(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run, other, tmp_path / "run.replay"):
         (folder / "record").mkdir(parents=True)
-    assert command._out(run, None) == tmp_path / "run.replay" and not (tmp_path / "run.replay/record").exists()
-    assert command._out(run, tmp_path / "new") == tmp_path / "new"
+    told = []
+    assert command._out(run, None, told.append) == tmp_path / "run.replay"
+    assert not (tmp_path / "run.replay/record").exists()
+    assert told == [f"the records of an earlier replay in {tmp_path}/run.replay are replaced; --out FOLDER keeps both"]
+    assert command._out(run, tmp_path / "new", pytest.fail) == tmp_path / "new"
     for refused in (other, run, run / "below"):
         with pytest.raises(RecordError, match=r"choose a(nother)? folder"):
-            command._out(run, refused)
+            command._out(run, refused, pytest.fail)
     assert (run / "record").exists() and (other / "record").exists()

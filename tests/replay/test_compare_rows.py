@@ -4,7 +4,7 @@ import json
 import math
 
 from dapo_mcore.replay.compare import Verdict
-from dapo_mcore.replay.compare_rows import compare_rows, rows_of
+from dapo_mcore.replay.compare_rows import compare_rows, only_in_one, rows_of
 
 ROW = {"step": 3.0, "reward/mean": 0.5, "actor/loss": math.nan, "val/held-out/acc": 1.0}
 
@@ -25,8 +25,14 @@ def test_metrics_of_the_machine_are_left_out():
 def test_the_first_metric_that_differs_is_named():
     check = compare_rows(ROW, ROW | {"actor/loss": 0.25, "val/held-out/acc": 0.5})
     assert check.detail == "actor/loss nan against 0.25; 2 of 3 metrics differ"
-    del (other := dict(ROW))["reward/mean"]
-    assert compare_rows(ROW, other).detail == "reward/mean 0.5 against None; 1 of 3 metrics differ"
+
+
+def test_a_metric_that_one_run_lacks_hides_no_difference():
+    other = {"step": 3.0, "actor/loss": 0.25, "time/eval_s": 1.0}
+    check = compare_rows({"val/a/acc": 1.0, **ROW}, other)
+    assert check.detail == "actor/loss nan against 0.25; 1 of 1 metrics differ"
+    assert compare_rows(other, {**ROW, "actor/loss": 0.25}).verdict is Verdict.EQUAL
+    assert only_in_one(ROW, other) == ["reward/mean", "val/held-out/acc"]
 
 
 def test_the_last_row_of_a_step_holds(tmp_path):

@@ -162,15 +162,17 @@ def test_without_records_rows_of_metrics_are_compared(base, tmp_path):
     row = {"step": 1, "reward/mean": 0.5, "actor/loss": None, "time/step_s": 1.0, "rollout/retries": 0.0}
     for run, loss in ((base, 0.25), (tmp_path / "other", 0.125)):
         run.mkdir(exist_ok=True)
-        rows = [row, row | {"step": 2, "actor/loss": loss, "time/step_s": loss}]
+        first = row | {"val/a/acc": 1.0} if run == base else row
+        rows = [first, row | {"step": 2, "actor/loss": loss, "time/step_s": loss}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     found = explain(base, tmp_path / "other")
     assert (found.beyond.step, found.beyond.check.name) == (2, "metrics")
     assert found.beyond.check.detail == "actor/loss 0.25 against 0.125; 1 of 3 metrics differ"
-    (note,) = found.notes
+    note, alone = found.notes
     assert (
         note.startswith(f"Without records of {tmp_path / 'other'} their metrics are all") and "observe.record" in note
     )
+    assert alone == "Not compared, since only one of the runs has them in a step: val/a/acc."
 
 
 def test_what_cannot_be_compared_is_refused_with_the_remedy(base, tmp_path):

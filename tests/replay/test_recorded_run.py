@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from dapo_mcore.config.file import dump_config, load_config
 from dapo_mcore.errors import RecordError
 from dapo_mcore.replay.record import StartRecord, write_start
-from dapo_mcore.replay.recorded_run import RecordedRun, read_settings, setting_differences
-from tests.replay.planted import digest, setting, step_record, write_run
+from dapo_mcore.replay.recorded_run import RecordedRun, changed_keys, read_settings, setting_differences
+from tests.replay.planted import QUICKSTART, digest, setting, step_record, write_run
 
 
 def test_a_step_finds_its_start_and_the_weights_that_it_began_with(tmp_path):
@@ -31,6 +32,17 @@ def test_settings_that_differ_are_named_with_their_sections():
         ("layout.tensor", 1, 2),
         ("eval.sets.new.limit", None, 4),
     ]
+
+
+def test_changed_keys_are_named_and_a_damaged_configuration_names_none(tmp_path):
+    before = tmp_path / "config.yaml"
+    before.write_text(dump_config(load_config(QUICKSTART)))
+    assert (
+        changed_keys(before, load_config(QUICKSTART, ["checkpoint.resume=4", "seed=3"]))
+        == " in seed, checkpoint.resume"
+    )
+    before.write_text("seed: [")
+    assert changed_keys(before, load_config(QUICKSTART)) == ""
 
 
 @pytest.mark.parametrize("content", [b"seed: [", b"just a text", b"\xff"])

@@ -7,6 +7,7 @@ import pytest
 
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.scatter import scatter_step
+from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.replay import record as records
 from dapo_mcore.replay.digest import Digester
 from dapo_mcore.replay.record import Origins, PromptRecord, Sources
@@ -52,8 +53,13 @@ def test_a_step_is_recorded_with_all_that_went_in_and_came_out(alone, tmp_path):
     config = settings(tmp_path, observe__record_keep=1)
     actor, other = build_actor(config, alone), build_actor(config, alone)
     start = Digester(actor).weights()
-    recorder = open_recorder(config, actor, lambda: SOURCES, pytest.fail)
-    stats = train(actor, recorder, 2)
+    timer = PhaseTimer()
+    recorder = open_recorder(config, actor, lambda: SOURCES, pytest.fail, timer)
+    with timer.phase("train"):
+        stats = train(actor, recorder, 2)
+    times = timer.pop()
+    assert times.keys() == {"time/record_s", "time/train_s", "time/step_s"}
+    assert all(seconds > 0 for seconds in times.values())
     run = config.run_dir
     assert records.read_start(run, 1).weights == start
     step = records.read_step(run, 2)
@@ -74,9 +80,10 @@ def test_a_step_is_recorded_with_all_that_went_in_and_came_out(alone, tmp_path):
     found = records.read_batch(run, 2)
     assert np.array_equal(found.batch.tokens, BATCH.tokens) and np.array_equal(found.origins.seeds, np.arange(16))
 
-    quiet = open_recorder(settings(tmp_path, observe__record=False), other, lambda: None, pytest.fail)
+    quiet = open_recorder(settings(tmp_path, observe__record=False), other, lambda: None, pytest.fail, timer)
     assert type(quiet) is NullRecorder
     train(other, quiet, 2)
+    assert "time/record_s" not in timer.pop()
     assert Digester(other).weights() == step.weights, "recording changes no number"
 
 

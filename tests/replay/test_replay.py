@@ -140,9 +140,10 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
 
 
 def test_a_replay_on_three_data_parallel_ranks_finds_rounding_and_a_changed_reward(task, recorded):
-    replay = [*torchrun(3), "-m", "dapo_mcore.cli", "replay"]
-    done = python(task, *replay, "runs/whole", "4", "--out", "three", merge=True)
-    assert done.returncode == 0, done.stdout
+    reward = changed(recorded, "late-reward", 4, "rewards")
+    done = python(task, *torchrun(3), "-m", "dapo_mcore.cli", "replay", reward, "4", "--out", "three", merge=True)
+    assert done.returncode == 1, done.stdout
     assert "weights after step 2, to start from: bitwise the same" in done.stdout
-    assert "step 4: the same within rounding; largest difference" in done.stdout
+    assert "step 3: the same within rounding; largest difference" in done.stdout
+    assert "step 4: differs, first in advantages" in done.stdout
     assert records.read_start(task / "three", 3).setting.layout["data"] == 3

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore import cli
+from dapo_mcore.replay import report
 from tests.replay.planted import WEIGHTS, digest, in_batch, setting, unchanged, write_run
 
 SAME = "No setting differs."
@@ -83,8 +84,8 @@ def test_a_gradient_that_differs_and_what_follows(runs, capsys):
 
     status, out = runs(capsys, changes={1: (change, unchanged)})
     assert status == 1
-    rows = [" ".join(line.split()[:4]) for line in out.splitlines()[-5:]]
-    assert rows == [
+    starts = [line for line in out.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert [" ".join(line.split()[:4]) for line in starts[-5:]] == [
         "update 1 equal",
         "update 2: log-probs equal",
         "update 2: gradient DIFFERS",
@@ -98,12 +99,33 @@ def test_rounding(runs, capsys):
         return replace(record, weights={name: digest(2, 5, i, scale=1 + 1e-8) for i, name in enumerate(WEIGHTS)})
 
     status, out = runs(capsys, own=setting(tensor=2, data=1), changes={2: (change, unchanged)})
-    assert status == 1
+    assert status == 0
     text = " ".join(out.split())
     assert text.startswith(
         "runs/a and runs/b differ only in rounding in rollout steps 1 to 3, by at most 1.8e-08; first in"
     )
     assert "Settings that differ: layout.tensor 1 against 2; layout.data 2 against 1." in text
+
+
+def test_no_value_is_cut(runs, capsys):
+    """A table folds long rows, and settings that are alike for long are shown from where they differ."""
+    path = "/disk/" + "long/" * 20
+    changes = {
+        1: (
+            lambda r: replace(r, weights={**r.weights, WEIGHTS[0]: digest(8)}, inputs={"advantages": digest(9)}),
+            unchanged,
+        )
+    }
+    _, out = runs(capsys, overrides=(f"output_dir={path}", f"data.files={path}a.jsonl"), changes=changes)
+    table = out[out.index("Step 1") :]
+    assert "…" not in table and "; 1 of 3 tensors differ" in " ".join(table.split())
+    assert max(map(len, out.splitlines())) < 80
+    assert "data.files ['runs/arithmetic/train.jsonl'] against ['/disk/long" in " ".join(out.split())
+
+
+def test_long_values_are_shown_from_where_they_differ():
+    a, b = report._values(f"{'long/' * 20}a.jsonl", f"{'long/' * 20}b.jsonl")
+    assert (a[-12:], b[-12:]) == ("long/a.jsonl", "long/b.jsonl") and a[0] == "…" and len(a) < 60
 
 
 def test_a_missing_record_and_an_unwritable_file_end_with_status_2(runs, capsys, tmp_path):

@@ -23,7 +23,7 @@ from dapo_mcore.errors import DapoError
 from dapo_mcore.model_files.shard_reader import ShardReader
 from tests.checkpoint.stored_checkpoint import TRAIN
 from tools.soak import leftovers as places
-from tools.soak.__main__ import CannotRun, claim
+from tools.soak.__main__ import CannotRun, build_parser, claim
 from tools.soak.events import KINDS, SAVING, Event, schedule
 from tools.soak.job import MARK, View
 from tools.soak.leftovers import leftovers
@@ -229,6 +229,14 @@ def test_a_soak_of_four_events_ends_with_the_bits_of_the_undisturbed_run(tmp_pat
     record = json.loads((tmp_path / "soak.json").read_text())
     (only,) = record["rounds"]
     assert {outcome["kind"] for outcome in only["outcomes"]} >= {"kill-rank", "kill-saver", "term", "flip-byte"}
+
+
+@pytest.mark.parametrize("option", ["--minutes=0", "--minutes=nan", "--ranks=0", "--steps=1", "--events=0"])
+def test_a_soak_that_would_try_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([option])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and told.endswith("so nothing would be tried; give a larger number")
 
 
 def test_a_folder_of_others_is_no_work_folder(tmp_path: Path) -> None:

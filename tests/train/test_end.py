@@ -196,7 +196,10 @@ def test_a_finished_run_is_left_as_it_is_and_a_changed_one_keeps_the_earlier_con
     assert "nothing to do, and nothing changed: rollout step 1 of runs/done is done" in first
     assert contents(again) == before
     kept = "config.step_000001.yaml"
-    assert f"the configuration has changed: runs/done/{kept} held until rollout step 1" in second
+    assert (
+        f"the configuration has changed in num_rollout_steps, optimizer.lr: runs/done/{kept} held until rollout step 1"
+        in second
+    )
     assert contents(further)[Path(kept)] == before[Path("config.yaml")]
     assert "lr: 0.5\n" in (further / "config.yaml").read_text()
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.soak import arena
@@ -182,13 +184,27 @@ def _servers(python: Path) -> list[str]:
     return [*_SERVERS, f"rollout.sglang.python={python.absolute()}"]
 
 
+def _above(kind: type[int | float], limit: int) -> Callable[[str], int | float]:
+    """Return a reader of numbers above `limit`, for argparse."""
+
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not limit < value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not above {limit}, so nothing would be tried; give a larger number"
+            )
+        return value
+
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30, help="no round begins after this time")
+    parser.add_argument("--minutes", type=_above(float, 0), default=30, help="no round begins after this time")
     parser.add_argument("--seed", type=int, default=0, help="of the events and of the run")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
-    parser.add_argument("--steps", type=int, default=16, help="rollout steps of a round")
-    parser.add_argument("--events", type=int, default=4, help="events of a round")
+    parser.add_argument("--ranks", type=_above(int, 0), default=2, help="processes of a run")
+    parser.add_argument("--steps", type=_above(int, 1), default=16, help="rollout steps of a round")
+    parser.add_argument("--events", type=_above(int, 0), default=4, help="events of a round")
     parser.add_argument("--kinds", help=f"separated by commas; all by default: {', '.join(KINDS)}")
     parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="use real servers; compares the steps alone")
     parser.add_argument(
