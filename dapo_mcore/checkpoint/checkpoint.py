@@ -47,6 +47,7 @@ from dapo_mcore.checkpoint.stored import VISIBLE_S, open_visible, read_stored, u
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError, TrainingError
 from dapo_mcore.model_files.megatron_folder import Store, open_store
 from dapo_mcore.model_files.shard_format import SHARDS
+from dapo_mcore.model_files.shard_reader import Wanted
 from dapo_mcore.model_files.side_files import write_model_files
 
 T = TypeVar("T")
@@ -209,11 +210,12 @@ def _read_blocks(path: Path, blocks: Sequence[CheckpointBlock]) -> None:
     with unreadable_named(path), torch.no_grad():
         store = open_visible(path)
         # in the order of the stored tensors: the reader of old formats keeps the chunk that it read last
-        for block in sorted(blocks, key=lambda block: (block.key, block.offsets)):
-            _read_block(store, block)
+        ordered = sorted(blocks, key=lambda block: (block.key, block.offsets))
+        store.fill(wanted for block in ordered for wanted in _wanted(store, block))
 
 
-def _read_block(store: Store, block: CheckpointBlock) -> None:
+def _wanted(store: Store, block: CheckpointBlock) -> Iterator[Wanted]:
+    """Yield what is to be read of a block, if anything of it is stored. Padding becomes 0."""
     key = block.key
     if key not in store.tensors:  # format 1 with the plain optimizer
         key = key.replace("optimizer.state.param.", "optimizer.state.fp32_param.")
@@ -225,7 +227,7 @@ def _read_block(store: Store, block: CheckpointBlock) -> None:
     rows = max(0, min(block.data.shape[0], size[0] - block.offsets[0]))
     block.data[rows:] = 0
     if rows:
-        store.read_into(key, block.offsets, block.data[:rows])
+        yield key, block.offsets, block.data[:rows]
 
 
 def _traits(actor: Actor) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +20,39 @@ from torch import Tensor
 
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from dapo_mcore.model_files.safetensors_file import DTYPES
-from dapo_mcore.model_files.shard_format import CHUNK, INDEX, ShardIndex, Slice, StoredTensor, parse_index
+from dapo_mcore.model_files.shard_format import CHUNK, INDEX, ShardIndex, Slice, StoredTensor, chunks, parse_index
 
 _STAGING = 16 * CHUNK
-"""Bytes read at a time."""
+"""Bytes read at a time, and bytes that the system reads ahead meanwhile."""
+_MOST_AHEAD = 16
+"""Reads ahead: each holds a file open."""
+_THREADS = 2
+"""Threads that check bytes: a checksum takes as long as reading and copying together."""
 
 Region = list[tuple[int, int]]
 """[start, stop) along each dim."""
+Wanted = tuple[str, Sequence[int], Tensor]
+"""The name of a tensor, where a block of it begins along each dim, and the memory of the block."""
+
+
+class _Read(NamedTuple):
+    """Elements of a slice that are read at once, and the part of a block that they fill.
+
+    file           open for reading
+    chunks         numbers of the chunks to read, [first, stop)
+    start, stop    their bytes in the file
+    strides, first the target's elements among those read
+    """
+
+    key: str
+    part: Slice
+    target: Tensor
+    file: BinaryIO
+    chunks: tuple[int, int]
+    start: int
+    stop: int
+    strides: list[int]
+    first: int
 
 
 class ShardReader:
@@ -78,24 +106,21 @@ class ShardReader:
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Return the block of tensor `key` at `offsets` with `sizes`, in its own memory."""
         block = torch.empty(list(sizes), dtype=self.dtype(key))
-        self.read_into(key, offsets, block)
+        self.fill([(key, offsets, block)])
         return block
 
-    def read_into(self, key: str, offsets: Sequence[int], block: Tensor) -> None:
-        """Fill `block` with the part of tensor `key` that begins at `offsets`. Takes at most 64 MiB and a row of host memory."""
-        tensor, dtype = self._tensor(key), self.dtype(key)
-        if not block.numel():
-            return
-        for part in self._touched(key, offsets, block.shape):
-            region = [
-                (max(0, at - start), min(count, at + size - start))
-                for at, size, start, count in zip(offsets, block.shape, part.offsets, part.sizes, strict=True)
-            ]
-            for band in _bands(part.sizes, region, dtype.itemsize):
-                target = block
-                for dim, ((low, high), start, at) in enumerate(zip(band, part.offsets, offsets, strict=True)):
-                    target = target.narrow(dim, start + low - at, high - low)
-                target.copy_(self._band(key, tensor, part, band, dtype))
+    def fill(self, wanted: Iterable[Wanted]) -> None:
+        """Fill blocks, one after the other. Takes at most 64 MiB and a row of host memory. The system reads the next 64 MiB while bytes
+        are checked and copied."""
+        staging = _Staging()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for read in _announced(read for block in wanted for read in self._reads(*block)):
+                view = staging.of(read.stop - read.start)
+                with read.file:
+                    _fill(view, read.file, read.start)
+                _check(read, view, pool)
+                flat = torch.frombuffer(view, dtype=self.dtype(read.key))
+                read.target.copy_(flat.as_strided(read.target.shape, read.strides, read.first))
 
     def _tensor(self, key: str) -> StoredTensor:
         if key not in self.tensors:
@@ -115,32 +140,36 @@ class ShardReader:
         touched = (np.maximum(first, low) < np.minimum(last, high)).all(axis=1)
         return (slices[number] for number in np.flatnonzero(touched))
 
-    def _band(self, key: str, tensor: StoredTensor, part: Slice, band: Region, dtype: torch.dtype) -> Tensor:
-        """Return the elements of a region of a slice, as a view of freshly read bytes."""
-        strides = [math.prod(part.sizes[dim + 1 :]) for dim in range(len(part.sizes))]
+    def _reads(self, key: str, offsets: Sequence[int], block: Tensor) -> Iterator[_Read]:
+        """Yield the reads that fill a block, each with its file open."""
+        itemsize = self.dtype(key).itemsize
+        if not block.numel():
+            return
+        for part in self._touched(key, offsets, block.shape):
+            strides = [math.prod(part.sizes[dim + 1 :]) for dim in range(len(part.sizes))]
+            region = [
+                (max(0, at - start), min(count, at + size - start))
+                for at, size, start, count in zip(offsets, block.shape, part.offsets, part.sizes, strict=True)
+            ]
+            for band in _bands(part.sizes, region, itemsize):
+                target = block
+                for dim, ((low, high), start, at) in enumerate(zip(band, part.offsets, offsets, strict=True)):
+                    target = target.narrow(dim, start + low - at, high - low)
+                yield self._read(key, part, band, strides, target)
+
+    def _read(self, key: str, part: Slice, band: Region, strides: list[int], target: Tensor) -> _Read:
+        """Return the read of a region of a slice: the chunks that hold its elements."""
+        itemsize, num_bytes = self.dtype(key).itemsize, self._num_bytes(key, part)
         first = sum(low * stride for (low, _), stride in zip(band, strides, strict=True))
         last = sum((high - 1) * stride for (_, high), stride in zip(band, strides, strict=True))
-        start, data = self._read(key, part, first * dtype.itemsize, (last + 1) * dtype.itemsize)
-        flat = torch.frombuffer(data, dtype=dtype)
-        return flat.as_strided([high - low for low, high in band], strides, first - start // dtype.itemsize)
-
-    def _read(self, key: str, part: Slice, start: int, stop: int) -> tuple[int, bytearray]:
-        """Return the chunks that hold bytes [start, stop) of a slice, and the place of the first one."""
-        first, last = start // CHUNK, -(-stop // CHUNK)
-        size = min(last * CHUNK, self._num_bytes(key, part)) - first * CHUNK
-        data, path = bytearray(size), self.folder / part.file
-        view = memoryview(data)
+        numbers = first * itemsize // CHUNK, -(-(last + 1) * itemsize // CHUNK)
+        start, stop = numbers[0] * CHUNK, min(numbers[1] * CHUNK, num_bytes)
         self._check_file(part.file)
         # opened each time: a large checkpoint has more files than a process may hold open
-        with open(path, "rb", buffering=0) as file:
-            _fill(view, file, part.start + first * CHUNK)
-        for number, at in enumerate(range(0, size, CHUNK), start=first):
-            if zlib.crc32(view[at : at + CHUNK]) != part.checksums[number]:
-                raise DamagedCheckpoint(
-                    f"{path} is changed: the checksum of {key} at {list(part.offsets)} does not hold at byte "
-                    f"{part.start + number * CHUNK}"
-                )
-        return first * CHUNK, data
+        file = open(self.folder / part.file, "rb", buffering=0)  # noqa: SIM115 (closed by fill)
+        return _Read(
+            key, part, target, file, numbers, part.start + start, part.start + stop, strides, first - start // itemsize
+        )
 
     def _num_bytes(self, key: str, part: Slice) -> int:
         num_bytes = math.prod(part.sizes) * self.dtype(key).itemsize
@@ -160,6 +189,46 @@ class ShardReader:
         if zlib.crc32(header) != told.header_checksum:
             raise DamagedCheckpoint(f"{path} is changed: the checksum of its header does not hold")
         self._checked.add(name)
+
+
+class _Staging:
+    """Memory for one read at a time. It is used again: fresh memory costs several times as much as filling it."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def of(self, num_bytes: int) -> memoryview:
+        if len(self._memory) < num_bytes:
+            self._memory = bytearray(num_bytes)
+        return memoryview(self._memory)[:num_bytes]
+
+
+def _announced(reads: Iterator[_Read]) -> Iterator[_Read]:
+    """Yield the reads in order. Tell the system of each one _STAGING bytes ahead, so that it reads while others are checked."""
+    ahead: deque[_Read] = deque()
+    try:
+        for read in reads:
+            os.posix_fadvise(read.file.fileno(), read.start, read.stop - read.start, os.POSIX_FADV_WILLNEED)
+            ahead.append(read)
+            while len(ahead) > _MOST_AHEAD or sum(own.stop - own.start for own in list(ahead)[1:]) > _STAGING:
+                yield ahead.popleft()
+        while ahead:
+            yield ahead.popleft()
+    finally:
+        for read in ahead:
+            read.file.close()
+
+
+def _check(read: _Read, data: memoryview, pool: ThreadPoolExecutor) -> None:
+    """Raise DamagedCheckpoint for the first chunk whose checksum does not hold."""
+    wanted = read.part.checksums[slice(*read.chunks)]
+    found = (map if len(wanted) == 1 else pool.map)(zlib.crc32, chunks(data))  # a single one is not worth a thread
+    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        if ours != theirs:
+            raise DamagedCheckpoint(
+                f"{read.file.name} is changed: the checksum of {read.key} at {list(read.part.offsets)} does not hold at byte "
+                f"{read.start + number * CHUNK}"
+            )
 
 
 def check_size(path: Path, num_bytes: int) -> None:

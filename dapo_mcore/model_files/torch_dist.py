@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint
 from dapo_mcore.model_files.disk import sync_to_disk
+from dapo_mcore.model_files.shard_reader import Wanted
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -104,9 +105,10 @@ class DistributedReader:
             _narrow(whole, [low - at for (low, _), at in zip(region, offsets)], _lengths(region)).copy_(part)
         return whole if whole.numel() else torch.empty(list(sizes), dtype=self.dtype(key))
 
-    def read_into(self, key: str, offsets: Sequence[int], block: Tensor) -> None:
-        """Fill `block` with the part of tensor `key` that begins at `offsets`."""
-        block.copy_(self.read(key, offsets, block.shape))
+    def fill(self, wanted: Iterable[Wanted]) -> None:
+        """Fill blocks, one after the other, as ShardReader does."""
+        for key, offsets, block in wanted:
+            block.copy_(self.read(key, offsets, block.shape))
 
     @property
     def description(self) -> Path:

@@ -41,10 +41,10 @@ def test_any_region_equals_the_tensors(shards: Path) -> None:
 
 def test_a_region_is_read_into_a_part_of_another_tensor(shards: Path) -> None:
     target = torch.full((2, 9), -1.0)
-    ShardReader(shards).read_into("w", (1, 1, 3), target[:, 5:].view(1, 2, 4))
+    ShardReader(shards).fill([("w", (1, 1, 3), target[:, 5:].view(1, 2, 4))])
     assert torch.equal(target[:, 5:], WHOLE[1, 1:3, 3:])
     assert target[:, :5].eq(-1).all()
-    ShardReader(shards).read_into("w", (0, 0, 0), torch.empty(1, 0, 7))
+    ShardReader(shards).fill([("w", (0, 0, 0), torch.empty(1, 0, 7))])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_large_region_takes_the_memory_of_a_band(shards: Path, monkeypatch: py
     give_freed_memory_back()
     reader, target = ShardReader(shards), torch.zeros(6144, 1024, dtype=torch.bfloat16)  # 12 MiB
     with PeakMemory() as memory:
-        reader.read_into("big", (0, 0), target)
+        reader.fill([("big", (0, 0), target)])
     assert memory.peak_bytes < 2.5 * CHUNK
 
 
