@@ -394,7 +394,7 @@ def _plot(run_dir: Path) -> None:
 def _move_aside(run_dir: Path) -> Path | None:
     """Move the results of an earlier run aside and return their new folder; None if there are none.
 
-    This run's lock stays, and so do a wish to stop it, the folder of its servers, and the logs, which its launcher may be writing.
+    This run's lock stays, and so do the file that asks it to stop, the folder of its servers, and the logs, which its launcher may be writing.
     """
     if not _has_results(run_dir):
         return None

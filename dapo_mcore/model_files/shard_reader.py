@@ -210,7 +210,7 @@ def _announced(reads: Iterator[_Read]) -> Iterator[_Read]:
         for read in reads:
             os.posix_fadvise(read.file.fileno(), read.start, read.stop - read.start, os.POSIX_FADV_WILLNEED)
             ahead.append(read)
-            while len(ahead) > _MOST_AHEAD or sum(own.stop - own.start for own in list(ahead)[1:]) > _STAGING:
+            while len(ahead) > _MOST_AHEAD or sum(own.stop - own.start for own in list(ahead)[1:]) >= _STAGING:
                 yield ahead.popleft()
         while ahead:
             yield ahead.popleft()

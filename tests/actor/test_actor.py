@@ -178,7 +178,7 @@ def gradient_is_clear(actor: Actor) -> torch.Tensor:
     return gradient(actor).abs() > 1e-4
 
 
-def test_a_run_that_is_resumed_anywhere_skips_the_same_steps_and_ends_with_the_same_bits(alone, tmp_path):
+def test_a_run_that_is_resumed_twice_anywhere_skips_the_same_steps_and_ends_with_the_same_bits(alone, tmp_path):
     """A cosine, a NaN, spikes up to a new level. Neither schedule nor Adam moves with a skipped step."""
     options = dict(
         optimizer__schedule="cosine", optimizer__decay_updates=30, optimizer__spike_factor=3.0,
@@ -194,15 +194,16 @@ def test_a_run_that_is_resumed_anywhere_skips_the_same_steps_and_ends_with_the_s
                         "taken at a new level", "taken", "taken"]  # fmt: skip
     rates = [lr for _, lr, _ in expected]
     assert rates[8] == rates[9] == rates[10] > rates[11] == rates[14] > rates[15]
-    for stop in (9, 12, 14):
-        first, second = (resuming.build_actor(config, alone) for _ in range(2))
-        for factor in factors[:stop]:
-            scaled_update(first, mini_batch, factor)
-        path = save_checkpoint(tmp_path, first, replace(resuming.STATE, step=stop, num_updates=stop), alone, keep=9)
-        load_checkpoint(path, second, alone)
-        assert [scaled_update(second, mini_batch, factor) for factor in factors[stop:]] == expected[stop:]
-        assert second.guard.state == whole.guard.state
-        assert resuming.differences(alone, resuming.local_state(whole), resuming.local_state(second)) == []
+    for stops in ((9, 14), (12, 13)):  # before, between and after skipped steps
+        part, done = resuming.build_actor(config, alone), 0
+        for stop in stops:
+            assert [scaled_update(part, mini_batch, factor) for factor in factors[done:stop]] == expected[done:stop]
+            path = save_checkpoint(tmp_path, part, replace(resuming.STATE, step=stop, num_updates=stop), alone, keep=9)
+            part, done = resuming.build_actor(config, alone), stop
+            load_checkpoint(path, part, alone)
+        assert [scaled_update(part, mini_batch, factor) for factor in factors[done:]] == expected[done:]
+        assert part.guard.state == whole.guard.state
+        assert resuming.differences(alone, resuming.local_state(whole), resuming.local_state(part)) == []
 
 
 def scaled_update(actor: Actor, mini_batch: list[MicroBatch], factor: float) -> tuple[str, float, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ def start(saver: SaverProcess, run_dir: Path, step: int, num_ranks: int = 1, who
     """Give it the only rank's job, or that of rank 0 of two. Return the folder that it will publish."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(f"{folder.name}.partial")
-    (partial / "shards").mkdir(parents=True)
+    (partial / "shards").mkdir(parents=True, exist_ok=True)
     (partial / "state.json").write_text("{}")
     block = CheckpointBlock("w", tuple(whole.shape), (0, 0), whole.clone(), is_written=True, is_padded=False)
     half = CheckpointBlock("h", (40,), (0,), WHOLE.flatten().to(torch.bfloat16), is_written=True, is_padded=False)
@@ -101,6 +102,20 @@ def test_its_death_is_a_problem_and_signals_to_the_job_do_not_end_it(
     assert saver.wait("written", stall_s=60) is None
     os.kill(saver.pid, number)
     assert told in saver.wait("done", stall_s=30 if number == signal.SIGKILL else 0.2)
+
+
+def test_a_write_that_stalls_is_a_problem_and_the_process_can_be_replaced(saver: SaverProcess, tmp_path: Path) -> None:
+    """A pipe that nobody empties takes the first 64 KiB and then blocks the writer, like a disk that no longer answers."""
+    file = tmp_path / "checkpoints/step_000001.partial/shards/rank_00000.safetensors"
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
+    reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    start(saver, tmp_path, 1, whole=torch.zeros(1024, 1024))
+    assert select.select([reader], [], [], 60)[0], "it writes"
+    assert saver.wait("written", stall_s=0.5) == "the process that writes it has shown no progress for 0 s"
+    saver.close()
+    os.close(reader)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001.partial"]
 
 
 def test_a_job_given_to_a_dead_process_is_a_problem_too(saver: SaverProcess, tmp_path: Path) -> None:

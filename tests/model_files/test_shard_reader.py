@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -82,6 +83,29 @@ def test_a_large_region_takes_the_memory_of_a_band(shards: Path, monkeypatch: py
     with PeakMemory() as memory:
         reader.fill([("big", (0, 0), target)])
     assert memory.peak_bytes < 2.5 * CHUNK
+
+
+def test_the_system_is_told_what_is_read_next(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of one chunk, and the next one announced before a band is read. No file stays open, even if one is damaged."""
+    monkeypatch.setattr(shard_reader, "_STAGING", CHUNK)
+    events: list[tuple[str, int]] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: events.append(("told", start)))
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: (events.append(("read", at)), preadv(file, views, at))[1])
+    reader, target = ShardReader(shards), torch.zeros(6144, 1024, dtype=torch.bfloat16)
+    num_files = psutil.Process().num_fds()
+    reader.fill([("big", (0, 0), target)])
+    first = events[0][1]
+    chunks = [first, first + CHUNK, first + 2 * CHUNK]
+    assert events == [
+        *(("told", chunks[0]), ("told", chunks[1]), ("read", chunks[0])),
+        *(("told", chunks[2]), ("read", chunks[1]), ("read", chunks[2])),
+    ]
+    path = shards / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[: first + CHUNK] + bytes(2 * CHUNK))
+    with pytest.raises(DamagedCheckpoint, match=f"at byte {first + CHUNK}$"):
+        reader.fill([("big", (0, 0), target)])
+    assert psutil.Process().num_fds() == num_files
 
 
 def test_a_flipped_bit_is_found_where_it_is_read(shards: Path) -> None:

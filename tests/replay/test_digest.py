@@ -117,23 +117,22 @@ def test_a_stacked_tensor_is_named_by_its_layer():
     assert tensor_name(one._replace(key="decoder.layers.5.w")) == "decoder.layers.5.w"
 
 
-def test_stages_and_tensor_parallel_ranks_find_the_digests_of_one_process(alone):
-    one, four = (
-        digests_of_a_step(alone, Mesh(), {}),
-        spawn(digests_of_a_step, Mesh(tensor=2, pipeline=2), {"optimizer__distributed": True}),
-    )
-    assert four.keys() == one.keys() and all(four[kind].keys() == one[kind].keys() for kind in one if kind != "tokens")
+@pytest.mark.parametrize("mesh", [Mesh(tensor=2, pipeline=2), Mesh(context=2)], ids=str)
+def test_ranks_of_any_kind_find_the_digests_of_one_process(alone, mesh):
+    one = digests_of_a_step(alone, Mesh(), {})
+    many = spawn(digests_of_a_step, mesh, {"optimizer__distributed": True})
+    assert many.keys() == one.keys() and all(many[kind].keys() == one[kind].keys() for kind in one if kind != "tokens")
     assert {f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in range(4)} <= one["start"].keys()
-    hashes = [{name: digest["hash"] for name, digest in found["start"].items()} for found in (four, one)]
+    hashes = [{name: digest["hash"] for name, digest in found["start"].items()} for found in (many, one)]
     assert hashes[0] == hashes[1], "the same weights"
-    assert four["inputs"]["advantages"]["hash"] == one["inputs"]["advantages"]["hash"]
+    assert many["inputs"]["advantages"]["hash"] == one["inputs"]["advantages"]["hash"]
     assert one["step"].keys() == one["start"].keys() | {"logprobs"} and one["inputs"].keys() == {
         "old_logprobs",
         "advantages",
     }
     for kind in ("inputs", "step", "end"):
         for name, expected in one[kind].items():
-            found, scale = four[kind][name], expected["norm"]
+            found, scale = many[kind][name], expected["norm"]
             apart = max(abs(found[figure] - expected[figure]) for figure in ("norm", "projection"))
             assert scale > 0 and apart <= 1e-4 * scale, (kind, name, apart / scale)
     assert one["end"] != one["start"]

@@ -8,15 +8,16 @@ import shutil
 
 import pytest
 
+from dapo_mcore.replay.record import read_batch, read_step
 from tests.rollout.sglang.serving import real_python
-from tests.train.runs import metrics
+from tests.train.runs import metrics, python
 from tests.train.served import run_served, trained
 
 DISAGREE = "WARNING: rollout engine and trainer disagree"
 
 
 def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_no_prompt(task, fake):
-    done = run_served(task, fake, "ahead", "num_rollout_steps=4")
+    done = run_served(task, fake, "ahead", "num_rollout_steps=4", "observe.record=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starting 1 SGLang server (logs in runs/ahead/servers)\n1 of 1 SGLang server up after " in done.stdout
     rows, steps = metrics(task, "ahead"), trained(task, "ahead")
@@ -35,10 +36,17 @@ def test_each_step_trains_on_weights_of_the_step_before_and_a_resumed_run_loses_
     assert done.stdout.count(DISAGREE) == 1, "shown once, at the first step"
     assert len({uid for groups in steps.values() for uid in groups}) == 16, "no prompt is trained on twice"
 
+    # a record tells the version of each sample, whatever has been generated ahead meanwhile, and repeats bit for bit
+    for step, groups in steps.items():
+        prompts, origins = read_step(task / "runs/ahead", step).prompts, read_batch(task / "runs/ahead", step).origins
+        assert {own.uid: int(origins.weight_versions[4 * number]) for number, own in enumerate(prompts)} == groups
+    again = python(task, "-m", "dapo_mcore.cli", "replay", "runs/ahead", "4", merge=True)
+    assert again.returncode == 0 and "step 4: bitwise the same as recorded" in again.stdout, again.stdout
+
     # the checkpoint of step 2 was written when the groups of step 3 were generated but not trained on
     for step in (3, 4):
         shutil.rmtree(task / f"runs/ahead/checkpoints/step_{step:06d}")
-    again = run_served(task, fake, "ahead", "num_rollout_steps=4")
+    again = run_served(task, fake, "ahead", "num_rollout_steps=4", "observe.record=true")
     assert again.returncode == 0 and "resumed after rollout step 2" in again.stdout, again.stdout + again.stderr
     assert again.stdout.count(DISAGREE) == 1, "shown again at a new start"
     resumed = trained(task, "ahead")

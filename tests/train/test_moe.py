@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.train.runs import metrics, rewind, run, stable
+from dapo_mcore.replay.record import read_step
+from tests.train.runs import metrics, python, rewind, run, stable
 
+REPLAY = ("-m", "dapo_mcore.cli", "replay")
 FINAL = "hf/final/model.safetensors"
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -32,6 +34,7 @@ SETTINGS = [
     "eval.at_start=false",
     "eval.sets={}",
     "checkpoint.every=1",
+    "observe.record=true",
 ]
 
 
@@ -54,8 +57,14 @@ def test_a_model_with_experts_trains_and_resumes_bitwise(with_experts):
     tensors = load_file(folder / FINAL)
     assert tensors["model.layers.1.mlp.experts.5.down_proj.weight"].shape == (64, 48)
 
+    recorded = read_step(folder, 2)
+    assert any(".experts." in name for name in recorded.updates[0].gradients)
+    alone = python(with_experts, *REPLAY, "runs/experts", "2", "parallel.expert_parallel=1", merge=True)
+    assert alone.returncode == 0 and "step 2: the same within rounding" in alone.stdout, alone.stdout
+
     rewind(folder, 1)
     output = run(with_experts, "experts", *SETTINGS, processes=2)
     assert "resumed after rollout step 1" in output
     assert [stable(row) for row in metrics(with_experts, "experts")] == [stable(row) for row in first]
     assert (folder / FINAL).read_bytes() == whole
+    assert read_step(folder, 2) == recorded
