@@ -17,10 +17,10 @@ from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import settings
 
 MIB = 2**20
-BUCKET_MIB = 64
+BUCKET_MIB = 128
 MODELS = {
-    "many buckets": dict(vocab_size=2048, num_hidden_layers=4),
-    "a vocabulary larger than two buckets": dict(vocab_size=2**15 + 2048, num_hidden_layers=2, intermediate_size=4096),
+    "many buckets": dict(vocab_size=2048, num_hidden_layers=7),
+    "a vocabulary larger than two buckets": dict(vocab_size=2**16, num_hidden_layers=2, intermediate_size=8192),
 }
 SIZES = dict(
     hidden_size=1024, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False,
