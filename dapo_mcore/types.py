@@ -232,6 +232,8 @@ class MicroBatch:
     sequence_ids     int64 [b, s], the number of each token's sample in the micro-batch, n for padding; None if experts have no
                      load-balancing loss.
     balance_weights  float32 [n], see algo/loss.py; of each of these samples.
+    values   float32 [L], the critic's before the rollout step's first update; None without a critic.
+    returns  float32 [L], what the critic learns; None without one.
     row_sequences    int64 [L], the number of each row's sample in the micro-batch; None unless a ratio is per sequence.
     routes   the experts of each token by Megatron's layer number, [tokens of this rank, experts per token], for routers to fill
              in a scoring pass and to replay in gradient steps; None if every pass has routes of its own.
@@ -252,6 +254,8 @@ class MicroBatch:
     ref_logprobs: torch.Tensor | None = None
     sequence_ids: torch.Tensor | None = None
     balance_weights: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
     row_sequences: torch.Tensor | None = None
     routes: dict[int, torch.Tensor] | None = None
 

@@ -2,22 +2,19 @@
 
     micro-batches → score (old and reference log-probs) → update (one gradient step per mini-batch) → statistics
 
-Change here: which models are held, and which loss a gradient step uses. A further trained model, such as a critic, would sit
-beside the policy with a `wrap`, an Optimizer and a head of its own.
+Change here: which models are held, and which loss a gradient step uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from dapo_mcore.actor.forward_backward import MicroBatchOutput, finalize_without_division, run_micro_batches
+from dapo_mcore.actor.critic import Critic
+from dapo_mcore.actor.forward_backward import MicroBatchOutput, run_micro_batches
 from dapo_mcore.actor.head import PolicyHead
 from dapo_mcore.actor.metrics import UpdateStats, micro_batch_stats
 from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
@@ -26,6 +23,7 @@ from dapo_mcore.actor.optimizer import Optimizer
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.param_gather import gather_parameters
 from dapo_mcore.actor.update_guard import UpdateGuard, Verdict
+from dapo_mcore.actor.wrap import wrap
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import weight_shape
@@ -40,7 +38,8 @@ OnSkip = Callable[[UpdateStats, Culprit | None, Sequence[MicroBatchOutput]], Non
 
 
 class Actor:
-    """One rank's part of the policy and its optimizer, and of the frozen reference policy if the KL coefficient is not 0."""
+    """One rank's part of the policy and its optimizer, of the frozen reference policy if the KL coefficient is not 0, and of the
+    critic if advantages are by GAE."""
 
     def __init__(self, config: Config, hf_config: Any, layout: Layout, reader: WeightReader):
         self.config = config
@@ -55,6 +54,7 @@ class Actor:
         self.head = PolicyHead(config, layout, self.shape.vocab_size)
         self.feeder = build_feeder(config.batch.feeder, layout.device)
         self.reset_optimizer(config.optimizer)
+        self.critic = Critic(config, hf_config, layout, reader, self.shape) if config.algo.advantage == "gae" else None
 
     def _build_reference(self, hf_config: Any) -> Policy | None:
         if self.config.algo.kl.coef == 0:
@@ -219,30 +219,3 @@ class Actor:
         if batch.old_logprobs is not None:
             return importance_weights(batch.old_logprobs, rollout, tis.mode, tis.cap)
         return lambda own, rows: importance_weights(own, rollout[rows], tis.mode, tis.cap)
-
-
-def wrap(policy: Policy, config: Config) -> list[DistributedDataParallel]:
-    """Return the policy's chunks with fp32 gradient buffers, which are summed over ranks once per gradient step and never
-    divided."""
-    policy.config.finalize_model_grads_func = finalize_without_division
-    options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        bucket_size=config.parallel.bucket_size,
-        use_distributed_optimizer=config.optimizer.distributed,
-        average_in_collective=False,
-    )
-    chunks = [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]
-    if config.parallel.overlap_grad_reduce:
-        policy.config.no_sync_func = partial(_without_reduction, chunks)
-    return chunks
-
-
-@contextmanager
-def _without_reduction(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Let micro-batches add their gradients. Megatron's schedules leave this before the last one, which starts the sums."""
-    with ExitStack() as stack:
-        for chunk in chunks:
-            stack.enter_context(chunk.no_sync())
-        yield

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.critic import CriticStats
 from dapo_mcore.actor.metrics import UpdateStats
 from dapo_mcore.actor.model.fp8_rules import token_multiple
 from dapo_mcore.actor.not_finite import Culprit
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
 from dapo_mcore.actor.skipped_batch import SKIPPED, SkippedBatch, write_skipped
+from dapo_mcore.actor.token_advantages import with_token_advantages
 from dapo_mcore.actor.update_guard import Verdict
 from dapo_mcore.algo.advantage import group_advantages, whitened
 from dapo_mcore.algo.correction import (
@@ -80,8 +82,12 @@ class Learner:
         flat[start:] = self.actor.score(flat[start:])
         flat = self.actor.score_reference(flat)
         mismatch = self._mismatch(flat[max(start, bounds[1]) :])
-        advantages = self._advantages(step.metadata, flat)
-        flat = [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in flat]
+        if self.actor.critic is not None:
+            flat = self.actor.critic.score(flat)
+            flat = with_token_advantages(flat, step.metadata.rewards, self.config.algo, self.layout)
+        else:
+            advantages = self._advantages(step.metadata, flat)
+            flat = [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in flat]
         return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch, step)
 
     def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
@@ -152,6 +158,13 @@ class Learner:
                 f"warning: gradient step {number} was skipped on all ranks: {stats.cause}; {where}; "
                 f"optimizer.max_skipped_updates {self.config.optimizer.max_skipped_updates} in a row end the run"
             )
+
+    def update_critic(self, scored: ScoredStep) -> list[CriticStats]:
+        """Take one gradient step of the critic per mini-batch, `batch.epochs` times over; none without a critic."""
+        if self.actor.critic is None:
+            return []
+        minis = list(scored.mini_batches) * self.config.batch.epochs
+        return [self.actor.critic.update(mini, update_follows=n < len(minis)) for n, mini in enumerate(minis, 1)]
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout

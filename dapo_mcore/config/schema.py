@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from dapo_mcore.config.agent import AgentConfig
+from dapo_mcore.config.critic import CriticConfig
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.config.parallel import ParallelConfig
@@ -56,6 +57,7 @@ class Config(Section):
     algo: AlgoConfig = AlgoConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
@@ -169,14 +171,6 @@ def _check_algo(c: Config) -> None:
             f"algo.policy_loss gspo has one ratio per response and takes the mean over responses; set algo.loss_mode "
             f"seq-mean-token-mean (now {c.algo.loss_mode})"
         )
-    if c.optimizer.schedule == "cosine" and c.optimizer.decay_updates is None:
-        raise ValueError(
-            "optimizer.schedule cosine needs optimizer.decay_updates, the number of gradient steps of the decay"
-        )
-    if c.optimizer.min_lr > c.optimizer.lr:
-        raise ValueError(
-            f"optimizer.min_lr {c.optimizer.min_lr} is above optimizer.lr {c.optimizer.lr}, which decays to it; lower min_lr"
-        )
     if c.optimizer.saves_memory and c.model.dtype != "bf16":
         raise ValueError(
             f"optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
@@ -186,6 +180,38 @@ def _check_algo(c: Config) -> None:
         raise ValueError(
             "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
         )
+
+
+def _check_critic(c: Config) -> None:
+    algo, plain = c.algo, AlgoConfig()
+    unused = ("gamma", "lam") if algo.advantage == "group" else ("advantage_std", "advantage_baseline", "advantage_eps")
+    changed = [f"algo.{key} {getattr(algo, key)}" for key in unused if getattr(algo, key) != getattr(plain, key)]
+    if algo.advantage == "group" and c.critic != CriticConfig():
+        changed.append("section critic")
+    if changed:
+        other = "gae" if algo.advantage == "group" else "group"
+        raise ValueError(
+            f"{', '.join(changed)}: without effect with algo.advantage {algo.advantage}; leave it out, or set algo.advantage {other}"
+        )
+    if algo.advantage == "gae" and algo.policy_loss == "gspo":
+        raise ValueError(
+            "algo.policy_loss gspo has one ratio per response and algo.advantage gae one advantage per token; use policy_loss clip, "
+            "or advantage group"
+        )
+    if algo.advantage == "gae" and c.critic.optimizer.saves_memory and c.model.dtype != "bf16":
+        raise ValueError(
+            f"critic.optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
+            "model.dtype bf16, or leave both at their defaults"
+        )
+    for name, optimizer in (("optimizer", c.optimizer), ("critic.optimizer", c.critic.optimizer)):
+        if optimizer.schedule == "cosine" and optimizer.decay_updates is None:
+            raise ValueError(
+                f"{name}.schedule cosine needs {name}.decay_updates, the number of gradient steps of the decay"
+            )
+        if optimizer.min_lr > optimizer.lr:
+            raise ValueError(
+                f"{name}.min_lr {optimizer.min_lr} is above {name}.lr {optimizer.lr}, which decays to it; lower min_lr"
+            )
 
 
 def _check_replay(c: Config) -> None:
@@ -359,6 +385,7 @@ RULES = (
     _check_tokens,
     _check_overlong,
     _check_algo,
+    _check_critic,
     _check_replay,
     _check_offload,
     _check_sampling,

@@ -227,6 +227,13 @@ class AlgoConfig(Section):
     loss_length: int | None = Field(None, ge=1)
     """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length
     alone); None means rollout.max_response_tokens."""
+    advantage: Literal["group", "gae"] = "group"
+    """group: a response against the others to its prompt, one number for all its tokens (DAPO, GRPO). gae: generalised advantage
+    estimation with a critic (PPO), a number per token, whitened over the rollout step's loss tokens; section `critic`."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """gae: the discount per token."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """gae: λ. 1: the reward minus the value, the least biased. Lower: trust the critic's later values more."""
     advantage_std: Literal["unbiased", "biased", "none", "batch"] = "unbiased"
     """Of the group: with divisor n - 1 or n, or none. batch: that of all loss tokens of the rollout step, around their mean
     (REINFORCE++ with a group baseline, arXiv 2501.03262)."""

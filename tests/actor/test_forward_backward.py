@@ -12,9 +12,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from dapo_mcore.actor import forward_backward
-from dapo_mcore.actor.actor import wrap
 from dapo_mcore.actor.forward_backward import run_micro_batches
 from dapo_mcore.actor.model.attention import SequenceParams
+from dapo_mcore.actor.wrap import wrap
 from dapo_mcore.batch.feeder import Feeder, build_feeder
 from dapo_mcore.types import MicroBatch
 from tests.actor import parity

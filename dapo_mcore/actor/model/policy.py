@@ -78,6 +78,29 @@ class PolicyModel(GPTModel):
         return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
 
+class ValueModel(PolicyModel):
+    """A critic's part of the model: the last stage has a value head instead of an output projection.
+
+    The head is in fp32 and starts at 0, so that no random number decides how a run starts. Tensor-parallel ranks have copies.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs | {"share_embeddings_and_output_weights": False})
+        if self.post_process:
+            del self.output_layer
+            self.value_head = torch.nn.Linear(self.config.hidden_size, 1, dtype=torch.float32)
+            torch.nn.init.zeros_(self.value_head.weight)
+            torch.nn.init.zeros_(self.value_head.bias)
+
+    def head_weight(self) -> torch.Tensor:
+        """Return the value head's weight, [1, H]."""
+        return self.value_head.weight
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what PolicyModel yields, without the value head: an HF model has none."""
+        return (entry for entry in super().named_weights() if not entry[0].startswith("value_head."))
+
+
 class Policy(torch.nn.ModuleList):
     """This rank's part of the policy: its chunks of the model (PolicyModel), in the order of their layers.
 
@@ -116,20 +139,28 @@ class Policy(torch.nn.ModuleList):
                 weight.copy_(value)
 
 
-def build_policy(config: Config, hf_config: Any, layout: Layout) -> Policy:
-    """Return this rank's part of the policy, with uninitialised weights. Raises ConfigError if it cannot be built."""
+def build_policy(config: Config, hf_config: Any, layout: Layout, kind: type[PolicyModel] = PolicyModel) -> Policy:
+    """Return this rank's part of the policy, with uninitialised weights; of a critic with `kind` ValueModel.
+
+    Raises ConfigError if it cannot be built.
+    """
     architecture = read_architecture(hf_config, config.longest_sequence)
     megatron_config = transformer_config(config, architecture)
     numbers = range(config.parallel.virtual_pipeline_parallel)
-    chunks = [_build_chunk(config, architecture, megatron_config, layout, number) for number in numbers]
+    chunks = [_build_chunk(kind, config, architecture, megatron_config, layout, number) for number in numbers]
     return Policy(chunks).to(layout.device)
 
 
 def _build_chunk(
-    config: Config, architecture: Architecture, megatron_config: TransformerConfig, layout: Layout, number: int
+    kind: type[PolicyModel],
+    config: Config,
+    architecture: Architecture,
+    megatron_config: TransformerConfig,
+    layout: Layout,
+    number: int,
 ) -> PolicyModel:
     is_last = number == config.parallel.virtual_pipeline_parallel - 1
-    model = PolicyModel(
+    model = kind(
         megatron_config,
         layer_specs(megatron_config, number),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),

@@ -78,10 +78,10 @@ def compare(layout: Any, mesh: Mesh, problem: Problem) -> dict[str, Any]:
 
 def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any], float]:
     """Take a gradient step on the problem. Return the policy, its logits and the gradient norm."""
-    from dapo_mcore.actor.actor import wrap
     from dapo_mcore.actor.forward_backward import run_micro_batches
     from dapo_mcore.actor.model.policy import build_policy
     from dapo_mcore.actor.optimizer import Optimizer
+    from dapo_mcore.actor.wrap import wrap
 
     policy = build_policy(config, problem.hf_config, layout)
     families.fill(policy, problem, layout)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_mcore.actor.actor import wrap
 from dapo_mcore.actor.forward_backward import run_micro_batches
 from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
 from dapo_mcore.actor.model.routing import PolicyRouter, routers, share_routing
+from dapo_mcore.actor.wrap import wrap
 from dapo_mcore.types import MicroBatch
 from tests.actor import families
 from tests.actor.fake_device import DEVICE, HOST, FakeDevice

@@ -1,0 +1,206 @@
+"""The critic on real gloo processes against plain fp64: Hugging Face's model with a linear head, verl's GAE and value loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.actor import parity
+from tests.actor.parity import Mesh
+from tests.algo.test_gae import recursion
+
+TOLERANCE = 1e-6
+GAE = {
+    "algo__advantage": "gae",
+    "algo__gamma": 0.99,
+    "algo__lam": 0.9,
+    "algo__old_logprobs": "actor",
+    "algo__kl": {"coef": 0.1, "estimator": "k1", "place": "reward"},
+    "critic__clip": 0.2,
+}
+MESHES = [
+    Mesh(),
+    Mesh(tensor=2, sequence_parallel=True),
+    Mesh(pipeline=2, virtual=2, context=2),
+    Mesh(data=3),
+]
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(
+        parity.save_problem(tmp_path_factory.mktemp("critic") / "problem.pt", parity.off_policy(parity.make_batch()))
+    )
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_values_advantages_and_gradient_equal_the_fp64_reference(mesh, problem):
+    found = parity.spawn(compare, mesh, problem)
+    for name in ("values", "returns", "advantages", "gradient", "loss"):
+        assert found[name] <= TOLERANCE, (name, found)
+    assert found["moved"] and found["poisoned_is_skipped"]
+
+
+def compare(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
+    """Return the errors of one mini-batch's values, returns, advantages, loss and gradient. Runs in a worker."""
+    batch, _ = parity.load_problem(path)
+    config = parity.make_config(mesh, **GAE)
+    actor = parity.build_actor(config, layout)
+    with torch.no_grad():
+        for parameter in actor.reference.parameters():
+            parameter.mul_(1.01)  # with a reference equal to the policy the KL would be 0
+    critic = actor.critic
+    set_head(critic, layout)
+    (mini,) = parity.shared_step(config, layout, batch, actor)
+    drifted = [micro.with_(values=micro.values + drift(micro)) for micro in mini] if layout.is_last_stage else mini
+    outputs = critic.backward(drifted)
+    loss = torch.zeros(1, dtype=torch.float64)
+    if layout.reports_loss:
+        loss += sum(output["sums"][1] for output in outputs)
+    layout.sum_over_ranks(loss)
+    gradient = local_gradients(critic)
+    tokens = token_values(mini, layout, batch)
+    expected = reference(batch, config) if layout.is_controller else None
+    before = [parameter.clone() for parameter in critic.model.parameters()]
+    poisoned = [micro.with_(token_weights=micro.token_weights * float("nan")) for micro in mini]
+    skipped = critic.update(poisoned if layout.rank == layout.world_size - 1 else mini).skipped
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, critic.model.parameters(), strict=True))
+    moved = not critic.update(drifted).skipped
+    errors = {name: error(tokens[name], expected[name]) for name in tokens} if expected else {}
+    gradients = gathered(gradient, layout)
+    if expected:
+        errors["gradient"] = max(error(gradients[name], expected["gradient"][name]) for name in gradients)
+        errors["loss"] = abs(loss.item() - expected["loss"]) / abs(expected["loss"])
+    return errors | {"moved": moved, "poisoned_is_skipped": skipped and unmoved}
+
+
+def set_head(critic: Any, layout: Any) -> None:
+    """Give the head the values that `reference` has."""
+    if layout.is_last_stage:
+        weight, bias = head()
+        with torch.no_grad():
+            critic.model[-1].value_head.weight.copy_(weight)
+            critic.model[-1].value_head.bias.copy_(bias)
+
+
+def head() -> tuple[torch.Tensor, torch.Tensor]:
+    return 0.05 * torch.randn(1, 64, generator=torch.Generator().manual_seed(7), dtype=torch.float64), torch.tensor(
+        [0.1]
+    )
+
+
+def drift(micro: Any) -> torch.Tensor:
+    """Return how far the old values are from the new ones: some beyond the clip."""
+    return 0.3 * torch.sin(micro.targets.double() + micro.sample_ids).float()
+
+
+def local_gradients(critic: Any) -> dict[str, torch.Tensor]:
+    """Return main_grad of the norms and the value head by name, which no tensor-parallel rank splits. Undivided here: the
+    parity tests' configuration has the distributed optimizer, whose shards are gathered first."""
+    import torch.distributed as dist
+
+    for chunk in critic.ddp:
+        for buffer in chunk.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                parts = [torch.empty_like(shard) for _ in range(group.size())]
+                dist.all_gather(parts, shard, group=group)
+                bucket.grad_data.copy_(torch.cat(parts))
+    found = {}
+    for chunk in critic.model:
+        for name, parameter in chunk.named_parameters():
+            if "norm" in name or "value_head" in name:
+                found[chunk._global_name(name)] = parameter.main_grad.clone()
+    return found
+
+
+def gathered(own: dict[str, torch.Tensor], layout: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of all pipeline stages, on rank 0."""
+    everywhere = layout.gather_objects(own)
+    return {name: tensor for part in everywhere for name, tensor in part.items()} if layout.is_controller else {}
+
+
+def token_values(mini: list[Any], layout: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """Return values, returns and advantages in the order of the batch's loss tokens, on every rank."""
+    grid = torch.zeros(3, len(batch.tokens), dtype=torch.float64)
+    if layout.reports_loss:
+        for micro in mini:
+            positions = micro.position_ids.T.flatten()[micro.rows]
+            at = torch.from_numpy(batch.offsets)[micro.sample_ids] + positions + 1
+            for row, name in enumerate(("values", "returns", "advantages")):
+                grid[row, at] = getattr(micro, name).double()
+    layout.sum_over_ranks(grid)
+    mask = torch.from_numpy(batch.loss_mask)
+    return {name: grid[row][mask] for row, name in enumerate(("values", "returns", "advantages"))}
+
+
+def reference(batch: Any, config: Any) -> dict[str, Any]:
+    """Return the same in fp64, sample by sample, with the loss and its gradient."""
+    policy, other, model = (parity.model64("qwen2", False) for _ in range(3))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    weight, bias = (tensor.double().requires_grad_() for tensor in head())
+    values, rewards, kept = [], [], np.flatnonzero([m.any() for m in masks(batch)])
+    for sample in kept:
+        tokens, mask = tokens_of(batch, sample), masks(batch)[sample]
+        hidden = model.model(tokens[None]).last_hidden_state[0, :-1][mask]
+        values.append((hidden @ weight.T)[:, 0] + bias)
+        kl = [
+            m(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0][mask]
+            for m in (policy, other)
+        ]
+        reward = -0.1 * (kl[0] - kl[1]).detach()
+        reward[-1] += batch.rewards[sample]
+        rewards.append(reward)
+    width = max(map(len, values))
+    pad = lambda rows: torch.stack([torch.nn.functional.pad(r.detach(), (0, width - len(r))) for r in rows])  # noqa: E731
+    mask = pad([torch.ones_like(r) for r in rewards]).bool()
+    advantages, returns = recursion(pad(rewards), pad(values), mask, config.algo.gamma, config.algo.lam)
+    raw, returns, flat = advantages[mask], returns[mask], torch.cat(values)
+    old = flat.detach() + 0.3 * torch.sin(torch.cat([targets(batch, s) for s in kept]) + sample_of(batch, kept))
+    clipped = old + (flat - old).clamp(-0.2, 0.2)
+    loss = 0.5 * torch.maximum((flat - returns) ** 2, (clipped - returns) ** 2).mean()
+    loss.backward()
+    gradient = {NAMES(name): p.grad for name, p in model.named_parameters() if "norm" in name}
+    gradient |= {"value_head.weight": weight.grad, "value_head.bias": bias.grad}
+    whitened = (raw - raw.mean()) / (raw.var() + 1e-8).sqrt()
+    return {
+        "values": flat.detach(),
+        "returns": returns,
+        "advantages": whitened,
+        "loss": loss.item(),
+        "gradient": gradient,
+    }
+
+
+def NAMES(name: str) -> str:
+    """Return Megatron's name of a norm."""
+    if name == "model.norm.weight":
+        return "decoder.final_layernorm.weight"
+    _, _, layer, which, _ = name.split(".")
+    return f"decoder.layers.{layer}.{'input_layernorm' if which == 'input_layernorm' else 'pre_mlp_layernorm'}.weight"
+
+
+def tokens_of(batch: Any, sample: int) -> torch.Tensor:
+    return torch.from_numpy(batch.tokens[batch.offsets[sample] : batch.offsets[sample + 1]].astype(np.int64))
+
+
+def masks(batch: Any) -> list[np.ndarray]:
+    return [batch.loss_mask[a:b][1:] for a, b in zip(batch.offsets[:-1], batch.offsets[1:])]
+
+
+def targets(batch: Any, sample: int) -> torch.Tensor:
+    return tokens_of(batch, sample)[1:][torch.from_numpy(masks(batch)[sample])].double()
+
+
+def sample_of(batch: Any, kept: np.ndarray) -> torch.Tensor:
+    return torch.cat([torch.full((int(masks(batch)[s].sum()),), float(s), dtype=torch.float64) for s in kept])
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
