@@ -59,6 +59,8 @@ def warm_start(
     actor.guard.check_trained()
     actor.reset_optimizer(config.optimizer)
     actor.freeze_reference()
+    if actor.critic is not None:
+        actor.critic.start_from(actor.policy)
 
 
 def _optimizer_config(settings: WarmStartConfig, base: OptimizerConfig) -> OptimizerConfig:

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.model.policy import Policy
-from dapo_mcore.actor.optimizer import OptimizerShard
+from dapo_mcore.actor.optimizer import Optimizer, OptimizerShard
 from dapo_mcore.actor.parallel.layout import Layout
+
+CRITIC = "critic."
+"""Before the keys of the critic and of its optimizer."""
 
 
 class CheckpointBlock(NamedTuple):
@@ -52,13 +55,21 @@ class CheckpointBlock(NamedTuple):
 
 
 def checkpoint_blocks(actor: Actor) -> list[CheckpointBlock]:
-    """Return this rank's blocks of policy, optimizer and reference policy. No communication."""
-    layout, weights = actor.layout, list(_sharded_tensors(actor.policy))
-    blocks = [_weight_block(sharded, "", layout) for _, sharded in weights]
-    blocks += _shard_blocks(weights, actor.optimizer.shards(), layout)
+    """Return this rank's blocks of policy, critic, their optimizers, and reference policy. No communication."""
+    layout = actor.layout
+    blocks = _trained_blocks(actor.policy, actor.optimizer, layout)
+    if actor.critic is not None:
+        own = _trained_blocks(actor.critic.model, actor.critic.optimizer, layout)
+        blocks += [block._replace(key=CRITIC + block.key) for block in own]
     if actor.reference is not None:
         blocks += [_weight_block(sharded, "reference.", layout) for _, sharded in _sharded_tensors(actor.reference)]
     return blocks
+
+
+def _trained_blocks(model: Policy, optimizer: Optimizer, layout: Layout) -> list[CheckpointBlock]:
+    weights = list(_sharded_tensors(model))
+    blocks = [_weight_block(sharded, "", layout) for _, sharded in weights]
+    return blocks + list(_shard_blocks(weights, optimizer.shards(), layout))
 
 
 def gradient_blocks(actor: Actor) -> list[CheckpointBlock]:

@@ -16,7 +16,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from dapo_mcore.actor.forward_backward import MicroBatchOutput, run_micro_batches
-from dapo_mcore.actor.model.policy import PolicyModel, ValueModel, build_policy
+from dapo_mcore.actor.model.policy import Policy, PolicyModel, ValueModel, build_policy
 from dapo_mcore.actor.optimizer import Optimizer
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.param_gather import gather_parameters
@@ -42,8 +42,22 @@ class Critic:
         self.ddp = wrap(self.model, config)
         gather_parameters(self.ddp)  # Megatron takes those of a new model for outdated
         self.feeder = build_feeder(config.batch.feeder, layout.device)
-        self.optimizer = Optimizer(self.ddp, config.critic.optimizer, self.model.config.params_dtype)
-        self.guard = UpdateGuard(config.critic.optimizer)
+        self._reset_optimizer()
+
+    def _reset_optimizer(self) -> None:
+        config = self.config.critic.optimizer
+        self.optimizer = Optimizer(self.ddp, config, self.model.config.params_dtype)
+        self.guard = UpdateGuard(config)
+
+    def start_from(self, policy: Policy) -> None:
+        """Take over the policy's layers, as after a warm start. The value head stays, and the optimizer begins anew."""
+        with torch.no_grad():
+            for own, theirs in zip(self.model, policy, strict=True):
+                weights = dict(theirs.named_parameters())
+                for name, parameter in own.named_parameters():
+                    if not name.startswith("value_head."):
+                        parameter.copy_(weights[name])
+        self._reset_optimizer()
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Return the micro-batches, on last-stage ranks with the values of the model as it is."""

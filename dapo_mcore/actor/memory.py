@@ -14,12 +14,12 @@ from torch.nn import Module
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.host_copy import HostCopy
-from dapo_mcore.actor.memory_use import gradient_tensors, storages, weight_tensors
+from dapo_mcore.actor.memory_use import gradient_tensors, state_tensors, storages, weight_tensors
 from dapo_mcore.actor.parallel.layout import num_local_ranks
 
 
 class ActorMemory:
-    """One rank's weights (the reference policy's too), gradients and optimizer state, on the device or on the host.
+    """One rank's weights (the reference policy's and critic's too), gradients and optimizer state, on the device or on the host.
 
     Call `offload_state`, then `offload_weights`, then `onload`, as often as needed. A weight sync may read the weights between
     the first two calls. After an offload the actor must not run until `onload`: its tensors have no memory. No communication.
@@ -52,7 +52,7 @@ class ActorMemory:
         self._gradients = [(storage, storage.nbytes()) for storage in gradients.values()]
         for storage, _ in self._gradients:
             storage.resize_(0)
-        for model in (self._actor.policy, self._actor.reference):
+        for model in self._models():
             _drop_fp8_copies(model)
         self._actor.layout.free_scratch()
 
@@ -70,14 +70,18 @@ class ActorMemory:
         self._state.onload()
 
     def _weight_tensors(self) -> Iterable[Tensor]:
-        return (*weight_tensors(self._actor.policy), *weight_tensors(self._actor.reference))
+        return [tensor for model in self._models() for tensor in weight_tensors(model)]
+
+    def _models(self) -> list[Module | None]:
+        critic = self._actor.critic
+        return [self._actor.policy, self._actor.reference, critic.model if critic else None]
 
     def _gradient_tensors(self) -> Iterable[Tensor]:
         return gradient_tensors(self._actor)
 
     def _state_tensors(self) -> Iterable[Tensor]:
         device = self._actor.layout.device
-        for tensor in self._actor.optimizer.tensors():
+        for tensor in state_tensors(self._actor):
             if tensor.device.type == device.type:  # torch's AdamW keeps its step counts on the host
                 yield tensor
 

@@ -46,9 +46,10 @@ class MemoryUse:
         of one chunk in fp32, which the policy head allocates on the last stage while it runs.
         """
         actor, device = self._actor, self._actor.layout.device.type
-        state = [tensor for tensor in actor.optimizer.tensors() if tensor.dim()]  # no step counts
+        state = [tensor for tensor in state_tensors(actor) if tensor.dim()]  # no step counts
+        critic = actor.critic.model if actor.critic else None
         kinds = {
-            "weights": weight_tensors(actor.policy),
+            "weights": (*weight_tensors(actor.policy), *weight_tensors(critic)),
             "reference": weight_tensors(actor.reference),
             "gradients": gradient_tensors(actor),
             "optimizer": (tensor for tensor in state if tensor.device.type == device),
@@ -86,8 +87,16 @@ def weight_tensors(model: torch.nn.Module | None) -> Iterable[Tensor]:
 
 
 def gradient_tensors(actor: Actor) -> Iterable[Tensor]:
-    """Return the gradient buffers of the policy."""
-    return [b.grad_data for chunk in actor.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    """Return the gradient buffers of the policy and the critic."""
+    chunks = [*actor.ddp, *(actor.critic.ddp if actor.critic else ())]
+    return [b.grad_data for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
+def state_tensors(actor: Actor) -> Iterator[Tensor]:
+    """Yield the tensors of the optimizers of policy and critic."""
+    yield from actor.optimizer.tensors()
+    if actor.critic is not None:
+        yield from actor.critic.optimizer.tensors()
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:

@@ -141,8 +141,10 @@ def update_metrics(updates: Sequence[UpdateStats], rest: MismatchStats | None = 
 
     rest  the mismatch of the policy before the step on the mini-batches after the first. The first one's is that of the
           first gradient step; later steps also differ because the policy has learned.
-    Steps that were not finite are counted and otherwise left out, as long as there are others.
+    Only `updates_per_step` if there was none. Steps that were not finite are counted and otherwise left out, as long as there are others.
     """
+    if not updates:
+        return {"updates_per_step": 0.0}
     finite = [u for u in updates if u.verdict is not Verdict.NOT_FINITE] or updates
     tokens = max(1.0, sum(u.sums["tokens"] for u in finite))
     mean = {name: sum(u.sums[name] for u in finite) / tokens for name in SUMS if name not in ("tokens", "loss")}

@@ -95,7 +95,9 @@ def begin_checkpoint(
     folder = checkpoint_path(run_dir, layout.broadcast_object(state.step if state is not None else None))
     blocks = checkpoint_blocks(actor)
     layout.on_every_rank_or_raise(lambda: _check_finite(folder, blocks, layout.rank))
-    steps = float(layout.max_over_ranks(torch.tensor(actor.optimizer.adam_step, dtype=torch.float64)))
+    optimizers = [actor.optimizer, *([actor.critic.optimizer] if actor.critic else [])]
+    own = torch.tensor([optimizer.adam_step for optimizer in optimizers], dtype=torch.float64)
+    steps = layout.max_over_ranks(own).tolist()
     with _disk_errors_named(folder):
         partial: Any = layout.broadcast_object(_on_controller(layout, lambda: new_partial(folder)))
     job = Publication(partial, folder, layout.world_size, keep)
@@ -130,6 +132,9 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     exchange_shares(blocks, layout)
     actor.optimizer.resume_at(shared.adam_step)
     actor.guard.state = GuardState(**(shared.guard or {"num_updates": shared.train.num_updates}))
+    if actor.critic is not None:
+        actor.critic.optimizer.resume_at(shared.critic["adam_step"])
+        actor.critic.guard.state = GuardState(**shared.critic["guard"])
     return (state or shared).train
 
 
@@ -187,12 +192,16 @@ def _write_own(job: Publication, blocks: Sequence[CheckpointBlock], rank: int) -
         write_shard(job.partial / SHARDS, rank, snapshot.header, snapshot.slices, snapshot.pieces)
 
 
-def _write_rest(partial: Path, state: TrainState | None, adam_step: float, actor: Actor) -> None:
-    """Rank 0: write what is no tensor."""
+def _write_rest(partial: Path, state: TrainState | None, adam_steps: Sequence[float], actor: Actor) -> None:
+    """Rank 0: write what is no tensor. adam_steps  of the policy's optimizer, and of the critic's if there is one."""
     assert state is not None, "rank 0 must give the state"
     (partial / SHARDS).mkdir()
-    guard = asdict(actor.guard.state)
-    write_state(partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_step, guard))
+    guard, critic = asdict(actor.guard.state), None
+    if actor.critic is not None:
+        critic = {"adam_step": adam_steps[1], "guard": asdict(actor.critic.guard.state)}
+    write_state(
+        partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_steps[0], guard, critic)
+    )
     write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
 
 
@@ -253,6 +262,11 @@ def _check_fits(path: Path, state: RunState, actor: Actor) -> None:
         raise CheckpointError(
             f"{path} holds no reference policy, but algo.kl.coef is {actor.config.algo.kl.coef}; "
             f"the run it comes from had algo.kl.coef 0: set it to 0, or start a new run"
+        )
+    if actor.critic is not None and state.critic is None:
+        raise CheckpointError(
+            f"{path} holds no critic, but algo.advantage is gae; the run it comes from had algo.advantage group: set that, or start a "
+            f"new run from an export"
         )
 
 

@@ -2,7 +2,7 @@
 
 Change here: the fields, and the number of the format when a reader must know of a change.
 
-    state.json          TrainState but its arrays; `format`, `fits`, `reference`, `adam_step`
+    state.json          TrainState but its arrays; `format`, `fits`, `reference`, `adam_step`, `guard`, `critic`
     state.safetensors   token data of carried groups
 """
 
@@ -59,6 +59,7 @@ class RunState:
     reference   True if the checkpoint holds a reference policy
     adam_step   updates that Adam has made; None in format 1
     guard       counts and norms of actor/update_guard.py; None in checkpoints of earlier versions
+    critic      adam_step and guard of the critic; None without one
     """
 
     format: int
@@ -67,6 +68,7 @@ class RunState:
     reference: bool
     adam_step: float | None
     guard: dict[str, Any] | None = None
+    critic: dict[str, Any] | None = None
 
 
 def _file_model() -> type[BaseModel]:
@@ -85,6 +87,7 @@ def _file_model() -> type[BaseModel]:
         reference=(bool, ...),
         adam_step=(float | None, None),
         guard=(dict[str, Any] | None, None),
+        critic=(dict[str, Any] | None, None),
     )
 
 
@@ -118,7 +121,7 @@ def read_state(folder: Path) -> RunState:
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
     train = TrainState(**dict(stored.train), sampler_arrays=_read_arrays(folder / ARRAYS_FILE))
-    return RunState(stored.format, train, stored.fits, stored.reference, stored.adam_step, stored.guard)
+    return RunState(stored.format, train, stored.fits, stored.reference, stored.adam_step, stored.guard, stored.critic)
 
 
 def refuse_wrong_optimizer_state(folder: Path, state: RunState) -> None:

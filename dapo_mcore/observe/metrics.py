@@ -129,6 +129,16 @@ METRICS: dict[str, Metric] = {
     "actor/ref_kl": Metric(
         "nats", "reference KL: KL(policy ‖ reference policy) by algo.kl.estimator, mean over loss tokens"
     ),
+    "critic/loss": Metric("", "value loss, mean over the step's updates"),
+    "critic/value_mean": Metric("", "the critic's value, mean over loss tokens"),
+    "critic/return_mean": Metric("", "what the critic learns (advantage + value), mean over loss tokens"),
+    "critic/explained_variance": Metric(
+        "fraction", "1 - mean squared error / variance of the returns: 1 is perfect, 0 a constant"
+    ),
+    "critic/clipped": Metric("fraction", "loss tokens whose value left the clip range around the old one"),
+    "critic/grad_norm": Metric("", "gradient norm of the critic before clipping, mean over the step's updates"),
+    "critic/lr": Metric("", "learning rate of the critic's last update"),
+    "critic/skipped_updates": Metric("updates", "gradient steps of the critic that were skipped"),
     "mismatch/logprob_diff_mean": Metric("nats", "|actor's log-prob - rollout engine's|, mean over loss tokens"),
     "mismatch/logprob_diff_p99": Metric("nats", "the same, 99th percentile, from a histogram: at most 6 % too high"),
     "mismatch/logprob_diff_max": Metric("nats", "the same, maximum"),

@@ -77,9 +77,11 @@ def state_bytes(config: Config) -> int:
 
 
 def stored_bytes(config: Config) -> int:
-    """Return the bytes of a checkpoint per parameter: its weight, its optimizer state, and a reference policy's weight."""
-    weight = 2 if config.model.dtype == "bf16" else 4
-    return state_bytes(config) + weight * (2 if config.algo.kl.coef else 1)
+    """Return the bytes of a checkpoint per parameter: its weight, its optimizer state, a reference policy's weight, and weight and
+    optimizer state of a critic."""
+    weight, critic = 2 if config.model.dtype == "bf16" else 4, config.algo.advantage == "gae"
+    models = 1 + critic + (config.algo.kl.coef > 0)
+    return state_bytes(config) * (1 + critic) + weight * models
 
 
 def micro_batches_in_flight(job: Job, stage: int, num_micro_batches: int) -> float:

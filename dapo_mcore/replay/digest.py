@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks, gradient_blocks, written_blocks
+from dapo_mcore.actor.checkpoint_blocks import (
+    CRITIC,
+    CheckpointBlock,
+    checkpoint_blocks,
+    gradient_blocks,
+    written_blocks,
+)
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.replay.record import Digest, Digests
 from dapo_mcore.types import MicroBatch
@@ -90,7 +96,7 @@ class Digester:
         Collectives: two gloo all-reduces, and at the first call one gather and one broadcast of the tensors' names.
         """
         blocks = checkpoint_blocks(self._actor)
-        own = [block for block in blocks if not block.key.startswith(("optimizer.", "reference."))]
+        own = [block for block in blocks if not block.key.startswith(("optimizer.", "reference.", CRITIC))]
         main = [block._replace(key=block.key.removeprefix(_MAIN)) for block in blocks if block.key.startswith(_MAIN)]
         whole = [block for block in own if block.data.dtype == torch.float32]
         return self._reduce("weights", self._sums([*whole, *main]))

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.critic import critic_metrics
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.memory_use import MemoryUse
 from dapo_mcore.actor.metrics import update_metrics
@@ -170,8 +171,10 @@ class Run:
             if self._stop() is not None:
                 return None
             with self._phase("train"), self.memory.phase("update"):
-                uids = self.controller.uids if self.controller else ()
-                updates = self.learner.update(scored, uids, self.recorder.add_update)
+                critic_updates, updates = self.learner.update_critic(scored), []
+                if step > config.critic.warmup_steps:
+                    uids = self.controller.uids if self.controller else ()
+                    updates = self.learner.update(scored, uids, self.recorder.add_update)
                 check_weights(self.actor.policy, self.layout)  # before the engine gets them
                 self.recorder.finish()
                 if config.parallel.check_replicas:
@@ -182,7 +185,8 @@ class Run:
         if self._stop() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
-        return update_metrics(updates, scored.mismatch) | memory | self.handover.pop_metrics()
+        metrics = update_metrics(updates, scored.mismatch) | critic_metrics(critic_updates)
+        return metrics | memory | self.handover.pop_metrics()
 
     def _profile(self, step: int) -> Path | None:
         """Return the file for this rank's profile of the step; None if there is none."""
