@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo_mcore.actor.model.fp8_layers import quantizer, simulate
@@ -95,6 +96,13 @@ class ValueModel(PolicyModel):
     def head_weight(self) -> torch.Tensor:
         """Return the value head's weight, [1, H]."""
         return self.value_head.weight
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return Megatron's description of the parameters. GPTModel's own (megatron-core 0.16.1) asks for an output projection."""
+        found = MegatronModule.sharded_state_dict(self, prefix, *args, **kwargs)
+        if self.pre_process:
+            found[f"{prefix}embedding.word_embeddings.weight"].allow_shape_mismatch = True  # the padded vocabulary
+        return found
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what PolicyModel yields, without the value head: an HF model has none."""
