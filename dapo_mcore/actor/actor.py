@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from dapo_mcore.actor.forward_backward import MicroBatchOutput, run_micro_batche
 from dapo_mcore.actor.head import PolicyHead
 from dapo_mcore.actor.metrics import UpdateStats, micro_batch_stats
 from dapo_mcore.actor.model.policy import Policy, PolicyModel, build_policy
-from dapo_mcore.actor.not_finite import Culprit, find_culprit, weights_lost
+from dapo_mcore.actor.not_finite import Culprit, explain_skip, find_culprit, weights_lost
 from dapo_mcore.actor.optimizer import Optimizer
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.param_gather import gather_parameters
-from dapo_mcore.actor.update_guard import UpdateGuard, Verdict
+from dapo_mcore.actor.update_guard import UpdateGuard
 from dapo_mcore.actor.wrap import wrap
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
@@ -48,20 +49,20 @@ class Actor:
         self.shape = weight_shape(hf_config, layout.tensor)
         self.policy = build_policy(config, hf_config, layout)
         self.policy.load_weights(reader, self.shape, layout)
-        self.reference = self._build_reference(hf_config)
-        self.ddp = wrap(self.policy, config)
+        own_routes = _with_own_routes(config)
+        self.reference = self._build_reference(own_routes)
+        self.ddp = wrap(self.policy, config.parallel, config.optimizer)
         gather_parameters(self.ddp)  # Megatron takes those of a new model for outdated
         self.head = PolicyHead(config, layout, self.shape.vocab_size)
         self.feeder = build_feeder(config.batch.feeder, layout.device)
         self.reset_optimizer(config.optimizer)
-        self.critic = Critic(config, hf_config, layout, reader, self.shape) if config.algo.advantage == "gae" else None
+        has_critic = config.algo.advantage == "gae"
+        self.critic = Critic(own_routes, hf_config, layout, reader, self.shape) if has_critic else None
 
-    def _build_reference(self, hf_config: Any) -> Policy | None:
+    def _build_reference(self, config: Config) -> Policy | None:
         if self.config.algo.kl.coef == 0:
             return None
-        without_replay = self.config.model.model_copy(update={"routing_replay": "none"})  # its routes are its own
-        config = self.config.model_copy(update={"model": without_replay})
-        reference = build_policy(config, hf_config, self.layout).requires_grad_(False)
+        reference = build_policy(config, self.hf_config, self.layout).requires_grad_(False)
         reference.load_state_dict(self.policy.state_dict())
         return reference
 
@@ -74,6 +75,11 @@ class Actor:
         """Replace the optimizer by a new one, with empty state and a new schedule, over the same weights."""
         self.optimizer = Optimizer(self.ddp, config, self.policy.config.params_dtype)
         self.guard = UpdateGuard(config)
+
+    @property
+    def trained(self) -> dict[str, Policy]:
+        """Return the models that gradient steps change, by name: `policy`, and `critic` if there is one."""
+        return {"policy": self.policy} | ({"critic": self.critic.model} if self.critic is not None else {})
 
     @property
     def num_updates(self) -> int:
@@ -146,12 +152,8 @@ class Actor:
     ) -> UpdateStats:
         """End a gradient step without an update. Return its statistics with the cause."""
         self.optimizer.skip()
-        culprit = None
-        if stats.verdict is Verdict.SPIKE:
-            cause = self.guard.describe_spike(stats.grad_norm)
-        else:
-            culprit = find_culprit(self.policy, micro_batches, outputs, self.layout)
-            cause = str(culprit) if culprit else "all tensors are finite, but the gradient norm overflows"
+        search = partial(find_culprit, self.policy, micro_batches, outputs, self.layout)
+        cause, culprit = explain_skip(self.guard, stats.grad_norm, search)
         stats = replace(stats, cause=cause)
         if on_skip is not None:
             on_skip(stats, culprit, outputs)
@@ -219,3 +221,8 @@ class Actor:
         if batch.old_logprobs is not None:
             return importance_weights(batch.old_logprobs, rollout, tis.mode, tis.cap)
         return lambda own, rows: importance_weights(own, rollout[rows], tis.mode, tis.cap)
+
+
+def _with_own_routes(config: Config) -> Config:
+    """Return the configuration of a model beside the policy, whose routers never replay the policy's routes."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"routing_replay": "none"})})

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from dapo_mcore.actor.forward_backward import MicroBatchOutput, run_micro_batches
-from dapo_mcore.actor.model.policy import Policy, PolicyModel, ValueModel, build_policy
+from dapo_mcore.actor.model.policy import VALUE_HEAD, Policy, PolicyModel, ValueModel, build_policy
+from dapo_mcore.actor.not_finite import explain_skip, find_culprit, weights_lost
 from dapo_mcore.actor.optimizer import Optimizer
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.param_gather import gather_parameters
@@ -27,6 +29,7 @@ from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.batch.feeder import build_feeder
 from dapo_mcore.config.schema import Config
+from dapo_mcore.errors import TrainingError
 from dapo_mcore.types import MicroBatch
 
 SUMS = ("tokens", "loss", "value", "return", "return_squared", "error_squared", "clipped")
@@ -39,7 +42,7 @@ class Critic:
         self.config, self.layout = config, layout
         self.model = build_policy(config, hf_config, layout, ValueModel)
         self.model.load_weights(reader, shape, layout)
-        self.ddp = wrap(self.model, config)
+        self.ddp = wrap(self.model, config.parallel, config.critic.optimizer)
         gather_parameters(self.ddp)  # Megatron takes those of a new model for outdated
         self.feeder = build_feeder(config.batch.feeder, layout.device)
         self._reset_optimizer()
@@ -47,7 +50,7 @@ class Critic:
     def _reset_optimizer(self) -> None:
         config = self.config.critic.optimizer
         self.optimizer = Optimizer(self.ddp, config, self.model.config.params_dtype)
-        self.guard = UpdateGuard(config)
+        self.guard = UpdateGuard(config, "critic.optimizer")
 
     def start_from(self, policy: Policy) -> None:
         """Take over the policy's layers, as after a warm start. The value head stays, and the optimizer begins anew."""
@@ -55,7 +58,7 @@ class Critic:
             for own, theirs in zip(self.model, policy, strict=True):
                 weights = dict(theirs.named_parameters())
                 for name, parameter in own.named_parameters():
-                    if not name.startswith("value_head."):
+                    if not name.startswith(VALUE_HEAD):
                         parameter.copy_(weights[name])
         self._reset_optimizer()
 
@@ -71,20 +74,30 @@ class Critic:
     def update(self, micro_batches: Sequence[MicroBatch], *, update_follows: bool = False) -> CriticStats:
         """Take one gradient step on a mini-batch with values and returns, and return its statistics over all ranks.
 
-        A step that is not finite on any rank, or a spike, is skipped, as the actor's are (update_guard.py). Collectives: those of
-        Actor.update.
+        A step that is not finite on any rank, or a spike, is skipped on all ranks. Errors and collectives: as of Actor.update.
         """
         outputs = self.backward(micro_batches)
         norm = self.optimizer.prepare()
         stats = CriticStats.reduce(outputs, self.layout, grad_norm=norm, lr=self.optimizer.lr, judge=self.guard.judge)
-        if stats.skipped:
-            self.optimizer.skip()
+        if stats.verdict.skips:
+            stats = self._skip(micro_batches, outputs, stats)
         else:
             self.optimizer.step(norm)
         if not update_follows:
             gather_parameters(self.ddp)
-        self.guard.add(stats.verdict, stats.grad_norm, "in the critic")
+        self.guard.add(stats.verdict, stats.grad_norm, stats.cause)
         return stats
+
+    def _skip(
+        self, micro_batches: Sequence[MicroBatch], outputs: Sequence[MicroBatchOutput], stats: CriticStats
+    ) -> CriticStats:
+        """End a gradient step without an update. Return its statistics with the cause."""
+        self.optimizer.skip()
+        search = partial(find_culprit, self.model, micro_batches, outputs, self.layout)
+        cause, culprit = explain_skip(self.guard, stats.grad_norm, search)
+        if culprit is not None and culprit.tensor == "weight":
+            raise TrainingError(weights_lost(cause, "critic"))
+        return replace(stats, cause=f"in the critic: {cause}")
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchOutput]:
         """Compute the gradient of a mini-batch into main_grad, summed over data- and context-parallel ranks and not clipped."""
@@ -118,16 +131,17 @@ class Critic:
 
 @dataclass(frozen=True)
 class CriticStats:
-    """Statistics of one gradient step over all loss tokens of the mini-batch, on all ranks. `sums` by SUMS."""
+    """Statistics of one gradient step over all loss tokens of the mini-batch, on all ranks.
+
+    sums     by SUMS; `loss` is the mini-batch's loss, the others are to be divided by `tokens`
+    verdict, cause   as in UpdateStats
+    """
 
     sums: dict[str, float]
     grad_norm: float
     lr: float
     verdict: Verdict
-
-    @property
-    def skipped(self) -> bool:
-        return self.verdict in (Verdict.NOT_FINITE, Verdict.SPIKE)
+    cause: str = ""
 
     @classmethod
     def reduce(
@@ -155,21 +169,25 @@ class CriticStats:
 
 
 def critic_metrics(updates: Sequence[CriticStats]) -> dict[str, float]:
-    """Return the `critic/…` metrics of one rollout step; {} if the critic took no gradient step."""
+    """Return the `critic/…` metrics of one rollout step; {} without a critic.
+
+    Steps that were not finite are counted and otherwise left out, as long as there are others.
+    """
     if not updates:
         return {}
-    tokens = max(1.0, sum(u.sums["tokens"] for u in updates))
-    mean = {name: sum(u.sums[name] for u in updates) / tokens for name in SUMS}
+    finite = [u for u in updates if u.verdict is not Verdict.NOT_FINITE] or updates
+    tokens = max(1.0, sum(u.sums["tokens"] for u in finite))
+    mean = {name: sum(u.sums[name] for u in finite) / tokens for name in SUMS}
     variance = mean["return_squared"] - mean["return"] ** 2
     return {
-        "critic/loss": sum(u.sums["loss"] for u in updates) / len(updates),
+        "critic/loss": sum(u.sums["loss"] for u in finite) / len(finite),
         "critic/value_mean": mean["value"],
         "critic/return_mean": mean["return"],
         "critic/clipped": mean["clipped"],
         **({"critic/explained_variance": 1 - mean["error_squared"] / variance} if variance > 0 else {}),
-        "critic/grad_norm": sum(u.grad_norm for u in updates) / len(updates),
+        "critic/grad_norm": sum(u.grad_norm for u in finite) / len(finite),
         "critic/lr": updates[-1].lr,
-        "critic/skipped_updates": float(sum(u.skipped for u in updates)),
+        "critic/skipped_updates": float(sum(u.verdict.skips for u in updates)),
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.critic import CriticStats
+from dapo_mcore.actor.critic import Critic, CriticStats
 from dapo_mcore.actor.metrics import UpdateStats
 from dapo_mcore.actor.model.fp8_rules import token_multiple
 from dapo_mcore.actor.not_finite import Culprit
@@ -54,6 +54,14 @@ class ScoredStep:
     step: ScatteredStep
 
 
+@dataclass(frozen=True)
+class TrainedStep:
+    """Statistics of the gradient steps of a rollout step, in order: of the policy, and of the critic."""
+
+    policy: list[UpdateStats]
+    critic: list[CriticStats]
+
+
 class Learner:
     """Trains an actor on scattered rollout steps. Every rank calls the same methods in the same order.
 
@@ -82,17 +90,24 @@ class Learner:
         flat[start:] = self.actor.score(flat[start:])
         flat = self.actor.score_reference(flat)
         mismatch = self._mismatch(flat[max(start, bounds[1]) :])
-        if self.actor.critic is not None:
-            flat = self.actor.critic.score(flat)
-            flat = with_token_advantages(flat, step.metadata.rewards, self.config.algo, self.layout)
-        else:
-            advantages = self._advantages(step.metadata, flat)
-            flat = [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in flat]
+        flat = self._with_advantages(step.metadata, flat)
         return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch, step)
 
     def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
         """Return this rank's micro-batches of every mini-batch, with token weights and without advantages."""
         return [self._build_mini_batch(step, plan, loss_mode) for plan in step.plan]
+
+    def train(
+        self,
+        scored: ScoredStep,
+        step: int,
+        uids: Sequence[str] = (),
+        watch: Callable[[UpdateStats], None] = lambda stats: None,
+    ) -> TrainedStep:
+        """Take all gradient steps of rollout step `step`: those of the critic, then, after critic.warmup_steps, of the policy."""
+        critic = [] if self.actor.critic is None else self._update_critic(self.actor.critic, scored)
+        warms_up = step <= self.config.critic.warmup_steps
+        return TrainedStep([] if warms_up else self.update(scored, uids, watch), critic)
 
     def update(
         self, scored: ScoredStep, uids: Sequence[str] = (), watch: Callable[[UpdateStats], None] = lambda stats: None
@@ -159,12 +174,18 @@ class Learner:
                 f"optimizer.max_skipped_updates {self.config.optimizer.max_skipped_updates} in a row end the run"
             )
 
-    def update_critic(self, scored: ScoredStep) -> list[CriticStats]:
-        """Take one gradient step of the critic per mini-batch, `batch.epochs` times over; none without a critic."""
-        if self.actor.critic is None:
-            return []
-        minis = list(scored.mini_batches) * self.config.batch.epochs
-        return [self.actor.critic.update(mini, update_follows=n < len(minis)) for n, mini in enumerate(minis, 1)]
+    def _update_critic(self, critic: Critic, scored: ScoredStep) -> list[CriticStats]:
+        """Take one gradient step per mini-batch, `batch.epochs` times over, and return the statistics of each."""
+        minis, found = list(scored.mini_batches) * self.config.batch.epochs, []
+        for number, mini in enumerate(minis, 1):
+            found.append(critic.update(mini, update_follows=number < len(minis)))
+            if found[-1].verdict.skips and self.layout.is_controller:
+                self.tell(
+                    f"warning: gradient step {critic.guard.state.num_updates} of the critic was skipped on all ranks: "
+                    f"{found[-1].cause}; critic.optimizer.max_skipped_updates {self.config.critic.optimizer.max_skipped_updates} "
+                    f"in a row end the run"
+                )
+        return found
 
     def _build_mini_batch(self, step: ScatteredStep, plan: MiniBatchPlan, loss_mode: LossMode) -> list[MicroBatch]:
         metadata, layout = step.metadata, self.layout
@@ -195,6 +216,14 @@ class Learner:
         micro_batches = [build([step.local_of[sample] for sample in samples]) for samples in parts]
         to_global = torch.from_numpy(local)
         return [micro.with_(sample_ids=to_global.index_select(0, micro.sample_ids)) for micro in micro_batches]
+
+    def _with_advantages(self, metadata: SampleMetadata, scored: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Return the micro-batches with the advantages of their tokens, and with a critic its values and returns."""
+        if self.actor.critic is not None:
+            valued = self.actor.critic.score(scored)
+            return with_token_advantages(valued, metadata.rewards, self.config.algo, self.layout)
+        advantages = self._advantages(metadata, scored)
+        return [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in scored]
 
     def _advantages(self, metadata: SampleMetadata, scored: Sequence[MicroBatch]) -> torch.Tensor:
         """Return the advantages of all samples of the step, float32 [B], the same on every rank."""

@@ -82,7 +82,7 @@ class UpdateStats:
 
     @property
     def skipped(self) -> bool:
-        return self.verdict in (Verdict.NOT_FINITE, Verdict.SPIKE)
+        return self.verdict.skips
 
     @classmethod
     def reduce(
@@ -141,7 +141,8 @@ def update_metrics(updates: Sequence[UpdateStats], rest: MismatchStats | None = 
 
     rest  the mismatch of the policy before the step on the mini-batches after the first. The first one's is that of the
           first gradient step; later steps also differ because the policy has learned.
-    Only `updates_per_step` if there was none. Steps that were not finite are counted and otherwise left out, as long as there are others.
+    Steps that were not finite are counted and otherwise left out, as long as there are others. Without any gradient step, as
+    while only a critic trains, `updates_per_step` is all there is.
     """
     if not updates:
         return {"updates_per_step": 0.0}

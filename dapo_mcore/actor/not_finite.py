@@ -6,8 +6,9 @@ those after it. Only skipped steps are searched; every rollout step costs one pa
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from dapo_mcore.actor.forward_backward import MicroBatchOutput
 from dapo_mcore.actor.model.policy import Policy
 from dapo_mcore.actor.parallel.layout import Layout
+from dapo_mcore.actor.update_guard import UpdateGuard
 from dapo_mcore.errors import TrainingError
 from dapo_mcore.types import MicroBatch
 
-INPUTS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages", "token_weights")
+INPUTS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns", "advantages", "token_weights")
 ORDER = ("weight", *INPUTS, "logprobs", "loss", "gradient")
 
 
@@ -68,6 +70,14 @@ def find_culprit(
     return culprit
 
 
+def explain_skip(guard: UpdateGuard, norm: float, search: Callable[[], Culprit | None]) -> tuple[str, Culprit | None]:
+    """Return why a gradient step with this norm is skipped, for people, and what `search` finds if it is not finite."""
+    if math.isfinite(norm):
+        return guard.describe_spike(norm), None
+    culprit = search()
+    return str(culprit) if culprit else "all tensors are finite, but the gradient norm overflows", culprit
+
+
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return True if no tensor holds NaN or infinity. Reads each once and takes no memory: NaN is the minimum of what holds one."""
@@ -79,25 +89,26 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.stack(found).isfinite().all()) for found in ends.values())
 
 
-def check_weights(policy: Policy, layout: Layout) -> None:
-    """Raise TrainingError, on every rank, if a weight of any rank is NaN or infinite.
+def check_weights(models: Mapping[str, Policy], layout: Layout) -> None:
+    """Raise TrainingError, on every rank, if a weight of any rank is NaN or infinite. models  as in Actor.trained.
 
     Reads the weights once. Collective: one gloo all-gather.
     """
-    layout.on_every_rank_or_raise(lambda: _check_own_weights(policy, layout.rank))
+    layout.on_every_rank_or_raise(lambda: _check_own_weights(models, layout.rank))
 
 
-def _check_own_weights(policy: Policy, rank: int) -> None:
-    if all_finite(weight.detach() for _, weight in policy.named_weights()):
-        return
-    raise TrainingError(weights_lost(str(_first_here(policy, (), (), rank))))
+def _check_own_weights(models: Mapping[str, Policy], rank: int) -> None:
+    for name, model in models.items():
+        if not all_finite(weight.detach() for _, weight in model.named_weights()):
+            raise TrainingError(weights_lost(str(_first_here(model, (), (), rank)), name))
 
 
-def weights_lost(cause: str) -> str:
+def weights_lost(cause: str, model: str = "policy") -> str:
     """Return the message for weights that are not finite, of which no later gradient step can recover."""
+    section = "optimizer" if model == "policy" else f"{model}.optimizer"
     return (
-        f"the policy's weights are no longer finite ({cause}): no gradient step can mend them, and they are neither saved nor "
-        f"sent to the rollout engine; lower optimizer.lr or optimizer.clip_grad, and resume from the last checkpoint"
+        f"the {model}'s weights are no longer finite ({cause}): no gradient step can mend them, and they are neither saved nor "
+        f"sent to the rollout engine; lower {section}.lr or {section}.clip_grad, and resume from the last checkpoint"
     )
 
 
@@ -126,7 +137,8 @@ def _tensors(
             if (values := getattr(micro, field)) is not None:
                 yield field, "", number, values
     for number, output in enumerate(outputs):
-        yield "logprobs", "", number, output["logprobs"]
+        if "logprobs" in output:  # a critic has none
+            yield "logprobs", "", number, output["logprobs"]
     for number, output in enumerate(outputs):
         yield "loss", "", number, output["sums"]
     for name, weight in weights:

@@ -1,8 +1,8 @@
 """Checks with checksums that all copies of a weight on different ranks are bitwise equal.
 
 Change here: which ranks hold copies, and how copies are compared. Data- and context-parallel ranks hold the same shards,
-tensor-parallel ranks the same norms, routers and latent projections, and the last pipeline stage a copy of a tied embedding.
-Without this check, nobody would notice that copies differ: exports and checkpoints contain only one of them.
+tensor-parallel ranks the same norms, routers, latent projections and value head, and the last pipeline stage a copy of a tied
+embedding. Without this check, nobody would notice that copies differ: exports and checkpoints contain only one of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from dapo_mcore.actor.model.policy import Policy
+from dapo_mcore.actor.model.policy import VALUE_HEAD, Policy
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.architecture.mapping import find_parameter
 from dapo_mcore.architecture.shape import WeightShape
@@ -29,7 +29,8 @@ def check_replicas(policy: Policy, shape: WeightShape, layout: Layout) -> None:
     if layout.world_size == 1:
         return
     sums = {name: checksum(weight) for name, weight in policy.named_weights()}
-    differing = _differing_weights(sums, shape, layout)
+    is_tied = policy[0].share_embeddings_and_output_weights
+    differing = _differing_weights(sums, shape, layout, is_tied=is_tied)
     if layout.max_over_ranks(torch.tensor([float(len(differing))])).item():
         raise TrainingError(_describe({name: int(sums[name]) for name in differing}, layout))
 
@@ -43,17 +44,20 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     return content[:whole].view(torch.int64).sum() + content[whole:].sum(dtype=torch.int64)
 
 
-def _differing_weights(sums: dict[str, torch.Tensor], shape: WeightShape, layout: Layout) -> list[str]:
+def _differing_weights(
+    sums: dict[str, torch.Tensor], shape: WeightShape, layout: Layout, *, is_tied: bool
+) -> list[str]:
     """Return the names of this rank's weights of which another rank holds a different copy."""
-    rules = {name: find_parameter(name, shape).rule for name in sums}
-    dense = [name for name in sums if not rules[name].per_expert]
+    heads = [name for name in sums if name.startswith(VALUE_HEAD)]
+    rules = {name: find_parameter(name, shape).rule for name in sums if name not in heads}
+    dense = [name for name, rule in rules.items() if not rule.per_expert]
     groups = [
-        (dense, layout.copies_group),
-        ([name for name in sums if rules[name].per_expert], layout.expert_copies_group),
-        ([name for name in dense if rules[name].tp_split is None], layout.tensor_group),
+        ([*dense, *heads], layout.copies_group),
+        ([name for name, rule in rules.items() if rule.per_expert], layout.expert_copies_group),
+        ([*(name for name in dense if rules[name].tp_split is None), *heads], layout.tensor_group),
     ]
     compared = [({name: sums[name] for name in copied}, group) for copied, group in groups]
-    if shape.tied and layout.pipeline > 1:
+    if is_tied and layout.pipeline > 1:
         compared.append((_tied_embedding(sums, layout), layout.pipeline_group))
     names = [name for copies, group in compared for name in _differing(copies, group, layout.device)]
     return list(dict.fromkeys(names))

@@ -51,7 +51,8 @@ def _gae(
     micro_batches: Sequence[MicroBatch], rewards: Tensor, algo: AlgoConfig, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns of this rank's rows, float64 [L] in host memory, in the order of the micro-batches."""
-    own = torch.cat([_rows(micro, algo) for micro in micro_batches], dim=1)
+    nothing = torch.zeros(3, 0, dtype=torch.float64, device=layout.device)
+    own = torch.cat([nothing, *(_rows(micro, algo) for micro in micro_batches)], dim=1)
     everywhere, start = _gather_context(own, layout)
     keys, order = everywhere[0].sort()
     values, kl = everywhere[1, order].cpu(), everywhere[2, order].cpu()
@@ -92,11 +93,11 @@ def _gather_context(own: Tensor, layout: Layout) -> tuple[Tensor, int]:
 def _whiten(advantages: Tensor, layout: Layout) -> Tensor:
     """Return (A - mean) / √(variance + 1e-8) over all ranks' loss tokens, with the divisor N - 1; fewer than two stay.
 
+    Values that are not finite do not count, so that only their own mini-batches are skipped.
     Source: masked_whiten of verl 0.9.1 (utils/torch_functional.py). Collectives: two gloo all-reduces.
     """
-    counted = advantages if layout.reports_loss else advantages[:0]
+    counted = advantages[advantages.isfinite()] if layout.reports_loss else advantages[:0]
     count, total = layout.sum_over_ranks(torch.stack([counted.new_tensor(len(counted)), counted.sum()])).tolist()
-    centred = advantages - total / max(count, 1)
-    squares = centred if layout.reports_loss else centred[:0]
-    variance = layout.sum_over_ranks(squares.square().sum().view(1)).item() / max(count - 1, 1)
-    return advantages if count < 2 else centred / (variance + 1e-8) ** 0.5
+    mean = total / max(count, 1)
+    variance = layout.sum_over_ranks((counted - mean).square().sum().view(1)).item() / max(count - 1, 1)
+    return advantages if count < 2 else (advantages - mean) / (variance + 1e-8) ** 0.5

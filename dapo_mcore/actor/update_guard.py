@@ -14,12 +14,6 @@ from statistics import median
 from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.errors import TrainingError
 
-_ADVICE = (
-    "see actor/grad_norm, actor/ratio_max_deviation and mismatch/logprob_diff_max in metrics.jsonl for the steps before; "
-    "lower optimizer.lr, clip more (optimizer.clip_grad) or look for NaN in the model's weights, and resume from a "
-    "checkpoint from before the first skipped step"
-)
-
 
 class Verdict(Enum):
     """What happens to a gradient step. NEW_LEVEL is taken: it is one spike too many in a row to be a spike."""
@@ -28,6 +22,11 @@ class Verdict(Enum):
     NEW_LEVEL = "taken at a new level"
     NOT_FINITE = "not finite"
     SPIKE = "spike"
+
+    @property
+    def skips(self) -> bool:
+        """True if the step leaves the weights as they are."""
+        return self in (Verdict.NOT_FINITE, Verdict.SPIKE)
 
 
 @dataclass
@@ -54,10 +53,11 @@ class UpdateGuard:
     A spike is a norm above `spike_factor` times the median of the last `spike_window` norms. The median ignores outliers, and
     skipped steps do not enter it. Until it has `spike_window` norms, nothing is a spike. Skipped spikes never block a run: the
     max_skipped_updates-th in a row is taken, and the median begins anew with its norm.
+    section  the optimizer's place in the configuration, for messages
     """
 
-    def __init__(self, config: OptimizerConfig):
-        self.state = GuardState()
+    def __init__(self, config: OptimizerConfig, section: str = "optimizer"):
+        self.state, self._section = GuardState(), section
         self._limit, self._factor, self._window = config.max_skipped_updates, config.spike_factor, config.spike_window
 
     def judge(self, norm: float) -> Verdict:
@@ -108,7 +108,7 @@ class UpdateGuard:
         if state.num_updates and state.num_not_finite + state.num_spikes == state.num_updates:
             raise TrainingError(
                 f"all {state.num_updates} gradient steps of this run were skipped, since a number was not finite on some "
-                f"rank: the weights are those of the start; {_ADVICE}"
+                f"rank: the weights are those of the start; {self._advice}"
             )
 
     def _why_it_ends(self, cause: str) -> str:
@@ -116,5 +116,15 @@ class UpdateGuard:
         which = f"{count} of the last {count + spikes} (the others were spikes)" if spikes else f"the last {count}"
         return (
             f"{which} gradient steps were skipped, since a number was not finite on some rank{cause and f' ({cause})'}, and "
-            f"optimizer.max_skipped_updates allows fewer than {self._limit} in a row; {_ADVICE}"
+            f"{self._section}.max_skipped_updates allows fewer than {self._limit} in a row; {self._advice}"
+        )
+
+    @property
+    def _advice(self) -> str:
+        policy = "actor/grad_norm, actor/ratio_max_deviation and mismatch/logprob_diff_max"
+        metrics = policy if self._section == "optimizer" else "critic/grad_norm and critic/loss"
+        return (
+            f"see {metrics} in metrics.jsonl for the steps before; lower {self._section}.lr, clip more "
+            f"({self._section}.clip_grad) or look for NaN in the model's weights, and resume from a checkpoint from before the "
+            f"first skipped step"
         )

@@ -13,23 +13,24 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from dapo_mcore.actor.forward_backward import finalize_without_division
 from dapo_mcore.actor.model.policy import Policy
-from dapo_mcore.config.schema import Config
+from dapo_mcore.config.optimizer import OptimizerConfig
+from dapo_mcore.config.parallel import ParallelConfig
 
 
-def wrap(policy: Policy, config: Config) -> list[DistributedDataParallel]:
-    """Return the policy's chunks with fp32 gradient buffers, which are summed over ranks once per gradient step and never
-    divided."""
+def wrap(policy: Policy, parallel: ParallelConfig, optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
+    """Return the model's chunks with fp32 gradient buffers, which are summed over ranks once per gradient step and never
+    divided. optimizer  that of this model."""
     policy.config.finalize_model_grads_func = finalize_without_division
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        bucket_size=config.parallel.bucket_size,
-        use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
+        use_distributed_optimizer=optimizer.distributed,
         average_in_collective=False,
     )
     chunks = [DistributedDataParallel(policy.config, options, chunk) for chunk in policy]
-    if config.parallel.overlap_grad_reduce:
+    if parallel.overlap_grad_reduce:
         policy.config.no_sync_func = partial(_without_reduction, chunks)
     return chunks
 

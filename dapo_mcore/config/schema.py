@@ -107,14 +107,7 @@ def _check_batch(c: Config) -> None:
 
 
 def _check_param_gather(c: Config) -> None:
-    if not c.parallel.overlap_param_gather:
-        return
-    if not c.optimizer.distributed:
-        raise ValueError(
-            "parallel.overlap_param_gather needs optimizer.distributed true: without it every rank updates all parameters, and "
-            "there is nothing to gather; set overlap_param_gather false"
-        )
-    if c.megatron.get("moe_shared_expert_overlap"):
+    if c.parallel.overlap_param_gather and c.megatron.get("moe_shared_expert_overlap"):
         raise ValueError(
             "parallel.overlap_param_gather waits for a weight where its module's forward pass begins, and "
             "megatron.moe_shared_expert_overlap calls parts of the shared experts without one; leave one of both out"
@@ -171,11 +164,6 @@ def _check_algo(c: Config) -> None:
             f"algo.policy_loss gspo has one ratio per response and takes the mean over responses; set algo.loss_mode "
             f"seq-mean-token-mean (now {c.algo.loss_mode})"
         )
-    if c.optimizer.saves_memory and c.model.dtype != "bf16":
-        raise ValueError(
-            f"optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
-            "model.dtype bf16, or leave both at their defaults"
-        )
     if c.model.overrides and c.model.init != "random":
         raise ValueError(
             "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
@@ -198,12 +186,18 @@ def _check_critic(c: Config) -> None:
             "algo.policy_loss gspo has one ratio per response and algo.advantage gae one advantage per token; use policy_loss clip, "
             "or advantage group"
         )
-    if algo.advantage == "gae" and c.critic.optimizer.saves_memory and c.model.dtype != "bf16":
+    if c.critic.warmup_steps >= c.num_rollout_steps:
         raise ValueError(
-            f"critic.optimizer.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
-            "model.dtype bf16, or leave both at their defaults"
+            f"critic.warmup_steps {c.critic.warmup_steps} leaves none of num_rollout_steps {c.num_rollout_steps} to train the policy "
+            f"in; use at most {c.num_rollout_steps - 1}"
         )
-    for name, optimizer in (("optimizer", c.optimizer), ("critic.optimizer", c.critic.optimizer)):
+
+
+def _check_optimizers(c: Config) -> None:
+    sections = {"optimizer": c.optimizer} | (
+        {"critic.optimizer": c.critic.optimizer} if c.algo.advantage == "gae" else {}
+    )
+    for name, optimizer in sections.items():
         if optimizer.schedule == "cosine" and optimizer.decay_updates is None:
             raise ValueError(
                 f"{name}.schedule cosine needs {name}.decay_updates, the number of gradient steps of the decay"
@@ -211,6 +205,16 @@ def _check_critic(c: Config) -> None:
         if optimizer.min_lr > optimizer.lr:
             raise ValueError(
                 f"{name}.min_lr {optimizer.min_lr} is above {name}.lr {optimizer.lr}, which decays to it; lower min_lr"
+            )
+        if optimizer.saves_memory and c.model.dtype != "bf16":
+            raise ValueError(
+                f"{name}.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
+                "model.dtype bf16, or leave both at their defaults"
+            )
+        if c.parallel.overlap_param_gather and not optimizer.distributed:
+            raise ValueError(
+                f"parallel.overlap_param_gather needs {name}.distributed true: without it every rank updates all parameters, and "
+                "there is nothing to gather; set overlap_param_gather false"
             )
 
 
@@ -386,6 +390,7 @@ RULES = (
     _check_overlong,
     _check_algo,
     _check_critic,
+    _check_optimizers,
     _check_replay,
     _check_offload,
     _check_sampling,

@@ -165,8 +165,8 @@ def _few(samples: list[int]) -> str:
 
 
 def _compare_inputs(a: Digests, b: Digests, terms: Terms) -> Iterator[Check]:
-    """Yield a check for each input of the gradient steps: log-probs of the policies, and advantages."""
-    for key in sorted({*a, *b}, key=lambda key: (key == "advantages", key)):
+    """Yield a check for each input of the gradient steps: log-probs of the policies, values, and what is computed of them."""
+    for key in sorted({*a, *b}, key=lambda key: (key in ("advantages", "returns"), key)):
         ours, theirs = ({key: digests[key]} if key in digests else {} for digests in (a, b))
         yield compare_digests(key.replace("_logprobs", " log-probs"), ours, theirs, terms)
 

@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from dapo_mcore.actor.actor import Actor
-from dapo_mcore.actor.checkpoint_blocks import (
-    CRITIC,
-    CheckpointBlock,
-    checkpoint_blocks,
-    gradient_blocks,
-    written_blocks,
-)
+from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock, checkpoint_blocks, gradient_blocks, written_blocks
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.replay.record import Digest, Digests
 from dapo_mcore.types import MicroBatch
@@ -35,6 +29,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNKS = {"cpu": 2**16, "cuda": 2**22}
 """Elements at a time: what a core's cache holds, and on a GPU some 200 MB of temporary memory."""
 _MAIN, _GRADIENT = "optimizer.state.param.", "optimizer.state.gradient."
+_BESIDE = re.compile(r"(critic\.)?optimizer\.|reference\.")
+"""Begins the keys of what are not trained weights."""
 
 
 class DigestSums:
@@ -91,13 +87,13 @@ class Digester:
         self._names: dict[str, list[str]] = {}
 
     def weights(self) -> Digests:
-        """Return the digests of the policy's weights, in fp32 if the optimizer has them. Reads this rank's share once.
+        """Return the digests of the weights of policy and critic, in fp32 if the optimizer has them. Reads this rank's share once.
 
         Collectives: two gloo all-reduces, and at the first call one gather and one broadcast of the tensors' names.
         """
         blocks = checkpoint_blocks(self._actor)
-        own = [block for block in blocks if not block.key.startswith(("optimizer.", "reference.", CRITIC))]
-        main = [block._replace(key=block.key.removeprefix(_MAIN)) for block in blocks if block.key.startswith(_MAIN)]
+        own = [block for block in blocks if not _BESIDE.match(block.key)]
+        main = [block._replace(key=block.key.replace(_MAIN, "")) for block in blocks if _MAIN in block.key]
         whole = [block for block in own if block.data.dtype == torch.float32]
         return self._reduce("weights", self._sums([*whole, *main]))
 
@@ -112,13 +108,14 @@ class Digester:
         return self._reduce("gradients", sums)
 
     def inputs(self, micro_batches: Sequence[MicroBatch], offsets: Tensor) -> Digests:
-        """Return the digests of what the loss reads of each loss token: `old_logprobs`, `ref_logprobs`, `advantages`.
+        """Return the digests of what the losses read of each loss token: `old_logprobs`, `ref_logprobs`, `advantages`, and with a
+        critic `values` and `returns`.
 
         offsets  int64 [B+1], of the samples in the batch.
         Collectives: two gloo all-reduces, one gather and one broadcast.
         """
         sums = DigestSums()
-        for name in ("old_logprobs", "ref_logprobs", "advantages"):
+        for name in ("old_logprobs", "ref_logprobs", "values", "returns", "advantages"):
             found = ((micro, values) for micro in micro_batches if (values := getattr(micro, name)) is not None)
             self._add_tokens(sums, name, found, offsets)
         return sums.reduce(self._all_names(sums), self._layout)

@@ -82,7 +82,7 @@ class StartRecord:
 
     after_step   the rollout step that it went on from; 0 for a new run
     num_updates  gradient steps that were done
-    weights      of the policy before the first rollout step of this start: loaded, or after the warm start
+    weights      of policy and critic before the first rollout step of this start: loaded, or after the warm start
     """
 
     after_step: int
@@ -124,9 +124,9 @@ class StepRecord:
     prompts       by group number
     plan          plan[m][r][k]: the samples of micro-batch k of replica r in mini-batch m, by their numbers in the batch
     inputs        digests of what the gradient steps read, over all loss tokens: `old_logprobs` of the mini-batches that were
-                  scored, `ref_logprobs` if there is a reference policy, `advantages`
-    updates       in order
-    weights       of the policy after the step: fp32, where the optimizer has them
+                  scored, `ref_logprobs` if there is a reference policy, `advantages`; with a critic `values` and `returns`
+    updates       of the policy, in order
+    weights       after the step, of the policy and as `critic.…` of the critic: fp32, where the optimizer has them
     """
 
     step: int

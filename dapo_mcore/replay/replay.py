@@ -86,7 +86,7 @@ class Replay:
         self._recorder.add_batch(step, share, seed, batch=None)
         scored = self._learner.score(share)
         self._recorder.add_scores(scored)
-        self._learner.update(scored, watch=self._recorder.add_update)
+        self._learner.train(scored, step, watch=self._recorder.add_update)
         self._recorder.finish()
 
     def _checkpoint(self, step: int) -> Path | None:

@@ -171,21 +171,20 @@ class Run:
             if self._stop() is not None:
                 return None
             with self._phase("train"), self.memory.phase("update"):
-                critic_updates, updates = self.learner.update_critic(scored), []
-                if step > config.critic.warmup_steps:
-                    uids = self.controller.uids if self.controller else ()
-                    updates = self.learner.update(scored, uids, self.recorder.add_update)
-                check_weights(self.actor.policy, self.layout)  # before the engine gets them
+                uids = self.controller.uids if self.controller else ()
+                trained = self.learner.train(scored, step, uids, self.recorder.add_update)
+                check_weights(self.actor.trained, self.layout)  # before the engine gets them
                 self.recorder.finish()
                 if config.parallel.check_replicas:
-                    check_replicas(self.actor.policy, self.actor.shape, self.layout)
+                    for model in self.actor.trained.values():
+                        check_replicas(model, self.actor.shape, self.layout)
         memory = self.memory.metrics()  # before the memory may go to servers
         with self.layout.beacon.phase("generate"):
             self._on_controller(lambda c: self.shutdown.run_interruptible(c.finish_rollout))
         if self._stop() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
-        metrics = update_metrics(updates, scored.mismatch) | critic_metrics(critic_updates)
+        metrics = update_metrics(trained.policy, scored.mismatch) | critic_metrics(trained.critic)
         return metrics | memory | self.handover.pop_metrics()
 
     def _profile(self, step: int) -> Path | None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.actor.replicas import check_replicas
 from tests.actor import parity
 from tests.actor.parity import Mesh
-from tests.algo.test_gae import recursion
+from tests.algo.plain_gae import recursion
 
 TOLERANCE = 1e-6
 GAE = {
@@ -41,7 +42,7 @@ def test_values_advantages_and_gradient_equal_the_fp64_reference(mesh, problem):
     found = parity.spawn(compare, mesh, problem)
     for name in ("values", "returns", "advantages", "gradient", "loss"):
         assert found[name] <= TOLERANCE, (name, found)
-    assert found["moved"] and found["poisoned_is_skipped"]
+    assert found["moved"] and found["poisoned_is_skipped"] and found["named"], found
 
 
 def compare(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
@@ -66,15 +67,18 @@ def compare(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     expected = reference(batch, config) if layout.is_controller else None
     before = [parameter.clone() for parameter in critic.model.parameters()]
     poisoned = [micro.with_(token_weights=micro.token_weights * float("nan")) for micro in mini]
-    skipped = critic.update(poisoned if layout.rank == layout.world_size - 1 else mini).skipped
+    skipped = critic.update(poisoned if layout.rank == layout.world_size - 1 else mini)
     unmoved = all(torch.equal(a, b) for a, b in zip(before, critic.model.parameters(), strict=True))
-    moved = not critic.update(drifted).skipped
+    moved = not critic.update(drifted).verdict.skips
+    for model in actor.trained.values():
+        check_replicas(model, actor.shape, layout)
     errors = {name: error(tokens[name], expected[name]) for name in tokens} if expected else {}
     gradients = gathered(gradient, layout)
     if expected:
         errors["gradient"] = max(error(gradients[name], expected["gradient"][name]) for name in gradients)
         errors["loss"] = abs(loss.item() - expected["loss"]) / abs(expected["loss"])
-    return errors | {"moved": moved, "poisoned_is_skipped": skipped and unmoved}
+    named = f"token_weights on rank {layout.world_size - 1}" in skipped.cause
+    return errors | {"moved": moved, "poisoned_is_skipped": skipped.verdict.skips and unmoved, "named": named}
 
 
 def set_head(critic: Any, layout: Any) -> None:

@@ -46,7 +46,7 @@ def weighted_sum(model: Any, hidden: torch.Tensor, batch: MicroBatch) -> tuple[t
 @pytest.fixture(scope="module")
 def ddp(alone) -> Any:
     config = parity.make_config(Mesh(), optimizer__distributed=False)
-    (ddp,) = wrap(parity.build_actor(config, alone).policy, config)
+    (ddp,) = wrap(parity.build_actor(config, alone).policy, config.parallel, config.optimizer)
     return ddp
 
 

@@ -6,25 +6,11 @@ import pytest
 import torch
 
 from dapo_mcore.algo.gae import advantages_and_returns, token_rewards, value_loss
+from tests.algo.plain_gae import recursion
 
 
 def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def recursion(rewards, values, mask, gamma, lam):
-    """verl's loop over a padded rectangle [n, T] with a mask: positions without it pass the later value and advantage on."""
-    next_value = advantage = torch.zeros(len(values), dtype=torch.float64)
-    found = []
-    for t in reversed(range(values.shape[1])):
-        m = mask[:, t].double()
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        now = delta + gamma * lam * advantage
-        next_value = values[:, t] * m + (1 - m) * next_value
-        advantage = now * m + (1 - m) * advantage
-        found.append(advantage)
-    advantages = torch.stack(found[::-1], dim=1)
-    return advantages, advantages + values
 
 
 def test_two_tokens_by_hand():

@@ -32,6 +32,8 @@ from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+VALUE_HEAD = "value_head."
+"""Begins the names of a critic's parameters that no HF model has."""
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
 
 
@@ -104,10 +106,6 @@ class ValueModel(PolicyModel):
             found[f"{prefix}embedding.word_embeddings.weight"].allow_shape_mismatch = True  # the padded vocabulary
         return found
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what PolicyModel yields, without the value head: an HF model has none."""
-        return (entry for entry in super().named_weights() if not entry[0].startswith("value_head."))
-
 
 class Policy(torch.nn.ModuleList):
     """This rank's part of the policy: its chunks of the model (PolicyModel), in the order of their layers.
@@ -127,13 +125,15 @@ class Policy(torch.nn.ModuleList):
             yield from chunk.named_weights()
 
     def load_weights(self, reader: WeightReader, shape: WeightShape, layout: Layout) -> None:
-        """Fill `named_weights` from HF tensors, reading only this rank's slices.
+        """Fill `named_weights` from HF tensors, reading only this rank's slices. A value head stays as it is.
 
         Raises CheckpointError for NaN and infinite values, ConfigError if shapes do not match the config.
         """
         reader = FiniteReader(reader)
         with torch.no_grad():
             for name, weight in self.named_weights():
+                if name.startswith(VALUE_HEAD):
+                    continue
                 parameter = find_parameter(name, shape)
                 rank, size = layout.tensor_rank, layout.tensor
                 if parameter.rule.per_expert:

@@ -85,7 +85,7 @@ def one_step(config: Any, problem: Problem, layout: Any) -> tuple[Any, list[Any]
 
     policy = build_policy(config, problem.hf_config, layout)
     families.fill(policy, problem, layout)
-    ddp = wrap(policy, config)
+    ddp = wrap(policy, config.parallel, config.optimizer)
     optimizer = Optimizer(ddp, config.optimizer, torch.float32)
     for chunk in ddp:
         chunk.zero_grad_buffer()

@@ -123,7 +123,7 @@ def replayed(alone) -> Any:
     """A model that recomputes all layers, two micro-batches whose routes a scoring pass has recorded, and `run`."""
     options = dict(model__routing_replay="scoring", model__recompute="full", algo__old_logprobs="actor")
     policy, config = built(alone, "qwen3-moe", **options)
-    ddp = wrap(policy, config)
+    ddp = wrap(policy, config.parallel, config.optimizer)
     batches = [micro_batch([5, 3, 8, 1, 9], routes={}), micro_batch([2, 7, 4], routes={})]
 
     def run(batches: list[MicroBatch]) -> torch.Tensor:
