@@ -31,6 +31,9 @@ _OTHER_NAMES = {
     "clip_ratio_low": "algo.clip_low",
     "clip_ratio_high": "algo.clip_high",
     "clip_ratio_c": "algo.dual_clip",
+    "adv_estimator": "algo.advantage",
+    "cliprange_value": "critic.clip",
+    "critic_warmup": "critic.warmup_steps",
     "learning_rate": "optimizer.lr",
     "tensor_model_parallel_size": "parallel.tensor_parallel",
     "pipeline_model_parallel_size": "parallel.pipeline_parallel",
@@ -97,7 +100,8 @@ def nearest_keys(path: Sequence[str]) -> list[str]:
     """Return the dotted keys that an unknown key may stand for. Equally good ones are all returned.
 
     A key with the same last name wins, wherever it is; `kl_coef` finds `algo.kl.coef`, too. Then a name like it in the same
-    section wins over one in another, which must be a slip of one letter or share two words.
+    section wins over one in another, which must be a slip of one letter or share two words. Keys of the critic, which repeat
+    those of the policy's optimizer, are for paths that name the critic.
     """
     *parents, name = path
     if len(name) > _LONGEST_KEY:
@@ -105,6 +109,7 @@ def nearest_keys(path: Sequence[str]) -> list[str]:
     if name in _OTHER_NAMES:
         return [_OTHER_NAMES[name]]
     if same := [key for key in _all_keys() if name in _forms(key)]:
+        same = [key for key in same if key.startswith("critic.") == ("critic" in parents)] or same
         beside = [key for key in same if parents and key.split(".")[-2:-1] == parents[-1:]]
         return beside or ([] if name in _SAY_LITTLE else same)
     here = _most_alike(name, keys_of(parents), _NEAR_IN_SECTION, 1)

@@ -64,12 +64,16 @@ def train(actor: Any, num_updates: int) -> list[float]:
 
 def local_state(actor: Any) -> dict[str, torch.Tensor]:
     """Return a copy of every tensor of this rank that training changes."""
-    found = {f"policy.{name}": p.detach() for name, p in actor.policy.named_weights()}
-    for part in actor.optimizer.megatron.chained_optimizers:
-        parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            found[f"master.{index}"] = parameter.detach()
-            found |= {f"{key}.{index}": value for key, value in part.optimizer.state[parameter].items()}
+    found = {}
+    optimizers = [actor.optimizer, *([actor.critic.optimizer] if actor.critic else [])]
+    for (model, trained), optimizer in zip(actor.trained.items(), optimizers, strict=True):
+        found |= {f"{model}.{name}": p.detach() for name, p in trained.named_weights()}
+        prefix = "" if model == "policy" else f"{model}."
+        for part in optimizer.megatron.chained_optimizers:
+            parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+            for index, parameter in enumerate(parameters):
+                found[f"{prefix}master.{index}"] = parameter.detach()
+                found |= {f"{prefix}{key}.{index}": value for key, value in part.optimizer.state[parameter].items()}
     return {name: tensor.clone() for name, tensor in found.items()}
 
 

@@ -17,13 +17,8 @@ from dapo_mcore.checkpoint.checkpoint import _check_finite
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.errors import TrainingError
 from tests.actor.parity import Mesh, spawn
-from tests.checkpoint.resuming import (
-    STATE,
-    in_one_process,
-    interrupt_and_resume,
-    resume_and_fill_the_disk,
-    resume_and_save_beside_training,
-)
+from tests.checkpoint.resuming import STATE, interrupt_and_resume
+from tests.checkpoint.resuming_ppo import data_parallel, single, tensor_parallel
 
 
 def check_resumed(result: dict[str, Any]) -> None:
@@ -39,7 +34,7 @@ def check_resumed(result: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def tensor_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    return spawn(resume_and_fill_the_disk, Mesh(tensor=2), str(folder))
+    return spawn(tensor_parallel, Mesh(tensor=2), str(folder))
 
 
 @pytest.mark.parametrize("full", [0, 1])
@@ -111,7 +106,7 @@ def test_resume_is_bitwise_with_tensor_parallelism(tensor_parallel_run: dict[str
 def data_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options = {"model__dtype": "bf16", "algo__kl__coef": 0.1}
     folder = tmp_path_factory.mktemp("data_parallel")
-    return spawn(resume_and_save_beside_training, Mesh(data=2), str(folder), options)
+    return spawn(data_parallel, Mesh(data=2), str(folder), options)
 
 
 def test_resume_is_bitwise_in_bf16_with_a_sharded_optimizer_and_a_reference_policy(
@@ -168,7 +163,8 @@ def test_resume_is_bitwise_with_tied_embeddings_on_two_pipeline_stages(tmp_path:
 
 @pytest.fixture(scope="module")
 def single_process_run(tensor_parallel_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return spawn(in_one_process, Mesh(), str(tmp_path_factory.mktemp("single")), tensor_parallel_run["path"])
+    paths = tensor_parallel_run["path"], tensor_parallel_run["ppo"]["path"]
+    return spawn(single, Mesh(), str(tmp_path_factory.mktemp("single")), *paths)
 
 
 def test_resume_is_bitwise_with_the_plain_optimizer(single_process_run: dict[str, Any]) -> None:
@@ -180,6 +176,21 @@ def test_resume_is_bitwise_with_fp8(single_process_run: dict[str, Any]) -> None:
     found = single_process_run["fp8"]
     check_resumed(found)
     assert found["without_fp8"] != found["expected"][::2]
+
+
+@pytest.mark.parametrize("run", ["tensor_parallel_run", "data_parallel_run"])
+def test_resume_is_bitwise_with_a_critic_inside_its_warm_up_and_after_it(
+    run: str, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(run)["ppo"]
+    assert found["updates"] == [0, 0, 1, 1]
+    assert found["changed"] == [["critic"], ["critic", "policy"], ["critic", "policy"]]
+    assert found["resumed"] == [[], []]
+
+
+def test_a_critic_of_tensor_parallel_ranks_continues_in_one_process(single_process_run: dict[str, Any]) -> None:
+    found = single_process_run["ppo"]
+    assert found["policy"] < 1e-6 and found["critic"] < 1e-6
 
 
 def test_a_tensor_parallel_checkpoint_continues_in_one_process(single_process_run: dict[str, Any]) -> None:

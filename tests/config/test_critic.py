@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dapo_mcore.config.file import parse_config
+from dapo_mcore.config.keys import nearest_keys
 from dapo_mcore.errors import ConfigError
 
 BASE: dict[str, Any] = {"model": {"path": "model"}, "data": {"files": ["data.parquet"]}}
@@ -59,3 +60,9 @@ def test_a_setting_that_would_do_nothing_or_harm_is_refused(sections, message):
     with pytest.raises(ConfigError) as error:
         config(**sections)
     assert message in str(error.value)
+
+
+def test_only_a_path_that_names_the_critic_finds_the_keys_of_its_optimizer():
+    assert nearest_keys(("ref", "critic", "optim", "clip_grad")) == ["critic.optimizer.clip_grad"]
+    assert nearest_keys(("ref", "actor", "optim", "clip_grad")) == ["optimizer.clip_grad"]
+    assert nearest_keys(("trainer", "critic_warmup")) == ["critic.warmup_steps"]
