@@ -80,9 +80,11 @@ def count_values(config: Config) -> int:
 
 def checkpoint_bytes(config: Config, values: int) -> int:
     """Return the bytes of the tensors in one checkpoint of a model with so many parameters."""
-    from dapo_mcore.plan.held import stored_bytes
+    from dapo_mcore.plan.held import stored_bytes, stored_critic_bytes
 
-    return values * stored_bytes(config)
+    return values * (
+        stored_bytes(config) + stored_critic_bytes(config)
+    )  # a critic lacks no more than the output matrix
 
 
 def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:

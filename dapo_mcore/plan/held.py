@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dapo_mcore.actor.model.fp8_rules import bf16_layers
+from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.config.schema import Config
 from dapo_mcore.plan.activations import LayerBytes, layer_bytes
 from dapo_mcore.plan.job import Job
@@ -49,39 +50,62 @@ class Use:
 
 
 def held_bytes(job: Job, counts: Counts) -> dict[str, float]:
-    """Return the bytes that a rank's policy, gradients and optimizer hold on the GPU between steps, exactly."""
+    """Return the bytes that a rank's models, gradients and optimizers hold on the GPU between steps, exactly but for a critic's
+    value head in bf16. `critic` has all three."""
     config, size = job.config, job.dtype_bytes
-    buffers = counts.buffer + counts.expert_buffer
-    weights = size * (buffers if config.optimizer.distributed else counts.trained) + 4 * counts.float32
-    return {
-        "parameters": weights,
-        "gradients": 4 * buffers,
-        "optimizer": state_bytes(config) * (1 - config.optimizer.offload_fraction) * optimizer_elements(job, counts),
+    critic = critic_bytes(job, counts)
+    return trained_bytes(job, counts, config.optimizer) | {
         "reference": size * counts.trained + 4 * counts.float32 if config.algo.kl.coef else 0,
+        **({"critic": sum(critic.values())} if critic else {}),
     }
 
 
-def optimizer_elements(job: Job, counts: Counts) -> int:
+def critic_bytes(job: Job, counts: Counts) -> dict[str, float]:
+    """Return the trained_bytes of the critic; {} without one."""
+    return trained_bytes(job, counts.critic, job.config.critic.optimizer) if counts.critic else {}
+
+
+def trained_bytes(job: Job, counts: Counts, optimizer: OptimizerConfig) -> dict[str, float]:
+    """Return the bytes of a trained model with these elements: `parameters`, `gradients`, and the `optimizer` on the GPU."""
+    buffers = counts.buffer + counts.expert_buffer
+    state = state_bytes(optimizer, job.config.model.dtype) * (1 - optimizer.offload_fraction)
+    return {
+        "parameters": job.dtype_bytes * (buffers if optimizer.distributed else counts.trained) + 4 * counts.float32,
+        "gradients": 4 * buffers,
+        "optimizer": state * optimizer_elements(job, counts, optimizer),
+    }
+
+
+def optimizer_elements(job: Job, counts: Counts, optimizer: OptimizerConfig) -> int:
     """Return the elements whose optimizer state a rank holds: with the distributed optimizer, those of the fullest rank."""
-    if not job.config.optimizer.distributed:
+    if not optimizer.distributed:
         return counts.trained
     dense = min(counts.dense, counts.buffer // (job.data * job.context))
     return dense + min(counts.experts, counts.expert_buffer // job.expert_data)
 
 
-def state_bytes(config: Config) -> int:
+def state_bytes(optimizer: OptimizerConfig, dtype: str) -> int:
     """Return the bytes of optimizer state per parameter: two moments, and in bf16 an fp32 copy of the parameter."""
-    optimizer = config.optimizer
     moments = sum(4 if dtype == "fp32" else 2 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    return moments + (4 if config.model.dtype == "bf16" else 0)
+    return moments + (4 if dtype == "bf16" else 0)
 
 
 def stored_bytes(config: Config) -> int:
-    """Return the bytes of a checkpoint per parameter: its weight, its optimizer state, a reference policy's weight, and weight and
-    optimizer state of a critic."""
-    weight, critic = 2 if config.model.dtype == "bf16" else 4, config.algo.advantage == "gae"
-    models = 1 + critic + (config.algo.kl.coef > 0)
-    return state_bytes(config) * (1 + critic) + weight * models
+    """Return the bytes of a checkpoint per parameter of the policy: its weight, its optimizer state, and a reference policy's
+    weight."""
+    models = 2 if config.algo.kl.coef else 1
+    return state_bytes(config.optimizer, config.model.dtype) + weight_bytes(config) * models
+
+
+def stored_critic_bytes(config: Config) -> int:
+    """Return the bytes of a checkpoint per parameter of the critic; 0 without one."""
+    if config.algo.advantage != "gae":
+        return 0
+    return state_bytes(config.critic.optimizer, config.model.dtype) + weight_bytes(config)
+
+
+def weight_bytes(config: Config) -> int:
+    return 2 if config.model.dtype == "bf16" else 4
 
 
 def micro_batches_in_flight(job: Job, stage: int, num_micro_batches: int) -> float:

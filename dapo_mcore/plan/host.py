@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from dapo_mcore.actor.host_copy import buffer_sizes, pinned_bytes
 from dapo_mcore.checkpoint.shard_file import PIECE
+from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.plan.batch import Batch
 from dapo_mcore.plan.held import (
     GIB,
     Use,
+    critic_bytes,
     held_bytes,
     micro_batches_in_flight,
     offloaded_input,
     optimizer_elements,
     stored_bytes,
+    stored_critic_bytes,
 )
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.parameters import Counts, stage_counts, whole_model
@@ -50,8 +53,9 @@ def shared_memory(job: Job) -> Use:
 
 def away_bytes(job: Job, counts: Counts) -> tuple[int, int]:
     """Return the bytes that actor/memory.py moves to the host for servers on the same GPUs: (optimizer state, weights)."""
-    held = held_bytes(job, counts)
-    return int(held["optimizer"]), int(held["parameters"] + held["reference"])
+    held, critic = held_bytes(job, counts), critic_bytes(job, counts)
+    weights = held["parameters"] + held["reference"] + critic.get("parameters", 0)
+    return int(held["optimizer"] + critic.get("optimizer", 0)), int(weights)
 
 
 def _capacity(job: Job) -> float:
@@ -74,9 +78,16 @@ def _pinned(nbytes: int) -> int:
 
 
 def _offloaded_optimizer(job: Job, counts: Counts) -> float:
-    """Return the bytes of a rank's optimizer.offload_fraction: two moments, and in pinned memory the parameter and its gradient."""
+    """Return the bytes of a rank's offload_fraction: two moments, and in pinned memory the parameter and its gradient."""
+    config, critic = job.config, counts.critic
+    return _offloaded(job, counts, config.optimizer) + (
+        _offloaded(job, critic, config.critic.optimizer) if critic else 0
+    )
+
+
+def _offloaded(job: Job, counts: Counts, optimizer: OptimizerConfig) -> float:
     rounded = counts.pinned / (4 * counts.trained)
-    return (8 + 8 * rounded) * job.config.optimizer.offload_fraction * optimizer_elements(job, counts)
+    return (8 + 8 * rounded) * optimizer.offload_fraction * optimizer_elements(job, counts, optimizer)
 
 
 def _offloaded_inputs(job: Job, batch: Batch) -> float:
@@ -97,5 +108,11 @@ def _saved(job: Job, counts: Counts) -> float:
     """
     checkpoint = job.config.checkpoint
     if checkpoint.async_save:
-        return stored_bytes(job.config) * (counts.dense / (job.data * job.context) + counts.experts / job.expert_data)
+        critic = stored_critic_bytes(job.config) * _written(job, counts.critic) if counts.critic else 0
+        return stored_bytes(job.config) * _written(job, counts) + critic
     return min(PIECE, 4 * counts.largest) if checkpoint.every or checkpoint.at_end else 0
+
+
+def _written(job: Job, counts: Counts) -> float:
+    """Return the elements that each of a parameter's copies writes."""
+    return counts.dense / (job.data * job.context) + counts.experts / job.expert_data

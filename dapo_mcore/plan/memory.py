@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dapo_mcore.actor.model.fp8_rules import bf16_layers
 from dapo_mcore.plan.activations import kv_bytes_per_token
 from dapo_mcore.plan.batch import Batch
-from dapo_mcore.plan.held import GIB, Use, held_bytes, micro_batches_in_flight, stage_layers
+from dapo_mcore.plan.held import GIB, Use, critic_bytes, held_bytes, micro_batches_in_flight, stage_layers
 from dapo_mcore.plan.host import host_memory, shared_memory
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.parameters import Counts, stage_counts, whole_model
@@ -112,8 +112,8 @@ def _fp8_copies(job: Job, stage: int, counts: Counts) -> float:
     if (fp8 := job.config.model.fp8) is None:
         return 0
     plain = bf16_layers(fp8, job.shape.num_layers)
-    own = job.stages[stage]
-    return 2 * counts.linear * sum(layer not in plain for layer in own) / len(own)
+    own, models = job.stages[stage], 2 if counts.critic else 1
+    return 2 * models * counts.linear * sum(layer not in plain for layer in own) / len(own)
 
 
 def _head(job: Job, tokens: int) -> float:
@@ -131,7 +131,9 @@ def _sync(job: Job, counts: Counts) -> Use:
     servers = job.config.rollout.sglang
     held = held_bytes(job, counts)
     largest = job.dtype_bytes * job.shape.vocab_size * job.shape.hidden_size
+    critic = critic_bytes(job, counts)
     parts: dict[str, float] = {"parameters": held["parameters"], "reference": held["reference"]}
+    parts["critic"] = critic.get("parameters", 0) if job.is_colocated else sum(critic.values())
     if job.is_colocated:
         parts["servers' weights"] = _server_weights(job)
     else:

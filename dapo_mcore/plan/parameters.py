@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from dapo_mcore.actor.host_copy import pinned_bytes
 from dapo_mcore.architecture.mapping import Parameter, hf_shapes, layer_rules, local_shape
 from dapo_mcore.architecture.shape import WeightShape
 from dapo_mcore.architecture.weight_rules import EMBEDDING, FINAL_NORM, OUTPUT, WeightRule
+from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.plan.job import Job
 
 _ALIGN, _BUCKET = 64, 128
@@ -35,6 +36,7 @@ class Counts:
                      beside it, and the tables of each layer's own YaRN embedding
     largest          elements of the largest single parameter
     pinned           bytes of the trained parameters as float32, each in pinned memory of its own
+    critic           the same of a critic; None without one. Its value head counts in the model's dtype, though it is float32
     """
 
     dense: int
@@ -46,6 +48,7 @@ class Counts:
     float32: int
     largest: int
     pinned: int
+    critic: Counts | None = None
 
     @property
     def trained(self) -> int:
@@ -67,27 +70,32 @@ def whole_model(shape: WeightShape) -> int:
 
 def stage_counts(job: Job, stage: int) -> Counts:
     """Return what each rank of a pipeline stage holds."""
-    parallel = job.config.parallel
-    kinds = Counter(job.shape.moe_layers[layer] for layer in job.stages[stage])
-    return _counts(
-        _Stage(
-            shape=job.shape,
-            layers=tuple(sorted((job.shape.moe_layers.index(kind), count) for kind, count in kinds.items())),
-            is_first=stage == 0,
-            is_last=stage == job.pipeline - 1,
-            rotary=_rotary_tables(job),
-            tensor=job.tensor,
-            expert=parallel.expert_parallel,
-            expert_tensor=parallel.expert_tensor_size,
-            sharing=job.data * job.context if job.config.optimizer.distributed else 0,
-            experts_sharing=job.expert_data,
-        )
+    config, kinds = job.config, Counter(job.shape.moe_layers[layer] for layer in job.stages[stage])
+    own = _Stage(
+        shape=job.shape,
+        layers=tuple(sorted((job.shape.moe_layers.index(kind), count) for kind, count in kinds.items())),
+        is_first=stage == 0,
+        is_last=stage == job.pipeline - 1,
+        rotary=_rotary_tables(job),
+        tensor=job.tensor,
+        expert=config.parallel.expert_parallel,
+        expert_tensor=config.parallel.expert_tensor_size,
+        sharing=_sharing(job, config.optimizer),
+        experts_sharing=job.expert_data,
     )
+    if config.algo.advantage != "gae":
+        return _counts(own)
+    critic = own._replace(is_critic=True, sharing=_sharing(job, config.critic.optimizer))
+    return replace(_counts(own), critic=_counts(critic))
+
+
+def _sharing(job: Job, optimizer: OptimizerConfig) -> int:
+    return job.data * job.context if optimizer.distributed else 0
 
 
 class _Stage(NamedTuple):
     """What decides the elements of a stage's ranks. layers: (a layer of each kind, how many of it). sharing: ranks that share
-    the optimizer's state; 0 if none do."""
+    the optimizer's state; 0 if none do. is_critic: True with a value head instead of an output matrix."""
 
     shape: WeightShape
     layers: tuple[tuple[int, int], ...]
@@ -99,6 +107,7 @@ class _Stage(NamedTuple):
     expert_tensor: int
     sharing: int
     experts_sharing: int
+    is_critic: bool = False
 
 
 @cache
@@ -111,8 +120,9 @@ def _counts(stage: _Stage) -> Counts:
     outside = list(_outside_layers(stage))
     trained = [held for held in layers if not held.float32] + outside
     experts = [held for held in trained if held.per_expert and stage.expert > 1]
+    is_tied = stage.shape.tied and not stage.is_critic
     # the first and the last stage divide a tied embedding alike: it has a bucket of its own
-    shared = [held for held in outside if held.is_vocab and stage.shape.tied and stage.is_first != stage.is_last]
+    shared = [held for held in outside if held.is_vocab and is_tied and stage.is_first != stage.is_last]
     others = [held for held in trained if held not in experts and held not in shared]
     return Counts(
         dense=_sum(others) + _sum(shared),
@@ -166,10 +176,14 @@ def _is_linear(rule: WeightRule) -> bool:
 
 
 def _outside_layers(stage: _Stage) -> Iterator[_Held]:
-    """Yield the embedding, the last norm and the output matrix where a stage has them; a tied output is a copy on the last stage."""
+    """Yield the embedding, the last norm and the output matrix or value head where a stage has them; a tied output is a copy on
+    the last stage."""
     rules: list[WeightRule] = [EMBEDDING] if stage.is_first else []
     if stage.is_last:
-        rules += [FINAL_NORM, *([] if stage.shape.tied and stage.is_first else [OUTPUT])]
+        has_output = not stage.is_critic and not (stage.shape.tied and stage.is_first)
+        rules += [FINAL_NORM, *([OUTPUT] if has_output else [])]
+    if stage.is_last and stage.is_critic:
+        yield from (_Held(stage.shape.hidden_size, 1), _Held(1, 1))
     for rule in rules:
         size = math.prod(local_shape(Parameter(rule), stage.shape, stage.tensor))
         yield _Held(size, 1, is_matrix=rule.is_vocab, is_vocab=rule.is_vocab)

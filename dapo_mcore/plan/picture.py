@@ -16,6 +16,7 @@ LETTERS = {
     "gradients": "G",
     "optimizer": "O",
     "reference": "R",
+    "critic": "C",
     "FP8 copies": "8",
     "activations": "A",
     "scratch": "S",

@@ -20,6 +20,7 @@ from dapo_mcore.plan.picture import WIDTH, bars, folded, keep, table
 from dapo_mcore.plan.plan import Plan
 from dapo_mcore.plan.remedies import Problem
 from dapo_mcore.plan.suggest import Suggestion
+from dapo_mcore.plan.train_time import TrainTime
 
 
 def report(
@@ -139,6 +140,7 @@ def _times(plan: Plan) -> Iterator[str]:
         ),
         "scoring": (train.score_s, f"{train.num_scored + train.num_references} passes of {train.score.total:,.1f} s"),
         "gradient steps": (train.update_s, f"{train.num_updates} of {train.update.total:,.1f} s: {_shares(plan)}"),
+        "critic": (train.critic_s, _critic(train)),
         "weight sync": (time.sync, f"{whole_model(job.shape) * job.dtype_bytes / 1e9:,.1f} GB"),
         "handover": (time.handover, "the actor to the host and back"),
     }
@@ -154,6 +156,15 @@ def _times(plan: Plan) -> Iterator[str]:
     yield (
         f"  {job.config.num_rollout_steps:,} steps: {plan.run_hours / 24:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours, without "
         f"evaluations and checkpoints"
+    )
+
+
+def _critic(train: TrainTime) -> str:
+    if train.critic_update is None or train.critic_score is None:
+        return ""
+    return (
+        f"{train.num_minis} passes of {train.critic_score.total:,.1f} s, {train.num_updates} gradient steps of "
+        f"{train.critic_update.total:,.1f} s"
     )
 
 

@@ -32,7 +32,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        training = self.train.score_s + self.train.update_s
+        training = self.train.score_s + self.train.update_s + self.train.critic_s
         generation = self.rollout.total
         both = max(generation, training) if self.is_async else generation + training
         return both + self.sync + self.handover
@@ -40,7 +40,8 @@ class StepTime:
     @property
     def work(self) -> float:
         """The sum of all parts, also of those that run beside each other."""
-        return self.rollout.total + self.train.score_s + self.train.update_s + self.sync + self.handover
+        training = self.train.score_s + self.train.update_s + self.train.critic_s
+        return self.rollout.total + training + self.sync + self.handover
 
 
 def step_time(job: Job, batch: Batch, memory: Memory, rollout: RolloutTime | None = None) -> StepTime:

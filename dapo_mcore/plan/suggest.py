@@ -229,6 +229,7 @@ def _differences(given: Plan, own: Plan) -> Iterator[tuple[str, float]]:
     before, after = given.time, own.time
     yield "generation", after.rollout.total - before.rollout.total
     yield "scoring", after.train.score_s - before.train.score_s
+    yield "critic", after.train.critic_s - before.train.critic_s
     yield "sync and handover", after.sync + after.handover - before.sync - before.handover
     for part in fields(Pass):
         old, new = getattr(before.train.update, part.name), getattr(after.train.update, part.name)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from dapo_mcore.actor.model.fp8_rules import bf16_layers
+from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.plan.batch import Batch
 from dapo_mcore.plan.hardware import Gpu
 from dapo_mcore.plan.held import offloaded_input, optimizer_elements
@@ -43,11 +44,15 @@ class Pass:
 
 @dataclass(frozen=True)
 class TrainTime:
-    """Seconds per rollout step. `update` and `score` are one gradient step and one mini-batch's scoring pass."""
+    """Seconds per rollout step. `update` and `score` are one gradient step and one mini-batch's scoring pass, `critic_update` and
+    `critic_score` those of the critic; None without one."""
 
     update: Pass
     score: Pass
+    critic_update: Pass | None
+    critic_score: Pass | None
     num_updates: int
+    num_minis: int
     num_scored: int
     num_references: int
     flops: float
@@ -60,33 +65,52 @@ class TrainTime:
     def score_s(self) -> float:
         return (self.num_scored + self.num_references) * self.score.total
 
+    @property
+    def critic_s(self) -> float:
+        """Seconds of the critic's gradient steps, as many as the policy's, and of valuing every mini-batch."""
+        if self.critic_update is None or self.critic_score is None:
+            return 0.0
+        return self.num_updates * self.critic_update.total + self.num_minis * self.critic_score.total
+
     def mfu(self, job: Job) -> float:
-        """Return the share of the GPUs' bf16 peak that gradient steps use, recomputation not counted."""
+        """Return the share of the GPUs' bf16 peak that the policy's gradient steps use, recomputation not counted."""
         return self.flops / self.update_s / job.num_train / (job.gpu.bf16_tflops * 1e12)
 
 
 def train_time(job: Job, batch: Batch) -> TrainTime:
     """Return the times of all gradient steps and scoring passes of a rollout step."""
-    num_minis = batch.updates // job.config.batch.epochs
+    num_minis, has_critic = batch.updates // job.config.batch.epochs, job.config.algo.advantage == "gae"
     per_mini = job.flops.per_token * batch.tokens + job.flops.per_square * batch.squares
     per_mini += job.flops.per_loss_token * batch.loss_tokens
     return TrainTime(
         update=_update(job, batch),
         score=_pipelined(job, batch, backward=False),
+        critic_update=_update(job, batch, critic=True) if has_critic else None,
+        critic_score=_pipelined(job, batch, backward=False, critic=True) if has_critic else None,
         num_updates=batch.updates,
+        num_minis=num_minis,
         num_scored=num_minis - job.config.num_unscored(num_minis),
         num_references=num_minis if job.config.algo.kl.coef else 0,
         flops=3 * per_mini * batch.micro_batches * job.data * batch.updates,
     )
 
 
-def _update(job: Job, batch: Batch) -> Pass:
-    passes = _pipelined(job, batch, backward=True)
-    counts = [stage_counts(job, stage) for stage in range(job.pipeline)]
-    worst = max(counts, key=lambda own: own.trained)
+def _update(job: Job, batch: Batch, *, critic: bool = False) -> Pass:
+    """Return the seconds of a gradient step of the policy, or of the critic."""
+    passes = _pipelined(job, batch, backward=True, critic=critic)
+    optimizer = job.config.critic.optimizer if critic else job.config.optimizer
+    worst = max((_stage_counts(job, stage, critic) for stage in range(job.pipeline)), key=lambda own: own.trained)
     return _with(
-        passes, gradient_sum=_gradient_sum(job, worst, batch), optimizer=_optimizer(job, worst), launches=_wait(job)
+        passes,
+        gradient_sum=_gradient_sum(job, worst, optimizer),
+        optimizer=_optimizer(job, worst, optimizer),
+        launches=_wait(job),
     )
+
+
+def _stage_counts(job: Job, stage: int, critic: bool) -> Counts:
+    counts = stage_counts(job, stage)
+    return counts.critic or counts if critic else counts
 
 
 def _with(base: Pass, **more: float) -> Pass:
@@ -97,17 +121,18 @@ def _wait(job: Job) -> float:
     return job.assume.update_overhead_ms / 1e3
 
 
-def _pipelined(job: Job, batch: Batch, *, backward: bool) -> Pass:
+def _pipelined(job: Job, batch: Batch, *, backward: bool, critic: bool = False) -> Pass:
     """Return the seconds of a mini-batch's passes: the slowest stage works on each micro-batch, and waits at both ends."""
-    slowest = max((_stage(job, batch, stage, backward) for stage in range(job.pipeline)), key=lambda own: own.total)
+    stages = (_stage(job, batch, stage, backward, critic) for stage in range(job.pipeline))
+    slowest = max(stages, key=lambda own: own.total)
     count = batch.micro_batches * batch.imbalance
     waiting = (job.pipeline - 1) * slowest.total / job.chunks
     done = _with(slowest.scaled(count), bubble=waiting)
     return done if backward else _with(done, launches=_wait(job))
 
 
-def _stage(job: Job, batch: Batch, stage: int, backward: bool) -> Pass:
-    """Return the seconds of a stage's passes over the mean micro-batch."""
+def _stage(job: Job, batch: Batch, stage: int, backward: bool, critic: bool) -> Pass:
+    """Return the seconds of a stage's passes over the mean micro-batch. A critic's head costs nothing: one output per token."""
     assume, peak, share = job.assume, job.gpu.bf16_tflops * 1e12, len(job.stages[stage]) / job.shape.num_layers
     ranks = job.tensor * job.context
     passes = 3 if backward else 1
@@ -121,12 +146,12 @@ def _stage(job: Job, batch: Batch, stage: int, backward: bool) -> Pass:
     messages = _messages(job, batch, stage, backward)
     unhidden = max(0.0, _bus(job, batch, stage) - products - attention) if backward else 0.0
     again = products + attention + forward_traffic + messages[0] if _recomputes_all(job) and backward else 0.0
-    last, copied = stage == job.pipeline - 1, stage_counts(job, stage)
+    has_head, copied = stage == job.pipeline - 1 and not critic, _stage_counts(job, stage, critic)
     gradient = assume.gradient_bytes * (copied.linear + (copied.embedding if stage == 0 else 0)) / _copy(job)
     return Pass(
         products=passes * products,
         attention=attention + attention_back,
-        head=_head(job, batch, backward) if last else 0.0,
+        head=_head(job, batch, backward) if has_head else 0.0,
         memory_traffic=(traffic + gradient) if backward else forward_traffic,
         recompute=again or (_recomputed_part(job, forward) if backward else 0.0),
         messages=sum(messages) + 2 * unhidden if backward else messages[0],
@@ -261,7 +286,7 @@ def link(job: Job, ranks: int) -> float:
     return job.assume.network_efficiency * gpu.network_gbs * 1e9
 
 
-def _gradient_sum(job: Job, counts: Counts, batch: Batch) -> float:
+def _gradient_sum(job: Job, counts: Counts, optimizer: OptimizerConfig) -> float:
     """Return the seconds of summing gradients over the replicas, and of gathering updated parameters."""
     ranks = job.data * job.context
     if ranks == 1:
@@ -270,7 +295,7 @@ def _gradient_sum(job: Job, counts: Counts, batch: Batch) -> float:
     hidden = job.assume.overlap_hidden
     left = {True: 1 - hidden, False: 1.0}
     width = 4 * left[parallel.overlap_grad_reduce] + job.dtype_bytes * left[parallel.overlap_param_gather]
-    if not job.config.optimizer.distributed:
+    if not optimizer.distributed:
         width = 8 * left[parallel.overlap_grad_reduce]
     spread = job.tensor * ranks  # the ranks of a group are `tensor` apart
     dense = width * counts.dense * (ranks - 1) / ranks / link(job, spread)
@@ -279,8 +304,8 @@ def _gradient_sum(job: Job, counts: Counts, batch: Batch) -> float:
     return dense + experts
 
 
-def _optimizer(job: Job, counts: Counts) -> float:
-    elements, optimizer = optimizer_elements(job, counts), job.config.optimizer
+def _optimizer(job: Job, counts: Counts, optimizer: OptimizerConfig) -> float:
+    elements = optimizer_elements(job, counts, optimizer)
     on_gpu = job.assume.optimizer_bytes * elements / _copy(job)
     bus = job.assume.pcie_efficiency * job.gpu.pcie_gbs * 1e9
     return on_gpu + 8 * elements * optimizer.offload_fraction / bus

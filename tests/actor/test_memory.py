@@ -144,5 +144,23 @@ def test_fp8_copies_of_weights_are_free_meanwhile_and_are_cast_again(alone: Any)
     assert all(torch.equal(first, again) for first, again in zip(before, after, strict=True))
 
 
+def test_a_critic_goes_away_too_and_goes_on_bitwise(alone: Any) -> None:
+    config = parity.make_config(Mesh(), algo__advantage="gae", critic__optimizer={"lr": 1e-3})
+    stayed, away = (parity.build_actor(config, alone) for _ in range(2))
+    kept, found = memory.ActorMemory(away), []
+    for actor in (stayed, away):
+        norms = []
+        for step in range(2):
+            if actor is away and step:
+                kept.offload_state()
+                kept.offload_weights()
+                assert sum((MemoryUse(away).tensors() | {"head": 0}).values()) == 0
+                kept.onload()
+            (mini_batch,) = parity.shared_step(config, alone, parity.make_batch(seed=step), actor)
+            norms.append(actor.critic.update(mini_batch).grad_norm)
+        found.append([*norms, checksum(actor.critic.model)])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+
+
 def checksum(policy: Any) -> float:
     return sum(float(parameter.double().sum()) for parameter in policy.parameters())

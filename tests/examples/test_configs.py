@@ -44,3 +44,13 @@ def test_the_configuration_of_one_node_differs_from_the_reference_in_size_alone(
     assert s.num_servers * s.tensor_parallel == 8
     updates = small.sampling.train_batch_prompts // small.batch.mini_batch_prompts
     assert small.optimizer.warmup_updates == 10 * updates
+
+
+def test_ppo_at_the_reference_size_differs_from_dapo_in_the_algorithm_alone():
+    dapo, ppo = load_config(EXAMPLES / "dapo_32b.yaml"), load_config(EXAMPLES / "ppo_32b.yaml")
+    for section in ("parallel", "data", "rollout", "batch", "optimizer", "eval", "checkpoint"):
+        assert getattr(ppo, section) == getattr(dapo, section)
+    assert ppo.sampling.train_batch_prompts == dapo.sampling.train_batch_prompts
+    assert (ppo.algo.advantage, ppo.algo.gamma, ppo.algo.lam) == ("gae", 1.0, 1.0)
+    assert (ppo.algo.clip_low, ppo.algo.clip_high, ppo.sampling.style) == (0.2, 0.2, "none")
+    assert (ppo.critic.optimizer.lr, ppo.critic.clip, ppo.critic.warmup_steps) == (1e-5, 0.5, 20)

@@ -77,7 +77,7 @@ def check_tool(
         skip_without_sandbox()
     if command == "plan":
         models = json.loads((ROOT / "tests/architecture/hub_configs.json").read_text())
-        model = models["Qwen2.5-32B" if "dapo_32b" in arguments[0] else "Qwen2.5-1.5B"]
+        model = models["Qwen2.5-32B" if "_32b" in arguments[0] else "Qwen2.5-1.5B"]
         (tmp_path / "config.json").write_text(json.dumps(model))
         arguments.append(f"model.path={tmp_path}")
     for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):

@@ -8,7 +8,7 @@ import pytest
 
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.hardware import GPUS, Assumptions
-from dapo_mcore.plan.held import held_bytes, micro_batches_in_flight
+from dapo_mcore.plan.held import critic_bytes, held_bytes, micro_batches_in_flight
 from dapo_mcore.plan.host import host_memory
 from dapo_mcore.plan.job import Cluster, make_job
 from dapo_mcore.plan.parameters import stage_counts
@@ -21,6 +21,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, with a reference": ("qwen2, tied", {"model__dtype": "bf16", "algo__kl__coef": 0.1}),
     "experts": ("qwen2-moe", {"model__dtype": "bf16"}),
     "latent attention": ("deepseek-v3", {"model__dtype": "bf16"}),
+    "with a critic": ("qwen2", {"algo__advantage": "gae"}),
+    "tied, with a critic": ("qwen2, tied", {"algo__advantage": "gae", "critic__optimizer__distributed": False}),
 }
 
 
@@ -36,10 +38,14 @@ def test_an_actors_tensors_are_counted_to_the_byte(kind: str, alone: Any) -> Non
     overrides = overrides | {"checkpoint__every": 1, "checkpoint__async_save": True}
     hf_config, config = families.hf_config(family), parity.make_config(parity.Mesh(), **overrides)
     actor = Actor(config, hf_config, alone, RandomReader(hf_config, 0))
-    list(actor.optimizer.shards())  # creates the state
+    for optimizer in (actor.optimizer, *([actor.critic.optimizer] if actor.critic else ())):
+        list(optimizer.shards())  # creates the state
     planned = make_job(config, hf_config, Cluster(GPUS["h100"], 1, 1), Assumptions())
     found = MemoryUse(actor).tensors()
-    held = held_bytes(planned, stage_counts(planned, 0))
+    counts = stage_counts(planned, 0)
+    held, critic = held_bytes(planned, counts), critic_bytes(planned, counts)
+    assert held.pop("critic", 0) == sum(critic.values())
+    held |= {name: held[name] + critic.get(name, 0) for name in ("parameters", "gradients", "optimizer")}
     assert {"weights": held.pop("parameters"), **held} == {name: found[name] for name in ("weights", *held)}
     saved = sum(block.data.nbytes for block in written_blocks(checkpoint_blocks(actor)))
     shape = planned.shape

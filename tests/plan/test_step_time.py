@@ -12,7 +12,7 @@ BESIDE: dict[str, Any] = {"nodes": 32, "rollout__sglang__colocated": False, "rol
 
 def test_parts_wait_for_each_other_unless_generation_runs_ahead() -> None:
     time = make_plan(job(**BESIDE)).time
-    training = time.train.score_s + time.train.update_s
+    training = time.train.score_s + time.train.update_s + time.train.critic_s
     assert time.total == time.rollout.total + training + time.sync and time.handover == 0
     ahead = {"rollout__async_steps": 1, "algo__tis": {"mode": "truncate"}, "reward__workers": 8}
     beside = make_plan(job(**BESIDE, **ahead)).time

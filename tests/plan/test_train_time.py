@@ -84,6 +84,16 @@ def test_mini_batches_are_scored_by_the_learners_rule(overrides: dict[str, Any],
     assert found.num_updates == 16 * paper.config.batch.epochs
 
 
+def test_a_critic_costs_what_the_policy_does_without_its_head() -> None:
+    plain, ppo = job(), job(algo__advantage="gae", batch__epochs=2)
+    found, alone = train_time(ppo, batch_of(ppo)), train_time(plain, batch_of(plain))
+    # the first stage has as many layers as the last one, and no head
+    assert found.critic_update.head == 0 and found.critic_update.products == found.update.products
+    assert found.critic_s == pytest.approx(32 * found.critic_update.total + 16 * found.critic_score.total)
+    assert 0.8 * found.update.total < found.critic_update.total < found.update.total
+    assert alone.critic_s == 0 and alone.update == found.update
+
+
 def test_recomputation_costs_a_forward_pass_of_the_layers() -> None:
     full, none = (train_time(own, batch_of(own)).update for own in (job(), job(model__recompute="none")))
     assert none.recompute == 0
