@@ -221,9 +221,18 @@ class Controller:
         self.work = StepWork(
             num_tokens=len(batch.tokens),
             num_generated=collected.stats.get("sampling/generated_tokens", 0),
-            train_flops=3 * self.config.batch.epochs * self.flops.count(batch.lengths, int(batch.loss_mask.sum())),
+            train_flops=self._train_flops(step, batch),
         )
         return batch
+
+    def _train_flops(self, step: int, batch: TrainBatch) -> float:
+        """Return the FLOPs of the step's gradient steps: the policy's after critic.warmup_steps, and the critic's if there is one."""
+        config, trained = self.config, 0.0
+        if step > config.critic.warmup_steps:
+            trained += self.flops.count(batch.lengths, int(batch.loss_mask.sum()))
+        if config.algo.advantage == "gae":
+            trained += self.flops.count(batch.lengths, 0)  # its head is one product with a vector per token
+        return 3 * config.batch.epochs * trained
 
     def finish_rollout(self) -> None:
         """Wait until weights may be updated: when nothing is generated any more, or at once with sampling.on_full keep.

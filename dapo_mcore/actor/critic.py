@@ -180,10 +180,10 @@ def critic_metrics(updates: Sequence[CriticStats]) -> dict[str, float]:
     mean = {name: sum(u.sums[name] for u in finite) / tokens for name in SUMS}
     variance = mean["return_squared"] - mean["return"] ** 2
     return {
-        "critic/loss": sum(u.sums["loss"] for u in finite) / len(finite),
-        "critic/value_mean": mean["value"],
-        "critic/return_mean": mean["return"],
-        "critic/clipped": mean["clipped"],
+        "critic/vf_loss": sum(u.sums["loss"] for u in finite) / len(finite),
+        "critic/vpred_mean": mean["value"],
+        "critic/returns/mean": mean["return"],
+        "critic/vf_clipfrac": mean["clipped"],
         **({"critic/explained_variance": 1 - mean["error_squared"] / variance} if variance > 0 else {}),
         "critic/grad_norm": sum(u.grad_norm for u in finite) / len(finite),
         "critic/lr": updates[-1].lr,
@@ -194,7 +194,8 @@ def critic_metrics(updates: Sequence[CriticStats]) -> dict[str, float]:
 def _sums(loss: torch.Tensor, values: torch.Tensor, batch: MicroBatch, clip: float | None) -> torch.Tensor:
     """Return float64 in the order of SUMS, over this rank's rows."""
     new, old, returns = values.double(), batch.values.double(), batch.returns.double()
-    beyond = torch.zeros_like(new) if clip is None else ((new - old).abs() > clip).double()
-    terms = (torch.ones_like(new), new, returns, returns.square(), (new - returns).square(), beyond)
+    error, limit = (new - returns).square(), math.inf if clip is None else clip
+    clipped = (old + (new - old).clamp(-limit, limit) - returns).square() > error
+    terms = (torch.ones_like(new), new, returns, returns.square(), error, clipped.double())
     count, *rest = (term.sum() for term in terms)
     return torch.stack([count, loss.double(), *rest])

@@ -122,7 +122,7 @@ class UpdateGuard:
     @property
     def _advice(self) -> str:
         policy = "actor/grad_norm, actor/ratio_max_deviation and mismatch/logprob_diff_max"
-        metrics = policy if self._section == "optimizer" else "critic/grad_norm and critic/loss"
+        metrics = policy if self._section == "optimizer" else "critic/grad_norm and critic/vf_loss"
         return (
             f"see {metrics} in metrics.jsonl for the steps before; lower {self._section}.lr, clip more "
             f"({self._section}.clip_grad) or look for NaN in the model's weights, and resume from a checkpoint from before the "

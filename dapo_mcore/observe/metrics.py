@@ -129,13 +129,15 @@ METRICS: dict[str, Metric] = {
     "actor/ref_kl": Metric(
         "nats", "reference KL: KL(policy ‖ reference policy) by algo.kl.estimator, mean over loss tokens"
     ),
-    "critic/loss": Metric("", "value loss, mean over the step's updates"),
-    "critic/value_mean": Metric("", "the critic's value, mean over loss tokens"),
-    "critic/return_mean": Metric("", "what the critic learns (advantage + value), mean over loss tokens"),
+    "critic/vf_loss": Metric("", "value loss, mean over the step's updates"),
+    "critic/vpred_mean": Metric("", "the critic's value, mean over loss tokens"),
+    "critic/returns/mean": Metric("", "what the critic learns (advantage + value), mean over loss tokens"),
     "critic/explained_variance": Metric(
         "fraction", "1 - mean squared error / variance of the returns: 1 is perfect, 0 a constant"
     ),
-    "critic/clipped": Metric("fraction", "loss tokens whose value left the clip range around the old one"),
+    "critic/vf_clipfrac": Metric(
+        "fraction", "loss tokens without a gradient, since critic.clip keeps their value near the old one"
+    ),
     "critic/grad_norm": Metric("", "gradient norm of the critic before clipping, mean over the step's updates"),
     "critic/lr": Metric("", "learning rate of the critic's last update"),
     "critic/skipped_updates": Metric("updates", "gradient steps of the critic that were skipped"),
@@ -193,7 +195,7 @@ METRICS: dict[str, Metric] = {
     "perf/tokens_per_s_per_gpu": Metric("tokens/s", "the same for each training process, of which a GPU has one"),
     "perf/tflops_per_gpu": Metric(
         "TFLOP/s",
-        "model FLOPs of the gradient steps (architecture/flops.py) / time/train_s, for each training process",
+        "model FLOPs of the gradient steps of policy and critic (architecture/flops.py) / time/train_s, for each training process",
     ),
     "perf/mfu/actor": Metric(
         "fraction",
@@ -202,7 +204,7 @@ METRICS: dict[str, Metric] = {
     "perf/generated_tokens_per_s": Metric("tokens/s", "sampling/generated_tokens / time/generate_s"),
     "memory/rss_gib": Metric("GiB", "resident memory of the controller process"),
     "memory/weights_gib": Metric(
-        "GiB", "parameters and buffers of the policy, the largest rank's as in all that follow"
+        "GiB", "parameters and buffers of policy and critic, the largest rank's as in all that follow"
     ),
     "memory/reference_gib": Metric("GiB", "the same of the reference policy; absent without one"),
     "memory/gradients_gib": Metric("GiB", "gradient buffers"),

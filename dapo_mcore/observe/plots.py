@@ -82,7 +82,12 @@ class Panel:
 
 
 PANELS = (
-    Panel("Policy loss", "loss", (Curve("actor/loss", "policy loss"),)),
+    Panel(
+        "Loss",
+        "policy loss",
+        (Curve("actor/loss", "policy"), Curve("critic/vf_loss", "critic", twin=True)),
+        twin_unit="value loss",
+    ),
     Panel("Entropy", "nats per token", (Curve("actor/entropy", "entropy"),)),
     Panel(
         "Reward",
@@ -110,7 +115,12 @@ PANELS = (
         fraction=True,
     ),
     Panel("Accuracy", "fraction correct", (Curve("reward/acc", "train"),), val=True, fraction=True),
-    Panel("Gradient norm", "norm before clipping", (Curve("actor/grad_norm", "gradient norm"),)),
+    Panel(
+        "Gradient norm",
+        "norm before clipping",
+        (Curve("actor/grad_norm", "policy"), Curve("critic/grad_norm", "critic")),
+        alone="policy's norm before clipping",
+    ),
     Panel(
         "Trainer/rollout mismatch",
         "|Δ log-prob|, nats per token",

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.replicas import check_replicas
-from tests.actor import parity
+from dapo_mcore.model_files.hf_folder import RandomReader
+from tests.actor import families, parity
 from tests.actor.parity import Mesh
 from tests.algo.plain_gae import recursion
 
@@ -28,6 +30,67 @@ MESHES = [
     Mesh(pipeline=2, virtual=2, context=2),
     Mesh(data=3),
 ]
+
+
+def small(alone: Any, family: str = "qwen2", **overrides: Any) -> tuple[Any, Any]:
+    """Return an actor with a critic in this process, and its mini-batch with the critic's first values and returns."""
+    config = parity.make_config(Mesh(), **GAE | {"critic__optimizer": {"lr": 1e-3, "warmup_updates": 0}} | overrides)
+    model = families.hf_config(family)
+    actor = Actor(config, model, alone, RandomReader(model, seed=0))
+    with torch.no_grad():
+        actor.critic.model[-1].value_head.weight.copy_(head()[0])
+    (mini,) = parity.shared_step(config, alone, parity.make_batch(), actor)
+    return actor, mini
+
+
+def test_a_critic_in_bf16_has_its_head_in_fp32_and_keeps_steps_below_a_rounding(alone):
+    actor, mini = small(alone, model__dtype="bf16", critic__optimizer={"lr": 1e-6, "warmup_updates": 0})
+    critic, layer = actor.critic, actor.critic.model[0].decoder.layers[0].mlp.linear_fc1.weight
+    before, weight = critic.model[-1].value_head.weight.clone(), layer.clone()
+    assert before.dtype == torch.float32 and layer.dtype == torch.bfloat16
+    assert mini[0].values.dtype == mini[0].returns.dtype == torch.float32
+    for _ in range(2):
+        assert not critic.update(mini).verdict.skips
+    assert not torch.equal(before, critic.model[-1].value_head.weight)
+    (master,) = [shard.state["param"] for shard in critic.optimizer.shards() if shard.parameter is layer]
+    assert torch.equal(layer, master.view_as(layer).bfloat16()) and not torch.equal(
+        master.view_as(layer), weight.float()
+    )
+
+
+@pytest.mark.parametrize("overrides", [{"model__recompute": "full"}, {"model__recompute": ["mlp"]}], ids=str)
+def test_recomputed_layers_change_no_bit_of_a_critics_gradient(alone, overrides):
+    found = []
+    for own in ({}, overrides):
+        actor, mini = small(alone, **own)
+        found.append((torch.cat([micro.values for micro in mini]), actor.critic.update(mini).grad_norm))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] > 0
+
+
+def test_a_critic_in_fp8_learns_with_other_roundings(alone):
+    options = {"model__dtype": "bf16", "batch__max_tokens": 400}
+    plain, quantised = (small(alone, **options | own) for own in ({}, {"model__fp8": {"recipe": "blockwise"}}))
+    values = [torch.cat([micro.values for micro in mini]) for _, mini in (plain, quantised)]
+    assert 0 < error(values[1], values[0]) < 0.2
+    assert not quantised[0].critic.update(quantised[1]).verdict.skips
+
+
+def test_a_critic_with_experts_routes_by_itself_and_balances_their_loads(alone):
+    experts = {"model__routing_replay": "scoring", "model__moe_aux_loss_coef": 0.1}
+    actor, mini = small(alone, "qwen2-moe", **experts)
+    assert mini[0].routes, "the policy's routes are recorded"
+    critic, values = actor.critic, torch.cat([micro.values for micro in mini])
+    nobodys = [
+        micro.with_(routes={layer: torch.zeros_like(routes) for layer, routes in micro.routes.items()})
+        for micro in mini
+    ]
+    assert torch.equal(torch.cat([micro.values for micro in critic.score(nobodys)]), values)
+    critic.backward(nobodys)
+    (router, *_) = [p for name, p in critic.model.named_parameters() if name.endswith("router.weight")]
+    balanced = router.main_grad.clone()
+    critic.backward([micro.with_(balance_weights=torch.zeros_like(micro.balance_weights)) for micro in mini])
+    assert not torch.equal(router.main_grad, balanced)
+    assert not critic.update(mini).verdict.skips
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +112,8 @@ def compare(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     """Return the errors of one mini-batch's values, returns, advantages, loss and gradient. Runs in a worker."""
     batch, _ = parity.load_problem(path)
     config = parity.make_config(mesh, **GAE)
-    actor = parity.build_actor(config, layout)
+    tied = mesh.pipeline > 1
+    actor = parity.build_actor(config, layout, tied=tied)
     with torch.no_grad():
         for parameter in actor.reference.parameters():
             parameter.mul_(1.01)  # with a reference equal to the policy the KL would be 0
@@ -64,7 +128,7 @@ def compare(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     layout.sum_over_ranks(loss)
     gradient = local_gradients(critic)
     tokens = token_values(mini, layout, batch)
-    expected = reference(batch, config) if layout.is_controller else None
+    expected = reference(batch, config, tied) if layout.is_controller else None
     before = [parameter.clone() for parameter in critic.model.parameters()]
     poisoned = [micro.with_(token_weights=micro.token_weights * float("nan")) for micro in mini]
     skipped = critic.update(poisoned if layout.rank == layout.world_size - 1 else mini)
@@ -142,9 +206,9 @@ def token_values(mini: list[Any], layout: Any, batch: Any) -> dict[str, torch.Te
     return {name: grid[row][mask] for row, name in enumerate(("values", "returns", "advantages"))}
 
 
-def reference(batch: Any, config: Any) -> dict[str, Any]:
+def reference(batch: Any, config: Any, tied: bool) -> dict[str, Any]:
     """Return the same in fp64, sample by sample, with the loss and its gradient."""
-    policy, other, model = (parity.model64("qwen2", False) for _ in range(3))
+    policy, other, model = (parity.model64("qwen2", tied) for _ in range(3))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.01)
@@ -170,7 +234,7 @@ def reference(batch: Any, config: Any) -> dict[str, Any]:
     clipped = old + (flat - old).clamp(-0.2, 0.2)
     loss = 0.5 * torch.maximum((flat - returns) ** 2, (clipped - returns) ** 2).mean()
     loss.backward()
-    gradient = {NAMES(name): p.grad for name, p in model.named_parameters() if "norm" in name}
+    gradient = {megatron_name(name): p.grad for name, p in model.named_parameters() if "norm" in name}
     gradient |= {"value_head.weight": weight.grad, "value_head.bias": bias.grad}
     whitened = (raw - raw.mean()) / (raw.var() + 1e-8).sqrt()
     return {
@@ -182,7 +246,7 @@ def reference(batch: Any, config: Any) -> dict[str, Any]:
     }
 
 
-def NAMES(name: str) -> str:
+def megatron_name(name: str) -> str:
     """Return Megatron's name of a norm."""
     if name == "model.norm.weight":
         return "decoder.final_layernorm.weight"

@@ -136,7 +136,7 @@ def test_every_metric_made_here_is_in_the_table() -> None:
 
 def test_every_metric_named_anywhere_in_the_code_is_in_the_table() -> None:
     metric = re.compile(
-        r"(reward|response_length|sampling|actor|mismatch|tis|rollout|sync|perf|memory|time|val)/[a-z0-9_@]+"
+        r"(reward|response_length|sampling|actor|critic|mismatch|tis|rollout|sync|perf|memory|time|val)/[a-z0-9_@]+"
     )
     named = set()
     for path in (Path(__file__).parents[2] / "dapo_mcore").rglob("*.py"):
