@@ -33,7 +33,7 @@ SKIPPED = "skipped"
 """Folder of a run."""
 KEPT_FIRST, KEPT_NEWEST = 3, 2
 _TOKEN_FIELDS = (
-    "sample_ids", "targets", "advantages", "token_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs",
+    "sample_ids", "targets", "advantages", "token_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns",
 )  # fmt: skip
 
 

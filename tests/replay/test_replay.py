@@ -56,13 +56,14 @@ def flip(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(task) -> Path:
-    """Return a recorded run; beside it `plain`, the same without a record."""
+    """Return a recorded run; beside it `plain`, the same without a record, and `ppo`, with a critic."""
     results = played(
         task,
         train("whole"),
         train("plain", "observe.record=false"),
+        train("ppo", "algo.advantage=gae", "critic.warmup_steps=3", "parallel.check_replicas=true"),
     )
-    assert [status for status, _ in results] == [0, 0], results
+    assert [status for status, _ in results] == [0, 0, 0], results
     return task / "runs/whole"
 
 
@@ -73,6 +74,18 @@ def test_recording_changes_no_number(task, recorded):
     assert not (task / "runs/plain/record").exists()
     given = records.read_batch(recorded, 3)
     assert (given.origins.seeds >= 0).all() and set(given.origins.weight_versions) == {2}
+
+
+def test_a_run_trains_its_critic_first_and_then_the_policy_too(task, recorded):
+    first, *_, last = rows = [row for row in metrics(task, "ppo") if row["step"]]
+    assert [row["updates_per_step"] for row in rows] == [0, 0, 0, 2]
+    assert all(row["critic/vf_loss"] > 0 and row["critic/grad_norm"] > 0 for row in rows)
+    assert "actor/loss" not in first and last["actor/grad_norm"] > 0
+    weights = records.read_step(task / "runs/ppo", 3).weights
+    assert "critic.value_head.weight" in weights and "critic.output_layer.weight" not in weights
+    start = records.read_start(task / "runs/ppo", 1).weights
+    moved = {name.startswith("critic.") for name, digest in weights.items() if digest != start[name]}
+    assert moved == {True}, "the warm-up leaves the policy as it is"
 
 
 def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
@@ -88,12 +101,14 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
         (same, output),
         (elsewhere, elsewhere_output),
         (resumed, _),
+        (with_critic, critic_output),
         *others,
     ) = played(
         task,
         ["replay", ["runs/whole", "4"]],
         ["replay", ["runs/whole", "3", "--out", "elsewhere", "observe.samples_per_step=0"]],
         train("parts"),
+        ["replay", ["runs/ppo", "4"]],
         ["replay", [token, "4"]],
         ["replay", [reward, "4"]],
         ["flipped", ["runs/whole", "3"]],
@@ -104,13 +119,13 @@ def test_replays_find_the_same_bits_and_each_changed_one(task, recorded):
         ["replay", ["runs/plain", "4"]],
         ["replay", ["runs/whole", "4", "--out", "runs/whole/again"]],
     )
-    assert (same, elsewhere, resumed) == (0, 0, 0), (output, elsewhere_output)
+    assert (same, elsewhere, resumed, with_critic) == (0, 0, 0, 0), (output, elsewhere_output, critic_output)
     told = (
         "weights after step 2, to start from: bitwise the same",
         "step 3: bitwise the same",
         "step 4: bitwise the same",
     )
-    assert all(line in output for line in told) and "step 3: " in elsewhere_output
+    assert all(line in output and line in critic_output for line in told) and "step 3: " in elsewhere_output
     assert files(recorded) == before, "a replay writes nothing into the run's folder"
     assert records.recorded_steps(task / "elsewhere") == [3]
     whole, parts = (files(folder / "record") for folder in (recorded, task / "runs/parts"))
