@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -194,14 +195,28 @@ class Optimizer:
             for parameter in self._parameters:
                 yield parameter, getattr(parameter, "main_param", parameter), 0, False
         for part in divided:
-            for parameter, (group, index) in part.model_param_group_index_map.items():
-                own = part._get_model_param_range_map(parameter)["param"]
-                yield parameter, part.optimizer.param_groups[group]["params"][index], own.start, True
+            for parameter, main in _pairs(part):
+                yield parameter, main, part._get_model_param_range_map(parameter)["param"].start, True
 
     @property
     def _parts(self) -> list[MegatronOptimizer]:
         """Return the chained optimizers: one for dense parameters, and one for experts if they have groups of their own."""
         return self.megatron.chained_optimizers
+
+
+def _pairs(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (model parameter, the tensor that Adam updates for it) of a distributed optimizer.
+
+    Each of its groups has fp32 parameters first, such as a critic's head, and then those with fp32 copies; the map numbers both
+    in one sequence.
+    """
+    numbered: dict[int, list[tuple[bool, int, Tensor]]] = defaultdict(list)
+    for parameter, (group, number) in part.model_param_group_index_map.items():
+        numbered[group].append((parameter.dtype != torch.float32, number, parameter))
+    for group, found in numbered.items():
+        found.sort(key=lambda entry: entry[:2])
+        parameters = (parameter for *_, parameter in found)
+        yield from zip(parameters, part.optimizer.param_groups[group]["params"], strict=True)
 
 
 def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:

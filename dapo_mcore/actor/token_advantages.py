@@ -54,15 +54,15 @@ def _gae(
     nothing = torch.zeros(3, 0, dtype=torch.float64, device=layout.device)
     own = torch.cat([nothing, *(_rows(micro, algo) for micro in micro_batches)], dim=1)
     everywhere, start = _gather_context(own, layout)
-    keys, order = everywhere[0].sort()
-    values, kl = everywhere[1, order].cpu(), everywhere[2, order].cpu()
-    samples, counts = torch.unique_consecutive((keys // _POSITIONS).long().cpu(), return_counts=True)
+    order = everywhere[0].argsort()
+    keys, values, kl = everywhere[:, order].cpu()
+    order = order.cpu()
+    samples, counts = torch.unique_consecutive((keys // _POSITIONS).long(), return_counts=True)
     ends = counts.cumsum(0)
     per_token = token_rewards(rewards[samples], ends, kl if algo.penalises_rewards else None, algo.kl.coef)
-    sorted_results = advantages_and_returns(per_token, values, ends, gamma=algo.gamma, lam=algo.lam)
+    by_token = advantages_and_returns(per_token, values, ends, gamma=algo.gamma, lam=algo.lam)
     mine = slice(start, start + own.size(1))
-    found = (torch.empty_like(result).index_copy_(0, order.cpu(), result)[mine] for result in sorted_results)
-    advantages, returns = found
+    advantages, returns = (torch.empty_like(found).index_copy_(0, order, found)[mine] for found in by_token)
     return advantages, returns
 
 

@@ -41,9 +41,8 @@ def advantages_and_returns(
         return values.double(), values.double()
     values = values.double()
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    left = torch.repeat_interleave(ends, ends - starts) - torch.arange(
-        len(values), device=values.device
-    )  # own included
+    places = torch.arange(len(values), device=values.device)
+    left = torch.repeat_interleave(ends, ends - starts) - places  # tokens to the sample's end, with this one
     following = torch.cat([values[1:], values.new_zeros(1)])
     advantages = rewards.double() + gamma * following.masked_fill(left == 1, 0.0) - values
     reach, factor, longest = 1, gamma * lam, int(left.max())

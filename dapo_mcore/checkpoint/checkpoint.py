@@ -3,7 +3,7 @@
 Change here: what a checkpoint holds, and how it is written and read.
 
     run_dir/checkpoints/step_000012/
-        shards/             policy, optimizer, reference policy: a safetensors file of each rank, and their index
+        shards/             policy, critic, optimizers, reference policy: a safetensors file of each rank, and their index
         config.json …       the model's configuration and tokenizer: tools/convert.py makes an HF folder of the whole
         state.json          counters, data position, configuration, the model's sizes
         state.safetensors   token data of carried groups

@@ -111,7 +111,12 @@ def test_values_advantages_and_gradient_equal_the_fp64_reference(mesh, problem):
 def compare(layout: Any, mesh: Mesh, path: str) -> dict[str, Any]:
     """Return the errors of one mini-batch's values, returns, advantages, loss and gradient. Runs in a worker."""
     batch, _ = parity.load_problem(path)
-    config = parity.make_config(mesh, **GAE)
+    overlap = {
+        "parallel__overlap_grad_reduce": True,
+        "parallel__overlap_param_gather": True,
+        "parallel__bucket_size": 3000,
+    }
+    config = parity.make_config(mesh, **GAE, **(overlap if mesh.data > 1 else {}))
     tied = mesh.pipeline > 1
     actor = parity.build_actor(config, layout, tied=tied)
     with torch.no_grad():

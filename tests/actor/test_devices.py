@@ -29,6 +29,12 @@ MODES = {
     "KL in the reward": {"algo__kl__coef": 0.1, "algo__kl__place": "reward", "algo__old_logprobs": "actor"},
     "mismatch limit": {"algo__max_mismatch": 100.0},
     "entropy bonus": {"algo__entropy_coef": 0.01, "batch__head_eager_grad": False},
+    "critic": {
+        "algo__advantage": "gae",
+        "algo__kl": {"coef": 0.1, "place": "reward"},
+        "algo__old_logprobs": "actor",
+        "model__dtype": "bf16",
+    },
     "bf16": {"model__dtype": "bf16", "algo__tis__mode": "mask", "algo__old_logprobs": "actor"},
 }
 
@@ -121,8 +127,13 @@ def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
             mode.waits.clear()
             actor.score(mini_batch)
             actor.backward(mini_batch)
+            if actor.critic is not None:
+                actor.critic.score(mini_batch)
+                actor.critic.backward(mini_batch)
             assert len(mini_batch) > 1 and set(mode.waits) <= ON_A_CPU_ONLY, set(mode.waits)
         update_metrics([actor.update(mini_batch)])
+        if actor.critic is not None:
+            actor.critic.update(mini_batch)
         assert all(weight.device == layout.device for weight in actor.policy.parameters())
         if config.algo.tis.mode == "truncate":
             go_on(actor, mini_batch)
@@ -145,8 +156,9 @@ def go_on(actor: Any, mini_batch: Any) -> None:
 
 def adopt(fake: FakeDevice, actor: Any) -> None:
     """Treat Megatron's tensors as on the device. It allocates on `cuda`, which cpu_device.py makes the CPU."""
-    for buffer in parity.buffers(actor):
-        fake.adopt(tensor for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None)
-    for model in filter(None, (actor.policy, actor.reference)):
+    for one in filter(None, (actor, actor.critic)):
+        for buffer in parity.buffers(one):
+            fake.adopt(tensor for tensor in (buffer.param_data, buffer.grad_data) if tensor is not None)
+        fake.adopt(one.optimizer.tensors())
+    for model in filter(None, (*actor.trained.values(), actor.reference)):
         fake.adopt((*model.parameters(), *model.buffers()))
-    fake.adopt(actor.optimizer.tensors())
