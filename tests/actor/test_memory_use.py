@@ -53,7 +53,7 @@ def test_a_peak_is_that_of_its_phase(actor, monkeypatch):
     layout = SimpleNamespace(
         device=torch.device("cuda"), is_last_stage=False, max_over_ranks=lambda own: own.clamp(min=3 * GIB)
     )
-    fields = ("policy", "reference", "ddp", "optimizer", "config")
+    fields = ("policy", "reference", "ddp", "optimizer", "config", "critic")
     use = MemoryUse(SimpleNamespace(**{name: getattr(actor, name) for name in fields}, layout=layout))
     for phase in ("score", "update"):
         with use.phase(phase):
