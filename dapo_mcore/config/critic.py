@@ -14,12 +14,14 @@ from dapo_mcore.config.values import Section
 class CriticConfig(Section):
     """A second model over the same parallel layout, with the policy's starting weights and a value head that starts at 0.
 
-    Costs the memory of another policy: weights, gradients and optimizer state; and its own scoring and gradient steps.
+    Costs the memory of a second policy (weights, gradients, optimizer state), and per rollout step a forward pass over all samples
+    and as many gradient steps as the policy takes.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    """The keys of the section `optimizer`, for the critic alone."""
     warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
-    """The policy is not trained in the first rollout steps, this many: its advantages would be those of an untrained critic."""
+    """Rollout steps at the start that train the critic alone, because the values of an untrained one mislead the policy."""
     clip: float | None = Field(0.5, gt=0)
-    """A value further than this from the one before the rollout step gets no gradient if that one was nearer to the return. null: no
-    such bound."""
+    """The loss is the larger of two squared errors: the value's, and that of the value clipped to this distance from the one before
+    the rollout step. null: the value's alone."""
