@@ -97,7 +97,7 @@ class Critic:
         cause, culprit = explain_skip(self.guard, stats.grad_norm, search)
         if culprit is not None and culprit.tensor == "weight":
             raise TrainingError(weights_lost(cause, "critic"))
-        return replace(stats, cause=f"in the critic: {cause}")
+        return replace(stats, cause=cause)
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchOutput]:
         """Compute the gradient of a mini-batch into main_grad, summed over data- and context-parallel ranks and not clipped."""

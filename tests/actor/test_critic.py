@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.learner import Learner, ScoredStep
+from dapo_mcore.actor.not_finite import check_weights
 from dapo_mcore.actor.replicas import check_replicas
+from dapo_mcore.errors import TrainingError
 from dapo_mcore.model_files.hf_folder import RandomReader
 from tests.actor import families, parity
 from tests.actor.parity import Mesh
@@ -91,6 +94,29 @@ def test_a_critic_with_experts_routes_by_itself_and_balances_their_loads(alone):
     critic.backward([micro.with_(balance_weights=torch.zeros_like(micro.balance_weights)) for micro in mini])
     assert not torch.equal(router.main_grad, balanced)
     assert not critic.update(mini).verdict.skips
+
+
+def test_a_skipped_step_is_told_and_the_last_in_a_row_ends_the_run(alone):
+    limit = {"lr": 1e-3, "max_skipped_updates": 2}
+    actor, mini = small(alone, critic__optimizer=limit, critic__warmup_steps=9)
+    lines: list[str] = []
+    learner = Learner(actor, pad_token=0, tell=lines.append)
+    bad = ScoredStep([[micro.with_(returns=micro.returns * float("nan")) for micro in mini]], None, None)
+    assert learner.train(bad, step=9).policy == []
+    told = "warning: gradient step 1 of the critic was skipped on all ranks: first not finite: returns on rank 0, micro-batch 0, "
+    assert lines[0].startswith(told) and lines[0].endswith(
+        "critic.optimizer.max_skipped_updates 2 in a row end the run"
+    )
+    with pytest.raises(
+        TrainingError, match=r"returns on rank 0.*critic.optimizer.max_skipped_updates allows fewer than 2"
+    ):
+        learner.train(bad, step=9)
+    with torch.no_grad():
+        actor.critic.model[-1].value_head.weight[0, 3] = float("inf")
+    with pytest.raises(
+        TrainingError, match=r"the critic's weights .*weight of value_head.weight.*lower critic.optimizer.lr"
+    ):
+        check_weights(actor.trained, alone)
 
 
 @pytest.fixture(scope="module")
