@@ -52,6 +52,8 @@ class Run:
             update=self._update,
             guard=SimpleNamespace(check_trained=lambda: self.calls.append("check")),
             freeze_reference=lambda: self.calls.append("reference"),
+            policy="the policy",
+            critic=SimpleNamespace(start_from=lambda policy: self.calls.append(f"critic from {policy}")),
         )
         handover = SimpleNamespace(
             to_training=lambda: None,
@@ -79,7 +81,14 @@ def test_each_gradient_step_trains_on_the_responses_of_one_batch():
 
 def test_it_has_an_optimizer_of_its_own_and_leaves_a_fresh_one_and_a_reference():
     run = Run(max_updates=2, lr=3e-3)
-    assert run.calls == [(3e-3, "constant"), "sync 0", "check", (1e-6, "constant"), "reference"]
+    assert run.calls == [
+        (3e-3, "constant"),
+        "sync 0",
+        "check",
+        (1e-6, "constant"),
+        "reference",
+        "critic from the policy",
+    ]
     assert run.lines == ["warm start 2/2 | nll 1.500"]
 
 
