@@ -63,6 +63,9 @@ class ToolConfig(Section):
     workers: int | None = Field(None, ge=1, le=10_000)
     """Processes of this tool on this machine. `python` runs one call in each, and has by default as many as the machine has
     cores; a function's process runs many calls at once, and there is one by default."""
+    placement: Literal["local", "ray"] = "local"
+    """Where the processes run: on the machine of the first rank, or spread over the nodes of the Ray cluster (section `ray`).
+    There each of `workers` takes one CPU, and a file that `function` names must be on all nodes."""
     sandbox: SandboxConfig = SandboxConfig()
 
     @model_validator(mode="after")
@@ -71,6 +74,8 @@ class ToolConfig(Section):
             raise ValueError(
                 f"sandbox is for function python; {self.function!r} is your own code and runs without one: leave sandbox out"
             )
+        if self.placement == "ray" and self.workers is None:
+            raise ValueError("placement ray needs workers, the number of processes to spread over the nodes: 1 or more")
         if self.function not in BUILT_IN:
             if ":" not in self.function:
                 raise ValueError(

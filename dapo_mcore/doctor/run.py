@@ -28,6 +28,7 @@ def check_config(config: Config, here: Here, addresses: Sequence[str] = ()) -> l
         *check_start(config, here),
         *check_extensions(config, here),
         *check_private_files(config.run_dir),
+        *check_tools(config),
     ]
     if config.rollout.engine == "sglang":
         findings += [check_url(url) for url in config.rollout.sglang.urls]
@@ -72,9 +73,19 @@ def check_extensions(config: Config, here: Here) -> list[Finding]:
         for asked, what, remedy in needs
         if asked and not engine
     ]
-    if (servers or config.reward.placement == "ray") and not here.has_ray:
+    placements = {config.reward.placement, *(tool.placement for tool in config.tools)}
+    if (servers or "ray" in placements) and not here.has_ray:
         missing.append(wrong("Ray", "placement ray needs it, but it is not installed", "pip install 'dapo_mcore[ray]'"))
     return missing
+
+
+def check_tools(config: Config) -> list[Finding]:
+    """Return whether the tools of this machine start: whether their functions load, and a sandbox holds."""
+    from dapo_mcore.tools.toolset import ToolSet
+
+    local = [tool.model_copy(update={"workers": 1}) for tool in config.tools if tool.placement == "local"]
+    names = ", ".join(tool.name for tool in local)
+    return [outcome("tools", f"{names}: started", lambda: ToolSet(local).close())] if local else []
 
 
 def check_private_files(run_dir: Path) -> list[Finding]:

@@ -22,7 +22,7 @@ def run(name: str, call: str, file: Path | None, overrides: list[str]) -> int:
 
     Return 0, also after an error of the policy's; 1 for a failure that would take the sample out of training.
     """
-    with ToolSet([_find(name, file, overrides)]) as tools:
+    with ToolSet(*_find(name, file, overrides)) as tools:
         result = tools.call(_SESSION, name, call).result()
         tools.close_session(_SESSION).result()
     print(result.text, end="" if result.text.endswith("\n") else "\n", flush=True)
@@ -31,7 +31,8 @@ def run(name: str, call: str, file: Path | None, overrides: list[str]) -> int:
     return int(result.kind is Kind.INFRASTRUCTURE)
 
 
-def _find(name: str, file: Path | None, overrides: list[str]) -> ToolConfig:
+def _find(name: str, file: Path | None, overrides: list[str]) -> tuple[list[ToolConfig], str | None]:
+    """Return the tool, and the address of the Ray cluster for a tool that is placed there."""
     if file is None:
         if overrides:
             raise ConfigError(f"{overrides[0]} changes a configuration, but none is given: add --config FILE")
@@ -39,8 +40,9 @@ def _find(name: str, file: Path | None, overrides: list[str]) -> ToolConfig:
             raise ToolError(
                 f"there is no tool {name!r}; built in are {' and '.join(BUILT_IN)}, and --config FILE adds those of a configuration"
             )
-        return ToolConfig(name=name, function=name)
-    tools = {tool.name: tool for tool in load_config(file, overrides).tools}
+        return [ToolConfig(name=name, function=name)], None
+    config = load_config(file, overrides)
+    tools = {tool.name: tool for tool in config.tools}
     if name not in tools:
         raise ToolError(f"{file} has no tool {name!r}; its tools are: {', '.join(tools) or 'none'}")
-    return tools[name]
+    return [tools[name]], config.ray.address

@@ -48,6 +48,11 @@ class FunctionTool:
         await self._fill()
 
     @property
+    def keeps_state(self) -> bool:
+        """True if the function is a class, with an instance for each sample."""
+        return self._processes[0].keeps_state
+
+    @property
     def documentation(self) -> str:
         """The function's docstring."""
         return self._processes[0].documentation

@@ -46,6 +46,9 @@ class PythonTool:
             ),
         )
 
+    keeps_state = False
+    documentation = DESCRIPTION
+
     async def start(self) -> None:
         """Start the first interpreter. Raise ToolError if no sandbox holds here."""
         await self._pool.start()

@@ -1,4 +1,4 @@
-"""The result of one call of a tool.
+"""The result of one call of a tool, and what gives it.
 
 Change here: what a rollout learns of a call.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
 
 
 class Kind(StrEnum):
@@ -33,6 +34,22 @@ class ToolResult:
     seconds: float = 0.0
     waited_seconds: float = 0.0
     cpu_seconds: float = 0.0
+
+
+class Runner(Protocol):
+    """What runs the calls of one tool. All methods run on one event loop and must not block it.
+
+    keeps_state    True if a sample's calls share something; `documentation` is for the policy. Both are known after `start`.
+    """
+
+    @property
+    def keeps_state(self) -> bool: ...
+    @property
+    def documentation(self) -> str: ...
+    async def start(self) -> None: ...
+    async def run(self, session: str, arguments: dict[str, Any]) -> ToolResult: ...
+    async def end_session(self, session: str) -> None: ...
+    async def close(self) -> None: ...
 
 
 class ToolUnavailable(Exception):

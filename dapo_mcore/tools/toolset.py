@@ -10,41 +10,37 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from dapo_mcore.config.tools import ToolConfig
 from dapo_mcore.tools import calculator, python_tool
 from dapo_mcore.tools.arguments import Arguments
 from dapo_mcore.tools.function_tool import FunctionTool, all_done
 from dapo_mcore.tools.python_tool import PythonTool
-from dapo_mcore.tools.result import Kind, ToolResult
+from dapo_mcore.tools.ray_tool import RayTool
+from dapo_mcore.tools.result import Kind, Runner, ToolResult
 
 T = TypeVar("T")
-
-
-class Runner(Protocol):
-    """What runs the calls of one tool. All methods run on the ToolSet's event loop and must not block it."""
-
-    async def start(self) -> None: ...
-    async def run(self, session: str, arguments: dict[str, Any]) -> ToolResult: ...
-    async def end_session(self, session: str) -> None: ...
-    async def close(self) -> None: ...
 
 
 class ToolSet:
     """All tools, started. Raises ToolError if one cannot be used, or if no sandbox holds for model-written code.
 
     Calls run on a thread and an event loop of their own. A session is one sample: any text that no other sample has.
+
+    ray_address  of the cluster for tools with placement ray; None for one of this machine.
     """
 
-    def __init__(self, configs: Sequence[ToolConfig]):
+    def __init__(self, configs: Sequence[ToolConfig], ray_address: str | None = None):
         self._tools: dict[str, tuple[ToolConfig, Runner, Arguments]] = {}
         self._calls: dict[str, set[asyncio.Task[Any]]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tools", daemon=True)
         self._thread.start()
         try:
-            self._wait(self._start(configs))
+            for config in configs:
+                self._tools[config.name] = (config, *_build(config, ray_address))
+            self._wait(self._start())
         except BaseException:
             self.close()
             raise
@@ -105,10 +101,7 @@ class ToolSet:
             future.cancel()  # a signal has interrupted the wait, not the work
             raise
 
-    async def _start(self, configs: Sequence[ToolConfig]) -> None:
-        for config in configs:
-            runner, arguments = _build(config)
-            self._tools[config.name] = (config, runner, arguments)
+    async def _start(self) -> None:
         await all_done(*(runner.start() for _, runner, _ in self._tools.values()))
 
     async def _stop(self) -> None:
@@ -155,18 +148,25 @@ class ToolSet:
             await asyncio.wait(tasks)
 
 
-def _build(config: ToolConfig) -> tuple[Runner, Arguments]:
+def _build(config: ToolConfig, ray_address: str | None) -> tuple[Runner, Arguments]:
+    arguments = Arguments(config.name, _parameters(config))
+    if config.placement == "ray":
+        return RayTool(config, ray_address, local_runner), arguments
+    return local_runner(config), arguments
+
+
+def local_runner(config: ToolConfig) -> Runner:
+    """Return what runs the tool on this machine."""
     if config.function == "python":
-        return PythonTool(config), Arguments(config.name, config.parameters or python_tool.PARAMETERS)
-    if config.function == "calculator":
-        arguments = Arguments(config.name, config.parameters or calculator.PARAMETERS)
-        return FunctionTool(config, f"{calculator.__name__}:calculate", arguments.schema), arguments
-    assert config.parameters is not None, config
-    arguments = Arguments(config.name, config.parameters)
-    return FunctionTool(config, config.function, arguments.schema), arguments
+        return PythonTool(config)
+    function = f"{calculator.__name__}:calculate" if config.function == "calculator" else config.function
+    return FunctionTool(config, function, _parameters(config))
+
+
+def _parameters(config: ToolConfig) -> dict[str, Any]:
+    built_in = {"python": python_tool.PARAMETERS, "calculator": calculator.PARAMETERS}
+    return config.parameters or built_in[config.function]
 
 
 def _description(config: ToolConfig, runner: Runner) -> str:
-    if isinstance(runner, FunctionTool) and config.function != "calculator":
-        return runner.documentation
-    return {"python": python_tool.DESCRIPTION, "calculator": calculator.DESCRIPTION}[config.function]
+    return calculator.DESCRIPTION if config.function == "calculator" else runner.documentation

@@ -28,6 +28,7 @@ def test_built_in_tools_need_only_a_name():
         ({"parameters": {"type": "string"}}, "the JSON schema of an object, not of type 'string'"),
         ({"sandbox": {"memory_mib": 128}}, "sandbox is for function python"),
         ({"timeout_s": 0}, "greater than 0"),
+        ({"placement": "ray"}, "placement ray needs workers"),
         ({"workers": 0}, "greater than or equal to 1"),
         ({"max_output_characters": 0}, "greater than or equal to 1"),
         ({"sandbox": {"mechanism": "none"}}, "'auto', 'bubblewrap' or 'namespaces'"),

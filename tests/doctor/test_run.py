@@ -96,6 +96,21 @@ def test_ray_that_a_run_lacks_is_named(tmp_path: Path, model_folder: Path) -> No
     assert run.check_extensions(config, NODE) == []
 
 
+def test_tools_of_this_machine_are_started(tmp_path: Path, model_folder: Path) -> None:
+    calculator, own = (
+        "{name: sum, function: calculator}",
+        "{name: own, function: absent.py:f, parameters: {type: object}}",
+    )
+    (found,) = run.check_tools(written(tmp_path, model_folder, f"tools=[{calculator}]"))
+    assert (found.state, found.detail) == (State.OK, "sum: started")
+    (found,) = run.check_tools(written(tmp_path, model_folder, f"tools=[{calculator}, {own}]"))
+    assert found.state is State.WRONG and "absent.py cannot be imported" in found.detail
+    assert run.check_tools(written(tmp_path, model_folder)) == []
+    elsewhere = written(tmp_path, model_folder, "tools=[{name: sum, function: calculator, placement: ray, workers: 1}]")
+    assert run.check_tools(elsewhere) == []
+    assert list(wrong(run.check_extensions(elsewhere, CPU))) == ["Ray"]
+
+
 def test_a_server_must_listen_at_its_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
