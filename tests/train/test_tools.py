@@ -54,3 +54,6 @@ def test_a_policy_that_calls_a_tool_is_trained_on_what_it_wrote(task: Path, mode
     assert all(row["mismatch/logprob_diff_max"] < 1e-4 for row in rows[1:])
     assert all(row["rollout/tokens_cut"] == 0 and row["reward/failures"] == 0 for row in rows[1:])
     assert "val/heldout/mean@2" in rows[0] and rows[2]["updates"] == 4
+    assert all(row["turns/mean"] > 1 and row["tools/calls"] > 0 and row["tools/tokens"] > 0 for row in rows[1:])
+    assert rows[0]["val/heldout/turns"] >= 1
+    assert sum(len(sample.get("calls", ())) for sample in samples) == sum(row["tools/calls"] for row in rows[1:])

@@ -47,7 +47,7 @@ class Agent(NullAgent):
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]):
-        self._tools = ToolSet(config.tools)
+        self._tools = ToolSet(config.tools, config.ray.address)
         atexit.register(self.close)  # what is built after it may fail
         try:
             self._read(config, tokenizer, stops)
