@@ -138,7 +138,7 @@ class OverlongConfig(Section):
     """The penalty's length has the output of tools, too, as in verl: then a tool that prints much costs reward. False: only
     tokens that the policy wrote."""
     filter: bool = False
-    """Mask the tokens of truncated responses out of the loss."""
+    """Mask the tokens of truncated responses out of the loss, with tools also of those that agent.max_turns has ended."""
 
 
 class RewardConfig(Section):

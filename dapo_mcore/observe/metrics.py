@@ -53,7 +53,9 @@ METRICS: dict[str, Metric] = {
         "tokens", "the same without tool output, mean; absent, as the next, if no response has any"
     ),
     "response_length/policy_max": Metric("tokens", "the same, maximum"),
-    "response_length/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
+    "response_length/clip_ratio": Metric(
+        "fraction", "responses truncated at rollout.max_response_tokens or, with tools, agent.max_turns"
+    ),
     "turns/mean": Metric("turns", "turns that the policy wrote in a response, mean over generated samples"),
     "turns/max": Metric("turns", "the same, maximum"),
     "tools/calls": Metric(
@@ -249,7 +251,7 @@ METRICS: dict[str, Metric] = {
     ),
     "val/<set>/response_length": Metric("tokens", "mean response length on a validation set, with tool output"),
     "val/<set>/policy_length": Metric("tokens", "the same without tool output; absent if no response has any"),
-    "val/<set>/clip_ratio": Metric("fraction", "responses truncated at rollout.max_response_tokens"),
+    "val/<set>/clip_ratio": Metric("fraction", "responses truncated, as response_length/clip_ratio"),
     "val/<set>/failures": Metric("samples", "samples that have no score, as in reward/failures; they count as wrong"),
     "val/<set>/turns": Metric("turns", "turns that the policy wrote in a response, mean; absent without tools"),
     "val/<set>/tool_calls": Metric("calls", "tool calls of a response, mean; absent without tools"),

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dapo_mcore.replay.record import read_batch
 from tests.train.runs import metrics, run
 
 CALL = '<tool_call>{"name": "sum", "arguments": {"expression": "6*7"}}</tool_call>'
@@ -37,6 +39,7 @@ def test_a_policy_that_calls_a_tool_is_trained_on_what_it_wrote(task: Path, mode
         "num_rollout_steps=2",
         "observe.samples_per_step=1000",
         "checkpoint.every=null",
+        "observe.record=true",
     ]
     run(task, "calling", *options)
     folder = task / "runs/calling"
@@ -57,3 +60,11 @@ def test_a_policy_that_calls_a_tool_is_trained_on_what_it_wrote(task: Path, mode
     assert all(row["turns/mean"] > 1 and row["tools/calls"] > 0 and row["tools/tokens"] > 0 for row in rows[1:])
     assert rows[0]["val/heldout/turns"] >= 1
     assert sum(len(sample.get("calls", ())) for sample in samples) == sum(row["tools/calls"] for row in rows[1:])
+    for row in rows[1:]:
+        own = row["response_length/mean"] - row["tools/tokens"]
+        assert row["response_length/policy_mean"] == pytest.approx(own) and row["tools/tokens"] > 0
+        assert row["sampling/generated_tokens"] == pytest.approx(own * row["sampling/samples_generated"])
+    batch = read_batch(folder, 2).batch
+    tool_tokens = [np.flatnonzero(~mask[mask.argmax() :]) for mask in np.split(batch.loss_mask, batch.offsets[1:-1])]
+    assert sum(len(tokens) > 0 for tokens in tool_tokens) > 2, "recorded with holes in the loss mask"
+    assert not batch.rollout_logprobs[~batch.loss_mask].any() and batch.rollout_logprobs[batch.loss_mask].all()
