@@ -16,7 +16,7 @@ from dapo_mcore.checkpoint.choice import resumed_checkpoint
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.rows import check_files
-from dapo_mcore.errors import ConfigError, RewardError
+from dapo_mcore.errors import ConfigError, RewardError, ToolError
 from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.process.launcher import check_launcher
 from dapo_mcore.reward.plugins import build_judge
@@ -98,6 +98,12 @@ def _check_other_files(config: Config) -> None:
     file = reward.function.rpartition(":")[0]
     if file.endswith(".py") and reward.placement == "local" and not Path(file).is_file():
         raise RewardError(f"reward.function {reward.function!r}: no file at {Path(file).absolute()}; correct the path")
+    for tool in config.tools:
+        file = tool.function.rpartition(":")[0]
+        if file.endswith(".py") and not Path(file).is_file():
+            raise ToolError(
+                f"tools: {tool.name} has function {tool.function!r}, but there is no file {Path(file).absolute()}; correct the path"
+            )
     if config.rollout.engine != "sglang":
         return
     if sglang.key_file is not None and not Path(sglang.key_file).is_file():

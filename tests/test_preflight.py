@@ -269,6 +269,21 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
         "demos.jsonl row 4: the demonstration has 35 tokens with its end",
     ),
     "few demonstrations": (nothing, ["warm_start.batch_size=9"], "warm_start.files hold 3 demonstrations, fewer than"),
+    # tools
+    "no tool": (
+        nothing,
+        ["tools=[{name: find, function: 'gone.py:find', parameters: {type: object}}]"],
+        "tools: find has function 'gone.py:find', but there is no file /",
+    ),
+    "a chat template without tools": (
+        text("chat.jinja", "{{ messages[-1].content }}"),
+        [
+            "tools=[{name: sum, function: calculator}]",
+            "data.chat_template=chat.jinja",
+            "eval.sets.held.chat_template=chat.jinja",
+        ],
+        "data.chat_template does not declare tools, so the policy would not know of them",
+    ),
     # services
     "no DALI": (nothing, ["batch.feeder=dali"], "batch.feeder dali needs NVIDIA DALI"),
     "no wandb": (nothing, ["observe.wandb_project=p"], "observe.wandb_project is set, but wandb"),

@@ -363,7 +363,9 @@ def _check_ray(c: Config) -> None:
 def _check_tools(c: Config) -> None:
     check_names(c.tools)
     if not c.tools:
-        if c.agent != AgentConfig():
+        if (
+            c.agent != AgentConfig() and "tools" not in c.model_fields_set
+        ):  # `tools=[]` runs a configuration without them
             raise ValueError("agent is about calls of tools, but there are no tools: name some, or leave agent out")
         return
     if c.agent.call_format == "code_block" and len(c.tools) > 1:

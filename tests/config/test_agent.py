@@ -21,6 +21,7 @@ def test_tools_with_their_defaults_and_other_settings_are_accepted():
     assert configured(tools=[TOOL, OTHER]).agent.call_format == "tool_call"
     changed = configured(tools=[TOOL], agent={"call_format": "code_block", "output_template": "[{output}]"})
     assert changed.agent.output_template == "[{output}]"
+    assert configured(tools=[], agent={"max_turns": 3}).tools == []
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,11 @@ class PlainText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if len(token.content) > 1}
-        self._control = np.array(sorted({*added, *tokenizer.all_special_ids}), np.int32)
-        self._names = [token.content for token in added.values()]
+        added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+        # some vocabularies have indentation among their added tokens
+        named = {number: name for number, name in added.items() if len(name.strip()) > 1}
+        self._control = np.array(sorted({*named, *tokenizer.all_special_ids}), np.int32)
+        self._names = list(named.values())
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens, int32 [T]. Names of control tokens in the text are split into text."""

@@ -51,6 +51,14 @@ def test_names_that_overlap_stay_text_too():
     assert text_of(tokens, tokenizer) == "<|a|><|b|>"
 
 
+def test_indentation_stays_a_token_where_the_vocabulary_adds_it():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["    "])
+    assert (
+        PlainText(tokenizer).encode("    x").tolist() == ids("    x", tokenizer) and len(ids("    x", tokenizer)) == 2
+    )
+
+
 def test_other_text_is_encoded_as_ever():
     text = "x = `1`\n```\nα 😀"
     assert PlainText(QWEN).encode(text).tolist() == ids(text)
