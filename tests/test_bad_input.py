@@ -75,7 +75,8 @@ OVERRIDES = {
     # keys
     "group_size=4": "unknown key 'group_size'; did you mean 'rollout.group_size'?",
     "algo.kl_coef=0.1": "unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?",
-    "algo.adv_estimator=grpo": "unknown key 'algo.adv_estimator'; the keys of algo are clip_low, clip_high, ",
+    "algo.adv_estimator=grpo": "unknown key 'algo.adv_estimator'; did you mean 'algo.advantage'?",
+    "algo.filter_groups=true": "unknown key 'algo.filter_groups'; the keys of algo are clip_low, clip_high, ",
     "reward.reward_manager=dapo": "unknown key 'reward.reward_manager'; the keys of reward are function, ",
     "trainer.total_epochs=3": "unknown key 'trainer.total_epochs'; `dapo-mcore config --only-values examples/",
     "actor_rollout_ref.rollout.n=8": "unknown key 'actor_rollout_ref.rollout.n'; did you mean 'rollout.group_size'?",
