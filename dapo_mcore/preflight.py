@@ -100,7 +100,7 @@ def _check_other_files(config: Config) -> None:
         raise RewardError(f"reward.function {reward.function!r}: no file at {Path(file).absolute()}; correct the path")
     for tool in config.tools:
         file = tool.function.rpartition(":")[0]
-        if file.endswith(".py") and not Path(file).is_file():
+        if file.endswith(".py") and tool.placement == "local" and not Path(file).is_file():
             raise ToolError(
                 f"tools: {tool.name} has function {tool.function!r}, but there is no file {Path(file).absolute()}; correct the path"
             )

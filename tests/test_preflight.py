@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore.cli import main
-from dapo_mcore.config.file import parse_config
-from dapo_mcore.preflight import describe_step
+from dapo_mcore.config.file import load_config, parse_config
+from dapo_mcore.preflight import check_files_of, describe_step
 from tests.checkpoint.stored_checkpoint import truncate, write_checkpoint
 from tests.mistakes import mistake
 from tests.model_files.character_model import CONFIG, write_tokenizer
@@ -323,6 +323,11 @@ def test_a_mistake_in_what_the_configuration_names(
     message = mistake(["config", "run.yaml", *arguments], capsys)
     assert expected in message
     assert not (task / "runs").exists()
+
+
+def test_a_tools_file_may_be_on_the_nodes_of_a_cluster_alone(task: Path) -> None:
+    tool = "{name: find, function: 'gone.py:find', parameters: {type: object}, placement: ray, workers: 1}"
+    check_files_of(load_config("run.yaml", [f"tools=[{tool}]"]))
 
 
 def test_a_good_configuration_is_described_and_printed(task: Path, capsys: pytest.CaptureFixture[str]) -> None:

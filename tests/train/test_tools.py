@@ -1,4 +1,4 @@
-"""A whole run whose policy calls a tool: from warm weights that know nothing to a trained model."""
+"""A whole run whose policy calls a tool, in one process on the embedded engine."""
 
 from __future__ import annotations
 

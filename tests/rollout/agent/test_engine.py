@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -17,8 +16,17 @@ from dapo_mcore.rollout.agent.engine import ContinuousToolEngine, RoundToolEngin
 from dapo_mcore.rollout.agent.episode import Dialect
 from dapo_mcore.rollout.sampling.sampler import Sampler
 from dapo_mcore.types import ContinuousEngine, Prompt, Rollout, Score
-from tests.rollout.agent.letters import Angles, ContinuousPolicy, FiveTokens, ScriptedPolicy, letters_dialect, spoken
-from tests.rollout.agent.talk import Kind, Result, StubTools, params
+from tests.rollout.agent.letters import (
+    STOP,
+    Angles,
+    ContinuousPolicy,
+    FiveTokens,
+    ScriptedPolicy,
+    codes,
+    letters_dialect,
+    spoken,
+)
+from tests.rollout.agent.talk import Kind, Result, StubTools, params, stopped
 from tests.rollout.sampling.scripted import decode, make_config, reward
 from tests.rollout.sglang.fake_server import fake_python
 from tests.rollout.sglang.serving import FAST, SLOW, engine, pace, prompts, servers, told, wait_for, weights
@@ -92,9 +100,6 @@ def test_calls_of_a_round_run_at_the_same_time_and_tokens_after_a_call_are_count
 
 
 def _without_end_token(policy: ScriptedPolicy):
-    from tests.rollout.agent.letters import STOP, codes
-    from tests.rollout.agent.talk import stopped
-
     def respond(tokens: np.ndarray, limit: int) -> Rollout:
         (script,) = policy.scripts[int(tokens[0])]
         turn = script.split("|")[spoken(tokens).count("]")]
@@ -287,7 +292,6 @@ def test_a_server_killed_in_the_third_turn_costs_that_turn_alone(tmp_path, conti
         first = servers(made)[0]
         wait(lambda: told(first)["running"] > 0)
         os.kill(told(first)["pid"], signal.SIGKILL)
-        time.sleep(0.1)
         pace(made, FAST)
         wait(lambda: len(tools.begun) == 24)
         for one in tools.begun[16:]:
