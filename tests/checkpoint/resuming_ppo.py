@@ -110,7 +110,5 @@ def reshard_ppo(layout: Any, mesh: Mesh, folder: Path, theirs: Path) -> dict[str
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return the stored weights, whole, without optimizer state."""
     store = ShardReader(checkpoint / SHARDS)
-    found = {key: torch.empty(store.size(key)) for key in store.tensors if "optimizer." not in key}
-    for key, values in found.items():
-        store.read_into(key, (0,) * values.dim(), values)
-    return found
+    sizes = {key: store.size(key) for key in store.tensors if "optimizer." not in key}
+    return {key: store.read(key, (0,) * len(size), size) for key, size in sizes.items()}
