@@ -121,9 +121,7 @@ def test_a_skipped_step_is_told_and_the_last_in_a_row_ends_the_run(alone):
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(
-        parity.save_problem(tmp_path_factory.mktemp("critic") / "problem.pt", parity.off_policy(parity.make_batch()))
-    )
+    return str(parity.save_problem(tmp_path_factory.mktemp("critic") / "problem.pt", parity.multi_turn_batch()))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
