@@ -24,6 +24,7 @@ CHARACTERS = "0123456789+-=; "
 VOCAB_SIZE = 32
 NUM_HELD_OUT = 128
 NUM_DEMONSTRATIONS = 40_000
+NUM_MIXED = 4_000
 STYLES = {"direct": 0.5, "steps": 0.3, "rambling": 0.2}
 
 
@@ -36,7 +37,8 @@ def main() -> None:
 
 
 def write_task(out: Path, seed: int) -> str:
-    """One line saying what was written: the model folder, three disjoint prompt sets and the demonstrations."""
+    """One line saying what was written: the model folder, three disjoint prompt sets, the demonstrations, and training prompts
+    of which most are too easy or hopeless."""
     write_model(out / "model")
     splits = split_problems()
     rng = random.Random(seed)
@@ -44,6 +46,7 @@ def write_task(out: Path, seed: int) -> str:
     rows["choose"] = rng.sample(rows["choose"], NUM_HELD_OUT)
     rows["heldout"] = rng.sample(rows["heldout"], NUM_HELD_OUT)
     rows["demonstrations"] = [demonstration(rng, *rng.choice(splits["train"])) for _ in range(NUM_DEMONSTRATIONS)]
+    rows["mixed"] = mixed_rows(random.Random(seed), splits["train"])
     for name, content in rows.items():
         write_jsonl(out / f"{name}.jsonl", content)
     counts = ", ".join(f"{name}.jsonl ({len(content)} rows)" for name, content in rows.items())
@@ -84,6 +87,17 @@ def demonstration(rng: random.Random, a: int, b: int) -> dict[str, str]:
     repeats = {"direct": (0, 0), "steps": (1, 1), "rambling": (2, 3)}[style]
     steps = "".join(step * rng.randint(*repeats) for step in addition_steps(a, b))
     return {"prompt": prompt_of(a, b), "response": f"{steps}{ANSWER}{a + b}"}
+
+
+def mixed_rows(rng: random.Random, problems: list[tuple[int, int]]) -> list[dict[str, str]]:
+    """Distinct training prompts: a quarter problems, a quarter with all steps in the prompt, half sums of five-digit numbers,
+    of which the demonstrations show none. Example of the second kind: `66+20=6+0+0=6;6+2+0=8;`."""
+    chosen = rng.sample(problems, NUM_MIXED // 2)
+    plain, solved = chosen[: NUM_MIXED // 4], chosen[NUM_MIXED // 4 :]
+    easy = [{"prompt": prompt_of(a, b) + "".join(addition_steps(a, b)), "answer": str(a + b)} for a, b in solved]
+    large = rng.sample(range(10_000, 100_000), NUM_MIXED)
+    hopeless = [problem_row(a, b) for a, b in zip(large[::2], large[1::2])]
+    return [problem_row(*problem) for problem in plain] + easy + hopeless
 
 
 def write_model(folder: Path) -> None:
