@@ -53,7 +53,9 @@ NO_CHANGE = (
     "eval.at_start=false",
 )
 SMALL = (
+    # half of the quickstart's batch, in as many gradient steps
     "checkpoint.every=1000",
+    "eval.every=5",
     "sampling.train_batch_prompts=16",
     "sampling.gen_batch_prompts=20",
     "batch.mini_batch_prompts=4",
@@ -78,7 +80,7 @@ class Study:
 STUDIES = {
     "algorithms": Study(
         "The quickstart's task",
-        ("num_rollout_steps=80", "eval.every=5"),
+        (*SMALL, "num_rollout_steps=80"),
         {
             "DAPO": (),
             "GRPO": (
@@ -94,7 +96,7 @@ STUDIES = {
     ),
     "clip-higher": Study(
         "Far off-policy: 4 epochs, learning rate 1e-3",
-        (*SMALL, "num_rollout_steps=30", "batch.epochs=4", "optimizer.lr=1e-3"),
+        (*SMALL, "num_rollout_steps=20", "batch.epochs=4", "optimizer.lr=1e-3"),
         {"clip at 0.28": (), "clip at 0.2": ("algo.clip_high=0.2",)},
         range(5),
         ("actor/entropy", "entropy"),
@@ -103,7 +105,7 @@ STUDIES = {
         "Three of four prompts are too easy or hopeless",
         (
             *SMALL,
-            "num_rollout_steps=30",
+            "num_rollout_steps=25",
             "data.files=runs/arithmetic/mixed.jsonl",
             "data.max_prompt_tokens=26",
             "sampling.gen_batch_prompts=40",
@@ -114,14 +116,14 @@ STUDIES = {
     ),
     "token-mean": Study(
         "Lengths from 4 to 60 tokens, no length penalty",
-        (*SMALL, "num_rollout_steps=40", "rollout.max_response_tokens=64", "reward.overlong.penalty=false"),
+        (*SMALL, "num_rollout_steps=30", "rollout.max_response_tokens=64", "reward.overlong.penalty=false"),
         {"mean over tokens": (), "mean over responses": ("algo.loss_mode=seq-mean-token-mean",)},
         range(5),
         ("response_length/mean", "response length"),
     ),
     "overlong": Study(
         "At most 32 tokens: every rambling answer is cut",
-        (*SMALL, "num_rollout_steps=30", "rollout.max_response_tokens=32", "reward.overlong.cache=8"),
+        (*SMALL, "num_rollout_steps=25", "rollout.max_response_tokens=32", "reward.overlong.cache=8"),
         {
             "penalty": (),
             "neither": ("reward.overlong.penalty=false",),
