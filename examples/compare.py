@@ -15,7 +15,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dapo_mcore.config.file import load_config
-from dapo_mcore.controller import final_export
 from dapo_mcore.errors import ConfigError, DapoError, DataError, TrainingError
 from dapo_mcore.observe.plots import PALETTE, STYLE
 from dapo_mcore.observe.progress import format_count, format_seconds
@@ -150,6 +148,11 @@ class Run:
         return self.out / self.name
 
     @property
+    def policy(self) -> Path:
+        """The folder of the policy that the run exports at its end."""
+        return self.folder / "hf" / "final"
+
+    @property
     def words(self) -> tuple[str, ...]:
         """All overrides of the run."""
         return (*ONE_PROCESS, *QUIET, *self.overrides, f"output_dir={self.out}", f"name={self.name}")
@@ -163,7 +166,7 @@ class Run:
         if load_config(recorded) != config:
             raise ConfigError(f"{self.folder} has a run of other settings; delete the folder, or choose another --out")
         if self.makes_start:
-            return final_export(config).is_dir()
+            return self.policy.is_dir()
         return bool(rows := read_metrics(self.folder)) and rows[-1]["step"] == self.num_steps and ACCURACY in rows[-1]
 
 
@@ -255,10 +258,9 @@ def plan(name: str, out: Path, more: tuple[str, ...]) -> dict[tuple[str, int], R
     """Return the runs of a study by variant and seed."""
     study, runs = STUDIES[name], {}
     for seed, start in zip(study.seeds, starts(study.seeds, out)):
-        policy = final_export(load_config(CONFIG, start.words))
-        begin = ("warm_start=null", "model.init=pretrained", f"model.path={policy}", "checkpoint.export_at_end=false")
+        begin = ("warm_start=null", "model.init=pretrained", f"model.path={start.policy}")
         for variant, overrides in study.variants.items():
-            words = (*begin, f"seed={seed}", *study.common, *overrides, *more)
+            words = (*begin, f"seed={seed}", "checkpoint.export_at_end=false", *study.common, *overrides, *more)
             steps = load_config(CONFIG, words).num_rollout_steps
             runs[variant, seed] = Run(f"{name}-{variant.replace(' ', '_')}-{seed}", out, words, steps)
     return runs
@@ -274,9 +276,8 @@ def train(run: Run, progress: Progress) -> None:
         command = [sys.executable, "-m", "dapo_mcore.train", str(CONFIG), *run.words]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
-            while process.poll() is None:
+            while _is_running(process):
                 progress.update(task, **_position(run))
-                time.sleep(1)
         finally:
             process.terminate()  # of a process that has ended, nothing
             process.wait()
@@ -286,6 +287,15 @@ def train(run: Run, progress: Progress) -> None:
             progress.remove_task(task)
     if process.returncode:
         raise TrainingError(f"{run.name} ended with status {process.returncode}: {_last_line(log)}; its log is {log}")
+
+
+def _is_running(process: subprocess.Popen[bytes], wait_s: float = 1.0) -> bool:
+    """Wait a moment for the end of the process, and return True if it still runs."""
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def _position(run: Run) -> dict[str, object]:
