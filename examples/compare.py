@@ -11,9 +11,10 @@ Change here: the studies (STUDIES), the columns of the table (COLUMNS), the pane
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ ACCURACY = "val/heldout/mean@8"
 GOAL = 0.9
 CPU_FILE = "cpu_seconds.txt"
 """In a run's folder: the CPU seconds of each start of its process."""
+FORKS = multiprocessing.get_context("forkserver")
+"""Starts a process for each run, as a fork of one that has imported torch and Megatron."""
+FORKS.set_forkserver_preload(["__main__", "dapo_mcore.process.environment", "dapo_mcore.train.job"])
 ONE_PROCESS = ("parallel.tensor_parallel=1", "rollout.num_threads=1")
 QUIET = ("observe.tensorboard=false", "observe.plot_at_end=false", "observe.samples_per_step=0")
 NO_CHANGE = (
@@ -58,6 +62,7 @@ SMALL = (
     "sampling.gen_batch_prompts=20",
     "batch.mini_batch_prompts=4",
 )
+TINY = (*SMALL, "rollout.group_size=8", "num_rollout_steps=20")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ STUDIES = {
     ),
     "clip-higher": Study(
         "Far off-policy: 4 epochs, learning rate 1e-3",
-        (*SMALL, "num_rollout_steps=20", "batch.epochs=4", "optimizer.lr=1e-3"),
+        (*TINY, "num_rollout_steps=15", "batch.epochs=4", "optimizer.lr=1e-3"),
         {"clip at 0.28": (), "clip at 0.2": ("algo.clip_high=0.2",)},
         range(5),
         ("actor/entropy", "entropy"),
@@ -102,8 +107,7 @@ STUDIES = {
     "dynamic-sampling": Study(
         "Three of four prompts are too easy or hopeless",
         (
-            *SMALL,
-            "num_rollout_steps=25",
+            *TINY,
             "data.files=runs/arithmetic/mixed.jsonl",
             "data.max_prompt_tokens=26",
             "sampling.gen_batch_prompts=40",
@@ -114,14 +118,14 @@ STUDIES = {
     ),
     "token-mean": Study(
         "Lengths from 4 to 60 tokens, no length penalty",
-        (*SMALL, "num_rollout_steps=30", "rollout.max_response_tokens=64", "reward.overlong.penalty=false"),
+        (*TINY, "rollout.max_response_tokens=64", "reward.overlong.penalty=false"),
         {"mean over tokens": (), "mean over responses": ("algo.loss_mode=seq-mean-token-mean",)},
         range(5),
         ("response_length/mean", "response length"),
     ),
     "overlong": Study(
         "At most 32 tokens: every rambling answer is cut",
-        (*SMALL, "num_rollout_steps=25", "rollout.max_response_tokens=32", "reward.overlong.cache=8"),
+        (*TINY, "rollout.max_response_tokens=32", "reward.overlong.cache=8"),
         {
             "penalty": (),
             "neither": ("reward.overlong.penalty=false",),
@@ -267,35 +271,37 @@ def plan(name: str, out: Path, more: tuple[str, ...]) -> dict[tuple[str, int], R
 
 
 def train(run: Run, progress: Progress) -> None:
-    """Run the training process to its end. Raise TrainingError with the last line of its log if it fails."""
+    """Train to the end of the run. Raise TrainingError with the last line of its log if it fails."""
     run.out.mkdir(parents=True, exist_ok=True)
     log = run.out / f"{run.name}.log"
     task = progress.add_task(run.name, total=run.num_steps)
-    before = _cpu_seconds()
-    with log.open("a", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "dapo_mcore.train", str(CONFIG), *run.words]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            while _is_running(process):
-                progress.update(task, **_position(run))
-        finally:
-            process.terminate()  # of a process that has ended, nothing
-            process.wait()
-            if run.folder.is_dir():
-                with (run.folder / CPU_FILE).open("a", encoding="utf-8") as seconds:
-                    seconds.write(f"{_cpu_seconds() - before:.1f}\n")
-            progress.remove_task(task)
-    if process.returncode:
-        raise TrainingError(f"{run.name} ended with status {process.returncode}: {_last_line(log)}; its log is {log}")
-
-
-def _is_running(process: subprocess.Popen[bytes], wait_s: float = 1.0) -> bool:
-    """Wait a moment for the end of the process, and return True if it still runs."""
+    process = FORKS.Process(target=train_here, args=(run, log), name=run.name)
+    process.start()
     try:
-        process.wait(wait_s)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
+        while process.is_alive():
+            process.join(1)
+            progress.update(task, **_position(run))
+    finally:
+        process.terminate()  # nothing, if it has ended
+        process.join()
+        progress.remove_task(task)
+    if process.exitcode:
+        raise TrainingError(f"{run.name} ended with status {process.exitcode}: {_last_line(log)}; its log is {log}")
+
+
+def train_here(run: Run, log: Path) -> None:
+    """Be the process of a run: write all output to its log, and in the end the CPU seconds."""
+    from dapo_mcore.train.__main__ import main as train_main
+
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    status = train_main([str(CONFIG), *run.words])
+    if run.folder.is_dir():
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        with (run.folder / CPU_FILE).open("a", encoding="utf-8") as seconds:
+            seconds.write(f"{sum(usage.ru_utime + usage.ru_stime for usage in usages):.1f}\n")
+    sys.exit(status)
 
 
 def _position(run: Run) -> dict[str, object]:
@@ -309,12 +315,6 @@ def _position(run: Run) -> dict[str, object]:
 def _told(run: Run) -> str:
     seconds = f"{format_seconds(_spent(run))} of CPU"
     return seconds if run.makes_start else f"{read_metrics(run.folder)[-1][ACCURACY]:.3f} right, {seconds}"
-
-
-def _cpu_seconds() -> float:
-    """Return the CPU seconds of all child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _spent(run: Run) -> float:
