@@ -103,10 +103,9 @@ def _batches(rows: Sequence[Demonstration], batch_size: int, seed: int) -> Itera
 
 
 def _to_batch(rows: Sequence[Demonstration]) -> TrainBatch:
-    """Return the rows as a batch, each row its own group, with the loss on the response."""
-    parts = [part for row in rows for part in ((row.prompt, False), (row.response, True))]
-    tokens = np.concatenate([ids for ids, _ in parts])
-    mask = np.concatenate([np.full(len(ids), trained) for ids, trained in parts])
+    """Return the rows as a batch, each row its own group, with the loss on what the policy writes."""
+    tokens = np.concatenate([ids for row in rows for ids in (row.prompt, row.response)])
+    mask = np.concatenate([part for row in rows for part in (np.zeros(len(row.prompt), bool), row.trained)])
     return TrainBatch(
         tokens=tokens,
         loss_mask=mask,

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,18 @@ def write_task(out: Path, seed: int) -> str:
     return f"wrote {out}: model/, {counts}"
 
 
-def split_problems() -> dict[str, list[tuple[int, int]]]:
+def split_problems(sign: str = "+") -> dict[str, list[tuple[int, int]]]:
     """Every pair of two-digit numbers, in the split that a hash of its prompt names: a tenth choose, a tenth heldout."""
     splits: dict[str, list[tuple[int, int]]] = {"train": [], "choose": [], "heldout": []}
     for a in range(10, 100):
         for b in range(10, 100):
-            digest = int(hashlib.md5(prompt_of(a, b).encode()).hexdigest(), 16)
+            digest = int(hashlib.md5(prompt_of(a, b, sign).encode()).hexdigest(), 16)
             splits[{0: "heldout", 1: "choose"}.get(digest % 10, "train")].append((a, b))
     return splits
 
 
-def prompt_of(a: int, b: int) -> str:
-    return f"{a}+{b}="
+def prompt_of(a: int, b: int, sign: str = "+") -> str:
+    return f"{a}{sign}{b}="
 
 
 def problem_row(a: int, b: int) -> dict[str, str]:
@@ -100,7 +100,7 @@ def mixed_rows(rng: random.Random, problems: list[tuple[int, int]]) -> list[dict
     return [problem_row(*problem) for problem in plain] + easy + hopeless
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, words: Sequence[str] = (ANSWER,), characters: str = CHARACTERS) -> None:
     """Config and tokenizer of a Qwen2 model with 125,504 parameters; no weights, the run draws them."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
@@ -124,24 +124,24 @@ def write_model(folder: Path) -> None:
     }
     write_json(folder / "config.json", architecture)
     write_json(folder / "generation_config.json", special)
-    character_tokenizer().save(str(folder / "tokenizer.json"))
+    character_tokenizer(words, characters).save(str(folder / "tokenizer.json"))
     names = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, "unk_token": None}
     write_json(
         folder / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 512, **names}
     )
 
 
-def character_tokenizer() -> Tokenizer:
-    """One token a character, `Answer:` one token: byte-level BPE without merges.
+def character_tokenizer(words: Sequence[str], characters: str) -> Tokenizer:
+    """One token a character, and one for each of the words, such as `Answer:`: byte-level BPE without merges.
 
     The parts are those that transformers' Qwen2Tokenizer builds by itself, so both read a text the same way.
     """
-    symbols = [PAD, EOS, BOS, ANSWER, *CHARACTERS.replace(" ", "Ġ")]  # byte-level BPE spells a space Ġ
+    symbols = [PAD, EOS, BOS, *words, *characters.replace(" ", "Ġ")]  # byte-level BPE spells a space Ġ
     tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([PAD, EOS, BOS])
-    tokenizer.add_tokens([AddedToken(ANSWER, normalized=False)])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
 
@@ -149,7 +149,7 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -14,8 +14,10 @@ from dapo_mcore.data.demonstrations import Demonstration
 from dapo_mcore.data.loader import epoch_order
 from dapo_mcore.warm_start import warm_start
 
-ROWS = [([10, 11], [12]), ([20], [21, 22]), ([30], [31])]
-"""Prompt and response of each demonstration."""
+ROWS = [([10, 11], [12]), ([20], [21, 99, 22]), ([30], [31])]
+"""Prompt and response of each demonstration. Token 99 is a tool's output."""
+SEEN = [([10, 11], [12]), ([20, 99], [21, 22]), ([30], [31])]
+"""Tokens of each demonstration that are not trained on, and those that are."""
 ALONE = SimpleNamespace(
     data=1, context=1, tensor=1, data_rank=0, control_group=None, replica_groups=[object()],
     broadcast=lambda tensor, group: tensor, broadcast_object=lambda value: value,
@@ -35,7 +37,7 @@ class Run:
             settings["choose"] = {"files": "unused"}
         tree = {"model": {"path": "unused"}, "data": {"files": "unused"}, "optimizer": {"lr": 1e-6}, "seed": 7}
         self.config = Config.model_validate(tree | {"warm_start": {"files": "unused", "batch_size": 2, **settings}})
-        rows = [Demonstration(np.array(p, np.int32), np.array(r, np.int32), "row") for p, r in ROWS]
+        rows = [Demonstration(np.array(p, np.int32), np.array(r, np.int32), np.array(r) != 99, "row") for p, r in ROWS]
 
         def pass_rate(prompts: Any, seed: int) -> float:
             self.seeds.append(seed)
@@ -72,10 +74,10 @@ class Run:
 
 
 def test_each_gradient_step_trains_on_the_responses_of_one_batch():
-    """Three rows make one batch of two per epoch; the third waits for another epoch's order."""
+    """Three rows make one batch of two per epoch; the third waits for another epoch's order. What a tool has written is not trained on."""
     run = Run(max_updates=4)
     expected = [epoch_order(7, epoch, 3)[:2] for epoch in range(4)]
-    assert [sorted(batch) for batch in run.batches] == [sorted(ROWS[i] for i in epoch) for epoch in expected]
+    assert [sorted(batch) for batch in run.batches] == [sorted(SEEN[i] for i in epoch) for epoch in expected]
     assert len({tuple(epoch) for epoch in expected}) > 1
 
 

@@ -357,7 +357,9 @@ class WarmStartConfig(Section):
     """Supervised steps on demonstrations, through the same actor, before the first rollout step."""
 
     files: FilePaths
-    """JSONL with `prompt` and `response`."""
+    """JSONL with `prompt` and `response`. A response with tools is a list of texts, in turn the policy's and a tool's with all that
+    stands around it, as the policy reads it: ["<tool_call>…</tool_call>", "<tool_response>8</tool_response>", "Answer: 8"]. Only the
+    policy's texts are trained on."""
     batch_size: Count = 128
     max_updates: Steps = 300
     lr: LearningRate = 3e-3

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and a response, int32 [T] each, the response with its end-of-sequence token. row: `demos.jsonl row 3`."""
+    """A prompt and a response, int32 [T] each, the response with its end-of-sequence token.
+
+    trained  bool [T], which tokens of the response the policy itself writes; the others are output of tools.
+    row      `demos.jsonl row 3`.
+    """
 
     prompt: np.ndarray
     response: np.ndarray
+    trained: np.ndarray
     row: str
 
     def __len__(self) -> int:
@@ -61,10 +66,22 @@ def load_demonstrations(
 
 def _demonstration(row: Row, renderer: PromptRenderer) -> Demonstration:
     columns = row.columns or {}
-    prompt, response = columns.get("prompt"), columns.get("response")
-    if not prompt or not isinstance(response, str):
+    prompt, parts = columns.get("prompt"), _parts(columns.get("response"))
+    if not prompt or not parts:
         has = row.problem or f"the row has {', '.join(map(str, columns)) or 'nothing'}"
-        raise DataError(f"{row.where}: a demonstration needs `prompt` and `response`, both text; {has:.400}")
+        raise DataError(
+            f"{row.where}: a demonstration needs `prompt`, and `response` as text or as an odd number of texts, in turn the "
+            f"policy's and a tool's; {has:.400}"
+        )
     _, prompt_ids = renderer.render(prompt, row.where)
-    ids = renderer.encode(response, row.where)
-    return Demonstration(prompt_ids, np.array([*ids, renderer.tokenizer.eos_token_id], dtype=np.int32), row.where)
+    ids = [renderer.encode(part, row.where) for part in parts]
+    ids[-1] = [*ids[-1], renderer.tokenizer.eos_token_id]
+    trained = np.repeat(np.arange(len(ids)) % 2 == 0, [len(part) for part in ids])
+    return Demonstration(prompt_ids, np.concatenate(ids).astype(np.int32), trained, row.where)
+
+
+def _parts(response: Any) -> list[str]:
+    """Return the texts of a response, in turn the policy's and a tool's, or [] if it is none."""
+    parts = [response] if isinstance(response, str) else response
+    whole = isinstance(parts, list) and len(parts) % 2 == 1 and all(isinstance(part, str) for part in parts)
+    return parts if whole else []

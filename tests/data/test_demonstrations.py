@@ -43,6 +43,14 @@ def test_a_response_ends_with_the_end_of_sequence_and_a_prompt_does_not(load, tm
     assert found[2].row == f"{tmp_path}/demos.jsonl row 3"
 
 
+def test_of_a_response_with_tools_only_the_policys_texts_are_trained_on(load):
+    (only,), _ = load({"prompt": "a", "response": ["1", "22", "2"]})
+    assert only.response.tolist() == [22, 23, 23, 23, 1]
+    assert only.trained.tolist() == [True, False, False, True, True]
+    (plain,), _ = load(ROWS[1])
+    assert plain.trained.all()
+
+
 def test_prompts_are_rendered_as_the_data_section_says(load):
     (only,), _ = load(ROWS[0], prompt_template="{prompt}=", add_bos=True)
     assert only.prompt.tolist() == [2, 70, 71, 34]
@@ -68,10 +76,14 @@ def test_fewer_rows_than_a_batch_are_refused(load):
         ({"prompt": "x", "response": 1}, "the row has prompt, response"),
         ({"prompt": "", "response": "1"}, "the row has prompt, response"),
         ({}, "the row has nothing"),
+        ({"prompt": "x", "response": ["1", "2"]}, "the row has prompt, response"),
+        ({"prompt": "x", "response": ["1", 2, "3"]}, "the row has prompt, response"),
     ],
 )
 def test_a_row_without_prompt_or_response_is_named(load, row: dict, told: str):
-    with pytest.raises(DataError, match=rf"demos.jsonl row 2: a demonstration needs .*both text; {told}$"):
+    with pytest.raises(
+        DataError, match=rf"demos.jsonl row 2: a demonstration needs .*odd number of texts, .*; {told}$"
+    ):
         load(ROWS[0], row)
 
 

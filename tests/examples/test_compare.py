@@ -49,26 +49,31 @@ def study(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class Trainer:
-    """In the place of subprocess.Popen: a process that has trained as soon as it is started. `started` are the runs' names."""
+    """In the place of multiprocessing's context: processes that have trained as soon as they are started. `started`: runs' names."""
 
     def __init__(self, status: int = 0):
         self.status, self.started = status, []
 
-    def __call__(self, command: list[str], stdout: Any, **_: Any) -> SimpleNamespace:
-        config = load_config(command[3], command[4:])
-        self.started.append(config.name)
-        print("error: the learning rate is odd", file=stdout, flush=True)
-        if not self.status:
-            config.run_dir.mkdir(parents=True)
-            (config.run_dir / "hf/final").mkdir(parents=True)
-            record_config(config, config.run_dir)
-            variant = "GRPO" if config.sampling.style == "none" else "DAPO"
-            rows = [{"step": 0, "val/heldout/mean@8": 0.25}]
-            for step, accuracy in ((10, 0.8), (20, LAST[variant][config.seed])):
-                entropy = {"actor/entropy": 1 / step, "sampling/samples_generated": 100, "time/step_s": 2.0}
-                rows.append({"step": step, "val/heldout/mean@8": accuracy, **entropy})
-            (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return SimpleNamespace(terminate=lambda: None, wait=lambda _=0: None, returncode=self.status)
+    def Process(self, *, args: tuple[Any, Path], name: str, **_: Any) -> SimpleNamespace:
+        run, log = args
+        done = {"is_alive": lambda: False, "terminate": lambda: None, "join": lambda: None, "exitcode": self.status}
+        return SimpleNamespace(start=lambda: self._train(run, log), **done)
+
+    def _train(self, run: Any, log: Path) -> None:
+        self.started.append(run.name)
+        log.write_text("error: the learning rate is odd\n")
+        if self.status:
+            return
+        config = load_config(SCRIPT.with_name("quickstart.yaml"), run.words)
+        (config.run_dir / "hf/final").mkdir(parents=True)
+        record_config(config, config.run_dir)
+        (config.run_dir / "cpu_seconds.txt").write_text("20.5\n9.5\n")
+        variant = "GRPO" if config.sampling.style == "none" else "DAPO"
+        rows = [{"step": 0, "val/heldout/mean@8": 0.25}]
+        for step, accuracy in ((10, 0.8), (20, LAST[variant][config.seed])):
+            more = {"actor/entropy": 1 / step, "sampling/samples_generated": 100, "time/step_s": 2.0}
+            rows.append({"step": step, "val/heldout/mean@8": accuracy, **more})
+        (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def told(compare: ModuleType, *arguments: Any) -> str:
@@ -91,7 +96,7 @@ def test_every_study_is_of_valid_runs_that_differ(compare: ModuleType, name: str
 
 def test_runs_of_a_seed_share_a_start_and_finished_runs_are_left_alone(compare, study, monkeypatch, tmp_path):
     trainer = Trainer()
-    monkeypatch.setattr(compare.subprocess, "Popen", trainer)
+    monkeypatch.setattr(compare, "FORKS", trainer)
     first = told(compare, [study], tmp_path, None, ())
     assert trainer.started == [
         "start-0", "start-1", "made-up-DAPO-0", "made-up-GRPO-0", "made-up-DAPO-1", "made-up-GRPO-1",
@@ -105,13 +110,14 @@ def test_runs_of_a_seed_share_a_start_and_finished_runs_are_left_alone(compare, 
 
 
 def test_the_table_has_means_and_ranges_over_seeds(compare, study, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare.subprocess, "Popen", Trainer())
+    monkeypatch.setattr(compare, "FORKS", Trainer())
     lines = told(compare, [study], tmp_path, tmp_path / "plots/it.png", ()).splitlines()
     dapo, grpo = (next(line for line in lines if line.startswith(f"  {name}")) for name in LAST)
     assert dapo.count("0.970 (0.960..0.980)") == 2  # best and last
     assert "20 (20..20)" in dapo
     assert "200 (200..200)" in dapo
-    assert "4s (4s..4s)" in dapo
+    assert "4s (4s..4s)" in dapo  # time/step_s
+    assert "30s (30s..30s)" in dapo  # CPU of two starts
     assert "entropy 0.075 (0.075..0.075)" in dapo
     assert "0.800 (0.700..0.900)" in grpo
     assert "20 (20..20), 1 of 2" in grpo  # seed 0 does not reach 0.9
@@ -124,14 +130,14 @@ def test_nothing_known_is_no_number(compare: ModuleType):
 
 
 def test_a_folder_of_other_settings_is_not_taken(compare, study, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare.subprocess, "Popen", Trainer())
+    monkeypatch.setattr(compare, "FORKS", Trainer())
     told(compare, [study], tmp_path, None, ())
     with pytest.raises(ConfigError, match=r"made-up-DAPO-0 has a run of other settings; delete the folder"):
         told(compare, [study], tmp_path, None, ("optimizer.lr=1e-4",))
 
 
 def test_a_run_that_fails_ends_with_the_last_line_of_its_log(compare, study, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare.subprocess, "Popen", Trainer(status=2))
+    monkeypatch.setattr(compare, "FORKS", Trainer(status=2))
     with pytest.raises(TrainingError, match="start-0 ended with status 2: error: the learning rate is odd; its log is"):
         told(compare, [study], tmp_path, None, ())
     assert compare.main([study, "--out", str(tmp_path)]) == 2
