@@ -54,3 +54,21 @@ def test_ppo_at_the_reference_size_differs_from_dapo_in_the_algorithm_alone():
     assert (ppo.algo.advantage, ppo.algo.gamma, ppo.algo.lam) == ("gae", 1.0, 1.0)
     assert (ppo.algo.clip_low, ppo.algo.clip_high, ppo.sampling.style) == (0.2, 0.2, "none")
     assert (ppo.critic.optimizer.lr, ppo.critic.clip, ppo.critic.warmup_steps) == (1e-5, 0.5, 20)
+
+
+def test_the_configuration_with_tools_has_the_numbers_of_the_public_recipe():
+    c = load_config(EXAMPLES / "retool.yaml")
+    assert (c.sampling.train_batch_prompts, c.batch.mini_batch_prompts, c.rollout.group_size) == (512, 64, 16)
+    assert (c.data.max_prompt_tokens, c.rollout.max_response_tokens, c.batch.max_tokens) == (2048, 16384, 18432)
+    assert (c.algo.clip_low, c.algo.clip_high, c.algo.dual_clip, c.algo.kl.coef) == (0.2, 0.28, 10.0, 0.0)
+    assert (c.sampling.style, c.reward.overlong.penalty, c.optimizer.lr) == ("none", False, 1e-6)
+    assert (c.agent.max_turns, c.agent.call_format) == (8, "tool_call")
+    assert (c.eval.samples_per_prompt, c.eval.top_p, c.eval.every, c.checkpoint.every) == (30, 0.6, 5, 30)
+    (tool,) = c.tools
+    assert (tool.function, tool.timeout_s, tool.sandbox.memory_mib, tool.max_output_characters) == (
+        "python", 30, 1024, 256,
+    )  # fmt: skip
+    p, s = c.parallel, c.rollout.sglang
+    assert p.tensor_parallel * p.pipeline_parallel * p.context_parallel * p.data_parallel == 2 * 8
+    assert s.num_servers * s.tensor_parallel == 2 * 8
+    assert c.eval.sets["aime25"].system_prompt == c.data.system_prompt
