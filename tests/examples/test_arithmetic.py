@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,14 +89,31 @@ def test_demonstrations_are_right_in_three_styles_and_only_from_train(task: Path
     assert num_steps.count(2) / 40_000 == pytest.approx(0.3, abs=0.01)
 
 
+def test_mixed_prompts_are_of_three_kinds_with_right_answers(task: Path):
+    mixed = rows(task, "mixed")
+    prompts = [row["prompt"] for row in mixed]
+    kinds = {
+        "plain": [prompt for prompt in prompts if re.fullmatch(r"\d\d\+\d\d=", prompt)],
+        "solved": [prompt for prompt in prompts if prompt.endswith(";")],
+        "large": [prompt for prompt in prompts if re.fullmatch(r"\d{5}\+\d{5}=", prompt)],
+    }
+    assert {name: len(found) for name, found in kinds.items()} == {"plain": 1000, "solved": 1000, "large": 2000}
+    assert len(set(prompts)) == 4000
+    for row in mixed:
+        a, b = row["prompt"].partition("=")[0].split("+")
+        assert row["answer"] == str(int(a) + int(b))
+    held_out = {row["prompt"] for name in ("choose", "heldout") for row in rows(task, name)}
+    assert not held_out & {f"{prompt.partition('=')[0]}=" for prompt in prompts}
+
+
 def test_the_same_seed_gives_the_same_files(example: ModuleType, task: Path, tmp_path: Path):
     example.write_task(tmp_path / "same", 0)
     example.write_task(tmp_path / "other", 1)
     files = [path.relative_to(task) for path in task.rglob("*.json*")]
-    assert len(files) == 8
+    assert len(files) == 9
     changed = {str(f) for f in files if (task / f).read_bytes() != (tmp_path / "other" / f).read_bytes()}
     assert all((task / f).read_bytes() == (tmp_path / "same" / f).read_bytes() for f in files)
-    assert changed == {"choose.jsonl", "heldout.jsonl", "demonstrations.jsonl"}
+    assert changed == {"choose.jsonl", "heldout.jsonl", "demonstrations.jsonl", "mixed.jsonl"}
 
 
 def test_the_tokenizer_has_one_token_per_character_and_one_for_answer(model: ModelConfig, tokenizer):
