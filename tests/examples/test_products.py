@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from dapo_mcore.config.file import load_config
 from dapo_mcore.config.schema import Config
@@ -16,6 +17,7 @@ from dapo_mcore.data.demonstrations import load_demonstrations
 from dapo_mcore.data.prompts import load_prompts
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
 from dapo_mcore.tools.calculator import calculate
+from tests.train.runs import TRAIN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -86,4 +88,29 @@ def test_a_call_is_seven_tokens_and_what_the_calculator_writes_is_not_trained_on
     assert texts[1].startswith("<tool_response>") and texts[1].endswith("</tool_response>")
     assert texts[2].startswith("Answer:") and texts[2].endswith("<eos>")
     assert len(call) == 7  # begin, 12*34, end
-    assert load_prompts(config.data, tokenizer).prompts[0].text == "10*10="
+    assert load_prompts(config.data, tokenizer).prompts[0].text == "10*11="
+
+
+def test_a_few_steps_call_the_calculator_and_read_what_it_says(task: Path, config: Config, tmp_path: Path):
+    settings = config.model_dump(mode="json")
+    settings["output_dir"], settings["num_rollout_steps"] = str(tmp_path), 2
+    settings["warm_start"] |= {"batch_size": 32, "max_updates": 60, "check_every": 60}
+    settings["warm_start"]["choose"]["limit"] = settings["eval"]["sets"]["heldout"]["limit"] = 16
+    settings["observe"] |= {"samples_per_step": 1000, "tensorboard": False, "plot_at_end": False}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(settings))
+    subprocess.run([sys.executable, *TRAIN, tmp_path / "few.yaml"], check=True, capture_output=True)
+    folder = tmp_path / "tools_quickstart"
+    calls = [call for path in folder.glob("samples/*.jsonl") for call in calls_of(path)]
+    right = [call for call in calls if call["kind"] == "ok"]
+    assert len(right) > 5
+    assert all(call["output"] == calculate(json.loads(call["arguments"])["expression"]) for call in right)
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["turns/mean"] > 1
+
+
+def calls_of(path: Path) -> list[dict]:
+    """Return the calls of a file of samples. Each output follows its call in the response."""
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    for sample in samples:
+        for call in sample.get("calls", []):
+            assert f"<tool_response>{call['output']}</tool_response>" in sample["response"] or call["kind"] != "ok"
+    return [call for sample in samples for call in sample.get("calls", [])]
