@@ -95,6 +95,13 @@ STUDIES = {
                 "sampling.style=none",
                 "reward.overlong.penalty=false",
             ),
+            "PPO": (
+                "algo.advantage=gae",
+                "algo.clip_high=0.2",
+                "critic.optimizer.lr=1e-3",
+                "sampling.style=none",
+                "reward.overlong.penalty=false",
+            ),
         },
         range(3),
         ("response_length/mean", "response length"),
