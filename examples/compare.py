@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -427,6 +427,7 @@ def draw(results: Mapping[str, Results], out: Path) -> Path:
             axes[2].set_ylabel(study.shows[1])
             for panel, label in zip(axes, ("rollout step", "samples generated", "rollout step")):
                 panel.set_xlabel(label)
+            axes[1].xaxis.set_major_locator(MaxNLocator(nbins=6))
             axes[1].xaxis.set_major_formatter(FuncFormatter(lambda count, _: format_count(count)))
             axes[0].legend(loc="best")
         out.parent.mkdir(parents=True, exist_ok=True)
