@@ -96,6 +96,7 @@ def test_a_few_steps_call_the_calculator_and_read_what_it_says(task: Path, confi
     settings["output_dir"], settings["num_rollout_steps"] = str(tmp_path), 2
     settings["warm_start"] |= {"batch_size": 32, "max_updates": 60, "check_every": 60}
     settings["warm_start"]["choose"]["limit"] = settings["eval"]["sets"]["heldout"]["limit"] = 16
+    settings["sampling"]["style"], settings["rollout"]["num_threads"] = "none", 1
     settings["observe"] |= {"samples_per_step": 1000, "tensorboard": False, "plot_at_end": False}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(settings))
     subprocess.run([sys.executable, *TRAIN, tmp_path / "few.yaml"], check=True, capture_output=True)
