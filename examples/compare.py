@@ -113,6 +113,13 @@ STUDIES = {
         range(5),
         ("actor/entropy", "entropy"),
     ),
+    "clip-higher-mild": Study(
+        "4 epochs, the quickstart's learning rate",
+        (*TINY, "batch.epochs=4"),
+        {"clip at 0.28": (), "clip at 0.2": ("algo.clip_high=0.2",)},
+        range(5),
+        ("actor/entropy", "entropy"),
+    ),
     "dynamic-sampling": Study(
         "Three of four prompts are too easy or hopeless",
         (

@@ -8,7 +8,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from dapo_mcore.config.optimizer import OptimizerConfig
-from dapo_mcore.config.values import Section
+from dapo_mcore.config.values import LearningRate, Section
+
+
+class CriticOptimizerConfig(OptimizerConfig):
+    """The keys of the section `optimizer`, for the critic alone: it takes no value from there."""
+
+    lr: LearningRate = 1e-5
 
 
 class CriticConfig(Section):
@@ -18,8 +24,7 @@ class CriticConfig(Section):
     and as many gradient steps as the policy takes.
     """
 
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
-    """The keys of the section `optimizer`, for the critic alone."""
+    optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
     warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
     """Rollout steps at the start that train the critic alone, because the values of an untrained one mislead the policy."""
     clip: float | None = Field(0.5, gt=0)

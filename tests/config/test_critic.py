@@ -24,6 +24,11 @@ def test_ppo_needs_one_key():
     assert (found.critic.optimizer.lr, found.critic.clip, found.critic.warmup_steps) == (1e-5, 0.5, 0)
 
 
+def test_another_key_of_the_critics_optimizer_leaves_its_learning_rate_as_it_is():
+    found = config(algo={"advantage": "gae"}, critic={"optimizer": {"weight_decay": 0}})
+    assert (found.critic.optimizer.lr, found.critic.optimizer.weight_decay) == (1e-5, 0)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -53,7 +58,7 @@ def test_ppo_needs_one_key():
             },
             "critic.optimizer.offload_fraction and moments in bf16 are for models in bf16",
         ),
-        ({"algo": {"advantage": "gae"}, "critic": {"clip": 0}}, "greater than 0"),
+        ({"algo": {"advantage": "gae"}, "critic": {"clip": 0}}, "critic.clip is 0; set a finite number that is above 0, or null"),
     ],
 )  # fmt: skip
 def test_a_setting_that_would_do_nothing_or_harm_is_refused(sections, message):
