@@ -131,7 +131,7 @@ def write_model(folder: Path, words: Sequence[str] = (ANSWER,), characters: str 
     )
 
 
-def character_tokenizer(words: Sequence[str], characters: str) -> Tokenizer:
+def character_tokenizer(words: Sequence[str] = (ANSWER,), characters: str = CHARACTERS) -> Tokenizer:
     """One token a character, and one for each of the words, such as `Answer:`: byte-level BPE without merges.
 
     The parts are those that transformers' Qwen2Tokenizer builds by itself, so both read a text the same way.

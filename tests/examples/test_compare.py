@@ -83,7 +83,9 @@ def told(compare: ModuleType, *arguments: Any) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("name", ["algorithms", "clip-higher", "dynamic-sampling", "token-mean", "overlong"])
+@pytest.mark.parametrize(
+    "name", ["algorithms", "clip-higher", "clip-higher-mild", "dynamic-sampling", "token-mean", "overlong"]
+)
 def test_every_study_is_of_valid_runs_that_differ(compare: ModuleType, name: str, tmp_path: Path):
     runs = compare.plan(name, tmp_path, ())
     seeds = 3 if name == "algorithms" else 5
@@ -92,7 +94,14 @@ def test_every_study_is_of_valid_runs_that_differ(compare: ModuleType, name: str
     differing = {c.model_copy(update={"name": "", "seed": 0}).model_dump_json() for c in configs.values()}
     assert len(differing) == len(compare.STUDIES[name].variants) * 3  # starting policies
     assert all(c.warm_start is None and c.model.init == "pretrained" for c in configs.values())
-    assert list(compare.STUDIES) == ["algorithms", "clip-higher", "dynamic-sampling", "token-mean", "overlong"]
+    assert list(compare.STUDIES) == [
+        "algorithms",
+        "clip-higher",
+        "clip-higher-mild",
+        "dynamic-sampling",
+        "token-mean",
+        "overlong",
+    ]
 
 
 def test_runs_of_a_seed_share_a_start_and_finished_runs_are_left_alone(compare, study, monkeypatch, tmp_path):
