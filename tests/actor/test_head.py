@@ -153,7 +153,7 @@ def build(config: Any, layout: Any, expected: dict[str, Any]) -> Any:
 
 def build_overlapping(config: Any, layout: Any, expected: dict[str, Any]) -> Any:
     """Return an actor whose DDP sums gradients, in many small buckets, during the last micro-batch's backward pass."""
-    from dapo_mcore.actor import actor as module
+    from dapo_mcore.actor import wrap as module
 
     plain = module.DistributedDataParallelConfig
     module.DistributedDataParallelConfig = lambda **given: plain(

@@ -57,14 +57,14 @@ def fill_the_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
 def poison():
-    from dapo_mcore.actor import actor
-    finalize = actor.finalize_without_division
+    from dapo_mcore.actor import wrap
+    finalize = wrap.finalize_without_division
     def poisoned(model, *arguments, **more):
         finalize(model, *arguments, **more)
         if os.environ["RANK"] == "1":
             mark()
             next(model[0].module.parameters()).main_grad.view(-1)[0] = float("nan")
-    actor.finalize_without_division = poisoned
+    wrap.finalize_without_division = poisoned
 
 exec(os.environ["INJECTED"])
 sys.exit(main())

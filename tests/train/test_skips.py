@@ -10,16 +10,16 @@ from tests.train.runs import QUICKSTART, SMALL, python
 # two runs in one process: importing takes longer
 POISONED = """
 import sys
-from dapo_mcore.actor import actor
+from dapo_mcore.actor import wrap
 from dapo_mcore.train.__main__ import main
 
-finalize = actor.finalize_without_division
+finalize = wrap.finalize_without_division
 
 def poison(model, *args, **kwargs):
     finalize(model, *args, **kwargs)
     next(model[0].module.parameters()).main_grad.view(-1)[0] = float("nan")
 
-actor.finalize_without_division = poison
+wrap.finalize_without_division = poison
 for case in ("name=few", "name=many optimizer.max_skipped_updates=3"):
     print("STATUS", main([*sys.argv[1:], *case.split()]), flush=True)
 """
