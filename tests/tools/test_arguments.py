@@ -49,6 +49,20 @@ def test_what_does_not_fit_is_told_in_one_short_line(arguments, reason: str):
     assert len(str(error.value)) <= 310 and "\n" not in str(error.value)
 
 
-def test_a_schema_that_is_none_is_refused():
-    with pytest.raises(ToolError, match=r"tools: t\.parameters is no JSON schema: 'nonsense' is not valid"):
-        Arguments("t", {"type": "nonsense"})
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "nonsense"}, "is no JSON schema: $.type: 'nonsense' is no type; the types are string, number, integer, "
+         "boolean, array, object, null, or a list of them"),
+        ({"properties": {"a": {"type": ["string", "text"]}}}, "is no JSON schema: $.properties.a.type: "
+         "['string', 'text'] is no type; the types are string, "),
+        ({"properties": {"type": {"enum": 3}}}, "is no JSON schema: $.properties.type.enum: 3 is not of type 'array'"),
+        ({"properties": {"query": {}, "top": {}}, "required": ["query", "tops"]},
+         "requires 'tops', which is not among its properties (query, top); did you mean 'top'?"),
+        ({"required": ["query"]}, "requires 'query', which is not among its properties (none)"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_cannot_work_is_refused(schema: dict, reason: str):
+    with pytest.raises(ToolError) as error:
+        Arguments("t", schema)
+    assert str(error.value).startswith(f"tools: t.parameters {reason}")
