@@ -263,7 +263,10 @@ def _tool_arguments(parser: argparse.ArgumentParser) -> None:
 def _tool(args: argparse.Namespace) -> int:
     from dapo_mcore.tools.command import run
 
-    return run(args.name, sys.stdin.read() if args.call is None else args.call, args.config, args.overrides)
+    call = sys.stdin.read() if args.call is None else args.call
+    if args.call is None and not call:
+        raise ConfigError("no call was given: use --call, or write it to standard input")
+    return run(args.name, call, args.config, args.overrides)
 
 
 COMMANDS = (
