@@ -31,26 +31,29 @@ class Arguments:
         self.schema = schema
         self._validator = Draft202012Validator(schema)
 
-    def read(self, arguments: Mapping[str, Any] | str) -> dict[str, Any]:
+    def read(self, arguments: Mapping[str, Any] | str, is_code: bool = False) -> dict[str, Any]:
         """Return the arguments. Raise ValueError with one line for the policy if they do not fit.
 
-        A text is a JSON object. For a tool whose only argument is a text, anything else is that argument, as in code blocks.
+        A text is a JSON object. For a tool whose only argument is a text, anything else is that argument.
+        is_code  the text is that argument even if it is a JSON object, as in code blocks.
         """
-        found = dict(arguments) if isinstance(arguments, Mapping) else self._parse(arguments)
+        found = dict(arguments) if isinstance(arguments, Mapping) else self._parse(arguments, is_code)
         if error := best_match(self._validator.iter_errors(found)):
             place = "".join(f"{part}: " for part in error.absolute_path)
             raise ValueError(shortened(f"{place}{error.message}", _LONGEST))
         return found
 
-    def _parse(self, text: str) -> dict[str, Any]:
+    def _parse(self, text: str, is_code: bool) -> dict[str, Any]:
         only = self._only_text()
+        if only is not None and is_code:
+            return {only: text}
         try:
-            found = json.loads(text)
+            found = json.loads(text, strict=False)  # policies write line breaks inside strings
         except (ValueError, RecursionError) as error:
             if only is not None:
                 return {only: text}
             raise ValueError(f"they are no JSON: {error}") from None
-        if isinstance(found, dict) and (only is None or only in found):
+        if isinstance(found, dict):
             return found
         if only is not None:
             return {only: text}

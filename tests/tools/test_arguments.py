@@ -19,13 +19,20 @@ SEARCH = Arguments(
 )
 
 
-@pytest.mark.parametrize("text", ["print(1)", "1", "[1]", '{"a": 1}', "null", '"quoted"'])
+@pytest.mark.parametrize("text", ["print(1)", "1", "[1]", "{1: 2}", "null", '"quoted"'])
 def test_a_text_is_the_only_argument(text: str):
-    assert CODE.read(text) == {"code": text}
+    assert CODE.read(text) == CODE.read(text, is_code=True) == {"code": text}
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"code": "1"}'])
+def test_code_that_is_a_json_object_is_code(text: str):
+    assert CODE.read(text, is_code=True) == {"code": text}
 
 
 def test_json_is_read():
-    assert CODE.read('{"code": "1"}') == {"code": "1"}
+    assert CODE.read('{"code": "1\n2"}') == {"code": "1\n2"}
+    with pytest.raises(ValueError, match="'code' is a required property"):
+        CODE.read('{"a": 1}')
     assert SEARCH.read('{"query": "x", "top": 3}') == {"query": "x", "top": 3}
     assert SEARCH.read({"query": "x"}) == {"query": "x"}
 

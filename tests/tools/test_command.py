@@ -60,6 +60,18 @@ def test_a_file_needs_no_other_sections_and_those_it_has_are_not_checked(
     assert "dapo-mcore tool: tools: the name 'sum' occurs 2 times; each tool needs its own\n" in err
 
 
+def test_a_json_object_is_the_arguments_as_in_a_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["tool", "calculator", "--call", '{"expr": "1+1"}']) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("the arguments do not fit calculator: ") and err.startswith("# error, ")
+
+
+def test_a_missing_call_is_no_empty_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["tool", "calculator"]) == 2
+    assert "dapo-mcore tool: no call was given: use --call" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
