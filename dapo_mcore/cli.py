@@ -226,7 +226,9 @@ def _explain(args: argparse.Namespace) -> int:
     from dapo_mcore.reward.attempt import Attempt, joined
     from dapo_mcore.reward.explain import explain, explain_other, read_transcript
 
-    transcript = read_transcript(args.transcript) if args.transcript else None
+    if args.transcript is not None and args.text is not None:
+        raise DataError("--text and --transcript are two ways to give the response; leave one out")
+    transcript = None if args.transcript is None else read_transcript(args.transcript)
     if transcript:
         text = joined(transcript["turns"])
     else:
