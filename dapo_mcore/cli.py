@@ -259,7 +259,9 @@ def _tool_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML configuration with the section tools")
-    parser.add_argument("--call", help="the arguments as JSON, or a tool's only text; standard input when absent")
+    parser.add_argument(
+        "--call", help="the arguments as a JSON object, else a tool's only text; standard input when absent"
+    )
 
 
 def _tool(args: argparse.Namespace) -> int:
@@ -306,7 +308,13 @@ COMMANDS = (
         _runs,
     ),
     Command("reward-explain", "Say step by step why a response is right or wrong.", _explain_arguments, _explain),
-    Command("tool", "Make one call of a tool and print what the policy would see.", _tool_arguments, _tool),
+    Command(
+        "tool",
+        "Make one call of a tool and print what the policy would see; the exit code is 0 also after an error of the policy's or a "
+        "time-out, 1 if the tool failed by itself, 2 if no call could be made.",
+        _tool_arguments,
+        _tool,
+    ),
 )
 
 
