@@ -226,7 +226,9 @@ def _explain(args: argparse.Namespace) -> int:
     from dapo_mcore.reward.attempt import Attempt, joined
     from dapo_mcore.reward.explain import explain, explain_other, read_transcript
 
-    transcript = read_transcript(args.transcript) if args.transcript else None
+    if args.transcript is not None and args.text is not None:
+        raise DataError("--text and --transcript are two ways to give the response; leave one out")
+    transcript = None if args.transcript is None else read_transcript(args.transcript)
     if transcript:
         text = joined(transcript["turns"])
     else:
@@ -257,13 +259,18 @@ def _tool_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace the file's")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML configuration with the section tools")
-    parser.add_argument("--call", help="the arguments as JSON, or a tool's only text; standard input when absent")
+    parser.add_argument(
+        "--call", help="the arguments as a JSON object, else a tool's only text; standard input when absent"
+    )
 
 
 def _tool(args: argparse.Namespace) -> int:
     from dapo_mcore.tools.command import run
 
-    return run(args.name, sys.stdin.read() if args.call is None else args.call, args.config, args.overrides)
+    call = sys.stdin.read() if args.call is None else args.call
+    if args.call is None and not call:
+        raise ConfigError("no call was given: use --call, or write it to standard input")
+    return run(args.name, call, args.config, args.overrides)
 
 
 COMMANDS = (
@@ -301,7 +308,13 @@ COMMANDS = (
         _runs,
     ),
     Command("reward-explain", "Say step by step why a response is right or wrong.", _explain_arguments, _explain),
-    Command("tool", "Make one call of a tool and print what the policy would see.", _tool_arguments, _tool),
+    Command(
+        "tool",
+        "Make one call of a tool and print what the policy would see; the exit code is 0 also after an error of the policy's or a "
+        "time-out, 1 if the tool failed by itself, 2 if no call could be made.",
+        _tool_arguments,
+        _tool,
+    ),
 )
 
 

@@ -81,6 +81,11 @@ SHARED_SERVERS = (
             ["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"],
             "neither math_dapo, math_verify nor",
         ),
+        (["reward-explain", "--answer", "1", "--transcript", ""], "--transcript is not valid JSON"),
+        (
+            ["reward-explain", "--answer", "1", "--text", "x", "--transcript", '{"turns": ["x"]}'],
+            "--text and --transcript are two ways to give the response; leave one out",
+        ),
     ],
 )
 def test_a_users_error_is_one_message_and_exit_code_2(

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -31,8 +31,11 @@ from dapo_mcore.config.keys import (
     type_of_items,
 )
 from dapo_mcore.config.schema import Config
+from dapo_mcore.config.values import Section
 from dapo_mcore.config.yaml_text import read_yaml
 from dapo_mcore.errors import ConfigError, shortened
+
+S = TypeVar("S", bound=Section)
 
 _MOST_BYTES = 2**20
 _MOST_MISTAKES = 8
@@ -47,7 +50,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raise ConfigError for a file that cannot be read, broken YAML, an unknown key (with the nearest known one) or a broken
     rule.
     """
-    path = Path(path)
+    return parse_config(_read_tree(Path(path), overrides))
+
+
+def load_sections(path: str | Path, overrides: Sequence[str], kind: type[S]) -> S:
+    """Return the sections of a YAML file that `kind` has as fields, validated; those beside them are not checked.
+
+    Raise ConfigError as load_config does.
+    """
+    tree = _read_tree(Path(path), overrides)
+    return _validated(kind, {key: value for key, value in tree.items() if key in kind.model_fields})
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Return the validated configuration of a nested mapping. Raise ConfigError naming every bad key."""
+    return _validated(Config, tree)
+
+
+def _read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = read_yaml(_read(path), str(path), Config)
     if tree is None:
         raise ConfigError(f"{path} is empty; examples are in examples/*.yaml")
@@ -55,13 +75,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree)
+    return tree
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
-    """Return the validated configuration of a nested mapping. Raise ConfigError naming every bad key."""
+def _validated(kind: type[S], tree: dict[str, Any]) -> S:
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         mistakes = [single for item in error.errors() for single in _single(item)]
         told = list(dict.fromkeys(map(_explain, mistakes)))  # pydantic has a mistake for each alternative of a type

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from dapo_mcore.errors import DataError, RewardError, shortened
 from dapo_mcore.reward.attempt import Attempt, Outcome, Transcript, judged
@@ -27,6 +28,7 @@ _DEADLINE_S = 30.0
 _LONGEST_QUOTE = 300
 _GRADERS = ("math_dapo", "math_verify")
 _NO_CALL = {"name": "", "arguments": "", "kind": "ok", "output": "", "seconds": 0.0}
+_CALL_KINDS = ("ok", "error", "timeout", "infrastructure")
 
 
 def explain(
@@ -41,7 +43,8 @@ def explain(
 
 
 def read_transcript(text: str) -> Transcript:
-    """Return the transcript of a JSON object with `turns` and perhaps `calls`. Raise DataError if it is something else."""
+    """Return the transcript of a JSON object with `turns` and perhaps `calls` and `num_turns`. Raise DataError if it is something
+    else, or has something that no run gives."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -52,7 +55,27 @@ def read_transcript(text: str) -> Transcript:
             '--transcript must be a JSON object such as {"turns": ["Let me see.", "Answer: 7"], "calls": [{"name": "python", '
             f'"arguments": "3 + 4", "kind": "ok", "output": "7", "seconds": 0.1}}]}}, not {text!r:.80}'
         )
+    _check_keys(found, ("num_turns", "turns", "calls"), "--transcript")
+    if (num_turns := found.get("num_turns", len(turns))) != len(turns):
+        raise DataError(f"--transcript has num_turns {num_turns!r:.80}, but {len(turns)} turns; leave num_turns out")
+    for number, call in enumerate(calls, start=1):
+        _check_call(call, f"--transcript: call {number}")
     return {"num_turns": len(turns), "turns": turns, "calls": [_NO_CALL | call for call in calls]}
+
+
+def _check_call(call: dict[str, Any], where: str) -> None:
+    _check_keys(call, tuple(_NO_CALL), where)
+    for key, value in call.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number if key == "seconds" else isinstance(value, str)):
+            raise DataError(f"{where} has {key} {value!r:.80}; it must be {'a number' if key == 'seconds' else 'text'}")
+    if (kind := call.get("kind", "ok")) not in _CALL_KINDS:
+        raise DataError(f"{where} has kind {kind!r:.80}; the kinds are {', '.join(_CALL_KINDS)}")
+
+
+def _check_keys(found: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    if unknown := [key for key in found if key not in known]:
+        raise DataError(f"{where} has the unknown key {unknown[0]!r:.80}; the keys are {', '.join(known)}")
 
 
 def _is_list_of(kind: type, values: object) -> bool:

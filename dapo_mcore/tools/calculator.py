@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
+import sys
 from collections.abc import Callable
 
 DESCRIPTION = "Compute an arithmetic expression, for example (3 + 4) * 2 ** 10 / sqrt(2)."
@@ -20,6 +22,12 @@ PARAMETERS = {
 _LONGEST = 1000
 _MOST_BITS = 10_000
 """Of an integer. Python prints at most 4,300 decimal digits, which are 14,284 bits."""
+_MOST_TOLD = 10**12
+"""The error of 9 ** 9 ** 9 ** 3 must not be as long as its exponent."""
+
+_INFINITE = f"the number would be beyond {sys.float_info.max:.4g}, the largest with a decimal point"
+_COMMA = re.compile(r"\d,\d{3}")
+"""As in 1,000, which Python reads as two numbers."""
 
 _BINARY: dict[type[ast.operator], Callable] = {
     ast.Add: operator.add,
@@ -44,8 +52,12 @@ def calculate(expression: str) -> str:
         raise ValueError(f"the expression has {len(expression)} characters; at most {_LONGEST} are allowed")
     try:
         tree = ast.parse(expression.strip().replace("^", "**"), mode="eval")
+        if any(isinstance(node, ast.Tuple) for node in ast.walk(tree)):
+            raise SyntaxError("these are several numbers")
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{expression!r:.80} is no arithmetic expression: {error}") from None
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        comma = "; a comma is no part of a number" if _COMMA.search(expression) else ""
+        raise ValueError(f"{expression!r:.80} is no arithmetic expression: {reason}{comma}") from None
     try:
         return str(_value(tree.body))
     except RecursionError:
@@ -77,21 +89,27 @@ def _value(node: ast.AST) -> int | float:
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
-    """Return base ** exponent. The size of an integer result is checked before it is computed."""
-    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
-        _check_bits(base.bit_length() * exponent)
-    result = base**exponent
+    """Return base ** exponent. An integer that must become too large is refused before it is computed."""
+    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0 and abs(base) > 1:
+        least = (base.bit_length() - 1) * exponent + 1
+        _check_bits(min(least, _MOST_TOLD), "at least ")
+    try:
+        result = base**exponent
+    except OverflowError:  # of a float, with a message from C
+        raise OverflowError(_INFINITE) from None
     if isinstance(result, complex):
         raise ValueError(f"{base} ** {exponent} is no real number")
-    return result
+    return _bounded(result)
 
 
 def _bounded(number: int | float) -> int | float:
     if isinstance(number, int):
         _check_bits(number.bit_length())
+    elif not math.isfinite(number):
+        raise OverflowError(_INFINITE)
     return number
 
 
-def _check_bits(bits: int) -> None:
+def _check_bits(bits: int, least: str = "") -> None:
     if bits > _MOST_BITS:
-        raise OverflowError(f"the number would have {bits} bits; at most {_MOST_BITS} are allowed")
+        raise OverflowError(f"the number would have {least}{bits} bits; at most {_MOST_BITS} are allowed")

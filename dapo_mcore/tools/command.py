@@ -8,13 +8,29 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dapo_mcore.config.file import load_config
-from dapo_mcore.config.tools import BUILT_IN, ToolConfig
+from pydantic import Field, model_validator
+
+from dapo_mcore.config.file import load_sections
+from dapo_mcore.config.sections import RayConfig
+from dapo_mcore.config.tools import BUILT_IN, ToolConfig, check_names
+from dapo_mcore.config.values import Section
 from dapo_mcore.errors import ConfigError, ToolError
 from dapo_mcore.tools.result import Kind
 from dapo_mcore.tools.toolset import ToolSet
 
 _SESSION = "dapo-mcore tool"
+
+
+class _Sections(Section):
+    """What a call needs of a configuration. A file may have these alone, without the model and data of a run."""
+
+    tools: list[ToolConfig] = Field(default_factory=list)
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> _Sections:
+        check_names(self.tools)
+        return self
 
 
 def run(name: str, call: str, file: Path | None, overrides: list[str]) -> int:
@@ -41,7 +57,7 @@ def _find(name: str, file: Path | None, overrides: list[str]) -> tuple[list[Tool
                 f"there is no tool {name!r}; built in are {' and '.join(BUILT_IN)}, and --config FILE adds those of a configuration"
             )
         return [ToolConfig(name=name, function=name)], None
-    config = load_config(file, overrides)
+    config = load_sections(file, overrides, _Sections)
     tools = {tool.name: tool for tool in config.tools}
     if name not in tools:
         raise ToolError(f"{file} has no tool {name!r}; its tools are: {', '.join(tools) or 'none'}")

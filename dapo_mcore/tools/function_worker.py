@@ -122,10 +122,11 @@ def _as_text(result: Any) -> tuple[Kind, str]:
     if isinstance(result, str):
         return Kind.OK, result
     try:
-        return Kind.OK, json.dumps(result, ensure_ascii=False)
+        return Kind.OK, json.dumps(result, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
         return Kind.INFRASTRUCTURE, (
-            f"the tool gave a value of type {type(result).__name__}; it must return text (decode bytes), or a value that JSON has"
+            f"the tool gave a value of type {type(result).__name__}; it must return text (decode bytes), or a value that JSON has "
+            "(neither NaN nor infinity)"
         )
 
 

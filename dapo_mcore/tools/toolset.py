@@ -66,14 +66,17 @@ class ToolSet:
             for name, (config, runner, arguments) in self._tools.items()
         ]
 
-    def call(self, session: str, name: str, arguments: Mapping[str, Any] | str) -> Future[ToolResult]:
+    def call(
+        self, session: str, name: str, arguments: Mapping[str, Any] | str, is_code: bool = False
+    ) -> Future[ToolResult]:
         """Start a call and return its future; `cancel` of it ends the call. The policy's errors are results, too.
 
         arguments  a mapping, or what the policy wrote: a JSON object, or for a tool with one argument its text as it stands.
+        is_code    for a tool with one argument: the text as it stands, even if it is a JSON object.
         The future raises ToolError if the tool cannot go on at all.
         """
         return asyncio.run_coroutine_threadsafe(
-            self._tracked(session, self._call(session, name, arguments)), self._loop
+            self._tracked(session, self._call(session, name, arguments, is_code)), self._loop
         )
 
     def close_session(self, session: str) -> Future[None]:
@@ -120,14 +123,14 @@ class ToolSet:
             if not tasks:
                 self._calls.pop(session, None)
 
-    async def _call(self, session: str, name: str, arguments: Mapping[str, Any] | str) -> ToolResult:
+    async def _call(self, session: str, name: str, arguments: Mapping[str, Any] | str, is_code: bool) -> ToolResult:
         if name not in self._tools:
             return ToolResult(
                 Kind.ERROR, f"there is no tool {name!r:.80}; the tools are: {', '.join(self._tools) or 'none'}"
             )
         _, runner, known = self._tools[name]
         try:
-            fitting = known.read(arguments)
+            fitting = known.read(arguments, is_code)
         except ValueError as error:
             return ToolResult(Kind.ERROR, f"the arguments do not fit {name}: {error}")
         start_s = time.monotonic()

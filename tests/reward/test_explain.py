@@ -114,8 +114,30 @@ def test_calls_are_listed_and_their_output_is_not_searched() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[3]", '{"turns": "Answer: 7"}', '{"turns": [7]}', '{"turns": ["x"], "calls": [7]}', "{"]
+    "text", ["", "[3]", '{"turns": "Answer: 7"}', '{"turns": [7]}', '{"turns": ["x"], "calls": [7]}', "{"]
 )
 def test_something_else_than_a_transcript_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"--transcript (must be a JSON object such as|is not valid JSON)"):
         read_transcript(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (
+            '"calls": [{"foo": 1}]',
+            "call 1 has the unknown key 'foo'; the keys are name, arguments, kind, output, seconds$",
+        ),
+        ('"cals": []', "--transcript has the unknown key 'cals'; the keys are num_turns, turns, calls$"),
+        (
+            '"calls": [{}, {"kind": "okay"}]',
+            "call 2 has kind 'okay'; the kinds are ok, error, timeout, infrastructure$",
+        ),
+        ('"calls": [{"output": 7}]', "call 1 has output 7; it must be text$"),
+        ('"calls": [{"seconds": "1"}]', "call 1 has seconds '1'; it must be a number$"),
+        ('"num_turns": 2', "has num_turns 2, but 1 turns; leave num_turns out$"),
+    ],
+)
+def test_a_transcript_that_no_run_gives_is_refused(more: str, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        read_transcript(f'{{"turns": ["x"], {more}}}')

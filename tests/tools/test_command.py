@@ -44,6 +44,34 @@ def test_a_configurations_own_tool(capsys: pytest.CaptureFixture[str], tmp_path:
     assert f"{file} has no tool 'other'; its tools are: say" in capsys.readouterr().err
 
 
+def test_a_file_needs_no_other_sections_and_those_it_has_are_not_checked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    file = tmp_path / "tools.yaml"
+    file.write_text("tools: [{name: sum, function: calculator}]\ndata: {fils: 3}\n")
+    command = ["tool", "sum", "--config", str(file), "--call", "6 * 7"]
+    assert main(command) == 0
+    assert main([*command, "ray.adress=here"]) == 2
+    file.write_text("tools: [{name: sum, function: calculator}, {name: sum, function: python}]\n")
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "42\n"
+    assert "dapo-mcore tool: unknown key 'ray.adress'; did you mean 'ray.address'?\n" in err
+    assert "dapo-mcore tool: tools: the name 'sum' occurs 2 times; each tool needs its own\n" in err
+
+
+def test_a_json_object_is_the_arguments_as_in_a_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["tool", "calculator", "--call", '{"expr": "1+1"}']) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("the arguments do not fit calculator: ") and err.startswith("# error, ")
+
+
+def test_a_missing_call_is_no_empty_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["tool", "calculator"]) == 2
+    assert "dapo-mcore tool: no call was given: use --call" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -82,8 +82,11 @@ def test_failures_that_are_not_the_policys(tools: ToolSet):
     assert call(tools, "act", "refused port 9") == (Kind.INFRASTRUCTURE, "ConnectionRefusedError: port 9")
     assert call(tools, "act", "exit") == (Kind.INFRASTRUCTURE, "the tool's process ended during the call")
     assert call(tools, "act", "again") == (Kind.OK, "did again")
-    for name, kind in (("bytes", "bytes"), ("set", "set")):
-        told = f"the tool gave a value of type {kind}; it must return text (decode bytes), or a value that JSON has"
+    for name, kind in (("bytes", "bytes"), ("set", "set"), ("nan", "float")):
+        told = (
+            f"the tool gave a value of type {kind}; it must return text (decode bytes), or a value that JSON has "
+            "(neither NaN nor infinity)"
+        )
         assert call(tools, "values", name) == (Kind.INFRASTRUCTURE, told)
 
 

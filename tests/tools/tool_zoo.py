@@ -25,6 +25,7 @@ def values(query: str):
         "list": [1, "é"],
         "bytes": b"no",
         "set": {1},
+        "nan": float("nan"),
         "long": "a" * 50_000 + "z" * 50_000,
         "pid": os.getpid(),
         "secret": os.environ.get("RAY_AUTH_TOKEN"),

@@ -20,6 +20,8 @@ _LONGEST = 200
 class Call:
     """A call as the policy wrote it.
 
+    is_code  True if the arguments are the text of a tool's only argument. Else they are a JSON object, or such a text if they are
+             none: {"name": "calculator", "arguments": "1 + 1"}.
     problem  why it cannot be made, for the policy to read; empty if it can.
     closed   False if the text ends before the call does.
     """
@@ -28,6 +30,7 @@ class Call:
     arguments: str
     problem: str = ""
     closed: bool = True
+    is_code: bool = False
 
 
 class CallFormat(Protocol):
@@ -74,7 +77,7 @@ class CodeBlocks:
                 opened = fence
                 continue
             if _is_python(opened):
-                return Call(self._name, text[opened.end() + 1 : fence.start()])
+                return Call(self._name, text[opened.end() + 1 : fence.start()], is_code=True)
             opened = None
         if opened is None or not _is_python(opened):
             return None

@@ -24,7 +24,7 @@ from dapo_mcore.types import ContinuousEngine, Rollout, RolloutEngine, SamplingP
 class Tools(Protocol):
     """The tools of a run, see tools/toolset.py. A session is one episode."""
 
-    def call(self, session: str, name: str, arguments: str) -> Future[Any]: ...
+    def call(self, session: str, name: str, arguments: str, is_code: bool) -> Future[Any]: ...
     def close_session(self, session: str) -> Future[None]: ...
 
 
@@ -63,7 +63,7 @@ class _ToolEngine:
 
     def _begin(self, call: Call, session: str) -> Future[Any] | None:
         """Start a call and return its future; None if the call has a problem."""
-        return None if call.problem else self._tools.call(session, call.name, call.arguments)
+        return None if call.problem else self._tools.call(session, call.name, call.arguments, call.is_code)
 
     def _new_session(self) -> str:
         return f"episode {next(self._sessions)}"

@@ -154,7 +154,7 @@ class StubTools:
     begun: list[Future[Any]] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
-    def call(self, session: str, name: str, arguments: str) -> Future[Any]:
+    def call(self, session: str, name: str, arguments: str, is_code: bool) -> Future[Any]:
         self.calls.append((session, name, arguments))
         future: Future[Any] = Future()
         self.begun.append(future)

@@ -14,7 +14,19 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.agent.build import open_agent, tokens_with
 from dapo_mcore.rollout.agent.engine import ContinuousToolEngine, RoundToolEngine
 from tests.rollout.agent.letters import ContinuousPolicy
-from tests.rollout.agent.talk import AFTER, BEFORE, BYTES, EOS, QWEN, ids, make_tokenizer, params, stopped, text_of
+from tests.rollout.agent.talk import (
+    AFTER,
+    BEFORE,
+    BYTES,
+    EOS,
+    PROMPT,
+    QWEN,
+    ids,
+    make_tokenizer,
+    params,
+    stopped,
+    text_of,
+)
 
 CALL = '<tool_call>{"name": "sum", "arguments": {"expression": "6 * 7"}}</tool_call>'
 SUM = {"name": "sum", "function": "calculator", "description": "adds"}
@@ -50,6 +62,26 @@ def test_a_policy_calls_the_calculator_and_reads_its_result():
     assert text_of(rollout.token_ids) == f"{CALL}{BEFORE}42{AFTER}42<|im_end|>"
     assert [(call.name, call.kind, call.output) for call in rollout.calls] == [("sum", "ok", "42")]
     assert asked[1] == [*prompt, *rollout.token_ids[: len(asked[1]) - len(prompt)]]
+
+
+@pytest.mark.parametrize(
+    ("call_format", "turn", "output"),
+    [
+        ("tool_call", '<tool_call>{"name": "sum", "arguments": {"expr": "1"}}</tool_call>', "the arguments do not fit sum: "),
+        ("code_block", '```python\n{"expression": "6 * 7"}\n```', "ValueError: \"{'expression': '6 * 7'}\" is not arithmetic"),
+    ],
+)  # fmt: skip
+def test_json_in_tags_is_arguments_and_code_in_a_block_is_code(call_format: str, turn: str, output: str):
+    left = ids(turn)
+
+    def generate(prompts, law, limits):
+        made = stopped(left, (EOS, *agent.end_tokens), law.max_new_tokens)
+        del left[: len(made.token_ids)]
+        return [made]
+
+    with closing(open_agent(configured(call_format=call_format, max_turns=2), QWEN, (EOS,))) as agent:
+        (rollout,) = agent.on(SimpleNamespace(generate=generate, metrics=dict)).generate([PROMPT], params())
+    assert rollout.calls[0].kind == "error" and rollout.calls[0].output.startswith(output)
 
 
 def test_a_continuous_engine_gets_episodes_that_overlap():

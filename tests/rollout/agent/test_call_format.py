@@ -17,6 +17,10 @@ def call(inside: str) -> Call:
     return found
 
 
+def code(text: str) -> Call:
+    return Call("python", text, is_code=True)
+
+
 def test_json_in_tags_is_a_call_of_the_named_tool():
     found = call('{"name": "python", "arguments": {"code": "print(\\"é\\")"}}')
     assert found == Call("python", '{"code": "print(\\"é\\")"}')
@@ -77,9 +81,9 @@ def test_a_call_is_closed_by_its_end_alone():
 
 def test_the_code_of_a_block_is_the_argument_of_the_only_tool():
     text = "Let me see.\n```python\nx = 1\nprint(x)\n```\nand then"
-    assert BLOCKS.find(text) == Call("python", "x = 1\nprint(x)\n")
-    assert BLOCKS.find("```py\n1\n```") == Call("python", "1\n")
-    assert BLOCKS.find("  ```Python \n1\n  ```") == Call("python", "1\n")
+    assert BLOCKS.find(text) == code("x = 1\nprint(x)\n")
+    assert BLOCKS.find("```py\n1\n```") == code("1\n")
+    assert BLOCKS.find("  ```Python \n1\n  ```") == code("1\n")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +101,12 @@ def test_other_blocks_are_text(text: str):
 
 
 def test_a_block_after_one_of_another_language_is_found():
-    assert BLOCKS.find("```text\n1\n```\n```python\n2\n```") == Call("python", "2\n")
+    assert BLOCKS.find("```text\n1\n```\n```python\n2\n```") == code("2\n")
 
 
 def test_a_block_is_closed_by_a_line_that_begins_with_the_fence():
     text = "```python\nprint('```')\n```"
     for length in range(len("```python"), len(text)):
         assert BLOCKS.find(text[:length]).closed is False
-    assert BLOCKS.find(text) == Call("python", "print('```')\n")
+    assert BLOCKS.find(text) == code("print('```')\n")
     assert BLOCKS.find("```python\nx```").problem == "the code block has no closing ```, so it was not run; close it"

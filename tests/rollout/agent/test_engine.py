@@ -82,8 +82,8 @@ def test_a_round_generates_all_turns_in_one_batch_each_with_its_own_room():
 
 def test_calls_of_a_round_run_at_the_same_time_and_tokens_after_a_call_are_counted():
     class Patient(StubTools):
-        def call(self, session: str, name: str, arguments: str) -> Future[Any]:
-            future = super().call(session, name, arguments)
+        def call(self, session: str, name: str, arguments: str, is_code: bool) -> Future[Any]:
+            future = super().call(session, name, arguments, is_code)
             if len(self.begun) == 2:  # a call that was waited for first would never end
                 for number, one in enumerate(self.begun):
                     one.set_result(Result(Kind.OK, str(number)))
@@ -127,7 +127,7 @@ def test_the_same_seed_gives_each_round_the_same_seeds():
 
 def test_an_error_of_a_tool_ends_generation_and_closes_all_sessions():
     class Broken(StubTools):
-        def call(self, session: str, name: str, arguments: str) -> Future[Any]:
+        def call(self, session: str, name: str, arguments: str, is_code: bool) -> Future[Any]:
             future: Future[Any] = Future()
             future.set_exception(RolloutError("no tool any more"))
             return future

@@ -60,14 +60,17 @@ def _compile(code: str) -> tuple[CodeType, CodeType | None]:
 
 
 def _exit_status(error: BaseException) -> int:
-    """Return the status with which Python would end after this exception, and print what it would print."""
+    """Return the status with which Python would end after this exception. Print what it would print, and a status that is not 0."""
     try:
         if not isinstance(error, SystemExit):
             _print_traceback(error)
         elif error.code is not None and not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
-        elif isinstance(error.code, int) or error.code is None:
-            return int(error.code or 0)
+        else:
+            status = int(error.code or 0)
+            if status:  # Python prints nothing, and a policy would not know why its code has failed
+                print(f"SystemExit: {status}", file=sys.stderr)
+            return status
     except BaseException as second:  # no memory is left, or the code has replaced sys.stderr
         os.write(2, f"{type(error).__name__} (its traceback cannot be printed: {type(second).__name__})\n".encode())
     return 1

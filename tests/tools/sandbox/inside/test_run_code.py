@@ -69,7 +69,8 @@ def test_errors_end_with_one_line_that_names_them(code: str, last_line: str):
 
 
 def test_exit_statuses_are_pythons():
-    assert run("import sys; print(1); sys.exit(3)") == (3, "1\n", "")
+    assert run("import sys; print(1); sys.exit(3)") == (3, "1\n", "SystemExit: 3\n")
+    assert run("raise SystemExit(True)") == (1, "", "SystemExit: 1\n")
     assert run("raise SystemExit") == (0, "", "")
 
 
