@@ -35,6 +35,8 @@ class MadeUpActor:
     A gradient step finds log-probs of its own, -0.3.
     """
 
+    critic = None
+
     def __init__(self, **overrides: Any):
         self.config, self.layout = make_config(Mesh(), **overrides), ALONE
         self.updates: list[Sequence[MicroBatch]] = []

@@ -47,7 +47,7 @@ def test_every_bad_key_is_named_at_once(file: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(file, ["algo.clip_low=-1", "rollout.temperature=0", "algo.zzz=1"])
     text = str(error.value)
-    assert "algo.clip_low is -1; set a finite number that is at least 0 and below 1" in text
+    assert "algo.clip_low is -1; set a finite number that is at least 0 and at most 1" in text
     assert "rollout.temperature is 0; set" in text
     assert "unknown key 'algo.zzz'" in text
 
