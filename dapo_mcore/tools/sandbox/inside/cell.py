@@ -59,7 +59,7 @@ def _mount_home(size_mib: int, within: Sequence[str]) -> None:
     options = f"size={size_mib}m,nr_inodes=4096,mode=1777"
     kernel.mount("tmpfs", HOME, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
     for path, copy in copies.items():
-        os.makedirs(path)
+        os.makedirs(path, exist_ok=True)  # one may contain another
         kernel.attach_mount(copy, path)
     os.chdir(HOME)
 
