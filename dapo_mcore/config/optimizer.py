@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.values import LearningRate, Section, Steps
 
 _MOST_BETA_IN_BF16 = 0.996
@@ -86,3 +87,25 @@ class OptimizerConfig(Section):
                     f"most {_MOST_BETA_IN_BF16}, or {key} fp32"
                 )
         return self
+
+
+def check_optimizer(section: str, optimizer: OptimizerConfig, dtype: str, parallel: ParallelConfig) -> None:
+    """Raise ValueError if the optimizer of `section` contradicts itself, the model's dtype or the layout."""
+    if optimizer.schedule == "cosine" and optimizer.decay_updates is None:
+        raise ValueError(
+            f"{section}.schedule cosine needs {section}.decay_updates, the number of gradient steps of the decay"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(
+            f"{section}.min_lr {optimizer.min_lr} is above {section}.lr {optimizer.lr}, which decays to it; lower min_lr"
+        )
+    if optimizer.saves_memory and dtype != "bf16":
+        raise ValueError(
+            f"{section}.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {dtype}; set model.dtype "
+            "bf16, or leave both at their defaults"
+        )
+    if parallel.overlap_param_gather and not optimizer.distributed:
+        raise ValueError(
+            f"parallel.overlap_param_gather needs {section}.distributed true: without it every rank updates all parameters, and "
+            "there is nothing to gather; set overlap_param_gather false"
+        )

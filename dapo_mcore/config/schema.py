@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from dapo_mcore.config.agent import AgentConfig
 from dapo_mcore.config.critic import CriticConfig
 from dapo_mcore.config.model import ModelConfig
-from dapo_mcore.config.optimizer import OptimizerConfig
+from dapo_mcore.config.optimizer import OptimizerConfig, check_optimizer
 from dapo_mcore.config.parallel import ParallelConfig
 from dapo_mcore.config.sections import (
     AlgoConfig,
@@ -194,28 +194,9 @@ def _check_critic(c: Config) -> None:
 
 
 def _check_optimizers(c: Config) -> None:
-    sections = {"optimizer": c.optimizer} | (
-        {"critic.optimizer": c.critic.optimizer} if c.algo.advantage == "gae" else {}
-    )
-    for name, optimizer in sections.items():
-        if optimizer.schedule == "cosine" and optimizer.decay_updates is None:
-            raise ValueError(
-                f"{name}.schedule cosine needs {name}.decay_updates, the number of gradient steps of the decay"
-            )
-        if optimizer.min_lr > optimizer.lr:
-            raise ValueError(
-                f"{name}.min_lr {optimizer.min_lr} is above {name}.lr {optimizer.lr}, which decays to it; lower min_lr"
-            )
-        if optimizer.saves_memory and c.model.dtype != "bf16":
-            raise ValueError(
-                f"{name}.offload_fraction and moments in bf16 are for models in bf16, but model.dtype is {c.model.dtype}; set "
-                "model.dtype bf16, or leave both at their defaults"
-            )
-        if c.parallel.overlap_param_gather and not optimizer.distributed:
-            raise ValueError(
-                f"parallel.overlap_param_gather needs {name}.distributed true: without it every rank updates all parameters, and "
-                "there is nothing to gather; set overlap_param_gather false"
-            )
+    check_optimizer("optimizer", c.optimizer, c.model.dtype, c.parallel)
+    if c.algo.advantage == "gae":
+        check_optimizer("critic.optimizer", c.critic.optimizer, c.model.dtype, c.parallel)
 
 
 def _check_replay(c: Config) -> None:
@@ -363,9 +344,8 @@ def _check_ray(c: Config) -> None:
 def _check_tools(c: Config) -> None:
     check_names(c.tools)
     if not c.tools:
-        if (
-            c.agent != AgentConfig() and "tools" not in c.model_fields_set
-        ):  # `tools=[]` runs a configuration without them
+        named = "tools" in c.model_fields_set  # `tools=[]` runs a configuration without them
+        if c.agent != AgentConfig() and not named:
             raise ValueError("agent is about calls of tools, but there are no tools: name some, or leave agent out")
         return
     if c.agent.call_format == "code_block" and len(c.tools) > 1:

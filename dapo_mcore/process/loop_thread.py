@@ -22,6 +22,10 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def closed(self) -> bool:
+        return self._loop.is_closed()
+
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Start the coroutine in the loop and return its future at once."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -41,7 +45,7 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancel what still runs and stop the loop. May be called twice."""
-        if self._loop.is_closed():
+        if self.closed:
             return
         self.cancel_all()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -6,21 +6,19 @@ Change here: what happens between a policy's call and a tool. The tools themselv
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from dapo_mcore.config.tools import ToolConfig
+from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.tools import calculator, python_tool
 from dapo_mcore.tools.arguments import Arguments
 from dapo_mcore.tools.function_tool import FunctionTool, all_done
 from dapo_mcore.tools.python_tool import PythonTool
 from dapo_mcore.tools.ray_tool import RayTool
 from dapo_mcore.tools.result import Kind, Runner, ToolResult
-
-T = TypeVar("T")
 
 
 class ToolSet:
@@ -34,13 +32,11 @@ class ToolSet:
     def __init__(self, configs: Sequence[ToolConfig], ray_address: str | None = None):
         self._tools: dict[str, tuple[ToolConfig, Runner, Arguments]] = {}
         self._calls: dict[str, set[asyncio.Task[Any]]] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="tools", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("tools")
         try:
             for config in configs:
                 self._tools[config.name] = (config, *_build(config, ray_address))
-            self._wait(self._start())
+            self._loop.run(self._start())
         except BaseException:
             self.close()
             raise
@@ -75,13 +71,11 @@ class ToolSet:
         is_code    for a tool with one argument: the text as it stands, even if it is a JSON object.
         The future raises ToolError if the tool cannot go on at all.
         """
-        return asyncio.run_coroutine_threadsafe(
-            self._tracked(session, self._call(session, name, arguments, is_code)), self._loop
-        )
+        return self._loop.submit(self._tracked(session, self._call(session, name, arguments, is_code)))
 
     def close_session(self, session: str) -> Future[None]:
         """Start the end of a sample: cancel its calls, then close what its tools keep of it. Return when that is done."""
-        return asyncio.run_coroutine_threadsafe(self._close_session(session), self._loop)
+        return self._loop.submit(self._close_session(session))
 
     def num_calls(self) -> int:
         """Return how many calls run or wait."""
@@ -89,20 +83,9 @@ class ToolSet:
 
     def close(self) -> None:
         """Cancel all calls and end all processes. May be called twice."""
-        if self._loop.is_closed():
-            return
-        self._wait(self._stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # a signal has interrupted the wait, not the work
-            raise
+        if not self._loop.closed:
+            self._loop.run(self._stop())
+            self._loop.close()
 
     async def _start(self) -> None:
         await all_done(*(runner.start() for _, runner, _ in self._tools.values()))

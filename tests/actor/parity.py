@@ -295,21 +295,27 @@ def gather_named(actor: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def buffers(actor: Any) -> list[Any]:
-    """Return DDP's gradient buffers."""
+    """Return DDP's gradient buffers, of an actor or a critic."""
     return [buffer for chunk in actor.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
 
-def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
-    """Return main_grad of every parameter. With the distributed optimizer, gather its reduced shards first."""
+def gather_shards(model: Any) -> None:
+    """Gather the reduced gradients of the distributed optimizer into main_grad of every rank. model  an actor or a critic."""
     import torch.distributed as dist
 
-    for buffer in buffers(actor) if actor.config.optimizer.distributed else []:
+    for buffer in buffers(model):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
             parts = [torch.empty_like(shard) for _ in range(group.size())]
             dist.all_gather(parts, shard, group=group)
             bucket.grad_data.copy_(torch.cat(parts))
+
+
+def local_gradients(actor: Any) -> dict[str, torch.Tensor]:
+    """Return main_grad of every parameter. With the distributed optimizer, gather its reduced shards first."""
+    if actor.config.optimizer.distributed:
+        gather_shards(actor)
     return {name: p.main_grad.clone() for name, p in actor.policy.named_weights() if p.requires_grad}
 
 

@@ -195,18 +195,9 @@ def drift(micro: Any) -> torch.Tensor:
 
 
 def local_gradients(critic: Any) -> dict[str, torch.Tensor]:
-    """Return main_grad of the norms and the value head by name, which no tensor-parallel rank splits. Undivided here: the
-    parity tests' configuration has the distributed optimizer, whose shards are gathered first."""
-    import torch.distributed as dist
-
-    for chunk in critic.ddp:
-        for buffer in chunk.buffers:
-            group = buffer.data_parallel_group
-            for bucket in buffer.buckets:
-                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-                parts = [torch.empty_like(shard) for _ in range(group.size())]
-                dist.all_gather(parts, shard, group=group)
-                bucket.grad_data.copy_(torch.cat(parts))
+    """Return main_grad of the norms and the value head by name, which no tensor-parallel rank splits. The parity tests'
+    configuration has the distributed optimizer, whose shards are gathered first."""
+    parity.gather_shards(critic)
     found = {}
     for chunk in critic.model:
         for name, parameter in chunk.named_parameters():

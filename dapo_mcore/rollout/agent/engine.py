@@ -129,18 +129,12 @@ class ContinuousToolEngine(_ToolEngine):
         self._engine.cancel_requests()
 
     def generate(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Rollout]:
-        """Return what `submit` does."""
-        future = self.submit(prompts, params)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        """Return one response for each entry of `prompts`, in order."""
+        return self._loop.run(self._play_all(self._episodes(prompts, params)))
 
     def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
         """Start one episode for each entry of `prompts` and return the future of their responses, in order."""
-        episodes = [Episode(prompt, params, self._dialect, number) for number, prompt in enumerate(prompts)]
-        return self._loop.submit(self._play_all(episodes))
+        return self._loop.submit(self._play_all(self._episodes(prompts, params)))
 
     def stop(self) -> None:
         """Cancel all episodes. The engine stays open."""
@@ -149,6 +143,9 @@ class ContinuousToolEngine(_ToolEngine):
     def close(self) -> None:
         self.stop()
         super().close()
+
+    def _episodes(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[Episode]:
+        return [Episode(prompt, params, self._dialect, number) for number, prompt in enumerate(prompts)]
 
     async def _play_all(self, episodes: Sequence[Episode]) -> list[Rollout]:
         tasks = [asyncio.create_task(self._play(episode)) for episode in episodes]

@@ -12,7 +12,7 @@ import random
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
@@ -159,19 +159,16 @@ class SGLangEngine:
         `max_attempts` times. Raise RolloutError then, before the first weights, for a prompt that no server takes, and if no
         server has the weights any more and no update brings them in time.
         """
-        future = self._begin(prompts, params, lambda: VersionRule(self._versions, self._served_version))
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        work = self._checked(prompts, params, lambda: VersionRule(self._versions, self._served_version))
+        return self._loop.run(work)
 
     def submit(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> Future[list[Rollout]]:
         """Start what `generate` does and return its future. Any number may be under way. cancel() aborts the requests.
 
         With `max_lag` they continue after weight updates: a sample may then be of several versions, see version_spans.
         """
-        return self._begin(prompts, params, lambda: VersionRule(self._versions, self._newest_version, self._max_lag))
+        work = self._checked(prompts, params, lambda: VersionRule(self._versions, self._newest_version, self._max_lag))
+        return self._loop.submit(work)
 
     def cancel_requests(self) -> None:
         """Cancel all requests and take no new ones: whoever waits for one gets CancelledError."""
@@ -318,14 +315,14 @@ class SGLangEngine:
         for task in self._requests:
             task.cancel()
 
-    def _begin(
+    def _checked(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
-    ) -> Future[list[Rollout]]:
-        """Start requests. An answer must keep the rule that `rule` returns when it arrives."""
+    ) -> Coroutine[Any, Any, list[Rollout]]:
+        """Return the work of requests that can be made. An answer must keep the rule that `rule` returns when it arrives."""
         if self._version < 0:
             raise RolloutError("the rollout servers have no weights yet; call update_weights before generate")
         check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
-        return self._loop.submit(self._generate(prompts, params, rule))
+        return self._generate(prompts, params, rule)
 
     async def _generate(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
