@@ -19,31 +19,28 @@ import psutil
 
 from dapo_mcore.architecture.flops import forward_flops
 from dapo_mcore.batch.collate import to_train_batch
-from dapo_mcore.checkpoint.choice import is_chosen, resumed_checkpoint
-from dapo_mcore.checkpoint.run_folder import step_of
+from dapo_mcore.checkpoint.choice import resumed_checkpoint
 from dapo_mcore.checkpoint.run_state import TrainState
 from dapo_mcore.config.file import dump_config, record_config
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.detokenize import decode_responses
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.run_data import load_run_data
+from dapo_mcore.earlier_run import final_export, move_aside
 from dapo_mcore.eval import EvalResult, evaluate
 from dapo_mcore.model_files.hf_config import pad_token, stop_token_ids
-from dapo_mcore.model_files.hf_folder import check_replaceable, exported_step
+from dapo_mcore.model_files.hf_folder import check_replaceable
 from dapo_mcore.observe.metrics import group_metrics, tool_metrics
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.samples import few_answers, pick_samples, write_answers, write_samples
-from dapo_mcore.observe.sinks import METRICS_FILE, MetricSinks, attempt, check_services, read_metrics
+from dapo_mcore.observe.sinks import MetricSinks, attempt, check_services, read_metrics
 from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
-from dapo_mcore.process.run_lock import LOCK
-from dapo_mcore.process.stop_file import STOP
-from dapo_mcore.process.watchdog import LOGS
 from dapo_mcore.replay.record import Sources
 from dapo_mcore.replay.recorded_run import changed_keys
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.rollout.agent.build import open_agent
-from dapo_mcore.rollout.build import SERVERS, build_engine
+from dapo_mcore.rollout.build import build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
 from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
@@ -150,7 +147,7 @@ class Controller:
     def open_run(self, resume_step: int | None) -> None:
         """Open the run's folder, or continue it after `resume_step`. A new run moves an older folder of its name aside."""
         run_dir = self.config.run_dir
-        if resume_step is None and (aside := _move_aside(run_dir)) is not None:
+        if resume_step is None and (aside := move_aside(run_dir)) is not None:
             self.progress.line(f"an earlier run without a checkpoint to resume was moved to {aside}")
         # after step 0 the first evaluation is repeated, and its row is written again
         self.sinks = MetricSinks(run_dir, self.config.observe, resume_step or None, self.progress.line)
@@ -377,45 +374,7 @@ class Controller:
             self.sinks.close()
 
 
-def final_export(config: Config) -> Path:
-    """Return the folder of the final export."""
-    return config.run_dir / "hf" / "final"
-
-
-def finished_step(config: Config) -> int | None:
-    """Return the last rollout step of a finished run, for which a resume has nothing to do; else None."""
-    path = resumed_checkpoint(config)
-    done = step_of(path) if path is not None else None
-    if config.checkpoint.resume == "never" or (path is not None and is_chosen(config, path)):
-        return None
-    if config.checkpoint.export_at_end:  # with at_end false the export may be all that there is, or newer
-        exported = exported_step(final_export(config))
-        done = exported if exported is not None and exported >= (done or 0) else None
-    return done if done is not None and done >= config.num_rollout_steps else None
-
-
 def _plot(run_dir: Path) -> None:
     from dapo_mcore.observe.plots import plot_run  # matplotlib: a second that no other rank needs
 
     plot_run(run_dir)
-
-
-def _move_aside(run_dir: Path) -> Path | None:
-    """Move the results of an earlier run aside and return their new folder; None if there are none.
-
-    This run's lock stays, and so do the file that asks it to stop, the folder of its servers, and the logs, which its launcher may be writing.
-    """
-    if not _has_results(run_dir):
-        return None
-    entries = [path for path in run_dir.iterdir() if path.name not in (LOCK, LOGS, SERVERS, STOP)]
-    aside = next(path for i in range(1, 10_000) if not (path := run_dir.with_name(f"{run_dir.name}.old{i}")).exists())
-    aside.mkdir()
-    for path in entries:
-        path.rename(aside / path.name)
-    return aside
-
-
-def _has_results(run_dir: Path) -> bool:
-    metrics = run_dir / METRICS_FILE
-    has_rows = metrics.exists() and metrics.stat().st_size > 0
-    return has_rows or any((run_dir / name).exists() for name in ("samples", "checkpoints", "hf"))

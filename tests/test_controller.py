@@ -17,7 +17,7 @@ from transformers import Qwen2Config
 
 from dapo_mcore import controller as module
 from dapo_mcore.config.schema import Config
-from dapo_mcore.controller import Controller, final_export, finished_step
+from dapo_mcore.controller import Controller
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.sinks import read_metrics
 from dapo_mcore.observe.timing import PhaseTimer
@@ -187,17 +187,3 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_once(build) -> None:
     (row,) = read_metrics(controller.config.run_dir)
     assert (row["a"], row["val/held/mean@1"]) == (1.0, 1.0)
     assert len(controller.engine.calls) == 1
-
-
-def test_a_run_is_finished_with_its_last_checkpoint_or_export(tmp_path: Path) -> None:
-    def finished(**sections: Any) -> int | None:
-        return finished_step(settings(tmp_path, **sections))
-
-    no_export = {"checkpoint": {"export_at_end": False}}
-    assert finished(**no_export) is None
-    (tmp_path / "runs/run/checkpoints/step_000003").mkdir(parents=True)
-    assert finished(**no_export) == 3
-    assert finished(**no_export, num_rollout_steps=4) is None
-    assert finished(checkpoint={"export_at_end": False, "resume": "never"}) is None
-    assert finished() is None, "the export is still to be written"
-    assert final_export(settings(tmp_path)) == tmp_path / "runs/run/hf/final"

@@ -37,6 +37,7 @@ FLOORS = {
     "dapo_mcore.checkpoint": 4,
     "dapo_mcore.convert": 4,
     "dapo_mcore.eval": 4,
+    "dapo_mcore.earlier_run": 4,
     "dapo_mcore.handover": 4,
     "dapo_mcore.preflight": 5,
     "dapo_mcore.doctor": 6,

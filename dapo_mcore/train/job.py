@@ -12,7 +12,7 @@ from dapo_mcore.actor.parallel import layout as layouts
 from dapo_mcore.actor.parallel.determinism import make_deterministic
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.config.schema import Config
-from dapo_mcore.controller import finished_step
+from dapo_mcore.earlier_run import finished_step
 from dapo_mcore.observe.progress import NullProgress, Progress
 from dapo_mcore.process.beacon import NullBeacon
 from dapo_mcore.process.launcher import ranks_here, watch_launcher

@@ -35,7 +35,8 @@ from dapo_mcore.algo.correction import mismatch_warning
 from dapo_mcore.checkpoint.resume import load_resumed
 from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.config.schema import Config
-from dapo_mcore.controller import Controller, final_export
+from dapo_mcore.controller import Controller
+from dapo_mcore.earlier_run import final_export
 from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, pad_token
