@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 FinishReason = Literal["stop", "length", "abort"]
+CallKind = Literal["ok", "error", "timeout", "infrastructure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class ToolCall:
 
     name: str
     arguments: str
-    kind: Literal["ok", "error", "timeout", "infrastructure"]
+    kind: CallKind
     output: str
     seconds: float
 

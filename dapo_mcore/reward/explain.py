@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 from dapo_mcore.errors import DataError, RewardError, shortened
 from dapo_mcore.reward.attempt import Attempt, Outcome, Transcript, judged
@@ -23,12 +23,13 @@ from dapo_mcore.reward.math_answer import (
 )
 from dapo_mcore.reward.plugins import build_judge
 from dapo_mcore.reward.pool import RewardPool
+from dapo_mcore.types import CallKind
 
 _DEADLINE_S = 30.0
 _LONGEST_QUOTE = 300
 _GRADERS = ("math_dapo", "math_verify")
 _NO_CALL = {"name": "", "arguments": "", "kind": "ok", "output": "", "seconds": 0.0}
-_CALL_KINDS = ("ok", "error", "timeout", "infrastructure")
+_CALL_KINDS = get_args(CallKind)
 
 
 def explain(
