@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dapo_mcore.config.sections import EvalConfig
+from dapo_mcore.config.data import EvalConfig
 from dapo_mcore.errors import DataError
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.sampling.respond import Decode, Responder

@@ -13,8 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 from dapo_mcore.checkpoint.choice import resumed_checkpoint
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError, ToolError
 from dapo_mcore.observe.sinks import check_wandb

@@ -14,9 +14,9 @@ import numpy as np
 from dapo_mcore.actor.learner import Learner
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.scatter import scatter_step
+from dapo_mcore.config.data import WarmStartConfig
 from dapo_mcore.config.optimizer import OptimizerConfig
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import WarmStartConfig
 from dapo_mcore.controller import Controller
 from dapo_mcore.data.demonstrations import Demonstration
 from dapo_mcore.data.loader import epoch_order

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dapo_mcore.config.sections import EvalConfig
+from dapo_mcore.config.data import EvalConfig
 from dapo_mcore.errors import DataError
 from dapo_mcore.eval import evaluate, majority_is_right, set_metrics, turn_metrics
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall

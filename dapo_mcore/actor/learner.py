@@ -35,8 +35,8 @@ from dapo_mcore.algo.correction import (
 from dapo_mcore.algo.kl import penalised_rewards
 from dapo_mcore.algo.loss import balance_weights, sample_weights
 from dapo_mcore.batch.microbatch import build_micro_batch
+from dapo_mcore.config.algo import LossMode
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import LossMode
 from dapo_mcore.kernels.policy_loss import kl_terms
 from dapo_mcore.types import MicroBatch
 

@@ -14,7 +14,7 @@ import torch
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.update_guard import Verdict
 from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
-from dapo_mcore.config.sections import TISConfig
+from dapo_mcore.config.algo import TISConfig
 from dapo_mcore.kernels.policy_head import PolicyHeadOutput
 from dapo_mcore.types import MicroBatch
 

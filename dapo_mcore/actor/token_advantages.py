@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.gae import advantages_and_returns, token_rewards
-from dapo_mcore.config.sections import AlgoConfig
+from dapo_mcore.config.algo import AlgoConfig
 from dapo_mcore.kernels.policy_loss import kl_terms
 from dapo_mcore.types import MicroBatch
 

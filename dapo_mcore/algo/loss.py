@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dapo_mcore.config.sections import LossMode
+from dapo_mcore.config.algo import LossMode
 
 
 def sample_weights(

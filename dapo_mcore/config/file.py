@@ -1,6 +1,6 @@
 """Configuration files: YAML plus dotted overrides to a validated Config, with errors that name the key and the nearest one.
 
-Change here: how files and overrides are read and how mistakes are explained. What may be set is sections.py; what YAML means
+Change here: how files and overrides are read and how mistakes are explained. What may be set is settings.py; what YAML means
 is yaml_text.py.
 """
 

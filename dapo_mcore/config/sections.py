@@ -1,8 +1,8 @@
-"""The sections of a configuration: frozen, typed, each checked on its own.
+"""The sections about generation, batches, checkpoints and observation: frozen, typed, each checked on its own.
 
-Change here: what a user may set, its default, and a rule inside one section. The types of fields are in values.py, the sections
-`model`, `parallel` and `optimizer` are in model.py, parallel.py and optimizer.py, `rollout.sglang` in sglang.py, and rules
-between sections in schema.py. Every default is in these files: the stages that use a section fill in none.
+Change here: what a user may set, its default, and a rule inside one section. The types of fields are in values.py, other sections
+in the files of their names (`model` in model.py), and rules between sections in rules.py. Every default is in this folder: the
+stages that use a section fill in none.
 """
 
 from __future__ import annotations
@@ -12,63 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.config.values import (
-    AnswerPattern,
-    Count,
-    FilePath,
-    FilePaths,
-    LearningRate,
-    Name,
-    PromptTemplate,
-    ResumeChoice,
-    Seconds,
-    Section,
-    Seed,
-    Steps,
-    Temperature,
-    Text,
-    Tokens,
-)
-
-LossMode = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean-microbatch"
-]
-
-
-class DataConfig(Section):
-    """Training prompts: JSONL or parquet rows, rendered to tokens."""
-
-    files: FilePaths
-    prompt_key: str = "prompt"
-    """A column with text, or with a chat: [{role, content}, …]."""
-    answer_key: str = "reward_model.ground_truth"
-    """A column name; dots descend into nested objects."""
-    answer_pattern: AnswerPattern | None = None
-    """Regular expression whose first group is the answer, for instance `#### (.+)` for GSM8K."""
-    source_key: str | None = "data_source"
-    """The column that reward functions dispatch on. Only the default one may be absent."""
-    prompt_template: PromptTemplate = "{prompt}"
-    """Text around a plain-text prompt; {prompt} is replaced."""
-    chat_template: bool | FilePath = False
-    """False: plain text. True: the tokenizer's template (`default` if it has several). Otherwise the name of one of its
-    templates, or the path of a Jinja file."""
-    system_prompt: Text | None = None
-    add_bos: bool = False
-    """Plain text only: put the tokenizer's BOS token first."""
-    max_prompt_tokens: Tokens = 2048
-    on_long_prompt: Literal["truncate_left", "drop", "error"] = "truncate_left"
-    on_bad_row: Literal["error", "skip"] = "error"
-    deduplicate: bool = True
-    shuffle: bool = True
-    limit: Steps | None = None
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> DataConfig:
-        if self.system_prompt is not None and self.chat_template is False:
-            raise ValueError("system_prompt needs a chat template; set chat_template, or drop the prompt")
-        if self.add_bos and self.chat_template is not False:
-            raise ValueError("add_bos is for plain text; a chat template writes its own BOS: set add_bos false")
-        return self
+from dapo_mcore.config.values import Count, ResumeChoice, Section, Steps, Temperature, Tokens
 
 
 class RolloutConfig(Section):
@@ -125,140 +69,12 @@ class SamplingConfig(Section):
     """Style `resample`: a group that reaches this size without varying is given up."""
 
 
-class OverlongConfig(Section):
-    """Soft overlong punishment (paper eq. 13) and overlong filtering."""
-
-    penalty: bool = False
-    max_length: Tokens | None = None
-    """L_max in response tokens; None means rollout.max_response_tokens."""
-    cache: Tokens = 4096
-    """L_cache in tokens: the penalty grows from 0 to -factor over the last `cache` tokens."""
-    factor: float = Field(1.0, gt=0, le=1000)
-    count_tool_output: bool = False
-    """The penalty's length has the output of tools, too, as in verl: then a tool that prints much costs reward. False: only
-    tokens that the policy wrote."""
-    filter: bool = False
-    """Mask the tokens of truncated responses out of the loss, with tools also of those that agent.max_turns has ended."""
-
-
-class RewardConfig(Section):
-    """Scoring of one response."""
-
-    function: FilePath = "math_dapo"
-    """`math_dapo`, `math_verify`, or an import path `package.module:function` / `path/to/file.py:function`.
-
-    `math_dapo` is the paper's rule, as in verl: the text after `Answer:` in normal form. It takes `Answer: 1, 2` for 12 and
-    `Answer: 3 = 12`, too, and does not take `**Answer: 12**`, `\\(12\\)` and `12.0`, which chat models like to write.
-    `math_verify` asks Hugging Face's grader, which compares values, where that rule says no (extra `math`)."""
-    adapter: Literal["verl", "trl"] = "verl"
-    """Calling convention of an imported function."""
-    strict_box: bool = False
-    """math_dapo only: compare the last \\boxed{} of the last 100 characters literally."""
-    workers: int | None = Field(None, ge=0, le=10_000)
-    """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process without a deadline: a
-    function that hangs then stops the run. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
-    placement: Literal["local", "ray"] = "local"
-    """Where the worker processes run: on this machine, or on the nodes of the Ray cluster (section `ray`)."""
-    timeout_seconds: Seconds = 30.0
-    on_failure: Literal["mask", "value"] = "mask"
-    """A sample whose scoring failed is left out of statistics and loss (`mask`), or its score is `failure_value`. It is counted
-    in both cases. A step in which all scores failed ends the run."""
-    failure_value: float = Field(-1.0, ge=-1000, le=1000)
-    filter_void: bool = False
-    """Mask responses without an answer, and such without a token of the policy, out of the loss; they stay in the statistics
-    (SimpleTIR, arXiv 2509.02479, against collapse with tools). The reward function must name answers (`pred`)."""
-    overlong: OverlongConfig = OverlongConfig()
-
-    @property
-    def num_workers(self) -> int:
-        """`workers` with its default filled in."""
-        return int(self.function != "math_dapo") if self.workers is None else self.workers
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> RewardConfig:
-        if self.placement == "ray" and not self.num_workers:
-            raise ValueError("placement ray needs workers of at least 1: 0 scores in the controller process")
-        if self.function == "math_verify" and not self.num_workers:
-            raise ValueError(
-                "function math_verify needs workers of at least 1: it may take for ever, and only they have a deadline"
-            )
-        if self.strict_box and self.function != "math_dapo":
-            raise ValueError(f"strict_box is a form of function math_dapo, not of {self.function}; drop one of the two")
-        return self
-
-
 class RayConfig(Section):
     """The Ray cluster of servers and reward workers whose `placement` is `ray`."""
 
     address: str | None = None
     """Address of a running cluster. Start its nodes with RAY_AUTH_MODE=token and RAY_worker_niceness=0. null starts a cluster
     on this machine."""
-
-
-class KLConfig(Section):
-    """KL to the frozen starting policy. Off by default, as in the paper."""
-
-    coef: float = Field(0.0, ge=0, le=1000)
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of single tokens, as in verl: k3 is cut at 10 nats, with its gradient (kernels/policy_loss/torch_path.py)."""
-    place: Literal["loss", "reward"] = "loss"
-
-
-class TISConfig(Section):
-    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form, in which
-    masked tokens still count in the loss's divisor (algo/correction.py)."""
-
-    mode: Literal["off", "truncate", "mask"] = "off"
-    cap: float = Field(2.0, gt=0)
-
-
-class AlgoConfig(Section):
-    """The objective. Defaults are the paper's."""
-
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.28, ge=0)
-    dual_clip: float | None = Field(None, gt=1)
-    policy_loss: Literal["clip", "cispo", "gspo"] = "clip"
-    """clip: PPO's and DAPO's, a ratio per token. cispo (arXiv 2506.13585): the clipped ratio only weighs a token's log-prob,
-    so that clipped tokens keep a gradient; the paper clips above only, which is clip_low 1. gspo (arXiv 2507.18071): one
-    ratio per response, exp(mean log-ratio of its tokens); set clip_low and clip_high to about 3e-4 and 4e-4. Wherever old
-    log-probs were scored or come from the engine, gspo projects to the vocabulary once more."""
-    loss_mode: LossMode = "token-mean"
-    loss_length: int | None = Field(None, ge=1)
-    """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length
-    alone); None means rollout.max_response_tokens."""
-    advantage: Literal["group", "gae"] = "group"
-    """group: a response against the others to its prompt, one number for all its tokens (DAPO, GRPO). gae: generalised advantage
-    estimation with a critic (PPO), a number per token, whitened over the rollout step's loss tokens; section `critic`."""
-    gamma: float = Field(1.0, ge=0, le=1)
-    """gae: the discount per token."""
-    lam: float = Field(1.0, ge=0, le=1)
-    """gae: λ. 1: the reward minus the value, the least biased. Lower: trust the critic's later values more."""
-    advantage_std: Literal["unbiased", "biased", "none", "batch"] = "unbiased"
-    """Of the group: with divisor n - 1 or n, or none. batch: that of all loss tokens of the rollout step, around their mean
-    (REINFORCE++ with a group baseline, arXiv 2501.03262)."""
-    advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
-    advantage_eps: float = Field(1e-6, ge=0, le=1)
-    entropy_coef: float = Field(0.0, ge=0, le=10)
-    old_logprobs: Literal["actor", "rollout"] = "actor"
-    """actor: those of the policy before the rollout step. The first gradient step finds its own, so only the mini-batches after
-    it cost a scoring pass (all of them with kl.place=reward, or where several epochs replay routes). rollout: those of the engine."""
-    max_mismatch: float | None = Field(None, gt=0)
-    """A larger mean |log-prob of actor - of rollout engine| of a step's loss tokens, in nats, ends the run before it trains
-    on them: before the optimizer's first step. With old_logprobs=rollout the actor then scores the mini-batches after the
-    first. With and without a limit, a mean above 0.1 at the first step after a start gives a warning."""
-    kl: KLConfig = KLConfig()
-    tis: TISConfig = TISConfig()
-
-    @property
-    def penalises_rewards(self) -> bool:
-        """True if the KL penalty is in the reward."""
-        return self.kl.coef > 0 and self.kl.place == "reward"
-
-    @property
-    def reads_policy_logprobs(self) -> bool:
-        """True if gradient steps read log-probs of the policy before the rollout step."""
-        return self.old_logprobs == "actor" or self.tis.mode != "off" or self.max_mismatch is not None
 
 
 class BatchConfig(Section):
@@ -281,18 +97,6 @@ class BatchConfig(Section):
     head_eager_grad: bool = True
     """Add the output matrix's gradient to Megatron's fp32 main_grad in the forward pass: saves a copy of that matrix and,
     in bf16, a rounding. False keeps it until the backward pass."""
-
-
-class EvalConfig(Section):
-    """mean@k on held-out prompts, by the training rollout path."""
-
-    sets: dict[Name, DataConfig] = Field(default_factory=dict)
-    every: Steps = 5
-    at_start: bool = True
-    samples_per_prompt: Count = 8
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: Seed = 777
 
 
 class CheckpointConfig(Section):
@@ -351,21 +155,3 @@ class ObserveConfig(Section):
     record_keep: Steps | None = None
     """Rollout steps whose tokens are kept; null keeps all. Digests and metrics of all steps stay. A replay needs the tokens of
     all steps since a checkpoint."""
-
-
-class WarmStartConfig(Section):
-    """Supervised steps on demonstrations, through the same actor, before the first rollout step."""
-
-    files: FilePaths
-    """JSONL with `prompt` and `response`. A response with tools is a list of texts, in turn the policy's and a tool's with all that
-    stands around it, as the policy reads it: ["<tool_call>…</tool_call>", "<tool_response>8</tool_response>", "Answer: 8"]. Only the
-    policy's texts are trained on."""
-    batch_size: Count = 128
-    max_updates: Steps = 300
-    lr: LearningRate = 3e-3
-    warmup_updates: int = Field(20, ge=0, le=1_000_000_000)
-    weight_decay: float = Field(0.01, ge=0, le=10)
-    stop_at: float | None = Field(None, gt=0, le=1)
-    """Stop once this pass rate is reached on `choose` (measured every `check_every` updates)."""
-    check_every: Steps = 10
-    choose: DataConfig | None = None

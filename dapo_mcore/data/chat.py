@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dapo_mcore.config.sections import DataConfig
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data.characters import LostCharacters
 from dapo_mcore.errors import ConfigError, DataError
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dapo_mcore.config.sections import DataConfig
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.data.identity import numbered, prompt_uid
 from dapo_mcore.data.rows import Row, lookup, read_rows

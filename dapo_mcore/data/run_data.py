@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.demonstrations import Demonstration, load_demonstrations
 from dapo_mcore.data.prompts import PromptSet, load_prompts
 from dapo_mcore.errors import DataError

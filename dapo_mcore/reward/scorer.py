@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from threading import Lock
 
-from dapo_mcore.config.sections import RewardConfig
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.reward.attempt import Attempt, Outcome, joined, judged
 from dapo_mcore.reward.overlong import soft_overlong_penalty
 from dapo_mcore.reward.plugins import build_judge

@@ -9,7 +9,7 @@ from dapo_mcore.kernels.policy_loss import PolicyHeadOutput
 
 from dapo_mcore.actor.metrics import SUMS, UpdateStats, micro_batch_stats, update_metrics
 from dapo_mcore.algo.correction import mismatch_stats
-from dapo_mcore.config.sections import TISConfig
+from dapo_mcore.config.algo import TISConfig
 from dapo_mcore.types import MicroBatch
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dapo_mcore.config.data import DataConfig, WarmStartConfig
 from dapo_mcore.config.file import load_config
 from dapo_mcore.config.keys import (
     OLD_KEYS,
@@ -21,7 +22,6 @@ from dapo_mcore.config.keys import (
     type_of_items,
 )
 from dapo_mcore.config.schema import Config
-from dapo_mcore.config.sections import DataConfig, WarmStartConfig
 from dapo_mcore.config.values import FilePaths
 from dapo_mcore.errors import ConfigError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dapo_mcore.config.sections import DataConfig
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data import chat
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.config.sections import DataConfig
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.prompts import load_prompts
 

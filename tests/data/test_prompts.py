@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dapo_mcore.config.sections import DataConfig
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data.prompts import PromptSet, load_prompts
 from dapo_mcore.errors import ConfigError, DataError
 

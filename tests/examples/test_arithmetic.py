@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from dapo_mcore.config.data import DataConfig
 from dapo_mcore.config.model import ModelConfig
-from dapo_mcore.config.sections import DataConfig
 from dapo_mcore.data.prompts import load_prompts
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
 from dapo_mcore.reward.math_answer import compute_score

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo_mcore.config.sections import RewardConfig
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.reward.attempt import Attempt, Outcome, joined, judged
 from dapo_mcore.reward.plugins import build_judge
 

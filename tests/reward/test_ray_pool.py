@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dapo_mcore.config.sections import RewardConfig
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.errors import ConfigError, RewardError
 from dapo_mcore.reward import ray_pool
 from dapo_mcore.reward.attempt import Attempt

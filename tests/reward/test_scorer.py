@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dapo_mcore.config.sections import RewardConfig
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.scorer import build_reward
 from dapo_mcore.types import Prompt, Rollout, Score, ToolCall

@@ -11,7 +11,7 @@ import pytest
 from dapo_mcore.algo.advantage import group_advantages
 from dapo_mcore.algo.filtering import group_varies
 from dapo_mcore.batch.collate import to_train_batch
-from dapo_mcore.config.sections import RewardConfig
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.observe.metrics import group_metrics
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer

@@ -1,0 +1,74 @@
+"""The section `reward`: how one response is scored.
+
+Change here: what a user may set about rewards, its default, and a rule inside the section.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dapo_mcore.config.values import FilePath, Seconds, Section, Tokens
+
+
+class OverlongConfig(Section):
+    """Soft overlong punishment (paper eq. 13) and overlong filtering."""
+
+    penalty: bool = False
+    max_length: Tokens | None = None
+    """L_max in response tokens; None means rollout.max_response_tokens."""
+    cache: Tokens = 4096
+    """L_cache in tokens: the penalty grows from 0 to -factor over the last `cache` tokens."""
+    factor: float = Field(1.0, gt=0, le=1000)
+    count_tool_output: bool = False
+    """The penalty's length has the output of tools, too, as in verl: then a tool that prints much costs reward. False: only
+    tokens that the policy wrote."""
+    filter: bool = False
+    """Mask the tokens of truncated responses out of the loss, with tools also of those that agent.max_turns has ended."""
+
+
+class RewardConfig(Section):
+    """Scoring of one response."""
+
+    function: FilePath = "math_dapo"
+    """`math_dapo`, `math_verify`, or an import path `package.module:function` / `path/to/file.py:function`.
+
+    `math_dapo` is the paper's rule, as in verl: the text after `Answer:` in normal form. It takes `Answer: 1, 2` for 12 and
+    `Answer: 3 = 12`, too, and does not take `**Answer: 12**`, `\\(12\\)` and `12.0`, which chat models like to write.
+    `math_verify` asks Hugging Face's grader, which compares values, where that rule says no (extra `math`)."""
+    adapter: Literal["verl", "trl"] = "verl"
+    """Calling convention of an imported function."""
+    strict_box: bool = False
+    """math_dapo only: compare the last \\boxed{} of the last 100 characters literally."""
+    workers: int | None = Field(None, ge=0, le=10_000)
+    """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process without a deadline: a
+    function that hangs then stops the run. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
+    placement: Literal["local", "ray"] = "local"
+    """Where the worker processes run: on this machine, or on the nodes of the Ray cluster (section `ray`)."""
+    timeout_seconds: Seconds = 30.0
+    on_failure: Literal["mask", "value"] = "mask"
+    """A sample whose scoring failed is left out of statistics and loss (`mask`), or its score is `failure_value`. It is counted
+    in both cases. A step in which all scores failed ends the run."""
+    failure_value: float = Field(-1.0, ge=-1000, le=1000)
+    filter_void: bool = False
+    """Mask responses without an answer, and such without a token of the policy, out of the loss; they stay in the statistics
+    (SimpleTIR, arXiv 2509.02479, against collapse with tools). The reward function must name answers (`pred`)."""
+    overlong: OverlongConfig = OverlongConfig()
+
+    @property
+    def num_workers(self) -> int:
+        """`workers` with its default filled in."""
+        return int(self.function != "math_dapo") if self.workers is None else self.workers
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> RewardConfig:
+        if self.placement == "ray" and not self.num_workers:
+            raise ValueError("placement ray needs workers of at least 1: 0 scores in the controller process")
+        if self.function == "math_verify" and not self.num_workers:
+            raise ValueError(
+                "function math_verify needs workers of at least 1: it may take for ever, and only they have a deadline"
+            )
+        if self.strict_box and self.function != "math_dapo":
+            raise ValueError(f"strict_box is a form of function math_dapo, not of {self.function}; drop one of the two")
+        return self

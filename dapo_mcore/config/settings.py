@@ -1,0 +1,85 @@
+"""The sections of a run's configuration in one record, without the rules between them: those are rules.py.
+
+Change here: a new section, or a quantity that follows from several sections.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dapo_mcore.config.agent import AgentConfig
+from dapo_mcore.config.algo import AlgoConfig
+from dapo_mcore.config.critic import CriticConfig
+from dapo_mcore.config.data import DataConfig, EvalConfig, WarmStartConfig
+from dapo_mcore.config.model import ModelConfig
+from dapo_mcore.config.optimizer import OptimizerConfig
+from dapo_mcore.config.parallel import ParallelConfig
+from dapo_mcore.config.reward import RewardConfig
+from dapo_mcore.config.sections import (
+    BatchConfig,
+    CheckpointConfig,
+    ObserveConfig,
+    RayConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
+from dapo_mcore.config.tools import ToolConfig
+from dapo_mcore.config.values import FilePath, Name, Section, Seed, Steps
+
+
+class Settings(Section):
+    """One training run, each section checked on its own."""
+
+    name: Name = "run"
+    output_dir: FilePath = "runs"
+    seed: Seed = 0
+    deterministic: bool = False
+    """Use only kernels whose sums have a fixed order, so that a run on GPUs repeats bit by bit with the same GPUs, versions and
+    layout; runs on CPUs do so without it. Costs speed: attention's backward pass has slower kernels, and NCCL only rings.
+    SGLang servers on GPUs that the run starts get enable-deterministic-inference; servers at `urls` must have it already.
+    An operation without such a kernel ends the run. Changes roundings on CPUs, too. Not yet run on a GPU."""
+    num_rollout_steps: Steps = 100
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    agent: AgentConfig = AgentConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    tools: list[ToolConfig] = Field(default_factory=list)
+    """What the policy may call while it writes a response; `dapo-mcore tool` makes a single call."""
+    ray: RayConfig = RayConfig()
+    algo: AlgoConfig = AlgoConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+    warm_start: WarmStartConfig | None = None
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Extra fields of megatron.core.transformer.TransformerConfig."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder that holds everything this run writes."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest response."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    def num_unscored(self, num_mini_batches: int) -> int:
+        """Return how many mini-batches of a rollout step, from the first on, need no scoring pass.
+
+        The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass, and
+        further epochs take them from there. A KL in the reward needs those of whole samples before that step, and further epochs
+        of a model that replays routes need the routes of scoring.
+        """
+        if self.algo.penalises_rewards or (self.model.routing_replay == "scoring" and self.batch.epochs > 1):
+            return 0
+        return 1 if self.algo.reads_policy_logprobs else num_mini_batches
