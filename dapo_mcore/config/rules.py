@@ -277,11 +277,13 @@ def _check_tools(c: Settings) -> None:
     if c.warm_start is not None and c.warm_start.choose is not None:
         sections["warm_start.choose"] = c.warm_start.choose
     for name, section in sections.items():
-        if section.chat_template != c.data.chat_template:
-            raise ValueError(
-                f"{name}.chat_template {section.chat_template} differs from data.chat_template {c.data.chat_template}, but a run with "
-                "tools writes their output in one way; give both the same"
-            )
+        for key in ("chat_template", "chat_template_kwargs"):
+            own, ours = getattr(section, key), getattr(c.data, key)
+            if own != ours:
+                raise ValueError(
+                    f"{name}.{key} {own} differs from data.{key} {ours}, but a run with tools writes their output in one way; give "
+                    "both the same"
+                )
 
 
 RULES = (

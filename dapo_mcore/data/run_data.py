@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dapo_mcore.config.data import DataConfig
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.demonstrations import Demonstration, load_demonstrations
-from dapo_mcore.data.prompts import PromptSet, load_prompts
+from dapo_mcore.data.prompts import PromptSet, decide_template, load_prompts
 from dapo_mcore.errors import DataError
 from dapo_mcore.model_files.hf_config import max_positions
 
@@ -73,7 +73,8 @@ def load_run_data(
     settings = config.warm_start
     if warm_start and settings is not None:
         choose = prompts(settings.choose, "warm_start.choose") if settings.choose else None
-        demonstrations, lost = load_demonstrations(config, tokenizer, most, tools)
+        decided = config.model_copy(update={"data": decide_template(config.data)})
+        demonstrations, lost = load_demonstrations(decided, tokenizer, most, tools)
         data = RunData(train, evaluation, demonstrations, choose, lost)
     positions = max_positions(hf_config)
     for found in data.prompt_sets:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dapo_mcore.config.data import DataConfig, WarmStartConfig
+from dapo_mcore.config.data import DataConfig, EvalSetConfig, WarmStartConfig
 from dapo_mcore.config.file import load_config
 from dapo_mcore.config.keys import (
     OLD_KEYS,
@@ -28,7 +28,7 @@ from dapo_mcore.errors import ConfigError
 
 def test_a_key_leads_to_the_type_of_its_value() -> None:
     assert type_below(Config, "seed") == kind_of(["seed"])
-    assert kind_of(["eval", "sets", "any_name"]) is DataConfig
+    assert kind_of(["eval", "sets", "any_name"]) is EvalSetConfig
     assert type_below(WarmStartConfig | None, "choose") == DataConfig | None
     assert type_below(dict[str, int], "any_name") is int
     assert type_below(list[int], "0") is int and type_below(list[int], "first") is None
@@ -78,7 +78,10 @@ def test_a_name_that_means_something_else_in_every_section_is_not_guessed() -> N
         ("checkpoint.save_every=1", "unknown key 'checkpoint.save_every'; did you mean 'checkpoint.every'?"),
         ("trainer.save_freq=1", "unknown key 'trainer.save_freq'; did you mean 'checkpoint.every'?"),
         ("data.train_files=a", "unknown key 'data.train_files'; did you mean 'data.files'?"),
-        ("max_response_length=1", "unknown key 'max_response_length'; did you mean 'rollout.max_response_tokens'?"),
+        (
+            "max_response_length=1",
+            "unknown key 'max_response_length'; did you mean 'rollout.max_response_tokens' or 'eval.max_response_tokens'?",
+        ),
         (
             "tensor_parallel_size=2",
             "did you mean 'parallel.tensor_parallel' or 'rollout.sglang.tensor_parallel'?",

@@ -54,6 +54,20 @@ def test_data_that_just_fits_is_loaded(load):
     assert data.lines() == [f"{found.section}: 5 rows gave 5 prompts" for found in data.prompt_sets]
 
 
+def test_demonstrations_are_rendered_as_chats_where_the_training_prompts_are(
+    load, tokenizer, tmp_path: Path, monkeypatch
+):
+    """`a` is token 70 and `-` 18; the response is of the policy alone."""
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ mark }}{{ messages[0].content }}")
+    chat = {"prompt": [{"role": "user", "content": "abc"}], "answer": 1}
+    (tmp_path / "train.jsonl").write_text(json.dumps(chat) + "\n")
+    data = load(data={"chat_template_kwargs": {"mark": "-"}})
+    assert data.train.prompts[0].text == "-abc"
+    mark = tokenizer.encode("-", add_special_tokens=False)
+    assert data.demonstrations[0].prompt.tolist() == [*mark, 70]
+    assert data.evaluation["held.out"].prompts[0].text == "a"
+
+
 def test_a_resumed_run_does_not_need_its_demonstrations(load, tmp_path: Path):
     (tmp_path / "demos.jsonl").unlink()
     (tmp_path / "choose.jsonl").unlink()
