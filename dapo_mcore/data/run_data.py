@@ -77,25 +77,35 @@ def load_run_data(
         demonstrations, lost = load_demonstrations(decided, tokenizer, most, tools)
         data = RunData(train, evaluation, demonstrations, choose, lost)
     positions = max_positions(hf_config)
-    for found in data.prompt_sets:
-        check_prompt_lengths(found, config.rollout.max_response_tokens, positions)
+    check_lengths(data, config, positions)
     check_demonstration_lengths(data.demonstrations, config, positions)
     return data
 
 
-def check_prompt_lengths(found: PromptSet, max_response_tokens: int, positions: int) -> None:
-    """Raise DataError, with file and row, for a prompt that exceeds the model's positions with the longest response."""
+def check_lengths(data: RunData, config: Config, positions: int) -> None:
+    """Raise DataError, with file and row, for a prompt that exceeds the model's positions with the longest response of its set."""
+    limits = {f"eval.sets.{name}": config.eval_response_limit(name) for name in config.eval.sets}
+    of_training = "rollout.max_response_tokens", config.rollout.max_response_tokens
+    for found in data.prompt_sets:
+        check_prompt_lengths(found, *limits.get(found.section, of_training), positions)
+
+
+def check_prompt_lengths(found: PromptSet, key: str, max_response_tokens: int, positions: int) -> None:
+    """Raise DataError, with file and row, for a prompt that exceeds the model's positions with the longest response.
+
+    key  the setting that limits the response.
+    """
     room = positions - max_response_tokens
     too_long = [prompt for prompt in found.prompts if len(prompt.token_ids) > room]
     if not too_long:
         return
     first, longest = too_long[0], max(len(prompt.token_ids) for prompt in too_long)
-    remedies = [f"lower rollout.max_response_tokens to {positions - longest}"] if longest < positions else []
+    remedies = [f"lower {key} to {positions - longest}"] if longest < positions else []
     if room > 0:
         remedies.append(f"set {found.section}.max_prompt_tokens {room} with {found.section}.on_long_prompt drop")
     remedies.append("use a model with more positions")
     raise DataError(
-        f"{first.row}: the prompt has {len(first.token_ids)} tokens; with rollout.max_response_tokens {max_response_tokens} "
+        f"{first.row}: the prompt has {len(first.token_ids)} tokens; with {key} {max_response_tokens} "
         f"that is {len(first.token_ids) + max_response_tokens}, but the model has max_position_embeddings {positions} "
         f"({len(too_long)} of {len(found.prompts)} prompts of {found.section} are too long, the longest has {longest} "
         f"tokens); {', or '.join(remedies)}"

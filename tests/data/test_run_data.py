@@ -92,6 +92,14 @@ def test_a_prompt_without_room_for_a_response_is_named_with_the_key_of_its_set(l
     )
 
 
+def test_an_evaluation_set_may_have_longer_responses_than_training(load):
+    with pytest.raises(
+        DataError, match=r"with eval.sets.held.out.max_response_tokens 11 that is 14.* to 8, or set eval"
+    ):
+        load(test={"max_response_tokens": 11})
+    assert len(load(test={"max_response_tokens": 8}).evaluation["held.out"].prompts) == 5
+
+
 def test_responses_that_leave_no_room_for_any_prompt_are_refused(load):
     with pytest.raises(
         DataError, match=r"row 1: .* max_position_embeddings 8 .*5 of 5 .*; lower rollout.* to 3, or use"
