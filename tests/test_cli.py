@@ -79,7 +79,7 @@ SHARED_SERVERS = (
         (["plot", "--bench", "nowhere.json"], "nowhere.json is no benchmark JSON"),
         (
             ["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"],
-            "neither math_dapo, math_verify nor",
+            "neither math_dapo, gsm8k, math_boxed, math_verify, by_source nor",
         ),
         (["reward-explain", "--answer", "1", "--transcript", ""], "--transcript is not valid JSON"),
         (

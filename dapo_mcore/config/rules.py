@@ -5,6 +5,8 @@ Change here: a rule between sections. Each raises ValueError with the numbers, t
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from dapo_mcore.config.agent import AgentConfig
 from dapo_mcore.config.algo import AlgoConfig
 from dapo_mcore.config.critic import CriticConfig
@@ -61,6 +63,20 @@ def _check_overlong(c: Settings) -> None:
         raise ValueError(
             f"reward.overlong.cache {overlong.cache} exceeds the maximal length {longest}; "
             f"it is the width in tokens of the window before that length: use at most {longest}"
+        )
+
+
+def _check_reward(c: Settings) -> None:
+    for name, function in c.set_functions.items():
+        try:
+            c.reward.for_function(function)
+        except ValidationError as error:
+            told = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"eval.sets.{name}.reward_function {function}: {told}") from error
+    if c.reward.by_source and "by_source" not in (c.reward.function, *c.set_functions.values()):
+        raise ValueError(
+            f"reward.by_source has rules of data sources, but reward.function is {c.reward.function}; set reward.function by_source, or "
+            "leave them out"
         )
 
 
@@ -292,6 +308,7 @@ RULES = (
     _check_pipeline,
     _check_tokens,
     _check_overlong,
+    _check_reward,
     _check_algo,
     _check_critic,
     _check_optimizers,

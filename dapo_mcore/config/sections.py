@@ -137,6 +137,10 @@ class ObserveConfig(Section):
     tensorboard: bool = True
     wandb_project: str | None = Field(None, min_length=1, max_length=128)
     samples_per_step: int = Field(4, ge=0, le=1_000_000)
+    """Responses of each rollout step that are written to samples/step_000003.jsonl, right and wrong ones in turn."""
+    eval_samples_per_set: int | None = Field(4, ge=0, le=1_000_000_000)
+    """Responses of each evaluation set that are written to samples/eval/step_000003.jsonl, as above. null: all, as with verl's
+    trainer.validation_data_dir."""
     plot_at_end: bool = True
     profile_steps: list[Steps] = Field(default_factory=list)
     """Rollout steps whose scoring and gradient steps rank 0 records with torch.profiler, in profile/step_000003.json.gz. Such a

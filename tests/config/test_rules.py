@@ -30,6 +30,14 @@ CLUSTER = [*SERVERS, "rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"
 
 RULES: list[tuple[list[str], str]] = [
     (
+        ["reward.by_source={mine: gsm8k}"],
+        "reward.by_source has rules of data sources, but reward.function is math_dapo; set reward.function by_source",
+    ),
+    (
+        ["reward.workers=0", "eval.sets={a: {files: f, reward_function: math_verify}}"],
+        "eval.sets.a.reward_function math_verify: function math_verify needs workers of at least 1",
+    ),
+    (
         ["model.recompute=full", "model.offload_activations=true", "megatron.distribute_saved_activations=true"],
         "megatron.distribute_saved_activations would keep them elsewhere or in part; use one of the two",
     ),
