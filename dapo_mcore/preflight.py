@@ -7,6 +7,7 @@ this module calls the rules early.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from contextlib import closing
@@ -132,10 +133,27 @@ FILE_CHECKS = (_check_model_folder, _check_data_files, _check_other_files)
 
 
 def describe_run(config: Config) -> list[str]:
-    """Return what a run prints first: the size of a rollout step, and the FP8 recipe if it has one."""
+    """Return what a run prints first: the size of a rollout step, the FP8 recipe and overrides of config.json if it has them."""
     from dapo_mcore.actor.model.fp8_rules import describe_fp8
 
-    return [describe_step(config), *([describe_fp8(config.model)] if config.model.fp8 else [])]
+    lines = [describe_step(config), *([describe_fp8(config.model)] if config.model.fp8 else [])]
+    return [*lines, _describe_overrides(config)] if config.model.overrides else lines
+
+
+def _describe_overrides(config: Config) -> str:
+    """Return one line about the keys of config.json that the run replaces, and what servers that it does not start need."""
+    from dapo_mcore.model_files.hf_config import load_hf_config
+
+    overrides = config.model.overrides
+    stored = load_hf_config(config.model.model_copy(update={"overrides": {}}))
+    changes = ", ".join(
+        f"{key} {json.dumps(value)} (in config.json {json.dumps(getattr(stored, key, None))})"
+        for key, value in overrides.items()
+    )
+    line = f"model.overrides: {changes}; for actor, servers and exports"
+    if config.rollout.engine == "sglang" and config.rollout.sglang.urls:
+        line += f". Servers at rollout.sglang.urls need --json-model-override-args '{json.dumps(overrides)}'"
+    return line
 
 
 def describe_step(config: Config) -> str:

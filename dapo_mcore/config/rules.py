@@ -100,10 +100,6 @@ def _check_algo(c: Settings) -> None:
             f"algo.policy_loss gspo has one ratio per response and takes the mean over responses; set algo.loss_mode "
             f"seq-mean-token-mean (now {c.algo.loss_mode})"
         )
-    if c.model.overrides and c.model.init != "random":
-        raise ValueError(
-            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
-        )
 
 
 def _check_critic(c: Settings) -> None:

@@ -78,7 +78,6 @@ RULES: list[tuple[list[str], str]] = [
     (["algo.policy_loss=cispo", "algo.dual_clip=3"], "cispo has no such bound: leave it out"),
     (["algo.policy_loss=gspo"], "set algo.loss_mode seq-mean-token-mean (now token-mean)"),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
-    (["model.overrides={num_hidden_layers: 2}"], "set model.init random"),
     (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
     (
         ["sampling.style=resample", "sampling.max_samples_per_prompt=8"],
