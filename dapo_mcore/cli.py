@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dapo_mcore.config.file import dump_config, load_config, repeated_overrides
+from dapo_mcore.config.foreign_names import unknown_arguments
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError, DapoError, DataError
 from dapo_mcore.process.exit_status import record_failure
@@ -60,7 +61,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     args, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "overrides" in args and "=" in word and not word.startswith("-")]
     if unknown := [word for word in rest if word not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(unknown_arguments(unknown))
     if overrides:
         args.overrides = [*args.overrides, *overrides]
     return args
@@ -258,6 +259,25 @@ def _json_object(text: str, rule: str) -> dict[str, Any]:
     return found
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dialect", choices=("verl", "slime", "nemo"), help="whose run it is")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a bash script (it is read, not run), or a YAML configuration"
+    )
+    parser.add_argument(
+        "-o", dest="out", type=Path, metavar="RUN.yaml", help="write it there; standard output when absent"
+    )
+    parser.add_argument(
+        "--accept", nargs="+", default=[], metavar="KEY", help="lost settings that may change what is optimised"
+    )
+
+
+def _import(args: argparse.Namespace) -> int:
+    from dapo_mcore.foreign.commands.import_run import run
+
+    return run(args.dialect, args.file, args.out, args.accept)
+
+
 def _tool_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", metavar="NAME", help="python, calculator, or with --config the name of one of its tools"
@@ -279,6 +299,13 @@ def _tool(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
+    Command(
+        "import",
+        "Turn a run of verl, slime or NeMo-RL into a configuration here, and say what became of each setting; the exit code is 3 if "
+        "one that is lost changes what is optimised.",
+        _import_arguments,
+        _import,
+    ),
     Command(
         "config",
         "Check all that can be known before a run, and print the configuration with every default.",

@@ -5,7 +5,8 @@ Change here: a foreign name, our key for it, and its unit. How a value is conver
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 
@@ -179,5 +180,130 @@ VERL: Mapping[str, Name] = {
 }
 """verl b178a3c (2026-01-29) and the recipes at 48ea0a7; older names of the same settings are in the table."""
 
-DIALECTS: Mapping[str, Mapping[str, Name]] = {"verl": VERL}
+SLIME: Mapping[str, Name] = {
+    "num-rollout": Name("num_rollout_steps", "rollout steps"),
+    "num-epoch": Name("num_epochs", _EPOCHS),
+    "rollout-seed": Name("seed", "also of weights and sampling"),
+    "hf-checkpoint": Name("model.path", "a Hugging Face folder or a hub name"),
+    "prompt-data": Name("data.files", "a list of files"),
+    "input-key": Name("data.prompt_key"),
+    "label-key": Name("data.answer_key"),
+    "apply-chat-template": Name("data.chat_template", "true"),
+    "apply-chat-template-kwargs": Name("data.chat_template_kwargs"),
+    "rollout-shuffle": Name("data.shuffle"),
+    "rollout-max-prompt-len": Name("data.max_prompt_tokens", "tokens"),
+    "rollout-batch-size": Name("sampling.train_batch_prompts", "prompts per rollout step"),
+    "over-sampling-batch-size": Name("sampling.gen_batch_prompts", "prompts per generation batch"),
+    "partial-rollout": Name("sampling.on_full", "keep"),
+    "n-samples-per-prompt": Name("rollout.group_size", "responses per prompt"),
+    "rollout-max-response-len": Name("rollout.max_response_tokens", "tokens"),
+    "rollout-temperature": Name("rollout.temperature"),
+    "rollout-top-p": Name("rollout.top_p"),
+    "rollout-top-k": Name("rollout.top_k", "-1: all tokens"),
+    "rollout-stop": Name("rollout.stop", "texts or ids"),
+    "rollout-num-gpus": Name("rollout.sglang.num_servers", "GPUs / tensor_parallel of a server"),
+    "rollout-num-gpus-per-engine": Name("rollout.sglang.tensor_parallel", "GPUs of one server"),
+    "colocate": Name("rollout.sglang.colocated", "true"),
+    "sglang-mem-fraction-static": Name("rollout.sglang.server_args", "{mem-fraction-static: …}"),
+    "rm-type": Name("reward.function", "math, dapo: by_source"),
+    "custom-rm-path": Name("reward.function", "path/to/file.py:function, which scores one response"),
+    "global-batch-size": Name("batch.mini_batch_samples", "samples per gradient step"),
+    "num-steps-per-rollout": Name("batch.mini_batch_prompts", "prompts per gradient step: rollout-batch-size / steps"),
+    "max-tokens-per-gpu": Name("batch.max_tokens", "tokens of a micro-batch on a rank"),
+    "advantage-estimator": Name("algo.advantage", "grpo: group; ppo: gae"),
+    "eps-clip": Name("algo.clip_low", "also clip_high where eps-clip-high is unset"),
+    "eps-clip-high": Name("algo.clip_high"),
+    "eps-clip-c": Name("algo.dual_clip"),
+    "entropy-coef": Name("algo.entropy_coef"),
+    "kl-coef": Name("algo.kl.coef", "with algo.kl.place reward"),
+    "kl-loss-coef": Name("algo.kl.coef", "only with use-kl-loss, else 0"),
+    "use-kl-loss": Name("algo.kl.coef", "kl-loss-coef, with algo.kl.place loss"),
+    "kl-loss-type": Name("algo.kl.estimator", "low_var_kl: k3; unset: k1"),
+    "use-tis": Name("algo.tis", "{mode: truncate, cap: …}"),
+    "tis-clip": Name("algo.tis", "{cap: …}"),
+    "lr": Name("optimizer.lr"),
+    "lr-decay-style": Name("optimizer.schedule", "constant or cosine"),
+    "lr-warmup-iters": Name("optimizer.warmup_updates", "gradient steps"),
+    "weight-decay": Name("optimizer.weight_decay"),
+    "adam-beta1": Name("optimizer.beta1"),
+    "adam-beta2": Name("optimizer.beta2"),
+    "clip-grad": Name("optimizer.clip_grad"),
+    "tensor-model-parallel-size": Name("parallel.tensor_parallel", "ranks"),
+    "pipeline-model-parallel-size": Name("parallel.pipeline_parallel", "ranks"),
+    "context-parallel-size": Name("parallel.context_parallel", "ranks"),
+    "expert-model-parallel-size": Name("parallel.expert_parallel", "ranks"),
+    "expert-tensor-parallel-size": Name("parallel.expert_tensor_parallel", "ranks"),
+    "sequence-parallel": Name("parallel.sequence_parallel", "true"),
+    "eval-interval": Name("eval.every", "rollout steps"),
+    "eval-prompt-data": Name("eval.sets", "a named set per file: {aime: {files: […]}}"),
+    "n-samples-per-eval-prompt": Name("eval.samples_per_prompt", "responses per prompt"),
+    "eval-max-response-len": Name("eval.max_response_tokens", "tokens"),
+    "eval-top-p": Name("eval.top_p"),
+    "save": Name("output_dir", "the run's folder is output_dir/name"),
+    "save-interval": Name("checkpoint.every", "rollout steps"),
+    "use-wandb": Name("observe.wandb_project", "the project's name"),
+    "wandb-project": Name("observe.wandb_project"),
+}
+"""slime 624b824: flags without their dashes."""
+
+DIALECTS: Mapping[str, Mapping[str, Name]] = {"verl": VERL, "slime": SLIME}
 """The names of each dialect."""
+TITLES = {"verl": "verl", "slime": "slime", "nemo": "NeMo-RL"}
+
+
+class Foreign(NamedTuple):
+    """A foreign key that somebody has written where ours belongs."""
+
+    dialect: str
+    name: Name
+
+    def __str__(self) -> str:
+        """Return `verl's name for rollout.group_size (responses per prompt)`."""
+        unit = f" ({self.name.unit})" if self.name.unit else ""
+        return f"{TITLES[self.dialect]}'s name for {' and '.join(self.name.keys)}{unit}"
+
+
+def foreign(key: str) -> Foreign | None:
+    """Return what a whole foreign key or flag, or one without its first parts, stands for; None if it is no foreign name or
+    several with different meanings. `+actor_rollout_ref.rollout.n`, `rollout.n` and `--rollout-batch-size` are found."""
+    found = _found(_plain(key))
+    return found[0] if len({entry.name.keys[0] for entry in found}) == 1 else None
+
+
+def meant_by(name: str) -> list[str]:
+    """Return our keys that the last part of a foreign key stands for, in dialects' order: `n` is rollout.group_size."""
+    return list(dict.fromkeys(entry.name.keys[0] for entry in _by_end().get(_plain(name), ())))
+
+
+def unknown_arguments(words: Sequence[str]) -> str:
+    """Return what to say about words of a command line that are neither options nor overrides."""
+    for word in words:
+        option = word.partition("=")[0]
+        if word.startswith("--") and (found := foreign(option)):
+            return f"{option} is {found}; write {found.name.keys[0]}=VALUE"
+    return f"unrecognized arguments: {' '.join(words)}"
+
+
+def _plain(key: str) -> str:
+    return key.lstrip("+-").replace("-", "_")
+
+
+def _found(key: str) -> list[Foreign]:
+    """Return what the key stands for as a whole; else, if it has several parts or is a flag, as the end of longer ones."""
+    whole = [entry for full, entry in _entries() if full == key]
+    return whole or [entry for full, entry in _entries() if "." in key and full.endswith(f".{key}")]
+
+
+@cache
+def _entries() -> tuple[tuple[str, Foreign], ...]:
+    return tuple(
+        (_plain(key), Foreign(dialect, name)) for dialect, names in DIALECTS.items() for key, name in names.items()
+    )
+
+
+@cache
+def _by_end() -> dict[str, list[Foreign]]:
+    ends: dict[str, list[Foreign]] = {}
+    for key, entry in _entries():
+        ends.setdefault(key.rpartition(".")[2], []).append(entry)
+    return ends

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dapo_mcore.config.foreign_names import Name
-
-if TYPE_CHECKING:
-    from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 
 Kind = Literal["same", "converted", "meaningless", "lost", "asked"]
 KINDS: tuple[Kind, ...] = ("lost", "asked", "converted", "same", "meaningless")
@@ -42,6 +40,10 @@ class Outcome:
     objective: bool = False
 
 
+class Undecided(Exception):
+    """A rule has asked for a setting whose value the file alone does not say. The argument is its key."""
+
+
 class Source:
     """The settings of a foreign run on top of the source's defaults, as rules read them."""
 
@@ -51,9 +53,20 @@ class Source:
         self._given = run.by_key()
 
     def __getitem__(self, key: str) -> Any:
-        """Return the value of a key: the run's, else the source's default, else None."""
+        """Return the value of a key: the run's, else the source's default, else None. Raise Undecided if the file alone does not
+        say it."""
         setting = self._given.get(key)
-        return self.defaults.get(key) if setting is None or setting.removed else setting.value
+        if setting is None or setting.removed:
+            return self.defaults.get(key)
+        if setting.unknown or setting.others:
+            raise Undecided(key)
+        return setting.value
+
+    def path(self, key: str) -> Any:
+        """Return a path or a list of paths, in which `${NAME}` of the environment may stand: our paths take it, too."""
+        setting = self._given.get(key)
+        plain = setting is not None and not setting.others and all(name.isidentifier() for name in setting.unknown)
+        return setting.value if setting is not None and plain and not setting.removed else self[key]
 
     def first(self, *keys: str) -> str:
         """Return the first of several names of one setting that the run gives; the first name if it gives none."""
@@ -85,6 +98,7 @@ class Rule:
     apply: returns the outcomes for a run. It is called also if the run gives none of the keys, for the source's defaults.
     about: the conversion or the trap, in words, for the page of the table.
     title: what the outcomes of several meaningless keys are called together in the report; "" for a rule of single keys.
+    objective: True for lost settings that change what is optimised.
     """
 
     keys: tuple[str, ...]
@@ -92,6 +106,7 @@ class Rule:
     apply: Callable[[Source], Iterable[Outcome]]
     about: str = ""
     title: str = ""
+    objective: bool = False
 
     def reads(self, key: str) -> bool:
         """Return True if one of the rule's keys or patterns is this key."""
@@ -134,9 +149,25 @@ def changed(names: Mapping[str, Name], change: Callable[[Any], Any], *keys: str)
     return Rule(keys, (name.ours,), apply, name.unit)
 
 
-def combined(ours: tuple[str, ...], apply: Callable[[Source], Iterable[Outcome]], about: str, *keys: str) -> Rule:
-    """Return a rule over several settings that only together say what holds here."""
-    return Rule(keys, ours, apply, about)
+def became(source: Source, ours: str, value: Any, *keys: str, note: str = "") -> Outcome:
+    """Return the outcome of settings that our key follows from: the same if it is the value of the first of them."""
+    kind: Kind = "same" if not note and _equal(source.path(keys[0]), value) else "converted"
+    return Outcome(kind, keys, ours, value, note)
+
+
+def asked(ours: str, note: str, *keys: str) -> Outcome:
+    """Return the outcome of our key that a person must decide; `note` says by what."""
+    return Outcome("asked", keys, ours, note=note)
+
+
+def gone(note: str, *keys: str, objective: bool = False) -> Outcome:
+    """Return the outcome of settings that are lost; `note` says what that costs and names the nearest thing here."""
+    return Outcome("lost", keys, note=note, objective=objective)
+
+
+def combined(apply: Callable[[Source], Iterable[Outcome]], ours: str, *keys: str, about: str = "") -> Rule:
+    """Return a rule over several settings that only together say what holds here. `ours` has our keys, joined by `, `."""
+    return Rule(keys, tuple(ours.split(", ")), apply, about)
 
 
 def meaningless(title: str, why: str, *keys: str) -> Rule:
@@ -164,7 +195,7 @@ def lost(what: str, *keys: str, off: tuple[Any, ...] = (None, False), objective:
             elif source.gives(key):
                 yield Outcome("meaningless", (key,), note="off, as here")
 
-    return Rule(keys, (), apply, what)
+    return Rule(keys, (), apply, what, objective=objective)
 
 
 def _equal(a: Any, b: Any) -> bool:

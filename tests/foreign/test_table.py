@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dapo_mcore.config.foreign_names import Name
-from dapo_mcore.foreign.table import Outcome, Rule, Source, changed, lost, meaningless, same
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.table import Outcome, Rule, Source, Undecided, changed, lost, meaningless, same
 
 NAMES = {"a.n": Name("rollout.group_size", "responses per prompt"), "t.freq": Name("eval.every", "rollout steps")}
 
 
-@dataclass(frozen=True)
-class Setting:
-    key: str
-    value: Any
-    removed: bool = False
-
-
-@dataclass(frozen=True)
-class Run:
-    settings: tuple[Setting, ...]
-    complete: bool = False
-
-    def by_key(self) -> dict[str, Setting]:
-        return {setting.key: setting for setting in self.settings}
-
-
 def applied(rule: Rule, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> list[Outcome]:
-    run = Run(tuple(Setting(key, value) for key, value in given.items()))
+    settings = tuple(ForeignSetting(key, value, "run.sh line 1") for key, value in given.items())
+    run = ForeignRun("verl", Path("run.sh"), "", "", settings)
     return list(rule.apply(Source(run, defaults or {})))
 
 
@@ -66,3 +54,11 @@ def test_a_lost_setting_counts_only_if_it_is_on() -> None:
 
 def test_zero_is_not_false() -> None:
     assert [outcome.kind for outcome in applied(lost("x", "k"), {"k": 0})] == ["lost"]
+
+
+def test_a_value_that_only_a_run_would_tell_is_undecided() -> None:
+    setting = ForeignSetting("a.path", "${HOME_OF_MODELS}/7b", "run.sh line 1", unknown=("HOME_OF_MODELS",))
+    source = Source(ForeignRun("verl", Path("run.sh"), "", "", (setting,)), {})
+    with pytest.raises(Undecided, match=r"a\.path"):
+        source["a.path"]
+    assert source.path("a.path") == "${HOME_OF_MODELS}/7b"
