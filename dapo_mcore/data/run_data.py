@@ -41,7 +41,20 @@ class RunData:
     def lines(self) -> list[str]:
         """Return the lines to show: one per set, and warnings."""
         told = [line for found in self.prompt_sets for line in (found.describe(), *found.warnings())]
+        told += self._other_variables()
         return [*told, f"warning: {self.lost}"] if self.lost else told
+
+    def _other_variables(self) -> list[str]:
+        """Return a line for each set whose chats are rendered with other variables than those of training."""
+        ours = self.train.config
+        return [
+            f"warning: {found.section}.chat_template_kwargs is {found.config.chat_template_kwargs}, but data.chat_template_kwargs is "
+            f"{ours.chat_template_kwargs}; the same question is asked in two ways"
+            for found in self.prompt_sets
+            if ours.chat_template
+            and found.config.chat_template
+            and found.config.chat_template_kwargs != ours.chat_template_kwargs
+        ]
 
 
 def load_run_data(
@@ -64,8 +77,8 @@ def load_run_data(
     def prompts(section: DataConfig, name: str) -> PromptSet:
         limit = min(filter(None, (section.limit, most)), default=None)
         found = load_prompts(section.model_copy(update={"limit": limit}), tokenizer, name, tools)
-        own = section if limit == section.limit else section.model_copy(update={"limit": None})
-        return replace(found, config=own)
+        own = limit if limit == section.limit else None
+        return replace(found, config=found.config.model_copy(update={"limit": own}))
 
     train = prompts(config.data, "data")
     evaluation = {name: prompts(section, f"eval.sets.{name}") for name, section in config.eval.sets.items()}

@@ -68,6 +68,17 @@ def test_demonstrations_are_rendered_as_chats_where_the_training_prompts_are(
     assert data.evaluation["held.out"].prompts[0].text == "a"
 
 
+def test_other_variables_of_a_template_than_in_training_are_told(load, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ mark }}{{ messages[0].content }}")
+    chats = {"chat_template": True, "chat_template_kwargs": {"mark": "-"}}
+    told = [line for line in load(data=chats, test={"chat_template": True}).lines() if "in two ways" in line]
+    assert told == [
+        "warning: eval.sets.held.out.chat_template_kwargs is {}, but data.chat_template_kwargs is {'mark': '-'}; the same question is "
+        "asked in two ways"
+    ]
+    assert not [line for line in load(data=chats, test=chats, choose=chats).lines() if "in two ways" in line]
+
+
 def test_a_resumed_run_does_not_need_its_demonstrations(load, tmp_path: Path):
     (tmp_path / "demos.jsonl").unlink()
     (tmp_path / "choose.jsonl").unlink()
