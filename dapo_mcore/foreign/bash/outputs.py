@@ -37,6 +37,7 @@ def _echo(words: Sequence[str]) -> str:
 _PRINTED: dict[str, Callable[[Sequence[str]], str]] = {
     "basename": _basename,
     "dirname": _dirname,
+    "realpath": lambda words: posixpath.normpath(words[0]),
     "seq": _seq,
     "echo": _echo,
     "pwd": lambda words: ".",

@@ -53,11 +53,11 @@ def _entry_place(words: Sequence[str]) -> int | None:
 
 
 def _config_name(words: Sequence[Value]) -> Value | None:
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for place, word in enumerate(words):
         if word.text.startswith("--config="):
             return Value(word.text.partition("=")[2], word.line, word.unknown)
-        if word.text == "--config":
-            return following
+        if word.text == "--config" and place + 1 < len(words):
+            return words[place + 1]
     return None
 
 

@@ -15,6 +15,7 @@ from dapo_mcore.foreign.bash.values import Value
 
 _LARGEST = 4 << 20
 _PARENTS_OF_SOURCED = 4
+_PARENTS_AROUND = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _beside(file: Path, name: str) -> Path | None:
     folders = [Path(), *file.resolve().parents[:_PARENTS_OF_SOURCED]]
     for folder in folders:
         path = (folder / name).resolve()
-        near = file.resolve().parents[: _PARENTS_OF_SOURCED // 2]
+        near = file.resolve().parents[:_PARENTS_AROUND]
         if path.is_file() and any(path.is_relative_to(parent) for parent in near if parent != Path(parent.anchor)):
             return path
     return None
@@ -99,5 +100,7 @@ def _lost_lines(calls: Sequence[Call]) -> list[str]:
 
 
 def _is_setting(text: str) -> bool:
+    if text.startswith("--") and len(text) > 2:
+        return True
     key = text.lstrip("+").partition("=")
     return bool(key[1]) and "." in key[0] and all(part.isidentifier() for part in key[0].split("."))

@@ -67,12 +67,17 @@ def _flags(words: Sequence[Value], notes: list[str]) -> Iterator[tuple[Value, li
             if flag:
                 yield flag, values
             flag, values = word, []
-        elif flag and not (word.unknown and word.text.startswith("${") and _takes_no_value(flag)):
+        elif flag and not (_is_a_whole_variable(word) and (values or _takes_no_value(flag))):
             values.append(word)
         elif word.text:
             notes.append(f"line {word.line}: {word.text} may hold further flags; write them into a copy of the script")
     if flag:
         yield flag, values
+
+
+def _is_a_whole_variable(word: Value) -> bool:
+    """Return True for a variable that is not known and may hold further flags."""
+    return any(word.text == f"${{{name}}}" for name in word.unknown)
 
 
 def _takes_no_value(flag: Value) -> bool:

@@ -47,14 +47,14 @@ def test_settings_cut_off_by_a_comment_are_told(tmp_path: Path) -> None:
 
 
 def test_scripts_beside_are_read_and_others_are_not(tmp_path: Path) -> None:
-    folder = tmp_path / "project" / "scripts"
+    folder = tmp_path / "project" / "examples" / "scripts"
     (folder / "models").mkdir(parents=True)
     (folder / "models" / "m.sh").write_text("M=(--layers 2)")
     (folder / ".env").write_text("M=(--secret 1)")
     (tmp_path / "far.sh").write_text("M=(--far 1)")
     text = 'source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/models/m.sh"\npython train.py ${M[@]}'
     assert [word.text for word in started(folder, text).passes[0]] == ["--layers", "2"]
-    for name in (".env", "../../far.sh", str(tmp_path / "far.sh"), "~/x.sh"):
+    for name in (".env", "../../../far.sh", str(tmp_path / "far.sh"), "~/x.sh"):
         start = started(folder, f"source {name}\npython train.py ${{M[@]}}")
         assert start.notes and "was not read" in start.notes[0]
 
