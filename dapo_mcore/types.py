@@ -236,6 +236,9 @@ class MicroBatch:
     values   float32 [L], the critic's before the rollout step's first update; None without a critic.
     returns  float32 [L], what the critic learns; None without one.
     row_sequences    int64 [L], the number of each row's sample in the micro-batch; None unless a ratio is per sequence.
+    tis_weights    float32 [L], see algo/correction.py; None: without a correction, or found in the gradient step.
+    policy_mask    float32 [L], 0 for tokens without a policy term (Clip-Cov); None: every token has one.
+    old_kl_coefs   float32 [L], of |log-prob - old log-prob| (KL-Cov); None without it.
     routes   the experts of each token by Megatron's layer number, [tokens of this rank, experts per token], for routers to fill
              in a scoring pass and to replay in gradient steps; None if every pass has routes of its own.
     Row tensors hold the rows of this context-parallel rank only.
@@ -258,6 +261,9 @@ class MicroBatch:
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
     row_sequences: torch.Tensor | None = None
+    tis_weights: torch.Tensor | None = None
+    policy_mask: torch.Tensor | None = None
+    old_kl_coefs: torch.Tensor | None = None
     routes: dict[int, torch.Tensor] | None = None
 
     @property

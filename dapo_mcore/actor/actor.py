@@ -25,6 +25,7 @@ from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.param_gather import gather_parameters
 from dapo_mcore.actor.update_guard import UpdateGuard
 from dapo_mcore.actor.wrap import wrap
+from dapo_mcore.algo.adaptive_entropy import EntropyCoef
 from dapo_mcore.algo.correction import importance_weights
 from dapo_mcore.architecture.mapping import WeightReader
 from dapo_mcore.architecture.shape import weight_shape
@@ -54,6 +55,7 @@ class Actor:
         self.ddp = wrap(self.policy, config.parallel, config.optimizer)
         gather_parameters(self.ddp)  # Megatron takes those of a new model for outdated
         self.head = PolicyHead(config, layout, self.shape.vocab_size)
+        self.entropy_coef = EntropyCoef(config.algo.entropy_coef)
         self.feeder = build_feeder(config.batch.feeder, layout.device)
         self.reset_optimizer(config.optimizer)
         has_critic = config.algo.advantage == "gae"
@@ -77,6 +79,16 @@ class Actor:
         self.guard = UpdateGuard(config)
 
     @property
+    def entropy_coef(self) -> EntropyCoef:
+        """Return the coefficient of the entropy bonus, which changes with algo.adaptive_entropy."""
+        return self._entropy_coef
+
+    @entropy_coef.setter
+    def entropy_coef(self, coef: EntropyCoef) -> None:
+        self._entropy_coef = coef
+        self.head.objective = replace(self.head.objective, entropy_coef=coef.used)
+
+    @property
     def trained(self) -> dict[str, Policy]:
         """Return the models that gradient steps change, by name: `policy`, and `critic` if there is one."""
         return {"policy": self.policy} | ({"critic": self.critic.model} if self.critic is not None else {})
@@ -96,6 +108,11 @@ class Actor:
         if self.config.model.routing_replay == "scoring":
             micro_batches = [batch.with_(routes={}) for batch in micro_batches]
         return self._with_logprobs(self.policy, micro_batches, "old_logprobs")
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Return the log-probs of the policy as it is now, float32 [L] of each micro-batch; an empty list before the last stage."""
+        scored = self._with_logprobs(self.policy, [micro.with_(routes=None) for micro in micro_batches], "old_logprobs")
+        return [micro.old_logprobs for micro in scored] if self.layout.is_last_stage else []
 
     def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Return the micro-batches, on last-stage ranks with the log-probs of the reference policy if there is one."""
@@ -214,12 +231,15 @@ class Actor:
         return output.loss, micro_batch_stats(output, batch, self.config.algo.tis)
 
     def _tis_weights(self, batch: MicroBatch) -> torch.Tensor | Callable[[torch.Tensor, slice], torch.Tensor] | None:
-        """Return the weights from the old log-probs, or, where the batch has none, a function of the forward pass's own."""
-        tis, rollout = self.config.algo.tis, batch.rollout_logprobs
-        if tis.mode == "off":
-            return None
-        if batch.old_logprobs is not None:
-            return importance_weights(batch.old_logprobs, rollout, tis.mode, tis.cap)
+        """Return the weights of the policy term: those of the batch, or from the old log-probs, or, where the batch has none of both,
+        a function of the forward pass's own."""
+        tis, rollout, weights = self.config.algo.tis, batch.rollout_logprobs, batch.tis_weights
+        if weights is None and tis.mode != "off" and batch.old_logprobs is not None:
+            weights = importance_weights(batch.old_logprobs, rollout, tis.mode, tis.cap)
+        if batch.policy_mask is not None:
+            return batch.policy_mask if weights is None else weights * batch.policy_mask
+        if weights is not None or tis.mode == "off":
+            return weights
         return lambda own, rows: importance_weights(own, rollout[rows], tis.mode, tis.cap)
 
 

@@ -35,9 +35,11 @@ class PolicyHead:
 
     def __init__(self, config: Config, layout: Layout, vocab_size: int):
         algo = config.algo
+        # KL-Cov has no clipping: its bounds are beyond the ±20 nats at which the ratio ends
+        clip_low, clip_high = (1.0, 1e9) if algo.policy_loss == "kl_cov" else (algo.clip_low, algo.clip_high)
         self.objective = Objective(
-            algo.clip_low,
-            algo.clip_high,
+            clip_low,
+            clip_high,
             algo.dual_clip,
             algo.kl.coef if algo.kl.place == "loss" else 0.0,
             algo.kl.estimator,
@@ -84,7 +86,7 @@ class PolicyHead:
             self._rows(hidden, batch),
             model.head_weight(),
             batch.targets,
-            TokenInputs(batch.advantages, batch.token_weights, old, batch.ref_logprobs, given),
+            TokenInputs(batch.advantages, batch.token_weights, old, batch.ref_logprobs, given, batch.old_kl_coefs),
             self.objective,
             own_tis_weights=tis_weights if given is None else None,
             **self._gradients(model),

@@ -6,8 +6,9 @@ Change here: the order of learning within a rollout step. Its parts are elsewher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 
 from dapo_mcore.actor.actor import Actor
+from dapo_mcore.actor.corrections import find_corrections
+from dapo_mcore.actor.covariance_selection import with_selection
 from dapo_mcore.actor.critic import Critic, CriticStats
 from dapo_mcore.actor.metrics import UpdateStats
 from dapo_mcore.actor.model.fp8_rules import token_multiple
@@ -47,11 +50,13 @@ class ScoredStep:
 
     mismatch  over all ranks, of the mini-batches after the first. Empty if these are not scored.
     step      the samples that the micro-batches were built from
+    metrics   of what was found before the gradient steps
     """
 
     mini_batches: list[list[MicroBatch]]
     mismatch: MismatchStats
     step: ScatteredStep
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,12 @@ class Learner:
         start = bounds[self.config.num_unscored(len(mini_batches))]
         flat[start:] = self.actor.score(flat[start:])
         flat = self.actor.score_reference(flat)
+        flat, num_trained, metrics = self._corrected(step, flat)
         mismatch = self._mismatch(flat[max(start, bounds[1]) :])
-        flat = self._with_advantages(step.metadata, flat)
-        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch, step)
+        flat = self._with_advantages(step.metadata, num_trained, flat)
+        if self.config.algo.adaptive_entropy is not None:
+            metrics["actor/entropy_coef"] = self.actor.entropy_coef.used
+        return ScoredStep([flat[a:b] for a, b in pairwise(bounds)], mismatch, step, metrics)
 
     def build(self, step: ScatteredStep, loss_mode: LossMode) -> list[list[MicroBatch]]:
         """Return this rank's micro-batches of every mini-batch, with token weights and without advantages."""
@@ -107,7 +115,9 @@ class Learner:
         """Take all gradient steps of rollout step `step`: those of the critic, then, after critic.warmup_steps, of the policy."""
         critic = [] if self.actor.critic is None else self._update_critic(self.actor.critic, scored)
         warms_up = step <= self.config.critic.warmup_steps
-        return TrainedStep([] if warms_up else self.update(scored, uids, watch), critic)
+        stats = [] if warms_up else self.update(scored, uids, watch)
+        self._adapt_entropy(stats[: len(scored.mini_batches)])
+        return TrainedStep(stats, critic)
 
     def update(
         self, scored: ScoredStep, uids: Sequence[str] = (), watch: Callable[[UpdateStats], None] = lambda stats: None
@@ -143,13 +153,32 @@ class Learner:
             batch = SkippedBatch(scored.step, scored.step.plan[number], micro_batches, outputs)
             self._report_skip(batch, stats, culprit, uids)
 
+        selection: dict[str, float] = {}
+        if self.config.algo.selects_by_covariance:
+            micro_batches, selection = self._selected(micro_batches)
         stats = self.actor.update(micro_batches, on_skip=on_skip, **options)
+        if selection:
+            stats = replace(stats, selection=selection)
         if stats.verdict is Verdict.NEW_LEVEL and self.layout.is_controller:
             self.tell(
                 f"gradient step {self.actor.num_updates} was taken: {stats.grad_norm:.3g} is the gradient norm's new level, "
                 f"after {self.config.optimizer.max_skipped_updates - 1} spikes in a row"
             )
         return stats
+
+    def _selected(self, micro_batches: list[MicroBatch]) -> tuple[list[MicroBatch], dict[str, float]]:
+        """Return a mini-batch with the tokens that KL-Cov or Clip-Cov chooses for its gradient step, and their metrics."""
+        logprobs, draw = self.actor.logprobs(micro_batches), (self.config.seed << 32) + self.actor.num_updates
+        return with_selection(micro_batches, logprobs, draw, self.config.algo, self.layout)
+
+    def _adapt_entropy(self, updates: Sequence[UpdateStats]) -> None:
+        """Move the entropy coefficient after the gradient steps of a rollout step's first epoch."""
+        if self.config.algo.adaptive_entropy is None:
+            return
+        finite = [u.sums for u in updates if u.verdict is not Verdict.NOT_FINITE]
+        tokens = sum(sums["tokens"] for sums in finite)
+        entropy = sum(sums["nll"] for sums in finite) / tokens if tokens else math.nan
+        self.actor.entropy_coef = self.actor.entropy_coef.after(entropy, self.config.algo.adaptive_entropy)
 
     def _report_skip(
         self, batch: SkippedBatch, stats: UpdateStats, culprit: Culprit | None, uids: Sequence[str]
@@ -192,12 +221,7 @@ class Learner:
         loss_tokens = metadata.num_loss_tokens[plan.samples]
         weights, balance = np.zeros((2, len(metadata.lengths)))
         balance[plan.samples] = balance_weights(loss_tokens, metadata.lengths[plan.samples])
-        weights[plan.samples] = sample_weights(
-            loss_mode,
-            loss_tokens,
-            micro_batch_ids=plan.micro_batch_ids,
-            loss_length=self.config.algo.loss_length or self.config.rollout.max_response_tokens,
-        )
+        weights[plan.samples] = self._weights(plan, loss_tokens, loss_mode)
         local = step.global_ids
         build = partial(
             build_micro_batch,
@@ -217,15 +241,52 @@ class Learner:
         to_global = torch.from_numpy(local)
         return [micro.with_(sample_ids=to_global.index_select(0, micro.sample_ids)) for micro in micro_batches]
 
-    def _with_advantages(self, metadata: SampleMetadata, scored: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Return the micro-batches with the advantages of their tokens, and with a critic its values and returns."""
+    def _weights(self, plan: MiniBatchPlan, num_loss_tokens: np.ndarray, loss_mode: LossMode) -> np.ndarray:
+        """Return the weight of each loss token of each sample of a mini-batch. num_loss_tokens [n], of its samples."""
+        return sample_weights(
+            loss_mode,
+            num_loss_tokens,
+            micro_batch_ids=plan.micro_batch_ids,
+            loss_length=self.config.algo.loss_length or self.config.rollout.max_response_tokens,
+        )
+
+    def _corrected(
+        self, step: ScatteredStep, scored: list[MicroBatch]
+    ) -> tuple[list[MicroBatch], np.ndarray, dict[str, float]]:
+        """Return the micro-batches with the step's corrections, the loss tokens of each sample that are not rejected, [B], and metrics.
+
+        A rejected token has weight 0, and the weights of the others are as if it had never been a loss token.
+        """
+        algo, counts = self.config.algo, step.metadata.num_loss_tokens
+        if not algo.corrects_before:
+            return scored, counts, {}
+        found = find_corrections(scored, torch.from_numpy(counts), algo, self.layout)
+        weights = np.zeros(len(counts))
+        for plan in step.plan:
+            weights[plan.samples] = self._weights(plan, found.num_kept.numpy()[plan.samples], algo.loss_mode)
+        of_samples, parts = torch.from_numpy(weights).float(), zip(scored, found.tis_weights, found.rejected)
+        corrected = [
+            micro.with_(tis_weights=tis, token_weights=of_samples[micro.sample_ids].masked_fill(rejected, 0.0))
+            for micro, tis, rejected in parts
+        ]
+        return corrected if self.layout.is_last_stage else scored, found.num_kept.numpy(), found.metrics
+
+    def _with_advantages(
+        self, metadata: SampleMetadata, num_trained: np.ndarray, scored: Sequence[MicroBatch]
+    ) -> list[MicroBatch]:
+        """Return the micro-batches with the advantages of their tokens, and with a critic its values and returns.
+
+        num_trained  int64 [B], loss tokens that are not rejected.
+        """
         if self.actor.critic is not None:
             valued = self.actor.critic.score(scored)
             return with_token_advantages(valued, metadata.rewards, self.config.algo, self.layout)
-        advantages = self._advantages(metadata, scored)
+        advantages = self._advantages(metadata, num_trained, scored)
         return [micro.with_(advantages=advantages.index_select(0, micro.sample_ids)) for micro in scored]
 
-    def _advantages(self, metadata: SampleMetadata, scored: Sequence[MicroBatch]) -> torch.Tensor:
+    def _advantages(
+        self, metadata: SampleMetadata, num_trained: np.ndarray, scored: Sequence[MicroBatch]
+    ) -> torch.Tensor:
         """Return the advantages of all samples of the step, float32 [B], the same on every rank."""
         algo = self.config.algo
         rewards = metadata.rewards
@@ -240,7 +301,7 @@ class Learner:
             eps=algo.advantage_eps,
         )
         if algo.advantage_std == "batch":
-            advantages = whitened(advantages, metadata.num_loss_tokens)
+            advantages = whitened(advantages, num_trained)
         return torch.from_numpy(advantages).float()
 
     def _kl_sums(self, num_samples: int, scored: Sequence[MicroBatch]) -> np.ndarray:
@@ -264,7 +325,8 @@ class Learner:
         if self.layout.reports_loss:
             for micro in scored:
                 old = micro.old_logprobs.cpu()
-                own = mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), tis.mode, tis.cap)
+                mode = "off" if micro.tis_weights is not None else tis.mode
+                own = mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), mode, tis.cap)
                 if own.sums.isfinite().all():  # otherwise its gradient step is skipped
                     total += own
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))

@@ -6,8 +6,8 @@ Change here: a metric of training. A sum goes into SUMS and micro_batch_stats, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -45,7 +45,8 @@ def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch, tis: TISConfi
     )
     deviation = (output.ratio.double() - 1).abs()
     largest = deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)
-    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs, tis.mode, tis.cap)
+    mode = "off" if batch.tis_weights is not None else tis.mode  # otherwise counted before the step
+    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs, mode, tis.cap)
     sums, maxima = torch.cat([sums, mismatch.sums]), torch.cat([largest, mismatch.maximum])
     return {"sums": sums, "maxima": maxima, "logprobs": output.logprobs, "inputs": _input_sum(batch)}
 
@@ -67,6 +68,7 @@ class UpdateStats:
     verdict   what happens to the step, the same on every rank
     aux_loss  the load-balancing loss, mean over layers with experts and samples, without its coefficient; None if there is none
     logprobs  of this rank's micro-batches before this step, float32 [L] each; on last-stage ranks, empty elsewhere
+    selection what actor/covariance_selection.py found; empty without it
     cause     which tensor was not finite first, for people; empty if all were
     """
 
@@ -78,6 +80,7 @@ class UpdateStats:
     verdict: Verdict = Verdict.TAKEN
     aux_loss: float | None = None
     logprobs: Sequence[torch.Tensor] = ()
+    selection: Mapping[str, float] = field(default_factory=dict)
     cause: str = ""
 
     @property
@@ -161,6 +164,7 @@ def update_metrics(updates: Sequence[UpdateStats], rest: MismatchStats | None = 
         "actor/skipped_updates": float(sum(u.verdict is Verdict.NOT_FINITE for u in updates)),
         "actor/skipped_spikes": float(sum(u.verdict is Verdict.SPIKE for u in updates)),
         **({"actor/moe_aux_loss": sum(aux_losses) / count} if aux_losses else {}),
+        **{name: sum(u.selection[name] for u in finite) / count for name in finite[0].selection},
         "updates_per_step": float(len(updates)),
         **mismatch_metrics(_mismatch(updates[0], rest)),
     }

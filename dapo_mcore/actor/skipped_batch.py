@@ -34,6 +34,7 @@ SKIPPED = "skipped"
 KEPT_FIRST, KEPT_NEWEST = 3, 2
 _TOKEN_FIELDS = (
     "sample_ids", "targets", "advantages", "token_weights", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "returns",
+    "tis_weights", "policy_mask", "old_kl_coefs",
 )  # fmt: skip
 
 

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.algo.gae import advantages_and_returns, token_rewards
+from dapo_mcore.batch.microbatch import POSITIONS, token_places
 from dapo_mcore.config.algo import AlgoConfig
 from dapo_mcore.kernels.policy_loss import kl_terms
 from dapo_mcore.types import MicroBatch
-
-_POSITIONS = 2**24
-"""More than the positions of any sequence. With it, sample and position fit exactly into one fp64 number."""
 
 
 def with_token_advantages(
@@ -57,7 +55,7 @@ def _gae(
     order = everywhere[0].argsort()
     keys, values, kl = everywhere[:, order].cpu()
     order = order.cpu()
-    samples, counts = torch.unique_consecutive((keys // _POSITIONS).long(), return_counts=True)
+    samples, counts = torch.unique_consecutive((keys // POSITIONS).long(), return_counts=True)
     ends = counts.cumsum(0)
     per_token = token_rewards(rewards[samples], ends, kl if algo.penalises_rewards else None, algo.kl.coef)
     by_token = advantages_and_returns(per_token, values, ends, gamma=algo.gamma, lam=algo.lam)
@@ -69,8 +67,7 @@ def _gae(
 def _rows(micro: MicroBatch, algo: AlgoConfig) -> Tensor:
     """Return fp64 [3, L] of a micro-batch's rows: sample and position in one number, value, KL to the reference policy."""
     device = micro.values.device
-    positions = micro.position_ids.T.flatten().to(device)[micro.rows.to(device)]  # rows count hidden states [s, b]
-    keys = micro.sample_ids.to(device).double() * _POSITIONS + positions
+    keys = token_places(micro).to(device).double()
     kl = torch.zeros_like(keys)
     if algo.penalises_rewards:
         kl = kl_terms(micro.old_logprobs - micro.ref_logprobs, algo.kl.estimator)[0].to(device).double()

@@ -36,13 +36,15 @@ def importance_weights(
     `old_logprobs` are the actor's. With algo.old_logprobs=rollout there are none: pass the log-probs of the training
     forward pass (mode mask only).
     """
-    if mode == "off":
-        return None
-    log_ratio = _log_ratio(old_logprobs, rollout_logprobs)
+    return None if mode == "off" else weights_of(_log_ratio(old_logprobs, rollout_logprobs), mode, cap)
+
+
+def weights_of(log_ratios: torch.Tensor, mode: Literal["truncate", "mask"], cap: float) -> torch.Tensor:
+    """Return the weights of given log w, clamped to ±20: of tokens as in `importance_weights`, or of whole responses."""
     if mode == "truncate":
-        return log_ratio.exp().clamp(max=cap)
+        return log_ratios.exp().clamp(max=cap)
     # The comparison of logarithms is exact at the limits, and symmetric.
-    return (log_ratio.abs() <= torch.tensor(cap, dtype=log_ratio.dtype).log()).to(log_ratio.dtype)
+    return (log_ratios.abs() <= torch.tensor(cap, dtype=log_ratios.dtype).log()).to(log_ratios.dtype)
 
 
 def importance_sums(
@@ -56,8 +58,12 @@ def importance_sums(
     """
     if mode == "off":
         return old_logprobs.new_zeros(NUM_IMPORTANCE_SUMS, dtype=torch.float64)
-    ratios = _log_ratio(old_logprobs, rollout_logprobs).exp()
-    weights = importance_weights(old_logprobs, rollout_logprobs, mode, cap)
+    return importance_sums_of(_log_ratio(old_logprobs, rollout_logprobs), mode, cap)
+
+
+def importance_sums_of(log_ratios: torch.Tensor, mode: Literal["truncate", "mask"], cap: float) -> torch.Tensor:
+    """Return the same of loss tokens whose log w are given, each that of its token or of its response."""
+    ratios, weights = log_ratios.exp(), weights_of(log_ratios, mode, cap)
     limited = weights < ratios if mode == "truncate" else weights == 0
     ratios, weights = ratios.double(), weights.double()
     count = weights.new_full((), weights.numel())

@@ -14,6 +14,9 @@ from dapo_mcore.batch.context import pack_multiple, padded_length, round_up, zig
 from dapo_mcore.batch.ragged import ragged_ranges
 from dapo_mcore.types import MicroBatch, TrainBatch
 
+POSITIONS = 2**24
+"""More than the positions of any sequence. With it, sample and position fit exactly into one fp64 number."""
+
 
 def build_micro_batch(
     batch: TrainBatch,
@@ -81,6 +84,14 @@ def build_micro_batch(
         row_sequences=torch.from_numpy(row_sequences) if with_sequences else None,
         **balance,
     )
+
+
+def token_places(micro: MicroBatch) -> torch.Tensor:
+    """Return int64 [L], a number for each row that is its token's alone in the rollout step, the same on any layout: larger for
+    later samples, and for later tokens of a sample."""
+    device = micro.sample_ids.device
+    positions = micro.position_ids.T.flatten().to(device)[micro.rows.to(device)]  # rows count hidden states [s, b]
+    return micro.sample_ids * POSITIONS + positions
 
 
 def _joined(flat: np.ndarray, spans: Sequence[slice]) -> np.ndarray:

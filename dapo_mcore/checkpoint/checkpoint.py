@@ -38,6 +38,7 @@ from dapo_mcore.actor.checkpoint_blocks import (
 from dapo_mcore.actor.not_finite import all_finite
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.update_guard import GuardState
+from dapo_mcore.algo.adaptive_entropy import EntropyCoef
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.run_folder import checkpoint_path, latest_checkpoint, new_partial, remove, step_of
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
@@ -135,6 +136,8 @@ def load_checkpoint(path: Path, actor: Actor, layout: Layout) -> TrainState:
     if actor.critic is not None:
         actor.critic.optimizer.resume_at(shared.critic["adam_step"])
         actor.critic.guard.state = GuardState(**shared.critic["guard"])
+    if actor.config.algo.adaptive_entropy is not None and shared.entropy_coef is not None:
+        actor.entropy_coef = EntropyCoef(**shared.entropy_coef)
     return (state or shared).train
 
 
@@ -199,8 +202,10 @@ def _write_rest(partial: Path, state: TrainState | None, adam_steps: Sequence[fl
     guard, critic = asdict(actor.guard.state), None
     if actor.critic is not None:
         critic = {"adam_step": adam_steps[1], "guard": asdict(actor.critic.guard.state)}
+    entropy_coef = None if actor.config.algo.adaptive_entropy is None else asdict(actor.entropy_coef)
+    has_reference = actor.reference is not None
     write_state(
-        partial, RunState(FORMAT, state, _traits(actor), actor.reference is not None, adam_steps[0], guard, critic)
+        partial, RunState(FORMAT, state, _traits(actor), has_reference, adam_steps[0], guard, critic, entropy_coef)
     )
     write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
 

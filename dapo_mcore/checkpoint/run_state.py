@@ -2,7 +2,7 @@
 
 Change here: the fields, and the number of the format when a reader must know of a change.
 
-    state.json          TrainState but its arrays; `format`, `fits`, `reference`, `adam_step`, `guard`, `critic`
+    state.json          TrainState but its arrays; `format`, `fits`, `reference`, `adam_step`, `guard`, `critic`, `entropy_coef`
     state.safetensors   token data of carried groups
 """
 
@@ -60,6 +60,7 @@ class RunState:
     adam_step   updates that Adam has made; None in format 1
     guard       counts and norms of actor/update_guard.py; None in checkpoints of earlier versions
     critic      adam_step and guard of the critic; None without one
+    entropy_coef   value and use of algo.adaptive_entropy's coefficient; None without it
     """
 
     format: int
@@ -69,6 +70,7 @@ class RunState:
     adam_step: float | None
     guard: dict[str, Any] | None = None
     critic: dict[str, Any] | None = None
+    entropy_coef: dict[str, Any] | None = None
 
 
 def _file_model() -> type[BaseModel]:
@@ -88,6 +90,10 @@ def _file_model() -> type[BaseModel]:
         adam_step=(float | None, None),
         guard=(dict[str, Any] | None, None),
         critic=(dict[str, Any] | None, None),
+        entropy_coef=(
+            create_model("entropy_coef", __config__=strict, value=(float, ...), enabled=(bool, ...)) | None,
+            None,
+        ),
     )
 
 
@@ -121,7 +127,8 @@ def read_state(folder: Path) -> RunState:
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
     train = TrainState(**dict(stored.train), sampler_arrays=_read_arrays(folder / ARRAYS_FILE))
-    return RunState(stored.format, train, stored.fits, stored.reference, stored.adam_step, stored.guard, stored.critic)
+    rest = (stored.adam_step, stored.guard, stored.critic, stored.entropy_coef and dict(stored.entropy_coef))
+    return RunState(stored.format, train, stored.fits, stored.reference, *rest)
 
 
 def refuse_wrong_optimizer_state(folder: Path, state: RunState) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dapo_mcore.config.values import Section
 
@@ -26,11 +26,81 @@ class KLConfig(Section):
 
 
 class TISConfig(Section):
-    """Correction of the engine's log-prob mismatch: weight min(exp(old_actor - rollout), cap), or its masked form, in which
-    masked tokens still count in the loss's divisor (algo/correction.py)."""
+    """Correction of the engine's log-prob mismatch by importance weights w = exp(old_actor - rollout) (algo/correction.py)."""
 
     mode: Literal["off", "truncate", "mask"] = "off"
+    """truncate: the weight is min(w, cap). mask: it is 1 where 1/cap ≤ w ≤ cap, else 0; masked tokens still count in the loss's
+    divisor, unlike those of `rejection`."""
     cap: float = Field(2.0, gt=0)
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """What w is of: token: each token. sequence: the product of w over a response's tokens, for each of them. geometric: its
+    geometric mean. The last two score the first mini-batch, too."""
+    normalize: bool = False
+    """Divide the weights of a rollout step by their mean: over loss tokens, or with another level over responses. mode truncate."""
+
+
+class RejectionConfig(Section):
+    """One criterion of what is not trained on, because engine and actor disagree about it (algo/rejection.py). r = exp(old_actor -
+    rollout) of a token. Rejected tokens count nowhere in the loss, in its divisor neither."""
+
+    level: Literal["token", "sequence", "geometric", "every"]
+    """What is compared with the bounds. token: each token. sequence: the product of r over a response, or the sum of k2 or k3.
+    geometric: the geometric mean of r, or the mean of k2 or k3. every: each token, but one out of bounds rejects its whole response:
+    a veto is `{level: every, lower: 1e-4}`."""
+    measure: Literal["ratio", "k2", "k3"] = "ratio"
+    """ratio: r. k2: (log r)² / 2. k3: r - 1 - log r. The last two are divergences: at least 0, and 0 where both agree."""
+    lower: float | None = Field(None, gt=0)
+    upper: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> RejectionConfig:
+        if self.lower is None and self.upper is None:
+            raise ValueError(f"level {self.level} has neither lower nor upper, so it rejects nothing; set at least one")
+        if self.lower is not None and self.upper is not None and self.lower > self.upper:
+            raise ValueError(f"lower {self.lower} exceeds upper {self.upper}, so everything is rejected; exchange them")
+        if self.measure != "ratio" and self.lower is not None:
+            raise ValueError(
+                f"lower {self.lower} is a bound of measure ratio; a divergence such as {self.measure} is 0 where engine and actor "
+                "agree, so only upper rejects disagreement: leave lower out"
+            )
+        return self
+
+
+class KLCovConfig(Section):
+    """KL-Cov (arXiv 2505.22617): of a mini-batch's loss tokens, those with the largest covariance of log-prob and advantage pay a
+    penalty for leaving the old policy (algo/covariance.py)."""
+
+    ratio: float = Field(0.0002, gt=0, le=1)
+    """Share of the loss tokens that pay, at least one token."""
+    coef: float = Field(1.0, gt=0, le=1000)
+    """Of |log-prob - old log-prob|, in the token's loss."""
+
+
+class ClipCovConfig(Section):
+    """Clip-Cov (arXiv 2505.22617): some loss tokens of a mini-batch whose covariance of log-prob and advantage lies between the
+    bounds, drawn at random, get no gradient (algo/covariance.py)."""
+
+    ratio: float = Field(0.0002, gt=0, le=1)
+    """Share of the loss tokens that are drawn, at least one token if any lies between the bounds."""
+    lower: float = 1.0
+    upper: float = 5.0
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> ClipCovConfig:
+        if self.lower >= self.upper:
+            raise ValueError(f"lower {self.lower} must be below upper {self.upper}: no token lies between them")
+        return self
+
+
+class AdaptiveEntropyConfig(Section):
+    """An entropy coefficient that follows a target (Skywork-OR1, arXiv 2505.22312; algo/adaptive_entropy.py)."""
+
+    target: float = Field(gt=0)
+    """Nats per token, compared with -log p of the rollout step's loss tokens, mean. Above it the bonus is off."""
+    delta: float = Field(0.0001, gt=0, le=1)
+    """Added to the coefficient after a rollout step below the target, and subtracted after another."""
+    max_coef: float = Field(0.005, ge=0, le=10)
+    min_coef: float = Field(0.0, ge=0, le=10)
 
 
 class AlgoConfig(Section):
@@ -39,11 +109,14 @@ class AlgoConfig(Section):
     clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: float = Field(0.28, ge=0)
     dual_clip: float | None = Field(None, gt=1)
-    policy_loss: Literal["clip", "cispo", "gspo"] = "clip"
+    policy_loss: Literal["clip", "cispo", "gspo", "kl_cov", "clip_cov"] = "clip"
     """clip: PPO's and DAPO's, a ratio per token. cispo (arXiv 2506.13585): the clipped ratio only weighs a token's log-prob,
     so that clipped tokens keep a gradient; the paper clips above only, which is clip_low 1. gspo (arXiv 2507.18071): one
     ratio per response, exp(mean log-ratio of its tokens); set clip_low and clip_high to about 3e-4 and 4e-4. Wherever old
-    log-probs were scored or come from the engine, gspo projects to the vocabulary once more."""
+    log-probs were scored or come from the engine, gspo projects to the vocabulary once more. kl_cov: no clipping; section kl_cov.
+    clip_cov: as clip; section clip_cov. Both score each mini-batch with the weights of its gradient step, a third more work."""
+    kl_cov: KLCovConfig = KLCovConfig()
+    clip_cov: ClipCovConfig = ClipCovConfig()
     loss_mode: LossMode = "token-mean"
     loss_length: int | None = Field(None, ge=1)
     """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length
@@ -61,6 +134,8 @@ class AlgoConfig(Section):
     advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
     advantage_eps: float = Field(1e-6, ge=0, le=1)
     entropy_coef: float = Field(0.0, ge=0, le=10)
+    """Weight of the entropy bonus. With adaptive_entropy its first value."""
+    adaptive_entropy: AdaptiveEntropyConfig | None = None
     old_logprobs: Literal["actor", "rollout"] = "actor"
     """actor: those of the policy before the rollout step. The first gradient step finds its own, so only the mini-batches after
     it cost a scoring pass (all of them with kl.place=reward, or where several epochs replay routes). rollout: those of the engine."""
@@ -70,6 +145,8 @@ class AlgoConfig(Section):
     first. With and without a limit, a mean above 0.1 at the first step after a start gives a warning."""
     kl: KLConfig = KLConfig()
     tis: TISConfig = TISConfig()
+    rejection: list[RejectionConfig] = Field(default_factory=list)
+    """Criteria of what is not trained on; a token must pass all of them. Scores the first mini-batch, too."""
 
     @property
     def penalises_rewards(self) -> bool:
@@ -80,3 +157,14 @@ class AlgoConfig(Section):
     def reads_policy_logprobs(self) -> bool:
         """True if gradient steps read log-probs of the policy before the rollout step."""
         return self.old_logprobs == "actor" or self.tis.mode != "off" or self.max_mismatch is not None
+
+    @property
+    def corrects_before(self) -> bool:
+        """True if the correction of a token depends on others, so that it is computed before the first gradient step."""
+        weighs = self.tis.mode != "off" and (self.tis.level != "token" or self.tis.normalize)
+        return weighs or bool(self.rejection)
+
+    @property
+    def selects_by_covariance(self) -> bool:
+        """True if a gradient step treats some tokens of its mini-batch otherwise, by their covariance."""
+        return self.policy_loss in ("kl_cov", "clip_cov")

@@ -5,8 +5,6 @@ Change here: a rule between sections. Each raises ValueError with the numbers, t
 
 from __future__ import annotations
 
-from pydantic import ValidationError
-
 from dapo_mcore.config.agent import AgentConfig
 from dapo_mcore.config.algo import AlgoConfig
 from dapo_mcore.config.critic import CriticConfig
@@ -66,20 +64,6 @@ def _check_overlong(c: Settings) -> None:
         )
 
 
-def _check_reward(c: Settings) -> None:
-    for name, function in c.set_functions.items():
-        try:
-            c.reward.for_function(function)
-        except ValidationError as error:
-            told = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"eval.sets.{name}.reward_function {function}: {told}") from error
-    if c.reward.by_source and "by_source" not in (c.reward.function, *c.set_functions.values()):
-        raise ValueError(
-            f"reward.by_source has rules of data sources, but reward.function is {c.reward.function}; set reward.function by_source, or "
-            "leave them out"
-        )
-
-
 def _check_algo(c: Settings) -> None:
     if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
         raise ValueError(
@@ -91,14 +75,44 @@ def _check_algo(c: Settings) -> None:
             f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
             "use a cap of at least 1"
         )
-    if c.algo.policy_loss == "cispo" and c.algo.dual_clip is not None:
+    if c.algo.policy_loss in ("cispo", "kl_cov", "clip_cov") and c.algo.dual_clip is not None:
         raise ValueError(
-            f"algo.dual_clip {c.algo.dual_clip} bounds the loss of algo.policy_loss clip and gspo; cispo has no such bound: leave it out"
+            f"algo.dual_clip {c.algo.dual_clip} bounds the loss of algo.policy_loss clip and gspo; {c.algo.policy_loss} has no such "
+            "bound: leave it out"
         )
     if c.algo.policy_loss == "gspo" and c.algo.loss_mode != "seq-mean-token-mean":
         raise ValueError(
             f"algo.policy_loss gspo has one ratio per response and takes the mean over responses; set algo.loss_mode "
             f"seq-mean-token-mean (now {c.algo.loss_mode})"
+        )
+    if c.model.overrides and c.model.init != "random":
+        raise ValueError(
+            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
+        )
+
+
+def _check_corrections(c: Settings) -> None:
+    """Settings of the objective that another one makes meaningless."""
+    algo, plain = c.algo, AlgoConfig()
+    for name in ("kl_cov", "clip_cov"):
+        if algo.policy_loss != name and getattr(algo, name) != getattr(plain, name):
+            raise ValueError(
+                f"algo.{name} is without effect with algo.policy_loss {algo.policy_loss}; leave it out, or set policy_loss {name}"
+            )
+    if algo.tis.normalize and algo.tis.mode != "truncate":
+        raise ValueError(
+            f"algo.tis.normalize divides weights of algo.tis.mode truncate by their mean, but the mode is {algo.tis.mode}; set mode "
+            "truncate, or leave normalize out"
+        )
+    if algo.tis.level != "token" and algo.tis.mode == "off":
+        raise ValueError(
+            f"algo.tis.level {algo.tis.level} is without effect with algo.tis.mode off; set mode truncate or mask, or leave level out"
+        )
+    entropy = algo.adaptive_entropy
+    if entropy is not None and not entropy.min_coef <= algo.entropy_coef <= entropy.max_coef:
+        raise ValueError(
+            f"algo.entropy_coef {algo.entropy_coef} is the first value of algo.adaptive_entropy, which keeps it between min_coef "
+            f"{entropy.min_coef} and max_coef {entropy.max_coef}; set it between them"
         )
 
 
@@ -289,13 +303,11 @@ def _check_tools(c: Settings) -> None:
     if c.warm_start is not None and c.warm_start.choose is not None:
         sections["warm_start.choose"] = c.warm_start.choose
     for name, section in sections.items():
-        for key in ("chat_template", "chat_template_kwargs"):
-            own, ours = getattr(section, key), getattr(c.data, key)
-            if own != ours:
-                raise ValueError(
-                    f"{name}.{key} {own} differs from data.{key} {ours}, but a run with tools writes their output in one way; give "
-                    "both the same"
-                )
+        if section.chat_template != c.data.chat_template:
+            raise ValueError(
+                f"{name}.chat_template {section.chat_template} differs from data.chat_template {c.data.chat_template}, but a run with "
+                "tools writes their output in one way; give both the same"
+            )
 
 
 RULES = (
@@ -304,8 +316,8 @@ RULES = (
     _check_pipeline,
     _check_tokens,
     _check_overlong,
-    _check_reward,
     _check_algo,
+    _check_corrections,
     _check_critic,
     _check_optimizers,
     _check_replay,

@@ -73,26 +73,17 @@ class Settings(Section):
         """Tokens of the longest prompt with the longest response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
-    @property
-    def set_functions(self) -> dict[str, str]:
-        """The reward functions of evaluation sets that have another one than `reward`, by the set's name."""
-        own = {name: section.reward_function for name, section in self.eval.sets.items()}
-        return {name: function for name, function in own.items() if function not in (None, self.reward.function)}
-
-    def eval_response_limit(self, name: str) -> tuple[str, int]:
-        """Return the key that limits the responses of the evaluation set `name`, and the tokens."""
-        for key, section in ((f"eval.sets.{name}", self.eval.sets[name]), ("eval", self.eval)):
-            if section.max_response_tokens is not None:
-                return f"{key}.max_response_tokens", section.max_response_tokens
-        return "rollout.max_response_tokens", self.rollout.max_response_tokens
-
     def num_unscored(self, num_mini_batches: int) -> int:
         """Return how many mini-batches of a rollout step, from the first on, need no scoring pass.
 
         The first gradient step has the weights that would score, so its old log-probs are those of its own forward pass, and
         further epochs take them from there. A KL in the reward needs those of whole samples before that step, and further epochs
-        of a model that replays routes need the routes of scoring.
+        of a model that replays routes need the routes of scoring. A correction that depends on other tokens needs those of all.
         """
-        if self.algo.penalises_rewards or (self.model.routing_replay == "scoring" and self.batch.epochs > 1):
+        if (
+            self.algo.penalises_rewards
+            or self.algo.corrects_before
+            or (self.model.routing_replay == "scoring" and self.batch.epochs > 1)
+        ):
             return 0
         return 1 if self.algo.reads_policy_logprobs else num_mini_batches

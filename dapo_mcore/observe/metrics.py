@@ -125,6 +125,13 @@ METRICS: dict[str, Metric] = {
     "actor/first_update_ratio_deviation": Metric(
         "", "largest |ratio - 1| of the first update; 0 with algo.old_logprobs actor"
     ),
+    "actor/entropy_coef": Metric("", "coefficient of the entropy bonus that algo.adaptive_entropy gave the step"),
+    "actor/covariance": Metric(
+        "nats", "covariance of log-prob and advantage over a mini-batch's loss tokens, mean over the step's updates"
+    ),
+    "actor/covariance_selected": Metric(
+        "fraction", "loss tokens that kl_cov or clip_cov has chosen, mean over updates"
+    ),
     "actor/moe_aux_loss": Metric(
         "", "load-balancing loss without its coefficient, mean over layers with experts and samples; 1 for equal loads"
     ),
@@ -158,6 +165,9 @@ METRICS: dict[str, Metric] = {
     "tis/effective_sample_size": Metric(
         "fraction", "(Σw)² / (N·Σw²) of the weights after algo.tis over N loss tokens: 1 if all are equal"
     ),
+    "tis/norm_factor": Metric("", "mean weight by which algo.tis.normalize has divided the weights"),
+    "rejection/tokens": Metric("fraction", "loss tokens that algo.rejection keeps out of training"),
+    "rejection/responses": Metric("fraction", "responses all of whose loss tokens are rejected"),
     "rollout/servers_serving": Metric("servers", "rollout servers that have the current weights and take requests"),
     "rollout/retries": Metric("requests", "attempts to generate a sample after its first"),
     "rollout/dropped_aborted": Metric(
@@ -244,9 +254,6 @@ METRICS: dict[str, Metric] = {
     "time/eval_s": Metric("s", "evaluation after the rollout step"),
     "time/save_s": Metric("s", "writing the checkpoint or export of the previous step"),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples per problem"),
-    "val/<set>/<source>/mean@<k>": Metric(
-        "fraction", "the same on the rows of one data source, in a set that mixes several"
-    ),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k samples"),
     "val/<set>/maj@<k>": Metric(
         "fraction",

@@ -79,7 +79,8 @@ class TrainTime:
 
 def train_time(job: Job, batch: Batch) -> TrainTime:
     """Return the times of all gradient steps and scoring passes of a rollout step."""
-    num_minis, has_critic = batch.updates // job.config.batch.epochs, job.config.algo.advantage == "gae"
+    algo = job.config.algo
+    num_minis, has_critic = batch.updates // job.config.batch.epochs, algo.advantage == "gae"
     per_mini = job.flops.per_token * batch.tokens + job.flops.per_square * batch.squares
     per_mini += job.flops.per_loss_token * batch.loss_tokens
     return TrainTime(
@@ -89,8 +90,10 @@ def train_time(job: Job, batch: Batch) -> TrainTime:
         critic_score=_pipelined(job, batch, backward=False, critic=True) if has_critic else None,
         num_updates=batch.updates,
         num_minis=num_minis,
-        num_scored=num_minis - job.config.num_unscored(num_minis),
-        num_references=num_minis if job.config.algo.kl.coef else 0,
+        num_scored=num_minis
+        - job.config.num_unscored(num_minis)
+        + (batch.updates if algo.selects_by_covariance else 0),
+        num_references=num_minis if algo.kl.coef else 0,
         flops=3 * per_mini * batch.micro_batches * job.data * batch.updates,
     )
 

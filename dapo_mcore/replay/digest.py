@@ -108,14 +108,14 @@ class Digester:
         return self._reduce("gradients", sums)
 
     def inputs(self, micro_batches: Sequence[MicroBatch], offsets: Tensor) -> Digests:
-        """Return the digests of what the losses read of each loss token: `old_logprobs`, `ref_logprobs`, `advantages`, and with a
-        critic `values` and `returns`.
+        """Return the digests of what the losses read of each loss token: `old_logprobs`, `ref_logprobs`, `advantages`, with a critic
+        `values` and `returns`, and `tis_weights` where they are found before the gradient steps.
 
         offsets  int64 [B+1], of the samples in the batch.
         Collectives: two gloo all-reduces, one gather and one broadcast.
         """
         sums = DigestSums()
-        for name in ("old_logprobs", "ref_logprobs", "values", "returns", "advantages"):
+        for name in ("old_logprobs", "ref_logprobs", "values", "returns", "tis_weights", "advantages"):
             found = ((micro, values) for micro in micro_batches if (values := getattr(micro, name)) is not None)
             self._add_tokens(sums, name, found, offsets)
         return sums.reduce(self._all_names(sums), self._layout)

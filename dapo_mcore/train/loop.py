@@ -185,7 +185,7 @@ class Run:
         if self._stop() is None:
             with self._phase("sync"):
                 self.handover.to_rollout(version=step)
-        metrics = update_metrics(trained.policy, scored.mismatch) | critic_metrics(trained.critic)
+        metrics = update_metrics(trained.policy, scored.mismatch) | scored.metrics | critic_metrics(trained.critic)
         return metrics | memory | self.handover.pop_metrics()
 
     def _profile(self, step: int) -> Path | None:

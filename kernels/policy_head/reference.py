@@ -50,6 +50,8 @@ def loss_of_tokens(logprobs: Tensor, entropy: Tensor, tokens: TokenInputs, objec
         cap = -advantages * objective.dual_clip
         dual = (advantages < 0) & (loss > cap)
         loss = torch.where(dual, cap, loss)
+    if tokens.old_kl_coefs is not None:
+        loss = loss + tokens.old_kl_coefs * (logprobs - old).abs()
     if tokens.tis_weights is not None:
         loss = loss * tokens.tis_weights
     kl = torch.zeros_like(ratio)

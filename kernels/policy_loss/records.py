@@ -65,6 +65,7 @@ class TokenInputs(NamedTuple):
                    is that of weighted cross-entropy.
     ref_logprobs   log-probs of the reference policy; needed only for a KL.
     tis_weights    importance weights; they multiply only the policy term.
+    old_kl_coefs   of |logp - old_logprobs|, which belongs to the policy term (KL-Cov, arXiv 2505.22617).
     """
 
     advantages: Tensor
@@ -72,6 +73,7 @@ class TokenInputs(NamedTuple):
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     tis_weights: Tensor | None = None
+    old_kl_coefs: Tensor | None = None
 
     def rows(self, rows: slice) -> TokenInputs:
         """Return the inputs of some of the tokens."""

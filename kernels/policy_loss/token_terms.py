@@ -41,6 +41,10 @@ def token_terms(logprob, tokens, at, mask, objective, KL: tl.constexpr):
         slope = tl.where(at_bound | dual | (tl.abs(log_ratio) > LOG_RATIO_LIMIT), 0.0, unclipped)
         low, high = at_bound & negative, at_bound & (advantage >= 0)
 
+    if tokens.old_kl_coefs is not None:
+        coef = tl.load(tokens.old_kl_coefs + at, mask=mask)
+        loss += coef * tl.abs(log_ratio)
+        slope += tl.where(log_ratio > 0, coef, tl.where(log_ratio < 0, -coef, 0.0))
     if tokens.tis_weights is not None:
         tis = tl.load(tokens.tis_weights + at, mask=mask)
         loss *= tis

@@ -34,6 +34,8 @@ def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objectiv
     derivatives differ there, and any value between them is a subgradient.)
     With form cispo (arXiv 2506.13585 eq. 4) the term is -A·clip(r)·logp and its derivative -A·clip(r): r is a constant. The
     paper clips above only, which is clip_low 1; verl, slime and NeMo-RL clip at 0.8 and 1.2 by default.
+    With old_kl_coefs the policy term has coef · |logp - old| more, with derivative coef · sign(logp - old), before the TIS weight
+    multiplies it: as compute_policy_loss_kl_cov of verl b178a3c (trainer/ppo/core_algos.py).
     """
     advantages = tokens.advantages
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
@@ -55,6 +57,8 @@ def policy_loss_terms(logprobs: Tensor, tokens: TokenInputs, objective: Objectiv
         grad = unclipped.masked_fill(at_bound | dual | (log_ratio.abs() > LOG_RATIO_LIMIT), 0.0)
         clipped_low, clipped_high = at_bound & negative, at_bound & ~negative
 
+    if tokens.old_kl_coefs is not None:
+        loss, grad = loss + tokens.old_kl_coefs * log_ratio.abs(), grad + tokens.old_kl_coefs * log_ratio.sign()
     if tokens.tis_weights is not None:
         loss, grad = loss * tokens.tis_weights, grad * tokens.tis_weights
     kl = torch.zeros_like(loss)

@@ -21,11 +21,16 @@ def first_gradient(batch: TrainBatch, config: Config) -> tuple[dict[str, Tensor]
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(1.01)  # as test_invariance.py does
+    everyone = _step(batch, config, model, reference)
     first = np.isin(batch.group_ids, np.unique(batch.group_ids)[: config.batch.mini_batch_prompts])
     advantages = _advantages(batch, config, model, reference)
     chosen = [sample for sample in np.flatnonzero(first) if batch.num_loss_tokens[sample]]
     tokens = [_Sample(batch, sample, config, model, reference) for sample in chosen]
-    losses = [one.losses(advantages[sample]) for one, sample in zip(tokens, chosen)]
+    for one in tokens:
+        one.norm = _norm_factor(everyone)
+    selected = _selected(tokens, advantages[chosen], config)
+    losses = [one.losses(advantages[sample], picked) for one, sample, picked in zip(tokens, chosen, selected)]
+    losses = [loss[one.kept()] for loss, one in zip(losses, tokens) if one.kept().any()]
     lengths = [len(loss) for loss in losses]
     mode = config.algo.loss_mode
     if mode == "token-mean":
@@ -38,6 +43,10 @@ def first_gradient(batch: TrainBatch, config: Config) -> tuple[dict[str, Tensor]
     total.backward()
     gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
     means = {name: float(torch.cat([one.metrics[name] for one in tokens]).mean()) for name in tokens[0].metrics}
+    if config.algo.rejection:
+        kept = [one.kept() for one in everyone]
+        means["rejection/tokens"] = 1 - float(torch.cat(kept).double().mean())
+        means["rejection/responses"] = sum(not one.any() for one in kept) / len(kept)
     return gradient, {"actor/loss": total.item()} | means
 
 
@@ -48,7 +57,8 @@ class _Sample:
         where = slice(batch.offsets[sample], batch.offsets[sample + 1])
         mask = torch.from_numpy(batch.loss_mask[where])[1:]
         tokens = torch.from_numpy(batch.tokens[where].astype(np.int64))
-        self.config, self.metrics = config, {}
+        self.config, self.metrics, self.norm, self.sample = config, {}, 1.0, int(sample)
+        self.places = [int(sample) * 2**24 + int(at) for at in mask.nonzero()[:, 0]]
         self.engine = torch.from_numpy(batch.rollout_logprobs[where].astype(np.float64))[1:][mask]
         self.logp, self.entropy = _logprobs(model, tokens, mask)
         with torch.no_grad():
@@ -59,11 +69,17 @@ class _Sample:
         x = logp - self.reference
         return {"k1": x, "k3": (-x).exp() - 1 + x}[self.config.algo.kl.estimator]
 
-    def losses(self, advantage: Tensor) -> Tensor:
-        """Return the tokens' losses, and fill in their metrics."""
+    def losses(self, advantage: Tensor, selected: Tensor) -> Tensor:
+        """Return the tokens' losses, and fill in their metrics. selected  bool [n], by covariance."""
         algo = self.config.algo
-        old = self.engine if algo.old_logprobs == "rollout" else self.own
-        loss = self._policy_term(advantage, old) * self._importance()
+        old = self.old()
+        loss = self._policy_term(advantage, old)
+        if algo.policy_loss == "kl_cov":
+            loss = -advantage * (self.logp - old).exp()
+            loss = torch.where(selected, loss + algo.kl_cov.coef * (self.logp - old).abs(), loss)
+        if algo.policy_loss == "clip_cov":
+            loss = loss * ~selected
+        loss = loss * self._importance() / self.norm
         if algo.kl.coef and algo.kl.place == "loss":
             loss = loss + algo.kl.coef * self.kl(self.logp)
         self.metrics |= {
@@ -89,8 +105,27 @@ class _Sample:
         capped = algo.dual_clip and advantage < 0
         return torch.minimum(loss, -advantage * algo.dual_clip) if capped else loss
 
+    def old(self) -> Tensor:
+        return self.engine if self.config.algo.old_logprobs == "rollout" else self.own
+
+    def kept(self) -> Tensor:
+        """Return bool [n], the tokens that every criterion of rejection keeps."""
+        kept, r = torch.ones(len(self.own), dtype=torch.bool), (self.own - self.engine).exp()
+        for rule in self.config.algo.rejection:
+            value = {"ratio": r, "k2": r.log() ** 2 / 2, "k3": r - 1 - r.log()}[rule.measure]
+            if rule.level == "sequence":
+                value = value.prod() if rule.measure == "ratio" else value.sum()
+            elif rule.level == "geometric":
+                value = value.log().mean().exp() if rule.measure == "ratio" else value.mean()
+            inside = (value >= (rule.lower or 0)) & (value <= (rule.upper or 1e9))
+            kept &= inside.all() if rule.level == "every" else inside
+        return kept
+
     def _importance(self) -> Tensor:
         tis, weights = self.config.algo.tis, (self.own - self.engine).exp()
+        if tis.level != "token":
+            weights = weights.prod() if tis.level == "sequence" else weights.log().mean().exp()
+            weights = weights.expand(len(self.own))
         if tis.mode == "off":
             return torch.ones(())
         limited = weights > tis.cap
@@ -104,6 +139,53 @@ class _Sample:
             "tis/truncated_ratio": limited.double(),
         }
         return kept
+
+
+def _step(batch: TrainBatch, config: Config, model: Any, reference: Any) -> list[_Sample]:
+    """Return the step's samples with loss tokens."""
+    with torch.no_grad():
+        found = [_Sample(batch, b, config, model, reference) for b in np.flatnonzero(batch.num_loss_tokens)]
+    return found
+
+
+def _norm_factor(everyone: list[_Sample]) -> float:
+    """Return the mean of the step's limited weights, over tokens or over responses."""
+    tis = everyone[0].config.algo.tis
+    if not tis.normalize:
+        return 1.0
+    weights = [one._importance() for one in everyone]
+    each = torch.cat(weights) if tis.level == "token" else torch.stack([own[0] for own in weights])
+    return float(each.mean())
+
+
+def _selected(tokens: list[_Sample], advantages: Tensor, config: Config) -> list[Tensor]:
+    """Return the tokens of a mini-batch that KL-Cov or Clip-Cov chooses."""
+    algo, kept = config.algo, torch.cat([one.kept() for one in tokens])
+    chosen = torch.zeros(len(kept), dtype=torch.bool)
+    if algo.selects_by_covariance:
+        logp = torch.cat([one.own for one in tokens])
+        each = advantages.repeat_interleave(torch.tensor([len(one.own) for one in tokens]))
+        covariance = (logp - logp[kept].mean()) * (each - each[kept].mean())
+        if algo.policy_loss == "kl_cov":
+            ranked = sorted(kept.nonzero()[:, 0].tolist(), key=lambda at: -covariance[at])
+            ratio = algo.kl_cov.ratio
+        else:
+            ratio, r = algo.clip_cov.ratio, (logp - torch.cat([one.old() for one in tokens])).exp()
+            clipped = torch.where(each < 0, r < 1 - algo.clip_low, r > 1 + algo.clip_high)
+            may = kept & ~clipped & (covariance > algo.clip_cov.lower) & (covariance < algo.clip_cov.upper)
+            places = [place for one in tokens for place in one.places]
+            ranked = sorted(may.nonzero()[:, 0].tolist(), key=lambda at: -_split_mix(places[at]))
+            assert len(ranked) > int(ratio * int(kept.sum())) > 1, "a draw that leaves some out"
+        chosen[ranked[: max(1, int(ratio * int(kept.sum())))]] = True
+    return list(chosen.split([len(one.own) for one in tokens]))
+
+
+def _split_mix(state: int) -> int:
+    """Return SplitMix64's first number."""
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> shift)) * factor % 2**64
+    return z ^ (z >> 31)
 
 
 def _logprobs(model: Any, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +206,8 @@ def _advantages(batch: TrainBatch, config: Config, model: Any, reference: Any) -
         spread = rewards[own].std() + 1e-6 if algo.advantage_std == "unbiased" else 1.0
         found[own] = (rewards[own] - rewards[own].mean()) / spread
     if algo.advantage_std == "batch":
-        each = found.repeat_interleave(torch.from_numpy(batch.num_loss_tokens))
+        everyone = {one.sample: one for one in _step(batch, config, model, reference)}
+        counts = [int(everyone[b].kept().sum()) if b in everyone else 0 for b in range(batch.num_samples)]
+        each = found.repeat_interleave(torch.tensor(counts))
         found = (found - each.mean()) / (each.var() + 1e-8).sqrt()
     return found

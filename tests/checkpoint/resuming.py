@@ -27,7 +27,7 @@ from dapo_mcore.errors import CheckpointError, DapoError
 from dapo_mcore.model_files.hf_folder import RandomReader
 from dapo_mcore.model_files.safetensors_file import DTYPES
 from dapo_mcore.model_files.shard_reader import ShardReader
-from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, shared_step
+from tests.actor.parity import Mesh, gather_named, hf_config, make_batch, make_config, scored_step, shared_step
 from tests.checkpoint.stored_checkpoint import as_format_2, cut_chunks, evil_common, evil_metadata, flip, unnumbered
 
 STATE = TrainState(
@@ -188,6 +188,33 @@ def resume_and_save_beside_training(layout: Any, mesh: Mesh, folder: str, option
     return found | {
         "read": bytes_read(layout, mesh, Path(found["path"]), options),
         "beside": beside_training(layout, mesh, Path(folder) / "beside", options),
+    }
+
+
+def resume_adaptive_entropy(layout: Any, mesh: Mesh, folder: str) -> dict[str, Any]:
+    """Train three rollout steps, and the last of them again from the checkpoint before it."""
+    from dapo_mcore.actor.learner import Learner
+
+    entropy = {"target": 100.0, "delta": 1e-3, "max_coef": 0.01}
+    config = settings(mesh, algo__adaptive_entropy=entropy, algo__entropy_coef=1e-3)
+
+    def train_step(actor: Any, step: int) -> Any:
+        scored = scored_step(config, layout, make_batch(), actor)
+        Learner(actor, pad_token=0).train(scored, step)
+        return [scored.metrics["actor/entropy_coef"], actor.entropy_coef.value, actor.head.objective.entropy_coef]
+
+    actor, fresh = build_actor(config, layout), build_actor(config, layout)
+    coefs = [train_step(actor, step)[1] for step in (1, 2)]
+    path = save_checkpoint(Path(folder), actor, STATE, layout, keep=1)
+    expected = train_step(actor, 3)
+    load_checkpoint(path, fresh, layout)
+    resumed = train_step(fresh, 3)
+    return {
+        "coefs": [*coefs, expected[1]],
+        "expected": [expected],
+        "resumed": [resumed],
+        "metric": resumed[0],
+        "different": differences(layout, local_state(actor), local_state(fresh)),
     }
 
 

@@ -17,7 +17,7 @@ from dapo_mcore.checkpoint.checkpoint import _check_finite
 from dapo_mcore.checkpoint.run_folder import latest_checkpoint
 from dapo_mcore.errors import TrainingError
 from tests.actor.parity import Mesh, spawn
-from tests.checkpoint.resuming import STATE, interrupt_and_resume
+from tests.checkpoint.resuming import STATE, interrupt_and_resume, resume_adaptive_entropy
 from tests.checkpoint.resuming_ppo import data_parallel, single, tensor_parallel
 
 
@@ -29,6 +29,12 @@ def check_resumed(result: dict[str, Any]) -> None:
     assert result["updates"] == 4
     assert result["state"] == [STATE.step, STATE.weight_version, STATE.loader, STATE.sampler, STATE.config]
     assert result["arrays"] == {n: [str(a.dtype), a.tobytes().hex()] for n, a in STATE.sampler_arrays.items()}
+
+
+def test_the_adaptive_entropy_coefficient_resumes_bitwise(tmp_path: Path) -> None:
+    found = spawn(resume_adaptive_entropy, Mesh(), str(tmp_path))
+    assert found["coefs"] == pytest.approx([0.002, 0.003, 0.004]) and found["resumed"] == found["expected"]
+    assert found["different"] == [] and found["metric"] == found["expected"][-1][0]
 
 
 @pytest.fixture(scope="module")

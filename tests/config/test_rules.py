@@ -30,14 +30,6 @@ CLUSTER = [*SERVERS, "rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"
 
 RULES: list[tuple[list[str], str]] = [
     (
-        ["reward.by_source={mine: gsm8k}"],
-        "reward.by_source has rules of data sources, but reward.function is math_dapo; set reward.function by_source",
-    ),
-    (
-        ["reward.workers=0", "eval.sets={a: {files: f, reward_function: math_verify}}"],
-        "eval.sets.a.reward_function math_verify: function math_verify needs workers of at least 1",
-    ),
-    (
         ["model.recompute=full", "model.offload_activations=true", "megatron.distribute_saved_activations=true"],
         "megatron.distribute_saved_activations would keep them elsewhere or in part; use one of the two",
     ),
@@ -76,8 +68,34 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (["algo.tis.mode=mask", "algo.tis.cap=0.5"], "which no token meets at tis.cap 0.5; use a cap of at least 1"),
     (["algo.policy_loss=cispo", "algo.dual_clip=3"], "cispo has no such bound: leave it out"),
+    (["algo.policy_loss=kl_cov", "algo.dual_clip=3"], "kl_cov has no such bound: leave it out"),
+    (
+        ["algo.kl_cov.ratio=0.1"],
+        "algo.kl_cov is without effect with algo.policy_loss clip; leave it out, or set policy_loss kl_cov",
+    ),
+    (
+        ["algo.policy_loss=kl_cov", "algo.clip_cov.lower=0"],
+        "algo.clip_cov is without effect with algo.policy_loss kl_cov",
+    ),
+    (
+        ["algo.policy_loss=clip_cov", "algo.clip_cov.lower=5"],
+        "lower 5.0 must be below upper 5.0: no token lies between them",
+    ),
+    (
+        ["algo.tis.level=sequence"],
+        "algo.tis.level sequence is without effect with algo.tis.mode off; set mode truncate or mask",
+    ),
+    (
+        ["algo.tis.mode=mask", "algo.tis.normalize=true"],
+        "but the mode is mask; set mode truncate, or leave normalize out",
+    ),
+    (
+        ["algo.entropy_coef=0.01", "algo.adaptive_entropy={target: 0.2}"],
+        "algo.entropy_coef 0.01 is the first value of algo.adaptive_entropy, which keeps it between min_coef 0.0 and max_coef 0.005",
+    ),
     (["algo.policy_loss=gspo"], "set algo.loss_mode seq-mean-token-mean (now token-mean)"),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
+    (["model.overrides={num_hidden_layers: 2}"], "set model.init random"),
     (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
     (
         ["sampling.style=resample", "sampling.max_samples_per_prompt=8"],

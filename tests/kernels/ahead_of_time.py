@@ -60,9 +60,9 @@ class ShardOfOne(VocabShard):
         return statistics.new_empty(self.num_ranks, *statistics.shape)
 
 
-def token_inputs(*, old: bool = True, ref: bool = False, tis: bool = False) -> TokenInputs:
+def token_inputs(*, old: bool = True, ref: bool = False, tis: bool = False, cov: bool = False) -> TokenInputs:
     one = meta(TOKENS)
-    return TokenInputs(one, one, one if old else None, one if ref else None, one if tis else None)
+    return TokenInputs(one, one, *(one if given else None for given in (old, ref, tis, cov)))
 
 
 EVERYTHING = Objective(entropy_coef=0.01, dual_clip=10.0, kl_coef=0.1), token_inputs(ref=True, tis=True)
@@ -77,6 +77,7 @@ OBJECTIVES = {
     "entropy, KL k1": (Objective(entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1"), token_inputs(ref=True)),
     "dual clip, KL k2": (Objective(dual_clip=10.0, kl_coef=0.1, kl_estimator="k2"), token_inputs(ref=True)),
     "CISPO, TIS": (Objective(form="cispo"), token_inputs(tis=True)),
+    "KL-Cov, TIS": (Objective(1.0, 1e9), token_inputs(tis=True, cov=True)),
     "entropy, dual clip, KL k3, TIS": EVERYTHING,
 }
 # dtypes of logits and gradient: bf16 training, fp32 training, bf16 training with bf16 logits

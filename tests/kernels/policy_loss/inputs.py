@@ -14,6 +14,7 @@ def random_inputs(num: int, seed: int = 0) -> tuple[torch.Tensor, TokenInputs]:
     normal = lambda: torch.randn(num, generator=g)  # noqa: E731
     logprobs = -normal().abs()
     tokens = TokenInputs(normal(), normal().abs(), logprobs + normal(), logprobs + normal(), normal().exp())
+    tokens = tokens._replace(old_kl_coefs=normal().clamp(min=0))
     return logprobs.to(DEVICE), TokenInputs(*(x.to(DEVICE) for x in tokens))
 
 

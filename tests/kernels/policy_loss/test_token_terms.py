@@ -62,7 +62,7 @@ def test_without_old_logprobs_the_ratio_is_exactly_one():
 def test_no_gradient_and_no_overflow_outside_the_clamps(old):
     logprobs, tokens = random_inputs(20)
     far = torch.full_like(logprobs, old)
-    tokens = tokens._replace(old_logprobs=far, ref_logprobs=far)
+    tokens = tokens._replace(old_logprobs=far, ref_logprobs=far, old_kl_coefs=None)
     terms = kernel.token_losses(logprobs, tokens, Objective(kl_coef=0.1))
     assert terms.grad_logprobs.eq(0).all() and all(x.isfinite().all() for x in terms)
 

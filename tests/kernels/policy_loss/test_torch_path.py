@@ -39,7 +39,7 @@ def textbook(logprobs, tokens: TokenInputs, c: Objective):
     loss = torch.maximum(-a * r, -a * r.clamp(1 - c.clip_low, 1 + c.clip_high))
     if c.dual_clip is not None:
         loss = torch.where(a < 0, torch.minimum(-a * c.dual_clip, loss), loss)
-    loss = loss * tokens.tis_weights
+    loss = (loss + tokens.old_kl_coefs * (logprobs - old).abs()) * tokens.tis_weights
     x = logprobs - tokens.ref_logprobs
     return loss + c.kl_coef * {"k1": x, "k2": x**2 / 2, "k3": ((-x).exp() - 1 + x).clamp(max=10)}[c.kl_estimator]
 
@@ -49,7 +49,8 @@ def random_tokens(num: int, seed: int = 0) -> tuple[torch.Tensor, TokenInputs]:
     normal = lambda: torch.randn(num, generator=generator, dtype=torch.float64)  # noqa: E731
     logprobs = -normal().abs()
     tis = normal().exp().clamp(max=2)
-    return logprobs, TokenInputs(normal(), normal().abs() / num, logprobs + normal(), logprobs + normal(), tis)
+    tokens = TokenInputs(normal(), normal().abs() / num, logprobs + normal(), logprobs + normal(), tis)
+    return logprobs, tokens._replace(old_kl_coefs=normal().clamp(min=0))
 
 
 @pytest.mark.parametrize("case", BY_HAND)

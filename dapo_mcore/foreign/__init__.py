@@ -1,1 +1,0 @@
-"""Runs of verl, slime and NeMo-RL in our words: their scripts and configurations are read, never run."""
