@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dapo_mcore.config.file import dump_config, load_config, repeated_overrides
+from dapo_mcore.config.foreign_names import unknown_arguments
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError, DapoError, DataError
 from dapo_mcore.process.exit_status import record_failure
@@ -60,7 +61,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     args, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "overrides" in args and "=" in word and not word.startswith("-")]
     if unknown := [word for word in rest if word not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(unknown_arguments(unknown))
     if overrides:
         args.overrides = [*args.overrides, *overrides]
     return args
@@ -214,6 +215,8 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--function", default="math_dapo", help="as reward.function in the configuration")
     parser.add_argument("--adapter", default="verl", choices=("verl", "trl"), help="as reward.adapter")
     parser.add_argument("--strict-box", action="store_true", help="as reward.strict_box")
+    parser.add_argument("--source", default="", help="the row's data source, for functions that look at it")
+    parser.add_argument("--kwargs", metavar="JSON", default="{}", help="as reward.kwargs")
     parser.add_argument("--row", metavar="JSON", default="{}", help='the data row: {"prompt": [{…}], "solution": "7"}')
     parser.add_argument(
         "--transcript",
@@ -225,6 +228,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 def _explain(args: argparse.Namespace) -> int:
     from dapo_mcore.reward.attempt import Attempt, joined
     from dapo_mcore.reward.explain import explain, explain_other, read_transcript
+    from dapo_mcore.reward.plugins import Rule
 
     if args.transcript is not None and args.text is not None:
         raise DataError("--text and --transcript are two ways to give the response; leave one out")
@@ -233,24 +237,45 @@ def _explain(args: argparse.Namespace) -> int:
         text = joined(transcript["turns"])
     else:
         text = sys.stdin.read() if args.text is None else args.text
-    prompt, columns = _row(args.row)
+    columns = _json_object(args.row, "--row must be a JSON object with the row's columns")
+    prompt = columns.pop("prompt", "")
     messages = prompt if isinstance(prompt, list) else None
-    attempt = Attempt(str(prompt), text, args.answer, extra=columns, messages=messages, transcript=transcript)
-    block = explain(attempt, args.function, args.adapter, args.strict_box)
+    attempt = Attempt(str(prompt), text, args.answer, args.source, columns, messages=messages, transcript=transcript)
+    kwargs = _json_object(args.kwargs, "--kwargs must be a JSON object of arguments")
+    block = explain(attempt, Rule(args.function, args.adapter, args.strict_box, kwargs))
     other = explain_other(attempt, args.function)
     print("\n".join([*block, "", *other] if other else block))
     return 0
 
 
-def _row(text: str) -> tuple[Any, dict[str, Any]]:
-    """Return the prompt and the other columns of a row, for reward functions that read them."""
+def _json_object(text: str, rule: str) -> dict[str, Any]:
+    """Return the object of an argument. `rule` begins the error for anything else, with the argument's name."""
     try:
-        columns = json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
-        raise DataError(f"--row is not valid JSON: {error}") from error
-    if not isinstance(columns, dict):
-        raise DataError(f"--row must be a JSON object with the row's columns, not {text!r:.80}")
-    return columns.pop("prompt", ""), columns
+        raise DataError(f"{rule.partition(' ')[0]} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{rule}, not {text!r:.80}")
+    return found
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dialect", choices=("verl", "slime", "nemo"), help="whose run it is")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a bash script (it is read, not run), or a YAML configuration"
+    )
+    parser.add_argument(
+        "-o", dest="out", type=Path, metavar="RUN.yaml", help="write it there; standard output when absent"
+    )
+    parser.add_argument(
+        "--accept", nargs="+", default=[], metavar="KEY", help="lost settings that may change what is optimised"
+    )
+
+
+def _import(args: argparse.Namespace) -> int:
+    from dapo_mcore.foreign.commands.import_run import run
+
+    return run(args.dialect, args.file, args.out, args.accept)
 
 
 def _tool_arguments(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +299,13 @@ def _tool(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
+    Command(
+        "import",
+        "Turn a run of verl, slime or NeMo-RL into a configuration here, and say what became of each setting; the exit code is 3 if "
+        "one that is lost changes what is optimised.",
+        _import_arguments,
+        _import,
+    ),
     Command(
         "config",
         "Check all that can be known before a run, and print the configuration with every default.",

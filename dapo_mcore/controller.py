@@ -38,7 +38,8 @@ from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, thro
 from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.replay.record import Sources
 from dapo_mcore.replay.recorded_run import changed_keys
-from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.reward.by_source import check_sources
+from dapo_mcore.reward.scorer import build_reward, build_set_rewards
 from dapo_mcore.rollout.agent.build import open_agent
 from dapo_mcore.rollout.build import build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
@@ -112,8 +113,10 @@ class Controller:
         for line in self.data.lines():
             progress.line(line)
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
+        check_sources(config, {found.section: found.prompts for found in self.data.prompt_sets})
         self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle)
         self.reward = build_reward(config.reward, config.rollout.max_response_tokens, config.ray.address)
+        self.set_rewards = build_set_rewards(config)
         # a rollout beside training runs in its own thread, so it has its own timer and its own line on the screen
         beside = config.rollout.async_steps > 0
         self.rollout_progress = progress.beside() if beside else progress
@@ -258,8 +261,9 @@ class Controller:
                 self.config.rollout.max_response_tokens,
                 self.rollout_progress,
                 tools=bool(self.config.tools),
+                rewards=self.set_rewards,
             )
-        folder, count, answers = self.config.run_dir, self.config.observe.samples_per_step, self.last_eval.groups
+        folder, count, answers = self.config.run_dir, self.config.observe.eval_samples_per_set, self.last_eval.groups
         attempt("write answers", lambda: write_answers(folder, step, answers, count), self.progress.line)
         self.progress.eval_done(step, self.last_eval.metrics)
         return self.last_eval.metrics
@@ -369,7 +373,8 @@ class Controller:
         """Stop workers and servers, and close the run's files. May be called twice."""
         self.answerer.close()  # and the engine
         self.agent.close()
-        self.reward.close()
+        for reward in (self.reward, *self.set_rewards.values()):
+            reward.close()
         if self.sinks is not None:
             self.sinks.close()
 

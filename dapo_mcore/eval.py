@@ -5,6 +5,7 @@ Change here: which metrics an evaluation set gives.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,29 +36,32 @@ def evaluate(
     max_new_tokens: int,
     progress: NullProgress | None = None,
     tools: bool = False,
+    rewards: Mapping[str, RewardFunction] | None = None,
 ) -> EvalResult:
-    """Return the metrics and samples of every set, with eval_config.samples_per_prompt (k) responses per prompt.
+    """Return the metrics and samples of every set, sampled as `eval_config.of` its name says.
 
-    tools  whether the policy has tools; then turns and calls are counted.
+    max_new_tokens  of sets that have no length of their own.
+    tools           whether the policy has tools; then turns and calls are counted.
+    rewards         the reward functions of sets that have one of their own; the others have `reward`.
 
     Every set uses the same seed, so a set's result does not depend on the other sets, and successive evaluations differ
     only by the weights. Raise DataError for a set without prompts.
     """
-    responder = Responder(engine, reward, decode, progress)
-    params = SamplingParams(
-        temperature=eval_config.temperature,
-        top_p=eval_config.top_p,
-        top_k=-1,
-        max_new_tokens=max_new_tokens,
-        seed=eval_config.seed,
-    )
     metrics: dict[str, float] = {}
     groups: dict[str, list[Group]] = {}
     for name, prompts in sets.items():
         if not prompts:
             raise DataError(f"eval.sets.{name} has 0 prompts; a mean needs at least 1: check its files and limit")
-        groups[name] = responder.groups(prompts, eval_config.samples_per_prompt, params)
-        found = set_metrics(groups[name]) | (turn_metrics(groups[name]) if tools else {})
+        own, scored_by = eval_config.of(name), (rewards or {}).get(name, reward)
+        params = SamplingParams(
+            temperature=own.temperature,
+            top_p=own.top_p,
+            top_k=own.top_k,
+            max_new_tokens=own.max_response_tokens or max_new_tokens,
+            seed=eval_config.seed,
+        )
+        groups[name] = Responder(engine, scored_by, decode, progress).groups(prompts, own.samples_per_prompt, params)
+        found = set_metrics(groups[name]) | source_metrics(groups[name]) | (turn_metrics(groups[name]) if tools else {})
         metrics |= {f"val/{name}/{key}": value for key, value in found.items()}
     return EvalResult(metrics, groups)
 
@@ -87,6 +91,24 @@ def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
         **({"policy_length": float(np.mean(own))} if own != lengths else {}),
         "clip_ratio": float(np.mean([sample.rollout.truncated for sample in samples])),
         "failures": float(sum(sample.score.failure is not None for sample in samples)),
+    }
+
+
+def source_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return `<source>/mean@k` for each data source of a set that mixes several; {} for a set of one.
+
+    A `/` in a source becomes `_`, as names of metrics have one level for it: `openai_gsm8k`. Rows without one are `no_source`.
+    """
+    by_source: dict[str, list[Group]] = {}
+    for group in groups:
+        by_source.setdefault(re.sub(r"[/@]", "_", group.prompt.source) or "no_source", []).append(group)
+    if len(by_source) < 2:
+        return {}
+    return {
+        f"{source}/{key}": value
+        for source, found in by_source.items()
+        for key, value in set_metrics(found).items()
+        if key.startswith("mean@")
     }
 
 

@@ -7,6 +7,7 @@ this module calls the rules early.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from contextlib import closing
@@ -19,7 +20,8 @@ from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError, ToolError
 from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.process.launcher import check_launcher
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.by_source import check_sources
+from dapo_mcore.reward.plugins import Rule, build_judge
 
 _MOST_ROWS = 1000
 
@@ -30,8 +32,7 @@ def check_run(config: Config, processes: int | None = None) -> None:
     This imports transformers and torch, but not Megatron, and reads no weights and no rows.
     """
     check_files_of(config)
-    if ":" not in config.reward.function:  # otherwise a user's code, which a run executes only in its workers
-        _load_reward(config)
+    _load_rewards(config, users=False)
     if config.observe.wandb_project:
         check_wandb()
     _check_model(config, processes)
@@ -57,7 +58,7 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     if config.model.init == "pretrained":
         open_stored(Path(config.model.path), hf_config)
     if config.reward.placement == "local":
-        _load_reward(config)
+        _load_rewards(config, users=True)
     if servers and config.rollout.engine == "sglang":
         _check_servers(config, architecture_name(hf_config))
     if (checkpoint := resumed_checkpoint(config)) is not None:
@@ -66,6 +67,7 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
         data = load_run_data(
             config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS, tools=agent.schemas
         )
+    check_sources(config, {found.section: found.prompts for found in data.prompt_sets})
     incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
     return data.lines() + (
         [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else []
@@ -94,10 +96,11 @@ def _check_data_files(config: Config) -> None:
 
 
 def _check_other_files(config: Config) -> None:
-    reward, sglang = config.reward, config.rollout.sglang
-    file = reward.function.rpartition(":")[0]
-    if file.endswith(".py") and reward.placement == "local" and not Path(file).is_file():
-        raise RewardError(f"reward.function {reward.function!r}: no file at {Path(file).absolute()}; correct the path")
+    sglang = config.rollout.sglang
+    for key, function in _reward_functions(config).items():
+        file = function.rpartition(":")[0]
+        if file.endswith(".py") and config.reward.placement == "local" and not Path(file).is_file():
+            raise RewardError(f"{key} {function!r}: no file at {Path(file).absolute()}; correct the path")
     for tool in config.tools:
         file = tool.function.rpartition(":")[0]
         if file.endswith(".py") and tool.placement == "local" and not Path(file).is_file():
@@ -116,15 +119,41 @@ def _check_other_files(config: Config) -> None:
         )
 
 
+def _reward_functions(config: Config) -> dict[str, str]:
+    """Return the reward functions that the configuration names, by their keys."""
+    return {
+        "reward.function": config.reward.function,
+        **{f"reward.by_source.{pattern}": function for pattern, function in config.reward.by_source.items()},
+        **{f"eval.sets.{name}.reward_function": function for name, function in config.set_functions.items()},
+    }
+
+
 FILE_CHECKS = (_check_model_folder, _check_data_files, _check_other_files)
 """Each raises the DapoError for the first file of its kind that does not exist."""
 
 
 def describe_run(config: Config) -> list[str]:
-    """Return what a run prints first: the size of a rollout step, and the FP8 recipe if it has one."""
+    """Return what a run prints first: the size of a rollout step, the FP8 recipe and overrides of config.json if it has them."""
     from dapo_mcore.actor.model.fp8_rules import describe_fp8
 
-    return [describe_step(config), *([describe_fp8(config.model)] if config.model.fp8 else [])]
+    lines = [describe_step(config), *([describe_fp8(config.model)] if config.model.fp8 else [])]
+    return [*lines, _describe_overrides(config)] if config.model.overrides else lines
+
+
+def _describe_overrides(config: Config) -> str:
+    """Return one line about the keys of config.json that the run replaces, and what servers that it does not start need."""
+    from dapo_mcore.model_files.hf_config import load_hf_config
+
+    overrides = config.model.overrides
+    stored = load_hf_config(config.model.model_copy(update={"overrides": {}}))
+    changes = ", ".join(
+        f"{key} {json.dumps(value)} (in config.json {json.dumps(getattr(stored, key, None))})"
+        for key, value in overrides.items()
+    )
+    line = f"model.overrides: {changes}; for actor, servers and exports"
+    if config.rollout.engine == "sglang" and config.rollout.sglang.urls:
+        line += f". Servers at rollout.sglang.urls need --json-model-override-args '{json.dumps(overrides)}'"
+    return line
 
 
 def describe_step(config: Config) -> str:
@@ -151,8 +180,11 @@ def describe_step(config: Config) -> str:
     )
 
 
-def _load_reward(config: Config) -> None:
-    build_judge(config.reward.function, config.reward.adapter, config.reward.strict_box)
+def _load_rewards(config: Config, *, users: bool) -> None:
+    """Load the reward functions. users  also users' code, which a run executes only in its workers."""
+    for section in (config.reward, *map(config.reward.for_function, config.set_functions.values())):
+        if users or not any(":" in function for function in section.functions):
+            build_judge(Rule.of(section))
 
 
 def _check_servers(config: Config, architecture: str) -> None:

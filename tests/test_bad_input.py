@@ -69,7 +69,7 @@ OVERRIDES = {
     "data.answer_pattern=####": "data.answer_pattern: this pattern has no group; put parentheses around the answer: '#### (.+)' (got '####')",
     "data.answer_pattern=(": "data.answer_pattern: this is no regular expression: missing ), unterminated subpattern",
     "data.prompt_template=Q": "data.prompt_template: this template does not contain {prompt}, the place of the row's prompt; add it (got 'Q')",
-    "data.system_prompt=S": "data: system_prompt needs a chat template; set chat_template, or drop the prompt",
+    "data.system_prompt=S data.chat_template=false": "data: system_prompt needs a chat template; set chat_template, or drop the prompt",
     "data.chat_template=true data.add_bos=true": "data: add_bos is for plain text; a chat template writes its own BOS",
     "eval.sets.a.files=a eval.sets.a.answer_pattern=x": "eval.sets.a.answer_pattern: this pattern has no group",
     # keys
@@ -90,7 +90,7 @@ OVERRIDES = {
     "data.files.0=a": "override 'data.files.0=a': data.files is a value, not a section, and has no 0",
     "algo=3": "algo is a section, not a value (got 3); set its keys (clip_low, clip_high, dual_clip, ",
     "optimizer=": "optimizer is a section, not a value (got null); set its keys (lr, min_lr, ",
-    "eval.sets.a=3": "on_bad_row, deduplicate, shuffle, limit) as eval.sets.a.files=…",
+    "eval.sets.a=3": "on_bad_row, deduplicate, shuffle, limit and 6 more) as eval.sets.a.files=…",
     "rollout.sglang=x": " more) as rollout.sglang.urls=…",
     "warm_start=3": "batch_size, max_updates, lr, warmup_updates, weight_decay, stop_at, check_every, choose) as "
     "warm_start.files=…, or null to turn it off",

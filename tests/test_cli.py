@@ -13,6 +13,7 @@ import yaml
 
 from dapo_mcore.cli import COMMANDS, main
 from dapo_mcore.config.file import load_config
+from dapo_mcore.train.__main__ import main as train
 
 CONFIG = "model: {path: model}\ndata: {files: [train.jsonl]}\n"
 
@@ -39,6 +40,14 @@ def test_overrides_may_follow_an_option(config: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["config", str(config), "--only-values", "optimizer.lr=1e-5", "--procesess"])
     assert "unrecognized arguments: --procesess" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [lambda words: main(["config", *words]), train], ids=["config", "train"])
+def test_a_flag_of_another_framework_is_answered_with_our_key(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program(["examples/quickstart.yaml", "--rollout-batch-size", "32"])
+    told = "--rollout-batch-size is slime's name for sampling.train_batch_prompts (prompts per rollout step); write "
+    assert ended.value.code == 2 and f"{told}sampling.train_batch_prompts=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--only-values"], ["--run-dir"]], ids=["more than the pipe's buffer", "less"])
@@ -79,7 +88,7 @@ SHARED_SERVERS = (
         (["plot", "--bench", "nowhere.json"], "nowhere.json is no benchmark JSON"),
         (
             ["reward-explain", "--answer", "1", "--text", "x", "--function", "nonsense"],
-            "neither math_dapo, math_verify nor",
+            "neither math_dapo, gsm8k, math_boxed, math_verify, by_source nor",
         ),
         (["reward-explain", "--answer", "1", "--transcript", ""], "--transcript is not valid JSON"),
         (

@@ -9,8 +9,9 @@ import pytest
 
 from dapo_mcore.config.data import EvalConfig
 from dapo_mcore.errors import DataError
-from dapo_mcore.eval import evaluate, majority_is_right, set_metrics, turn_metrics
-from dapo_mcore.types import Group, Prompt, Rollout, Sample, Score, ToolCall
+from dapo_mcore.eval import evaluate, majority_is_right, set_metrics, source_metrics, turn_metrics
+from dapo_mcore.observe.metrics import describe
+from dapo_mcore.types import Group, Prompt, Rollout, Sample, SamplingParams, Score, ToolCall
 
 
 def make_prompt(index: int) -> Prompt:
@@ -131,6 +132,34 @@ def test_evaluate_samples_every_set_as_the_section_says():
     }
     assert [group.prompt.uid for group in result.groups["easy"]] == ["val:1", "val:2"]
     assert result.groups["hard"][0].samples[0].text == "1 tokens"
+
+
+def test_a_set_has_its_own_sampling_and_reward():
+    engine = RecordingEngine()
+    own = {"samples_per_prompt": 2, "temperature": 0.0, "top_p": 0.5, "top_k": 20, "max_response_tokens": 99}
+    config = EvalConfig(sets={"long": {"files": "a", **own}, "plain": {"files": "b"}}, samples_per_prompt=1, top_k=5)
+    sets = {"long": [make_prompt(1)], "plain": [make_prompt(1)]}
+    none_right = lambda prompts, rollouts, turns: [_score("A")] * len(rollouts)  # noqa: E731
+    decode = lambda responses: [""] * len(responses)  # noqa: E731
+    result = evaluate(engine, sets, reward, decode, config, 9, rewards={"long": none_right})
+    assert [(prompts, params) for prompts, params in engine.calls] == [
+        ([1, 1], SamplingParams(temperature=0.0, top_p=0.5, top_k=20, max_new_tokens=99, seed=777)),
+        ([1], SamplingParams(temperature=1.0, top_p=1.0, top_k=5, max_new_tokens=9, seed=777)),
+    ]
+    assert (result.metrics["val/long/mean@2"], result.metrics["val/plain/mean@1"]) == (0.0, 1.0)
+
+
+def test_a_set_of_several_sources_tells_the_mean_of_each():
+    """3 of 4 samples of openai/gsm8k are right, 1 of 2 of the rows that name no source."""
+    groups = [make_group("RR"), make_group("RA"), make_group("AR")]
+    sources = ["openai/gsm8k", "openai/gsm8k", ""]
+    mixed = [
+        replace(group, prompt=replace(group.prompt, source=source))
+        for group, source in zip(groups, sources, strict=True)
+    ]
+    assert source_metrics(mixed) == {"openai_gsm8k/mean@2": 0.75, "no_source/mean@2": 0.5}
+    assert source_metrics(mixed[:2]) == source_metrics(groups) == {}
+    assert describe("val/math/openai_gsm8k/mean@2") is not None
 
 
 def test_a_set_without_prompts_is_an_error():

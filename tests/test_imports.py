@@ -23,6 +23,7 @@ FLOORS = {
     "dapo_mcore.process.plugin": 1,
     "dapo_mcore.process.ray_cluster": 1,
     "dapo_mcore.process.route": 1,
+    "dapo_mcore.foreign": 1,
     "dapo_mcore.types": 1,
     "dapo_mcore.architecture": 1,
     "dapo_mcore.model_files": 2,

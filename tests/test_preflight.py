@@ -16,7 +16,7 @@ import pytest
 
 from dapo_mcore.cli import main
 from dapo_mcore.config.file import load_config, parse_config
-from dapo_mcore.preflight import check_files_of, describe_step
+from dapo_mcore.preflight import check_files_of, describe_run, describe_step
 from tests.checkpoint.stored_checkpoint import truncate, write_checkpoint
 from tests.mistakes import mistake
 from tests.model_files.character_model import CONFIG, write_tokenizer
@@ -409,6 +409,25 @@ def test_under_torchrun_the_mistake_is_the_last_line(task: Path) -> None:
     told = [line for line in done.stderr.splitlines() if line.strip(" =")]
     assert told[-1].endswith("unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?"), done.stderr
     assert not (task / "runs").exists()
+
+
+def test_overrides_of_config_json_are_told_and_servers_elsewhere_need_them_too(task: Path) -> None:
+    overrides = ["model.overrides={max_position_embeddings: 64}"]
+    line = "model.overrides: max_position_embeddings 64 (in config.json 32); for actor, servers and exports"
+    assert describe_run(load_config(task / "run.yaml", overrides))[1:] == [line]
+    elsewhere = ["rollout.engine=sglang", "rollout.sglang.urls=['http://127.0.0.1:3']", "rollout.sglang.key_file=k"]
+    (told,) = describe_run(load_config(task / "run.yaml", [*overrides, *elsewhere]))[1:]
+    assert told.endswith("need --json-model-override-args '{\"max_position_embeddings\": 64}'")
+
+
+def test_a_source_without_a_rule_is_found_before_the_run(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config", "run.yaml", "reward.function=by_source"])
+    told = capsys.readouterr().err
+    assert (
+        "reward.function by_source has no rule for '' (4 of 4 prompts of data), '' (4 of 4 prompts of eval.sets.held)"
+        in told
+    )
+    assert main(["config", "run.yaml", "reward.function=by_source", "reward.by_source={'': gsm8k}"]) == 0
 
 
 def test_the_line_about_a_step_names_the_sizes_that_are_still_the_papers() -> None:

@@ -5,7 +5,8 @@ Change here: what a user may set about prompts, evaluation sets and demonstratio
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +23,18 @@ from dapo_mcore.config.values import (
     Steps,
     Text,
     Tokens,
+    TopK,
+    TopP,
 )
+
+EvalTemperature = Annotated[float, Field(ge=0, le=100)]
+
+_SET_BY_US = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+"""Arguments of transformers' apply_chat_template."""
 
 
 class DataConfig(Section):
@@ -39,16 +51,22 @@ class DataConfig(Section):
     """The column that reward functions dispatch on. Only the default one may be absent."""
     prompt_template: PromptTemplate = "{prompt}"
     """Text around a plain-text prompt; {prompt} is replaced."""
-    chat_template: bool | FilePath = False
-    """False: plain text. True: the tokenizer's template (`default` if it has several). Otherwise the name of one of its
-    templates, or the path of a Jinja file."""
+    chat_template: bool | FilePath | None = None
+    """null: true if the prompt of the first row is a chat, else false. False: plain text. True: the tokenizer's template (`default`
+    if it has several). Otherwise the name of one of its templates, or the path of a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the chat template, for instance {enable_thinking: false}. Each section has its own; demonstrations and the
+    output of tools are rendered with those of `data`."""
     system_prompt: Text | None = None
     add_bos: bool = False
     """Plain text only: put the tokenizer's BOS token first."""
     max_prompt_tokens: Tokens = 2048
-    on_long_prompt: Literal["truncate_left", "drop", "error"] = "truncate_left"
+    on_long_prompt: Literal["truncate_left", "truncate_right", "truncate_middle", "drop", "error"] = "truncate_left"
+    """For a prompt of more than max_prompt_tokens. `truncate_left` removes its first tokens, `truncate_right` its last ones.
+    `truncate_middle` keeps the first max_prompt_tokens // 2 and the last ones, as verl does."""
     on_bad_row: Literal["error", "skip"] = "error"
     deduplicate: bool = True
+    """Leave out rows whose prompt and answer an earlier row has."""
     shuffle: bool = True
     limit: Steps | None = None
 
@@ -56,21 +74,68 @@ class DataConfig(Section):
     def _check_fields(self) -> DataConfig:
         if self.system_prompt is not None and self.chat_template is False:
             raise ValueError("system_prompt needs a chat template; set chat_template, or drop the prompt")
-        if self.add_bos and self.chat_template is not False:
+        if self.add_bos and self.chat_template:
             raise ValueError("add_bos is for plain text; a chat template writes its own BOS: set add_bos false")
+        self._check_kwargs()
         return self
+
+    def _check_kwargs(self) -> None:
+        if self.chat_template_kwargs and self.chat_template is False:
+            raise ValueError("chat_template_kwargs need a chat template; set chat_template, or leave them out")
+        if taken := [key for key in self.chat_template_kwargs if key in _SET_BY_US]:
+            raise ValueError(
+                f"chat_template_kwargs has {taken[0]}, which the run sets itself; name variables of the template, such as "
+                "enable_thinking"
+            )
+
+
+class EvalSetConfig(DataConfig):
+    """One evaluation set. A null of these settings takes the one of `eval`."""
+
+    deduplicate: bool = False
+    """Leave out rows whose prompt and answer an earlier row has. False, because public sets repeat rows on purpose: AIME's 960
+    rows are 30 problems × 32."""
+    samples_per_prompt: Count | None = None
+    temperature: EvalTemperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    max_response_tokens: Tokens | None = None
+    reward_function: FilePath | None = None
+    """As reward.function, with the rest of the section `reward` but its `kwargs`. null: reward.function."""
 
 
 class EvalConfig(Section):
     """mean@k on held-out prompts, by the training rollout path."""
 
-    sets: dict[Name, DataConfig] = Field(default_factory=dict)
+    sets: dict[Name, EvalSetConfig] = Field(default_factory=dict)
     every: Steps = 5
     at_start: bool = True
     samples_per_prompt: Count = 8
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: EvalTemperature = 1.0
+    """0 is greedy."""
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    """Draw from the k most probable tokens; -1: from all."""
+    max_response_tokens: Tokens | None = None
+    """null: rollout.max_response_tokens."""
     seed: Seed = 777
+
+    def of(self, name: str) -> EvalSampling:
+        """Return how the set `name` is sampled: its own settings, and those of `eval` where it has none."""
+        own = self.sets.get(name)
+        named = {key: getattr(own, key, None) for key in EvalSampling.__dataclass_fields__}
+        return EvalSampling(**{key: getattr(self, key) if value is None else value for key, value in named.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSampling:
+    """How the responses of one evaluation set are sampled. max_response_tokens is None for rollout.max_response_tokens."""
+
+    samples_per_prompt: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_tokens: int | None
 
 
 class WarmStartConfig(Section):

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config.allowed import allowed
+from dapo_mcore.config.foreign_names import foreign
 from dapo_mcore.config.keys import (
     OLD_KEYS,
     is_section,
@@ -37,6 +38,8 @@ from dapo_mcore.errors import ConfigError, shortened
 
 S = TypeVar("S", bound=Section)
 
+OPEN = "???"
+"""Stands for a value that a person must decide, as in OmegaConf. `dapo-mcore import` writes it; no configuration with it is accepted."""
 _MOST_BYTES = 2**20
 _MOST_MISTAKES = 8
 _MOST_KEYS = 16
@@ -75,7 +78,20 @@ def _read_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
+    if undecided := list(_undecided(tree)):
+        raise ConfigError(
+            f"still to decide (now {OPEN}): {', '.join(undecided)}; the comment above each in {path} says by what. Set it there or "
+            f"as {undecided[0]}=… on the command line"
+        )
     return tree
+
+
+def _undecided(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _undecided(value, f"{prefix}{key}.")
+        elif value == OPEN:
+            yield f"{prefix}{key}"
 
 
 def _validated(kind: type[S], tree: dict[str, Any]) -> S:
@@ -216,6 +232,8 @@ def _explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden" and (new := OLD_KEYS.get(".".join(path))):
         section, _, key = new.rpartition(".")
         return f"{where} is now {new}: set {key} in the section {section} and delete the old key"
+    if item["type"] == "extra_forbidden" and (found := foreign(".".join(path))):
+        return f"unknown key {where!r}: this is {found}"
     if item["type"] == "extra_forbidden":
         near = nearest_section(path) if isinstance(item["input"], dict) else nearest_keys(path)
         return f"unknown key {where!r}; {_did_you_mean(near, path[:-1])}"

@@ -11,6 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dapo_mcore.config.foreign_names import meant_by
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.values import Prose, Section
 
@@ -22,30 +23,6 @@ _SAY_LITTLE = frozenset({"enable", "mode", "name", "path", "type"})
 """Names that mean something different in every section."""
 OLD_KEYS = {"rollout.sglang.ray_address": "ray.address"}
 """Each key that has been renamed or moved, with its new name."""
-_OTHER_NAMES = {
-    "n": "rollout.group_size",
-    "train_batch_size": "sampling.train_batch_prompts",
-    "gen_batch_size": "sampling.gen_batch_prompts",
-    "ppo_mini_batch_size": "batch.mini_batch_prompts",
-    "ppo_epochs": "batch.epochs",
-    "clip_ratio_low": "algo.clip_low",
-    "clip_ratio_high": "algo.clip_high",
-    "clip_ratio_c": "algo.dual_clip",
-    "adv_estimator": "algo.advantage",
-    "cliprange_value": "critic.clip",
-    "critic_warmup": "critic.warmup_steps",
-    "learning_rate": "optimizer.lr",
-    "tensor_model_parallel_size": "parallel.tensor_parallel",
-    "pipeline_model_parallel_size": "parallel.pipeline_parallel",
-    "context_parallel_size": "parallel.context_parallel",
-    "expert_model_parallel_size": "parallel.expert_parallel",
-    "total_training_steps": "num_rollout_steps",
-    "save_freq": "checkpoint.every",
-    "test_freq": "eval.every",
-    "experiment_name": "name",
-    "default_local_dir": "output_dir",
-}
-"""What verl calls the same quantity in the same unit."""
 
 
 def type_below(kind: Any, key: str) -> Any:
@@ -106,12 +83,12 @@ def nearest_keys(path: Sequence[str]) -> list[str]:
     *parents, name = path
     if len(name) > _LONGEST_KEY:
         return []
-    if name in _OTHER_NAMES:
-        return [_OTHER_NAMES[name]]
     if same := [key for key in _all_keys() if name in _forms(key)]:
         same = [key for key in same if key.startswith("critic.") == ("critic" in parents)] or same
         beside = [key for key in same if parents and key.split(".")[-2:-1] == parents[-1:]]
         return beside or ([] if name in _SAY_LITTLE else same)
+    if name not in _SAY_LITTLE and (foreign := meant_by(name)):
+        return foreign
     here = _most_alike(name, keys_of(parents), _NEAR_IN_SECTION, 1)
     return [".".join([*parents, key]) for key in here] or _most_alike(name, _all_keys(), _NEAR, 2)
 

@@ -57,7 +57,8 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws weights from `seed` with the config's initializer_range: for tests and for the quickstart."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Keys of config.json to replace, for instance {num_hidden_layers: 2}; only with init=random."""
+    """Keys of config.json to replace, for actor, servers, plan and exports: {max_position_embeddings: 32768}, or a rope_scaling.
+    With init=pretrained none may change the size of a weight. Servers at rollout.sglang.urls must be started with the same keys."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """`auto` takes Transformer Engine where it is installed and a GPU is present, else the local layers."""

@@ -5,11 +5,14 @@ Change here: what a user may set about rewards, its default, and a rule inside t
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from dapo_mcore.config.values import FilePath, Seconds, Section, Tokens
+
+_CANNOT_HANG = ("math_dapo", "gsm8k", "math_boxed")
 
 
 class OverlongConfig(Section):
@@ -32,18 +35,26 @@ class RewardConfig(Section):
     """Scoring of one response."""
 
     function: FilePath = "math_dapo"
-    """`math_dapo`, `math_verify`, or an import path `package.module:function` / `path/to/file.py:function`.
+    """`math_dapo`, `math_verify`, `gsm8k`, `math_boxed`, `by_source`, or an import path `package.module:function` /
+    `path/to/file.py:function`.
 
     `math_dapo` is the paper's rule, as in verl: the text after `Answer:` in normal form. It takes `Answer: 1, 2` for 12 and
     `Answer: 3 = 12`, too, and does not take `**Answer: 12**`, `\\(12\\)` and `12.0`, which chat models like to write.
-    `math_verify` asks Hugging Face's grader, which compares values, where that rule says no (extra `math`)."""
+    `math_verify` asks Hugging Face's grader, which compares values, where that rule says no (extra `math`).
+    `gsm8k` and `math_boxed` are verl's rules for GSM8K (the number after `####`) and MATH (the last box, compared as text); they
+    score 0 or 1. `by_source` takes the rule of the row's data source, as verl does where a script names no reward."""
+    by_source: dict[str, FilePath] = Field(default_factory=dict)
+    """Rules of data sources for function by_source, {pattern: function}; `*` stands for any text. The first pattern that fits
+    counts, and the built-in ones of reward/by_source.py come last. A source without a rule is an error at the start."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for an imported function, by name, as verl's reward_kwargs; of by_source each imported function gets them."""
     adapter: Literal["verl", "trl"] = "verl"
     """Calling convention of an imported function."""
     strict_box: bool = False
     """math_dapo only: compare the last \\boxed{} of the last 100 characters literally."""
     workers: int | None = Field(None, ge=0, le=10_000)
     """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process without a deadline: a
-    function that hangs then stops the run. null: 0 for math_dapo, which cannot hang, and 1 for any other function."""
+    function that hangs then stops the run. null: 0 for the built-in functions but math_verify, which cannot hang, and 1 for any other one."""
     placement: Literal["local", "ray"] = "local"
     """Where the worker processes run: on this machine, or on the nodes of the Ray cluster (section `ray`)."""
     timeout_seconds: Seconds = 30.0
@@ -59,16 +70,44 @@ class RewardConfig(Section):
     @property
     def num_workers(self) -> int:
         """`workers` with its default filled in."""
-        return int(self.function != "math_dapo") if self.workers is None else self.workers
+        if self.workers is not None:
+            return self.workers
+        return int(any(function not in _CANNOT_HANG for function in self.functions))
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The functions that may be called, without those of the built-in table of by_source."""
+        return tuple(self.by_source.values()) if self.function == "by_source" else (self.function,)
+
+    def for_function(self, function: str) -> RewardConfig:
+        """Return the section with another function, and without what belongs to its own. Raise ValidationError as it does."""
+        if function == self.function:
+            return self
+        return RewardConfig.model_validate(
+            {**self.model_dump(), "function": function, "strict_box": False, "kwargs": {}}
+        )
 
     @model_validator(mode="after")
     def _check_fields(self) -> RewardConfig:
         if self.placement == "ray" and not self.num_workers:
             raise ValueError("placement ray needs workers of at least 1: 0 scores in the controller process")
-        if self.function == "math_verify" and not self.num_workers:
+        if "math_verify" in self.functions and not self.num_workers:
             raise ValueError(
                 "function math_verify needs workers of at least 1: it may take for ever, and only they have a deadline"
             )
         if self.strict_box and self.function != "math_dapo":
             raise ValueError(f"strict_box is a form of function math_dapo, not of {self.function}; drop one of the two")
+        if "by_source" in self.by_source.values():
+            raise ValueError("by_source names itself as the rule of a source; name another function")
+        self._check_kwargs()
         return self
+
+    def _check_kwargs(self) -> None:
+        if self.kwargs and not any(":" in function for function in self.functions):
+            raise ValueError(
+                f"kwargs are for imported functions, and {self.function} calls none; leave out {', '.join(self.kwargs)}"
+            )
+        try:
+            json.dumps(self.kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"kwargs go to other processes as JSON: {error}; quote dates, for instance") from error

@@ -5,6 +5,8 @@ Change here: a rule between sections. Each raises ValueError with the numbers, t
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from dapo_mcore.config.agent import AgentConfig
 from dapo_mcore.config.algo import AlgoConfig
 from dapo_mcore.config.critic import CriticConfig
@@ -64,6 +66,20 @@ def _check_overlong(c: Settings) -> None:
         )
 
 
+def _check_reward(c: Settings) -> None:
+    for name, function in c.set_functions.items():
+        try:
+            c.reward.for_function(function)
+        except ValidationError as error:
+            told = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"eval.sets.{name}.reward_function {function}: {told}") from error
+    if c.reward.by_source and "by_source" not in (c.reward.function, *c.set_functions.values()):
+        raise ValueError(
+            f"reward.by_source has rules of data sources, but reward.function is {c.reward.function}; set reward.function by_source, or "
+            "leave them out"
+        )
+
+
 def _check_algo(c: Settings) -> None:
     if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
         raise ValueError(
@@ -84,10 +100,6 @@ def _check_algo(c: Settings) -> None:
         raise ValueError(
             f"algo.policy_loss gspo has one ratio per response and takes the mean over responses; set algo.loss_mode "
             f"seq-mean-token-mean (now {c.algo.loss_mode})"
-        )
-    if c.model.overrides and c.model.init != "random":
-        raise ValueError(
-            "model.overrides changes the architecture, so stored weights cannot fit; set model.init random"
         )
 
 
@@ -303,11 +315,13 @@ def _check_tools(c: Settings) -> None:
     if c.warm_start is not None and c.warm_start.choose is not None:
         sections["warm_start.choose"] = c.warm_start.choose
     for name, section in sections.items():
-        if section.chat_template != c.data.chat_template:
-            raise ValueError(
-                f"{name}.chat_template {section.chat_template} differs from data.chat_template {c.data.chat_template}, but a run with "
-                "tools writes their output in one way; give both the same"
-            )
+        for key in ("chat_template", "chat_template_kwargs"):
+            own, ours = getattr(section, key), getattr(c.data, key)
+            if own != ours:
+                raise ValueError(
+                    f"{name}.{key} {own} differs from data.{key} {ours}, but a run with tools writes their output in one way; give "
+                    "both the same"
+                )
 
 
 RULES = (
@@ -316,6 +330,7 @@ RULES = (
     _check_pipeline,
     _check_tokens,
     _check_overlong,
+    _check_reward,
     _check_algo,
     _check_corrections,
     _check_critic,

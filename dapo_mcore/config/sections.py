@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.config.values import Count, ResumeChoice, Section, Steps, Temperature, Tokens
+from dapo_mcore.config.values import Count, ResumeChoice, Section, Steps, Temperature, Tokens, TopK, TopP
 
 
 class RolloutConfig(Section):
@@ -24,8 +24,8 @@ class RolloutConfig(Section):
     """Responses per prompt (G, verl's n)."""
     max_response_tokens: Tokens = 20480
     temperature: Temperature = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1)
+    top_p: TopP = 1.0
+    top_k: TopK = -1
     """Draw from the k most probable tokens; -1: from all."""
     max_batch: Count = 1024
     """Embedded engine: sequences decoded at once."""
@@ -34,13 +34,6 @@ class RolloutConfig(Section):
     num_threads: Count | None = None
     """Embedded engine: CPU threads while generating; None takes all cores."""
     sglang: SGLangConfig = SGLangConfig()
-
-    @field_validator("top_k")
-    @classmethod
-    def _draws_from_something(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("top_k 0 leaves no token to draw; use -1 for all of them, or at least 1")
-        return value
 
 
 class SamplingConfig(Section):
@@ -144,6 +137,10 @@ class ObserveConfig(Section):
     tensorboard: bool = True
     wandb_project: str | None = Field(None, min_length=1, max_length=128)
     samples_per_step: int = Field(4, ge=0, le=1_000_000)
+    """Responses of each rollout step that are written to samples/step_000003.jsonl, right and wrong ones in turn."""
+    eval_samples_per_set: int | None = Field(4, ge=0, le=1_000_000_000)
+    """Responses of each evaluation set that are written to samples/eval/step_000003.jsonl, as above. null: all, as with verl's
+    trainer.validation_data_dir."""
     plot_at_end: bool = True
     profile_steps: list[Steps] = Field(default_factory=list)
     """Rollout steps whose scoring and gradient steps rank 0 records with torch.profiler, in profile/step_000003.json.gz. Such a

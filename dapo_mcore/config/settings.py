@@ -73,6 +73,19 @@ class Settings(Section):
         """Tokens of the longest prompt with the longest response."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
+    @property
+    def set_functions(self) -> dict[str, str]:
+        """The reward functions of evaluation sets that have another one than `reward`, by the set's name."""
+        own = {name: section.reward_function for name, section in self.eval.sets.items()}
+        return {name: function for name, function in own.items() if function not in (None, self.reward.function)}
+
+    def eval_response_limit(self, name: str) -> tuple[str, int]:
+        """Return the key that limits the responses of the evaluation set `name`, and the tokens."""
+        for key, section in ((f"eval.sets.{name}", self.eval.sets[name]), ("eval", self.eval)):
+            if section.max_response_tokens is not None:
+                return f"{key}.max_response_tokens", section.max_response_tokens
+        return "rollout.max_response_tokens", self.rollout.max_response_tokens
+
     def num_unscored(self, num_mini_batches: int) -> int:
         """Return how many mini-batches of a rollout step, from the first on, need no scoring pass.
 

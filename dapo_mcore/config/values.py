@@ -106,6 +106,12 @@ def _checked_resume(value: Any) -> Any:
     )
 
 
+def _checked_top_k(value: int) -> int:
+    if value == 0:
+        raise ValueError("top_k 0 leaves no token to draw; use -1 for all of them, or at least 1")
+    return value
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -132,3 +138,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0, le=100)]
 """At 100 sampling is almost uniform."""
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1), AfterValidator(_checked_top_k)]
+"""-1 for all tokens, or at least 1."""

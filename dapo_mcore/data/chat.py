@@ -5,6 +5,7 @@ Change here: how a row's prompt is rendered for the model. prompts.py reads the 
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class PromptRenderer:
 
     section  name of the section in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
     tools    OpenAI function schemas that a chat template declares in each prompt.
+    A chat_template of null counts as false here: prompts.decide_template looks at the rows.
     `lost` collects the characters of the rendered texts that the tokenizer loses.
     """
 
@@ -47,6 +49,7 @@ class PromptRenderer:
         self.section = section
         self.lost = LostCharacters(tokenizer)
         self.template = _chat_template(config, tokenizer, section)
+        _check_use(config, self.template, section)
         if config.add_bos and tokenizer.bos_token_id is None:
             raise ConfigError(
                 f"{section}.add_bos is true, but the tokenizer has no BOS token; set {section}.add_bos false"
@@ -79,6 +82,17 @@ class PromptRenderer:
         self.lost.check(text, ids, where)
         return ids
 
+    def fill_template(self, messages: list[dict[str, str]], tools: list[Mapping[str, Any]] | None) -> str:
+        """Return the text of a chat up to the policy's next turn. Raise whatever the template raises."""
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.config.chat_template_kwargs,
+        )
+
     def _render_plain(self, prompt: Any, where: str) -> tuple[str, list[int]]:
         if not isinstance(prompt, str):
             raise DataError(
@@ -103,13 +117,7 @@ class PromptRenderer:
     def _apply(self, messages: list[dict[str, str]], where: str) -> str:
         try:
             with _cpu_limit(TEMPLATE_CPU_S):
-                text = self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=self._tools,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
+                text = self.fill_template(messages, self._tools)
         except TimeoutError as error:
             raise ConfigError(
                 f"{self.section}.chat_template has not ended after {TEMPLATE_CPU_S:g} s of CPU time on {where}; correct "
@@ -162,7 +170,7 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 
 def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str | None:
     """Return the Jinja source, or None for plain text."""
-    if config.chat_template is False:
+    if not config.chat_template:
         return None
     stored = tokenizer.chat_template
     named = stored if isinstance(stored, Mapping) else {} if stored is None else {"default": stored}
@@ -173,12 +181,36 @@ def _chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, secti
         return _read_template(Path(name), section, sorted(named))
     if not named:
         raise ConfigError(
-            f"{section}.chat_template is true, but the tokenizer has none; give the path of a Jinja file, or false"
+            f"{section}.chat_template is true (or null, and the first row has a chat), but the tokenizer has none; give the path of "
+            "a Jinja file, or false"
         )
     raise ConfigError(
         f"{section}.chat_template is true, but none of the tokenizer's templates is named default; "
         f"set {section}.chat_template to one of {', '.join(sorted(named))}"
     )
+
+
+def _check_use(config: DataConfig, template: str | None, section: str) -> None:
+    """Raise ConfigError for settings that would change nothing: of chats for plain text, or variables unknown to the template.
+
+    What `chat_template` says alone is a rule of the section; null may stand for either.
+    """
+    of_chats = {"system_prompt": config.system_prompt, "chat_template_kwargs": config.chat_template_kwargs}
+    if template is None and (unused := [key for key, value in of_chats.items() if value]):
+        raise ConfigError(
+            f"{section}.{unused[0]} is for chats, but the prompts of {section} are plain text; set {section}.chat_template true, "
+            "or leave it out"
+        )
+    if template is not None and config.add_bos:
+        raise ConfigError(
+            f"{section}.add_bos is for plain text, but the prompts of {section} are chats, whose template writes its own BOS; set "
+            f"{section}.add_bos false"
+        )
+    for name in config.chat_template_kwargs:
+        if re.search(rf"\b{re.escape(name)}\b", template) is None:
+            raise ConfigError(
+                f"{section}.chat_template_kwargs has {name}, which the chat template does not read; correct the name, or leave it out"
+            )
 
 
 def _read_template(path: Path, section: str, names: list[str]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.data.identity import numbered, prompt_uid
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_CUT = {
+    "truncate_left": ("on the left", "beginning"),
+    "truncate_right": ("on the right", "end"),
+    "truncate_middle": ("in the middle", "middle"),
+}
+"""Where each way of truncation cuts, and what a prompt loses."""
 _LARGE_SHARE = 0.1
 """Share of rows from which on rows that do not fit cause a warning."""
 
@@ -34,6 +42,7 @@ class PromptSet:
 
     section        name of the section in messages: `data`, `eval.sets.aime24`, `warm_start.choose`.
     num_rows       = len(prompts) + num_bad_rows + num_duplicates + num_dropped; truncated prompts are among the prompts.
+    num_repeats    prompts that repeat an earlier row, which stay because deduplicate is false.
     longest        tokens of the longest prompt before truncation.
     first_bad_row  row and reason, or empty; first_conflict is the same for prompts with several answers.
     lost           line about characters that the tokenizer loses, or empty.
@@ -49,17 +58,20 @@ class PromptSet:
     num_dropped: int
     num_conflicts: int
     longest: int
+    num_repeats: int = 0
     first_bad_row: str = ""
     first_conflict: str = ""
     lost: str = ""
 
     def describe(self) -> str:
         """Return one line: `data: 960 rows gave 30 prompts (930 duplicates, 2 cut on the left to the longest length)`."""
+        where, _ = _CUT.get(self.config.on_long_prompt, _CUT["truncate_left"])
         fates = {
             "bad": self.num_bad_rows,
             "duplicates": self.num_duplicates,
+            "repeats of an earlier row, which stay": self.num_repeats,
             "too long and dropped": self.num_dropped,
-            "cut on the left to the longest length": self.num_truncated,
+            f"cut {where} to the longest length": self.num_truncated,
         }
         told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
         line = f"{self.section}: {self.num_rows} rows gave {len(self.prompts)} prompts" + (f" ({told})" if told else "")
@@ -74,7 +86,7 @@ class PromptSet:
             lines.append(f"{self.num_bad_rows} of {self.num_rows} rows of {name} are unusable and left out")
         if self.num_truncated >= _LARGE_SHARE * rendered:
             lines.append(
-                f"{self.num_truncated} of {rendered} prompts of {name} are {limit} and lose their beginning; "
+                f"{self.num_truncated} of {rendered} prompts of {name} are {limit} and lose their {_CUT[self.config.on_long_prompt][1]}; "
                 f"raise it, or set {name}.on_long_prompt drop"
             )
         if self.num_dropped >= _LARGE_SHARE * rendered:
@@ -104,7 +116,26 @@ def load_prompts(
     on_bad_row is skip), a long prompt (if on_long_prompt is error), no prompt at all, or if all prompts are truncated;
     ConfigError for settings that do not fit the tokenizer.
     """
-    return _Loading(config, tokenizer, section, tools).run()
+    return _Loading(decide_template(config), tokenizer, section, tools).run()
+
+
+def decide_template(config: DataConfig) -> DataConfig:
+    """Return the section with true or false for a chat_template of null: whether the first row with a prompt has a chat.
+
+    Raise DataError for a file that cannot be read.
+    """
+    if config.chat_template is not None:
+        return config
+    return config.model_copy(update={"chat_template": _begins_with_chat(config)})
+
+
+def _begins_with_chat(config: DataConfig) -> bool:
+    for row in read_rows(config.files):
+        try:
+            return isinstance(lookup(row.columns or {}, config.prompt_key), list)
+        except KeyError:
+            continue
+    return False
 
 
 class _Loading:
@@ -148,6 +179,7 @@ class _Loading:
             num_dropped=self.counts["dropped"],
             num_conflicts=self.counts["conflicts"],
             longest=self.longest,
+            num_repeats=self.counts["repeats"],
             first_bad_row=self.first_bad_row,
             first_conflict=self.first_conflict,
             lost=self.renderer.lost.report(len(prompts) + self.counts["dropped"], f"prompts of {self.section}"),
@@ -164,7 +196,7 @@ class _Loading:
         if result.num_truncated == len(result.prompts):
             raise DataError(
                 f"all {len(result.prompts)} prompts of {', '.join(self.config.files)} are longer than "
-                f"{name}.max_prompt_tokens {longest}, so that none would keep its beginning; {remedy}, or shorten them"
+                f"{name}.max_prompt_tokens {longest}, so that each would lose its {_CUT[self.config.on_long_prompt][1]}; {remedy}, or shorten them"
             )
 
     def _prompt_or_none(self, row: Row) -> Prompt | None:
@@ -216,7 +248,7 @@ class _Loading:
         content = json.dumps(prompt, sort_keys=True, default=str).encode()
         rows = self.answers[hashlib.blake2b(content, digest_size=16).digest()]
         if answer in rows:
-            self.counts["duplicates"] += self.config.deduplicate
+            self.counts["duplicates" if self.config.deduplicate else "repeats"] += 1
             return self.config.deduplicate
         if rows:
             other, there = next(iter(rows.items()))
@@ -238,13 +270,13 @@ class _Loading:
         if self.config.on_long_prompt == "error":
             raise DataError(
                 f"{prompt.row}: the prompt has {length} tokens, but {self.section}.max_prompt_tokens is {longest}; "
-                f"raise it, or set {self.section}.on_long_prompt truncate_left or drop"
+                f"raise it, or set {self.section}.on_long_prompt drop or one of {', '.join(_CUT)}"
             )
         if self.config.on_long_prompt == "drop":
             self.counts["dropped"] += 1
             return None
         self.counts["truncated"] += 1
-        token_ids = prompt.token_ids[-longest:].copy()  # a view would keep the long prompt alive
+        token_ids = _cut(prompt.token_ids, longest, self.config.on_long_prompt)
         return replace(prompt, token_ids=token_ids, text=self.tokenizer.decode(token_ids.tolist()))
 
     def _named(self, prompt: Prompt) -> Prompt:
@@ -252,6 +284,15 @@ class _Loading:
         uid = prompt_uid(prompt)
         self.uids[uid] += 1
         return replace(prompt, uid=numbered(uid, self.uids[uid]))
+
+
+def _cut(token_ids: np.ndarray, longest: int, how: str) -> np.ndarray:
+    """Return `longest` of the tokens, as verl's data.truncation left, right or middle (utils/torch_functional.py, b178a3c).
+
+    The result is a copy: a view would keep the long prompt alive.
+    """
+    first = {"truncate_left": 0, "truncate_right": longest, "truncate_middle": longest // 2}[how]
+    return np.concatenate([token_ids[:first], token_ids[len(token_ids) - (longest - first) :]])
 
 
 def _required(row: Row, key: str, setting: str) -> Any:

@@ -7,9 +7,11 @@ by hf_folder.py.
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dapo_mcore.architecture.shape import weight_shape
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.config_json import check_numbers, read_json_object
@@ -17,6 +19,7 @@ from dapo_mcore.model_files.config_json import check_numbers, read_json_object
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 # Splits differently under nearly every pre-tokenizer: words, digits, punctuation, newlines, non-ASCII text.
 _PROBE = "Solve 12+345=; the Answer: \\frac{1}{2}.\n\n  It's é 中 #### 7"
 
@@ -25,7 +28,8 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
     """Return the model's configuration: config.json, with `model.overrides` applied before it is built.
 
     So derived fields (such as a list with one entry per layer) follow an overridden number of layers.
-    Raises ConfigError for a missing folder or file, an unknown architecture or an unknown override key.
+    Raises ConfigError for a missing folder or file, an unknown architecture, an unknown override key, or overrides that change the
+    size of stored weights.
     """
     from transformers import AutoConfig
 
@@ -38,16 +42,18 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError(f"transformers cannot read {folder / 'config.json'}: {_one_line(error)}") from error
     if not model.overrides:
         return config
-    _refuse_unknown(model.overrides, {*stored, *config.to_dict(), *config.attribute_map})
-    check_numbers({**stored, **model.overrides}, f"model.overrides over {folder / 'config.json'}")
-    if "num_hidden_layers" in model.overrides:
-        stored.pop("layer_types", None)  # one entry a layer: the class derives a list of the new length
+    _refuse_unknown(model.overrides, {*stored, *config.to_dict(), *config.attribute_map, *_ROPE})
+    settings = _overridden(stored, model.overrides)
+    check_numbers(settings, f"model.overrides over {folder / 'config.json'}")
     try:
-        return type(config).from_dict({**stored, **model.overrides})
+        changed = type(config).from_dict(settings)
     except Exception as error:
         raise ConfigError(
             f"model.overrides {model.overrides} make no valid {type(config).__name__}: {_one_line(error)}"
         ) from error
+    if model.init == "pretrained":
+        _check_sizes_stay(config, changed)
+    return changed
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -149,10 +155,45 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def _one_line(error: Exception, limit: int = 300) -> str:
-    """Return the error's message in one line, shortened."""
+def _one_line(error: object, limit: int = 300) -> str:
+    """Return an error's message, or a value, in one line, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _overridden(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of config.json with the overrides.
+
+    A rotary embedding has three spellings, of which transformers takes rope_parameters first; an override in another one must
+    still count.
+    """
+    settings = {**stored, **overrides}
+    if "num_hidden_layers" in overrides:
+        settings.pop("layer_types", None)  # one entry a layer: the class derives a list of the new length
+    if "rope_parameters" in overrides:
+        return {key: value for key, value in settings.items() if key not in _ROPE[1:]}
+    if (rope := stored.get("rope_parameters")) and overrides.keys() & {*_ROPE[1:]}:
+        theta = overrides.get("rope_theta", rope.get("rope_theta"))
+        scaling = overrides["rope_scaling"] or {} if "rope_scaling" in overrides else rope
+        settings["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": theta}
+        settings.pop("rope_theta", None)
+        settings.pop("rope_scaling", None)
+    return settings
+
+
+def _check_sizes_stay(stored: PretrainedConfig, changed: PretrainedConfig) -> None:
+    """Raise ConfigError if stored weights do not fit the changed configuration."""
+    before, after = weight_shape(stored, 1), weight_shape(changed, 1)
+    differ = [
+        f"{field.name} from {_one_line(getattr(before, field.name), 40)} to {_one_line(getattr(after, field.name), 40)}"
+        for field in fields(before)
+        if getattr(before, field.name) != getattr(after, field.name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"model.overrides would change the weights that model.path stores: {', '.join(differ)}; leave these keys out, or set "
+            "model.init random"
+        )
 
 
 def _refuse_unknown(overrides: dict[str, Any], known: set[str]) -> None:

@@ -254,6 +254,9 @@ METRICS: dict[str, Metric] = {
     "time/eval_s": Metric("s", "evaluation after the rollout step"),
     "time/save_s": Metric("s", "writing the checkpoint or export of the previous step"),
     "val/<set>/mean@<k>": Metric("fraction", "accuracy on a validation set, mean over k samples per problem"),
+    "val/<set>/<source>/mean@<k>": Metric(
+        "fraction", "the same on the rows of one data source, in a set that mixes several"
+    ),
     "val/<set>/best@<k>": Metric("fraction", "problems with at least one right answer among k samples"),
     "val/<set>/maj@<k>": Metric(
         "fraction",

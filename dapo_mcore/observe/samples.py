@@ -22,8 +22,8 @@ def write_samples(run_dir: Path, step: int, picked: Sequence[tuple[Prompt, Sampl
     return _write(Path(run_dir) / "samples" / f"step_{step:06d}.jsonl", [_record(*one) for one in picked])
 
 
-def write_answers(run_dir: Path, step: int, sets: Mapping[str, Sequence[Group]], count: int) -> Path | None:
-    """Write at most `count` answers of each evaluation set after rollout step `step`. Return the file, None if empty."""
+def write_answers(run_dir: Path, step: int, sets: Mapping[str, Sequence[Group]], count: int | None) -> Path | None:
+    """Write at most `count` answers (None: all) of each evaluation set after rollout step `step`. Return the file, None if empty."""
     records = [{"set": name, **_record(*one)} for name, groups in sets.items() for one in pick_samples(groups, count)]
     return _write(Path(run_dir) / "samples" / "eval" / f"step_{step:06d}.jsonl", records)
 
@@ -36,8 +36,8 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path | None:
     return path
 
 
-def pick_samples(groups: Sequence[Group], count: int) -> list[tuple[Prompt, Sample]]:
-    """Return at most `count` samples, right and wrong alternating as long as there are both, from many prompts first."""
+def pick_samples(groups: Sequence[Group], count: int | None) -> list[tuple[Prompt, Sample]]:
+    """Return at most `count` samples (None: all), right and wrong alternating as long as there are both, from many prompts first."""
     rounds = zip_longest(*([(group.prompt, sample) for sample in group.samples] for group in groups))
     candidates = [pair for pair in chain.from_iterable(rounds) if pair is not None]
     right = [pair for pair in candidates if pair[1].score.acc]
@@ -68,6 +68,7 @@ def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "response": sample.text,
         "pred": score.pred,
         "answer": prompt.answer,
+        "source": prompt.source,
         "acc": bool(score.acc),
         "score": float(score.score),
         "penalty": float(score.penalty),

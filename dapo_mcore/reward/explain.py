@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any, get_args
 
 from dapo_mcore.errors import DataError, RewardError, shortened
 from dapo_mcore.reward.attempt import Attempt, Outcome, Transcript, judged
+from dapo_mcore.reward.by_source import TABLE, rule_for
 from dapo_mcore.reward.math_answer import (
     _ANSWER_WINDOW,
     _BOX_WINDOW,
@@ -21,25 +23,28 @@ from dapo_mcore.reward.math_answer import (
     last_boxed,
     normalize_answer,
 )
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.plugins import Rule, build_judge
 from dapo_mcore.reward.pool import RewardPool
-from dapo_mcore.types import CallKind
+from dapo_mcore.types import NO_ANSWER, CallKind
 
 _DEADLINE_S = 30.0
 _LONGEST_QUOTE = 300
 _GRADERS = ("math_dapo", "math_verify")
+_SEARCHES = {
+    "gsm8k": "the number after the last `#### ` of the last 300 characters",
+    "math_boxed": "the last \\boxed{…}, compared as text in MATH's normal form",
+}
+"""Where the graders that tell only an outcome look for an answer."""
 _NO_CALL = {"name": "", "arguments": "", "kind": "ok", "output": "", "seconds": 0.0}
 _CALL_KINDS = get_args(CallKind)
 
 
-def explain(
-    attempt: Attempt, function: str = "math_dapo", adapter: str = "verl", strict_box: bool = False
-) -> list[str]:
-    """Return lines: the rule, the text it searched, what it matched and compared, and the score.
+def explain(attempt: Attempt, rule: Rule | None = None) -> list[str]:
+    """Return lines: the rule (None: math_dapo), the text it searched, what it matched and compared, and the score.
 
     For a user's function only the outcome is known. Raise RewardError if the function cannot be loaded.
     """
-    heading, *lines = _explain(attempt, function, adapter, strict_box)
+    heading, *lines = _explain(attempt, rule or Rule())
     return [heading, *(f"  {line}" for line in _transcript_lines(attempt)), *lines]
 
 
@@ -83,13 +88,18 @@ def _is_list_of(kind: type, values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def _explain(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> list[str]:
-    outcome = _grade(attempt, function, adapter, strict_box)
-    if function not in _GRADERS:
-        return _block(f"{function}, called as {adapter}", _outcome_lines(attempt, outcome), outcome)
+def _explain(attempt: Attempt, rule: Rule) -> list[str]:
+    if rule.function == "by_source":
+        heading, *lines = _explain(attempt, replace(rule, function=_chosen(attempt, rule)))
+        return [f"by_source takes for {attempt.source!r} {heading}", *lines]
+    outcome, function = _grade(attempt, rule), rule.function
+    if ":" in function:
+        return _block(f"{function}, called as {rule.adapter}", _outcome_lines(attempt, outcome), outcome)
+    if function in _SEARCHES:
+        return _block(function, [f"looked at   {_SEARCHES[function]}", *_outcome_lines(attempt, outcome)], outcome)
     if function == "math_verify":
         return _block(function, _value_lines(attempt, outcome), outcome)
-    if strict_box:
+    if rule.strict_box:
         return _block(f"{function} with strict_box", _box_lines(attempt.response, attempt.answer), outcome)
     return _block(function, _text_lines(attempt.response, attempt.answer), outcome)
 
@@ -100,17 +110,26 @@ def explain_other(attempt: Attempt, function: str) -> list[str]:
         return []
     (other,) = set(_GRADERS) - {function}
     try:
-        heading, *lines = _explain(attempt, other, adapter="verl", strict_box=False)
+        heading, *lines = _explain(attempt, Rule(other))
     except RewardError:
         return [f"{other}, for comparison: not installed here; pip install 'math-verify[antlr4_13_2]' adds it"]
     return [f"{heading}, for comparison", *lines]
 
 
-def _grade(attempt: Attempt, function: str, adapter: str, strict_box: bool) -> Outcome:
-    """Return the outcome as a run would get it: every function but math_dapo runs in a process with a deadline."""
-    if function == "math_dapo":
-        return judged(build_judge(function, adapter, strict_box), attempt)
-    pool = RewardPool(1, function, adapter, strict_box, timeout_seconds=_DEADLINE_S)
+def _chosen(attempt: Attempt, rule: Rule) -> str:
+    if (function := rule_for(attempt.source, rule.by_source)) is None:
+        raise RewardError(
+            f"reward.by_source has no rule for the data source {attempt.source!r}; name one with --source, such as "
+            f"{', '.join(TABLE)}, or a function with --function"
+        )
+    return function
+
+
+def _grade(attempt: Attempt, rule: Rule) -> Outcome:
+    """Return the outcome as a run would get it: a function that may hang runs in a process with a deadline."""
+    if rule.function == "math_dapo" or rule.function in _SEARCHES:
+        return judged(build_judge(rule), attempt)
+    pool = RewardPool(1, rule, timeout_seconds=_DEADLINE_S)
     try:
         (outcome,) = pool.score([attempt])
     finally:
@@ -140,7 +159,8 @@ def _transcript_lines(attempt: Attempt) -> list[str]:
 
 
 def _outcome_lines(attempt: Attempt, outcome: Outcome) -> list[str]:
-    prediction = f"{outcome.pred!r}" if outcome.pred else "none told"
+    told = "none" if outcome.pred == INVALID else "none told"
+    prediction = f"{outcome.pred!r}" if outcome.pred not in NO_ANSWER else told
     return [f"prediction  {prediction}", f"truth       {attempt.answer!r}"]
 
 

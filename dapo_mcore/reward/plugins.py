@@ -8,33 +8,80 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.errors import RewardError, describe_error
 from dapo_mcore.process.plugin import load_function, parameters_of
-from dapo_mcore.reward import math_answer
+from dapo_mcore.reward import gsm8k, math_answer, math_boxed
 from dapo_mcore.reward.attempt import Attempt, Judge
+from dapo_mcore.reward.by_source import TABLE, rule_for
 
+if TYPE_CHECKING:
+    from dapo_mcore.config.reward import RewardConfig
+
+_BUILT_IN: Mapping[str, Callable[..., Any]] = {
+    "math_dapo": math_answer.compute_score,
+    "gsm8k": gsm8k.compute_score,
+    "math_boxed": math_boxed.compute_score,
+}
+"""Functions of (response, answer) that cannot hang."""
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 _OF_TRLS_TRAINER = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
-def build_judge(function: str, adapter: str, strict_box: bool) -> Judge:
-    """Return the reward function of the configuration as a Judge.
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which reward function is called, and how. The fields are those of the section `reward`; processes get them as JSON."""
+
+    function: str = "math_dapo"
+    adapter: str = "verl"
+    strict_box: bool = False
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    by_source: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RewardConfig) -> Rule:
+        """Return the rule of a section."""
+        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+
+
+def build_judge(rule: Rule) -> Judge:
+    """Return the reward function as a Judge.
 
     Raise RewardError if it cannot be loaded, or does not take the arguments of its convention.
     """
-    if function == "math_dapo":
-        return lambda attempt: math_answer.compute_score(attempt.response, attempt.answer, strict_box)
-    if function == "math_verify":
+    if rule.function == "by_source":
+        return _by_source(rule)
+    if rule.function == "math_verify":
         return _math_verify()
-    loaded = load_function(function, "reward.function", "math_dapo, math_verify", RewardError)
+    if rule.function in _BUILT_IN:
+        score = _BUILT_IN[rule.function]
+        options = {"strict_box_verify": True} if rule.strict_box else {}
+        return lambda attempt: score(attempt.response, attempt.answer, **options)
+    words = ", ".join((*_BUILT_IN, "math_verify", "by_source"))
+    loaded = load_function(rule.function, "reward.function", words, RewardError)
     try:
-        return {"verl": as_verl, "trl": as_trl}[adapter](loaded)
+        return {"verl": as_verl, "trl": as_trl}[rule.adapter](loaded, rule.kwargs)
     except TypeError as error:
         raise RewardError(
-            f"reward.function {function!r} cannot be called as reward.adapter {adapter}: {error}"
+            f"reward.function {rule.function!r} cannot be called as reward.adapter {rule.adapter}: {error}"
         ) from error
+
+
+def _by_source(rule: Rule) -> Judge:
+    """Return a Judge that calls the rule of each attempt's source. All functions of both tables are loaded now."""
+    functions = {*rule.by_source.values(), *TABLE.values()}
+    judges = {name: build_judge(replace(rule, function=name)) for name in sorted(functions)}
+
+    def judge(attempt: Attempt) -> Any:
+        function = rule_for(attempt.source, rule.by_source)
+        if function is None:
+            raise ValueError(f"reward.by_source has no rule for the data source {attempt.source!r}")
+        return judges[function](attempt)
+
+    return judge
 
 
 def _math_verify() -> Judge:
@@ -47,8 +94,8 @@ def _math_verify() -> Judge:
     return lambda attempt: equivalence.compute_score(attempt.response, attempt.answer)
 
 
-def as_verl(function: Callable[..., Any]) -> Judge:
-    """Return a Judge that calls `compute_score(data_source, solution_str, ground_truth, extra_info)`, all by name.
+def as_verl(function: Callable[..., Any], kwargs: Mapping[str, Any] | None = None) -> Judge:
+    """Return a Judge that calls `compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)`, all by name.
 
     extra_info is the row's extra_info column if it has one, else all its columns but the prompt. As in verl it also has
     `num_turns`, which counts the prompt and what tools gave: 2 for one turn of the policy, 4 for two. A column of this name
@@ -56,8 +103,8 @@ def as_verl(function: Callable[..., Any]) -> Judge:
     Raise TypeError if the function does not take these arguments, or needs more.
     """
     more = {parameter.name for parameter in parameters_of(function)} & {"transcript"}
-    _check_call(function, (*_VERL, *more))
-    call = _to_its_end(function)
+    call = _to_its_end(_with_kwargs(function, kwargs or {}, (*_VERL, "transcript")))
+    _check_call(function, (*_VERL, *more, *(kwargs or {})))
 
     def judge(attempt: Attempt) -> Any:
         column = attempt.extra.get("extra_info")
@@ -74,8 +121,9 @@ def as_verl(function: Callable[..., Any]) -> Judge:
     return judge
 
 
-def as_trl(function: Callable[..., Any]) -> Judge:
-    """Return a Judge that calls `f(prompts, completions, completion_ids, **columns)` with lists of one sample.
+def as_trl(function: Callable[..., Any], kwargs: Mapping[str, Any] | None = None) -> Judge:
+    """Return a Judge that calls `f(prompts, completions, completion_ids, **columns)` with lists of one sample, and with `kwargs`
+    as they are, which take precedence over columns.
 
     The function returns a list with one number. None, with which TRL skips a sample, is a failure here.
     As in TRL's GRPOTrainer (0.2x to 1.16): if the row's prompt is a chat, `prompts` has its messages and `completions`
@@ -95,16 +143,26 @@ def as_trl(function: Callable[..., Any]) -> Judge:
         raise TypeError(
             f"it needs {', '.join(missing)}, which only TRL's trainer has; give a default, for instance None"
         )
-    call = _to_its_end(function)
+    kwargs = kwargs or {}
+    if unknown := [] if takes_all else [name for name in kwargs if name not in names]:
+        raise TypeError(f"reward.kwargs has {unknown[0]}, which it does not take")
+    call = _to_its_end(_with_kwargs(function, kwargs, ("prompts", "completions", "completion_ids", "transcript")))
 
     def judge(attempt: Attempt) -> Any:
-        columns = _trl_columns(attempt)
+        columns = {name: value for name, value in _trl_columns(attempt).items() if name not in kwargs}
         scores = call(**{name: [value] for name, value in columns.items() if takes_all or name in names})
         if len(scores) != 1:
             raise ValueError(f"the reward function gave {len(scores)} scores for 1 completion")
         return scores[0]
 
     return judge
+
+
+def _with_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any], ours: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the function with reward.kwargs. Raise TypeError for one that the run passes itself."""
+    if taken := [name for name in kwargs if name in ours]:
+        raise TypeError(f"reward.kwargs has {taken[0]}, which the run passes itself; give it another name")
+    return partial(function, **kwargs) if kwargs else function
 
 
 def _trl_columns(attempt: Attempt) -> dict[str, Any]:

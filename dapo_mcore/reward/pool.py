@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from dapo_mcore.errors import RewardError
 from dapo_mcore.process.plugin import plugin_environment
 from dapo_mcore.reward.attempt import Attempt, Outcome
+from dapo_mcore.reward.plugins import Rule
 from dapo_mcore.reward.worker import LATE_EXIT_CODE
 
 START_SECONDS = 180.0
@@ -36,14 +38,9 @@ class RewardPool:
     Raises RewardError also if the first HOPELESS attempts all hang or end their process.
     """
 
-    def __init__(self, num_workers: int, function: str, adapter: str, strict_box: bool, timeout_seconds: float):
+    def __init__(self, num_workers: int, rule: Rule, timeout_seconds: float):
         self._timeout_seconds = timeout_seconds
-        self._arguments = {
-            "function": function,
-            "adapter": adapter,
-            "strict_box": strict_box,
-            "timeout_seconds": timeout_seconds,
-        }
+        self._arguments = {"rule": asdict(rule), "timeout_seconds": timeout_seconds}
         self._workers: list[_Worker] = []
         self._num_lost, self._has_answered = 0, False
         try:
@@ -120,7 +117,7 @@ class RewardPool:
     def _fail(self, worker: _Worker, failure: str, outcomes: dict[int, Outcome]) -> None:
         if not worker.ready:
             raise RewardError(
-                f"a reward process for {self._arguments['function']!r} did not start: {failure} "
+                f"a reward process for {self._arguments['rule']['function']!r} did not start: {failure} "
                 f"(timeout {START_SECONDS:.0f} s); its output is above"
             )
         assert worker.index is not None
@@ -128,7 +125,7 @@ class RewardPool:
         self._num_lost += 1
         if self._num_lost >= HOPELESS and not self._has_answered:
             raise RewardError(
-                f"reward.function {self._arguments['function']!r} has answered none of its first {self._num_lost} samples "
+                f"reward.function {self._arguments['rule']['function']!r} has answered none of its first {self._num_lost} samples "
                 f"(the last: {failure}; reward.timeout_seconds is {self._timeout_seconds:g}); try it on one response with "
                 f"dapo-mcore reward-explain"
             )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dapo_mcore.errors import ConfigError, RewardError
 from dapo_mcore.process.ray_cluster import connect
 from dapo_mcore.reward.attempt import Attempt, Outcome
+from dapo_mcore.reward.plugins import Rule
 from dapo_mcore.reward.pool import START_SECONDS, RewardPool
 
 _LARGEST_CHUNK = 16
@@ -38,13 +39,11 @@ class RayRewardPool:
     def __init__(
         self,
         num_workers: int,
-        function: str,
-        adapter: str,
-        strict_box: bool,
+        rule: Rule,
         timeout_seconds: float,
         ray_address: str | None,
     ):
-        self._arguments = (function, adapter, strict_box, timeout_seconds)
+        self._arguments = (rule, timeout_seconds)
         self._timeout_seconds = timeout_seconds
         self._actors: list[Any] = []
         self._disconnect = connect(ray_address)

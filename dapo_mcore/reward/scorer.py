@@ -10,9 +10,10 @@ from dataclasses import asdict
 from threading import Lock
 
 from dapo_mcore.config.reward import RewardConfig
+from dapo_mcore.config.schema import Config
 from dapo_mcore.reward.attempt import Attempt, Outcome, joined, judged
 from dapo_mcore.reward.overlong import soft_overlong_penalty
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.plugins import Rule, build_judge
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.types import Prompt, Rollout, Score
@@ -26,13 +27,13 @@ class Scorer:
         self._max_length = config.overlong.max_length or max_response_tokens
         self._pool: RewardPool | RayRewardPool | None = None
         self._turn = Lock()  # an evaluation may begin while responses of the next step are scored
-        function = (config.function, config.adapter, config.strict_box)
+        rule = Rule.of(config)
         if config.placement == "ray":
-            self._pool = RayRewardPool(config.num_workers, *function, config.timeout_seconds, ray_address)
+            self._pool = RayRewardPool(config.num_workers, rule, config.timeout_seconds, ray_address)
         elif config.num_workers:
-            self._pool = RewardPool(config.num_workers, *function, config.timeout_seconds)
+            self._pool = RewardPool(config.num_workers, rule, config.timeout_seconds)
         else:
-            self._judge = build_judge(*function)
+            self._judge = build_judge(rule)
 
     def __call__(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], turns: Sequence[Sequence[str]]
@@ -96,3 +97,21 @@ def build_reward(config: RewardConfig, max_response_tokens: int, ray_address: st
     this machine, or with placement ray on the nodes of the cluster at ray_address (None: a cluster of this machine).
     """
     return Scorer(config, max_response_tokens, ray_address)
+
+
+def build_set_rewards(config: Config) -> dict[str, Scorer]:
+    """Return the reward functions of evaluation sets that have one of their own. Sets with the same function share it.
+
+    Raise RewardError as build_reward does; then none is left open.
+    """
+    scorers: dict[str, Scorer] = {}
+    try:
+        for function in config.set_functions.values():
+            if function not in scorers:
+                own = config.reward.for_function(function)
+                scorers[function] = build_reward(own, config.rollout.max_response_tokens, config.ray.address)
+    except BaseException:
+        for scorer in scorers.values():
+            scorer.close()
+        raise
+    return {name: scorers[function] for name, function in config.set_functions.items()}

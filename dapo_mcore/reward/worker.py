@@ -10,13 +10,14 @@ import faulthandler
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import judged
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.plugins import Rule, build_judge
 
 LATE_EXIT_CODE = 1
 """Exit code of a worker that ended itself after an attempt's deadline; set by faulthandler."""
@@ -24,12 +25,12 @@ LATE_EXIT_CODE = 1
 _GRACE_SECONDS = 5.0
 
 
-def serve(fd: int, function: str, adapter: str, strict_box: bool, timeout_seconds: float) -> None:
+def serve(fd: int, rule: Mapping[str, Any], timeout_seconds: float) -> None:
     """Send `ready` or an error, then one outcome per attempt, until the controller closes the pipe."""
     os.set_inheritable(fd, False)  # a child of the reward function must not keep this pipe open
     connection = Connection(fd)
     try:
-        judge = build_judge(function, adapter, strict_box)
+        judge = build_judge(Rule(**rule))
     except RewardError as error:
         _send(connection, {"error": str(error)})
         return

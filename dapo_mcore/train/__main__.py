@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dapo_mcore.train", description="Train a policy with DAPO.")
     parser.add_argument("config", help="YAML file, see examples/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        from dapo_mcore.config.foreign_names import unknown_arguments
+
+        parser.error(unknown_arguments(rest))
     return exit_status(lambda: _train(options.config, options.overrides))
 
 

@@ -34,7 +34,7 @@ def test_tools_with_their_defaults_and_other_settings_are_accepted():
         ({"tools": [TOOL, OTHER], "agent": {"call_format": "code_block"}}, r"there are 2 \(python, sum\); leave one"),
         (
             {"tools": [TOOL], "eval": {"sets": {"held": {"files": ["f"], "chat_template": True}}}},
-            "eval.sets.held.chat_template True differs from data.chat_template False",
+            "eval.sets.held.chat_template True differs from data.chat_template None",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from dapo_mcore.config.keys import keys_of, kind_of, options
         ("seed", "a whole number that is at least 0 and below 9223372036854775808"),
         ("checkpoint.keep_rollouts", "true or false"),
         ("algo.kl.estimator", "k1, k2 or k3"),
-        ("data.chat_template", "true or false, or text"),
+        ("data.chat_template", "true or false, or text, or null"),
         ("data.files", "a list whose length is at least 1, each item text"),
         ("data.files.0", "text"),
         ("observe.wandb_project", "text whose length is at least 1 and at most 128, or null"),

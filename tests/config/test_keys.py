@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dapo_mcore.config.data import DataConfig, WarmStartConfig
+from dapo_mcore.config.data import DataConfig, EvalSetConfig, WarmStartConfig
 from dapo_mcore.config.file import load_config
 from dapo_mcore.config.keys import (
     OLD_KEYS,
@@ -28,7 +28,7 @@ from dapo_mcore.errors import ConfigError
 
 def test_a_key_leads_to_the_type_of_its_value() -> None:
     assert type_below(Config, "seed") == kind_of(["seed"])
-    assert kind_of(["eval", "sets", "any_name"]) is DataConfig
+    assert kind_of(["eval", "sets", "any_name"]) is EvalSetConfig
     assert type_below(WarmStartConfig | None, "choose") == DataConfig | None
     assert type_below(dict[str, int], "any_name") is int
     assert type_below(list[int], "0") is int and type_below(list[int], "first") is None
@@ -76,8 +76,12 @@ def test_a_name_that_means_something_else_in_every_section_is_not_guessed() -> N
         ("algo.kl_coef=0.1", "unknown key 'algo.kl_coef'; did you mean 'algo.kl.coef'?"),
         ("temperature=1", "unknown key 'temperature'; did you mean 'rollout.temperature' or 'eval.temperature'?"),
         ("checkpoint.save_every=1", "unknown key 'checkpoint.save_every'; did you mean 'checkpoint.every'?"),
-        ("trainer.save_freq=1", "unknown key 'trainer.save_freq'; did you mean 'checkpoint.every'?"),
-        ("data.train_files=a", "unknown key 'data.train_files'; did you mean 'data.files'?"),
+        (
+            "trainer.save_freq=1",
+            "unknown key 'trainer.save_freq': this is verl's name for checkpoint.every (rollout steps; -1: null)",
+        ),
+        ("data.train_files=a", "unknown key 'data.train_files': this is verl's name for data.files (a list of files)"),
+        ("sampling.ppo_mini_batch_size=1", "did you mean 'batch.mini_batch_prompts'?"),
         ("max_response_length=1", "unknown key 'max_response_length'; did you mean 'rollout.max_response_tokens'?"),
         (
             "tensor_parallel_size=2",
@@ -109,8 +113,8 @@ def test_each_key_of_an_unknown_section_is_named(file: Path) -> None:
             file, ["actor_rollout_ref={rollout: {n: 8, top_k: 3}, actor: {optim: {clip_grad: 1}}}", "sampler={}"]
         )
     assert str(error.value).splitlines() == [
-        "unknown key 'actor_rollout_ref.rollout.n'; did you mean 'rollout.group_size'?",
-        "unknown key 'actor_rollout_ref.rollout.top_k'; did you mean 'rollout.top_k'?",
-        "unknown key 'actor_rollout_ref.actor.optim.clip_grad'; did you mean 'optimizer.clip_grad'?",
+        "unknown key 'actor_rollout_ref.rollout.n': this is verl's name for rollout.group_size (responses per prompt)",
+        "unknown key 'actor_rollout_ref.rollout.top_k': this is verl's name for rollout.top_k (-1: all tokens)",
+        "unknown key 'actor_rollout_ref.actor.optim.clip_grad': this is verl's name for optimizer.clip_grad",
         "unknown key 'sampler'; did you mean 'sampling'?",
     ]

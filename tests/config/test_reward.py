@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 from pydantic import ValidationError
 
@@ -25,3 +27,30 @@ def test_math_verify_never_runs_without_a_deadline():
 def test_a_cluster_of_reward_workers_needs_workers():
     with pytest.raises(ValidationError, match="placement ray needs workers of at least 1"):
         RewardConfig(placement="ray")
+
+
+def test_rules_of_sources_that_cannot_hang_need_no_worker() -> None:
+    assert RewardConfig(function="by_source").num_workers == 0
+    assert RewardConfig(function="by_source", by_source={"mine": "gsm8k"}).num_workers == 0
+    assert RewardConfig(function="by_source", by_source={"mine": "math_verify"}).num_workers == 1
+    assert RewardConfig(function="by_source", by_source={"mine": "my.module:f"}).num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"function": "by_source", "by_source": {"a": "by_source"}}, "names itself as the rule of a source"),
+        ({"function": "by_source", "by_source": {"a": "math_verify"}, "workers": 0}, "needs workers of at least 1"),
+        ({"kwargs": {"weight": 1}}, "kwargs are for imported functions, and math_dapo calls none; leave out weight"),
+        ({"function": "a:f", "kwargs": {"day": date(2026, 1, 1)}}, "kwargs go to other processes as JSON"),
+    ],
+)
+def test_tables_and_arguments_that_cannot_work_are_refused(settings, message) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RewardConfig(**settings)
+
+
+def test_another_function_leaves_out_what_belongs_to_the_first_one() -> None:
+    config = RewardConfig(strict_box=True, timeout_seconds=5)
+    assert config.for_function("math_dapo") is config
+    assert config.for_function("gsm8k") == RewardConfig(function="gsm8k", timeout_seconds=5)

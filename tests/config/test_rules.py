@@ -30,6 +30,14 @@ CLUSTER = [*SERVERS, "rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"
 
 RULES: list[tuple[list[str], str]] = [
     (
+        ["reward.by_source={mine: gsm8k}"],
+        "reward.by_source has rules of data sources, but reward.function is math_dapo; set reward.function by_source",
+    ),
+    (
+        ["reward.workers=0", "eval.sets={a: {files: f, reward_function: math_verify}}"],
+        "eval.sets.a.reward_function math_verify: function math_verify needs workers of at least 1",
+    ),
+    (
         ["model.recompute=full", "model.offload_activations=true", "megatron.distribute_saved_activations=true"],
         "megatron.distribute_saved_activations would keep them elsewhere or in part; use one of the two",
     ),
@@ -95,7 +103,6 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (["algo.policy_loss=gspo"], "set algo.loss_mode seq-mean-token-mean (now token-mean)"),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
-    (["model.overrides={num_hidden_layers: 2}"], "set model.init random"),
     (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
     (
         ["sampling.style=resample", "sampling.max_samples_per_prompt=8"],

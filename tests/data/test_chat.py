@@ -54,6 +54,21 @@ def test_a_chat_keeps_its_own_system_message(tokenizer, jinja):
     assert text == "[system]own[user]hi[bot]"
 
 
+def test_a_template_gets_the_sections_variables(tokenizer, write_template):
+    source = (
+        "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    settings = {"chat_template": write_template(source)}
+    assert render(tokenizer, "hi", **settings)[0] == "hi"
+    assert (
+        render(tokenizer, "hi", chat_template_kwargs={"enable_thinking": False}, **settings)[0] == "hi<think></think>"
+    )
+    with pytest.raises(
+        ConfigError, match=r"data.chat_template_kwargs has thinking, which the chat template does not read"
+    ):
+        render(tokenizer, "hi", chat_template_kwargs={"thinking": False}, **settings)
+
+
 def test_the_tokenizers_own_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     assert render(tokenizer, "hi", chat_template=True)[0] == "[user]hi[bot]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -148,7 +149,9 @@ def test_duplicates_are_equal_prompt_and_answer(load):
     rows = [{"q": "x", "a": "1", "id": 1}, {"q": "x", "a": "1", "id": 2}, {"q": "x", "a": "2"}]
     assert fates(load(*rows)) == {"rows": 3, "duplicates": 1, "conflicts": 1}
     assert [prompt.answer for prompt in load(*rows).prompts] == ["1", "2"]
-    assert len(load(*rows, deduplicate=False).prompts) == 3
+    kept = load(*rows, deduplicate=False)
+    assert (len(kept.prompts), kept.num_repeats, kept.num_duplicates) == (3, 1, 0)
+    assert kept.describe() == "data: 3 rows gave 3 prompts (1 repeats of an earlier row, which stay)"
 
 
 def test_one_prompt_with_two_answers_gives_a_warning_with_both_rows(load):
@@ -169,6 +172,51 @@ def test_long_prompts_are_cut_dropped_or_refused(load):
     assert fates(dropped) == {"rows": 2, "dropped": 1}
     with pytest.raises(DataError, match=r"row 1: the prompt has 6 tokens, but data.max_prompt_tokens is 3"):
         load(*rows, max_prompt_tokens=3, on_long_prompt="error", on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("how", "kept", "told"),
+    [
+        ("truncate_left", "cdefg", "cut on the left"),
+        ("truncate_right", "abcde", "cut on the right"),
+        ("truncate_middle", "abefg", "cut in the middle"),
+    ],
+)
+def test_a_long_prompt_loses_its_beginning_its_end_or_its_middle(load, how, kept, told):
+    """Of 5 tokens the middle form keeps 5 // 2 = 2 first ones and 3 last ones."""
+    found = load({"q": "abcdefg", "a": "1"}, {"q": "ab", "a": "1"}, max_prompt_tokens=5, on_long_prompt=how)
+    assert [prompt.text for prompt in found.prompts] == [kept, "ab"]
+    assert found.prompts[0].token_ids.base is None and found.prompts[0].token_ids.dtype == np.int32
+    assert told in found.describe()
+    assert f"lose their {how.removeprefix('truncate_').replace('left', 'beginning').replace('right', 'end')}" in str(
+        found.warnings()
+    )
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def test_a_chat_in_the_first_row_turns_the_template_on(load, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}|")
+    on = load("{broken", {"a": 1}, {"q": CHAT, "a": 1}, {"q": "text", "a": 1}, on_bad_row="skip")
+    assert [prompt.text for prompt in on.prompts] == ["hi|", "text|"]
+    assert on.config.chat_template is True
+    off = load({"q": "text", "a": 1}, {"q": CHAT, "a": 1}, on_bad_row="skip")
+    assert [prompt.text for prompt in off.prompts] == ["text"] and "set data.chat_template true" in off.first_bad_row
+    with pytest.raises(DataError, match="the prompt is a list"):
+        load({"q": CHAT, "a": 1}, chat_template=False)
+
+
+def test_settings_of_the_other_kind_of_prompt_are_refused_once_the_rows_are_known(load, tokenizer, monkeypatch):
+    with pytest.raises(ConfigError, match=r"data.system_prompt is for chats, but the prompts of data are plain text"):
+        load({"q": "text", "a": 1}, system_prompt="S")
+    with pytest.raises(ConfigError, match=r"data.chat_template_kwargs is for chats"):
+        load({"q": "text", "a": 1}, chat_template_kwargs={"x": 1})
+    with pytest.raises(ConfigError, match=r"the first row has a chat\), but the tokenizer has none"):
+        load({"q": CHAT, "a": 1})
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}|")
+    with pytest.raises(ConfigError, match=r"data.add_bos is for plain text, but the prompts of data are chats"):
+        load({"q": CHAT, "a": 1}, add_bos=True)
 
 
 def test_limit_stops_reading(load):

@@ -54,6 +54,31 @@ def test_data_that_just_fits_is_loaded(load):
     assert data.lines() == [f"{found.section}: 5 rows gave 5 prompts" for found in data.prompt_sets]
 
 
+def test_demonstrations_are_rendered_as_chats_where_the_training_prompts_are(
+    load, tokenizer, tmp_path: Path, monkeypatch
+):
+    """`a` is token 70 and `-` 18; the response is of the policy alone."""
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ mark }}{{ messages[0].content }}")
+    chat = {"prompt": [{"role": "user", "content": "abc"}], "answer": 1}
+    (tmp_path / "train.jsonl").write_text(json.dumps(chat) + "\n")
+    data = load(data={"chat_template_kwargs": {"mark": "-"}})
+    assert data.train.prompts[0].text == "-abc"
+    mark = tokenizer.encode("-", add_special_tokens=False)
+    assert data.demonstrations[0].prompt.tolist() == [*mark, 70]
+    assert data.evaluation["held.out"].prompts[0].text == "a"
+
+
+def test_other_variables_of_a_template_than_in_training_are_told(load, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ mark }}{{ messages[0].content }}")
+    chats = {"chat_template": True, "chat_template_kwargs": {"mark": "-"}}
+    told = [line for line in load(data=chats, test={"chat_template": True}).lines() if "in two ways" in line]
+    assert told == [
+        "warning: eval.sets.held.out.chat_template_kwargs is {}, but data.chat_template_kwargs is {'mark': '-'}; the same question is "
+        "asked in two ways"
+    ]
+    assert not [line for line in load(data=chats, test=chats, choose=chats).lines() if "in two ways" in line]
+
+
 def test_a_resumed_run_does_not_need_its_demonstrations(load, tmp_path: Path):
     (tmp_path / "demos.jsonl").unlink()
     (tmp_path / "choose.jsonl").unlink()
@@ -76,6 +101,14 @@ def test_a_prompt_without_room_for_a_response_is_named_with_the_key_of_its_set(l
         f"rollout.max_response_tokens to 6, or set {section}.max_prompt_tokens 3 with {section}.on_long_prompt drop, "
         "or use a model with more positions"
     )
+
+
+def test_an_evaluation_set_may_have_longer_responses_than_training(load):
+    with pytest.raises(
+        DataError, match=r"with eval.sets.held.out.max_response_tokens 11 that is 14.* to 8, or set eval"
+    ):
+        load(test={"max_response_tokens": 11})
+    assert len(load(test={"max_response_tokens": 8}).evaluation["held.out"].prompts) == 5
 
 
 def test_responses_that_leave_no_room_for_any_prompt_are_refused(load):

@@ -20,6 +20,7 @@ import pytest
 from dapo_mcore import cli
 from dapo_mcore.config.file import load_config
 from dapo_mcore.doctor import command as doctor
+from dapo_mcore.foreign.commands import import_run
 from dapo_mcore.observe import bench_plots, plots
 from dapo_mcore.replay import command as replay
 from dapo_mcore.replay import report
@@ -28,7 +29,7 @@ from tools.soak import __main__ as soak
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
-PAGES.append(ROOT / "examples/reliability.md")
+PAGES += [ROOT / "examples/reliability.md", ROOT / "examples/from_verl.md"]
 WORDS = (
     "torchrun",
     "python",
@@ -82,7 +83,7 @@ def check_tool(
         arguments.append(f"model.path={tmp_path}")
     for module, name in ((plots, "plot_run"), (plots, "plot_runs"), (bench_plots, "plot_benches")):
         monkeypatch.setattr(module, name, lambda *given, **more: [ROOT])
-    for module in (doctor, replay, report):
+    for module in (doctor, replay, report, import_run):
         monkeypatch.setattr(module, "run", lambda *given: 0)
     assert cli.main([command, *arguments]) == 0, capsys.readouterr().err
 

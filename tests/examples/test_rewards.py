@@ -9,7 +9,7 @@ import pytest
 
 from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.reward.attempt import Attempt, Outcome, joined, judged
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.plugins import Rule, build_judge
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
@@ -18,7 +18,7 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 @pytest.fixture(scope="module")
 def judge():
     config = RewardConfig(function=f"{EXAMPLES / 'rewards' / 'gsm8k_a.py'}:compute_score")
-    return build_judge(config.function, config.adapter, config.strict_box)
+    return build_judge(Rule.of(config))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_it_agrees_with_every_published_verdict(judge, real_data):
     ],
 )
 def test_retool_pays_for_calls_in_wrong_responses_only(num_calls: int, wrong: float):
-    judge = build_judge(f"{EXAMPLES / 'rewards' / 'retool.py'}:compute_score", "verl", strict_box=False)
+    judge = build_judge(Rule(f"{EXAMPLES / 'rewards' / 'retool.py'}:compute_score", "verl"))
     calls = [{"name": "python", "arguments": "1", "kind": "error", "output": "\\boxed{7}", "seconds": 0.1}] * num_calls
     for text, score in (("so \\boxed{8}", wrong), ("so \\boxed{7}", 1.0), ("so 7", wrong)):
         turns = ["Let me see."] * num_calls + [text]

@@ -45,7 +45,37 @@ def test_overrides_apply_before_derived_fields(copy: Path):
 
 
 def test_an_override_may_set_a_key_that_only_the_config_class_has(model_folder: Path):
-    assert load_hf_config(model(model_folder, overrides={"tie_word_embeddings": True})).tie_word_embeddings is True
+    assert load_hf_config(model(model_folder, overrides={"attention_dropout": 0.5})).attention_dropout == 0.5
+
+
+def test_positions_and_rope_of_stored_weights_may_change(copy: Path):
+    """Each spelling of the rotary embedding counts, whichever the file has."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    stored = json.loads((copy / "config.json").read_text())
+    old = {key: value for key, value in stored.items() if key != "rope_parameters"} | {"rope_theta": 7.0}
+    new = {key: value for key, value in stored.items() if key not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+    for tree in (old, new):
+        (copy / "config.json").write_text(json.dumps(tree))
+        config = load_hf_config(model(copy, overrides={"max_position_embeddings": 131072, "rope_scaling": yarn}))
+        assert config.max_position_embeddings == 131072
+        assert {**config.rope_parameters, "type": None} == {**yarn, "rope_theta": 7.0, "type": None}
+        theta = load_hf_config(model(copy, overrides={"rope_theta": 9.0})).rope_parameters
+        assert theta == {**load_hf_config(model(copy)).rope_parameters, "rope_theta": 9.0}
+        none = load_hf_config(model(copy, overrides={"rope_scaling": None})).rope_parameters
+        assert none == {"rope_type": "default", "rope_theta": 7.0}
+        whole = load_hf_config(model(copy, overrides={"rope_parameters": {**yarn, "rope_theta": 8.0}})).rope_parameters
+        assert (whole["rope_theta"], whole["rope_type"]) == (8.0, "yarn")
+
+
+def test_overrides_that_change_stored_weights_are_refused_with_the_numbers(model_folder: Path):
+    overrides = {"num_hidden_layers": 2, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    with pytest.raises(ConfigError) as error:
+        load_hf_config(model(model_folder, overrides=overrides))
+    told = str(error.value)
+    assert "num_layers from 4 to 2, tied from False to True, moe_layers" in told
+    assert told.endswith("leave these keys out, or set model.init random") and "64" not in told
+    assert load_hf_config(model(model_folder, init="random", overrides=overrides)).num_hidden_layers == 2
 
 
 def test_an_unknown_override_names_the_nearest_key(model_folder: Path):
@@ -114,9 +144,11 @@ def test_no_eos_token_is_refused(copy: Path):
 
 def test_the_vocabulary_must_hold_every_token(model_folder: Path):
     tokenizer = load_tokenizer(model(model_folder))
-    check_tokenizer_fits(tokenizer, load_hf_config(model(model_folder, overrides={"vocab_size": 100})))
+    check_tokenizer_fits(tokenizer, load_hf_config(model(model_folder, init="random", overrides={"vocab_size": 100})))
     with pytest.raises(ConfigError, match=r"'~' has id 99.*vocab_size 99.*at least 100"):
-        check_tokenizer_fits(tokenizer, load_hf_config(model(model_folder, overrides={"vocab_size": 99})))
+        check_tokenizer_fits(
+            tokenizer, load_hf_config(model(model_folder, init="random", overrides={"vocab_size": 99}))
+        )
 
 
 @pytest.mark.parametrize(

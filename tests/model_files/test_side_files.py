@@ -118,6 +118,15 @@ def test_a_written_config_reads_back_to_the_same_settings(name: str, tmp_path: P
     assert {key: ours[key] for key in theirs} == theirs
 
 
+def test_an_export_has_the_overrides_of_its_run(model_folder: Path, tmp_path: Path) -> None:
+    overrides = {"max_position_embeddings": 64, "rope_scaling": YARN}
+    config = load_hf_config(ModelConfig(path=str(model_folder), overrides=overrides))
+    write_model_files(tmp_path, config, torch.float32, model_folder)
+    again = load_hf_config(ModelConfig(path=str(tmp_path)))
+    assert again.max_position_embeddings == 64
+    assert {key: again.rope_parameters[key] for key in YARN} == YARN
+
+
 def test_old_keys_are_written_under_their_new_names_as_well() -> None:
     scaling = {"type": "yarn", "factor": 4.0}
     old = {"rope_theta": 1e6, "rope_scaling": scaling, "torch_dtype": "bfloat16", "num_experts": 4}

@@ -179,6 +179,6 @@ def test_names_with_placeholders_find_their_entry(name: str, entry: str) -> None
     assert describe(name) is METRICS[entry]
 
 
-@pytest.mark.parametrize("name", ["val/mean@3", "val/a/b/mean@3", "val/a/median@3", "actor/entropyy", "step"])
+@pytest.mark.parametrize("name", ["val/mean@3", "val/a/b/c/mean@3", "val/a/median@3", "actor/entropyy", "step"])
 def test_an_unlisted_name_has_no_entry(name: str) -> None:
     assert describe(name) is None

@@ -54,6 +54,7 @@ def test_the_record_of_a_sample(tmp_path: Path) -> None:
             "response": "a0",
             "pred": "42",
             "answer": "42",
+            "source": "",
             "acc": True,
             "score": 1.0,
             "penalty": 0.0,

@@ -113,7 +113,7 @@ def without_extra(data_source, solution_str, ground_truth):
 
 
 def with_more(data_source, solution_str, ground_truth, extra_info, temperature):
-    return 1.0
+    return temperature
 
 
 def anything(**kwargs):

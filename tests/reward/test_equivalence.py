@@ -10,7 +10,7 @@ import pytest
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt
 from dapo_mcore.reward.explain import explain, explain_other
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.plugins import Rule, build_judge
 from dapo_mcore.reward.pool import RewardPool
 
 BY_VALUE = [  # response, truth, right
@@ -31,7 +31,7 @@ BY_VALUE = [  # response, truth, right
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
     pytest.importorskip("math_verify", reason="needs math-verify: pip install 'dapo_mcore[math]'")
-    workers = RewardPool(1, "math_verify", "verl", False, timeout_seconds=3.0)
+    workers = RewardPool(1, Rule("math_verify"), timeout_seconds=3.0)
     yield workers
     workers.close()
 
@@ -53,7 +53,7 @@ def test_a_computation_without_end_is_killed_at_the_deadline(pool: RewardPool):
 def test_the_explanation_shows_both_graders():
     pytest.importorskip("math_verify", reason="needs math-verify: pip install 'dapo_mcore[math]'")
     attempt = Attempt("", "Answer: 18.0", "18")
-    by_text, by_value = explain(attempt), explain(attempt, "math_verify")
+    by_text, by_value = explain(attempt), explain(attempt, Rule("math_verify"))
     assert (by_text[-1], by_value[-1]) == ("  score       -1 (wrong)", "  score       +1 (right)")
     assert by_value[3] == "  prediction  '18.0' (compared by value)"
     assert explain_other(attempt, "math_dapo") == ["math_verify, for comparison", *by_value[1:]]
@@ -65,4 +65,4 @@ def test_without_the_package_it_is_refused_at_the_start(monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "dapo_mcore.reward.equivalence", raising=False)
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(RewardError, match=r"needs the package math-verify .*pip install math-verify\[antlr4_13_2\]"):
-        build_judge("math_verify", "verl", strict_box=False)
+        build_judge(Rule("math_verify", "verl"))

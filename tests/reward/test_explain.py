@@ -10,6 +10,7 @@ from dapo_mcore.errors import DataError, RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome, joined
 from dapo_mcore.reward.explain import explain, explain_other, read_transcript
 from dapo_mcore.reward.math_answer import INVALID, compute_score
+from dapo_mcore.reward.plugins import Rule
 
 
 class FakePool:
@@ -56,7 +57,7 @@ def test_an_answer_before_the_window_is_pointed_out() -> None:
     ],
 )
 def test_the_strict_box_says_which_box_counts(response: str, matched: str) -> None:
-    lines = explain(attempt(response, "3"), strict_box=True)
+    lines = explain(attempt(response, "3"), Rule(strict_box=True))
     assert lines[0] == "math_dapo with strict_box" and f"  matched     {matched}" in lines
 
 
@@ -64,7 +65,7 @@ def test_the_strict_box_says_which_box_counts(response: str, matched: str) -> No
 @pytest.mark.parametrize("strict_box", [False, True])
 def test_the_verdict_is_the_reward_functions(response: str, strict_box: bool) -> None:
     expected = compute_score(response, "3", strict_box)
-    assert explain(attempt(response, "3"), strict_box=strict_box)[-1].startswith(
+    assert explain(attempt(response, "3"), Rule(strict_box=strict_box))[-1].startswith(
         f"  score       {expected['score']:+g} ("
     )
 
@@ -74,8 +75,8 @@ def test_a_users_function_shows_its_outcome_or_its_failure(tmp_path: Path) -> No
         "def length(data_source, solution_str, ground_truth, extra_info):\n    return 10 / len(solution_str)\n"
     )
     spec = f"{tmp_path / 'mine.py'}:length"
-    assert explain(attempt("12345", "3"), spec)[-1] == "  score       +2 (right)"
-    assert "none: exception: ZeroDivisionError" in explain(attempt("", "3"), spec)[-1]
+    assert explain(attempt("12345", "3"), Rule(spec))[-1] == "  score       +2 (right)"
+    assert "none: exception: ZeroDivisionError" in explain(attempt("", "3"), Rule(spec))[-1]
 
 
 def test_a_grader_that_is_not_installed_gives_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_a_grader_that_is_not_installed_gives_one_line_that_says_so(monkeypatch:
 @pytest.mark.parametrize("response", ["Answer: 3", "3", "", "\\boxed{3}"])
 def test_every_block_has_the_same_layout(response: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = attempt(response, "3")
-    blocks = [explain(asked), explain(asked, strict_box=True)]
+    blocks = [explain(asked), explain(asked, Rule(strict_box=True))]
     for outcome in (Outcome(1.0, True, "3"), Outcome(-1.0, False, INVALID), Outcome(failure="timeout")):
         monkeypatch.setattr("dapo_mcore.reward.explain.RewardPool", lambda *_, result=outcome, **__: FakePool(result))
         blocks.append(explain_other(asked, "math_dapo"))
@@ -141,3 +142,18 @@ def test_something_else_than_a_transcript_is_refused(text: str) -> None:
 def test_a_transcript_that_no_run_gives_is_refused(more: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read_transcript(f'{{"turns": ["x"], {more}}}')
+
+
+def test_a_source_leads_to_its_rule() -> None:
+    lines = explain(Attempt("q", "so it is\n#### 7", "7", "openai/gsm8k"), Rule("by_source"))
+    assert lines == [
+        "by_source takes for 'openai/gsm8k' gsm8k",
+        "  looked at   the number after the last `#### ` of the last 300 characters",
+        "  prediction  '7'",
+        "  truth       '7'",
+        "  score       +1 (right)",
+    ]
+    lines = explain(Attempt("q", "7", "7", "lighteval/MATH"), Rule("by_source"))
+    assert lines[2:] == ["  prediction  none", "  truth       '7'", "  score       +0 (wrong)"]
+    with pytest.raises(RewardError, match="no rule for the data source 'mine'; name one with --source"):
+        explain(Attempt("q", "7", "7", "mine"), Rule("by_source"))

@@ -10,21 +10,21 @@ import pytest
 
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
-from dapo_mcore.reward.plugins import build_judge
+from dapo_mcore.reward.plugins import Rule, build_judge
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
 
 
 def outcome(name: str, adapter: str = "verl", **attempt) -> Outcome:
     settings = {"prompt": "q", "response": "7", "answer": "7", **attempt}
-    return judged(build_judge(f"{ZOO}:{name}", adapter, strict_box=False), Attempt(**settings))
+    return judged(build_judge(Rule(f"{ZOO}:{name}", adapter)), Attempt(**settings))
 
 
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("math_verify_typo", "neither math_dapo, math_verify nor an import path"),
-        (":f", "neither math_dapo, math_verify nor an import path"),
+        ("math_verify_typo", "neither math_dapo, gsm8k, math_boxed, math_verify, by_source nor an import path"),
+        (":f", "neither math_dapo, gsm8k, math_boxed, math_verify, by_source nor an import path"),
         ("no.such.module:f", "no.such.module cannot be imported: ModuleNotFoundError"),
         ("absent.py:f", "absent.py cannot be imported: FileNotFoundError"),
         (f"{ZOO}:no_such", "has no function 'no_such'; its functions are: anything, awaited, by_text, cancelled"),
@@ -33,14 +33,64 @@ def outcome(name: str, adapter: str = "verl", **attempt) -> Outcome:
 )
 def test_a_function_that_cannot_be_loaded_is_refused_with_the_reason(spec: str, reason: str):
     with pytest.raises(RewardError) as error:
-        build_judge(spec, "verl", strict_box=False)
+        build_judge(Rule(spec, "verl"))
     assert reason in str(error.value)
 
 
 def test_the_built_in_rule_and_its_strict_box():
     attempt = Attempt("q", "Answer: 7", "7")
-    assert judged(build_judge("math_dapo", "verl", strict_box=False), attempt) == Outcome(1.0, True, "7")
-    assert judged(build_judge("math_dapo", "verl", strict_box=True), attempt) == Outcome(-1.0, False, "[INVALID]")
+    assert judged(build_judge(Rule("math_dapo", "verl")), attempt) == Outcome(1.0, True, "7")
+    assert judged(build_judge(Rule("math_dapo", "verl", strict_box=True)), attempt) == Outcome(-1.0, False, "[INVALID]")
+
+
+@pytest.mark.parametrize(
+    ("source", "response", "expected"),
+    [
+        ("openai/gsm8k", "#### 7", Outcome(1.0, True, "7")),
+        ("math_dapo", "#### 7", Outcome(-1.0, False, "[INVALID]")),
+        ("lighteval/MATH", r"\boxed{8}", Outcome(0.0, False, "8")),
+        ("mine", "7", Outcome(0.5, True)),
+    ],
+)
+def test_each_source_has_its_rule(source: str, response: str, expected: Outcome):
+    judge = build_judge(Rule("by_source", by_source={"mine": f"{ZOO}:half"}))
+    assert judged(judge, Attempt("q", response, "7", source)) == expected
+
+
+def test_a_source_without_a_rule_has_no_score_and_a_bad_rule_is_found_at_once():
+    judge = build_judge(Rule("by_source"))
+    assert "no rule for the data source 'other'" in str(judged(judge, Attempt("q", "7", "7", "other")).failure)
+    with pytest.raises(RewardError, match="has no function 'absent'"):
+        build_judge(Rule("by_source", by_source={"mine": f"{ZOO}:absent"}))
+
+
+def test_a_function_gets_its_own_arguments_too():
+    def call(rule: Rule) -> Outcome:
+        return judged(build_judge(rule), Attempt("q", "7", "7", "mine", {"level": 3}))
+
+    of_verl, of_trl = f"{ZOO}:with_more", f"{ZOO}:trl_named"
+    assert call(Rule(of_verl, kwargs={"temperature": 2.5})) == Outcome(2.5, True)
+    assert call(Rule("by_source", kwargs={"temperature": 2.5}, by_source={"mine": of_verl})) == Outcome(2.5, True)
+    assert call(Rule(of_trl, "trl", kwargs={"level": [3]})) == Outcome(1.0, True)
+    assert call(Rule(of_trl, "trl", kwargs={"level": [4]})) == Outcome(0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (Rule(f"{ZOO}:half", kwargs={"weight": 1}), "got an unexpected keyword argument 'weight'"),
+        (
+            Rule(f"{ZOO}:half", kwargs={"data_source": "x"}),
+            "reward.kwargs has data_source, which the run passes itself",
+        ),
+        (Rule(f"{ZOO}:trl_named", "trl", kwargs={"weight": 1}), "reward.kwargs has weight, which it does not take"),
+        (Rule(f"{ZOO}:trl_length", "trl", kwargs={"prompts": 1}), "reward.kwargs has prompts, which the run passes"),
+    ],
+)
+def test_arguments_that_a_function_cannot_take_are_refused_at_the_start(rule: Rule, reason: str):
+    with pytest.raises(RewardError) as error:
+        build_judge(rule)
+    assert reason in str(error.value)
 
 
 def test_verl_numbers_and_dicts():
@@ -75,7 +125,7 @@ def test_trl_arguments_and_numbers():
 
 def seen_by_trl(**attempt) -> tuple:
     """Return the arguments that a function of TRL's convention was called with."""
-    judge = build_judge(f"{ZOO}:trl_repr", "trl", strict_box=False)
+    judge = build_judge(Rule(f"{ZOO}:trl_repr", "trl"))
     assert judged(judge, Attempt("<user>q", "7", "8", **attempt)) == Outcome(1.0, True)
     return sys.modules["plugin_plugin_zoo"].TRL_SEEN[-1]
 
@@ -111,7 +161,7 @@ def test_trls_own_rewards():
     pytest.importorskip("trl.rewards", reason="needs TRL: pip install trl math-verify[antlr4_13_2]")
 
     def score(name: str, response: str) -> float | str:
-        judge = build_judge(f"trl.rewards:{name}", "trl", strict_box=False)
+        judge = build_judge(Rule(f"trl.rewards:{name}", "trl"))
         found = judged(judge, Attempt("", response, "18", extra={"solution": "$18$"}, messages=CHAT))
         return found.failure or found.score
 
@@ -149,7 +199,7 @@ def test_a_failure_is_one_line_of_bounded_length():
 
 
 def test_an_async_function_is_awaited_in_one_event_loop():
-    judge = build_judge(f"{ZOO}:awaited", "verl", strict_box=False)
+    judge = build_judge(Rule(f"{ZOO}:awaited", "verl"))
     assert [judged(judge, Attempt("q", "7", "7")) for _ in range(2)] == [Outcome(1.0, True)] * 2
 
 
@@ -169,11 +219,11 @@ def test_an_async_function_is_awaited_in_one_event_loop():
 )
 def test_a_signature_that_does_not_fit_is_refused_at_the_start(name: str, adapter: str, reason: str):
     with pytest.raises(RewardError) as error:
-        build_judge(f"{ZOO}:{name}", adapter, strict_box=False)
+        build_judge(Rule(f"{ZOO}:{name}", adapter))
     assert f"plugin_zoo.py:{name}' cannot be called as reward.adapter {adapter}: " in str(error.value)
     assert reason in str(error.value)
 
 
 def test_signatures_that_fit_in_another_way():
     assert outcome("anything").score == 4
-    assert judged(build_judge("builtins:max", "trl", strict_box=False), Attempt("q", "7", "7")).failure
+    assert judged(build_judge(Rule("builtins:max", "trl")), Attempt("q", "7", "7")).failure

@@ -18,6 +18,7 @@ import pytest
 
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome
+from dapo_mcore.reward.plugins import Rule
 from dapo_mcore.reward.pool import RewardPool
 from tests.reward.waiting import wait_for
 
@@ -26,7 +27,7 @@ ZOO = Path(__file__).with_name("plugin_zoo.py")
 
 @contextmanager
 def pool(num_workers: int = 2, timeout_seconds: float = 30.0, function: str = f"{ZOO}:by_text") -> Iterator[RewardPool]:
-    workers = RewardPool(num_workers, function, "verl", False, timeout_seconds)
+    workers = RewardPool(num_workers, Rule(function), timeout_seconds)
     try:
         yield workers
     finally:
@@ -137,8 +138,9 @@ def test_workers_end_when_the_controller_is_killed():
     script = f"""
 import time
 from dapo_mcore.reward.attempt import Attempt
+from dapo_mcore.reward.plugins import Rule
 from dapo_mcore.reward.pool import RewardPool
-pool = RewardPool(2, "{ZOO}:by_text", "verl", False, 60.0)
+pool = RewardPool(2, Rule("{ZOO}:by_text"), 60.0)
 print(*(outcome.pred for outcome in pool.score([Attempt("q", "pid", "a")] * 4)), flush=True)
 time.sleep(60)
 """
@@ -153,10 +155,10 @@ time.sleep(60)
 
 def test_a_function_that_cannot_be_loaded_fails_at_once():
     with pytest.raises(RewardError, match="has no function 'absent'"):
-        RewardPool(2, f"{ZOO}:absent", "verl", False, 30.0)
+        RewardPool(2, Rule(f"{ZOO}:absent"), 30.0)
 
 
 def test_a_file_that_ends_the_process_on_import_is_named(tmp_path: Path):
     (tmp_path / "ends.py").write_text("import os; os._exit(5)")
     with pytest.raises(RewardError, match="did not start: exit: the reward process ended with code 5"):
-        RewardPool(1, f"{tmp_path / 'ends.py'}:f", "verl", False, 30.0)
+        RewardPool(1, Rule(f"{tmp_path / 'ends.py'}:f"), 30.0)

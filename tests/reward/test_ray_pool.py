@@ -18,6 +18,7 @@ from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.errors import ConfigError, RewardError
 from dapo_mcore.reward import ray_pool
 from dapo_mcore.reward.attempt import Attempt
+from dapo_mcore.reward.plugins import Rule
 from dapo_mcore.reward.pool import RewardPool
 from dapo_mcore.reward.ray_pool import RayRewardPool
 from dapo_mcore.reward.scorer import build_reward
@@ -31,7 +32,7 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="pip install 'da
 
 
 def pool(num_workers: int = 2, timeout_seconds: float = 60.0, function: str = "by_text") -> RayRewardPool:
-    return RayRewardPool(num_workers, f"{ZOO}:{function}", "verl", False, timeout_seconds, None)
+    return RayRewardPool(num_workers, Rule(f"{ZOO}:{function}"), timeout_seconds, None)
 
 
 def attempts(*responses: str) -> list[Attempt]:
@@ -118,7 +119,7 @@ def test_a_worker_that_no_node_can_start_is_the_error_of_the_run(workers, monkey
 @needs_ray
 def test_a_function_that_cannot_be_loaded_on_a_node_is_the_error_of_the_run(workers):
     with pytest.raises(RewardError, match="nowhere"):
-        RayRewardPool(1, f"{ZOO}:nowhere", "verl", False, 10.0, None)
+        RayRewardPool(1, Rule(f"{ZOO}:nowhere"), 10.0, None)
     assert workers.score(attempts("score 5"))[0].score == 5.0, "a pool that did not connect must not disconnect"
 
 
@@ -151,6 +152,6 @@ def test_reward_processes_do_not_get_the_clusters_token(tmp_path, monkeypatch):
         "import os\n\ndef tell(data_source, solution_str, ground_truth, extra_info=None):\n"
         "    return {'score': 1.0, 'pred': ' '.join(name for name in os.environ if name.startswith('RAY_'))}\n"
     )
-    local = RewardPool(1, f"{plugin}:tell", "verl", False, 10.0)
+    local = RewardPool(1, Rule(f"{plugin}:tell"), 10.0)
     assert local.score(attempts("a"))[0].pred == "" and os.environ["RAY_AUTH_TOKEN"] == "secret"
     local.close()

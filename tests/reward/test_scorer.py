@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dapo_mcore.config.reward import RewardConfig
+from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import RewardError
-from dapo_mcore.reward.scorer import build_reward
+from dapo_mcore.reward.scorer import build_reward, build_set_rewards
 from dapo_mcore.types import Prompt, Rollout, Score, ToolCall
 
 ZOO = Path(__file__).with_name("plugin_zoo.py")
@@ -35,6 +36,18 @@ def score(*responses: str, lengths: tuple[int, ...] = (), max_response_tokens: i
     finally:
         reward.close()
         reward.close()
+
+
+def test_sets_with_the_same_function_share_its_workers():
+    sets = {name: {"files": "f"} for name in ("plain", "same", "boxed", "too")}
+    sets["same"]["reward_function"] = "math_dapo"
+    for name in ("boxed", "too"):
+        sets[name]["reward_function"] = "math_boxed"
+    tree = {"model": {"path": "m"}, "data": {"files": "f"}, "reward": {"strict_box": True}, "eval": {"sets": sets}}
+    rewards = build_set_rewards(Config.model_validate(tree))
+    assert list(rewards) == ["boxed", "too"] and rewards["boxed"] is rewards["too"]
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7", "set", {})
+    assert [one.score for one in rewards["boxed"]([prompt], [rollout(4)], [["\\boxed{7}"]])] == [1.0]
 
 
 def test_math_dapo():

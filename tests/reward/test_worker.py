@@ -27,7 +27,7 @@ def worker(function: str) -> Iterator[tuple[Connection, int]]:
     descriptor = os.dup(theirs.fileno())  # the worker closes its own
     theirs.close()
     os.set_inheritable(descriptor, True)  # as RewardPool hands it over
-    arguments = (descriptor, f"{ZOO}:{function}", "verl", False, 60.0)
+    arguments = (descriptor, {"function": f"{ZOO}:{function}"}, 60.0)
     thread = threading.Thread(target=serve, args=arguments, daemon=True)
     thread.start()
     with ours:

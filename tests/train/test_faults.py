@@ -49,13 +49,14 @@ def hang():
 FAULTS = {"raise": fail, "nan": lambda: float("nan"), "exit": lambda: os._exit(3), "hang": hang, "none": lambda: -1.0}
 """
 STALE = {"weight_version": "0", "weight_versions": [{"version": "0", "start": 0, "end": 1}]}
-# the first request of a server asks for its vocabulary
+# A server that is out already is not told again. So each fault has its time: four in step 1, whose 32 requests go on meanwhile;
+# one in step 2's first request; one when each of the 32 has been sent and some are sent again, since the weights were in doubt.
 FIRST_SERVER = [
-    {"kind": "status", "value": 500, "count": 2, "after": 1},
-    {"kind": "close", "after": 4},
-    {"kind": "garbage", "after": 6},
-    {"kind": "edit", "value": STALE, "after": 9},
-    {"kind": "die", "after": 60},
+    {"kind": "status", "value": 500, "count": 2, "after": 1, "version": 0},
+    {"kind": "close", "after": 4, "version": 0},
+    {"kind": "garbage", "after": 6, "version": 0},
+    {"kind": "edit", "value": STALE, "version": 1},
+    {"kind": "die", "after": 31, "version": 1},
 ]
 SECOND_SERVER = [{"kind": "die", "where": "bucket 1"}]
 BAD_ROWS = [
@@ -138,7 +139,7 @@ def test_servers_that_fail_in_every_way_cost_no_bit_of_the_run(task, ended):
     rows = metrics(task, "stormy")
     counts = {name: sum(row[name] for row in rows) for name in COUNTED}
     assert counts["rollout/server_restarts"] == 2 and counts["rollout/dropped_unknown_version"] == 1, counts
-    assert counts["rollout/retries"] > 10 and counts["sync/weights_lost"] == 2, counts
+    assert counts["rollout/retries"] >= 6 and counts["sync/weights_lost"] == 2, counts
     assert_same_run(task / "runs/calm", task / "runs/stormy", but=COUNTED | TIMED)
 
 

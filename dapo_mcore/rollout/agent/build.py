@@ -14,6 +14,7 @@ import numpy as np
 
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.detokenize import decode_responses
+from dapo_mcore.data.prompts import decide_template
 from dapo_mcore.rollout.agent.call_format import CodeBlocks, ToolCallTags
 from dapo_mcore.rollout.agent.engine import ContinuousToolEngine, RoundToolEngine
 from dapo_mcore.rollout.agent.episode import Dialect
@@ -50,7 +51,7 @@ class Agent(NullAgent):
         self._tools = ToolSet(config.tools, config.ray.address)
         atexit.register(self.close)  # what is built after it may fail
         try:
-            self._read(config, tokenizer, stops)
+            self._read(config.model_copy(update={"data": decide_template(config.data)}), tokenizer, stops)
         except BaseException:
             self.close()
             raise

@@ -149,13 +149,7 @@ def _check_declares(renderer: PromptRenderer, schemas: Sequence[Mapping[str, Any
 
 def _render(renderer: PromptRenderer, messages: list[dict[str, str]], schemas: Sequence[Mapping[str, Any]]) -> str:
     try:
-        return renderer.tokenizer.apply_chat_template(
-            messages,
-            tools=list(schemas) or None,
-            chat_template=renderer.template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        return renderer.fill_template(messages, list(schemas) or None)
     except Exception as error:  # a template is a program, and may fail in any way
         raise _refusal(renderer, f"it refuses a tool's message: {' '.join(str(error).split())[:200]}") from error
 

@@ -71,6 +71,15 @@ def test_the_chat_template_gives_the_text_around_an_output():
     assert text.encode("2", last=0).tolist() == ids(f"{BEFORE}2{AFTER}")
 
 
+def test_the_chat_template_has_the_variables_of_the_training_data():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("+ m.content + '\\n</tool", "+ m.content + mark + '\\n</tool")
+    config = make_config("none", train=1)
+    data = config.data.model_copy(update={"chat_template": True, "chat_template_kwargs": {"mark": "#"}})
+    text = open_tool_text(config.model_copy(update={"data": data}), tokenizer, SCHEMAS, stops=(EOS,))
+    assert text.encode("2", last=0).tolist() == ids(f"{BEFORE}2#{AFTER}", tokenizer)
+
+
 def test_the_token_that_ends_the_policys_turn_is_not_repeated():
     assert opened().encode("2", last=EOS).tolist() == ids(f"{BEFORE}2{AFTER}")[1:]
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,22 @@ from aiohttp import web
 @dataclass
 class Fault:
     """A fault in the next `count` uses of `where`, after `after` uses without one. `where` is a path, `weights`, `version`, or
-    `bucket 5` (counted from 1 in each update)."""
+    `bucket 5` (counted from 1 in each update). With `version` only uses under weights of this version of a run count."""
 
     kind: str
     where: str = "/generate"
     count: int = 1
     value: Any = None
     after: int = 0
+    version: int | None = None
 
 
 class Faults:
     """The faults that are ordered. `told` counts those that have happened."""
 
-    def __init__(self, told: Counter[str]):
+    def __init__(self, told: Counter[str], weight_version: Callable[[], str]):
         self.told, self.ordered = told, ordered_in_file(os.environ.get("FAKE_FAULTS"))
+        self.weight_version = weight_version
         self.answer: asyncio.Task[web.Response] | None = None
 
     def order(self, **fault: Any) -> None:
@@ -38,7 +41,10 @@ class Faults:
 
     def take(self, where: str) -> Fault | None:
         """Return the fault of this use of `where`, or None."""
+        version = self.weight_version().partition("-")[0]  # SGLangEngine adds a random part
         for fault in self.ordered:
+            if fault.version is not None and version != str(fault.version):
+                continue
             if fault.where == where and fault.after > 0:
                 fault.after -= 1
             elif fault.where == where and fault.count > 0:

@@ -110,7 +110,7 @@ class FakeServer:
         self.scheduler = Scheduler(version, *limits, speed, tail, int(os.environ["FAKE_LINGER"]), self.told)
         self.weights: dict[str, Any] = {}
         self.session, self.groups, self.buckets = False, {}, 0
-        self.faults = Faults(self.told)
+        self.faults = Faults(self.told, lambda: self.scheduler.weight_version)
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self.guard], client_max_size=2**30)

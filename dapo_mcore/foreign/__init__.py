@@ -1,0 +1,1 @@
+"""Runs of verl, slime and NeMo-RL in our words: their scripts and configurations are read, never run."""

@@ -1,0 +1,74 @@
+"""`dapo-mcore import`: a run of another framework becomes a configuration here, with a report of what each setting became.
+
+Change here: what the command reads and writes, and its exit codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dapo_mcore.errors import ConfigError, output_error
+from dapo_mcore.foreign.convert import Conversion, convert
+from dapo_mcore.foreign.read.verl import read_verl
+from dapo_mcore.foreign.report import report
+from dapo_mcore.foreign.settings import ForeignRun
+from dapo_mcore.foreign.table import Table
+from dapo_mcore.foreign.tables.verl import VERL
+from dapo_mcore.foreign.write import run_yaml
+
+OBJECTIVE_LOST = 3
+"""The exit code if a lost setting changes what is optimised and is not accepted."""
+
+
+class Dialect(NamedTuple):
+    """How a framework's runs are read, and what their settings become."""
+
+    read: Callable[[Path], ForeignRun]
+    table: Table
+
+
+DIALECTS: Mapping[str, Dialect] = {"verl": Dialect(read_verl, VERL)}
+
+
+def run(dialect: str, file: Path, out: Path | None, accepted: Sequence[str]) -> int:
+    """Convert a run of `dialect`, and return the exit code: 0, or 3 if its objective would change.
+
+    With `out` the YAML goes there and the report to standard output; without, the YAML goes to standard output and the report to
+    standard error. No YAML is written with exit code 3. Raise ConfigError for a file that is no such run.
+    """
+    conversion = imported(dialect, file)
+    left = conversion.unaccepted(accepted)
+    print(report(conversion, accepted), end="", file=sys.stderr if out is None else sys.stdout)
+    if left:
+        print(
+            f"dapo-mcore import: nothing is written: {len(left)} lost {'settings change' if len(left) > 1 else 'setting changes'} what "
+            f"is optimised ({', '.join(left)}); run it again with --accept {' '.join(left)} if that is meant",
+            file=sys.stderr,
+        )
+        return OBJECTIVE_LOST
+    if out is None:
+        print(run_yaml(conversion), end="")
+        return 0
+    _write(out, run_yaml(conversion))
+    print(
+        f"\nWritten to {out}. Next: dapo-mcore config --only-values {out}, then without --only-values where the files are."
+    )
+    return 0
+
+
+def imported(dialect: str, file: Path) -> Conversion:
+    """Return the run in `file`, converted. Raise ConfigError for a file that is no run of this dialect."""
+    read, table = DIALECTS[dialect]
+    return convert(read(file), table)
+
+
+def _write(out: Path, text: str) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} exists; name another file with -o, or delete it first")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise output_error(error, "write the configuration") from error

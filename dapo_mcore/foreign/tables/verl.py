@@ -1,0 +1,212 @@
+"""verl's table: what each of its settings becomes here, as of commit b178a3c (2026-01-29) and verl-recipe 48ea0a7.
+
+Change here: a setting of verl. Its name and our key are in config/foreign_names.py, its default in verl_defaults.py, and what
+follows from several settings in verl_objective.py, verl_data.py, verl_servers.py and verl_run.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dapo_mcore.config.foreign_names import VERL as NAMES
+from dapo_mcore.foreign.table import Table, combined, lost, meaningless
+from dapo_mcore.foreign.table import changed as _changed
+from dapo_mcore.foreign.table import same as _same
+from dapo_mcore.foreign.tables import verl_data as data
+from dapo_mcore.foreign.tables import verl_objective as objective
+from dapo_mcore.foreign.tables import verl_run as run
+from dapo_mcore.foreign.tables import verl_servers as servers
+from dapo_mcore.foreign.tables.verl_defaults import verl_defaults
+
+_A = "actor_rollout_ref.actor"
+_R = "actor_rollout_ref.rollout"
+_M = "actor_rollout_ref.model"
+_G = f"{_A}.megatron"
+_O = f"{_A}.optim"
+_C = "algorithm.rollout_correction"
+same, changed = partial(_same, NAMES), partial(_changed, NAMES)
+
+
+def _minutes(seconds: float) -> int:
+    """Return the time-out in minutes. It must outlast a rollout, so it is at least our default."""
+    return max(240, -(-int(seconds) // 60))
+
+
+def _limit(rows: int) -> int | None:
+    return rows if rows > 0 else None
+
+
+_RUN = (
+    combined(objective.program, "algo.advantage"),
+    combined(run.name, "name", "trainer.experiment_name"),
+    combined(run.folder, "output_dir", "trainer.default_local_dir"),
+    combined(run.length, "num_rollout_steps, num_epochs", "trainer.total_training_steps", "trainer.total_epochs"),
+    same("data.seed"),
+)
+_MODEL = (
+    combined(
+        run.model, "model.path, model.dtype, model.recompute, model.routing_replay", f"{_M}.path", f"{_A}.strategy",
+        f"{_M}.enable_gradient_checkpointing", f"{_A}.router_replay.mode", f"{_A}.fsdp_config.dtype",
+        f"{_A}.fsdp_config.model_dtype", f"{_G}.dtype", f"{_R}.dtype",
+    ),
+    combined(run.config_json, "model.overrides", f"{_M}.override_config.*"),
+    same(f"{_M}.trust_remote_code"),
+    same(f"{_M}.enable_activation_offload"),
+    combined(run.transformer_config, "megatron, model.recompute", f"{_G}.override_transformer_config.*"),
+    lost("LoRA: all weights train, and a learning rate for LoRA is too high for that; nearest: full training with lr 1e-6",
+         f"{_M}.lora_rank", f"{_M}.lora.rank", f"{_M}.lora_adapter_path", off=(None, 0, False, "")),
+    lost("the model's code is Megatron's; nearest: a family of examples/README.md", f"{_M}.external_lib"),
+    lost("a template given as text; nearest: a Jinja file named by data.chat_template", f"{_M}.custom_chat_template"),
+    lost("no multi-token prediction is trained", f"{_M}.mtp.enable", f"{_G}.mtp.enable", off=(None, False)),
+)  # fmt: skip
+_LAYOUT = (
+    combined(servers.layout, "parallel.tensor_parallel, parallel.sequence_parallel, parallel.context_parallel", f"{_G}.sequence_parallel",
+             f"{_A}.ulysses_sequence_parallel_size", f"{_A}.strategy"),
+    same(f"{_G}.tensor_model_parallel_size"),
+    same(f"{_G}.pipeline_model_parallel_size"),
+    same(f"{_G}.virtual_pipeline_model_parallel_size"),
+    same(f"{_G}.context_parallel_size"),
+    same(f"{_G}.expert_model_parallel_size"),
+    same(f"{_G}.expert_tensor_parallel_size"),
+    changed(_minutes, "actor_rollout_ref.nccl_timeout"),
+)  # fmt: skip
+_DATA = (
+    combined(data.files, "data.files", "data.train_files"),
+    same("data.prompt_key"),
+    same("data.reward_fn_key"),
+    combined(data.prompts, "data.chat_template, data.on_long_prompt, data.deduplicate", "data.truncation",
+             "data.filter_overlong_prompts"),
+    same("data.max_prompt_length"),
+    same("data.shuffle"),
+    changed(_limit, "data.train_max_samples"),
+    combined(data.template_kwargs, "data.chat_template_kwargs", "data.apply_chat_template_kwargs*"),
+    lost("the class's own preparation of rows; nearest: write its rows to a file once, and name that file", "data.custom_cls.path"),
+    lost("the sampler's order of prompts; nearest: data.shuffle", "data.sampler.class_path"),
+)  # fmt: skip
+_ROLLOUT = (
+    combined(servers.engine, "rollout.engine", f"{_R}.name"),
+    same(f"{_R}.n"),
+    same("data.max_response_length"),
+    same(f"{_R}.temperature"),
+    same(f"{_R}.top_p"),
+    changed(lambda k: k if k > 0 else -1, f"{_R}.top_k"),
+    combined(servers.server_size, "rollout.sglang.tensor_parallel", f"{_R}.tensor_model_parallel_size"),
+    combined(servers.num_servers, "rollout.sglang.num_servers", "trainer.nnodes", "trainer.n_gpus_per_node", "rollout.nnodes",
+             "rollout.n_gpus_per_node"),
+    combined(servers.server_places, "rollout.sglang.colocated, rollout.sglang.sync, rollout.sglang.placement, rollout.sglang.host",
+             "actor_rollout_ref.hybrid_engine"),
+    combined(servers.one_step_off, "rollout.async_steps, reward.workers, algo.tis.mode"),
+    combined(servers.server_args, "rollout.sglang.server_args", f"{_R}.gpu_memory_utilization", f"{_R}.max_num_seqs",
+             f"{_R}.max_model_len", f"{_R}.expert_parallel_size", f"{_R}.enforce_eager", f"{_R}.enable_chunked_prefill",
+             f"{_R}.enable_prefix_caching", f"{_R}.engine_kwargs.sglang.*"),
+    combined(servers.quantize, "rollout.sglang.quantize", f"{_R}.quantization"),
+    combined(run.filtering, "sampling.style, sampling.gen_batch_prompts, sampling.max_gen_batches, sampling.carry_surplus",
+             "algorithm.filter_groups.enable", "algorithm.filter_groups.metric", "algorithm.filter_groups.max_num_gen_batches",
+             "data.gen_batch_size"),
+    same("data.train_batch_size"),
+)  # fmt: skip
+_OBJECTIVE = (
+    combined(objective.reward, "reward.function, reward.kwargs", "custom_reward_function.path", "custom_reward_function.name",
+             "reward.custom_reward_function.path", "reward.custom_reward_function.name", "reward_model.reward_manager",
+             "reward.reward_manager.name", "reward_manager.name", "custom_reward_function.reward_kwargs.*",
+             "reward.custom_reward_function.reward_kwargs.*"),
+    combined(objective.overlong, "reward.overlong.penalty, reward.overlong.cache, reward.overlong.factor, reward.overlong.max_length",
+             "*.overlong_buffer*.enable", "*.overlong_buffer*.len", "*.overlong_buffer*.penalty_factor", "*.max_resp_len"),
+    combined(objective.estimator, "algo.advantage, algo.advantage_std, algo.advantage_baseline, algo.gamma, algo.lam",
+             "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.gamma", "algorithm.lam"),
+    combined(objective.policy_loss, "algo.policy_loss, algo.dual_clip, algo.kl_cov, algo.clip_cov", f"{_A}.policy_loss.*",
+             f"{_A}.loss_mode", f"{_A}.k_percent", f"{_A}.ppo_kl_coef", f"{_A}.clip_ratio_c", f"{_A}.clip_cov_lb",
+             f"{_A}.clip_cov_ub", f"{_A}.clip_ratio_cov"),
+    combined(objective.clip_bounds, "algo.clip_low, algo.clip_high", f"{_A}.clip_ratio_low", f"{_A}.clip_ratio_high", f"{_A}.clip_ratio"),
+    combined(objective.loss_mode, "algo.loss_mode, algo.loss_length", f"{_A}.loss_agg_mode", f"{_A}.loss_scale_factor"),
+    combined(objective.entropy, "algo.entropy_coef, algo.adaptive_entropy", f"{_A}.entropy_coeff", f"{_A}.adaptive_entropy.*"),
+    combined(objective.correction, "algo.tis, algo.rejection, algo.old_logprobs", f"{_C}.*", f"{_A}.tis_imp_ratio_cap"),
+    combined(objective.kl, "algo.kl.coef, algo.kl.place, algo.kl.estimator", "algorithm.use_kl_in_reward", "algorithm.kl_ctrl.kl_coef",
+             "algorithm.kl_ctrl.type", "algorithm.kl_penalty", f"{_A}.use_kl_loss", f"{_A}.kl_loss_coef", f"{_A}.kl_loss_type"),
+    combined(objective.tools, "tools", f"{_R}.multi_turn.enable", f"{_R}.multi_turn.tool_config_path"),
+    lost("a reward model's score; nearest: serve it, and ask it from a reward function path.py:name", "reward_model.enable",
+         "reward.reward_model.enable", objective=True),
+    lost("code runs in no sandbox of verl's; nearest: a reward function path.py:name that calls it",
+         "reward_model.sandbox_fusion.url", "reward.sandbox_fusion.url", objective=True),
+    lost("an agent loop of its own; nearest: the section agent", f"{_R}.agent.agent_loop_config_path", objective=True),
+    lost("an agent loop of its own; nearest: the section agent", f"{_R}.agent.default_agent_loop",
+         off=(None, "single_turn_agent", "tool_agent"), objective=True),
+    lost("samples are not weighted again (PF-PPO)", "algorithm.use_pf_ppo", objective=True),
+    lost("prompts are not drawn again by rejection", "trainer.rejection_sample"),
+)  # fmt: skip
+_UPDATES = (
+    same(f"{_A}.ppo_mini_batch_size"),
+    combined(run.batch_tokens, "batch.max_tokens", f"{_A}.ppo_max_token_len_per_gpu", f"{_A}.ppo_micro_batch_size_per_gpu"),
+    same(f"{_A}.ppo_epochs"),
+    same(f"{_A}.shuffle"),
+    same(f"{_M}.use_remove_padding"),
+    same(f"{_O}.lr"),
+    same(f"{_O}.weight_decay"),
+    combined(run.betas, "optimizer.beta1, optimizer.beta2", f"{_O}.betas"),
+    same(f"{_O}.clip_grad", f"{_A}.grad_clip"),
+    combined(run.schedule, "optimizer.schedule, optimizer.warmup_rollout_steps, optimizer.min_lr, optimizer.decay_rollout_steps",
+             f"{_O}.lr_warmup_steps", f"{_O}.lr_warmup_steps_ratio", f"{_O}.lr_scheduler_type", f"{_O}.lr_decay_style",
+             f"{_O}.warmup_style", f"{_O}.lr_decay_steps", f"{_O}.min_lr", f"{_O}.min_lr_ratio"),
+    combined(run.optimizer_memory, "optimizer.offload_fraction", f"{_O}.override_optimizer_config.optimizer_cpu_offload",
+             f"{_O}.override_optimizer_config.optimizer_offload_fraction"),
+    same(f"{_G}.use_distributed_optimizer"),
+    combined(run.critic, "critic.optimizer.lr, critic.optimizer.weight_decay, critic.optimizer.warmup_rollout_steps, critic.clip, "
+             "critic.warmup_steps", "critic.*", "trainer.critic_warmup"),
+)  # fmt: skip
+_OBSERVED = (
+    combined(data.evaluation, "eval.sets, eval.every, eval.at_start, eval.samples_per_prompt, eval.top_p, eval.top_k, eval.temperature",
+             "data.val_files", "trainer.test_freq", "trainer.val_before_train", f"{_R}.val_kwargs.*", f"{_R}.n_val",
+             f"{_R}.val_temperature", "data.val_max_samples"),
+    combined(run.checkpoints, "checkpoint.every, checkpoint.keep, checkpoint.resume", "trainer.save_freq",
+             "trainer.max_actor_ckpt_to_keep", "trainer.resume_mode", "trainer.resume_from_path"),
+    combined(run.loggers, "observe.wandb_project, observe.mlflow_experiment, observe.swanlab_project, observe.tensorboard",
+             "trainer.logger", "trainer.project_name"),
+    changed(lambda count: max(count, 0), "trainer.log_val_generations"),
+    combined(run.samples, "observe.samples_per_step", "trainer.rollout_data_dir", "trainer.validation_data_dir"),
+)  # fmt: skip
+_MEANINGLESS = (
+    meaningless("sharding and offloading", "Megatron shards, and colocated servers take turns with the actor, which waits in host memory",
+                f"{_A}.fsdp_config.*", "*.fsdp_config.param_offload", "*.fsdp_config.optimizer_offload", f"{_G}.*_offload",
+                f"{_G}.param_offload", "actor_rollout_ref.ref.fsdp_config.*", f"{_A}.fsdp_size", f"{_R}.layered_summon"),
+    meaningless("micro-batches of scoring", "scoring has the micro-batches of training", f"{_R}.log_prob_*",
+                "actor_rollout_ref.ref.log_prob_*", f"{_A}.use_dynamic_bsz", f"{_A}.ppo_micro_batch_size",
+                f"{_A}.entropy_from_logits_with_chunking", f"{_A}.entropy_checkpointing", "reward_model.micro_batch*"),
+    meaningless("the reference model's layout", "it has the policy's", "actor_rollout_ref.ref.*"),
+    meaningless("how weights reach Megatron", "model.path is a Hugging Face folder; it is converted while it is read",
+                f"{_G}.*dist_checkpointing*", f"{_G}.use_mbridge", f"{_G}.vanilla_mbridge", f"{_R}.load_format", f"{_A}.load_weight",
+                f"{_M}.use_shm", f"{_R}.layer_name_map.*", f"{_R}.checkpoint_engine.*", f"{_R}.update_weights_bucket_megabytes"),
+    meaningless("kernels", "the kernels here are chosen by themselves", f"{_M}.use_fused_kernels", f"{_M}.fused_kernel_options.*",
+                f"{_M}.use_liger", f"{_A}.use_torch_compile", f"{_A}.use_fused_kernels", f"{_A}.use_prefix_grouper",
+                f"{_M}.tiled_mlp.*", f"{_G}.override_ddp_config.*", f"{_G}.use_remove_padding"),
+    meaningless("the engine's own ways", "servers of SGLang are always asynchronous, return log-probs and give up their memory",
+                f"{_R}.mode", f"{_R}.calculate_log_probs", f"{_R}.free_cache_engine", f"{_R}.skip_tokenizer_init",
+                f"{_R}.multi_stage_wake_up", f"{_R}.disable_log_stats", f"{_R}.max_num_batched_tokens", f"{_R}.engine_kwargs.vllm.*",
+                f"{_R}.engine_kwargs.trtllm.*", f"{_R}.ignore_eos", f"{_R}.prompt_length", f"{_R}.response_length", f"{_R}.agent.*",
+                f"{_R}.do_sample", f"{_R}.over_sample_rate", f"{_R}.logprobs_mode", f"{_R}.scheduling_policy", f"{_R}.data_parallel_size",
+                f"{_R}.enable_rollout_routing_replay", f"{_R}.prometheus.*", f"{_R}.trace.*", f"{_R}.cudagraph_capture_sizes"),
+    meaningless("tools that are off, or parts of their configuration", "they go with the tools", f"{_R}.multi_turn.*",
+                "data.tool_config_path"),
+    meaningless("columns and loading", "rows are read as they are", "data.return_raw_chat", "data.return_raw_input_ids",
+                "data.return_full_prompt", "data.return_multi_modal_inputs", "data.image_key", "data.video_key", "data.tokenizer",
+                "data.use_shm", "data.*_workers", "data.val_batch_size", "data.validation_shuffle", "data.custom_cls.name",
+                "data.sampler.*", "data.datagen.*", "data.trust_remote_code", "data.image_patch_size", f"{_M}.tokenizer_path"),
+    meaningless("the reward's processes", "reward.workers says how many", "reward_model.launch_reward_fn_async", "reward_model.*",
+                "reward.num_workers", "reward.reward_model.*", "reward.sandbox_fusion.*", "*.overlong_buffer*.log"),
+    meaningless("the trainer's own ways", "nothing here does the same", "trainer.balance_batch", "trainer.use_legacy_worker_impl",
+                "trainer.device", "trainer.default_hdfs_dir", "trainer.del_local_ckpt_after_load", "trainer.ray_wait*",
+                "trainer.max_critic_ckpt_to_keep", "trainer.esi_redundant_time", "trainer.stats_*", "trainer.val_only",
+                "trainer.rejection_sample_multiplier", "ray_kwargs.*", "ray_init.*", "global_profiler.*", "transfer_queue.*",
+                f"{_A}.checkpoint.*", f"{_A}.profiler.*", f"{_A}.data_loader_seed", f"{_A}.calculate_*", f"{_A}.freeze_vision_tower",
+                f"{_A}.tau_*", f"{_O}.override_optimizer_config.*", f"{_O}.total_training_steps", f"{_O}.num_cycles",
+                f"{_O}.lr_warmup_init", f"{_O}.optimizer*", f"{_O}.use_checkpoint_opt_param_scheduler", f"{_O}.weight_decay_incr_style",
+                f"{_O}.lr_wsd*", f"{_G}.seed", "algorithm.kl_ctrl.*", "algorithm.pf_ppo.*", f"{_M}.lora*", f"{_M}.target_modules",
+                f"{_M}.exclude_modules", f"{_M}.hf_config_path", f"{_M}.mtp.*", "hydra.*", "*._target_", "_target_"),
+)  # fmt: skip
+
+VERL = Table(
+    dialect="verl",
+    title="verl b178a3c (2026-01-29)",
+    defaults=verl_defaults,
+    rules=_RUN + _MODEL + _LAYOUT + _DATA + _ROLLOUT + _OBJECTIVE + _UPDATES + _OBSERVED + _MEANINGLESS,
+)
+"""In the order of our configuration."""

@@ -1,0 +1,62 @@
+"""verl's prompts and evaluation sets in our words."""
+
+from __future__ import annotations
+
+from tests.foreign.verl_runs import R, asked, ours
+
+VAL = f"{R}.val_kwargs"
+
+
+def test_files_are_lists_and_rows_are_kept() -> None:
+    found = ours({"data.train_files": ["a.parquet", "b.parquet"]})
+    assert (found["data.files"], found["data.deduplicate"]) == (["a.parquet", "b.parquet"], False)
+    assert ours({"data.train_files": "a.parquet"})["data.files"] == ["a.parquet"]
+    assert "data.files" in asked({"data.train_files": ""})
+
+
+def test_filtering_of_long_prompts_wins_over_truncation() -> None:
+    assert ours({"data.truncation": "left"})["data.on_long_prompt"] == "truncate_left"
+    assert ours({"data.truncation": "middle"})["data.on_long_prompt"] == "truncate_middle"
+    assert ours({"data.truncation": "left", "data.filter_overlong_prompts": True})["data.on_long_prompt"] == "drop"
+    assert ours({})["data.on_long_prompt"] == "error"
+
+
+def test_what_the_template_is_told() -> None:
+    whole = {"data.apply_chat_template_kwargs": {"enable_thinking": False}}
+    part = {"data.apply_chat_template_kwargs.enable_thinking": False}
+    assert (
+        ours(whole)["data.chat_template_kwargs"]
+        == ours(part)["data.chat_template_kwargs"]
+        == {"enable_thinking": False}
+    )
+
+
+def test_a_named_set_per_file() -> None:
+    settings = {"data.val_files": ["/d/aime-2024.parquet", "/d/gsm8k/test.parquet", "/e/gsm8k/test.parquet"]}
+    found = ours({**settings, "trainer.test_freq": 5, "data.max_prompt_length": 1024})
+    assert found["eval.sets.aime-2024.files"] == ["/d/aime-2024.parquet"]
+    assert found["eval.sets.gsm8k.files"] == ["/d/gsm8k/test.parquet"]
+    assert found["eval.sets.gsm8k_3.files"] == ["/e/gsm8k/test.parquet"]
+    assert found["eval.sets.gsm8k.deduplicate"] is False and found["eval.sets.gsm8k.max_prompt_tokens"] == 1024
+
+
+def test_when_it_is_evaluated() -> None:
+    found = ours({"trainer.test_freq": -1, "trainer.val_before_train": True})
+    assert (found["eval.every"], found["eval.at_start"]) == (1_000_000_000, True)
+    never = ours({"trainer.test_freq": -1, "trainer.val_before_train": False})
+    assert not any(key.startswith("eval.") for key in never)
+
+
+def test_evaluation_is_greedy_by_default_in_verl() -> None:
+    found = ours({"trainer.test_freq": 5})
+    assert [found[f"eval.{key}"] for key in ("samples_per_prompt", "temperature", "top_p", "top_k")] == [1, 0, 1.0, -1]
+
+
+def test_do_sample_is_asked_for_where_versions_differ() -> None:
+    assert "eval.temperature" in asked({"trainer.test_freq": 5, f"{VAL}.temperature": 0.6})
+    assert "eval.temperature" in asked({"trainer.test_freq": 5, f"{VAL}.temperature": 0.6, f"{VAL}.do_sample": False})
+    sampled = {"trainer.test_freq": 5, f"{VAL}.temperature": 0.6, f"{VAL}.do_sample": True, f"{VAL}.n": 32}
+    assert "eval.temperature" not in asked(sampled)
+    assert (ours(sampled)["eval.temperature"], ours(sampled)["eval.samples_per_prompt"]) == (0.6, 32)
+    old = ours({"trainer.test_freq": 5, f"{R}.val_temperature": 0.6, f"{R}.n_val": 8})
+    assert (old["eval.temperature"], old["eval.samples_per_prompt"]) == (0.6, 8)

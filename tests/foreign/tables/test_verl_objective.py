@@ -1,0 +1,196 @@
+"""verl's objective in our words: what is kept, and what must never become GRPO silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.foreign.verl_runs import A, R, lost, ours
+
+CORRECTION = "algorithm.rollout_correction"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "keys"),
+    [
+        ("grpo", {"algo.advantage": "group", "algo.advantage_std": "unbiased"}),
+        ("rloo", {"algo.advantage_baseline": "leave-one-out", "algo.advantage_std": "none"}),
+        ("reinforce_plus_plus_baseline", {"algo.advantage": "group", "algo.advantage_std": "batch"}),
+        ("gae", {"algo.advantage": "gae", "algo.gamma": 1.0, "algo.lam": 1.0}),
+    ],
+)
+def test_estimators_that_exist_here(estimator: str, keys: dict[str, Any]) -> None:
+    found = ours({"algorithm.adv_estimator": estimator})
+    assert {key: found[key] for key in keys} == keys
+
+
+@pytest.mark.parametrize("estimator", ["remax", "opo", "gpg", "grpo_passk", "reinforce_plus_plus", "psr_nsr", "my_own"])
+def test_an_estimator_that_does_not_is_lost_with_its_objective(estimator: str) -> None:
+    settings = {"algorithm.adv_estimator": estimator}
+    assert lost(settings) == {"algorithm.adv_estimator": True}
+    assert not any(key.startswith("algo.advantage") for key in ours(settings))
+
+
+def test_dr_grpo() -> None:
+    assert ours({"algorithm.norm_adv_by_std_in_grpo": False})["algo.advantage_std"] == "none"
+
+
+@pytest.mark.parametrize("name", ["geo_mean", "sapo", "gpg", "my_own"])
+def test_an_unknown_policy_loss_is_lost_with_its_objective(name: str) -> None:
+    assert lost({f"{A}.policy_loss.loss_mode": name}) == {f"{A}.policy_loss.loss_mode": True}
+    assert "algo.policy_loss" not in ours({f"{A}.policy_loss.loss_mode": name})
+
+
+def test_kl_cov_under_both_of_its_names() -> None:
+    new = ours({f"{A}.policy_loss.loss_mode": "kl_cov", f"{A}.policy_loss.kl_cov_ratio": 0.002})
+    old = ours({f"{A}.loss_mode": "kl_cov", f"{A}.k_percent": 0.2, f"{A}.ppo_kl_coef": 1})
+    assert (new["algo.policy_loss"], new["algo.kl_cov"]) == ("kl_cov", {"ratio": 0.002, "coef": 0.1})
+    assert old["algo.kl_cov"] == {"ratio": 0.002, "coef": 1}
+    assert "algo.dual_clip" not in new
+
+
+def test_clip_cov() -> None:
+    found = ours({f"{A}.policy_loss.loss_mode": "clip_cov", f"{A}.policy_loss.clip_cov_ub": 4.0})
+    assert found["algo.clip_cov"] == {"ratio": 0.0002, "lower": 1.0, "upper": 4.0}
+
+
+def test_verls_dual_clip_is_3_if_unset_and_gspo_has_none() -> None:
+    assert ours({})["algo.dual_clip"] == 3.0
+    gspo = ours({f"{A}.policy_loss.loss_mode": "gspo"})
+    assert "algo.dual_clip" not in gspo and gspo["algo.loss_mode"] == "seq-mean-token-mean"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kl"),
+    [
+        ({f"{A}.kl_loss_coef": 0.001}, {"algo.kl.coef": 0.0}),
+        ({f"{A}.use_kl_loss": False, f"{A}.kl_loss_coef": 0.5}, {"algo.kl.coef": 0.0}),
+        ({"algorithm.use_kl_in_reward": False, "algorithm.kl_ctrl.kl_coef": 0.2}, {"algo.kl.coef": 0.0}),
+        (
+            {f"{A}.use_kl_loss": True, f"{A}.kl_loss_coef": 0.02},
+            {"algo.kl.coef": 0.02, "algo.kl.place": "loss", "algo.kl.estimator": "k3"},
+        ),
+        (
+            {f"{A}.use_kl_loss": True, f"{A}.kl_loss_type": "mse"},
+            {"algo.kl.coef": 0.001, "algo.kl.place": "loss", "algo.kl.estimator": "k2"},
+        ),
+        (
+            {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0.1},
+            {"algo.kl.coef": 0.1, "algo.kl.place": "reward", "algo.kl.estimator": "k1"},
+        ),
+        ({}, {}),
+    ],
+)
+def test_a_kl_coefficient_counts_only_if_its_switch_is_on(settings: dict[str, Any], kl: dict[str, Any]) -> None:
+    assert {key: value for key, value in ours(settings).items() if key.startswith("algo.kl.")} == kl
+
+
+def test_kls_that_cannot_be_had() -> None:
+    both = {"algorithm.use_kl_in_reward": True, f"{A}.use_kl_loss": True}
+    assert lost(both) == {"algorithm.use_kl_in_reward": True}
+    assert lost({f"{A}.use_kl_loss": True, f"{A}.kl_loss_type": "abs"}) == {f"{A}.kl_loss_type": True}
+    adaptive = {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive"}
+    assert lost(adaptive) == {"algorithm.kl_ctrl.type": True}
+
+
+def test_importance_weights() -> None:
+    token = {f"{CORRECTION}.rollout_is": "token", f"{CORRECTION}.rollout_is_threshold": 3.0}
+    assert ours(token)["algo.tis"] == {"mode": "truncate", "cap": 3.0}
+    sequence = {f"{CORRECTION}.rollout_is": "sequence", f"{CORRECTION}.rollout_is_batch_normalize": True}
+    assert ours(sequence)["algo.tis"] == {"mode": "truncate", "level": "sequence", "cap": 2.0, "normalize": True}
+    assert ours({f"{A}.tis_imp_ratio_cap": 2.0})["algo.tis"] == {"mode": "truncate", "cap": 2.0}
+    assert "algo.tis" not in ours({f"{A}.tis_imp_ratio_cap": -1})
+    assert lost({f"{CORRECTION}.rollout_is": "group"}) == {f"{CORRECTION}.rollout_is": True}
+
+
+def test_bypass_mode_takes_the_engines_log_probs() -> None:
+    assert ours({f"{CORRECTION}.bypass_mode": True})["algo.old_logprobs"] == "rollout"
+    reinforce = {f"{CORRECTION}.bypass_mode": True, f"{CORRECTION}.loss_type": "reinforce"}
+    assert lost(reinforce) == {f"{CORRECTION}.loss_type": True}
+
+
+@pytest.mark.parametrize(
+    ("names", "bounds", "criteria"),
+    [
+        ("seq_sum_k1", "0.5_2.0", [{"level": "sequence", "lower": 0.5, "upper": 2.0}]),
+        ("seq_mean_k1", "0.8_1.1", [{"level": "geometric", "lower": 0.909091, "upper": 1.25}]),
+        ("token_k1", 4, [{"level": "token", "lower": 0.25, "upper": 4.0}]),
+        ("seq_max_k2", 0.5, [{"level": "every", "measure": "k2", "upper": 0.5}]),
+        (
+            "token_k3, seq_mean_k1",
+            "0.1,2",
+            [
+                {"level": "token", "measure": "k3", "upper": 0.1},
+                {"level": "geometric", "lower": 0.5, "upper": 2.0},
+            ],
+        ),
+    ],
+)
+def test_rejection_bounds_are_those_of_our_ratio(names: str, bounds: Any, criteria: list[dict[str, Any]]) -> None:
+    settings = {f"{CORRECTION}.rollout_rs": names, f"{CORRECTION}.rollout_rs_threshold": bounds}
+    assert ours(settings)["algo.rejection"] == criteria
+
+
+def test_rejection_of_older_versions_with_a_veto() -> None:
+    settings = {
+        f"{CORRECTION}.rollout_rs": "geometric", f"{CORRECTION}.rollout_rs_threshold": 1.01,
+        f"{CORRECTION}.rollout_rs_threshold_lower": 0.99, f"{CORRECTION}.rollout_token_veto_threshold": 1e-4,
+    }  # fmt: skip
+    assert ours(settings)["algo.rejection"] == [
+        {"level": "geometric", "lower": 0.99, "upper": 1.01},
+        {"level": "every", "lower": 1e-4},
+    ]
+    assert lost({f"{CORRECTION}.rollout_rs": "by_mood"}) == {f"{CORRECTION}.rollout_rs": True}
+
+
+def test_adaptive_entropy() -> None:
+    place = f"{A}.adaptive_entropy"
+    settings = {f"{place}.enabled": True, f"{place}.target_entropy": 0.2, f"{place}.max_ent_coef": 0.005}
+    assert ours(settings)["algo.adaptive_entropy"] == {"target": 0.2, "max_coef": 0.005}
+    assert "algo.adaptive_entropy" not in ours({**settings, f"{place}.enabled": False})
+
+
+def test_rewards() -> None:
+    assert ours({})["reward.function"] == "by_source"
+    own = {"custom_reward_function.path": "my/score.py", "custom_reward_function.name": "rate"}
+    assert ours(own)["reward.function"] == "my/score.py:rate"
+    assert ours({"custom_reward_function.path": "score.py"})["reward.function"] == "score.py:compute_score"
+    kwargs = {**own, "custom_reward_function.reward_kwargs.scale": 2}
+    assert ours(kwargs)["reward.kwargs"] == {"scale": 2}
+    assert lost({"reward_model.reward_manager": "yr"}) == {"reward_model.reward_manager": True}
+    assert lost({"reward_model.enable": True}) == {"reward_model.enable": True}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "reward_model.overlong_buffer",
+        "reward_model.reward_kwargs.overlong_buffer_cfg",
+        "reward.reward_kwargs.overlong_buffer_cfg",
+    ],
+)
+def test_overlong_punishment_under_the_names_of_three_versions(place: str) -> None:
+    settings = {f"{place}.enable": True, f"{place}.len": 4096, f"{place}.penalty_factor": 0.5, f"{place}.log": False}
+    found = {key: value for key, value in ours(settings).items() if key.startswith("reward.overlong")}
+    assert found == {
+        "reward.overlong.penalty": True, "reward.overlong.cache": 4096, "reward.overlong.factor": 0.5,
+    }  # fmt: skip
+    assert not any(key.startswith("reward.overlong") for key in ours({**settings, f"{place}.enable": False}))
+
+
+def test_clip_ratio_alone_is_asked_for() -> None:
+    assert ours({f"{A}.clip_ratio": 0.2})["algo.clip_low"] == 0.2
+    found = ours({f"{A}.clip_ratio": 0.3, f"{A}.clip_ratio_high": 0.28})
+    assert "algo.clip_low" not in found and found["algo.clip_high"] == 0.28
+
+
+def test_tools_are_lost_only_if_they_are_on() -> None:
+    tools = {f"{R}.multi_turn.enable": True, f"{R}.multi_turn.tool_config_path": "tools.yaml"}
+    assert lost(tools) == {f"{R}.multi_turn.tool_config_path": True}
+    assert lost({f"{R}.multi_turn.enable": False, f"{R}.multi_turn.tool_config_path": "tools.yaml"}) == {}
+
+
+def test_another_program_may_optimise_something_else() -> None:
+    assert lost({}, entry="recipe.sppo.main_sppo") == {"recipe.sppo.main_sppo": True}
+    assert lost({}, entry="recipe.dapo.main_dapo") == {}

@@ -1,0 +1,141 @@
+"""verl's length, model, batches, optimizer, checkpoints and loggers in our words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.foreign.verl_runs import A, M, asked, lost, ours
+
+OPTIM = f"{A}.optim"
+
+
+def test_epochs_stay_epochs() -> None:
+    assert ours({"trainer.total_epochs": 3})["num_epochs"] == 3
+    both = ours({"trainer.total_epochs": 3, "trainer.total_training_steps": 200})
+    assert both["num_rollout_steps"] == 200 and "num_epochs" not in both
+
+
+def test_epochs_under_filtering_are_asked_for() -> None:
+    settings = {"trainer.total_epochs": 1, "algorithm.filter_groups.enable": True}
+    assert "num_epochs" in asked(settings) and "num_epochs" not in ours(settings)
+    assert "num_epochs" not in asked({**settings, "trainer.total_training_steps": 300})
+
+
+def test_a_name_that_no_folder_may_have_is_cleaned() -> None:
+    assert ours({"trainer.experiment_name": "grpo @ 7B/math"})["name"] == "grpo-7B-math"
+    assert ours({"trainer.experiment_name": "run", "trainer.default_local_dir": "/c/p/run"})["output_dir"] == "/c/p"
+    assert ours({"trainer.experiment_name": "run", "trainer.default_local_dir": "/c/p"})["output_dir"] == "/c/p"
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({f"{OPTIM}.lr_warmup_steps": 10}, 10),
+        ({f"{OPTIM}.lr_warmup_steps": -1}, 0),
+        ({f"{OPTIM}.lr_warmup_steps_ratio": 0.1, "trainer.total_training_steps": 250}, 25),
+        ({}, 0),
+    ],
+)
+def test_warm_up_is_in_rollout_steps(settings: dict[str, Any], steps: int) -> None:
+    assert ours(settings)["optimizer.warmup_rollout_steps"] == steps
+
+
+def test_a_ratio_of_an_unknown_length_is_asked_for() -> None:
+    assert "optimizer.warmup_rollout_steps" in asked({f"{OPTIM}.lr_warmup_steps_ratio": 0.1})
+
+
+def test_cosine_decays_over_the_run() -> None:
+    settings = {
+        f"{OPTIM}.lr_scheduler_type": "cosine", f"{OPTIM}.lr": 2e-6, f"{OPTIM}.min_lr_ratio": 0.1,
+        "trainer.total_training_steps": 500,
+    }  # fmt: skip
+    found = ours(settings)
+    assert (found["optimizer.schedule"], found["optimizer.decay_rollout_steps"]) == ("cosine", 500)
+    assert found["optimizer.min_lr"] == pytest.approx(2e-7)
+    assert "optimizer.decay_rollout_steps" in asked({f"{OPTIM}.warmup_style": "cosine"})
+    assert lost({f"{OPTIM}.lr_decay_style": "WSD"}) == {f"{OPTIM}.lr_decay_style": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({f"{A}.use_dynamic_bsz": True, f"{A}.ppo_max_token_len_per_gpu": 22528}, 22528),
+        ({f"{A}.ppo_micro_batch_size_per_gpu": 4}, 4 * 1024),
+        ({f"{A}.ppo_micro_batch_size_per_gpu": 2, f"{A}.megatron.context_parallel_size": 4}, 512),
+        ({f"{A}.use_dynamic_bsz": True, f"{A}.ppo_max_token_len_per_gpu": 600}, 1024),
+    ],
+)
+def test_tokens_of_a_micro_batch(settings: dict[str, Any], tokens: int) -> None:
+    """The prompts and responses of verl's defaults have 512 + 512 tokens."""
+    assert ours(settings)["batch.max_tokens"] == tokens
+
+
+def test_recomputing_of_both_backends() -> None:
+    assert ours({})["model.recompute"] == "full"
+    assert ours({f"{M}.enable_gradient_checkpointing": False})["model.recompute"] == "none"
+    place = f"{A}.megatron.override_transformer_config"
+    megatron = {
+        f"{A}.strategy": "megatron",
+        f"{place}.recompute_granularity": "full",
+        f"{place}.recompute_method": "uniform",
+    }
+    assert ours(megatron)["model.recompute"] == "full"
+    assert "model.recompute" not in ours({f"{A}.strategy": "megatron"})
+    assert ours({f"{place}.num_layers_in_first_pipeline_stage": 7})["megatron"] == {
+        "num_layers_in_first_pipeline_stage": 7
+    }
+
+
+def test_overrides_of_config_json() -> None:
+    place = f"{M}.override_config"
+    settings = {f"{place}.max_position_embeddings": 32768, f"{place}.attn_implementation": "flash_attention_2"}
+    assert ours(settings)["model.overrides"] == {"max_position_embeddings": 32768}
+
+
+def test_lora_and_fp16_are_lost() -> None:
+    assert lost({f"{M}.lora_rank": 32}) == {f"{M}.lora_rank": False}
+    assert lost({f"{M}.lora_rank": 0}) == {}
+    assert lost({f"{A}.fsdp_config.dtype": "float16"}) == {f"{A}.fsdp_config.dtype": False}
+
+
+def test_filtering() -> None:
+    place = "algorithm.filter_groups"
+    found = ours(
+        {f"{place}.enable": True, "data.train_batch_size": 64, "data.gen_batch_size": 96, f"{place}.metric": "acc"}
+    )
+    keys = ("style", "train_batch_prompts", "gen_batch_prompts", "max_gen_batches", "carry_surplus")
+    assert [found[f"sampling.{key}"] for key in keys] == ["filter", 64, 96, 1_000_000, False]
+    assert ours({})["sampling.style"] == "none"
+    assert lost({f"{place}.enable": True, f"{place}.metric": "seq_reward"}) == {f"{place}.metric": False}
+
+
+def test_checkpoints() -> None:
+    found = ours({"trainer.save_freq": 20})
+    assert (found["checkpoint.every"], found["checkpoint.keep"]) == (20, 1_000_000)
+    assert ours({"trainer.save_freq": -1})["checkpoint.every"] is None
+    assert ours({"trainer.save_freq": 5, "trainer.max_actor_ckpt_to_keep": 3})["checkpoint.keep"] == 3
+    assert ours({"trainer.resume_mode": "disable"})["checkpoint.resume"] == "never"
+    path = {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": "/c/global_step_5"}
+    assert lost(path) == {"trainer.resume_from_path": False}
+
+
+def test_loggers() -> None:
+    found = ours({"trainer.logger": ["console", "wandb", "mlflow"], "trainer.project_name": "math"})
+    assert (found["observe.wandb_project"], found["observe.mlflow_experiment"]) == ("math", "math")
+    assert lost({"trainer.logger": ["clearml"]}) == {"trainer.logger": False}
+
+
+def test_a_critic_only_with_gae() -> None:
+    settings = {"critic.optim.lr": 2e-6, "trainer.critic_warmup": 10, "critic.cliprange_value": 0.2}
+    assert not any(key.startswith("critic.") for key in ours(settings))
+    found = ours({"algorithm.adv_estimator": "gae", **settings})
+    assert (found["critic.optimizer.lr"], found["critic.warmup_steps"], found["critic.clip"]) == (2e-6, 10, 0.2)
+    other = {"algorithm.adv_estimator": "gae", f"{M}.path": "/m/a", "critic.model.path": "/m/b"}
+    assert lost(other) == {"critic.model.path": True}
+
+
+def test_the_optimizer_on_the_host() -> None:
+    assert ours({f"{OPTIM}.override_optimizer_config.optimizer_cpu_offload": True})["optimizer.offload_fraction"] == 1.0
+    assert ours({f"{OPTIM}.betas": [0.9, 0.98]})["optimizer.beta2"] == 0.98

@@ -1,0 +1,64 @@
+"""verl's GPUs in our words: the layout of training, and servers of SGLang."""
+
+from __future__ import annotations
+
+from tests.foreign.verl_runs import A, R, asked, lost, ours
+
+MEGATRON = f"{A}.megatron"
+ONE_STEP_OFF = "verl.experimental.one_step_off_policy.main_ppo"
+
+
+def test_the_layout_of_an_fsdp_script_is_asked_for() -> None:
+    assert "parallel.tensor_parallel" in asked({})
+    assert "parallel.tensor_parallel" in asked({f"{A}.ulysses_sequence_parallel_size": 8})
+
+
+def test_the_layout_of_a_megatron_script_stands() -> None:
+    settings = {f"{MEGATRON}.tensor_model_parallel_size": 4, f"{MEGATRON}.pipeline_model_parallel_size": 2}
+    found = ours(settings)
+    assert (found["parallel.tensor_parallel"], found["parallel.pipeline_parallel"]) == (4, 2)
+    assert found["parallel.sequence_parallel"] is True and asked(settings) == []
+    assert ours({f"{MEGATRON}.tensor_model_parallel_size": 1})["parallel.sequence_parallel"] is False
+
+
+def test_servers_take_all_gpus_in_turn_with_training() -> None:
+    found = ours({"trainer.nnodes": 16, f"{R}.tensor_model_parallel_size": 4, f"{R}.name": "vllm"})
+    assert found["rollout.engine"] == "sglang" and found["rollout.sglang.num_servers"] == 32
+    assert found["rollout.sglang.colocated"] is True and found["rollout.sglang.sync"] == "tensor"
+    assert (found["rollout.sglang.placement"], found["rollout.sglang.host"]) == ("nodes", "node")
+    assert "rollout.sglang.placement" not in ours({"trainer.nnodes": 1})
+
+
+def test_a_server_wider_than_a_node_is_asked_for() -> None:
+    wide = asked({"trainer.nnodes": 4, f"{R}.tensor_model_parallel_size": 16, **{f"{A}.strategy": "megatron"}})
+    assert wide == ["rollout.sglang.tensor_parallel", "rollout.sglang.num_servers"]
+
+
+def test_one_step_off_policy() -> None:
+    settings = {
+        "trainer.nnodes": 2, "trainer.n_gpus_per_node": 6, "rollout.nnodes": 2, "rollout.n_gpus_per_node": 2,
+        f"{R}.tensor_model_parallel_size": 2, "actor_rollout_ref.hybrid_engine": False, f"{A}.strategy": "megatron",
+    }  # fmt: skip
+    found = ours(settings, ONE_STEP_OFF)
+    assert (found["rollout.async_steps"], found["rollout.sglang.num_servers"]) == (1, 2)
+    assert found["rollout.sglang.colocated"] is False and found["rollout.sglang.sync"] == "distributed"
+    assert asked(settings, ONE_STEP_OFF) == ["algo.tis.mode"]
+
+
+def test_options_of_the_servers() -> None:
+    settings = {
+        f"{R}.name": "sglang", f"{R}.gpu_memory_utilization": 0.6, f"{R}.enforce_eager": True, f"{R}.max_num_seqs": 64,
+        f"{R}.enable_chunked_prefill": False, f"{R}.engine_kwargs.sglang.attention_backend": "fa3",
+    }  # fmt: skip
+    assert ours(settings)["rollout.sglang.server_args"] == {
+        "mem-fraction-static": 0.6,
+        "max-running-requests": 64,
+        "disable-cuda-graph": True,
+        "chunked-prefill-size": -1,
+        "attention-backend": "fa3",
+    }
+
+
+def test_quantized_servers() -> None:
+    assert ours({f"{R}.quantization": "fp8"})["rollout.sglang.quantize"] == "fp8"
+    assert lost({f"{R}.quantization": "torchao"}) == {f"{R}.quantization": False}

@@ -1,0 +1,52 @@
+"""The report of an import: worst first, every setting counted once."""
+
+from __future__ import annotations
+
+from dapo_mcore.foreign.report import counts, report
+from tests.foreign.verl_runs import A, M, R, imported
+
+SETTINGS = {
+    "algorithm.adv_estimator": "opo", f"{R}.n": 8, "trainer.test_freq": -1, "trainer.val_before_train": False,
+    f"{A}.optim.lr_warmup_steps": 10, f"{A}.fsdp_config.param_offload": True, f"{A}.fsdp_config.optimizer_offload": True,
+    f"{M}.lora_rank": 8, "trainer.mystery": 3, "trainer.total_training_steps": 9,
+}  # fmt: skip
+
+
+def test_every_setting_is_counted_once() -> None:
+    found = counts(imported(SETTINGS))
+    assert found == {"same": 2, "converted": 1, "meaningless": 4, "lost": 2, "asked": 0, "unknown": 1}
+    assert sum(found.values()) == len(SETTINGS)
+
+
+def test_the_worst_comes_first() -> None:
+    text = report(imported(SETTINGS))
+    lines = text.splitlines()
+    assert lines[0] == (
+        "run.sh: 10 settings of verl: 2 kept, 1 converted, 4 meaningless here, 2 lost, 1 not known to the table; "
+        "1 key is for you to decide"
+    )
+    titles = [line.split(" (")[0].split(":")[0] for line in lines if line[:1].isupper()]
+    assert titles == [
+        "What it leaves out has the defaults of verl b178a3c", "LOST, AND IT CHANGES WHAT IS OPTIMISED", "LOST", "TO DECIDE",
+        "CONVERTED", "KEPT", "DEFAULTS OF VERL that the run relies on, and that are not ours", "MEANINGLESS HERE",
+    ]  # fmt: skip
+    assert "accept what you can do without: --accept algorithm.adv_estimator" in text
+    assert "   1  algorithm.adv_estimator=opo" in lines
+    assert "   9  trainer.mystery=3" in lines
+
+
+def test_a_setting_that_is_kept_and_one_that_is_converted() -> None:
+    lines = report(imported(SETTINGS)).splitlines()
+    assert any(line.startswith("   2  rollout.n=8") and line.endswith("→ rollout.group_size") for line in lines)
+    assert any(
+        "actor.optim.lr_warmup_steps=10" in line and "→ optimizer.warmup_rollout_steps: 10" in line for line in lines
+    )
+
+
+def test_settings_without_a_meaning_share_a_line() -> None:
+    text = report(imported(SETTINGS))
+    assert "        actor.fsdp_config.param_offload, actor.fsdp_config.optimizer_offload\n" in text
+
+
+def test_accepted_losses_are_told_as_such() -> None:
+    assert "OPTIMISED (1): accepted" in report(imported(SETTINGS), ["algorithm.adv_estimator"])
