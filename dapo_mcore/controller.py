@@ -110,10 +110,10 @@ class Controller:
         stops = stop_token_ids(config.model, tokenizer)
         self.agent = open_agent(config, tokenizer, stops)
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes, tools=self.agent.schemas)
-        for line in self.data.lines():
+        by_source = check_sources(config, {found.section: found.prompts for found in self.data.prompt_sets})
+        for line in (*self.data.lines(), *by_source):
             progress.line(line)
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
-        check_sources(config, {found.section: found.prompts for found in self.data.prompt_sets})
         self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle)
         self.reward = build_reward(config.reward, config.rollout.max_response_tokens, config.ray.address)
         self.set_rewards = build_set_rewards(config)

@@ -67,10 +67,12 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
         data = load_run_data(
             config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS, tools=agent.schemas
         )
-    check_sources(config, {found.section: found.prompts for found in data.prompt_sets})
+    by_source = check_sources(config, {found.section: found.prompts for found in data.prompt_sets})
     incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
-    return data.lines() + (
-        [f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else []
+    return (
+        data.lines()
+        + by_source
+        + ([f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else [])
     )
 
 

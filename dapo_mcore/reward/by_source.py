@@ -44,24 +44,30 @@ def rule_for(source: str, table: Mapping[str, str]) -> str | None:
     return next((function for pattern, function in patterns if fnmatchcase(source, pattern)), None)
 
 
-def check_sources(config: Config, sets: Mapping[str, Sequence[Prompt]]) -> None:
-    """Raise DataError for data sources without a rule, with their numbers of prompts.
+def check_sources(config: Config, sets: Mapping[str, Sequence[Prompt]]) -> list[str]:
+    """Return a line for each set that is scored by source, with its rules and their numbers of prompts.
 
     sets  prompts by their section: `data`, `eval.sets.aime24`, `warm_start.choose`. Sets that are scored otherwise are skipped.
+    Raise DataError for data sources without a rule.
     """
-    missing = [
-        f"{source!r} ({count} of {len(prompts)} prompts of {section}{_hint(source)})"
-        for section, prompts in sets.items()
-        if _function_of(config, section) == "by_source"
-        for source, count in Counter(prompt.source for prompt in prompts).items()
-        if rule_for(source, config.reward.by_source) is None
-    ]
+    lines, missing = [], []
+    for section, prompts in sets.items():
+        if _function_of(config, section) != "by_source":
+            continue
+        told = []
+        for source, count in Counter(prompt.source for prompt in prompts).items():
+            function = rule_for(source, config.reward.by_source)
+            told.append(f"{source!r} by {function} ({count})")
+            if function is None:
+                missing.append(f"{source!r} ({count} of {len(prompts)} prompts of {section}{_hint(source)})")
+        lines.append(f"{section}: scored by source, {', '.join(told)}")
     if missing:
         raise DataError(
             f"reward.function by_source has no rule for {', '.join(missing)}; name one for each in reward.by_source, for instance "
             "{'my_set*': math_verify}: gsm8k, math_boxed, math_dapo, math_verify or a function of your own; rows get their source "
             "from the column source_key"
         )
+    return lines
 
 
 def _function_of(config: Config, section: str) -> str:

@@ -68,10 +68,12 @@ def test_sources_without_a_rule_are_named_with_their_numbers():
 
 def test_sets_that_are_scored_otherwise_need_no_rule():
     taco = {"data": prompts(taco=1), "eval.sets.held": prompts(taco=1)}
-    check_sources(configured(), taco)
+    assert check_sources(configured(), taco) == []
     own = {"sets": {"held": {"files": "f", "reward_function": "math_dapo"}}}
     config = configured(reward={"function": "by_source"}, eval=own)
-    check_sources(config, {"data": prompts(math=1), "eval.sets.held": prompts(taco=1)})
+    assert check_sources(config, {"data": prompts(math=1, aime=2), "eval.sets.held": prompts(taco=1)}) == [
+        "data: scored by source, 'math' by math_dapo (1), 'aime' by math_dapo (2)"
+    ]
     own = {"sets": {"held": {"files": "f", "reward_function": "by_source"}}}
     with pytest.raises(DataError, match=r"no rule for 'taco' \(1 of 1 prompts of eval.sets.held"):
         check_sources(configured(eval=own), taco)
