@@ -28,6 +28,7 @@ _DEFAULT = {
 _REMEDY = (
     f"use a template that only appends to a chat, or set agent.output_template to the text around a tool's {OUTPUT}"
 )
+_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 _USER = {"role": "user", "content": "a question"}
 
 
@@ -120,7 +121,8 @@ def open_tool_text(
 def _of_chat_template(renderer: PromptRenderer, schemas: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return the text between the policy's turn and a tool's output, and between the output and the next turn.
 
-    Two turns with a tool are rendered, to see that the second only appends to the first.
+    Two turns with a tool are rendered, to see that the second only appends to the first. An empty thought that opens each turn
+    (enable_thinking false) may be missing in earlier turns: the policy's own turns keep it, as it has read them.
     """
     start = _render(renderer, [_USER], schemas)
     thought = "a thought\n</think>\n\n" if start.rstrip().endswith("<think>") else ""
@@ -128,9 +130,13 @@ def _of_chat_template(renderer: PromptRenderer, schemas: Sequence[Mapping[str, A
     more = [*_turn(f"{thought}turn-1", "output-1"), *_turn(f"{thought}turn-2", "output-2")]
     begin, _, rest = once.partition("turn-1")
     before, output, after = rest.partition("output-1")
-    if begin != start + thought or not (before and output and after):
+    opening = start.removeprefix(begin) if _NO_THOUGHT.fullmatch(start.removeprefix(begin)) else ""
+    if begin + opening != start + thought or not (before and output and after):
         raise _refusal(renderer, f"it does not append a tool's output to the policy's turn, but writes {once[-80:]!r}")
-    if _render(renderer, [_USER, *more], schemas) != f"{once}{thought}turn-2{before}output-2{after}":
+    if (
+        _render(renderer, [_USER, *more], schemas)
+        != f"{once.removesuffix(opening)}{thought}turn-2{before}output-2{after}"
+    ):
         raise _refusal(renderer, "it rewrites an earlier turn when a later one is added")
     return before, after
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.agent.tool_text import PlainText, ToolText, open_tool_text
 from tests.rollout.agent.talk import (
@@ -78,6 +79,18 @@ def test_the_chat_template_has_the_variables_of_the_training_data():
     data = config.data.model_copy(update={"chat_template": True, "chat_template_kwargs": {"mark": "#"}})
     text = open_tool_text(config.model_copy(update={"data": data}), tokenizer, SCHEMAS, stops=(EOS,))
     assert text.encode("2", last=0).tolist() == ids(f"{BEFORE}2#{AFTER}", tokenizer)
+
+
+def test_an_empty_thought_opens_each_turn_where_thinking_is_off(real_data):
+    """Qwen3's template leaves it out of earlier turns; the policy's turns, to which outputs are only appended, keep it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = real_data("qwen/qwen3.jinja").read_text()
+    config = make_config("none", train=1)
+    for variables, opening in (({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")):
+        data = config.data.model_copy(update={"chat_template": True, "chat_template_kwargs": variables})
+        text = open_tool_text(config.model_copy(update={"data": data}), tokenizer, SCHEMAS, stops=(EOS,))
+        assert text.encode("2", last=0).tolist() == ids(f"{BEFORE}2{AFTER}{opening}", tokenizer)
+        assert PromptRenderer(data, tokenizer).render("Q", "row 1")[0].endswith(f"assistant\n{opening}")
 
 
 def test_the_token_that_ends_the_policys_turn_is_not_repeated():
