@@ -83,7 +83,14 @@ def assert_an_error_where_memory_cannot_be_opened(made: SGLangEngine, monkeypatc
 
 def mismatch(rollouts: list[Rollout], asked: list[np.ndarray], seed: int, temperature: float = 1.0) -> float:
     """Return the largest difference between the servers' log-probs of what the policy wrote and Hugging Face's in fp64."""
-    model, worst = tiny_model(seed).double(), 0.0
+    return mismatch_with(tiny_model(seed), rollouts, asked, temperature)
+
+
+def mismatch_with(
+    model: torch.nn.Module, rollouts: list[Rollout], asked: list[np.ndarray], temperature: float = 1.0
+) -> float:
+    """Return the same for another model."""
+    model, worst = model.double(), 0.0
     for prompt, rollout in zip(asked, rollouts, strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, rollout.token_ids])).long()
         logits = model(ids[None]).logits[0, len(prompt) - 1 : -1] / temperature

@@ -12,8 +12,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import UpdateBroken
+from dapo_mcore.model_files.hf_config import load_hf_config
 from dapo_mcore.rollout.agent.engine import ContinuousToolEngine
 from dapo_mcore.rollout.agent.episode import Dialect
 from dapo_mcore.rollout.embedded import EmbeddedEngine
@@ -23,8 +27,9 @@ from dapo_mcore.rollout.sglang.sync.distributed import DistributedSender
 from dapo_mcore.types import SamplingParams
 from tests.rollout.agent.letters import Angles, FiveTokens, spoken
 from tests.rollout.agent.talk import Kind, Result, StubTools, runs_of
-from tests.rollout.sglang.asserts import assert_follows, mismatch
+from tests.rollout.sglang.asserts import assert_follows, mismatch, mismatch_with
 from tests.rollout.sglang.serving import (
+    CONTEXT,
     STOP,
     bucket_a_tensor,
     engine,
@@ -35,6 +40,7 @@ from tests.rollout.sglang.serving import (
     servers,
     sync_by,
     tiny_config,
+    tiny_model,
     wait_for,
     weights,
 )
@@ -93,6 +99,26 @@ def test_logprobs_are_those_of_the_trained_model_after_temperature(made, tempera
     full = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
     assert all(len(rollout.token_ids) == 24 and STOP not in rollout.token_ids for rollout in full)
     assert stopped and full
+
+
+@pytest.mark.slow
+def test_a_server_has_the_overrides_of_config_json(tmp_path):
+    """Prompts of 600 tokens, above the stored limit of 512, with the angles of YaRN as Hugging Face computes them."""
+    tiny_config().save_pretrained(tmp_path / "model")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+    overrides = {"max_position_embeddings": 4 * CONTEXT, "rope_scaling": yarn}
+    config = load_hf_config(ModelConfig(path=str(tmp_path / "model"), overrides=overrides))
+    scaled = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    scaled.load_state_dict(tiny_model(0).state_dict())
+    asked = [np.arange(600 + i, dtype=np.int32) % 60 + 3 for i in range(4)]
+    with engine(tmp_path, python=real_python(), config=config, sync_timeout_s=60.0) as alone:
+        alone.update_weights(weights(0), 1)
+        rollouts = alone.generate(asked, params(24))
+    with torch.no_grad():
+        assert mismatch_with(scaled, rollouts, asked) <= 2e-5
+        plain = AutoModelForCausalLM.from_config(tiny_config(max_position_embeddings=2048), attn_implementation="eager")
+        plain.load_state_dict(tiny_model(0).state_dict())
+        assert mismatch_with(plain, rollouts, asked) > 1e-3
 
 
 def test_greedy_responses_equal_those_of_the_embedded_engine(made):
