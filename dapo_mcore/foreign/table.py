@@ -88,6 +88,10 @@ class Source:
             if key.startswith(f"{prefix}.") and not setting.removed
         }
 
+    def below_flag(self, prefix: str) -> list[str]:
+        """Return the keys that the run gives and that begin with a prefix."""
+        return [key for key in self._given if key.startswith(prefix) and self.gives(key)]
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:

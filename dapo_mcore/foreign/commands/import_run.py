@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from dapo_mcore.errors import ConfigError, output_error
 from dapo_mcore.foreign.convert import Conversion, convert
+from dapo_mcore.foreign.read.slime import read_slime
 from dapo_mcore.foreign.read.verl import read_verl
 from dapo_mcore.foreign.report import report
 from dapo_mcore.foreign.settings import ForeignRun
 from dapo_mcore.foreign.table import Table
+from dapo_mcore.foreign.tables.slime import SLIME
 from dapo_mcore.foreign.tables.verl import VERL
 from dapo_mcore.foreign.write import run_yaml
 
@@ -30,7 +32,10 @@ class Dialect(NamedTuple):
     table: Table
 
 
-DIALECTS: Mapping[str, Dialect] = {"verl": Dialect(read_verl, VERL)}
+DIALECTS: Mapping[str, Dialect] = {
+    "verl": Dialect(read_verl, VERL),
+    "slime": Dialect(read_slime, SLIME),
+}
 
 
 def run(dialect: str, file: Path, out: Path | None, accepted: Sequence[str]) -> int:

@@ -1,0 +1,119 @@
+"""slime's table: what each of its flags becomes here, as of commit 624b824 (2026-08-21).
+
+Change here: a flag of slime. Its name and our key are in config/foreign_names.py, its default in slime_defaults.py, and what follows
+from several flags in slime_rules.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dapo_mcore.config.foreign_names import SLIME as NAMES
+from dapo_mcore.foreign.table import Table, combined, lost, meaningless
+from dapo_mcore.foreign.table import same as _same
+from dapo_mcore.foreign.tables import slime_rules as rules
+from dapo_mcore.foreign.tables.slime_defaults import slime_defaults
+
+same = partial(_same, NAMES)
+
+_SHAPE = (
+    "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups", "kv-channels", "group-query-attention",
+    "qk-layernorm", "normalization", "norm-epsilon", "position-embedding-type", "rotary-*", "use-rotary-position-embeddings", "rope-*",
+    "swiglu", "untie-embeddings-and-output-weights", "vocab-size", "padded-vocab-size", "make-vocab-size-divisible-by", "disable-bias-linear",
+    "add-qkv-bias", "add-bias-linear", "num-experts", "moe-ffn-hidden-size", "moe-layer-freq", "moe-router-score-function", "moe-router-topk*",
+    "moe-router-num-groups", "moe-router-group-topk", "moe-router-pre-softmax", "moe-router-enable-expert-bias", "moe-router-bias-update-rate",
+    "moe-router-load-balancing-type", "moe-router-dtype", "moe-shared-expert-intermediate-size", "moe-grouped-gemm", "moe-token-drop-policy",
+    "moe-aux-loss-coeff", "moe-token-dispatcher-type", "moe-permute-fusion", "moe-shared-expert-overlap", "multi-latent-attention", "q-lora-rank",
+    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "seq-length", "max-position-embeddings", "no-rope-fusion", "spec",
+    "apply-layernorm-1p", "attention-output-gate", "post-self-attn-layernorm", "post-mlp-layernorm", "enable-experimental", "model-name",
+    "no-bias-swiglu-fusion",
+)  # fmt: skip
+_TUNING = (
+    "attention-dropout", "hidden-dropout", "accumulate-allreduce-grads-in-fp32", "attention-softmax-in-fp32", "attention-backend",
+    "no-check-for-nan-in-loss-and-grad", "grad-reduce-in-bf16", "bf16", "transformer-impl", "no-gradient-accumulation-fusion",
+    "log-probs-chunk-size", "log-probs-max-tokens-per-gpu", "recompute-loss-function", "use-distributed-optimizer",
+)  # fmt: skip
+_OWN_PARTS = (
+    "balance-data", "balance-by-flops", "micro-batch-size", "use-dynamic-batch-size", "update-weight-*", "update-weights-interval",
+    "offload", "offload-train", "offload-rollout", "num-gpus-per-node", "train-env-vars", "rollout-health-check-*", "use-fault-tolerance",
+    "distributed-backend", "distributed-timeout-minutes", "train-backend", "rollout-data-transport", "overlap-cpu-optimizer-d2h-h2d",
+    "use-precision-aware-optimizer", "data-pad-size-multiplier", "http-proxy", "use-distributed-post", "metadata-key", "ci-*", "debug-*",
+    "load-debug-*", "save-debug-*", "dump-details", "memory-*", "profile*", "use-pytorch-profiler", "record-memory-history", "tensorboard-dir",
+    "check-weight-update-equal", "get-mismatch-metrics", "router-*", "seed", "no-load-optim", "no-load-rng", "finetune", "start-rollout-id",
+)  # fmt: skip
+
+_RULES = (
+    combined(rules.length, "num_rollout_steps, num_epochs", "num-rollout", "num-epoch"),
+    same("rollout-seed"),
+    combined(rules.saving, "output_dir, checkpoint.every, checkpoint.keep, checkpoint.export_every", "save", "save-interval", "save-hf"),
+    combined(rules.model, "model.path, model.dtype, model.recompute", "hf-checkpoint", "recompute-*"),
+    same("tensor-model-parallel-size"),
+    same("pipeline-model-parallel-size"),
+    same("context-parallel-size"),
+    same("expert-model-parallel-size"),
+    same("expert-tensor-parallel-size"),
+    same("sequence-parallel"),
+    combined(rules.files, "data.files, data.chat_template, data.shuffle, data.deduplicate, data.max_prompt_tokens, data.on_long_prompt",
+             "prompt-data", "apply-chat-template", "rollout-shuffle", "rollout-max-prompt-len"),
+    same("input-key"),
+    same("label-key"),
+    same("apply-chat-template-kwargs"),
+    same("n-samples-per-prompt"),
+    same("rollout-max-response-len"),
+    same("rollout-temperature"),
+    same("rollout-top-p"),
+    same("rollout-top-k"),
+    combined(rules.stops, "rollout.stop", "rollout-stop", "rollout-stop-token-ids"),
+    combined(rules.server_places, "rollout.engine, rollout.sglang.tensor_parallel, rollout.sglang.colocated, rollout.sglang.sync, "
+             "rollout.async_steps, reward.workers", "rollout-num-gpus-per-engine", "colocate"),
+    combined(rules.num_servers, "rollout.sglang.num_servers", "rollout-num-gpus", "actor-num-nodes", "actor-num-gpus-per-node"),
+    combined(rules.server_args, "rollout.sglang.server_args", "sglang-*"),
+    same("rollout-batch-size"),
+    combined(rules.sampling, "sampling.style, sampling.gen_batch_prompts, sampling.max_gen_batches, sampling.carry_surplus, sampling.on_full",
+             "dynamic-sampling-filter-path", "over-sampling-batch-size", "partial-rollout"),
+    combined(rules.reward, "reward.function", "rm-type", "custom-rm-path"),
+    combined(rules.estimator, "algo.advantage, algo.policy_loss, algo.advantage_std, algo.gamma, algo.lam, critic.clip, critic.warmup_steps",
+             "advantage-estimator", "disable-grpo-std-normalization", "gamma", "lambd", "value-clip", "num-critic-only-steps",
+             "normalize-advantages"),
+    combined(rules.clip, "algo.clip_low, algo.clip_high, algo.dual_clip, algo.loss_mode", "eps-clip", "eps-clip-high", "eps-clip-c",
+             "calculate-per-token-loss"),
+    combined(rules.kl, "algo.kl.coef, algo.kl.place, algo.kl.estimator", "use-kl-loss", "kl-loss-coef", "kl-loss-type", "kl-coef"),
+    same("entropy-coef"),
+    combined(rules.correction, "algo.tis.mode, algo.tis.cap, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low",
+             "custom-tis-function-path", "use-rollout-logprobs"),
+    combined(rules.batch, "batch.mini_batch_prompts, batch.shuffle, batch.max_tokens", "global-batch-size", "num-steps-per-rollout",
+             "max-tokens-per-gpu"),
+    same("lr"),
+    combined(rules.schedule, "optimizer.schedule, optimizer.warmup_updates, optimizer.min_lr, optimizer.decay_updates, "
+             "optimizer.offload_fraction", "lr-decay-style", "lr-warmup-iters", "min-lr", "lr-decay-iters", "optimizer",
+             "optimizer-cpu-offload", "optimizer-offload-fraction"),
+    same("weight-decay"),
+    same("adam-beta1"),
+    same("adam-beta2"),
+    same("clip-grad"),
+    combined(rules.evaluation, "eval.every, eval.at_start, eval.sets, eval.temperature, eval.top_p, eval.top_k, eval.samples_per_prompt, "
+             "eval.max_response_tokens", "eval-prompt-data", "eval-interval", "skip-eval-before-train", "eval-temperature", "eval-top-p",
+             "eval-top-k", "n-samples-per-eval-prompt", "eval-max-response-len", "eval-input-key", "eval-label-key"),
+    combined(rules.loggers, "observe.tensorboard, observe.wandb_project", "use-tensorboard", "use-wandb", "wandb-project"),
+    meaningless("the model's shape", "read from the model's config.json", *_SHAPE),
+    meaningless("of Megatron", "as here, or chosen here by the device", *_TUNING),
+    meaningless("slime's own parts", "they have no counterpart, and change no number", *_OWN_PARTS),
+    meaningless("copies of the model", "a run starts from model.path and goes on from its own checkpoints; the reference is model.path",
+                "load", "ref-load", "ref-ckpt-step", "critic-load", "critic-save"),
+    meaningless("of wandb", "the run's name is its name there, too", "wandb-*", "disable-wandb-random-suffix", "tb-*"),
+    lost("samples of one step are all trained on; nearest: algo.rejection", "use-opsm", objective=True),
+    lost("no teacher's KL; nearest: a reward function", "use-opd", objective=True),
+    lost("the KL has no importance weight here; nearest: without use-unbiased-kl", "use-unbiased-kl", objective=True),
+    lost("rewards are compared within a group here", "disable-rewards-normalization", objective=True),
+    lost("code of your own in the objective; nearest: reward.function path.py:name", "custom-loss-function-path",
+         "custom-advantage-function-path", "custom-pg-loss-reducer-function-path", "custom-reward-post-process-path", "reward-key",
+         "group-rm", "rm-url", "custom-convert-samples-to-train-data-path", "rollout-sample-filter-path", "buffer-filter-path",
+         "mask-offpolicy-in-partial-rollout", "ref-update-interval", objective=True),
+    lost("another loss than the policy's", "loss-type", off=(None, "policy_loss"), objective=True),
+    lost("generation by code of your own, such as tools; nearest: sections tools and agent", "custom-generate-function-path",
+         "rollout-function-path", "data-source-path", objective=True),
+    lost("the engine's routes are not replayed; nearest: model.routing_replay scoring", "use-rollout-routing-replay"),
+    lost("routes are replayed by model.routing_replay scoring", "use-routing-replay"),
+)  # fmt: skip
+
+SLIME = Table("slime", "slime 624b824 (2026-08-21)", slime_defaults, _RULES)
