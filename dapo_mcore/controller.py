@@ -43,6 +43,7 @@ from dapo_mcore.reward.scorer import build_reward, build_set_rewards
 from dapo_mcore.rollout.agent.build import open_agent
 from dapo_mcore.rollout.build import build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
+from dapo_mcore.rollout.sampling.none_right import why_none_right
 from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
 from dapo_mcore.types import Group, Prompt, Sample, SamplingParams, TrainBatch
@@ -204,12 +205,15 @@ class Controller:
             collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
         except NothingVaries as error:
             self._record_untrained(step, error.collected)
+            self._tell_none_right(step, error.collected.generated)
             message = f"{error}; the step's samples are in {self.config.run_dir / 'samples'}"
             raise NothingVaries(message, error.collected) from None
         except BaseException:
             if self.sampler.rescued is not None:
                 self.positions[step - 1] = Position(*self.sampler.rescued)
             raise
+        if self.report is None:
+            self._tell_none_right(step, collected.generated)
         self.positions = {step - 1: self._untrained(step, collected), step: self._position()}
         if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
             self.ahead.begin(step + 1)
@@ -368,6 +372,11 @@ class Controller:
         self.num_failures += count
         if count:
             self.progress.line(f"{count} of {total} samples have no score; the first: {report.failure}")
+
+    def _tell_none_right(self, step: int, groups: Sequence[Group]) -> None:
+        """Report the usual causes if not one response of the step is right."""
+        if why := why_none_right(groups, step, self.config, self.data.train.num_truncated):
+            self.progress.line(why)
 
     def close(self) -> None:
         """Stop workers and servers, and close the run's files. May be called twice."""

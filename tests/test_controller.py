@@ -86,6 +86,7 @@ def build(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> It
         made.append(Controller(config, hf_config, tokenizer, Lines(), PhaseTimer()))
         return made[-1]
 
+    build.folder = tmp_path
     yield build
     for controller in made:
         controller.close()
@@ -147,6 +148,47 @@ def test_only_the_samples_to_show_are_kept_once_a_step_has_its_batch(build) -> N
     assert (row["reward/acc"], row["sampling/samples_generated"]) == (1.0, 4.0)
     (sample,) = (controller.config.run_dir / "samples/step_000001.jsonl").read_text().splitlines()
     assert json.loads(sample)["response"] == "Answer: 2"
+
+
+def test_an_evaluation_set_has_its_own_sampling_reward_and_all_its_answers_are_kept(build, tmp_path: Path) -> None:
+    """Of the set `mixed` the source a is right with `Answer: 2`, and b asks for a box."""
+    rows = [{"prompt": f"{n}+1=", "answer": "2", "data_source": source} for n, source in enumerate("aab")]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    own = {"samples_per_prompt": 2, "temperature": 0.0, "max_response_tokens": 32, "reward_function": "by_source"}
+    sets = {
+        "held": {"files": str(tmp_path / "held.jsonl"), "answer_key": "answer"},
+        "mixed": {"files": str(tmp_path / "mixed.jsonl"), "answer_key": "answer", **own},
+    }
+    controller = build(
+        eval={"sets": sets, "samples_per_prompt": 1},
+        reward={"by_source": {"a": "math_dapo", "b": "math_boxed"}},
+        observe={"eval_samples_per_set": None, "tensorboard": False},
+    )
+    controller.open_run(None)
+    metrics = controller.evaluate(0)
+    assert [count for count, _ in controller.engine.calls] == [1, 8]
+    assert controller.engine.calls[1][1] == SamplingParams(0.0, 1.0, -1, 32, seed=777)
+    means = {name.removeprefix("val/"): value for name, value in metrics.items() if "mean@" in name}
+    assert means == {"held/mean@1": 1.0, "mixed/mean@2": 0.75, "mixed/a/mean@2": 1.0, "mixed/b/mean@2": 0.0}
+    lines = (controller.config.run_dir / "samples/eval/step_000000.jsonl").read_text().splitlines()
+    assert sorted((row["set"], row["source"]) for row in map(json.loads, lines)) == [
+        *[("held", "")],
+        *[("mixed", "a")] * 6,
+        *[("mixed", "b")] * 2,
+    ]
+    assert (
+        "eval.sets.mixed: 4 rows gave 4 prompts (1 repeats of an earlier row, which stay)" in controller.progress.lines
+    )
+
+
+def test_a_first_step_without_a_right_answer_tells_why(build) -> None:
+    controller = build(data={"files": str(build.folder / "train.jsonl"), "answer_key": "prompt", "shuffle": False})
+    controller.open_run(None)
+    controller.rollout(1)
+    (told,) = [line for line in controller.progress.lines if line.startswith("warning: none of the 2 responses")]
+    assert told.endswith("--function math_dapo --answer 1+1= --text $'Answer: 2'")
+    controller.rollout(2)
+    assert len([line for line in controller.progress.lines if "none of the" in line]) == 1
 
 
 def test_a_new_run_moves_an_earlier_one_aside_but_not_its_own_lock_logs_and_servers(build) -> None:

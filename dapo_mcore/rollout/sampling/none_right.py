@@ -1,0 +1,70 @@
+"""Why not one response of a first rollout step is right: the usual causes, with what the step shows of each.
+
+Change here: which causes are told, and the command that tries the reward function on a response.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from dapo_mcore.config.schema import Config
+from dapo_mcore.reward.by_source import rule_for
+from dapo_mcore.types import Group, Prompt, Sample
+
+_LONGEST_TEXT = 300
+"""Characters of a response in the command: as many as math_dapo and gsm8k look at."""
+
+
+def why_none_right(groups: Sequence[Group], step: int, config: Config, num_cut_prompts: int) -> str:
+    """Return one line of causes, "" if a response is right or none is scored.
+
+    step             number of the rollout step.
+    num_cut_prompts  training prompts that were cut to data.max_prompt_tokens.
+    """
+    pairs = [(group.prompt, sample) for group in groups for sample in group.samples if sample.scored]
+    if not pairs or any(sample.score.acc for _, sample in pairs):
+        return ""
+    causes = "; ".join(_causes([sample for _, sample in pairs], config, num_cut_prompts))
+    shown = next((pair for pair in pairs if not pair[1].rollout.truncated), pairs[0])
+    return (
+        f"warning: none of the {len(pairs)} responses of rollout step {step} is right. Usual causes: {causes}. "
+        f"Read {config.run_dir}/samples/step_{step:06d}.jsonl, and try one: {_command(*shown, config)}"
+    )
+
+
+def _causes(samples: Sequence[Sample], config: Config, num_cut_prompts: int) -> list[str]:
+    total, limit = len(samples), config.rollout.max_response_tokens
+    no_answer = sum(not sample.score.answered for sample in samples)
+    cut = sum(sample.rollout.truncated for sample in samples)
+    causes = [
+        f"the reward rule: {no_answer} of {total} responses have no answer that {config.reward.function} finds, so see whether the "
+        "prompts ask for its form",
+        "the template: a chat model needs its chat template (data.chat_template), a base model often plain text",
+        f"the end of a response: {cut} of {total} reach rollout.max_response_tokens {limit}"
+        + (", so raise it, or let them end where their answer ends (rollout.stop)" if cut else ""),
+    ]
+    if num_cut_prompts:
+        longest = config.data.max_prompt_tokens
+        causes.append(f"truncation: {num_cut_prompts} prompts are cut to data.max_prompt_tokens {longest}")
+    return causes
+
+
+def _command(prompt: Prompt, sample: Sample, config: Config) -> str:
+    """Return a shell command that explains the score of a response."""
+    reward, options = config.reward, []
+    function = rule_for(prompt.source, reward.by_source) if reward.function == "by_source" else reward.function
+    if reward.adapter != "verl":
+        options += ["--adapter", reward.adapter]
+    if reward.strict_box:
+        options += ["--strict-box"]
+    if prompt.source:
+        options += ["--source", prompt.source]
+    words = ["dapo-mcore", "reward-explain", "--function", str(function), *options, "--answer", prompt.answer]
+    return f"{shlex.join(words)} --text {_quoted(sample.text[-_LONGEST_TEXT:])}"
+
+
+def _quoted(text: str) -> str:
+    """Return a text in one line, as bash and zsh read it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"$'{escaped}'"
