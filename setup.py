@@ -43,6 +43,7 @@ setup(
             "ruff>=0.6",
             "triton>=3.6; platform_system == 'Linux'",
             "ray>=2.52",
+            "datasets>=4",
             MATH,
         ],
         "gpu": ["triton>=3.4"],
@@ -54,6 +55,7 @@ setup(
         "sglang": ["sglang>=0.5.15,<0.5.24"],
         "ray": ["ray>=2.52"],
         "math": [MATH],
+        "datasets": ["datasets>=4"],  # from 4 on it runs no scripts; for data sets on the hub
         "wandb": ["wandb>=0.18"],
         "dali": ["nvidia-dali-cuda130==2.4.0; platform_system == 'Linux'"],  # 0.6 GB; runs without a GPU too
         "mbridge": ["mbridge==0.15.1", "einops>=0.7"],

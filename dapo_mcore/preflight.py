@@ -12,6 +12,7 @@ import os
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from dapo_mcore.checkpoint.choice import resumed_checkpoint
 from dapo_mcore.config.data import DataConfig
@@ -49,14 +50,13 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
     from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
-    from dapo_mcore.model_files.hf_folder import open_stored
     from dapo_mcore.rollout.agent.build import open_agent
 
     hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
     check_tokenizer_fits(tokenizer, hf_config)
-    stops = stop_token_ids(config.model, tokenizer)
+    stops, told = stop_token_ids(config.model, tokenizer), []
     if config.model.init == "pretrained":
-        open_stored(Path(config.model.path), hf_config)
+        told += _check_weights(config, hf_config)
     if config.reward.placement == "local":
         _load_rewards(config, users=True)
     if servers and config.rollout.engine == "sglang":
@@ -70,10 +70,25 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     by_source = check_sources(config, {found.section: found.prompts for found in data.prompt_sets})
     incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
     return (
-        data.lines()
+        told
+        + data.lines()
         + by_source
         + ([f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else [])
     )
+
+
+def _check_weights(config: Config, hf_config: Any) -> list[str]:
+    """Check headers of weight files. Return a line if they are still on the hub, which only a run downloads."""
+    from dapo_mcore.model_files.hf_folder import open_stored
+    from dapo_mcore.model_files.model_folder import has_weights, hub_name, model_folder
+
+    folder = model_folder(config.model)
+    if hub_name(config.model.path) and not has_weights(folder):
+        return [
+            f"model.path: the weights of {config.model.path} are not in the cache yet; the run downloads them first"
+        ]
+    open_stored(folder, hf_config)
+    return []
 
 
 def check_files_of(config: Config) -> None:
@@ -84,10 +99,10 @@ def check_files_of(config: Config) -> None:
 
 
 def _check_model_folder(config: Config) -> None:
-    if not Path(config.model.path, "config.json").is_file():
+    if config.model.revision is not None or not Path(config.model.path, "config.json").is_file():
         from dapo_mcore.model_files.hf_config import load_hf_config
 
-        load_hf_config(config.model)  # raises an error that says what is wrong with the folder
+        load_hf_config(config.model)  # asks the hub, or raises an error that says what is wrong with the folder
 
 
 def _check_data_files(config: Config) -> None:

@@ -26,6 +26,7 @@ FLOORS = {
     "dapo_mcore.foreign": 1,
     "dapo_mcore.types": 1,
     "dapo_mcore.architecture": 1,
+    "dapo_mcore.hub": 1,
     "dapo_mcore.model_files": 2,
     "dapo_mcore.data": 2,
     "dapo_mcore.reward": 2,

@@ -50,7 +50,7 @@ def hf_to_mcore(arguments: argparse.Namespace) -> int:
         arguments.expert_tensor_parallel,
     )
     with ByteProgress("hf-to-mcore") as report:
-        hf_to_mcore(arguments.hf, arguments.out, cut, report)
+        hf_to_mcore(_folder(arguments.hf), arguments.out, cut, report)
     print(f"wrote {arguments.out}; train from it with model.path={arguments.out}")
     return 0
 
@@ -68,6 +68,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from dapo_mcore.convert.verify import differences, manifest
 
     found = []
+    arguments.first, arguments.second = _folder(arguments.first), _folder(arguments.second)
     for folder in (arguments.first, arguments.second):
         with ByteProgress(f"reading {folder}") as report:
             found.append(manifest(folder, report))
@@ -109,8 +110,19 @@ def _compare_logits(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     from dapo_mcore.convert.inspect import describe
 
-    print(describe(arguments.folder, every_tensor=arguments.tensors))
+    print(describe(_folder(arguments.folder), every_tensor=arguments.tensors))
     return 0
+
+
+def _folder(path: Path) -> Path:
+    """Return the folder itself, or the downloaded snapshot of a model on the hub, OWNER/NAME or OWNER/NAME@REVISION."""
+    from dapo_mcore.config.model import ModelConfig
+    from dapo_mcore.model_files.model_folder import hub_name, model_folder
+
+    name, _, revision = str(path).partition("@")
+    if path.exists() or hub_name(name) is None:
+        return path
+    return model_folder(ModelConfig(path=name, revision=revision or None), weights=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,7 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = _command(commands, "hf-to-mcore", hf_to_mcore, "HF folder → Megatron checkpoint")
-    command.add_argument("hf", type=Path, metavar="HF_DIR", help="config.json, tokenizer files, *.safetensors")
+    command.add_argument(
+        "hf",
+        type=Path,
+        metavar="HF_DIR",
+        help="config.json, tokenizer files, *.safetensors; or a model on the hub, OWNER/NAME[@REVISION]",
+    )
     command.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     note = "(the checkpoint loads in any layout; in this one each rank reads its own bytes only)"
     for axis, meaning in (

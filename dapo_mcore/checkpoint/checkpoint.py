@@ -47,6 +47,7 @@ from dapo_mcore.checkpoint.snapshot import Snapshot
 from dapo_mcore.checkpoint.stored import VISIBLE_S, open_visible, read_stored, unreadable_named
 from dapo_mcore.errors import CheckpointError, DamagedCheckpoint, DapoError, TrainingError
 from dapo_mcore.model_files.megatron_folder import Store, open_store
+from dapo_mcore.model_files.model_folder import side_files_folder
 from dapo_mcore.model_files.shard_format import SHARDS
 from dapo_mcore.model_files.shard_reader import Wanted
 from dapo_mcore.model_files.side_files import write_model_files
@@ -207,7 +208,7 @@ def _write_rest(partial: Path, state: TrainState | None, adam_steps: Sequence[fl
     write_state(
         partial, RunState(FORMAT, state, _traits(actor), has_reference, adam_steps[0], guard, critic, entropy_coef)
     )
-    write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, Path(actor.config.model.path))
+    write_model_files(partial, actor.hf_config, actor.policy.config.params_dtype, side_files_folder(actor.config.model))
 
 
 def _read_state(path: Path, actor: Actor) -> RunState:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from dapo_mcore.config.values import FilePath, Section
+from dapo_mcore.config.values import FilePath, Section, Text
 
 RecomputeLevel = Literal["none", "selective", "full"]
 RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe", "moe_act", "shared_experts"]
@@ -53,7 +53,11 @@ class ModelConfig(Section):
     """The policy: a Hugging Face folder, and how Megatron builds it."""
 
     path: FilePath
-    """Folder with config.json, tokenizer files and (for init=pretrained) safetensors."""
+    """Folder with config.json, tokenizer files and (for init=pretrained) safetensors; or the name of a model on the Hugging Face
+    hub, such as Qwen/Qwen2.5-7B (hf://Qwen/Qwen2.5-7B where a folder Qwen exists). One process of each node downloads it into the
+    hub's cache, safetensors only, and with HF_HUB_OFFLINE=1 it is taken from there."""
+    revision: Text | None = None
+    """Branch, tag or commit of a model on the hub. None: main. With a commit, all nodes and later runs have the same weights."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws weights from `seed` with the config's initializer_range: for tests and for the quickstart."""
     overrides: dict[str, Any] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from dapo_mcore.architecture.shape import weight_shape
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.config_json import check_numbers, read_json_object
+from dapo_mcore.model_files.model_folder import model_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -28,12 +29,12 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
     """Return the model's configuration: config.json, with `model.overrides` applied before it is built.
 
     So derived fields (such as a list with one entry per layer) follow an overridden number of layers.
-    Raises ConfigError for a missing folder or file, an unknown architecture, an unknown override key, or overrides that change the
+    Raises ConfigError as model_folder does, for a missing file, an unknown architecture or override key, and overrides that change the
     size of stored weights.
     """
     from transformers import AutoConfig
 
-    folder = _existing_folder(model)
+    folder = model_folder(model)
     stored = _read_json(folder, "config.json")
     check_numbers(stored, str(folder / "config.json"))
     try:
@@ -61,11 +62,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     transformers rebuilds the tokenizer of a known architecture from its vocabulary and ignores the other parts of
     tokenizer.json; where that changes the tokens, tokenizer.json wins, since the weights were trained on it.
-    Raises ConfigError for a missing folder, missing tokenizer files, or no EOS token.
+    Raises ConfigError as model_folder does, for missing tokenizer files, or no EOS token.
     """
     from transformers import AutoTokenizer
 
-    folder = _existing_folder(model)
+    folder = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
@@ -118,7 +119,7 @@ def stop_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
     The two differ in practice: Qwen2.5-Instruct stops at <|im_end|> and <|endoftext|>, its base model at the latter.
     """
-    folder = _existing_folder(model)
+    folder = model_folder(model)
     stored: Any = None
     if (folder / "generation_config.json").is_file():
         stored = _read_json(folder, "generation_config.json").get("eos_token_id")
@@ -134,16 +135,6 @@ def stop_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding token. No loss and no attended position ever reads it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def _existing_folder(model: ModelConfig) -> Path:
-    folder = Path(model.path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model.path {model.path!r} is not a folder; give a local Hugging Face model folder, "
-            f"for instance one made by `hf download OWNER/{folder.name} --local-dir {model.path}`"
-        )
-    return folder
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from dapo_mcore.architecture.tensor_check import check_tensors, check_tied
 from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.megatron_folder import MegatronReader, is_megatron_folder
+from dapo_mcore.model_files.model_folder import INDEX, SINGLE, model_folder
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from dapo_mcore.model_files.side_files import write_model_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPORT = ".dapo_mcore.json"
 """A file in every exported folder, from the start: it says that we wrote the folder, and the rollout step of its weights."""
 SHARD_BYTES = 5_000_000_000
@@ -123,7 +123,11 @@ class RandomReader:
 
 def open_weights(model: ModelConfig, hf_config: Any, seed: int) -> SafetensorsReader | MegatronReader | RandomReader:
     """Return a reader of the starting weights that the section `model` asks for. Raise CheckpointError as open_stored does."""
-    return RandomReader(hf_config, seed) if model.init == "random" else open_stored(Path(model.path), hf_config)
+    return (
+        RandomReader(hf_config, seed)
+        if model.init == "random"
+        else open_stored(model_folder(model, weights=True), hf_config)
+    )
 
 
 def open_stored(folder: Path, hf_config: Any) -> SafetensorsReader | MegatronReader:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from dapo_mcore.errors import CheckpointError
-from dapo_mcore.model_files.hf_folder import INDEX, SINGLE
 from dapo_mcore.model_files.megatron_folder import MEGATRON, is_megatron_folder
+from dapo_mcore.model_files.model_folder import INDEX, SINGLE
 
 Kind = Literal["Hugging Face", "Megatron", "any"]
 

@@ -22,6 +22,7 @@ from dapo_mcore.data.detokenize import decode_responses
 from dapo_mcore.errors import DapoError
 from dapo_mcore.model_files.hf_config import load_hf_config, load_tokenizer
 from dapo_mcore.model_files.hf_folder import open_stored
+from dapo_mcore.model_files.model_folder import model_folder
 from dapo_mcore.replay.compare import Check
 from dapo_mcore.replay.record import read_batch
 from dapo_mcore.replay.recorded_run import Runs
@@ -84,7 +85,7 @@ def weights_folder(run_dir: Path, config: Config, step: int) -> Path | None:
     if (checkpoint := checkpoint_path(run_dir, step)).is_dir():
         return checkpoint
     is_start = step == 0 and config.model.init == "pretrained" and config.warm_start is None
-    return Path(config.model.path) if is_start else None
+    return model_folder(config.model, weights=True) if is_start else None
 
 
 def first_element(name: str, config: Config, a: Path, b: Path) -> Element | None:

@@ -37,9 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(path: str, overrides: Sequence[str]) -> None:
     with exit_on_signal():
         config = _checked(path, overrides)
+        _download(config)
         from dapo_mcore.train.job import train
 
     train(config)
+
+
+def _download(config: Config) -> None:
+    """Download a model of the hub before processes wait for each other; one of each node does it."""
+    from dapo_mcore.model_files.model_folder import hub_name, model_folder
+
+    if hub_name(config.model.path) is not None:
+        folder = model_folder(config.model, weights=config.model.init == "pretrained")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"model.path {config.model.path} is {folder}", flush=True)
 
 
 def _checked(path: str, overrides: Sequence[str]) -> Config:

@@ -23,6 +23,7 @@ from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_folder import save_hf_folder
+from dapo_mcore.model_files.model_folder import side_files_folder
 
 
 class Outputs:
@@ -120,7 +121,7 @@ class Outputs:
                 shape=self._actor.shape,
                 dtype=self._actor.policy.config.params_dtype,
                 hf_config=self._hf_config,
-                source=self._config.model.path,
+                source=side_files_folder(self._config.model),
                 step=step,
             )
         except OSError as error:

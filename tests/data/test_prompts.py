@@ -132,8 +132,8 @@ def test_nulls_in_parquet_are_bad_rows(load, tmp_path):
 
 def test_files_that_cannot_be_read_are_named(load, tmp_path):
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
-    (tmp_path / "c.csv").write_text("q,a")
-    for name, reason in {"absent.jsonl": "no data file", "c.parquet": "cannot be read", "c.csv": "neither"}.items():
+    (tmp_path / "c.xls").write_text("q,a")
+    for name, reason in {"absent.jsonl": "no data file", "c.parquet": "cannot be read", "c.xls": "neither"}.items():
         with pytest.raises(DataError, match=reason):
             load(files=[str(tmp_path / name)])
 

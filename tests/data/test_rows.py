@@ -71,9 +71,24 @@ FILES = {
     "absent.jsonl": (None, "no data file at"),
     "empty.jsonl": (b"", "no usable prompt in .*: data: 0 rows gave 0 prompts"),
     "blank.jsonl": (b"\n \n", "0 rows gave 0 prompts"),
-    "train.csv": (b"q,a\n", "is neither JSONL .* nor parquet"),
-    "train.jsonl.gz": (gzip.compress(GOOD), "is neither .*: it is compressed with gzip; decompress it with gunzip"),
-    "gz.jsonl": (gzip.compress(GOOD), "is not JSONL: it is compressed with gzip; decompress it with gunzip"),
+    "train.xlsx": (b"PK\x03\x04", "is neither JSONL .* nor parquet .*: it is a zip archive; unpack it"),
+    "train.parquet.gz": (
+        gzip.compress(GOOD),
+        "is neither .*: it is compressed with gzip; .* decompress it with gunzip",
+    ),
+    "empty.csv": (b"", "0 rows gave 0 prompts"),
+    "header.csv": (b"q,a\n", "0 rows gave 0 prompts"),
+    "twice.csv": (
+        b"q,q,a\n",
+        "its first line must name each column once, but 'q' stands there 2 times; correct the line",
+    ),
+    "gz.csv": (gzip.compress(GOOD), "is not CSV: it is compressed with gzip"),
+    "text.jsonl.gz": (GOOD, "cannot be read: zlib inflate failed"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-12], "cannot be read: Truncated compressed stream"),
+    "gz.jsonl": (
+        gzip.compress(GOOD),
+        "is not JSONL: it is compressed with gzip; let its name end in .gz, or decompress it with gunzip",
+    ),
     "zip.jsonl": (b"PK\x03\x04 and more", "is not JSONL: it is a zip archive; unpack it"),
     "utf16.jsonl": (GOOD.decode().encode("utf-16"), "is not JSONL: it is UTF-16 text; .*iconv -f UTF-16 -t UTF-8"),
     "be.jsonl": (b"\xfe\xff" + GOOD.decode().encode("utf-16-be"), "UTF-16"),
@@ -82,7 +97,7 @@ FILES = {
     "j.parquet": (GOOD * 9, "as parquet after row 0: .* is it JSONL. Then let its name end in .jsonl"),
     "g.parquet": (gzip.compress(GOOD), "cannot be read as parquet after row 0: .*gunzip"),
     "none.parquet": (b"", "cannot be read as parquet after row 0: .*; give a parquet file"),
-    "": (None, "is a folder; name the files in it"),
+    "": (None, "is a folder without data files; name the files, which are JSONL"),
 }
 
 
@@ -107,8 +122,9 @@ def test_a_file_without_read_permission_is_named(load_file, tmp_path: Path, monk
         check_files([str(tmp_path / "f.jsonl")], "data")
 
 
-def test_files_are_checked_before_a_run():
-    check_files([str(FOLDER / "test_rows.py")], "data")
+def test_files_are_checked_before_a_run(tmp_path: Path):
+    (tmp_path / "given.jsonl").write_bytes(GOOD)
+    check_files([str(tmp_path / "given.jsonl"), f"{tmp_path}/*.jsonl"], "data")
     for name, told in {"": "is a folder", "absent": "no data file", "n" * 300: "File name too long"}.items():
         with pytest.raises(DataError, match=told):
             check_files([str(FOLDER / name)], "eval.sets.s")

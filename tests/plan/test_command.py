@@ -41,7 +41,7 @@ def test_a_run_that_fits_and_one_that_does_not(
             ["parallel.tensor_parallel=3", "parallel.data_parallel=null"],
             "tensor_parallel 3 does not divide num_attention_heads 40",
         ),
-        (["model.path=nowhere/Some-7B"], "`hf download OWNER/Some-7B --local-dir nowhere/Some-7B`"),
+        (["model.path=./nowhere/Some-7B"], "the name of a model on the hub: Qwen/Qwen2.5-7B"),
         (["--nodes", "3"], "world size 24 is not tensor_parallel 8 × pipeline_parallel 2"),
         (["--assume", "mean_prompt_tokens=3000"], "mean_prompt_tokens=3000: data.max_prompt_tokens is 2048"),
         (["--assume", "mean_response_tokens=21000"], "rollout.max_response_tokens is 20480; give a mean of at most"),

@@ -121,6 +121,7 @@ def test_an_export_that_cannot_be_written_still_takes_what_the_other_ranks_send(
     given = dict.fromkeys(("train_state", "phase", "line"), Mock())
     outputs = Outputs(Mock(), Mock(), Mock(), handover, layout, Mock(), **given)
     monkeypatch.setattr("dapo_mcore.train.outputs.save_hf_folder", refused)
+    monkeypatch.setattr("dapo_mcore.train.outputs.side_files_folder", Mock())
     with pytest.raises(OutputError, match="the disk is full"):
         outputs.export(tmp_path, 1)
     assert list(sent) == []
