@@ -43,6 +43,7 @@ from dapo_mcore.reward.scorer import build_reward, build_set_rewards
 from dapo_mcore.rollout.agent.build import open_agent
 from dapo_mcore.rollout.build import build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
+from dapo_mcore.rollout.sampling.length import RunLength
 from dapo_mcore.rollout.sampling.none_right import why_none_right
 from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
@@ -115,7 +116,7 @@ class Controller:
         for line in (*self.data.lines(), *by_source):
             progress.line(line)
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
-        self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle)
+        self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle, config.num_epochs)
         self.reward = build_reward(config.reward, config.rollout.max_response_tokens, config.ray.address)
         self.set_rewards = build_set_rewards(config)
         # a rollout beside training runs in its own thread, so it has its own timer and its own line on the screen
@@ -137,6 +138,7 @@ class Controller:
         self.sampler = Sampler(
             self.answerer, self.loader, self.reward, self.decode, config, self.rollout_progress, self.rollout_timer
         )
+        self.length = RunLength(config, len(self.data.train.prompts), progress)
         self.ahead = Ahead(lambda step: self._collect(step, lag=1))
         self.positions: dict[int, Position] = {}  # of the last step and the one before it
         self.sinks: MetricSinks | None = None
@@ -190,12 +192,14 @@ class Controller:
         prompts = {prompt.uid: prompt for prompt in self.data.train.prompts}
         moved = self.loader.load_state(state.loader)
         lost = self.sampler.load_state(state.sampler, state.sampler_arrays, prompts)
+        self.length.look_ahead(state.step, self.sampler.num_left)
         self.open_run(resume_step=state.step)
         for line in filter(None, (moved, lost)):
             self.progress.line(f"warning: {line}")
 
-    def rollout(self, step: int) -> TrainBatch:
-        """Return the samples to train on: prompts → rollout → reward → filter (refill).
+    def rollout(self, step: int) -> TrainBatch | None:
+        """Return the samples to train on: prompts → rollout → reward → filter (refill). None if the last epoch has left none: then
+        `length.last_step` is the step before.
 
         With rollout.async_steps, those that were collected beside the step before; then the next step's are begun, with
         the weights that the engine holds until `finish_rollout`. With sampling.on_full keep they may go on under newer ones.
@@ -203,6 +207,8 @@ class Controller:
         self._wait_for_rollout()
         try:
             collected, self.rollout_times = self.ahead.take(step) or self._collect(step, lag=0)
+            if not collected.groups:
+                self.length.end_before(step, collected)
         except NothingVaries as error:
             self._record_untrained(step, error.collected)
             self._tell_none_right(step, error.collected.generated)
@@ -212,10 +218,14 @@ class Controller:
             if self.sampler.rescued is not None:
                 self.positions[step - 1] = Position(*self.sampler.rescued)
             raise
+        if not collected.groups:
+            self.positions = {step - 1: self._position()}
+            return None
         if self.report is None:
             self._tell_none_right(step, collected.generated)
         self.positions = {step - 1: self._untrained(step, collected), step: self._position()}
-        if self.config.rollout.async_steps and step < self.config.num_rollout_steps:
+        self.length.look_ahead(step, self.sampler.num_left, collected)
+        if self.config.rollout.async_steps and self.length.goes_on_after(step):
             self.ahead.begin(step + 1)
         self.report = StepReport.of(collected, collected.groups, self.config)
         self.uids = [group.prompt.uid for group in collected.groups]

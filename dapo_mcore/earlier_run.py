@@ -9,7 +9,9 @@ from pathlib import Path
 
 from dapo_mcore.checkpoint.choice import is_chosen, resumed_checkpoint
 from dapo_mcore.checkpoint.run_folder import step_of
+from dapo_mcore.checkpoint.stored import read_stored
 from dapo_mcore.config.schema import Config
+from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.hf_folder import exported_step
 from dapo_mcore.observe.sinks import METRICS_FILE
 from dapo_mcore.process.run_lock import LOCK
@@ -32,7 +34,21 @@ def finished_step(config: Config) -> int | None:
     if config.checkpoint.export_at_end:  # with at_end false the export may be all that there is, or newer
         exported = exported_step(final_export(config))
         done = exported if exported is not None and exported >= (done or 0) else None
-    return done if done is not None and done >= config.num_rollout_steps else None
+    if done is None:
+        return None
+    if config.num_rollout_steps is not None:
+        return done if done >= config.num_rollout_steps else None
+    return done if path is not None and done == step_of(path) and _has_done_epochs(path, config) else None
+
+
+def _has_done_epochs(path: Path, config: Config) -> bool:
+    """Return True if the checkpoint's position is the end of the last epoch. A damaged checkpoint is not; resuming tells of it."""
+    try:
+        state = read_stored(path).train
+    except CheckpointError:
+        return False
+    held = len(state.sampler["groups"]) + len(state.sampler["again"])
+    return not held and state.loader["epoch"] >= config.num_epochs
 
 
 def move_aside(run_dir: Path) -> Path | None:

@@ -177,11 +177,10 @@ def describe_step(config: Config) -> str:
     """Return one line about the size of a rollout step, with the settings that still have the paper's size by default."""
     s, size = config.sampling, config.rollout.group_size
     prompts = s.gen_batch_prompts if s.style == "filter" else s.train_batch_prompts
-    updates = s.train_batch_prompts // config.batch.mini_batch_prompts * config.batch.epochs
     line = (
         f"a rollout step generates {prompts:,} prompts × {size} = {prompts * size:,} responses of up to "
         f"{config.rollout.max_response_tokens:,} tokens{' at a time' if s.style == 'filter' else ''}, and trains on "
-        f"{s.train_batch_prompts:,} × {size} in {updates:,} updates"
+        f"{s.train_batch_prompts:,} × {size} in {config.updates_per_step:,} updates"
     )
     paper = [
         f"{section}.{key}"

@@ -5,26 +5,37 @@ Change here: what a user may set about the optimizer, its default, and a rule in
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from dapo_mcore.config.parallel import ParallelConfig
-from dapo_mcore.config.values import LearningRate, Section, Steps
+from dapo_mcore.config.values import LearningRate, Section, Steps, TwoUnits
 
 _MOST_BETA_IN_BF16 = 0.996
 """1 - beta must exceed 2^-8: half the distance of two neighbours in bf16, relative to a value just above a power of two."""
 
 
 class OptimizerConfig(Section):
-    """AdamW as Megatron runs it. Warm-up and decay are counted in gradient steps."""
+    """AdamW as Megatron runs it. The schedule counts gradient steps; warm-up and decay may be set in rollout steps instead."""
+
+    two_units: ClassVar[tuple[TwoUnits, ...]] = (
+        TwoUnits("warmup_updates", "warmup_rollout_steps", default=10),
+        TwoUnits("decay_updates", "decay_rollout_steps", default=None),
+    )
 
     lr: LearningRate = 1e-6
     min_lr: float = Field(0.0, ge=0, le=1)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = Field(10, ge=0, le=1_000_000_000)
+    warmup_updates: int | None = Field(None, ge=0, le=1_000_000_000)
+    """Gradient steps in which the learning rate rises. null: as `warmup_rollout_steps` says, or 10."""
+    warmup_rollout_steps: int | None = Field(None, ge=0, le=1_000_000)
+    """The same in rollout steps, as verl and NeMo-RL count: each has train_batch_prompts / mini_batch_prompts × batch.epochs gradient
+    steps. Set one of the two. `dapo-mcore config` prints what follows as `warmup_updates`."""
     decay_updates: Steps | None = None
-    """Length of the cosine; required by schedule=cosine."""
+    """Length of the cosine with its warm-up, in gradient steps. schedule=cosine needs it, or `decay_rollout_steps`."""
+    decay_rollout_steps: int | None = Field(None, ge=1, le=1_000_000)
+    """The same in rollout steps. Set one of the two."""
     weight_decay: float = Field(0.1, ge=0, le=10)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -93,7 +104,8 @@ def check_optimizer(section: str, optimizer: OptimizerConfig, dtype: str, parall
     """Raise ValueError if the optimizer of `section` contradicts itself, the model's dtype or the layout."""
     if optimizer.schedule == "cosine" and optimizer.decay_updates is None:
         raise ValueError(
-            f"{section}.schedule cosine needs {section}.decay_updates, the number of gradient steps of the decay"
+            f"{section}.schedule cosine needs {section}.decay_updates, the number of gradient steps of the decay, or "
+            "decay_rollout_steps"
         )
     if optimizer.min_lr > optimizer.lr:
         raise ValueError(

@@ -144,7 +144,7 @@ def _check_critic(c: Settings) -> None:
             "algo.policy_loss gspo has one ratio per response and algo.advantage gae one advantage per token; use policy_loss clip, "
             "or advantage group"
         )
-    if c.critic.warmup_steps >= c.num_rollout_steps:
+    if c.num_rollout_steps is not None and c.critic.warmup_steps >= c.num_rollout_steps:
         raise ValueError(
             f"critic.warmup_steps {c.critic.warmup_steps} leaves none of num_rollout_steps {c.num_rollout_steps} to train the policy "
             f"in; use at most {c.num_rollout_steps - 1}"
@@ -260,7 +260,8 @@ def _check_keep(c: Settings) -> None:
 
 
 def _check_profile(c: Settings) -> None:
-    if beyond := [step for step in c.observe.profile_steps if step > c.num_rollout_steps]:
+    last = c.num_rollout_steps
+    if last is not None and (beyond := [step for step in c.observe.profile_steps if step > last]):
         raise ValueError(
             f"observe.profile_steps has {beyond[0]}, but the run ends at num_rollout_steps {c.num_rollout_steps}; name earlier "
             "steps, for instance [2]: the first one also compiles and allocates"

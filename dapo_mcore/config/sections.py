@@ -7,12 +7,12 @@ stages that use a section fill in none.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from dapo_mcore.config.sglang import SGLangConfig
-from dapo_mcore.config.values import Count, ResumeChoice, Section, Steps, Temperature, Tokens, TopK, TopP
+from dapo_mcore.config.values import Count, ResumeChoice, Section, Steps, Temperature, Tokens, TopK, TopP, TwoUnits
 
 
 class RolloutConfig(Section):
@@ -73,8 +73,14 @@ class RayConfig(Section):
 class BatchConfig(Section):
     """How a rollout step's groups become gradient steps and micro-batches."""
 
-    mini_batch_prompts: Count = 32
-    """Groups per gradient step; train_batch_prompts / mini_batch_prompts gradient steps per rollout step."""
+    two_units: ClassVar[tuple[TwoUnits, ...]] = (TwoUnits("mini_batch_prompts", "mini_batch_samples", default=32),)
+
+    mini_batch_prompts: Count | None = None
+    """Groups per gradient step; train_batch_prompts / mini_batch_prompts gradient steps per rollout step. null: as
+    `mini_batch_samples` says, or 32."""
+    mini_batch_samples: int | None = Field(None, ge=1, le=1_000_000_000)
+    """The same in responses, as slime and NeMo-RL count: mini_batch_prompts × rollout.group_size. Set one of the two. `dapo-mcore
+    config` prints what follows as `mini_batch_prompts`."""
     max_tokens: Tokens = 22528
     """Token budget of one micro-batch on one context-parallel rank."""
     packing: bool = True

@@ -6,7 +6,7 @@ Change here: a new section, or a quantity that follows from several sections.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -27,11 +27,13 @@ from dapo_mcore.config.sections import (
     SamplingConfig,
 )
 from dapo_mcore.config.tools import ToolConfig
-from dapo_mcore.config.values import FilePath, Name, Section, Seed, Steps
+from dapo_mcore.config.values import Count, FilePath, Name, Section, Seed, Steps, TwoUnits
 
 
 class Settings(Section):
     """One training run, each section checked on its own."""
+
+    two_units: ClassVar[tuple[TwoUnits, ...]] = (TwoUnits("num_rollout_steps", "num_epochs", default=100),)
 
     name: Name = "run"
     output_dir: FilePath = "runs"
@@ -41,7 +43,11 @@ class Settings(Section):
     layout; runs on CPUs do so without it. Costs speed: attention's backward pass has slower kernels, and NCCL only rings.
     SGLang servers on GPUs that the run starts get enable-deterministic-inference; servers at `urls` must have it already.
     An operation without such a kernel ends the run. Changes roundings on CPUs, too. Not yet run on a GPU."""
-    num_rollout_steps: Steps = 100
+    num_rollout_steps: Steps | None = None
+    """Length of the run. null: as `num_epochs` says, or 100."""
+    num_epochs: Count | None = None
+    """Length of the run in passes over `data`: every prompt is generated for once per epoch, whatever is filtered out. The last rollout
+    step trains on the groups that are left, also if they are fewer than train_batch_prompts. Set one of the two."""
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -67,6 +73,11 @@ class Settings(Section):
     def run_dir(self) -> Path:
         """Folder that holds everything this run writes."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def updates_per_step(self) -> int:
+        """Gradient steps of a full rollout step. Needs batch.mini_batch_prompts, which units.py fills in."""
+        return self.sampling.train_batch_prompts // self.batch.mini_batch_prompts * self.batch.epochs
 
     @property
     def longest_sequence(self) -> int:

@@ -8,9 +8,18 @@ from __future__ import annotations
 import os
 import re
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 _LONGEST_NAME = 128
 _LONGEST_PART = 255
@@ -18,10 +27,38 @@ _WORDS_FOR_NULL = ("none", "off")
 _VARIABLE = re.compile(r"\$(?:\{(\w*)\}|(\w+))", re.ASCII)
 
 
+class TwoUnits(NamedTuple):
+    """Two keys of a section for one quantity, of which at most one is set.
+
+    key      in the unit that the stages use; units.py fills it in if `other` is set.
+    other    in another unit.
+    default  of `key`, if neither is set.
+    """
+
+    key: str
+    other: str
+    default: int | None
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys, NaN and infinity fail, values cannot be changed after validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    two_units: ClassVar[tuple[TwoUnits, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_one_unit(cls, values: Any) -> Any:
+        for key, other, default in cls.two_units if isinstance(values, dict) else ():
+            given = [values.get(name) for name in (key, other)]
+            if None not in given:
+                raise ValueError(
+                    f"{key} {given[0]} and {other} {given[1]} set the same quantity in two units; keep one, and leave the other out "
+                    "or null"
+                )
+            if given == [None, None] and default is not None:
+                values = {**values, key: default}
+        return values
 
     @field_validator("*", mode="before")
     @classmethod

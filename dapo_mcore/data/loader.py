@@ -6,6 +6,7 @@ time, so a resumed run continues exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ from dapo_mcore.types import Prompt
 
 
 class PromptLoader:
-    """Endless iteration over `prompts`. Example: of 3 prompts, take(2) twice gives 2 of epoch 0, then 1 and 1 of epoch 1."""
+    """Iteration over `prompts`, `num_epochs` times or, if that is None, without an end. Example: of 3 prompts, take(2) twice gives 2
+    of epoch 0, then 1 and 1 of epoch 1; with num_epochs 1 the second gives 1."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool):
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool, num_epochs: int | None = None):
         if not prompts:
             raise DataError("no prompts to train on")
-        self._prompts = prompts
+        self._prompts, self._num_epochs = prompts, num_epochs
         self._seed = seed
         self._shuffle = shuffle
         self._order_of = {
@@ -32,9 +34,17 @@ class PromptLoader:
         }
         self._move_to(epoch=0, offset=0)
 
+    @property
+    def num_left(self) -> float:
+        """Number of prompts until the last epoch is over; infinity without a last one."""
+        if self._num_epochs is None:
+            return math.inf
+        return max(0, (self._num_epochs - self._epoch) * len(self._prompts) - self._offset)
+
     def take(self, n: int) -> list[Prompt]:
-        """Return the next n prompts, across as many epochs as needed."""
+        """Return the next n prompts, across as many epochs as needed; fewer if the last epoch ends before."""
         assert n >= 0, n
+        n = int(min(n, self.num_left))
         taken: list[Prompt] = []
         while len(taken) < n:
             chosen = self._order[self._offset : self._offset + n - len(taken)]

@@ -93,7 +93,9 @@ def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:
     if plan.every is None and not plan.at_end:
         return ok("checkpoint space", "nothing is saved (checkpoint.every null, at_end false)")
     one = checkpoint_bytes(config, values)
-    saves = config.num_rollout_steps // plan.every + 1 if plan.every else 1
+    saves = 1
+    if plan.every:
+        saves += plan.keep if config.num_rollout_steps is None else config.num_rollout_steps // plan.every
     stored = [path for path in folder.glob("checkpoints/step_*") if path.suffix == ""]
     copies = max(min(plan.keep + 1, saves + len(stored)) - len(stored), 1)
     exported = values * _weight_bytes(config) if plan.export_every or plan.export_at_end else 0

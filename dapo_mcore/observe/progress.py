@@ -43,6 +43,8 @@ class NullProgress:
 
     def clear(self) -> None: ...
 
+    def expect(self, num_steps: int, is_exact: bool) -> None: ...
+
     def beside(self) -> NullProgress:
         return self
 
@@ -101,7 +103,7 @@ class Progress(NullProgress):
     def __init__(
         self,
         name: str,
-        num_steps: int,
+        num_steps: int | None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_advance: Callable[[], None] = lambda: None,
@@ -112,6 +114,7 @@ class Progress(NullProgress):
         self._durations: deque[float] = deque(maxlen=ETA_STEPS)
         self._history: deque[tuple[int, Metrics]] = deque(maxlen=TABLE_STEPS)
         self._step, self._updates, self._last_val = 0, 0, {}
+        self._limit = ""
         self._bar = PhaseBar(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=40),
@@ -149,6 +152,10 @@ class Progress(NullProgress):
     def clear(self) -> None:
         self._line.clear()
 
+    def expect(self, num_steps: int, is_exact: bool) -> None:
+        """Learn the run's number of rollout steps, or an upper bound of it."""
+        self._num_steps, self._limit = num_steps, "" if is_exact else "≤"
+
     def beside(self) -> NullProgress:
         """Return a second bar, for the phases of another thread."""
         return PhaseLine(self._bar, self._on_advance)
@@ -164,7 +171,7 @@ class Progress(NullProgress):
         self._history.append((step, {**metrics, **self._last_val}))
         self.clear()
         if self._live is None:
-            self.line(step_line(step, self._num_steps, metrics, self._eta()))
+            self.line(step_line(step, self._num_steps, metrics, self._eta(), self._limit))
 
     def eval_done(self, step: int, metrics: Metrics) -> None:
         """Print the evaluation after rollout step `step` (0: before training), one line in both views."""
@@ -185,7 +192,7 @@ class Progress(NullProgress):
 
     def _eta(self) -> float:
         """Return the estimated seconds left, from recent steps with evaluation and saving; NaN before the first step."""
-        if not self._durations:
+        if not self._durations or self._num_steps is None:
             return math.nan
         return (self._num_steps - self._step) * sum(self._durations) / len(self._durations)
 
@@ -193,8 +200,8 @@ class Progress(NullProgress):
         """Return the live display as rich prints it: the header, the bars of running phases and the last steps."""
         header = Text.assemble(
             (self._name, "bold"),
-            f"  rollout step {self._step}/{self._num_steps}  gradient step {self._updates}",
-            f"  elapsed {format_seconds(self._clock() - self._start)}  ETA {format_seconds(self._eta())}",
+            f"  rollout step {self._step}/{self._limit}{self._num_steps or '?'}  gradient step {self._updates}",
+            f"  elapsed {format_seconds(self._clock() - self._start)}  ETA {self._limit}{format_seconds(self._eta())}",
         )
         shown = [header, self._bar] if self._bar.tasks else [header]
         if self._history:
@@ -210,13 +217,13 @@ class Column(NamedTuple):
     write: Callable[[Metrics], str]
 
 
-def step_line(step: int, num_steps: int, metrics: Metrics, eta_s: float) -> str:
+def step_line(step: int, num_steps: int | None, metrics: Metrics, eta_s: float, limit: str = "") -> str:
     """Return `step 12/50 | update 48 | reward 0.41 | … | gen 1.2s train 0.9s | ETA 1m40s`; missing numbers are left out."""
-    parts = [f"step {step}/{num_steps}"]
+    parts = [f"step {step}/{limit}{num_steps or '?'}"]
     parts += [f"{c.heading} {text}".strip() for c in _LINE if (text := c.write(metrics))]
     times = [f"{c.heading} {text}" for c in _TIMES if (text := c.write(metrics))]
     parts += [" ".join(times)] if times else []
-    return " | ".join([*parts, f"ETA {format_seconds(eta_s)}"])
+    return " | ".join([*parts, f"ETA {limit}{format_seconds(eta_s)}"])
 
 
 def eval_line(step: int, metrics: Metrics) -> str:

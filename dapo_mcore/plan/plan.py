@@ -5,6 +5,7 @@ Change here: what belongs to a plan. report.py shows it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dapo_mcore.plan.batch import Batch, batch_of
@@ -28,8 +29,8 @@ class Plan:
 
     @property
     def run_hours(self) -> float:
-        """Hours of all rollout steps, without evaluations, checkpoints and starts."""
-        return self.time.total * self.job.config.num_rollout_steps / 3600
+        """Hours of all rollout steps, without evaluations, checkpoints and starts; NaN if num_epochs leaves their number open."""
+        return self.time.total * (self.job.config.num_rollout_steps or math.nan) / 3600
 
     @property
     def gpu_hours(self) -> float:

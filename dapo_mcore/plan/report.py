@@ -153,6 +153,9 @@ def _times(plan: Plan) -> Iterator[str]:
         f"  {plan.tokens_per_s_per_gpu:,.0f} tokens/s per GPU; gradient steps reach {train.mfu(job):.1%} MFU "
         f"({train.flops / 1e15:,.0f} PFLOP a step)"
     )
+    if job.config.num_rollout_steps is None:
+        yield f"  num_epochs {job.config.num_epochs}: the number of steps follows from the data, which a plan does not read"
+        return
     yield (
         f"  {job.config.num_rollout_steps:,} steps: {plan.run_hours / 24:,.1f} days, {plan.gpu_hours:,.0f} GPU-hours, without "
         f"evaluations and checkpoints"
@@ -254,8 +257,8 @@ def as_json(
         "time": asdict(plan.time) | {"step": plan.time.total},
         "mfu": plan.time.train.mfu(job),
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
-        "run_hours": plan.run_hours,
-        "gpu_hours": plan.gpu_hours,
+        "run_hours": plan.run_hours if plan.job.config.num_rollout_steps else None,
+        "gpu_hours": plan.gpu_hours if plan.job.config.num_rollout_steps else None,
         "problems": [asdict(problem) for problem in problems],
         "figures": [entry._asdict() for entry in _entries(job, chosen)],
     }

@@ -45,9 +45,10 @@ def train(config: Config) -> None:
                 ):
                     Run(config, layout, shown, shutdown).loop()
             elif layout.is_controller:
+                key = "num_rollout_steps" if config.num_epochs is None else "num_epochs"
                 print(
                     f"nothing to do, and nothing changed: rollout step {done} of {config.run_dir} is done, and "
-                    f"num_rollout_steps is {config.num_rollout_steps}; raise it to go on, or set checkpoint.resume never "
+                    f"{key} is {getattr(config, key)}; raise it to go on, or set checkpoint.resume never "
                     "to start anew"
                 )
     except Interrupted:

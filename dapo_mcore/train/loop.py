@@ -15,6 +15,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Run:
         """Register all that must be cleaned up with `shutdown` as soon as it exists: building may fail, on any rank."""
         self.config, self.layout, self.progress, self.timer = config, layout, progress, PhaseTimer()
         self.shutdown = shutdown
+        self.last = config.num_rollout_steps  # None until the last epoch is over
         self.outputs: Outputs | None = None  # until all is built
         self.stop_file: StopFile | None = None  # on rank 0
         self.node: NodeHost | None = None  # on the first rank of each node, for servers there
@@ -103,6 +105,7 @@ class Run:
         has."""
         with self._phase("start"):
             first = self._resume_or_start()
+            self._learn_last()
         # what would not be saved is not worth waiting for
         with self.shutdown.defer_signals(self._notice) if self.config.checkpoint.at_end else nullcontext():
             stop = self._steps(first)
@@ -118,18 +121,22 @@ class Run:
         export = None
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
-            export = self.outputs.export(final_export(self.config), max(first - 1, self.config.num_rollout_steps))
+            assert self.last is not None
+            export = self.outputs.export(final_export(self.config), max(first - 1, self.last))
         self._on_controller(lambda c: c.finish(export))
 
     def _steps(self, first: int) -> Stop | None:
         """Run the rollout steps from `first` on. Return what has ended them early, with the last completed step saved, or None."""
-        last = self.config.num_rollout_steps
         if first == 1 and self.config.eval.at_start:
             self._attended(lambda c: c.record_start())
         if first > 1 and self._evaluates(first - 1):
             self._attended(lambda c: c.make_up_evaluation(first - 1))
-        for step in range(first, last + 1):
+        for step in count(first):
+            if self._is_over(step):
+                return None
             metrics = self._train_step(step)
+            if metrics is None and self._is_over(step):
+                return self._end_with(step - 1)
             if metrics is None:
                 return self._stop_after(step - 1, keeps_rollout=self.config.checkpoint.keep_rollouts)
             if step == first and (warning := mismatch_warning(metrics)):  # later steps may have older samples
@@ -140,15 +147,31 @@ class Run:
             self._on_controller(lambda c, step=step, metrics=metrics: c.record(step, self.actor.num_updates, metrics))
             if self._stop() is not None:
                 return self._stop_after(step)
-            self.outputs.save_due(step)
-        return None
+            self.outputs.save_due(step, is_last=step == self.last)
 
     def _evaluates(self, step: int) -> bool:
-        return step % self.config.eval.every == 0 or step == self.config.num_rollout_steps
+        return step % self.config.eval.every == 0 or step == self.last
+
+    def _is_over(self, step: int) -> bool:
+        return self.last is not None and step > self.last
+
+    def _learn_last(self) -> None:
+        """Learn which rollout step is the last, once rank 0 knows. Collective in a run of num_epochs: one gloo broadcast."""
+        if self.config.num_epochs is not None:
+            self.last = self.layout.broadcast_object(self.controller and self.controller.length.last_step)
+
+    def _end_with(self, step: int) -> Stop | None:
+        """Do what is due after the last rollout step, since the prompts after it gave no other. Return what stops it, or None."""
+        self._attended(lambda c: c.make_up_evaluation(step))
+        if self._stop() is not None:
+            return self._stop_after(step, keeps_rollout=True)
+        if self.config.checkpoint.at_end:
+            self.outputs.save_stopped(step, anew=True)
+        return None
 
     def _train_step(self, step: int) -> dict[str, float] | None:
         """Run one rollout step: rollout, gradient steps, weight sync. Return its metrics, or None if a signal stops the run
-        before anything was trained. After a later signal the sync is left out; a resumed run does it first.
+        before anything was trained, or the last epoch has left nothing to train on. After a later signal the sync is left out; a resumed run does it first.
 
         With rollout.async_steps the next step is generated beside the gradient steps. The sync waits for it, unless requests
         may continue under new weights (sampling.on_full keep).
@@ -156,6 +179,9 @@ class Run:
         config = self.config
         batch = self._attended(lambda c: c.rollout(step))
         if self._stop() is not None:
+            return None
+        self._learn_last()
+        if self._is_over(step):
             return None
         seed = config.seed + step if config.batch.shuffle else None
         with self._phase("sync"):

@@ -55,16 +55,16 @@ class Outputs:
         self.last_save_s: float | None = None
         self.saved_step = -1
 
-    def save_due(self, step: int) -> None:
+    def save_due(self, step: int, *, is_last: bool) -> None:
         """Save and export what is due after rollout step `step`."""
-        checkpoint, last = self._config.checkpoint, step == self._config.num_rollout_steps
-        saves = (last and checkpoint.at_end) or (checkpoint.every and step % checkpoint.every == 0)
+        checkpoint = self._config.checkpoint
+        saves = (is_last and checkpoint.at_end) or (checkpoint.every and step % checkpoint.every == 0)
         exports = checkpoint.export_every and step % checkpoint.export_every == 0
         if not (saves or exports):
             return
         with self._phase("save"), self._handover.borrowed():
             if saves:
-                self._save(step, wait=last)
+                self._save(step, wait=is_last)
             if exports:
                 self.export(self._config.run_dir / "hf" / f"step_{step:06d}", step)
 

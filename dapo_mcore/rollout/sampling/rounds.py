@@ -14,14 +14,15 @@ from dapo_mcore.rollout.sampling.step import Step
 from dapo_mcore.types import Group, Prompt, Sample
 
 Take = Callable[[int], list[Prompt]]
-"""Returns the next `n` prompts to generate for."""
+"""Returns the next `n` prompts to generate for, or fewer if the last epoch ends before."""
 
 
 def play_rounds(step: Step, responder: Responder, take: Take, missing: int) -> list[Group]:
-    """Return at least `missing` groups to train on, in prompt order, or fewer after max_gen_batches rounds."""
+    """Return at least `missing` groups to train on, in prompt order, or fewer after max_gen_batches rounds or the last prompt."""
     rounds, kept = _Rounds(step, responder, take), []
     style = {"none": rounds.none, "filter": rounds.filter, "resample": rounds.resample}[step.config.sampling.style]
-    while len(kept) < missing and step.num_rounds < step.config.sampling.max_gen_batches:
+    most = step.config.sampling.max_gen_batches
+    while len(kept) < missing and step.num_rounds < most and not rounds.prompts_are_over:
         kept += style(missing - len(kept))
         step.check_scored(step.generated)
     return kept
@@ -30,6 +31,7 @@ def play_rounds(step: Step, responder: Responder, take: Take, missing: int) -> l
 class _Rounds:
     def __init__(self, step: Step, responder: Responder, take: Take):
         self._step, self._responder, self._take = step, responder, take
+        self.prompts_are_over = False
 
     def none(self, missing: int) -> list[Group]:
         return self._finish(self._new_groups(missing))
@@ -49,9 +51,12 @@ class _Rounds:
         return [group for group in self._finish(groups) if classify(group) == "mixed"]
 
     def _new_groups(self, num_prompts: int) -> list[Group]:
-        """Begin a round: generate group_size responses for each of the next prompts."""
-        self._step.num_rounds += 1
+        """Begin a round: generate group_size responses for each of the next prompts, if there are any."""
         prompts = self._take(num_prompts)
+        self.prompts_are_over = len(prompts) < num_prompts
+        if not prompts:
+            return []
+        self._step.num_rounds += 1
         return self._responder.groups(prompts, self._step.config.rollout.group_size, self._step.next_params())
 
     def _enlarge(self, groups: Sequence[Group]) -> list[Group]:

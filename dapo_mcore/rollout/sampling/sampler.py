@@ -88,7 +88,8 @@ class Sampler:
         self.rescued: tuple[dict[str, Any], SamplerState] | None = None
 
     def collect(self, step: int, lag: int = 0) -> Collected:
-        """Return the groups of rollout step `step`: train_batch_prompts, or fewer if sampling.on_exhausted allows it.
+        """Return the groups of rollout step `step`: train_batch_prompts, or fewer if sampling.on_exhausted allows it or the last epoch
+        is over; then perhaps none.
 
         lag  weight versions by which the policy that trains on the groups is ahead of the engine's weights.
         The engine's seeds depend on (config.seed, step, call), so a resumed run repeats the step on a repeatable engine.
@@ -111,7 +112,7 @@ class Sampler:
             raise
         kept.sort(key=lambda group: group.weight_version)  # without on_full keep they already are in this order
         groups, surplus = kept[: sampling.train_batch_prompts], kept[sampling.train_batch_prompts :]
-        if len(groups) < sampling.train_batch_prompts:
+        if len(groups) < sampling.train_batch_prompts and self._loader.num_left + len(self._again):
             self._check_exhausted(len(groups), this)
         self._carried = surplus if sampling.carry_surplus else []
         stats = this.stats() | {
@@ -120,8 +121,15 @@ class Sampler:
             "sampling/surplus_carried": float(len(self._carried)),
             "sampling/surplus_dropped": float(num_stale + len(surplus) - len(self._carried)),
         }
-        stats |= staleness_stats(groups, trained)
+        if groups:
+            stats |= staleness_stats(groups, trained)
         return Collected(groups, this.generated, stats)
+
+    @property
+    def num_left(self) -> float:
+        """Number of groups that later steps may train on at most: those of prompts to come, in flight or to be asked again, and
+        carried ones. Infinity without a last epoch."""
+        return self._loader.num_left + len(self._again) + len(self._pending) + len(self._carried)
 
     def snapshot(self) -> SamplerState:
         """Return the current state; nothing is copied.
