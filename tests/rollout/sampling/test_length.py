@@ -141,7 +141,11 @@ def test_a_run_that_is_stopped_in_the_middle_of_an_epoch_goes_on_as_if_it_had_no
 def test_the_bound_holds_where_steps_end_early():
     """A step that gives up after 2 batches of 3 prompts takes 6 of them, fewer than the 10 groups that it wants."""
     config = with_epochs(1, "filter", 10, gen_batch_prompts=3, max_gen_batches=2)
-    assert (most_steps(60, config.sampling), most_steps(61, config.sampling), most_steps(0, config.sampling)) == (10, 11, 0)
+    assert (most_steps(60, config.sampling), most_steps(61, config.sampling), most_steps(0, config.sampling)) == (
+        10,
+        11,
+        0,
+    )
     assert most_steps(61, make_config("resample", 10).sampling) == 7
 
 
