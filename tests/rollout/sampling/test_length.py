@@ -122,7 +122,7 @@ def test_last_prompts_without_a_group_to_train_on_end_the_run_with_the_step_befo
 
 
 def test_data_without_any_group_to_train_on_are_an_error():
-    with pytest.raises(NothingVaries, match="2 all wrong, 0 too old.*check the reward function"):
+    with pytest.raises(NothingVaries, match=r"2 all wrong, 0 too old.*check the reward function"):
         play(with_epochs(1, "filter", 2, gen_batch_prompts=2), [WRONG, WRONG])
 
 
