@@ -58,7 +58,7 @@ class Source:
         setting = self._given.get(key)
         if setting is None or setting.removed:
             return self.defaults.get(key)
-        if setting.unknown or setting.others:
+        if not self.is_known(key):
             raise Undecided(key)
         return setting.value
 
@@ -67,6 +67,11 @@ class Source:
         setting = self._given.get(key)
         plain = setting is not None and not setting.others and all(name.isidentifier() for name in setting.unknown)
         return setting.value if setting is not None and plain and not setting.removed else self[key]
+
+    def is_known(self, key: str) -> bool:
+        """Return True if the value of a key can be read: a rule need not ask for more of ours than hangs on it."""
+        setting = self._given.get(key)
+        return setting is None or setting.removed or not (setting.unknown or setting.others)
 
     def first(self, *keys: str) -> str:
         """Return the first of several names of one setting that the run gives; the first name if it gives none."""

@@ -49,7 +49,7 @@ _MODEL = (
         f"{_M}.enable_gradient_checkpointing", f"{_A}.router_replay.mode", f"{_A}.fsdp_config.dtype",
         f"{_A}.fsdp_config.model_dtype", f"{_G}.dtype", f"{_R}.dtype",
     ),
-    combined(run.config_json, "model.overrides", f"{_M}.override_config.*"),
+    combined(run.config_json, "model.overrides", f"{_M}.override_config*"),
     same(f"{_M}.trust_remote_code"),
     same(f"{_M}.enable_activation_offload"),
     combined(run.transformer_config, "megatron, model.recompute", f"{_G}.override_transformer_config.*"),
@@ -103,7 +103,7 @@ _ROLLOUT = (
     combined(run.filtering, "sampling.style, sampling.gen_batch_prompts, sampling.max_gen_batches, sampling.carry_surplus",
              "algorithm.filter_groups.enable", "algorithm.filter_groups.metric", "algorithm.filter_groups.max_num_gen_batches",
              "data.gen_batch_size"),
-    same("data.train_batch_size"),
+    combined(run.train_batch, "sampling.train_batch_prompts", "data.train_batch_size"),
 )  # fmt: skip
 _OBJECTIVE = (
     combined(objective.reward, "reward.function, reward.kwargs", "custom_reward_function.path", "custom_reward_function.name",
@@ -116,7 +116,7 @@ _OBJECTIVE = (
              "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.gamma", "algorithm.lam"),
     combined(objective.policy_loss, "algo.policy_loss, algo.dual_clip, algo.kl_cov, algo.clip_cov", f"{_A}.policy_loss.*",
              f"{_A}.loss_mode", f"{_A}.k_percent", f"{_A}.ppo_kl_coef", f"{_A}.clip_ratio_c", f"{_A}.clip_cov_lb",
-             f"{_A}.clip_cov_ub", f"{_A}.clip_ratio_cov"),
+             f"{_A}.clip_cov_ub", f"{_A}.clip_ratio_cov", f"{_A}.clip_cov_ratio"),
     combined(objective.clip_bounds, "algo.clip_low, algo.clip_high", f"{_A}.clip_ratio_low", f"{_A}.clip_ratio_high", f"{_A}.clip_ratio"),
     combined(objective.loss_mode, "algo.loss_mode, algo.loss_length", f"{_A}.loss_agg_mode", f"{_A}.loss_scale_factor"),
     combined(objective.entropy, "algo.entropy_coef, algo.adaptive_entropy", f"{_A}.entropy_coeff", f"{_A}.adaptive_entropy.*"),

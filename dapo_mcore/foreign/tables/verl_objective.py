@@ -79,7 +79,14 @@ def policy_loss(source: Source) -> Iterator[Outcome]:
         yield _part(source, "algo.kl_cov", "ratio", f"{_COV}.kl_cov_ratio", f"{_ACTOR}.k_percent")
         yield _part(source, "algo.kl_cov", "coef", f"{_COV}.ppo_kl_coef", f"{_ACTOR}.ppo_kl_coef")
     if name == "clip_cov":
-        yield _part(source, "algo.clip_cov", "ratio", f"{_COV}.clip_cov_ratio", f"{_ACTOR}.clip_ratio_cov")
+        yield _part(
+            source,
+            "algo.clip_cov",
+            "ratio",
+            f"{_COV}.clip_cov_ratio",
+            f"{_ACTOR}.clip_cov_ratio",
+            f"{_ACTOR}.clip_ratio_cov",
+        )
         yield _part(source, "algo.clip_cov", "lower", f"{_COV}.clip_cov_lb", f"{_ACTOR}.clip_cov_lb")
         yield _part(source, "algo.clip_cov", "upper", f"{_COV}.clip_cov_ub", f"{_ACTOR}.clip_cov_ub")
     bound = f"{_ACTOR}.clip_ratio_c"
@@ -102,7 +109,9 @@ def clip_bounds(source: Source) -> Iterator[Outcome]:
     both = f"{_ACTOR}.clip_ratio"
     for end in ("low", "high"):
         key, ours = f"{_ACTOR}.clip_ratio_{end}", f"algo.clip_{end}"
-        if not source.gives(key) and source.gives(both) and source[both] != source[key]:
+        if end == "low" and source[key] > 1:
+            yield became(source, ours, 1.0, key, note="no bound: a ratio is never below 0")
+        elif not source.gives(key) and source.gives(both) and source[both] != source[key]:
             yield asked(
                 ours,
                 f"clip_ratio={source[both]} held in old versions; b178a3c ignores it and takes {source[key]}",

@@ -99,8 +99,9 @@ def _is_half(dtype: Any) -> bool:
 def config_json(source: Source) -> Iterator[Outcome]:
     """Yield overrides of config.json."""
     for place in (f"{_MODEL}.override_config", f"{_MODEL}.override_config.model_config"):
-        for key, value in source.below(place).items():
-            whole = f"{place}.{key}"
+        whole_mapping = source[place] if isinstance(source[place], dict) else {}
+        for key, value in {**whole_mapping, **source.below(place)}.items():
+            whole = f"{place}.{key}" if source.gives(f"{place}.{key}") else place
             if key.startswith(("model_config", "moe_config")):
                 continue
             if key == "attn_implementation":
@@ -121,9 +122,19 @@ def transformer_config(source: Source) -> Iterator[Outcome]:
     level = given.get("recompute_granularity")
     if level is not None:
         modules = given.get("recompute_modules")
-        recompute = modules if level == "selective" and modules else level
+        whole = ("moe_act", "shared_experts") if "moe" in (modules or ()) else ()
+        recompute = [name for name in modules if name not in whole] if level == "selective" and modules else level
         used = tuple(f"{place}.{key}" for key in _RECOMPUTE if key in given)
         yield Outcome("converted", used, "model.recompute", recompute, "full: every layer by itself")
+
+
+def train_batch(source: Source) -> Iterator[Outcome]:
+    """Yield the prompts of a rollout step. Programs that train while they generate set 0."""
+    key, ours = "data.train_batch_size", "sampling.train_batch_prompts"
+    if source[key] > 0:
+        yield became(source, ours, source[key], key)
+    else:
+        yield asked(ours, "the script's program has no rollout steps of a fixed size", key)
 
 
 def filtering(source: Source) -> Iterator[Outcome]:
@@ -290,7 +301,9 @@ def loggers(source: Source) -> Iterator[Outcome]:
         "swanlab": "observe.swanlab_project",
     }
     for name in names:
-        if name in ours:
+        if name in ours and not source.is_known(project):
+            yield asked(ours[name], "the script takes the project's name from outside", project)
+        elif name in ours:
             yield Outcome("converted", (project, key), ours[name], str(source[project]), f"{name} is among the loggers")
         elif name == "tensorboard":
             yield Outcome("converted", (key,), "observe.tensorboard", True, "on here by default")

@@ -110,9 +110,7 @@ def _gpus(source: Source) -> tuple[str, str]:
     """Return the keys of the nodes, and of the GPUs on each, that generate."""
     own = _is_one_step_off(source) and source.gives("rollout.n_gpus_per_node")
     place = "rollout" if own else "trainer"
-    return (
-        f"{place}.nnodes" if source[f"{place}.nnodes"] is not None else "trainer.nnodes"
-    ), f"{place}.n_gpus_per_node"
+    return (f"{place}.nnodes" if source.gives(f"{place}.nnodes") else "trainer.nnodes"), f"{place}.n_gpus_per_node"
 
 
 def server_args(source: Source) -> Iterator[Outcome]:
