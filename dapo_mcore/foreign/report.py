@@ -14,6 +14,8 @@ from dapo_mcore.foreign.table import Kind, Outcome
 from dapo_mcore.foreign.write import default_of, line_number, shown
 
 _WIDTH = 130
+_MOST_NAMED = 16
+"""Meaningless settings of one kind that are named: hydra's resolved configuration has hundreds."""
 _COLUMN = 62
 """Most letters of a left column: longer ones push the right one to its own line."""
 
@@ -133,7 +135,8 @@ def _meaningless(conversion: Conversion) -> Iterator[str]:
     yield f"MEANINGLESS HERE ({counts(conversion)['meaningless']})"
     for why, keys in groups.items():
         yield from _wrapped(why, "      ")
-        yield from _wrapped(", ".join(keys), "        ")
+        more = f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else ""
+        yield from _wrapped(", ".join(keys[:_MOST_NAMED]) + more, "        ")
 
 
 def _source(conversion: Conversion, outcome: Outcome) -> str:

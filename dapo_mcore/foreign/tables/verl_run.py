@@ -128,6 +128,12 @@ def transformer_config(source: Source) -> Iterator[Outcome]:
         yield Outcome("converted", used, "model.recompute", recompute, "full: every layer by itself")
 
 
+def packing(source: Source) -> Iterator[Outcome]:
+    """Yield whether sequences are packed. Each backend of verl has a switch of its own, on by default."""
+    key = f"{_MEGATRON}.use_remove_padding" if is_megatron(source.run) else f"{_MODEL}.use_remove_padding"
+    yield became(source, "batch.packing", source[key] is not False, key)
+
+
 def train_batch(source: Source) -> Iterator[Outcome]:
     """Yield the prompts of a rollout step. Programs that train while they generate set 0."""
     key, ours = "data.train_batch_size", "sampling.train_batch_prompts"
@@ -284,11 +290,14 @@ def checkpoints(source: Source) -> Iterator[Outcome]:
 
 def samples(source: Source) -> Iterator[Outcome]:
     """Yield how many samples are kept: verl writes all of them where a folder is named."""
-    key = "trainer.rollout_data_dir"
-    if source.path(key) is not None:
-        yield Outcome("converted", (key,), "observe.samples_per_step", NO_LIMIT, "all, in samples/ of the run's folder")
-    if source.path(other := "trainer.validation_data_dir") is not None:
-        yield Outcome("converted", (other,), "observe.eval_samples_per_set", None, "all, in the run's folder")
+    folders = {"trainer.rollout_data_dir": ("observe.samples_per_step", NO_LIMIT),
+               "trainer.validation_data_dir": ("observe.eval_samples_per_set", None)}  # fmt: skip
+    if source[count := "trainer.log_val_generations"]:
+        yield became(source, "observe.eval_samples_per_set", source[count], count)
+    for key, (ours, every) in folders.items():
+        setting = source.setting(key)
+        if setting is not None and setting.value is not None:
+            yield Outcome("converted", (key,), ours, every, "all, in samples/ of the run's folder")
 
 
 def loggers(source: Source) -> Iterator[Outcome]:
