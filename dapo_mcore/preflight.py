@@ -20,6 +20,7 @@ from dapo_mcore.config.schema import Config
 from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError, ToolError
 from dapo_mcore.observe.sinks import check_wandb
+from dapo_mcore.observe.trackers import check_trackers
 from dapo_mcore.process.launcher import check_launcher
 from dapo_mcore.reward.by_source import check_sources
 from dapo_mcore.reward.plugins import Rule, build_judge
@@ -36,6 +37,7 @@ def check_run(config: Config, processes: int | None = None) -> None:
     _load_rewards(config, users=False)
     if config.observe.wandb_project:
         check_wandb()
+    check_trackers(config.observe)
     _check_model(config, processes)
     _check_feeder(config)
 

@@ -106,6 +106,14 @@ class CheckpointConfig(Section):
     at_end: bool = True
     """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
     keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints with the best `best_metric` that are kept, too. Only the metrics of a checkpoint's own rollout step count, so set
+    eval.every so that it divides `every`; a checkpoint without the metric, or where it is not finite, is none of the best. Of equal
+    ones the later is better. A run that resumes with another metric reads it from the checkpoints."""
+    best_metric: str | None = Field(None, min_length=1)
+    """Name of a metric as in metrics.jsonl, such as val/aime/mean@32."""
+    best_mode: Literal["max", "min"] = "max"
     async_save: bool = False
     """Write the checkpoints of `every` beside training: it waits only while each rank copies its part into host memory, where the
     part stays (14 bytes a parameter of the model, over all ranks). The last checkpoint is waited for. If such a save fails, the
@@ -129,6 +137,11 @@ class CheckpointConfig(Section):
                 "async_save is for the checkpoints of every, which is null: set every, or async_save false (the last checkpoint "
                 "is always waited for)"
             )
+        if (self.keep_best > 0) != (self.best_metric is not None):
+            raise ValueError(
+                f"keep_best {self.keep_best} keeps the checkpoints with the best best_metric, which is {self.best_metric}; set both, "
+                "such as keep_best 1 and best_metric val/aime/mean@32, or neither"
+            )
         if self.keep_rollouts and not self.at_end:
             raise ValueError(
                 "keep_rollouts true saves an unfinished rollout when a run is ended, but with at_end false nothing is saved then; "
@@ -142,6 +155,10 @@ class ObserveConfig(Section):
 
     tensorboard: bool = True
     wandb_project: str | None = Field(None, min_length=1, max_length=128)
+    mlflow_experiment: str | None = Field(None, min_length=1, max_length=128)
+    """Experiment at MLFLOW_TRACKING_URI (extra `mlflow`). All outputs may be on at once."""
+    swanlab_project: str | None = Field(None, min_length=1, max_length=100)
+    """Extra `swanlab`; SWANLAB_MODE=offline keeps the numbers in the run's folder."""
     samples_per_step: int = Field(4, ge=0, le=1_000_000)
     """Responses of each rollout step that are written to samples/step_000003.jsonl, right and wrong ones in turn."""
     eval_samples_per_set: int | None = Field(4, ge=0, le=1_000_000_000)

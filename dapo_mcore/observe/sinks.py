@@ -1,4 +1,4 @@
-"""Outputs for metrics: metrics.jsonl (which plots and resumed runs read), TensorBoard, and optionally wandb.
+"""Outputs for metrics: metrics.jsonl (which plots and resumed runs read), TensorBoard, and optionally wandb, MLflow and SwanLab.
 
 Change here: the file's format, and which services get the metrics. Only rank 0 opens sinks.
 """
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from dapo_mcore.config.sections import ObserveConfig
 from dapo_mcore.errors import ConfigError, DapoError, DataError, output_error
 from dapo_mcore.observe.metrics import current_name
+from dapo_mcore.observe.trackers import MlflowSink, SwanlabSink, check_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,7 +42,7 @@ class MetricSinks:
     resume_step  the last rollout step of the loaded checkpoint. Later rows are dropped, because those steps run again.
                  None means a new run, which starts with an empty file.
     tell         gets warnings. Rows that the disk refuses wait in memory; training continues without a failing service.
-    Raises ConfigError if wandb is configured but not installed, before anything is written.
+    Raises ConfigError if a service is configured but not installed, before anything is written.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class MetricSinks:
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         wandb = _import_wandb() if config.wandb_project else None
+        check_trackers(config)
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._tell = tell
@@ -62,6 +64,10 @@ class MetricSinks:
             attempt("write to TensorBoard", lambda: self._services.append(opened()), tell)
         if wandb is not None:
             self._services.append(WandbSink(wandb, str(config.wandb_project), run_dir, resume_step))
+        for kind, where in ((MlflowSink, config.mlflow_experiment), (SwanlabSink, config.swanlab_project)):
+            if where is not None:
+                opened = partial(kind, where, run_dir, resume_step)
+                attempt(f"write to {kind.name}", lambda opened=opened: self._services.append(opened()), tell)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of rollout step `step`, once per step (step 0 is the evaluation before training)."""
@@ -255,7 +261,8 @@ def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_services(config: ObserveConfig) -> None:
-    """Raise ConfigError, before anything is built, if wandb is configured but not installed or has no API key."""
+    """Raise ConfigError, before anything is built, if a service is configured but not installed or has no API key."""
+    check_trackers(config)
     if config.wandb_project is None:
         return
     _import_wandb()
