@@ -39,6 +39,7 @@ from dapo_mcore.actor.not_finite import all_finite
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.update_guard import GuardState
 from dapo_mcore.algo.adaptive_entropy import EntropyCoef
+from dapo_mcore.checkpoint.best import Best
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.run_folder import checkpoint_path, latest_checkpoint, new_partial, remove, step_of
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
@@ -69,14 +70,15 @@ def save_checkpoint(
     layout: Layout,
     keep: int,
     warn: Callable[[str], None] = print,
+    best: Best | None = None,
 ) -> Path:
     """Write a checkpoint and return its folder; `state` comes from rank 0, the others give None.
 
-    The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints are deleted, and
-    `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a tensor on
+    The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints and the `best` are
+    deleted, and `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a tensor on
     any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
     """
-    job, blocks = begin_checkpoint(run_dir, actor, state, layout, keep)
+    job, blocks = begin_checkpoint(run_dir, actor, state, layout, keep, best)
     try:
         with _disk_errors_named(job.folder):
             layout.on_every_rank_or_raise(lambda: _write_own(job, blocks, layout.rank))
@@ -88,7 +90,7 @@ def save_checkpoint(
 
 
 def begin_checkpoint(
-    run_dir: Path, actor: Actor, state: TrainState | None, layout: Layout, keep: int
+    run_dir: Path, actor: Actor, state: TrainState | None, layout: Layout, keep: int, best: Best | None = None
 ) -> tuple[Publication, list[CheckpointBlock]]:
     """Make the folder of a checkpoint and write what is no tensor. Return what is to be published, and this rank's blocks.
 
@@ -102,7 +104,7 @@ def begin_checkpoint(
     steps = layout.max_over_ranks(own).tolist()
     with _disk_errors_named(folder):
         partial: Any = layout.broadcast_object(_on_controller(layout, lambda: new_partial(folder)))
-    job = Publication(partial, folder, layout.world_size, keep)
+    job = Publication(partial, folder, layout.world_size, keep, best)
     try:
         with _disk_errors_named(folder):
             _on_controller(layout, lambda: _write_rest(partial, state, steps, actor))

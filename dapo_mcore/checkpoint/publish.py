@@ -6,7 +6,7 @@ Change here: the order in which a checkpoint becomes visible. Nothing imports to
     2  index.json, manifest.json
     3  every file and folder is on disk, and so are the metrics up to this step
     4  the folder gets its name; there is no pointer beside it that could name another one
-    5  older checkpoints are deleted
+    5  older checkpoints are deleted, but for the best
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from dapo_mcore.checkpoint.best import METRICS, Best, best_checkpoints
 from dapo_mcore.checkpoint.run_folder import commit, drop_old
 from dapo_mcore.checkpoint.shard_file import part_path, read_parts
 from dapo_mcore.model_files.disk import sync_to_disk
@@ -24,7 +25,6 @@ from dapo_mcore.model_files.manifest import write_manifest
 from dapo_mcore.model_files.shard_format import INDEX, SHARDS
 
 _POLL_S = 0.05
-_METRICS = "metrics.jsonl"
 
 
 class Publication(NamedTuple):
@@ -33,13 +33,15 @@ class Publication(NamedTuple):
     partial     the folder that the ranks write to
     folder      its name once it is whole
     num_ranks   ranks that write, each a part of the index
-    keep        checkpoints that are kept
+    keep        newest checkpoints that are kept
+    best        which others are kept; None for none
     """
 
     partial: Path
     folder: Path
     num_ranks: int
     keep: int
+    best: Best | None = None
 
 
 def publish(job: Publication, warn: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
@@ -62,9 +64,9 @@ def publish(job: Publication, warn: Callable[[str], None], check: Callable[[], N
     write_manifest(
         job.partial, [*others, shards / INDEX], {shards / name: file.num_bytes for name, file in index.files.items()}
     )
-    rows = job.folder.parents[1] / _METRICS  # a resumed run needs the rows up to here
+    rows = job.folder.parents[1] / METRICS  # a resumed run needs the rows up to here
     for path in (*job.partial.iterdir(), shards / INDEX, *([rows] if rows.exists() else [])):
         sync_to_disk(path)
     check()
     commit(job.partial, job.folder)
-    drop_old(job.folder, job.keep, warn)
+    drop_old(job.folder, job.keep, warn, best_checkpoints(job.folder.parents[1], job.folder, job.best, warn))

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,11 +72,13 @@ def commit(partial: Path, folder: Path) -> None:
     sync_to_disk(folder.parent)
 
 
-def drop_old(newest: Path, keep: int, warn: Callable[[str], None]) -> None:
-    """Delete all checkpoints but `newest` and the latest `keep` - 1 others. A failure costs a warning, and is tried again
-    after the next checkpoint. The target of a symbolic link is left alone."""
+def drop_old(newest: Path, keep: int, warn: Callable[[str], None], best: Collection[Path] = ()) -> None:
+    """Delete all checkpoints but `newest`, the latest `keep` - 1 others, and the `best`. A failure costs a warning, and is tried
+    again after the next checkpoint. The target of a symbolic link is left alone."""
     others = [path for path in all_checkpoints(newest.parents[1]) if path != newest]
     for path in others[: max(0, len(others) + 1 - keep)]:
+        if path in best:
+            continue
         # by another name first: a folder that is half deleted must not look like a checkpoint
         _or_warn(lambda path=path: rename(path, _DELETED), path, warn)
     for path in newest.parent.glob(f"step_*{_DELETED}*"):

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dapo_mcore.checkpoint.best import Best
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.shard_file import PIECE, PlannedSlice, write_shard
 from dapo_mcore.errors import DapoError
@@ -123,8 +124,8 @@ def _work(job: dict[str, Any], memory: int, connection: Connection) -> None:
     write_shard(Path(job["shards"]), job["rank"], bytes(view[: job["header_bytes"]]), slices, pieces, check)
     connection.send({"state": "written"})
     if job["publication"] is not None:
-        partial, folder, num_ranks, keep = job["publication"]
-        publication = Publication(Path(partial), Path(folder), num_ranks, keep)
+        partial, folder, num_ranks, keep, best = job["publication"]
+        publication = Publication(Path(partial), Path(folder), num_ranks, keep, best and Best(*best))
         publish(publication, warnings.append, connection.check)
     connection.send({"state": "done", "warnings": warnings})
 

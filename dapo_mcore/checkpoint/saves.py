@@ -13,6 +13,7 @@ from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.checkpoint_blocks import written_blocks
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.checkpoint.background import SaverProcess
+from dapo_mcore.checkpoint.best import Best
 from dapo_mcore.checkpoint.checkpoint import abandon, begin_checkpoint, save_checkpoint
 from dapo_mcore.checkpoint.publish import Publication
 from dapo_mcore.checkpoint.run_state import TrainState
@@ -28,13 +29,22 @@ _CLOSE_S = 10.0
 class Saves:
     """Saves one run's checkpoints, on every rank.
 
+    best         which checkpoints are kept beside the newest `keep`; None for none
     background   True for a process beside each rank that writes while training goes on
     """
 
     def __init__(
-        self, run_dir: Path, layout: Layout, keep: int, warn: Callable[[str], None] = print, *, background: bool = False
+        self,
+        run_dir: Path,
+        layout: Layout,
+        keep: int,
+        warn: Callable[[str], None] = print,
+        *,
+        background: bool = False,
+        best: Best | None = None,
     ):
         self._run_dir, self._layout, self._keep, self._warn = run_dir, layout, keep, warn
+        self._best = best
         self._saver = SaverProcess() if background else None
         self._in_flight: Publication | None = None
 
@@ -57,8 +67,8 @@ class Saves:
         if problem := self.finish():
             self._warn(f"warning: {problem}; the next one is written at once, and training waits for it")
         if self._saver is None or wait or problem:
-            return save_checkpoint(self._run_dir, actor, state, self._layout, self._keep, self._warn)
-        job, blocks = begin_checkpoint(self._run_dir, actor, state, self._layout, self._keep)
+            return save_checkpoint(self._run_dir, actor, state, self._layout, self._keep, self._warn, self._best)
+        job, blocks = begin_checkpoint(self._run_dir, actor, state, self._layout, self._keep, self._best)
         rank = self._layout.rank
         publication = job if self._layout.is_controller else None
         try:

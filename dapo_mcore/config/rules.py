@@ -268,6 +268,15 @@ def _check_profile(c: Settings) -> None:
         )
 
 
+def _check_best(c: Settings) -> None:
+    metric, sets = c.checkpoint.best_metric, sorted(c.eval.sets)
+    if metric is not None and metric.startswith("val/") and not any(metric.startswith(f"val/{name}/") for name in sets):
+        raise ValueError(
+            f"checkpoint.best_metric {metric} is of no set of eval.sets ({', '.join(sets) or 'there is none'}); a metric of set NAME "
+            "is val/NAME/mean@k"
+        )
+
+
 def _check_record(c: Settings) -> None:
     keep, every = c.observe.record_keep, c.checkpoint.every
     if keep is None:
@@ -342,6 +351,7 @@ RULES = (
     _check_generation,
     _check_keep,
     _check_profile,
+    _check_best,
     _check_record,
     _check_ray,
     _check_tools,

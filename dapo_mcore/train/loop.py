@@ -33,6 +33,7 @@ from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.replicas import check_replicas
 from dapo_mcore.actor.scatter import scatter_step
 from dapo_mcore.algo.correction import mismatch_warning
+from dapo_mcore.checkpoint.best import Best
 from dapo_mcore.checkpoint.resume import load_resumed
 from dapo_mcore.checkpoint.saves import Saves
 from dapo_mcore.config.schema import Config
@@ -307,8 +308,16 @@ class Run:
 
     def _open_saves(self) -> Saves:
         checkpoint = self.config.checkpoint
+        best = (
+            Best(checkpoint.keep_best, checkpoint.best_metric, checkpoint.best_mode) if checkpoint.keep_best else None
+        )
         saves = Saves(
-            self.config.run_dir, self.layout, checkpoint.keep, self.progress.line, background=checkpoint.async_save
+            self.config.run_dir,
+            self.layout,
+            checkpoint.keep,
+            self.progress.line,
+            background=checkpoint.async_save,
+            best=best,
         )
         self.shutdown.cleanup.callback(saves.close)
         return saves

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
+from dapo_mcore.checkpoint.best import Best
 from dapo_mcore.checkpoint.publish import Publication, publish
 from dapo_mcore.checkpoint.run_folder import new_partial
 from dapo_mcore.checkpoint.run_state import FORMAT, RunState, TrainState, write_state
@@ -35,14 +36,14 @@ def begin(path: Path) -> Path:
     return partial
 
 
-def write_checkpoint(path: Path, keep: int = 9) -> None:
+def write_checkpoint(path: Path, keep: int = 9, best: Best | None = None) -> None:
     """Write a whole checkpoint of step 2: the tensor `w` in the shards of two ranks, and what a run needs beside its tensors."""
     partial = begin(path)
     for rank in (0, 1):
         block = CheckpointBlock("w", (8,), (4 * rank,), torch.zeros(4), is_written=True, is_padded=False)
         snapshot = Snapshot([block])
         write_shard(partial / "shards", rank, snapshot.header, snapshot.slices, snapshot.pieces)
-    publish(Publication(partial, path, num_ranks=2, keep=keep), print)
+    publish(Publication(partial, path, num_ranks=2, keep=keep, best=best), print)
 
 
 def write_old_checkpoint(path: Path) -> None:

@@ -30,6 +30,18 @@ CLUSTER = [*SERVERS, "rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"
 
 RULES: list[tuple[list[str], str]] = [
     (
+        ["checkpoint.keep_best=1"],
+        "keep_best 1 keeps the checkpoints with the best best_metric, which is None; set both",
+    ),
+    (
+        ["checkpoint.best_metric=reward/mean"],
+        "keep_best 0 keeps the checkpoints with the best best_metric, which is reward/mean",
+    ),
+    (
+        ["checkpoint.keep_best=1", "checkpoint.best_metric=val/amie/mean@8"],
+        "checkpoint.best_metric val/amie/mean@8 is of no set of eval.sets (there is none); a metric of set NAME is val/NAME/mean@k",
+    ),
+    (
         ["reward.by_source={mine: gsm8k}"],
         "reward.by_source has rules of data sources, but reward.function is math_dapo; set reward.function by_source",
     ),
