@@ -18,6 +18,7 @@ import torch
 
 from dapo_mcore.actor.checkpoint_blocks import CheckpointBlock
 from dapo_mcore.checkpoint.background import SaverProcess
+from dapo_mcore.checkpoint.best import Best
 from dapo_mcore.checkpoint.publish import Publication
 from dapo_mcore.checkpoint.snapshot import Snapshot
 from dapo_mcore.model_files.shard_reader import ShardReader
@@ -32,7 +33,14 @@ def saver() -> Iterator[SaverProcess]:
     saver.close()
 
 
-def start(saver: SaverProcess, run_dir: Path, step: int, num_ranks: int = 1, whole: torch.Tensor = WHOLE) -> Path:
+def start(
+    saver: SaverProcess,
+    run_dir: Path,
+    step: int,
+    num_ranks: int = 1,
+    whole: torch.Tensor = WHOLE,
+    best: Best | None = None,
+) -> Path:
     """Give it the only rank's job, or that of rank 0 of two. Return the folder that it will publish."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(f"{folder.name}.partial")
@@ -40,7 +48,8 @@ def start(saver: SaverProcess, run_dir: Path, step: int, num_ranks: int = 1, who
     (partial / "state.json").write_text("{}")
     block = CheckpointBlock("w", tuple(whole.shape), (0, 0), whole.clone(), is_written=True, is_padded=False)
     half = CheckpointBlock("h", (40,), (0,), WHOLE.flatten().to(torch.bfloat16), is_written=True, is_padded=False)
-    saver.start(Snapshot([half, block]), str(partial / "shards"), 0, Publication(partial, folder, num_ranks, keep=1))
+    job = Publication(partial, folder, num_ranks, keep=1, best=best)
+    saver.start(Snapshot([half, block]), str(partial / "shards"), 0, job)
     block.data.fill_(torch.nan)  # the copy is the process's
     return folder
 
@@ -53,6 +62,16 @@ def test_one_process_writes_and_publishes_one_checkpoint_after_another(saver: Sa
         assert torch.equal(reader.read("w", (0, 0), (5, 8)), WHOLE)
         assert torch.equal(reader.read("h", (0,), (40,)), WHOLE.flatten().to(torch.bfloat16))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"], "older ones are deleted"
+
+
+def test_it_leaves_the_best_checkpoint(saver: SaverProcess, tmp_path: Path) -> None:
+    rows = ['{"step": 1, "acc": 0.1}', '{"step": 2, "acc": 0.9}', '{"step": 3, "acc": 0.5}']
+    for step in (1, 2, 3, 4):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(rows[:step]))
+        start(saver, tmp_path, step, best=Best(1, "acc", "max"))
+        assert saver.wait("done", stall_s=60) is None
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    assert [line for line in saver.warnings if "rollout step 4 has no metric acc" in line]
 
 
 def test_it_publishes_nothing_once_its_rank_is_gone(saver: SaverProcess, tmp_path: Path) -> None:
