@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dapo_mcore.config.file import load_config
-from dapo_mcore.config.keys import kind_of
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.foreign.write import default_of, run_yaml
 from tests.foreign.verl_runs import GRPO, A, M, R, imported
@@ -28,7 +27,6 @@ def test_a_line_per_key_that_differs_with_its_source() -> None:
     assert not any("group_size" in line for line in lines), "16 is our default, too"
 
 
-@pytest.mark.xfail(kind_of(["optimizer", "warmup_rollout_steps"]) is None, reason="its key is still to come")
 def test_it_is_a_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(run_yaml(imported(MEGATRON)), encoding="utf-8")
@@ -38,7 +36,6 @@ def test_it_is_a_configuration(tmp_path: Path) -> None:
     assert config.algo.kl.coef == 0 and config.optimizer.weight_decay == 0.01
 
 
-@pytest.mark.xfail(kind_of(["optimizer", "warmup_rollout_steps"]) is None, reason="its key is still to come")
 def test_open_decisions_stop_every_start_and_overrides_answer_them(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     fsdp = {key: value for key, value in MEGATRON.items() if "megatron" not in key}
@@ -56,7 +53,6 @@ def test_open_decisions_stop_every_start_and_overrides_answer_them(tmp_path: Pat
     assert load_config(path, ["parallel.tensor_parallel=4"]).parallel.tensor_parallel == 4
 
 
-@pytest.mark.xfail(kind_of(["optimizer", "warmup_rollout_steps"]) is None, reason="its key is still to come")
 def test_prose_is_quoted_so_that_its_comment_is_none(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(run_yaml(imported({**MEGATRON, "data.train_files": "/d/a #1.parquet"})), encoding="utf-8")

@@ -10,7 +10,6 @@ import pytest
 
 from dapo_mcore.cli import main
 from dapo_mcore.config.file import load_config
-from dapo_mcore.config.keys import kind_of
 from tests.foreign.scripts import ADDITION
 from tests.train.runs import ROOT, metrics, python
 
@@ -47,7 +46,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.xfail(kind_of(["optimizer", "warmup_rollout_steps"]) is None, reason="its key is still to come")
 def test_the_yaml_goes_to_a_file_and_the_report_to_the_screen(
     script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +96,6 @@ def test_a_file_that_is_no_script_of_verl(tmp_path: Path, capsys: pytest.Capture
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.xfail(kind_of(["optimizer", "warmup_rollout_steps"]) is None, reason="its key is still to come")
 def test_an_imported_script_trains(task: Path) -> None:
     """Its model and data exchanged for the quickstart's, and its sizes for smaller ones."""
     small = [
