@@ -144,7 +144,7 @@ _OBJECTIVE = (
     lost("prompts are not drawn again by rejection", "trainer.rejection_sample"),
 )  # fmt: skip
 _UPDATES = (
-    same(f"{_A}.ppo_mini_batch_size"),
+    combined(run.mini_batch, "batch.mini_batch_prompts", f"{_A}.ppo_mini_batch_size"),
     combined(run.batch_tokens, "batch.max_tokens", f"{_A}.ppo_max_token_len_per_gpu", f"{_A}.ppo_micro_batch_size_per_gpu"),
     same(f"{_A}.ppo_epochs"),
     same(f"{_A}.shuffle"),

@@ -143,6 +143,22 @@ def train_batch(source: Source) -> Iterator[Outcome]:
         yield asked(ours, "the script's program has no rollout steps of a fixed size", key)
 
 
+def mini_batch(source: Source) -> Iterator[Outcome]:
+    """Yield the prompts of a gradient step, which must divide those of a rollout step."""
+    key, ours = f"{_ACTOR}.ppo_mini_batch_size", "batch.mini_batch_prompts"
+    size, whole = source[key], source["data.train_batch_size"]
+    if size > whole > 0:
+        yield became(source, ours, whole, key, note=f"the rollout step has only {whole} prompts")
+    elif whole % size:
+        yield asked(
+            ours,
+            f"{size} does not divide the {whole} prompts of a rollout step, and here all gradient steps are alike",
+            key,
+        )
+    else:
+        yield became(source, ours, size, key)
+
+
 def filtering(source: Source) -> Iterator[Outcome]:
     """Yield dynamic sampling. Off unless the recipe's switch is on."""
     place, train, gen = "algorithm.filter_groups", "data.train_batch_size", "data.gen_batch_size"
@@ -293,7 +309,8 @@ def samples(source: Source) -> Iterator[Outcome]:
     folders = {"trainer.rollout_data_dir": ("observe.samples_per_step", NO_LIMIT),
                "trainer.validation_data_dir": ("observe.eval_samples_per_set", None)}  # fmt: skip
     if source[count := "trainer.log_val_generations"]:
-        yield became(source, "observe.eval_samples_per_set", source[count], count)
+        value = source[count] if source[count] > 0 else None
+        yield became(source, "observe.eval_samples_per_set", value, count, note="" if value else "all")
     for key, (ours, every) in folders.items():
         setting = source.setting(key)
         if setting is not None and setting.value is not None:

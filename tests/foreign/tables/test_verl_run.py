@@ -139,3 +139,24 @@ def test_a_critic_only_with_gae() -> None:
 def test_the_optimizer_on_the_host() -> None:
     assert ours({f"{OPTIM}.override_optimizer_config.optimizer_cpu_offload": True})["optimizer.offload_fraction"] == 1.0
     assert ours({f"{OPTIM}.betas": [0.9, 0.98]})["optimizer.beta2"] == 0.98
+
+
+def test_prompts_of_steps() -> None:
+    mini = f"{A}.ppo_mini_batch_size"
+    assert ours({"data.train_batch_size": 8, mini: 32})["batch.mini_batch_prompts"] == 8
+    assert "batch.mini_batch_prompts" in asked({"data.train_batch_size": 800, mini: 256})
+    assert "sampling.train_batch_prompts" in asked({"data.train_batch_size": 0})
+
+
+def test_samples_that_are_kept() -> None:
+    found = ours({"trainer.rollout_data_dir": "/d/rollouts", "trainer.log_val_generations": 10})
+    assert (found["observe.samples_per_step"], found["observe.eval_samples_per_set"]) == (1_000_000, 10)
+    assert ours({"trainer.log_val_generations": -1})["observe.eval_samples_per_set"] is None
+    assert ours({"trainer.validation_data_dir": "/d/val"})["observe.eval_samples_per_set"] is None
+    assert "observe.eval_samples_per_set" not in ours({"trainer.log_val_generations": 0})
+
+
+def test_packing_has_a_switch_per_backend() -> None:
+    off = {f"{M}.use_remove_padding": False}
+    assert ours(off)["batch.packing"] is False
+    assert ours({**off, f"{A}.strategy": "megatron"})["batch.packing"] is True
