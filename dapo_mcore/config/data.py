@@ -105,7 +105,8 @@ class EvalSetConfig(DataConfig):
     top_k: TopK | None = None
     max_response_tokens: Tokens | None = None
     reward_function: FilePath | None = None
-    """As reward.function, with the rest of the section `reward` but its `kwargs`. null: reward.function."""
+    """As reward.function, with the rest of the section `reward` but its `kwargs` and `strict_box`, and with as many workers of its own.
+    null: reward.function."""
 
 
 class EvalConfig(Section):
