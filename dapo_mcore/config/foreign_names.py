@@ -246,7 +246,69 @@ SLIME: Mapping[str, Name] = {
 }
 """slime 624b824: flags without their dashes."""
 
-DIALECTS: Mapping[str, Mapping[str, Name]] = {"verl": VERL, "slime": SLIME}
+NEMO: Mapping[str, Name] = {
+    "grpo.max_num_steps": Name("num_rollout_steps", "rollout steps; max_num_epochs may end the run before"),
+    "grpo.max_num_epochs": Name("num_epochs", _EPOCHS),
+    "grpo.seed": Name("seed", "also of weights and sampling"),
+    "policy.model_name": Name("model.path", "a Hugging Face folder or a hub name"),
+    "policy.precision": Name("model.dtype", "bfloat16: bf16, float32: fp32"),
+    "policy.hf_config_overrides": Name("model.overrides", "keys of config.json"),
+    "policy.tokenizer.chat_template_kwargs": Name("data.chat_template_kwargs"),
+    "policy.megatron_cfg.tensor_model_parallel_size": Name("parallel.tensor_parallel", "ranks"),
+    "policy.megatron_cfg.pipeline_model_parallel_size": Name("parallel.pipeline_parallel", "ranks"),
+    "policy.megatron_cfg.context_parallel_size": Name("parallel.context_parallel", "ranks"),
+    "policy.megatron_cfg.expert_model_parallel_size": Name("parallel.expert_parallel", "ranks"),
+    "policy.megatron_cfg.expert_tensor_parallel_size": Name("parallel.expert_tensor_parallel", "ranks"),
+    "policy.dtensor_cfg.tensor_parallel_size": Name(
+        "parallel.tensor_parallel", "another layout than Megatron's: decide"
+    ),
+    "data.max_input_seq_length": Name("data.max_prompt_tokens", "tokens"),
+    "data.shuffle": Name("data.shuffle"),
+    "data.train": Name("data.files", "a list of files"),
+    "data.validation": Name("eval.sets", "a named set per file: {aime24: {files: […]}}"),
+    "grpo.num_generations_per_prompt": Name("rollout.group_size", "responses per prompt"),
+    "policy.generation.max_new_tokens": Name("rollout.max_response_tokens", "tokens"),
+    "policy.generation.temperature": Name("rollout.temperature"),
+    "policy.generation.top_p": Name("rollout.top_p"),
+    "policy.generation.top_k": Name("rollout.top_k", "null: -1"),
+    "policy.generation.stop_strings": Name("rollout.stop", "texts or ids"),
+    "policy.generation.vllm_cfg.tensor_parallel_size": Name("rollout.sglang.tensor_parallel", "GPUs of one server"),
+    "cluster.num_nodes": Name("rollout.sglang.num_servers", _NODES),
+    "grpo.num_prompts_per_step": Name("sampling.train_batch_prompts", "prompts per rollout step"),
+    "grpo.batch_multiplier": Name("sampling.gen_batch_prompts", "prompts: the multiplier × num_prompts_per_step"),
+    "grpo.use_dynamic_sampling": Name("sampling.style", "true: filter; false: none"),
+    "grpo.dynamic_sampling_max_gen_batches": Name("sampling.max_gen_batches"),
+    "grpo.reward_shaping.overlong_buffer_length": Name("reward.overlong.cache", "tokens; only if it is enabled"),
+    "grpo.reward_shaping.overlong_buffer_penalty": Name("reward.overlong.factor", "only if it is enabled"),
+    "grpo.overlong_filtering": Name("reward.overlong.filter"),
+    "grpo.normalize_rewards": Name("algo.advantage_std", "true: unbiased; false: none"),
+    "grpo.use_leave_one_out_baseline": Name("algo.advantage_baseline", "true: leave-one-out; false: mean"),
+    "loss_fn.ratio_clip_min": Name("algo.clip_low"),
+    "loss_fn.ratio_clip_max": Name("algo.clip_high"),
+    "loss_fn.ratio_clip_c": Name("algo.dual_clip"),
+    "loss_fn.token_level_loss": Name("algo.loss_mode", "true: token-mean; false: seq-mean-token-mean"),
+    "loss_fn.reference_policy_kl_penalty": Name("algo.kl.coef"),
+    "loss_fn.reference_policy_kl_type": Name("algo.kl.estimator"),
+    "policy.train_global_batch_size": Name("batch.mini_batch_prompts", "prompts: samples / num_generations_per_prompt"),
+    "policy.optimizer.kwargs.lr": Name("optimizer.lr"),
+    "policy.optimizer.kwargs.weight_decay": Name("optimizer.weight_decay"),
+    "policy.max_grad_norm": Name("optimizer.clip_grad"),
+    "policy.megatron_cfg.scheduler.lr_warmup_iters": Name("optimizer.warmup_rollout_steps", "rollout steps"),
+    "grpo.val_period": Name("eval.every", "rollout steps"),
+    "grpo.val_at_start": Name("eval.at_start"),
+    "grpo.max_val_samples": Name("eval.sets", "limit of each set: rows"),
+    "grpo.val_num_generations_per_prompt": Name("eval.samples_per_prompt", "responses per prompt"),
+    "checkpointing.checkpoint_dir": Name("output_dir", "the run's folder is output_dir/name"),
+    "checkpointing.save_period": Name("checkpoint.every", "rollout steps"),
+    "checkpointing.keep_top_k": Name("checkpoint.keep_best", "checkpoints, by checkpoint.best_metric"),
+    "env.math.num_workers": Name("reward.workers", "processes"),
+    "logger.wandb.project": Name("observe.wandb_project", "only with wandb_enabled"),
+    "logger.mlflow.experiment_name": Name("observe.mlflow_experiment", "only with mlflow_enabled"),
+    "logger.swanlab.project": Name("observe.swanlab_project", "only with swanlab_enabled"),
+}
+"""NeMo-RL 7ea279a."""
+
+DIALECTS: Mapping[str, Mapping[str, Name]] = {"verl": VERL, "slime": SLIME, "nemo": NEMO}
 """The names of each dialect."""
 TITLES = {"verl": "verl", "slime": "slime", "nemo": "NeMo-RL"}
 

@@ -8,7 +8,7 @@ from dapo_mcore.config.foreign_names import DIALECTS, Name, foreign, meant_by, u
 from dapo_mcore.config.keys import kind_of
 
 STILL_TO_COME = {
-    "num_epochs", "data.chat_template_kwargs", "algo.kl_cov", "algo.clip_cov", "algo.rejection", "reward.kwargs",
+    "checkpoint.keep_best", "observe.mlflow_experiment", "observe.swanlab_project", "num_epochs", "data.chat_template_kwargs", "algo.kl_cov", "algo.clip_cov", "algo.rejection", "reward.kwargs",
     "optimizer.warmup_rollout_steps", "optimizer.decay_rollout_steps", "critic.optimizer.warmup_rollout_steps", "eval.top_k",
     "observe.eval_samples_per_set", "batch.mini_batch_samples", "rollout.stop", "eval.max_response_tokens",
 }  # fmt: skip

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.foreign.bash import conditions, outputs
-from dapo_mcore.foreign.bash.commands import (
+from dapo_mcore.foreign.bash.commands import parse
+from dapo_mcore.foreign.bash.expand import Expander, not_run
+from dapo_mcore.foreign.bash.scope import Scope, merged
+from dapo_mcore.foreign.bash.syntax import (
     Assignment,
     Case,
     Command,
@@ -26,10 +29,7 @@ from dapo_mcore.foreign.bash.commands import (
     Listed,
     Simple,
     While,
-    parse,
 )
-from dapo_mcore.foreign.bash.expand import Expander, not_run
-from dapo_mcore.foreign.bash.scope import Scope, merged
 from dapo_mcore.foreign.bash.values import Value
 from dapo_mcore.foreign.bash.words import Word
 

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 from dapo_mcore.errors import ConfigError, output_error
 from dapo_mcore.foreign.convert import Conversion, convert
+from dapo_mcore.foreign.read.nemo import read_nemo
 from dapo_mcore.foreign.read.slime import read_slime
 from dapo_mcore.foreign.read.verl import read_verl
 from dapo_mcore.foreign.report import report
 from dapo_mcore.foreign.settings import ForeignRun
 from dapo_mcore.foreign.table import Table
+from dapo_mcore.foreign.tables.nemo import NEMO
 from dapo_mcore.foreign.tables.slime import SLIME
 from dapo_mcore.foreign.tables.verl import VERL
 from dapo_mcore.foreign.write import run_yaml
@@ -35,6 +37,7 @@ class Dialect(NamedTuple):
 DIALECTS: Mapping[str, Dialect] = {
     "verl": Dialect(read_verl, VERL),
     "slime": Dialect(read_slime, SLIME),
+    "nemo": Dialect(read_nemo, NEMO),
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dapo_mcore.foreign.bash.commands import Assignment, Case, For, Function, Group, If, Simple, While, parse
+from dapo_mcore.foreign.bash.commands import parse
+from dapo_mcore.foreign.bash.syntax import Assignment, Case, For, Function, Group, If, Simple, While
 
 
 def only(text: str) -> object:

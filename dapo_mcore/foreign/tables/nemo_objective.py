@@ -1,0 +1,142 @@
+"""Rules of NeMo-RL's table about the objective: rewards, advantages, the policy loss, KL and corrections.
+
+Change here: how keys of NeMo-RL that together say what is optimised become ours. Nothing unknown may become GRPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+
+LOST_OF_THE_OBJECTIVE = {
+    "grpo.advantage_clip_low": "advantages are not clipped",
+    "grpo.advantage_clip_high": "advantages are not clipped",
+    "grpo.invalid_tool_call_advantage": "no advantage of its own for invalid calls",
+    "grpo.malformed_thinking_advantage": "no advantage of its own for malformed thoughts",
+    "grpo.seq_logprob_error_threshold": "nearest: algo.rejection",
+    "grpo.reward_shaping.stop_properly_penalty_coef": "truncated responses keep their reward; nearest: reward.overlong",
+    "loss_fn.use_on_policy_kl_approximation": "the KL has no importance weight here",
+    "loss_fn.force_on_policy_ratio": "the ratio is what it is; nearest: one gradient step a rollout step",
+    "loss_fn.disable_ppo_ratio": "no REINFORCE loss here; nearest: PPO's clipped loss",
+    "loss_fn.positive_example_nll_weight": "no likelihood term for right answers",
+}
+
+
+def reward(source: Source) -> Iterator[Outcome]:
+    """Yield the reward function with its scaling: dapo_math_verify scaled to ±1 is math_dapo."""
+    place, rule = "grpo.reward_scaling", "env.math.math_verify_impl"
+    scales = [f"{place}.{end}" for end in ("source_min", "source_max", "target_min", "target_max")]
+    scaled = tuple(source[key] for key in scales) if source[f"{place}.enabled"] else (0.0, 1.0, 0.0, 1.0)
+    used = tuple(key for key in (f"{place}.enabled", *scales) if source.gives(key))
+    if source[rule] == "dapo_math_verify" and scaled == (0.0, 1.0, -1.0, 1.0):
+        yield Outcome("converted", (rule, *used), "reward.function", "math_dapo", "the paper's rule with ±1")
+    elif scaled[2:] != scaled[:2]:
+        yield gone(
+            f"rewards scaled by {scaled}; nearest: a reward function path.py:name",
+            f"{place}.enabled",
+            *used,
+            objective=True,
+        )
+    else:
+        note = f"NeMo-RL's {source[rule]} gives 1 or 0: math_verify compares values, math_dapo takes what follows `Answer:`; both ±1"
+        yield asked("reward.function", note, rule)
+    place = "data.default.env_name"
+    if source[place] not in (None, "math"):
+        yield gone(
+            f"the environment {source[place]}; nearest: a reward function path.py:name, tools", place, objective=True
+        )
+    workers = "env.math.num_workers"
+    yield became(source, "reward.workers", source[workers], workers, note="processes")
+
+
+def overlong(source: Source) -> Iterator[Outcome]:
+    """Yield the soft punishment of overlong responses."""
+    place = "grpo.reward_shaping"
+    if source["grpo.overlong_filtering"]:
+        yield became(source, "reward.overlong.filter", True, "grpo.overlong_filtering")
+    if source[f"{place}.enabled"]:
+        yield became(source, "reward.overlong.penalty", True, f"{place}.enabled")
+        names = {
+            "overlong_buffer_length": "cache",
+            "overlong_buffer_penalty": "factor",
+            "max_response_length": "max_length",
+        }
+        for key, ours in names.items():
+            yield became(source, f"reward.overlong.{ours}", source[f"{place}.{key}"], f"{place}.{key}")
+
+
+def estimator(source: Source) -> Iterator[Outcome]:
+    """Yield algo.advantage and its parts."""
+    key, std, mean = "grpo.adv_estimator.name", "grpo.normalize_rewards", "grpo.use_leave_one_out_baseline"
+    if source[key] != "grpo":
+        yield gone(
+            f"there is no estimator {source[key]} here, and none is put in its place; nearest: grpo",
+            key,
+            objective=True,
+        )
+        return
+    std, mean = (source.first(f"grpo.adv_estimator.{name.partition('.')[2]}", name) for name in (std, mean))
+    std, mean = (name if source[name] is not None else f"grpo.{name.rpartition('.')[2]}" for name in (std, mean))
+    yield became(source, "algo.advantage", "group", key, note="a response against the others to its prompt")
+    yield became(
+        source,
+        "algo.advantage_std",
+        "unbiased" if source[std] else "none",
+        std,
+        note="divisor n - 1" if source[std] else "",
+    )
+    yield became(
+        source, "algo.advantage_baseline", "leave-one-out" if source[mean] else "mean", mean, note="of the group"
+    )
+
+
+def policy_loss(source: Source) -> Iterator[Outcome]:
+    """Yield algo.policy_loss, its bounds, and the losses of what is not here."""
+    cispo, sequence, token = "loss_fn.use_cispo", "loss_fn.sequence_level_importance_ratios", "loss_fn.token_level_loss"
+    if source[cispo]:
+        yield became(source, "algo.policy_loss", "cispo", cispo)
+    elif source[sequence]:
+        yield became(source, "algo.policy_loss", "gspo", sequence, note="a ratio per response")
+    yield became(source, "algo.clip_low", source["loss_fn.ratio_clip_min"], "loss_fn.ratio_clip_min")
+    yield became(source, "algo.clip_high", source["loss_fn.ratio_clip_max"], "loss_fn.ratio_clip_max")
+    yield became(source, "algo.dual_clip", source["loss_fn.ratio_clip_c"], "loss_fn.ratio_clip_c")
+    mode = "token-mean" if source[token] else "seq-mean-token-mean"
+    yield became(source, "algo.loss_mode", mode, token, note="over tokens" if source[token] else "over responses")
+    for key, what in LOST_OF_THE_OBJECTIVE.items():
+        if source[key]:
+            yield gone(what, key, objective=True)
+
+
+def kl(source: Source) -> Iterator[Outcome]:
+    """Yield the KL penalty."""
+    coef, kind, place = (
+        "loss_fn.reference_policy_kl_penalty",
+        "loss_fn.reference_policy_kl_type",
+        "loss_fn.use_kl_in_reward",
+    )
+    yield became(source, "algo.kl.coef", source[coef], coef)
+    if source[coef]:
+        yield became(source, "algo.kl.estimator", source[kind], kind)
+        yield became(source, "algo.kl.place", "reward" if source[place] else "loss", place, note="where it is added")
+        if source["loss_fn.kl_output_clamp_value"] != 10.0:
+            yield gone("k3 is cut at 10 here", "loss_fn.kl_output_clamp_value", objective=True)
+
+
+def correction(source: Source) -> Iterator[Outcome]:
+    """Yield importance weights against the engine's mismatch."""
+    switch, kind, cap = (f"loss_fn.{name}" for name in (
+        "use_importance_sampling_correction", "truncated_importance_sampling_type", "truncated_importance_sampling_ratio"))  # fmt: skip
+    if source[switch] and (source[kind] in (None, "tis")) and source[cap] is not None:
+        yield became(source, "algo.tis.mode", "truncate", switch, note="truncated importance weights")
+        yield became(source, "algo.tis.cap", source[cap], cap)
+    elif source[switch]:
+        what = source[kind] or "weights without a cap"
+        yield gone(
+            f"{what} against the engine's mismatch; nearest: algo.tis truncate, algo.rejection", switch, objective=True
+        )
+    asynchronous, age = "grpo.async_grpo.enabled", "grpo.async_grpo.max_trajectory_age_steps"
+    if source[asynchronous]:
+        yield became(source, "rollout.async_steps", 1, asynchronous, note="generated one step ahead")
+        if source[age] != 1:
+            yield gone(f"samples are at most one version old, not {source[age]}", age)

@@ -1,0 +1,70 @@
+"""What NeMo-RL optimises, in our words, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dapo_mcore.foreign.tables.nemo_objective import LOST_OF_THE_OBJECTIVE
+from tests.foreign.nemo_runs import imported, ours
+
+DAPO = {"env.math.math_verify_impl": "dapo_math_verify", "data.default.prompt_file": None}
+SCALED = {"grpo.reward_scaling.enabled": True, "grpo.reward_scaling.target_min": -1.0}
+
+
+def losses(settings: dict[str, Any]) -> dict[str, bool]:
+    return imported({**DAPO, **settings}).losses
+
+
+def test_the_papers_reward_is_the_rule_scaled_to_one() -> None:
+    assert ours({**DAPO, **SCALED})["reward.function"] == "math_dapo"
+    assert "reward.function" in imported(DAPO).asked
+    assert losses({**SCALED, "grpo.reward_scaling.target_max": 5.0}) == {"grpo.reward_scaling.enabled": True}
+    assert losses({"data.default.env_name": "code"}) == {"data.default.env_name": True}
+
+
+def test_overlong_punishment() -> None:
+    place = "grpo.reward_shaping"
+    found = ours({f"{place}.enabled": True, f"{place}.overlong_buffer_length": 64, f"{place}.max_response_length": 900})
+    assert {key: value for key, value in found.items() if "overlong" in key} == {
+        "reward.overlong.penalty": True, "reward.overlong.cache": 64, "reward.overlong.factor": 1, "reward.overlong.max_length": 900,
+    }  # fmt: skip
+    assert "reward.overlong.cache" not in ours({f"{place}.overlong_buffer_length": 64})
+
+
+def test_estimators() -> None:
+    found = ours({"grpo.normalize_rewards": False})
+    assert (found["algo.advantage"], found["algo.advantage_std"], found["algo.advantage_baseline"]) == (
+        "group",
+        "none",
+        "leave-one-out",
+    )
+    assert ours({"grpo.use_leave_one_out_baseline": False})["algo.advantage_baseline"] == "mean"
+    assert losses({"grpo.adv_estimator.name": "reinforce_plus_plus"}) == {"grpo.adv_estimator.name": True}
+
+
+def test_policy_losses_and_kl() -> None:
+    found = ours({"loss_fn.ratio_clip_max": 0.28, "loss_fn.token_level_loss": False, "loss_fn.use_cispo": True})
+    assert (found["algo.clip_low"], found["algo.clip_high"], found["algo.policy_loss"]) == (0.2, 0.28, "cispo")
+    assert found["algo.loss_mode"] == "seq-mean-token-mean"
+    assert (found["algo.kl.coef"], found["algo.kl.estimator"], found["algo.kl.place"]) == (0.01, "k3", "loss")
+    assert ours({"loss_fn.reference_policy_kl_penalty": 0.0})["algo.kl.coef"] == 0
+    assert losses({"loss_fn.kl_output_clamp_value": 5.0}) == {"loss_fn.kl_output_clamp_value": True}
+
+
+@pytest.mark.parametrize("key", LOST_OF_THE_OBJECTIVE)
+def test_what_is_not_here_is_a_loss_of_the_objective(key: str) -> None:
+    assert losses({key: 0.5}) == {key: True}
+
+
+def test_corrections() -> None:
+    switch = {"loss_fn.use_importance_sampling_correction": True}
+    cap = {"loss_fn.truncated_importance_sampling_ratio": 3.0}
+    found = ours({**switch, **cap})
+    assert (found["algo.tis.mode"], found["algo.tis.cap"]) == ("truncate", 3.0)
+    assert losses(switch) == {"loss_fn.use_importance_sampling_correction": True}
+    assert losses({**switch, **cap, "loss_fn.truncated_importance_sampling_type": "icepop"}) == {
+        "loss_fn.use_importance_sampling_correction": True
+    }
+    assert ours({"grpo.async_grpo.enabled": True})["rollout.async_steps"] == 1
