@@ -105,10 +105,11 @@ def _config(args: argparse.Namespace) -> int:
 
 def _dry_run(config: Config, processes: int | None) -> list[str]:
     import dapo_mcore.process.environment  # noqa: F401  before torch is imported
+    from dapo_mcore.config.follows import describe_units
     from dapo_mcore.preflight import check_contents, check_run, describe_run
 
     check_run(config, processes)
-    return [*check_contents(config), *describe_run(config)]
+    return [*check_contents(config), *describe_units(config), *describe_run(config)]
 
 
 def _check_layout(config: Config, processes: int) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from dapo_mcore.checkpoint.choice import resumed_checkpoint
 from dapo_mcore.config.data import DataConfig
+from dapo_mcore.config.effect import doubtful, without_effect
+from dapo_mcore.config.follows import describe_evaluation
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError, ToolError
@@ -53,6 +55,7 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     from dapo_mcore.data.run_data import load_run_data
     from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
     from dapo_mcore.rollout.agent.build import open_agent
+    from dapo_mcore.rollout.sampling.length import check_length, describe_length
 
     hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
     check_tokenizer_fits(tokenizer, hf_config)
@@ -65,16 +68,22 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
         _check_servers(config, architecture_name(hf_config))
     if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
+    most = _MOST_ROWS if config.num_epochs is None else None  # else the number of prompts is the run's length
     with closing(open_agent(config, tokenizer, stops)) as agent:
         data = load_run_data(
-            config, hf_config, tokenizer, warm_start=checkpoint is None, most=_MOST_ROWS, tools=agent.schemas
+            config, hf_config, tokenizer, warm_start=checkpoint is None, most=most, tools=agent.schemas
         )
     by_source = check_sources(config, {found.section: found.prompts for found in data.prompt_sets})
-    incomplete = any(len(found.prompts) == _MOST_ROWS for found in data.prompt_sets)
+    incomplete = any(len(found.prompts) == most for found in data.prompt_sets)
+    follows = describe_evaluation(config, {name: len(found.prompts) for name, found in data.evaluation.items()}, most)
+    if config.num_epochs is not None:
+        check_length(config, len(data.train.prompts))
+        follows.append(describe_length(config, len(data.train.prompts)))
     return (
         told
         + data.lines()
         + by_source
+        + follows
         + ([f"only the first {_MOST_ROWS:,} prompts of a set were read here; a run reads all"] if incomplete else [])
     )
 
@@ -152,11 +161,13 @@ FILE_CHECKS = (_check_model_folder, _check_data_files, _check_other_files)
 
 
 def describe_run(config: Config) -> list[str]:
-    """Return what a run prints first: the size of a rollout step, the FP8 recipe and overrides of config.json if it has them."""
+    """Return what a run prints first: the size of a rollout step, the FP8 recipe and overrides of config.json if it has them, and
+    settings that have no effect."""
     from dapo_mcore.actor.model.fp8_rules import describe_fp8
 
     lines = [describe_step(config), *([describe_fp8(config.model)] if config.model.fp8 else [])]
-    return [*lines, _describe_overrides(config)] if config.model.overrides else lines
+    lines += [_describe_overrides(config)] if config.model.overrides else []
+    return [*lines, *doubtful(config), *without_effect(config)]
 
 
 def _describe_overrides(config: Config) -> str:

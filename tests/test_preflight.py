@@ -338,6 +338,9 @@ def test_a_good_configuration_is_described_and_printed(task: Path, capsys: pytes
         "# seed=1 is given, but seed=2 comes after it and replaces it",
         "# data: 4 rows gave 4 prompts",
         "# eval.sets.held: 4 rows gave 4 prompts",
+        "# evaluation every 5 rollout steps, before the first step and after the last: held 4 prompts × 8 = 32; together 32 samples",
+        "# an update trains on 2 prompts × 4 = 8 samples of at most 24 tokens, prompt included: up to 192 tokens",
+        "# learning rate: 1e-06 after a warm-up of 10 updates (5 rollout steps)",
         "# a rollout step generates 4 prompts × 4 = 16 responses of up to 16 tokens, and trains on 4 × 4 in 2 updates",
     ]
 
@@ -442,3 +445,22 @@ def test_the_line_about_a_step_names_the_sizes_that_are_still_the_papers() -> No
         "rollout": {"group_size": 16, "max_response_tokens": 20480},
     }
     assert describe_step(parse_config(tree | chosen)) == line
+
+
+def test_a_run_of_epochs_is_told_its_steps_by_all_of_its_prompts(
+    task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4 prompts × 3 epochs in steps of 4; the critic's and the profile's steps are held against that."""
+    assert main(["config", "run.yaml", "num_epochs=3"]) == 0
+    assert "# num_epochs 3 × 4 prompts: 3 rollout steps, 6 gradient steps at most" in capsys.readouterr().err
+    assert main(["config", "run.yaml", "num_epochs=3", "observe.profile_steps=[4]"]) == 2
+    assert "profile_steps has 4, but num_epochs 3 × 4 prompts give at most 3 rollout steps" in capsys.readouterr().err
+
+
+def test_settings_without_effect_are_told(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "run.yaml", "rollout.sglang.num_servers=2", "algo.kl.estimator=k1"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert told == [
+        "# no effect: rollout.sglang.num_servers 2 (rollout.engine is embedded)",
+        "# no effect: algo.kl.estimator k1 (algo.kl.coef is 0)",
+    ]

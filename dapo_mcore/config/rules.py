@@ -290,6 +290,20 @@ def _check_record(c: Settings) -> None:
         )
 
 
+def _check_quantize(c: Settings) -> None:
+    servers = c.rollout.sglang
+    if (
+        c.rollout.engine == "sglang"
+        and servers.quantize == "fp8"
+        and servers.device == "cuda"
+        and c.model.dtype != "bf16"
+    ):
+        raise ValueError(
+            f"rollout.sglang.quantize fp8 needs model.dtype bf16, but it is {c.model.dtype}: SGLang's FP8 products take and give bf16; "
+            "set model.dtype bf16, or quantize none"
+        )
+
+
 def _check_ray(c: Settings) -> None:
     if c.rollout.engine != "sglang":
         return
@@ -353,6 +367,7 @@ RULES = (
     _check_profile,
     _check_best,
     _check_record,
+    _check_quantize,
     _check_ray,
     _check_tools,
 )

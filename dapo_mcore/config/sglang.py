@@ -188,7 +188,8 @@ class SGLangConfig(Section):
             )
         if self.colocated and self.sync == "distributed" and self.device == "cuda":
             raise ValueError(
-                "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; sync by tensor or disk"
+                "sync distributed does not go with colocated: NCCL refuses two processes on one GPU; sync by "
+                + ("disk, with a sync_dir that all nodes share" if self.placement == "ray" else "tensor or disk")
             )
         return self
 

@@ -1,0 +1,196 @@
+"""Settings that a user has changed but that have no effect in this configuration, and why.
+
+Change here: a setting that another one makes meaningless, as a line of IDLE. Where such a pair can only be a mistake about the
+objective, a rule of rules.py refuses it instead. Only values that differ from their defaults are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from dapo_mcore.config.settings import Settings
+from dapo_mcore.config.values import Section
+
+_GPUS_OF_A_NODE = 8
+
+
+class Idle(NamedTuple):
+    """Keys of one section that have no effect while `holds`, and the words for that; no keys: the whole section."""
+
+    section: str
+    keys: tuple[str, ...]
+    why: str
+    holds: Callable[[Settings], Any]
+
+
+def _filters(c: Settings) -> bool:
+    return c.sampling.style == "filter"
+
+
+def _serves(c: Settings) -> bool:
+    return c.rollout.engine == "sglang"
+
+
+def _never_carries(c: Settings) -> bool:
+    """With style none a step begins as many groups as it trains on, so only on_full keep or abort leave some for later."""
+    return c.sampling.style == "none" and c.sampling.on_full == "wait"
+
+
+def _uses_ray(c: Settings) -> bool:
+    servers = _serves(c) and c.rollout.sglang.placement == "ray"
+    return servers or c.reward.placement == "ray" or any(tool.placement == "ray" for tool in c.tools)
+
+
+def _imports_reward(c: Settings) -> bool:
+    own = [section.reward_function for section in c.eval.sets.values() if section.reward_function]
+    return any(":" in function for function in (*c.reward.functions, *own))
+
+
+_OF_OWN_SERVERS = ("placement", "python", "first_gpu", "base_port", "host", "server_args", "restart_budget")
+IDLE = (
+    Idle("rollout.sglang", (), "rollout.engine is embedded", lambda c: not _serves(c)),
+    Idle("rollout", ("max_batch", "num_threads"), "rollout.engine is sglang", _serves),
+    Idle(
+        "rollout.sglang",
+        _OF_OWN_SERVERS,
+        "the servers at urls run already",
+        lambda c: _serves(c) and c.rollout.sglang.urls,
+    ),
+    Idle(
+        "rollout.sglang",
+        ("key_file",),
+        "servers that the run starts get keys of their own",
+        lambda c: not c.rollout.sglang.urls,
+    ),
+    Idle("rollout.sglang", ("sync_dir",), "sync is not disk", lambda c: c.rollout.sglang.sync != "disk"),
+    Idle(
+        "rollout.sglang",
+        ("sync_host", "servers_per_group", "senders"),
+        "sync is not distributed",
+        lambda c: c.rollout.sglang.sync != "distributed",
+    ),
+    Idle("ray", (), "nothing has placement ray", lambda c: not _uses_ray(c)),
+    Idle("sampling", ("gen_batch_prompts",), "sampling.style is not filter", lambda c: not _filters(c)),
+    Idle(
+        "sampling",
+        ("resample_size", "max_samples_per_prompt"),
+        "sampling.style is not resample",
+        lambda c: c.sampling.style != "resample",
+    ),
+    Idle(
+        "sampling",
+        ("on_exhausted", "max_gen_batches"),
+        "sampling.style none keeps every group",
+        lambda c: c.sampling.style == "none",
+    ),
+    Idle("sampling", ("carry_surplus",), "sampling.style none has no surplus", _never_carries),
+    Idle("agent", (), "there are no tools", lambda c: not c.tools),
+    Idle(
+        "agent",
+        ("declare_tools",),
+        "call_format code_block declares none",
+        lambda c: c.agent.call_format == "code_block",
+    ),
+    Idle(
+        "reward.overlong",
+        ("max_length", "cache", "factor", "count_tool_output"),
+        "reward.overlong.penalty is false",
+        lambda c: not c.reward.overlong.penalty,
+    ),
+    Idle("reward.overlong", ("count_tool_output",), "there are no tools", lambda c: not c.tools),
+    Idle("reward", ("failure_value",), "reward.on_failure is mask", lambda c: c.reward.on_failure == "mask"),
+    Idle("reward", ("timeout_seconds", "placement"), "there are no reward.workers", lambda c: not c.reward.num_workers),
+    Idle("reward", ("adapter",), "no reward function is imported", lambda c: not _imports_reward(c)),
+    Idle("algo.kl", ("estimator", "place"), "algo.kl.coef is 0", lambda c: not c.algo.kl.coef),
+    Idle("algo.tis", ("cap",), "algo.tis.mode is off", lambda c: c.algo.tis.mode == "off"),
+    Idle(
+        "algo",
+        ("loss_length",),
+        "algo.loss_mode is not seq-mean-token-sum-norm",
+        lambda c: c.algo.loss_mode != "seq-mean-token-sum-norm",
+    ),
+    Idle(
+        "algo",
+        ("clip_low", "clip_high"),
+        "algo.policy_loss kl_cov does not clip",
+        lambda c: c.algo.policy_loss == "kl_cov",
+    ),
+    Idle(
+        "algo",
+        ("advantage_eps",),
+        "nothing is divided by a standard deviation",
+        lambda c: c.algo.advantage_std == "none",
+    ),
+    *(
+        Idle(f"{parent}optimizer", ("min_lr", "decay_updates"), "its schedule is constant", is_constant)
+        for parent, is_constant in (
+            ("", lambda c: c.optimizer.schedule == "constant"),
+            ("critic.", lambda c: c.critic.optimizer.schedule == "constant"),
+        )
+    ),
+    Idle("optimizer", ("spike_window",), "optimizer.spike_factor is null", lambda c: c.optimizer.spike_factor is None),
+    Idle(
+        "critic.optimizer",
+        ("spike_window",),
+        "its spike_factor is null",
+        lambda c: c.critic.optimizer.spike_factor is None,
+    ),
+    Idle("checkpoint", ("keep",), "nothing is saved", lambda c: c.checkpoint.every is None and not c.checkpoint.at_end),
+    Idle("eval", (), "eval.sets is empty", lambda c: not c.eval.sets),
+    Idle(
+        "warm_start", ("stop_at",), "warm_start.choose is null", lambda c: c.warm_start and c.warm_start.choose is None
+    ),
+)
+
+
+def without_effect(config: Settings) -> list[str]:
+    """Return a line for each reason: `no effect: algo.kl.estimator k1 (algo.kl.coef is 0)`."""
+    told: set[str] = set()
+    lines = []
+    for idle in IDLE:
+        if not idle.holds(config):
+            continue
+        changed = {key: value for key, value in _changed(config, idle.section, idle.keys) if key not in told}
+        told |= changed.keys()
+        if changed:
+            lines.append(
+                f"no effect: {', '.join(f'{key} {_shown(value)}' for key, value in changed.items())} ({idle.why})"
+            )
+    unordered = [f"eval.sets.{name}.shuffle" for name, section in config.eval.sets.items() if not section.shuffle]
+    if unordered:
+        lines.append(f"no effect: {', '.join(unordered)} (evaluation takes all prompts in the order of the file)")
+    return lines
+
+
+def doubtful(config: Settings) -> list[str]:
+    """Return a line for each setting that is allowed but hardly fits the machines people have."""
+    sglang = config.rollout.sglang
+    if not _serves(config) or sglang.urls or sglang.tensor_parallel <= _GPUS_OF_A_NODE or sglang.device == "cpu":
+        return []
+    return [
+        f"warning: rollout.sglang.tensor_parallel {sglang.tensor_parallel}: a server runs on one node, and most nodes have "
+        f"{_GPUS_OF_A_NODE} GPUs; use at most as many, and more servers"
+    ]
+
+
+def _changed(config: Settings, path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a section whose values are not the defaults, with their values."""
+    section: Any = config
+    for part in path.split("."):
+        section = getattr(section, part)
+    if section is None:
+        return
+    for key in keys or type(section).model_fields:
+        value, field = getattr(section, key), type(section).model_fields[key]
+        if value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, Section):
+            yield from _changed(config, f"{path}.{key}", ())
+        else:
+            yield f"{path}.{key}", value
+
+
+def _shown(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
