@@ -69,7 +69,7 @@ class Conversion:
     def places(self, outcome: Outcome) -> list[ForeignSetting]:
         """Return the settings of the run that an outcome comes from."""
         given = self.run.by_key()
-        return [given[key] for key in outcome.sources if key in given]
+        return [given[key] for key in dict.fromkeys(outcome.sources) if key in given]
 
     @property
     def asked(self) -> dict[str, Outcome]:
