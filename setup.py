@@ -57,8 +57,8 @@ setup(
         "math": [MATH],
         "datasets": ["datasets>=4"],  # from 4 on it runs no scripts; for data sets on the hub
         "wandb": ["wandb>=0.18"],
-        "mlflow": ["mlflow-skinny>=2.10"],  # enough for a server; databases of its own need mlflow
-        "swanlab": ["swanlab>=0.8"],
+        "mlflow": ["mlflow-skinny>=3.0"],  # enough for a server; databases of its own need mlflow
+        "swanlab": ["swanlab>=0.10"],
         "dali": ["nvidia-dali-cuda130==2.4.0; platform_system == 'Linux'"],  # 0.6 GB; runs without a GPU too
         "mbridge": ["mbridge==0.15.1", "einops>=0.7"],
     },

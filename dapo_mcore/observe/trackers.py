@@ -21,6 +21,9 @@ from dapo_mcore.errors import ConfigError, DapoError
 _MLFLOW_BATCH = 1000
 """Metrics that MLflow takes in one request."""
 
+_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Its own patience, minutes with a server that is away, would hold up training."""
+
 
 def check_trackers(config: ObserveConfig) -> None:
     """Raise ConfigError, before anything is built, if a tracker is configured but not installed, or does not know where to write."""
@@ -52,6 +55,8 @@ class MlflowSink:
     name = "MLflow"
 
     def __init__(self, experiment: str, run_dir: Path, resume_step: int | None) -> None:
+        for name, value in _MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         mlflow = _import("mlflow", "mlflow_experiment")
         self._metric, self._error = mlflow.entities.Metric, mlflow.exceptions.MlflowException
         self._client = mlflow.MlflowClient()

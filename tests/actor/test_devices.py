@@ -35,6 +35,20 @@ MODES = {
         "algo__old_logprobs": "actor",
         "model__dtype": "bf16",
     },
+    "KL-Cov, response weights, rejection": {
+        "algo__old_logprobs": "actor",
+        "algo__policy_loss": "kl_cov",
+        "algo__dual_clip": None,
+        "algo__tis": {"mode": "truncate", "level": "sequence", "normalize": True},
+        "algo__rejection": [{"level": "token", "upper": 1.2}, {"level": "geometric", "measure": "k3", "upper": 0.2}],
+        "algo__adaptive_entropy": {"target": 5.0},
+    },
+    "Clip-Cov, token weights": {
+        "algo__old_logprobs": "actor",
+        "algo__policy_loss": "clip_cov",
+        "algo__dual_clip": None,
+        "algo__tis__mode": "truncate",
+    },
     "bf16": {"model__dtype": "bf16", "algo__tis__mode": "mask", "algo__old_logprobs": "actor"},
 }
 
@@ -114,6 +128,7 @@ def run_on_device(fake: FakeDevice, config: Any, layout: Any, path: str) -> list
 
 def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
     """Score and update, and in one mode do all else that an actor can. Return the sums of the weights at the end."""
+    from dapo_mcore.actor.covariance_selection import with_selection
     from dapo_mcore.actor.metrics import update_metrics
 
     batch, _ = parity.load_problem(path)
@@ -122,6 +137,8 @@ def run_all(config: Any, layout: Any, path: str, mode: Any) -> list[float]:
         if isinstance(mode, FakeDevice):
             adopt(mode, actor)
         (mini_batch,) = parity.scored_step(config, layout, batch, actor).mini_batches
+        if config.algo.selects_by_covariance:
+            mini_batch, _ = with_selection(mini_batch, actor.logprobs(mini_batch), 1, config.algo, layout)
         if isinstance(mode, FakeDevice):
             actor.score(mini_batch[:1])  # the first forward pass also moves the rotary frequencies
             mode.waits.clear()
