@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dapo_mcore.errors import ConfigError, listed
+from dapo_mcore.errors import ConfigError, describe_error, listed, shortened
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.table import KINDS, Kind, Outcome, Rule, Source, Table, Undecided
 
@@ -123,16 +123,29 @@ def changes_objective(key: str) -> bool:
 def _applied(rule: Rule, source: Source) -> Iterator[Outcome]:
     """Yield the outcomes of a rule. Where it needs a value that the file alone does not say, our keys are asked for."""
     done: set[str] = set()
+    source.read.clear()
     try:
         for outcome in rule.apply(source):
             if outcome.ours:
                 done.add(outcome.ours)
             yield outcome
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise _no_such_value(rule, source, error) from error
     except Undecided as undecided:
         setting = source.setting(str(undecided))
         assert setting is not None
         for ours in [key for key in rule.ours if key not in done]:
             yield Outcome("asked", (setting.key,), ours, note=_why_undecided(setting))
+
+
+def _no_such_value(rule: Rule, source: Source, error: Exception) -> ConfigError:
+    """Return the error for values that the framework itself would refuse, such as a text in place of a number."""
+    given = [setting for setting in source.run.settings if setting.key in source.read or rule.reads(setting.key)]
+    shown = ", ".join(f"{setting.key}={shortened(str(setting.value))} ({setting.where})" for setting in given)
+    why = describe_error(error)
+    return ConfigError(
+        f"{shown or ', '.join(rule.keys)}: no value that {source.run.dialect} takes ({why}); mend the script first"
+    )
 
 
 def _why_undecided(setting: ForeignSetting) -> str:

@@ -50,11 +50,14 @@ class Source:
     def __init__(self, run: ForeignRun, defaults: Mapping[str, Any]):
         self.run = run
         self.defaults = {} if run.complete else defaults
+        self.read: set[str] = set()
+        """The keys whose values have been read."""
         self._given = run.by_key()
 
     def __getitem__(self, key: str) -> Any:
         """Return the value of a key: the run's, else the source's default, else None. Raise Undecided if the file alone does not
         say it."""
+        self.read.add(key)
         setting = self._given.get(key)
         if setting is None or setting.removed:
             return self.defaults.get(key)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.foreign.convert import changes_objective, convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.table import Table
+from dapo_mcore.foreign.tables.nemo import NEMO
+from dapo_mcore.foreign.tables.slime import SLIME
 from dapo_mcore.foreign.tables.verl import VERL
 from tests.foreign.verl_runs import GRPO, M, R, imported, verl_run
 
@@ -88,3 +92,15 @@ def test_every_setting_has_a_fate() -> None:
 
 def test_settings_are_records() -> None:
     assert ForeignSetting("a", 1, "run.sh line 1").is_known
+
+
+@pytest.mark.parametrize(("table", "entry"), [(VERL, "verl.trainer.main_ppo"), (SLIME, "train.py"), (NEMO, "")])
+def test_any_value_of_any_key_is_converted_or_refused_in_a_line(table: Table, entry: str) -> None:
+    keys = {key for rule in table.rules for key in rule.keys if "*" not in key and "?" not in key}
+    for key in sorted(keys):
+        for value in (None, "text", -1, 0, [], {}):
+            settings = (ForeignSetting(key, value, "run line 1"),)
+            try:
+                convert(ForeignRun(table.dialect, Path("run"), entry, "", settings), table)
+            except ConfigError as error:
+                assert "\n" not in str(error) and key in str(error)

@@ -130,6 +130,9 @@ def correction(source: Source) -> Iterator[Outcome]:
     if source[switch] and (source[kind] in (None, "tis")) and source[cap] is not None:
         yield became(source, "algo.tis.mode", "truncate", switch, note="truncated importance weights")
         yield became(source, "algo.tis.cap", source[cap], cap)
+        least = "loss_fn.truncated_importance_sampling_ratio_min"
+        if source[least]:
+            yield gone("weights have no lower bound here; nearest: algo.tis.cap", least, objective=True)
     elif source[switch]:
         what = source[kind] or "weights without a cap"
         yield gone(

@@ -75,7 +75,7 @@ def lengths(source: Source) -> Iterator[Outcome]:
         f"{_GENERATION}.max_new_tokens",
         "policy.max_total_sequence_length",
     )
-    if source[prompt] >= source[whole]:
+    if source[prompt] is None or source[prompt] >= source[whole]:
         yield asked(
             "data.max_prompt_tokens",
             f"there prompts and responses share {source[whole]} tokens; here each has a limit",
