@@ -1,40 +1,28 @@
 """Follows a script from command to command without running any: which commands it would call, with which words.
 
-Change here: what a builtin command does to variables, and what is known after a condition that only a run would decide.
+Change here: what a simple command does, such as a builtin one to variables. Branches and loops are followed in control_flow.py.
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.foreign.bash import conditions, outputs
 from dapo_mcore.foreign.bash.commands import parse
-from dapo_mcore.foreign.bash.expand import Expander, not_run
-from dapo_mcore.foreign.bash.scope import Scope, merged
+from dapo_mcore.foreign.bash.control_flow import ControlFlow, Ends, LeavesFunction, LeavesLoop, NextPass
+from dapo_mcore.foreign.bash.expand import not_run
+from dapo_mcore.foreign.bash.scope import Scope
 from dapo_mcore.foreign.bash.syntax import (
     Assignment,
-    Case,
-    Command,
-    CountingFor,
-    Expression,
-    For,
-    Function,
-    Group,
-    If,
-    Listed,
     Simple,
-    While,
 )
 from dapo_mcore.foreign.bash.values import Value
 from dapo_mcore.foreign.bash.words import Word
 
-_MOST_COMMANDS = 50_000
-_DEEPEST = 30
 _DECLARATIONS = ("export", "local", "declare", "readonly", "typeset")
 _SHELLS = ("bash", "sh", "/bin/bash", "/bin/sh", "/usr/bin/bash")
 _READING = ("read", "mapfile", "readarray")
@@ -57,22 +45,6 @@ class Followed:
     notes: tuple[str, ...]
 
 
-class _Ends(Exception):
-    """The script, a function or a loop ends here."""
-
-
-class _LeavesLoop(_Ends):
-    pass
-
-
-class _NextPass(_LeavesLoop):
-    pass
-
-
-class _LeavesFunction(_Ends):
-    pass
-
-
 def follow(text: str, file: Path, sourced: Callable[[str], Path | None]) -> Followed:
     """Return what a script would call, read as if run with an empty environment and without arguments.
 
@@ -81,7 +53,7 @@ def follow(text: str, file: Path, sourced: Callable[[str], Path | None]) -> Foll
     """
     follower = _Follower(file, sourced)
     try:
-        with suppress(_Ends):
+        with suppress(Ends):
             follower.run(parse(text, file.name))
     except RecursionError:
         raise ConfigError(
@@ -90,209 +62,12 @@ def follow(text: str, file: Path, sourced: Callable[[str], Path | None]) -> Foll
     return Followed(tuple(follower.calls), tuple(dict.fromkeys(follower.notes)))
 
 
-class _Follower:
+class _Follower(ControlFlow):
     def __init__(self, file: Path, sourced: Callable[[str], Path | None]) -> None:
+        super().__init__(file.name, Scope(str(file)))
         self.calls: list[Call] = []
         self.notes: list[str] = []
-        self._file, self._sourced = file, sourced
-        self._scope = Scope(str(file))
-        self._functions: dict[str, Command] = {}
-        self._conditions: list[str] = []
-        self._num_commands = self._depth = 0
-
-    @property
-    def _expander(self) -> Expander:
-        return Expander(self._scope, self._output)
-
-    def run(self, commands: Sequence[Listed]) -> bool | None:
-        status: bool | None = True
-        for listed in commands:
-            status = self._listed(listed)
-        return status
-
-    def _listed(self, listed: Listed) -> bool | None:
-        status: bool | None = True
-        before: Command | None = None
-        for joint, negated, command in listed.steps:
-            wanted = {"&&": True, "||": False}.get(joint)
-            if wanted is not None and status is (not wanted):
-                continue
-            if wanted is None or (status is None and wanted and not _is_test(before)):
-                status = self._command(command)
-            else:
-                status = self._perhaps(status is wanted, command)
-            status = conditions.opposite(status) if negated else status
-            before = command
-        return status
-
-    def _perhaps(self, certain: bool, command: Command) -> bool | None:
-        """Follow the right side of `&&` or `||`: if it ends the script, a person's run goes on without it."""
-        held: list[bool | None] = [None]
-
-        def run() -> None:
-            held[0] = self._command(command)
-
-        if certain:
-            self._unless_it_ends(run)
-        else:
-            line = getattr(command, "line", 0)
-            self._fork(
-                [run, None], f"line {line}: a command before it decides" if line else "a command before it decides"
-            )
-        return held[0] if certain else None
-
-    def _command(self, command: Command) -> bool | None:
-        self._num_commands += 1
-        if self._num_commands > _MOST_COMMANDS:
-            raise ConfigError(
-                f"{self._file.name}: more than {_MOST_COMMANDS} commands would run before the training; import a script without such loops"
-            )
-        match command:
-            case Simple():
-                return self._simple(command)
-            case Expression():
-                value = self._expander.arithmetic(command.body)
-                return value.text != "0" if value.is_certain else None
-            case If():
-                return self._if(command)
-            case For() | CountingFor() | While():
-                return self._loop(command)
-            case Case():
-                return self._case(command)
-            case Function():
-                self._functions[command.name] = command.body
-                return True
-            case Group():
-                return self._group(command)
-
-    def _group(self, group: Group) -> bool | None:
-        if not group.subshell:
-            return self.run(group.body)
-        with self._apart():
-            return self.run(group.body)
-        return None
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Follow a subshell: what it sets is lost, and only itself may end."""
-        before = self._scope.copy()
-        try:
-            yield
-        except _Ends:
-            pass
-        finally:
-            self._scope = before
-
-    def _unless_it_ends(self, run: Callable[[], object]) -> None:
-        """Follow a path that a condition has chosen; forget it if it ends the script, as a check of arguments does."""
-        before = self._scope.copy()
-        try:
-            run()
-        except _LeavesLoop:
-            raise
-        except _Ends:
-            self._scope = before
-
-    def _fork(self, paths: Sequence[Callable[[], object] | None], condition: str) -> None:
-        """Follow each path (None: nothing happens) and keep what holds after every one that goes on."""
-        before, after = self._scope, []
-        for path in paths:
-            self._scope = before.copy()
-            self._conditions.append(condition)
-            try:
-                if path:
-                    path()
-            except _LeavesLoop:
-                pass
-            except _Ends:
-                continue
-            finally:
-                self._conditions.pop()
-            after.append(self._scope)
-        self._scope = merged(after, condition) if after else before
-
-    def _if(self, command: If) -> bool | None:
-        """Follow the arm that is taken; from the first condition that is not known on, all arms that may be."""
-        for number, (condition, body) in enumerate(command.arms):
-            status = True if condition is None else self.run(condition)
-            if status is True:
-                self._unless_it_ends(lambda body=body: self.run(body))
-                return None
-            if status is None:
-                arms = command.arms[number:]
-                paths: list[Callable[[], object] | None] = [lambda body=body: self.run(body) for _, body in arms]
-                if arms[-1][0] is not None:
-                    paths.append(None)
-                self._fork(paths, f"line {command.line}: {command.text}")
-                return None
-        return None
-
-    def _case(self, command: Case) -> bool | None:
-        value = self._expander.one(command.word)
-        text = conditions.text_in_empty_environment(value)
-        if text is not None:
-            for patterns, body in command.arms:
-                if any(fnmatch.fnmatchcase(text, self._expander.one(pattern).text) for pattern in patterns):
-                    self._unless_it_ends(lambda body=body: self.run(body))
-                    break
-            return None
-        paths: list[Callable[[], object] | None] = [lambda body=body: self.run(body) for _, body in command.arms]
-        self._fork([*paths, None], f"line {command.line}: {command.text}")
-        return None
-
-    def _loop(self, command: For | CountingFor | While) -> bool | None:
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise self._too_deep()
-        try:
-            {For: self._for, CountingFor: self._counting_for, While: self._while}[type(command)](command)
-        except _LeavesLoop:
-            pass
-        finally:
-            self._depth -= 1
-        return None
-
-    def _for(self, command: For) -> None:
-        if command.words is None:
-            values = list(self._scope.arguments)
-        else:
-            values = [value for word in command.words for value in self._expander.fields(word)]
-        for value in values:
-            self._scope.set(command.name, value)
-            self._pass(command.body)
-
-    def _counting_for(self, command: CountingFor) -> None:
-        self._expander.arithmetic(command.start)
-        while True:
-            condition = self._expander.arithmetic(command.condition)
-            if not condition.is_certain:
-                self._fork([lambda: self.run(command.body), None], f"line {command.line}: {command.text}")
-                return
-            if condition.text == "0" and command.condition.parts:
-                return
-            self._pass(command.body)
-            self._expander.arithmetic(command.step)
-
-    def _pass(self, body: Sequence[Listed]) -> None:
-        """Follow one pass of a loop, which counts as a command: a loop without an end is refused."""
-        self._command(Simple((), (), 0))
-        with suppress(_NextPass):
-            self.run(body)
-
-    def _while(self, command: While) -> None:
-        """Follow a loop as long as its condition is known to hold; `while true` and what only a run decides once."""
-        once = "true" in command.text.split() or ":" in command.text.split()
-        while True:
-            status = self.run(command.condition)
-            status = conditions.opposite(status) if command.until else status
-            if status is False:
-                return
-            if status is None:
-                self._fork([lambda: self.run(command.body), None], f"line {command.line}: {command.text}")
-                return
-            self._pass(command.body)
-            if once:
-                return
+        self._sourced = sourced
 
     def _simple(self, command: Simple) -> bool | None:
         if not command.words:
@@ -345,10 +120,10 @@ class _Follower:
             "true": lambda: True,
             ":": lambda: True,
             "false": lambda: False,
-            "exit": lambda: self._end(_Ends),
-            "return": lambda: self._end(_LeavesFunction),
-            "break": lambda: self._end(_LeavesLoop),
-            "continue": lambda: self._end(_NextPass),
+            "exit": lambda: self._end(Ends),
+            "return": lambda: self._end(LeavesFunction),
+            "break": lambda: self._end(LeavesLoop),
+            "continue": lambda: self._end(NextPass),
             "source": lambda: self._source(rest, line),
             ".": lambda: self._source(rest, line),
             "eval": lambda: self._inner(rest, line),
@@ -374,28 +149,20 @@ class _Follower:
         self.calls.append(Call(tuple(words), line, tuple(dict.fromkeys(self._conditions))))
         return None
 
-    def _end(self, kind: type[_Ends]) -> bool:
+    def _end(self, kind: type[Ends]) -> bool:
         raise kind
-
-    def _too_deep(self) -> ConfigError:
-        return ConfigError(
-            f"{self._file.name}: functions, loops or files call one another {_DEEPEST} deep; import a simpler script"
-        )
 
     def _function(self, name: str, arguments: list[Value]) -> bool | None:
         """Follow a function. Its `local` variables stay visible after it, which scripts do not rely on."""
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise self._too_deep()
         before = (self._scope.arguments, self._scope.in_function)
-        self._scope.arguments, self._scope.in_function = arguments, True
-        try:
-            return self._command(self._functions[name])
-        except _LeavesFunction:
-            return None
-        finally:
-            self._depth -= 1
-            self._scope.arguments, self._scope.in_function = before
+        with self._deeper():
+            self._scope.arguments, self._scope.in_function = arguments, True
+            try:
+                return self._command(self._functions[name])
+            except LeavesFunction:
+                return None
+            finally:
+                self._scope.arguments, self._scope.in_function = before
 
     def _source(self, words: list[Value], line: int) -> bool | None:
         if not words:
@@ -408,31 +175,24 @@ class _Follower:
         try:
             commands = parse(path.read_text(encoding="utf-8", errors="replace"), path.name)
         except OSError as error:
-            raise ConfigError(f"{self._file.name} line {line}: {path}: {error.strerror}") from None
-        outer, self._file = self._file, path
+            raise ConfigError(f"{self._name} line {line}: {path}: {error.strerror}") from None
+        outer, self._name = self._name, path.name
         try:
-            return self._deeper(commands)
+            with self._deeper():
+                return self.run(commands)
         finally:
-            self._file = outer
+            self._name = outer
 
     def _inner(self, words: list[Value], line: int) -> bool | None:
         """Follow the text that `eval` or `bash -c` would run."""
         text = " ".join(word.text for word in words)
         try:
-            commands = parse(text, self._file.name, words[0].line if words else line)
+            commands = parse(text, self._name, words[0].line if words else line)
         except ConfigError:
             self.notes.append(f"line {line}: a text run as a script could not be read")
             return None
-        return self._deeper(commands)
-
-    def _deeper(self, commands: Sequence[Listed]) -> bool | None:
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise self._too_deep()
-        try:
+        with self._deeper():
             return self.run(commands)
-        finally:
-            self._depth -= 1
 
     def _set(self, words: list[Value]) -> bool:
         if words and words[0].text == "--":
@@ -458,7 +218,7 @@ class _Follower:
     def _output(self, source: str, line: int) -> Value:
         """Return what a command substitution gives where it follows from its words; the commands are not calls."""
         try:
-            commands = parse(source, self._file.name, line)
+            commands = parse(source, self._name, line)
         except ConfigError:
             return not_run(source, line)
         steps = [step for listed in commands for step in listed.steps]
@@ -480,10 +240,3 @@ class _Follower:
         if lacking:
             return Value(f"$({' '.join(word.text for word in words)})", line, lacking, (), depends)
         return Value(text, line, (), (), depends)
-
-
-def _is_test(command: Command | None) -> bool:
-    """Return True for a command whose outcome is a question, not a success that a script counts on."""
-    if isinstance(command, Simple) and command.words and isinstance(command.words[0], Word):
-        return command.words[0].plain in ("[", "[[", "test", "command", "which", "grep", "type", "hash")
-    return isinstance(command, Expression)

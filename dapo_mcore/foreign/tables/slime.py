@@ -1,7 +1,7 @@
 """slime's table: what each of its flags becomes here, as of commit 624b824 (2026-08-21).
 
 Change here: a flag of slime. Its name and our key are in config/foreign_names.py, its default in slime_defaults.py, and what follows
-from several flags in slime_rules.py.
+from several flags in slime_objective.py and slime_run.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from functools import partial
 from dapo_mcore.config.foreign_names import SLIME as NAMES
 from dapo_mcore.foreign.table import Table, combined, lost, meaningless
 from dapo_mcore.foreign.table import same as _same
-from dapo_mcore.foreign.tables import slime_rules as rules
+from dapo_mcore.foreign.tables import slime_objective as objective
+from dapo_mcore.foreign.tables import slime_run as run
 from dapo_mcore.foreign.tables.slime_defaults import slime_defaults
 
 same = partial(_same, NAMES)
@@ -43,17 +44,17 @@ _OWN_PARTS = (
 )  # fmt: skip
 
 _RULES = (
-    combined(rules.length, "num_rollout_steps, num_epochs", "num-rollout", "num-epoch"),
+    combined(run.length, "num_rollout_steps, num_epochs", "num-rollout", "num-epoch"),
     same("rollout-seed"),
-    combined(rules.saving, "output_dir, checkpoint.every, checkpoint.keep, checkpoint.export_every", "save", "save-interval", "save-hf"),
-    combined(rules.model, "model.path, model.dtype, model.recompute", "hf-checkpoint", "recompute-*"),
+    combined(run.saving, "output_dir, checkpoint.every, checkpoint.keep, checkpoint.export_every", "save", "save-interval", "save-hf"),
+    combined(run.model, "model.path, model.dtype, model.recompute", "hf-checkpoint", "recompute-*"),
     same("tensor-model-parallel-size"),
     same("pipeline-model-parallel-size"),
     same("context-parallel-size"),
     same("expert-model-parallel-size"),
     same("expert-tensor-parallel-size"),
     same("sequence-parallel"),
-    combined(rules.files, "data.files, data.chat_template, data.shuffle, data.deduplicate, data.max_prompt_tokens, data.on_long_prompt",
+    combined(run.files, "data.files, data.chat_template, data.shuffle, data.deduplicate, data.max_prompt_tokens, data.on_long_prompt",
              "prompt-data", "apply-chat-template", "rollout-shuffle", "rollout-max-prompt-len"),
     same("input-key"),
     same("label-key"),
@@ -63,38 +64,38 @@ _RULES = (
     same("rollout-temperature"),
     same("rollout-top-p"),
     same("rollout-top-k"),
-    combined(rules.stops, "rollout.stop", "rollout-stop", "rollout-stop-token-ids"),
-    combined(rules.server_places, "rollout.engine, rollout.sglang.tensor_parallel, rollout.sglang.colocated, rollout.sglang.sync, "
+    combined(run.stops, "rollout.stop", "rollout-stop", "rollout-stop-token-ids"),
+    combined(run.server_places, "rollout.engine, rollout.sglang.tensor_parallel, rollout.sglang.colocated, rollout.sglang.sync, "
              "rollout.async_steps, reward.workers", "rollout-num-gpus-per-engine", "colocate"),
-    combined(rules.num_servers, "rollout.sglang.num_servers", "rollout-num-gpus", "actor-num-nodes", "actor-num-gpus-per-node"),
-    combined(rules.server_args, "rollout.sglang.server_args", "sglang-*"),
+    combined(run.num_servers, "rollout.sglang.num_servers", "rollout-num-gpus", "actor-num-nodes", "actor-num-gpus-per-node"),
+    combined(run.server_args, "rollout.sglang.server_args", "sglang-*"),
     same("rollout-batch-size"),
-    combined(rules.sampling, "sampling.style, sampling.gen_batch_prompts, sampling.max_gen_batches, sampling.carry_surplus, sampling.on_full",
+    combined(objective.sampling, "sampling.style, sampling.gen_batch_prompts, sampling.max_gen_batches, sampling.carry_surplus, sampling.on_full",
              "dynamic-sampling-filter-path", "over-sampling-batch-size", "partial-rollout"),
-    combined(rules.reward, "reward.function", "rm-type", "custom-rm-path"),
-    combined(rules.estimator, "algo.advantage, algo.policy_loss, algo.advantage_std, algo.gamma, algo.lam, critic.clip, critic.warmup_steps",
+    combined(objective.reward, "reward.function", "rm-type", "custom-rm-path"),
+    combined(objective.estimator, "algo.advantage, algo.policy_loss, algo.advantage_std, algo.gamma, algo.lam, critic.clip, critic.warmup_steps",
              "advantage-estimator", "disable-grpo-std-normalization", "gamma", "lambd", "value-clip", "num-critic-only-steps",
              "normalize-advantages"),
-    combined(rules.clip, "algo.clip_low, algo.clip_high, algo.dual_clip, algo.loss_mode", "eps-clip", "eps-clip-high", "eps-clip-c",
+    combined(objective.clip, "algo.clip_low, algo.clip_high, algo.dual_clip, algo.loss_mode", "eps-clip", "eps-clip-high", "eps-clip-c",
              "calculate-per-token-loss"),
-    combined(rules.kl, "algo.kl.coef, algo.kl.place, algo.kl.estimator", "use-kl-loss", "kl-loss-coef", "kl-loss-type", "kl-coef"),
+    combined(objective.kl, "algo.kl.coef, algo.kl.place, algo.kl.estimator", "use-kl-loss", "kl-loss-coef", "kl-loss-type", "kl-coef"),
     same("entropy-coef"),
-    combined(rules.correction, "algo.tis.mode, algo.tis.cap, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low",
+    combined(objective.correction, "algo.tis.mode, algo.tis.cap, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low",
              "custom-tis-function-path", "use-rollout-logprobs"),
-    combined(rules.batch, "batch.mini_batch_prompts, batch.shuffle, batch.max_tokens", "global-batch-size", "num-steps-per-rollout",
+    combined(run.batch, "batch.mini_batch_prompts, batch.shuffle, batch.max_tokens", "global-batch-size", "num-steps-per-rollout",
              "max-tokens-per-gpu"),
     same("lr"),
-    combined(rules.schedule, "optimizer.schedule, optimizer.warmup_updates, optimizer.min_lr, optimizer.decay_updates, "
+    combined(run.schedule, "optimizer.schedule, optimizer.warmup_updates, optimizer.min_lr, optimizer.decay_updates, "
              "optimizer.offload_fraction", "lr-decay-style", "lr-warmup-iters", "min-lr", "lr-decay-iters", "optimizer",
              "optimizer-cpu-offload", "optimizer-offload-fraction"),
     same("weight-decay"),
     same("adam-beta1"),
     same("adam-beta2"),
     same("clip-grad"),
-    combined(rules.evaluation, "eval.every, eval.at_start, eval.sets, eval.temperature, eval.top_p, eval.top_k, eval.samples_per_prompt, "
+    combined(run.evaluation, "eval.every, eval.at_start, eval.sets, eval.temperature, eval.top_p, eval.top_k, eval.samples_per_prompt, "
              "eval.max_response_tokens", "eval-prompt-data", "eval-interval", "skip-eval-before-train", "eval-temperature", "eval-top-p",
              "eval-top-k", "n-samples-per-eval-prompt", "eval-max-response-len", "eval-input-key", "eval-label-key"),
-    combined(rules.loggers, "observe.tensorboard, observe.wandb_project", "use-tensorboard", "use-wandb", "wandb-project"),
+    combined(run.loggers, "observe.tensorboard, observe.wandb_project", "use-tensorboard", "use-wandb", "wandb-project"),
     meaningless("the model's shape", "read from the model's config.json", *_SHAPE),
     meaningless("of Megatron", "as here, or chosen here by the device", *_TUNING),
     meaningless("slime's own parts", "they have no counterpart, and change no number", *_OWN_PARTS),

@@ -118,3 +118,22 @@ def test_an_imported_script_learns(task: Path) -> None:
     right = [row["val/heldout/mean@8"] for row in metrics(task, "learns") if "val/heldout/mean@8" in row]
     print(right)
     assert right[-1] > right[0] + 0.2 and right[-1] > 0.5, right
+
+
+def test_no_value_of_the_environment_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MODEL", "HOME", "NNODES", "WANDB_KEY"):
+        monkeypatch.setenv(name, "s3cr3t")
+    script = tmp_path / "run.sh"
+    script.write_text(
+        f"export TOKEN=$WANDB_KEY\ntouch {tmp_path}/touched\npython3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo "
+        "actor_rollout_ref.model.path=$MODEL/x data.train_files=$HOME/$(whoami).parquet trainer.nnodes=$NNODES "
+        "+trainer.wandb_key=$TOKEN +trainer.api_key=literal-s3cr3t\n"
+    )
+    main(["import", "verl", str(script), "-o", str(tmp_path / "run.yaml")])
+    shown = capsys.readouterr()
+    written = (tmp_path / "run.yaml").read_text()
+    assert "s3cr3t" not in shown.out + shown.err + written
+    assert "NNODES" in shown.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.sh", "run.yaml"]

@@ -1,0 +1,155 @@
+"""Rules of slime's table about the objective: sampling, rewards, advantages, the policy loss, KL and corrections.
+
+Change here: how flags of slime that together say what is optimised become ours. Nothing unknown may become GRPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+
+NO_LIMIT = 1_000_000
+"""As good as none: the most that a count may be."""
+_LOSSES = {"grpo": "clip", "gspo": "gspo", "cispo": "cispo", "ppo": "clip"}
+_FILTER = "check_reward_nonzero_std"
+_KL = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
+
+
+def reward(source: Source) -> Iterator[Outcome]:
+    """Yield the reward function. Rules whose parser is not here are asked for, never exchanged in silence."""
+    path, kind = source.path("custom-rm-path"), source["rm-type"]
+    if path is not None:
+        yield gone(
+            f"{path} scores a sample of slime's, asynchronously; nearest: reward.function path.py:name, which gets text and answer",
+            "custom-rm-path", objective=True,
+        )  # fmt: skip
+    elif kind in ("dapo", "boxed_dapo"):
+        yield became(source, "reward.function", "math_dapo", "rm-type", note="the paper's rule, ±1")
+    elif kind in ("deepscaler", "math", "boxed_deepscaler"):
+        yield asked(
+            "reward.function",
+            f"slime's {kind} compares the last box as values{' after </think>' if kind == 'deepscaler' else ''}, for 1 or 0: math_verify "
+            "compares values, too; math_boxed compares text",
+            "rm-type",
+        )  # fmt: skip
+    elif kind is not None:
+        yield gone(
+            f"there is no rule {kind} here; nearest: a function of yours, path.py:name", "rm-type", objective=True
+        )
+
+
+def estimator(source: Source) -> Iterator[Outcome]:
+    """Yield algo.advantage and algo.policy_loss, which one flag names in slime."""
+    key, no_std = "advantage-estimator", "disable-grpo-std-normalization"
+    name = source[key]
+    if name not in _LOSSES:
+        yield gone(
+            f"there is no estimator {name} here, and none is put in its place; nearest: grpo", key, objective=True
+        )
+        return
+    yield became(
+        source, "algo.policy_loss", _LOSSES[name], key, note="PPO's clipped loss" if _LOSSES[name] == "clip" else ""
+    )
+    if name == "ppo":
+        yield became(source, "algo.advantage", "gae", key)
+        yield became(source, "algo.gamma", source["gamma"], "gamma")
+        yield became(source, "algo.lam", source["lambd"], "lambd")
+        yield became(source, "critic.clip", source["value-clip"], "value-clip")
+        yield became(source, "critic.warmup_steps", source["num-critic-only-steps"], "num-critic-only-steps")
+        return
+    yield became(source, "algo.advantage", "group", key, note="a response against the others to its prompt")
+    std = "none" if source[no_std] else "unbiased"
+    yield became(source, "algo.advantage_std", std, no_std, note="Dr. GRPO" if std == "none" else "divisor n - 1")
+    if source["normalize-advantages"]:
+        yield gone(
+            "advantages are not whitened over the step; nearest: advantage_std batch",
+            "normalize-advantages",
+            objective=True,
+        )
+
+
+def clip(source: Source) -> Iterator[Outcome]:
+    """Yield the clip bounds: the upper one is the lower one's unless it is set."""
+    high = "eps-clip-high" if source["eps-clip-high"] is not None else "eps-clip"
+    yield became(source, "algo.clip_low", source["eps-clip"], "eps-clip")
+    yield became(
+        source, "algo.clip_high", source[high], high, note="" if high == "eps-clip-high" else "unset: as eps-clip"
+    )
+    yield became(source, "algo.dual_clip", source["eps-clip-c"], "eps-clip-c")
+    token = "calculate-per-token-loss"
+    mode = "token-mean" if source[token] else "seq-mean-token-mean"
+    yield became(
+        source, "algo.loss_mode", mode, token, note="over tokens" if source[token] else "over responses, as it is unset"
+    )
+
+
+def kl(source: Source) -> Iterator[Outcome]:
+    """Yield the KL penalty. A coefficient whose switch is off becomes 0."""
+    switch, coef, shaping = "use-kl-loss", "kl-loss-coef", "kl-coef"
+    if source[switch] and source[shaping]:
+        yield gone(
+            "a KL in the reward and one in the loss together; here there is one of them", shaping, objective=True
+        )
+    if source[switch]:
+        yield became(source, "algo.kl.coef", source[coef], coef)
+        if source[coef]:
+            yield became(source, "algo.kl.place", "loss", switch, note="the switch is on")
+            yield became(source, "algo.kl.estimator", _KL[source["kl-loss-type"]], "kl-loss-type")
+        else:
+            yield Outcome("meaningless", (switch, "kl-loss-type"), note="the coefficient is 0: only a metric")
+    elif source[shaping]:
+        yield became(source, "algo.kl.coef", source[shaping], shaping)
+        yield became(source, "algo.kl.place", "reward", shaping, note="reward shaping")
+        yield became(source, "algo.kl.estimator", _KL[source["kl-loss-type"]], "kl-loss-type")
+    else:
+        yield Outcome("converted", (coef, switch), "algo.kl.coef", 0.0, "use-kl-loss is off")
+
+
+def correction(source: Source) -> Iterator[Outcome]:
+    """Yield importance weights against the engine's mismatch, and old log-probs of the engine."""
+    if source["custom-tis-function-path"] is not None and source["use-tis"]:
+        yield gone(
+            "a correction of your own; nearest: algo.tis, algo.rejection", "custom-tis-function-path", objective=True
+        )
+    elif source["use-tis"]:
+        yield Outcome("converted", ("use-tis",), "algo.tis.mode", "truncate", "truncated importance weights")
+        yield became(source, "algo.tis.cap", source["tis-clip"], "tis-clip")
+        if source["tis-clip-low"]:
+            yield gone("weights have no lower bound here; nearest: algo.tis.cap", "tis-clip-low", objective=True)
+    if source["use-rollout-logprobs"]:
+        yield became(source, "algo.old_logprobs", "rollout", "use-rollout-logprobs", note="those of the engine")
+    if source.run.entry == "train_async.py" and not source["use-tis"]:
+        note = "samples are one version older, and the script does not correct for it: truncate (cap 2), or mask"
+        yield asked("algo.tis.mode", note, "use-tis")
+
+
+def sampling(source: Source) -> Iterator[Outcome]:
+    """Yield dynamic sampling: off without a filter."""
+    key, more, partial = "dynamic-sampling-filter-path", "over-sampling-batch-size", "partial-rollout"
+    path = source[key]
+    own = path is not None and not str(path).endswith(_FILTER)
+    if own:
+        yield gone(
+            f"the filter {path}; nearest: sampling.style filter, by whether the answers' acc varies",
+            key,
+            objective=True,
+        )
+    on = path is not None and not own
+    yield Outcome(
+        "converted",
+        (key,),
+        "sampling.style",
+        "filter" if on else "none",
+        "by whether acc varies" if on else "no filter",
+    )
+    if on:
+        batch = source[more] or source["rollout-batch-size"]
+        yield became(
+            source, "sampling.gen_batch_prompts", batch, more if source[more] else "rollout-batch-size", note="prompts"
+        )
+        yield Outcome("converted", (key,), "sampling.max_gen_batches", NO_LIMIT, "no limit")
+        yield Outcome("converted", (key,), "sampling.carry_surplus", False, "slime throws surplus groups away")
+    if source[partial]:
+        yield Outcome("converted", (partial,), "sampling.on_full", "keep", "they go on under the next weights")
+        yield Outcome("converted", (partial,), "sampling.carry_surplus", True, "kept for the next step")
