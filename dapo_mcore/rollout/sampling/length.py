@@ -53,8 +53,13 @@ class RunLength:
 
     def end_before(self, step: int, collected: Collected) -> None:
         """End the run with the step before `step`, for which the last prompts gave no group. Raise NothingVaries if there is none."""
-        names = ("generated", "all_right", "all_wrong", "stale")
-        made, right, wrong, stale = (int(collected.stats[f"sampling/groups_{name}"]) for name in names)
+        names = (
+            "sampling/groups_generated",
+            "sampling/groups_all_right",
+            "sampling/groups_all_wrong",
+            "sampling/groups_stale",
+        )
+        made, right, wrong, stale = (int(collected.stats[name]) for name in names)
         told = (
             f"num_epochs {self._config.num_epochs} is over, and none of the last {made} groups is left to train on ({right} all right, "
             f"{wrong} all wrong, {stale} too old)"
