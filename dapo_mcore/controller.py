@@ -46,18 +46,10 @@ from dapo_mcore.rollout.sampling.ahead import Ahead
 from dapo_mcore.rollout.sampling.length import RunLength
 from dapo_mcore.rollout.sampling.none_right import why_none_right
 from dapo_mcore.rollout.sampling.respond import Responder
-from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Sampler, SamplerState
+from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Position, Sampler, SamplerState
 from dapo_mcore.types import Group, Prompt, Sample, SamplingParams, TrainBatch
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The data position after a rollout step. It holds references, so keeping it costs nothing."""
-
-    loader: dict[str, Any]
-    sampler: SamplerState
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.config.settings import Settings
 from dapo_mcore.config.values import Section
 
@@ -42,9 +43,18 @@ def _uses_ray(c: Settings) -> bool:
     return servers or c.reward.placement == "ray" or any(tool.placement == "ray" for tool in c.tools)
 
 
-def _imports_reward(c: Settings) -> bool:
+def _rewards(c: Settings) -> list[RewardConfig]:
+    """Return the section `reward` as training and each evaluation set use it."""
     own = [section.reward_function for section in c.eval.sets.values() if section.reward_function]
-    return any(":" in function for function in (*c.reward.functions, *own))
+    return [c.reward, *map(c.reward.for_function, own)]
+
+
+def _imports_reward(c: Settings) -> bool:
+    return any(":" in function for reward in _rewards(c) for function in reward.functions)
+
+
+def _has_workers(c: Settings) -> bool:
+    return any(reward.num_workers for reward in _rewards(c))
 
 
 _OF_OWN_SERVERS = ("placement", "python", "first_gpu", "base_port", "host", "server_args", "restart_budget")
@@ -100,7 +110,7 @@ IDLE = (
     ),
     Idle("reward.overlong", ("count_tool_output",), "there are no tools", lambda c: not c.tools),
     Idle("reward", ("failure_value",), "reward.on_failure is mask", lambda c: c.reward.on_failure == "mask"),
-    Idle("reward", ("timeout_seconds", "placement"), "there are no reward.workers", lambda c: not c.reward.num_workers),
+    Idle("reward", ("timeout_seconds", "placement"), "there are no reward.workers", lambda c: not _has_workers(c)),
     Idle("reward", ("adapter",), "no reward function is imported", lambda c: not _imports_reward(c)),
     Idle("algo.kl", ("estimator", "place"), "algo.kl.coef is 0", lambda c: not c.algo.kl.coef),
     Idle("algo.tis", ("cap",), "algo.tis.mode is off", lambda c: c.algo.tis.mode == "off"),

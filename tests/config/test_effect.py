@@ -85,6 +85,10 @@ def test_a_setting_without_effect_is_named_with_its_reason(told):
         {"algo": {"kl": {"coef": 0.1, "estimator": "k1"}, "tis": {"mode": "truncate", "cap": 5}}},
         {"optimizer": {"schedule": "cosine", "decay_updates": 50, "min_lr": 1e-7}},
         {"sampling": {"style": "resample", "resample_size": 2}},
+        {
+            "reward": {"timeout_seconds": 5, "adapter": "trl"},
+            "eval": {"sets": {"aime": {"files": ["a.jsonl"], "reward_function": "f.py:f"}}},
+        },
         {"reward": {"function": "f.py:f", "timeout_seconds": 5, "adapter": "trl"}},
     ],
 )

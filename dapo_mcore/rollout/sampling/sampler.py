@@ -64,6 +64,14 @@ class SamplerState:
         return {**state, "again": [prompt.uid for prompt in self.again]}, arrays
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """The data position after a rollout step. It holds references, so keeping it costs nothing."""
+
+    loader: dict[str, Any]
+    sampler: SamplerState
+
+
 class Sampler:
     """Takes prompts, generates and scores responses, and chooses the groups to train on."""
 
