@@ -26,9 +26,10 @@ from dapo_mcore.config.schema import Config
 from dapo_mcore.data.detokenize import decode_responses
 from dapo_mcore.data.loader import PromptLoader
 from dapo_mcore.data.run_data import load_run_data
+from dapo_mcore.data.stops import read_stops
 from dapo_mcore.earlier_run import final_export, move_aside
 from dapo_mcore.eval import EvalResult, evaluate
-from dapo_mcore.model_files.hf_config import pad_token, stop_token_ids
+from dapo_mcore.model_files.hf_config import pad_token
 from dapo_mcore.model_files.hf_folder import check_replaceable
 from dapo_mcore.observe.metrics import group_metrics, tool_metrics
 from dapo_mcore.observe.progress import NullProgress
@@ -101,8 +102,10 @@ class Controller:
         check_services(config.observe)
         self.decode = partial(decode_responses, tokenizer)
         resumes = resumed_checkpoint(config) is not None
-        stops = stop_token_ids(config.model, tokenizer)
-        self.agent = open_agent(config, tokenizer, stops)
+        stops = read_stops(config, tokenizer)
+        if stops.told:
+            progress.line(stops.told)
+        self.agent = open_agent(config, tokenizer, stops.token_ids)
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes, tools=self.agent.schemas)
         by_source = check_sources(config, {found.section: found.prompts for found in self.data.prompt_sets})
         for line in (*self.data.lines(), *by_source):
@@ -118,7 +121,8 @@ class Controller:
         self.engine = build_engine(
             config,
             hf_config,
-            stop_token_ids=(*stops, *self.agent.end_tokens),
+            stop_token_ids=(*stops.token_ids, *self.agent.end_tokens),
+            stop_texts=stops.texts,
             pad_token_id=pad_token(tokenizer),
             num_local_ranks=num_local_ranks,
             nodes=nodes,

@@ -53,13 +53,15 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     from dapo_mcore.architecture.families import architecture_name
     from dapo_mcore.checkpoint.stored import check_stored
     from dapo_mcore.data.run_data import load_run_data
-    from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, stop_token_ids
+    from dapo_mcore.data.stops import read_stops
+    from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer
     from dapo_mcore.rollout.agent.build import open_agent
     from dapo_mcore.rollout.sampling.length import check_length, describe_length
 
     hf_config, tokenizer = load_hf_config(config.model), load_tokenizer(config.model)
     check_tokenizer_fits(tokenizer, hf_config)
-    stops, told = stop_token_ids(config.model, tokenizer), []
+    stops = read_stops(config, tokenizer)
+    told = [stops.told] if stops.told else []
     if config.model.init == "pretrained":
         told += _check_weights(config, hf_config)
     if config.reward.placement == "local":
@@ -69,7 +71,7 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
     most = _MOST_ROWS if config.num_epochs is None else None  # else the number of prompts is the run's length
-    with closing(open_agent(config, tokenizer, stops)) as agent:
+    with closing(open_agent(config, tokenizer, stops.token_ids)) as agent:
         data = load_run_data(
             config, hf_config, tokenizer, warm_start=checkpoint is None, most=most, tools=agent.schemas
         )

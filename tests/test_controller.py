@@ -18,6 +18,7 @@ from transformers import Qwen2Config
 from dapo_mcore import controller as module
 from dapo_mcore.config.schema import Config
 from dapo_mcore.controller import Controller
+from dapo_mcore.data.stops import Stops
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.sinks import read_metrics
 from dapo_mcore.observe.timing import PhaseTimer
@@ -78,7 +79,7 @@ def build(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> It
     rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "held.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    monkeypatch.setattr(module, "stop_token_ids", lambda *_: (1,))
+    monkeypatch.setattr(module, "read_stops", lambda *_: Stops((1,), None, ""))
     monkeypatch.setattr(module, "build_engine", lambda *_, **__: Engine(tokenizer))
 
     def build(**sections: Any) -> Controller:

@@ -7,12 +7,19 @@ stages that use a section fill in none.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validator, model_validator
 
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.config.values import Count, ResumeChoice, Section, Steps, Temperature, Tokens, TopK, TopP, TwoUnits
+
+StopList = Annotated[
+    list[StrictStr | StrictInt], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+"""Texts and token ids; one text stands for itself."""
+_MOST_STOPS = 32
+"""SGLang's MAX_STOP_COUNT (srt/sampling/sampling_params.py of 0.5.21)."""
 
 
 class RolloutConfig(Section):
@@ -27,6 +34,11 @@ class RolloutConfig(Section):
     top_p: TopP = 1.0
     top_k: TopK = -1
     """Draw from the k most probable tokens; -1: from all."""
+    stop: StopList = Field(default_factory=list)
+    """Texts or token ids that end a response, beside the model's own stop tokens and the chat template's end of turn. They hold in
+    evaluation and for each turn with tools, too. What ended a response stays in it, as drawn. A text may span several tokens and
+    begin or end inside one; one that is the name of a control token, such as <|im_end|>, is that token. SGLang servers then have
+    a tokenizer; those of `sglang.urls` must be started without --skip-tokenizer-init."""
     max_batch: Count = 1024
     """Embedded engine: sequences decoded at once."""
     async_steps: int = Field(0, ge=0, le=1)
@@ -34,6 +46,20 @@ class RolloutConfig(Section):
     num_threads: Count | None = None
     """Embedded engine: CPU threads while generating; None takes all cores."""
     sglang: SGLangConfig = SGLangConfig()
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: list[str | int]) -> list[str | int]:
+        if len(stop) > _MOST_STOPS:
+            raise ValueError(
+                f"at most {_MOST_STOPS} texts and ids end a response, as on SGLang servers; there are {len(stop)}"
+            )
+        for one in stop:
+            if one == "" or "\ufffd" in str(one) or (isinstance(one, int) and one < 0):
+                raise ValueError(
+                    f"a stop is a text of one or more characters or a token id from 0 on, not {one!r}; correct it"
+                )
+        return stop
 
 
 class SamplingConfig(Section):

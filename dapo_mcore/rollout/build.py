@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.rollout.embedded import EmbeddedEngine
 
@@ -28,6 +29,7 @@ def build_engine(
     hf_config: PretrainedConfig,
     *,
     stop_token_ids: Sequence[int],
+    stop_texts: StopTexts | None = None,
     pad_token_id: int,
     num_local_ranks: int,
     nodes: Sequence[Any] = (),
@@ -50,6 +52,7 @@ def build_engine(
             _server_settings(config, num_local_ranks),
             hf_config,
             stop_token_ids=stop_token_ids,
+            stop_texts=stop_texts,
             dtype=dtype,
             folder=config.run_dir / SERVERS,
             max_lag=config.sampling.max_staleness if config.sampling.on_full == "keep" else 0,
@@ -61,6 +64,7 @@ def build_engine(
     return EmbeddedEngine(
         hf_config,
         stop_token_ids=stop_token_ids,
+        stop_texts=stop_texts,
         dtype=dtype,
         pad_token_id=pad_token_id,
         max_batch=config.rollout.max_batch,

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from dapo_mcore.architecture.hf_views import hf_views
 from dapo_mcore.architecture.manifest import WeightManifest
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.types import Rollout, SamplingParams
@@ -33,6 +34,7 @@ class EmbeddedEngine:
 
     hf_config       architecture; the model is built in `dtype` on `device`.
     stop_token_ids  each of them ends a response and is its last token.
+    stop_texts      each of them ends a response, with the token that completes it.
     pad_token_id    fills the left of shorter prompts; attention never sees it.
     max_batch       number of sequences decoded at once.
     num_threads     CPU threads during `generate` only; None takes all cores that this process may use.
@@ -49,6 +51,7 @@ class EmbeddedEngine:
         hf_config: PretrainedConfig,
         *,
         stop_token_ids: tuple[int, ...],
+        stop_texts: StopTexts | None = None,
         pad_token_id: int,
         dtype: torch.dtype = torch.float32,
         max_batch: int,
@@ -63,6 +66,7 @@ class EmbeddedEngine:
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab, self._context = model.config.vocab_size, model.config.max_position_embeddings
         self._is_stop = self._stop_table(stop_token_ids)
+        self._stop_texts, self._may_end = stop_texts, self._may_end_table(stop_texts)
         self._weights, self._manifest = hf_views(self._model), WeightManifest.of_model(self._model)
         self._version = -1
 
@@ -129,6 +133,29 @@ class EmbeddedEngine:
         table[list(stop_token_ids)] = True
         return table
 
+    def _may_end_table(self, texts: StopTexts | None) -> Tensor | None:
+        """Return bool [V], True for tokens after which a stop text is looked for; None without texts."""
+        if texts is None:
+            return None
+        table = torch.zeros(self._vocab, dtype=torch.bool)
+        known = torch.from_numpy(texts.may_end)[: self._vocab]
+        table[: len(known)] = known
+        return table.to(self._device)
+
+    def _completes_text(
+        self, step: int, batch: _Batch, tokens: Tensor, alive: Tensor, responses: _Responses
+    ) -> Tensor | bool:
+        """Return bool [B], True for the live rows in which this step's token completes a stop text."""
+        if self._may_end is None or self._stop_texts is None:
+            return False
+        ended = torch.zeros_like(alive)
+        rows = (self._may_end[tokens] & alive).nonzero()[:, 0]
+        if len(rows):
+            before = responses.tokens[batch.rows[rows], max(0, step + 1 - self._stop_texts.window) : step]
+            tails = torch.cat([before, tokens[rows, None].int()], dim=1).cpu().numpy()
+            ended[rows] = torch.tensor(self._stop_texts.ended(list(tails)), device=self._device)
+        return ended
+
     def _check(self, prompts: Sequence[np.ndarray], limits: np.ndarray) -> None:
         if self._version < 0:
             raise RolloutError("the embedded engine has no complete weights; call update_weights before generate")
@@ -165,7 +192,7 @@ class EmbeddedEngine:
             # One number for every row, finished or not: a row's tokens do not depend on when other rows finish.
             uniforms = torch.rand(size, dtype=torch.float64, generator=generator, device=self._device)
             tokens, logprobs = draw_tokens(batch.logits, uniforms[batch.slots], params)
-            stopped = self._is_stop[tokens]
+            stopped = self._is_stop[tokens] | self._completes_text(step, batch, tokens, alive, responses)
             responses.write(step, batch.rows, tokens, logprobs, alive, stopped)
             alive &= ~stopped & (limits[batch.rows] > step + 1)
             num_before, num_alive = num_alive, int(alive.sum())

@@ -14,6 +14,14 @@ def test_top_k_draws_from_all_tokens_or_from_at_least_one() -> None:
         RolloutConfig(top_k=0)
 
 
+def test_a_response_ends_at_texts_and_token_ids() -> None:
+    assert RolloutConfig(stop=["</answer>", 7]).stop == ["</answer>", 7] and RolloutConfig(stop="\n\n").stop == ["\n\n"]
+    with pytest.raises(
+        ValidationError, match="at most 32 texts and ids end a response, as on SGLang servers; there are 33"
+    ):
+        RolloutConfig(stop=list(range(33)))
+
+
 def test_only_checkpoints_during_training_are_written_beside_it() -> None:
     assert CheckpointConfig(every=5, async_save=True).async_save and not CheckpointConfig(every=5).async_save
     with pytest.raises(

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.rollout.embedded import EmbeddedEngine, draw_tokens
 from dapo_mcore.types import SamplingParams
+from tests.rollout.spelling import first_end, speller
 
 VOCAB, STOPS = 16, (1, 2)
 PROBS = torch.tensor([0.5, 0.05, 0.25, 0.2], dtype=torch.float64)
@@ -53,8 +55,12 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())  # without the tied alias
 
 
-def empty_engine(tied: bool = False, stops: tuple[int, ...] = STOPS, max_batch: int = 64) -> EmbeddedEngine:
-    return EmbeddedEngine(tiny_config(tied), stop_token_ids=stops, pad_token_id=0, max_batch=max_batch, num_threads=1)
+def empty_engine(
+    tied: bool = False, stops: tuple[int, ...] = STOPS, max_batch: int = 64, texts: StopTexts | None = None
+) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        tiny_config(tied), stop_token_ids=stops, stop_texts=texts, pad_token_id=0, max_batch=max_batch, num_threads=1
+    )
 
 
 def loaded_engine(**options) -> EmbeddedEngine:
@@ -371,3 +377,30 @@ def test_logits_that_are_not_finite_give_a_token_with_a_log_prob_that_says_so():
             logits, torch.tensor([0.5, 0.5], dtype=torch.float64), params(temperature=temperature)
         )
         assert 0 <= int(tokens[0]) < 5 and logprobs.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("lengths", [(6,) * 40, (1, 9, 4, 4, 2, 9, 7) * 6], ids=["uniform", "ragged"])
+def test_a_stop_text_ends_a_response_at_the_token_that_completes_it(lengths):
+    """A row's draws do not depend on when others end, so each response is the beginning of the one without stop texts."""
+    tokenizer, texts = speller(VOCAB - 2, ("'", "("), ("+", "&")), ("(+", "*'", "%%")
+    prompts = prompts_of(*lengths)
+    whole = loaded_engine(stops=(1,)).generate(prompts, params(30, temperature=2.0))
+    ended = loaded_engine(stops=(1,), texts=StopTexts(texts, tokenizer)).generate(prompts, params(30, temperature=2.0))
+    assert 10 < sum(first_end(tokenizer, rollout, texts) is not None for rollout in whole) < len(whole)
+    for rollout, cut in zip(whole, ended, strict=True):
+        length = first_end(tokenizer, rollout, texts)
+        assert cut.token_ids.tolist() == rollout.token_ids[:length].tolist()
+        np.testing.assert_allclose(cut.logprobs, rollout.logprobs[:length], atol=1e-5)
+        assert cut.finish_reason == ("stop" if length else rollout.finish_reason) and len(cut.loss_mask) == len(
+            cut.token_ids
+        )
+
+
+def test_a_stop_text_at_the_last_token_allowed_is_no_truncation():
+    tokenizer = speller(VOCAB)
+    (whole,) = loaded_engine(stops=()).generate(prompts_of(5), params(6))
+    text = tokenizer.decode(whole.token_ids[-1:].tolist())
+    at_end = first_end(tokenizer, whole, (text,))
+    engine = loaded_engine(stops=(), texts=StopTexts([text], tokenizer))
+    (ended,) = engine.generate(prompts_of(5), params(at_end))
+    assert whole.truncated and not ended.truncated and len(ended.token_ids) == at_end

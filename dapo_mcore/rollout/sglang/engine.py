@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 from dapo_mcore.architecture.families import architecture_name
 from dapo_mcore.architecture.manifest import StreamCheck, WeightManifest, buckets
 from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.errors import RolloutError, UpdateBroken
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.process.loop_thread import LoopThread
@@ -34,7 +35,14 @@ from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.rollout.sglang.assembly import Startup, new_sender, open_pool, shown_startup, start_planned
 from dapo_mcore.rollout.sglang.client.api import Keys
 from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, allow_open_files
-from dapo_mcore.rollout.sglang.client.reply import DROP_REASONS, Dropped, VersionRule, check_length, read_reply
+from dapo_mcore.rollout.sglang.client.reply import (
+    DROP_REASONS,
+    Dropped,
+    VersionRule,
+    check_length,
+    cut_at_text,
+    read_reply,
+)
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_LOST_SCALES
 from dapo_mcore.rollout.sglang.launch.node_servers import Node
 from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_servers
@@ -65,6 +73,7 @@ class SGLangEngine:
 
     hf_config       the trained model. Servers that are started here are built from it; others must serve the same.
     stop_token_ids  any of them ends a response and is its last token.
+    stop_texts      any of them ends a response, with the token that completes it. Servers that are started here get its tokenizer.
     dtype           of weights and arithmetic on servers that are started here.
     folder          for the servers' logs and keys.
     max_lag         0: a weight update aborts the requests in flight, and they are sent again. Else requests of `submit`
@@ -85,6 +94,7 @@ class SGLangEngine:
         hf_config: PretrainedConfig,
         *,
         stop_token_ids: Sequence[int],
+        stop_texts: StopTexts | None = None,
         dtype: torch.dtype,
         folder: Path,
         max_lag: int = 0,
@@ -94,7 +104,7 @@ class SGLangEngine:
         relays: Relays | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
-        self._settings, self._stops = settings, list(stop_token_ids)
+        self._settings, self._stops, self._texts = settings, list(stop_token_ids), stop_texts
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
         if settings.quantize == "fp8":
             check_architecture(architecture_name(hf_config))
@@ -131,7 +141,13 @@ class SGLangEngine:
                 if not settings.urls:
                     name = str(dtype).removeprefix("torch.")
                     plan = ServerPlan.new(
-                        settings, hf_config, name, self._stops, folder, continues_requests=max_lag > 0
+                        settings,
+                        hf_config,
+                        name,
+                        self._stops,
+                        folder,
+                        continues_requests=max_lag > 0,
+                        tokenizer=stop_texts.tokenizer if stop_texts else "",
                     )
                     self._processes, self._disconnect = start_planned(plan, ray_address, nodes)
                     keys = plan.keys
@@ -340,6 +356,8 @@ class SGLangEngine:
             "max_new_tokens": params.max_new_tokens,
             "stop_token_ids": self._stops,
         }
+        if self._texts is not None:
+            law["stop"] = list(self._texts.texts)
         samples = [
             asyncio.create_task(self._sample(prompt.tolist(), {**law, "sampling_seed": int(seed)}, rule))
             for prompt, seed in zip(prompts, seeds)
@@ -380,7 +398,7 @@ class SGLangEngine:
         request = server.client.generate({**body, "rid": rid}, self._settings.request_timeout_s)
         try:
             reply = await self.pool.call(server, request)
-            rollout = read_reply(reply, rule(), self._stops)
+            rollout = cut_at_text(read_reply(reply, rule(), self._stops), self._texts)
         except RequestFailed as error:
             self.pool.suspect(server, str(error))
             await self.pool.abort_request(server, rid)

@@ -96,11 +96,12 @@ def engine(folder: Path, **changes: Any) -> Iterator[SGLangEngine]:
     python = changes.pop("python", None) or fake_python(folder)
     config = changes.pop("config", None) or tiny_config()
     max_lag, progress, nodes = changes.pop("max_lag", 0), changes.pop("progress", None), changes.pop("nodes", ())
-    relays = changes.pop("relays", None)
+    relays, texts = changes.pop("relays", None), changes.pop("stop_texts", None)
     made = SGLangEngine(
         settings(python, **{"sync_dir": str(folder), **changes}),
         config,
         stop_token_ids=(STOP,),
+        stop_texts=texts,
         dtype=torch.float32,
         folder=folder / "servers",
         max_lag=max_lag,

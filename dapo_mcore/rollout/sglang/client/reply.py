@@ -7,12 +7,13 @@ repaired: a doubtful answer is dropped whole, and its prompt is sent again.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import msgspec
 import numpy as np
 
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.types import Rollout
 
@@ -124,6 +125,27 @@ def read_reply(reply: Answer, rule: VersionRule, stop_token_ids: Collection[int]
         loss_mask=np.ones(len(tokens), dtype=bool),
         finish_reason="stop" if tokens[-1] in stop_token_ids else finish,
         weight_version=min(version for _, version in spans),
+        version_spans=spans if len(spans) > 1 else (),
+    )
+
+
+def cut_at_text(rollout: Rollout, texts: StopTexts | None) -> Rollout:
+    """Return the rollout up to the token that completes its first stop text, with finish_reason stop; the rollout itself without one.
+
+    A server looks for a text in about as many tokens as its own encoding of it has, so it may miss one that a policy spells in
+    more.
+    """
+    length = texts and texts.length(rollout.token_ids)
+    if length is None:
+        return rollout
+    spans = tuple(span for span in rollout.version_spans if span[0] < length)
+    return replace(
+        rollout,
+        token_ids=rollout.token_ids[:length],
+        logprobs=rollout.logprobs[:length],
+        loss_mask=rollout.loss_mask[:length],
+        finish_reason="stop",
+        weight_version=min((version for _, version in spans), default=rollout.weight_version),
         version_spans=spans if len(spans) > 1 else (),
     )
 

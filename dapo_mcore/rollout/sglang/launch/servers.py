@@ -79,6 +79,7 @@ class ServerPlan:
     dtype               `float32` or `bfloat16`, of weights and arithmetic.
     folder              for configuration, keys and logs.
     continues_requests  requests in flight must continue after a weight update.
+    tokenizer           content of tokenizer.json, if the servers must find texts; else empty.
     """
 
     settings: SGLangConfig
@@ -87,6 +88,7 @@ class ServerPlan:
     dtype: str
     folder: Path
     continues_requests: bool = False
+    tokenizer: str = ""
 
     @classmethod
     def new(
@@ -97,6 +99,7 @@ class ServerPlan:
         stop_token_ids: Sequence[int],
         folder: Path,
         continues_requests: bool = False,
+        tokenizer: str = "",
     ) -> ServerPlan:
         """Return a plan with new random keys. Raise ConfigError if the dtype does not go with `quantize`."""
         keys = Keys(secrets.token_hex(32), secrets.token_hex(32))
@@ -107,7 +110,7 @@ class ServerPlan:
                     "rollout.sglang.quantize fp8 multiplies in bf16, but model.dtype is fp32; set model.dtype bf16"
                 )
             model["quantization_config"] = quantization_config()
-        return cls(settings, keys, model, dtype, folder.absolute(), continues_requests)
+        return cls(settings, keys, model, dtype, folder.absolute(), continues_requests, tokenizer)
 
     def write_keys(self) -> None:
         """Write keys.json, for people who want to call the servers themselves."""
@@ -122,7 +125,7 @@ class ServerPlan:
         """
         number_of_port = port.getsockname()[1]
         arguments = command_line(_options(self, host, number_of_port, first_gpu), sglang.options)
-        _write_model(self.model, self.folder / "model")
+        _write_model(self.model, self.tokenizer, self.folder / "model")
         write_private(self.folder / f"server-{number}.args", "\n".join([*arguments, ""]))
         keys = self.folder / f"server-{number}.yaml"
         write_private(keys, yaml.safe_dump({"api-key": self.keys.api, "admin-api-key": self.keys.admin}))
@@ -188,7 +191,7 @@ def _options(plan: ServerPlan, host: str, port: int, first_gpu: int) -> dict[str
     ours = {
         "model-path": str(plan.folder / "model"),
         "load-format": "dummy",
-        "skip-tokenizer-init": True,
+        "skip-tokenizer-init": not plan.tokenizer,
         "dtype": plan.dtype,
         "device": settings.device,
         "tp-size": settings.tensor_parallel,
@@ -303,10 +306,14 @@ def reserve_port(settings: SGLangConfig, host: str, number: int) -> socket.socke
         ) from error
 
 
-def _write_model(config: dict[str, Any], folder: Path) -> None:
-    """Write config.json alone. Without generation_config.json the server has no sampling defaults of its own."""
+def _write_model(config: dict[str, Any], tokenizer: str, folder: Path) -> None:
+    """Write config.json, and a tokenizer if there is one. Without generation_config.json the server has no sampling defaults of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if tokenizer:
+        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        named = {"tokenizer_class": "PreTrainedTokenizerFast"}  # every version of transformers has this class
+        (folder / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
 
 
 def write_private(path: Path, text: str) -> None:

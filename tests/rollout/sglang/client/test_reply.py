@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.rollout.sglang.client import reply as replies
 from dapo_mcore.rollout.sglang.client.reply import DROP_REASONS, Dropped, VersionRule, decode, max_answer_bytes
 from dapo_mcore.types import Rollout
+from tests.rollout.spelling import speller
 
 RULE = VersionRule(versions={"1-a": 1, "2-b": 2, "3-c": 3, "3-d": 3}, current="3-d")
 STOP = 1
@@ -50,6 +52,25 @@ def test_a_stop_token_at_the_length_limit_counts_as_stop():
     for end, reason in ((STOP, "stop"), (9, "length")):
         rollout = read_reply(reply(tokens=(7, 8, end), finish_reason={"type": "length", "length": 3}), RULE)
         assert rollout.finish_reason == reason and rollout.token_ids.tolist() == [7, 8, end]
+
+
+def test_a_response_is_cut_at_its_first_stop_text_with_all_that_belongs_to_its_tokens():
+    texts = StopTexts(["*+"], speller(16))
+    whole = reply((0, 2, "2-b"), (2, 4, "3-d"), tokens=(8, 9, 10, 9, 10), finish_reason={"type": "length", "length": 5})
+    whole["meta_info"]["weight_versions"][1]["end"] = 5
+    cut = replies.cut_at_text(read_reply(whole, LAGGING), texts)
+    assert (
+        cut.token_ids.tolist() == [8, 9, 10] and cut.logprobs.tolist() == [-0.5, -1.0, -1.5] and len(cut.loss_mask) == 3
+    )
+    assert (cut.finish_reason, cut.weight_version, cut.version_spans) == ("stop", 2, ((0, 2), (2, 3)))
+    same = read_reply(reply(), RULE)
+    assert replies.cut_at_text(same, texts) is same and replies.cut_at_text(same, None) is same
+
+
+def test_a_cut_before_newer_weights_leaves_one_version():
+    found = read_reply(reply((0, 2, "3-d"), (2, 3, "2-b"), tokens=(9, 10, 7)), LAGGING)
+    cut = replies.cut_at_text(found, StopTexts(["*+"], speller(16)))
+    assert found.weight_version == 2 and (cut.weight_version, cut.version_spans) == (3, ())
 
 
 def test_a_single_span_counts_as_no_spans():

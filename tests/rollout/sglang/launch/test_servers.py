@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from dapo_mcore.config.sglang import SGLangConfig
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.rollout.sglang.launch import servers
 from tests.rollout.sglang.fake_server import fake_python
@@ -25,6 +27,7 @@ from tests.rollout.sglang.serving import (
     key_file,
     wait_for,
 )
+from tests.rollout.spelling import speller
 
 
 def start(folder: Path, **changes: Any) -> None:
@@ -130,6 +133,14 @@ def test_keys_are_random_private_and_not_on_the_command_line(tmp_path):
         assert {"--attention-backend=torch_native", "--max-total-tokens=40000"} <= set(arguments)
         assert set(yaml.safe_load((folder / "server-1.yaml").read_text())) == {"api-key", "admin-api-key"}
         assert json.loads((folder / "model/config.json").read_text())["eos_token_id"] == [STOP]
+
+
+def test_servers_that_look_for_texts_have_the_tokenizer(tmp_path):
+    with engine(tmp_path, stop_texts=StopTexts(["*+"], speller(16)), num_servers=1):
+        folder = tmp_path / "servers"
+        assert "skip-tokenizer-init" not in (folder / "server-0.args").read_text()
+        made = AutoTokenizer.from_pretrained(folder / "model")
+        assert made.encode("*+", add_special_tokens=False) == [9, 10] and made.decode([9, 10]) == "*+"
 
 
 def test_servers_inherit_no_variables_of_the_launcher_and_no_python_path(monkeypatch):
