@@ -110,13 +110,14 @@ class PolicyHead:
         return linear_logprobs(self._rows(hidden, batch), model.head_weight(), batch.targets, **self.common)[0]
 
     def _sequence_log_ratios(self, log_ratios: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Return for each row the mean of `log_ratios` over the loss tokens of its sample, [L].
+        """Return for each row the mean of `log_ratios` over the loss tokens of its sample, [L]; rejected ones do not count.
 
         Source: s_i of GSPO (arXiv 2507.18071) eq. 7. Collective: one all-reduce over the context-parallel group.
         """
         sums = log_ratios.new_zeros(2, len(batch.lengths), dtype=torch.float64)
-        sums[0].index_add_(0, batch.row_sequences, log_ratios.double())
-        sums[1].index_add_(0, batch.row_sequences, torch.ones_like(log_ratios, dtype=torch.float64))
+        counted = (batch.token_weights > 0).double()
+        sums[0].index_add_(0, batch.row_sequences, log_ratios.double() * counted)
+        sums[1].index_add_(0, batch.row_sequences, counted)
         if self.context_group is not None:
             dist.all_reduce(sums, group=self.context_group)
         means = sums[0] / sums[1].clamp(min=1)

@@ -100,7 +100,7 @@ class _Sample:
             return -log_ratio.exp().clamp(low, high).detach() * advantage * self.logp
         ratio = log_ratio.exp()
         if algo.policy_loss == "gspo":
-            ratio = log_ratio.mean().exp().expand(len(old))  # the gradient goes through the mean
+            ratio = log_ratio[self.kept()].mean().exp().expand(len(old))  # the gradient goes through the mean
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high))
         capped = algo.dual_clip and advantage < 0
         return torch.minimum(loss, -advantage * algo.dual_clip) if capped else loss

@@ -80,6 +80,13 @@ MODES: dict[str, dict[str, Any]] = {
         ],
         "algo__advantage_std": "batch",
     },
+    "GSPO without the rejected": {
+        "algo__policy_loss": "gspo",
+        "algo__loss_mode": "seq-mean-token-mean",
+        "algo__clip_low": 0.02,
+        "algo__clip_high": 0.03,
+        "algo__rejection": [{"level": "token", "lower": 0.7, "upper": 1.3}],
+    },
     "KL-Cov": {
         "algo__policy_loss": "kl_cov",
         "algo__dual_clip": None,
