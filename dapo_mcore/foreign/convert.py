@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dapo_mcore.config.foreign_names import TITLES
 from dapo_mcore.errors import ConfigError, describe_error, listed, shortened
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.table import KINDS, Kind, Outcome, Rule, Source, Table, Undecided
@@ -144,7 +145,7 @@ def _no_such_value(rule: Rule, source: Source, error: Exception) -> ConfigError:
     shown = ", ".join(f"{setting.key}={shortened(str(setting.value))} ({setting.where})" for setting in given)
     why = describe_error(error)
     return ConfigError(
-        f"{shown or ', '.join(rule.keys)}: no value that {source.run.dialect} takes ({why}); mend the script first"
+        f"{shown or ', '.join(rule.keys)}: no value that {TITLES[source.run.dialect]} takes ({why}); mend the script first"
     )
 
 

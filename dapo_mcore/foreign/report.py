@@ -9,6 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from dapo_mcore.config.foreign_names import TITLES
 from dapo_mcore.foreign.convert import Conversion, changes_objective
 from dapo_mcore.foreign.table import Kind, Outcome
 from dapo_mcore.foreign.write import default_of, line_number, shown
@@ -48,7 +49,7 @@ def _head(conversion: Conversion) -> Iterator[str]:
     told = ", ".join(f"{number[kind]} {word}" for kind, word in words.items() if number[kind] or kind == "lost")
     asked = len(conversion.asked)
     decide = f"; {asked} {'key is' if asked == 1 else 'keys are'} for you to decide" if asked else ""
-    yield f"{run.file.name}: {len(run.settings)} settings of {conversion.table.dialect}: {told}{decide}"
+    yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}{decide}"
     if not run.complete:
         yield f"What it leaves out has the defaults of {conversion.table.title}."
     for note in run.notes:
@@ -107,7 +108,7 @@ def _repeats(outcome: Outcome) -> bool:
 
 
 def _defaults(conversion: Conversion) -> Iterator[str]:
-    dialect = conversion.table.dialect
+    dialect = TITLES[conversion.table.dialect]
     rows = {
         (f"{'':4}  {outcome.ours}: {shown(outcome.value)}", f"ours: {shown(default_of(str(outcome.ours)))}")
         for outcome in conversion.outcomes
@@ -145,7 +146,7 @@ def _source(conversion: Conversion, outcome: Outcome) -> str:
     if not places:
         first = outcome.sources[0]
         return f"{'':4}  {first}" + (
-            "" if first == conversion.run.entry else f" ({conversion.table.dialect}'s default)"
+            "" if first == conversion.run.entry else f" ({TITLES[conversion.table.dialect]}'s default)"
         )
     named = ", ".join(f"{_short_key(setting.key)}={shown(setting.value)}" for setting in places)
     return f"{line_number(places[0]):>4}  {named}"

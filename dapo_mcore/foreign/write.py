@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dapo_mcore.config.file import OPEN
+from dapo_mcore.config.foreign_names import TITLES
 from dapo_mcore.config.keys import is_prose, kind_of
 from dapo_mcore.config.schema import Config
 from dapo_mcore.foreign.convert import Conversion
@@ -81,7 +82,7 @@ def _comment(conversion: Conversion, sources: Sequence[Outcome]) -> str:
         parts += [_setting(setting) for setting in places]
         if not places:
             parts.append(
-                f"{conversion.table.dialect}'s default"
+                f"{TITLES[conversion.table.dialect]}'s default"
                 if outcome.sources != (conversion.run.entry,)
                 else outcome.sources[0]
             )
