@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.fake_hub import fake_hub
 from tests.model_files.character_model import write_tokenizer
 from tests.model_files.zoo import save_model
 
@@ -121,6 +122,23 @@ def test_inspect(folder: Path, megatron_folder: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == f"{megatron_folder}: a Megatron distributed checkpoint"
     assert len([line for line in lines if line.startswith("  model.") or line.startswith("  lm_head.")]) == 39
+
+
+def test_a_model_of_the_hub_is_a_folder_here(
+    folder: Path, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with fake_hub({"models/Org/Tiny": files}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.chdir(tmp_path)
+        assert tool.main(["hf-to-mcore", "Org/Tiny@v1", "mcore"]) == 0
+        assert tool.main(["verify", str(folder), "mcore"]) == 0
+    assert "the same: " in capsys.readouterr().out
 
 
 def test_help_names_every_command_and_option(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
