@@ -33,7 +33,7 @@ from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.rollout.sglang.assembly import Startup, new_sender, open_pool, shown_startup, start_planned
-from dapo_mcore.rollout.sglang.client.api import Keys
+from dapo_mcore.rollout.sglang.client.api import Keys, sampling_params
 from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, allow_open_files
 from dapo_mcore.rollout.sglang.client.reply import (
     DROP_REASONS,
@@ -139,16 +139,8 @@ class SGLangEngine:
             keys = read_keys(settings.key_file)
             with shown_startup(progress or NullProgress(), settings, folder) as startup:
                 if not settings.urls:
-                    name = str(dtype).removeprefix("torch.")
-                    plan = ServerPlan.new(
-                        settings,
-                        hf_config,
-                        name,
-                        self._stops,
-                        folder,
-                        continues_requests=max_lag > 0,
-                        tokenizer=stop_texts.tokenizer if stop_texts else "",
-                    )
+                    name, tokenizer = str(dtype).removeprefix("torch."), stop_texts.tokenizer if stop_texts else ""
+                    plan = ServerPlan.new(settings, hf_config, name, self._stops, folder, max_lag > 0, tokenizer)
                     self._processes, self._disconnect = start_planned(plan, ray_address, nodes)
                     keys = plan.keys
                 self.pool = self._loop.run(self._open(keys, startup))
@@ -349,15 +341,7 @@ class SGLangEngine:
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
         seeds = np.random.SeedSequence(params.seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
-        law = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "max_new_tokens": params.max_new_tokens,
-            "stop_token_ids": self._stops,
-        }
-        if self._texts is not None:
-            law["stop"] = list(self._texts.texts)
+        law = sampling_params(params, self._stops, self._texts.texts if self._texts else ())
         samples = [
             asyncio.create_task(self._sample(prompt.tolist(), {**law, "sampling_seed": int(seed)}, rule))
             for prompt, seed in zip(prompts, seeds)

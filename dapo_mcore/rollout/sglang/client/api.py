@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dapo_mcore.rollout.sglang.client import reply
 from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, RequestRefused
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_SESSIONS, SGLangVersion, parse_version
+from dapo_mcore.types import SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,19 @@ class ServerFacts:
     sglang_version: SGLangVersion
     model_path: str
     num_ranks: int
+
+
+def sampling_params(params: SamplingParams, stop_token_ids: Sequence[int], stop_texts: Sequence[str]) -> dict[str, Any]:
+    """Return what /generate calls `sampling_params`, all but the seed. The server looks for texts only if there are any: that needs
+    its tokenizer."""
+    fields = {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "max_new_tokens": params.max_new_tokens,
+        "stop_token_ids": list(stop_token_ids),
+    }
+    return {**fields, "stop": list(stop_texts)} if stop_texts else fields
 
 
 class ServerClient:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient, ServerFacts
+from dapo_mcore.rollout.sglang.client.api import Keys, ServerClient, ServerFacts, sampling_params
 from dapo_mcore.rollout.sglang.client.http import RequestFailed, RequestRefused
+from dapo_mcore.types import SamplingParams
 
 URL = "http://a:1"
 
@@ -55,6 +56,13 @@ def test_admin_calls_take_the_admin_key_and_all_others_the_api_key(keys, for_adm
     ask(http, lambda client: client.abort_request(), keys)
     everything = {"rid": "", "abort_all": True}
     assert http.asked == [("GET", "/model_info", None, keys.api), ("POST", "/abort_request", everything, for_admin)]
+
+
+def test_a_request_names_stop_texts_only_if_there_are_any():
+    params = SamplingParams(temperature=0.5, top_p=0.9, top_k=-1, max_new_tokens=7, seed=3)
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "max_new_tokens": 7, "stop_token_ids": [2, 5]}
+    assert sampling_params(params, (2, 5), ()) == fields
+    assert sampling_params(params, (2, 5), ("END",)) == {**fields, "stop": ["END"]}
 
 
 def test_facts_are_the_version_the_model_and_the_number_of_ranks():
