@@ -24,17 +24,20 @@ from dapo_mcore.types import MicroBatch
 def with_token_advantages(
     micro_batches: Sequence[MicroBatch], rewards: np.ndarray, algo: AlgoConfig, layout: Layout
 ) -> list[MicroBatch]:
-    """Return the micro-batches of a rollout step with `advantages`, whitened over all loss tokens, and `returns`.
+    """Return the micro-batches of a rollout step with `advantages`, whitened over all loss tokens that are not rejected, and
+    `returns`.
 
-    rewards  float64 [B] of all samples of the step. Micro-batches have values, and with a KL penalty old and reference log-probs.
+    rewards  float64 [B] of all samples of the step. Micro-batches have values, and with a KL penalty old and reference log-probs;
+             a token weight of 0 is that of a rejected token.
     On ranks that are not of the last stage they are returned as they are. Collectives: two gloo all-reduces, and on the last
     stage all-gathers over the context-parallel group.
     """
-    own = torch.zeros(0, dtype=torch.float64)
-    advantages = returns = own
+    advantages = returns = torch.zeros(0, dtype=torch.float64)
+    kept = torch.zeros(0, dtype=torch.bool)
     if layout.is_last_stage:
         advantages, returns = _gae(micro_batches, torch.from_numpy(rewards), algo, layout)
-    advantages = _whiten(advantages, layout)
+        kept = torch.cat([kept, *(micro.token_weights.cpu() > 0 for micro in micro_batches)])
+    advantages = _whiten(advantages, kept, layout)
     if not layout.is_last_stage:
         return list(micro_batches)
     counts = [len(micro.rows) for micro in micro_batches]
@@ -87,13 +90,13 @@ def _gather_context(own: Tensor, layout: Layout) -> tuple[Tensor, int]:
     return torch.cat([part[:, :count] for part, count in zip(parts, counts)], dim=1), sum(counts[: layout.context_rank])
 
 
-def _whiten(advantages: Tensor, layout: Layout) -> Tensor:
-    """Return (A - mean) / √(variance + 1e-8) over all ranks' loss tokens, with the divisor N - 1; fewer than two stay.
+def _whiten(advantages: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+    """Return (A - mean) / √(variance + 1e-8) over all ranks' `kept` tokens, bool [L], with the divisor N - 1; fewer than two stay.
 
     Values that are not finite do not count, so that only their own mini-batches are skipped.
     Source: masked_whiten of verl 0.9.1 (utils/torch_functional.py). Collectives: two gloo all-reduces.
     """
-    counted = advantages[advantages.isfinite()] if layout.reports_loss else advantages[:0]
+    counted = advantages[kept & advantages.isfinite()] if layout.reports_loss else advantages[:0]
     count, total = layout.sum_over_ranks(torch.stack([counted.new_tensor(len(counted)), counted.sum()])).tolist()
     mean = total / max(count, 1)
     variance = layout.sum_over_ranks((counted - mean).square().sum().view(1)).item() / max(count - 1, 1)

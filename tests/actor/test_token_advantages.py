@@ -44,7 +44,7 @@ def micro_batch(which: list[int], **changes: torch.Tensor) -> MicroBatch:
         rows=rows,
         targets=torch.zeros(len(which), dtype=torch.int64),
         advantages=nothing,
-        token_weights=nothing,
+        token_weights=torch.ones(len(which)),
         rollout_logprobs=nothing,
         sample_ids=torch.tensor(SAMPLES)[which],
         values=torch.tensor(VALUES)[which],
@@ -80,6 +80,13 @@ def test_a_value_that_is_not_finite_spoils_its_own_sample_only(alone):
     (found,) = with_token_advantages([micro_batch([0, 1, 2, 3], values=values)], REWARDS, HALVES, alone)
     assert found.advantages[0].isnan()
     assert found.advantages[1:].tolist() == pytest.approx(whitened(ADVANTAGES[1:]).tolist(), rel=1e-6)
+
+
+def test_a_rejected_token_does_not_count_in_the_statistics(alone):
+    weights = torch.tensor([0.0, 0.25, 0.25, 0.5])
+    (found,) = with_token_advantages([micro_batch([0, 1, 2, 3], token_weights=weights)], REWARDS, HALVES, alone)
+    assert found.advantages[1:].tolist() == pytest.approx(whitened(ADVANTAGES[1:]).tolist(), rel=1e-6)
+    assert found.returns.tolist() == RETURNS
 
 
 def test_a_single_token_is_not_whitened_and_no_token_is_no_error(alone):
