@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +64,19 @@ def side_files_folder(model: ModelConfig) -> Path:
     return Path(model.path) if hub_name(model.path) is None else model_folder(model)
 
 
+def check_same_folder(model: ModelConfig, names: Sequence[str]) -> None:
+    """Raise ConfigError if ranks would read different models. names  of model_folder, of each rank; on the hub they are commits.
+
+    A branch may move while a job starts, and caches of nodes that do not reach the hub may be of different ages.
+    """
+    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"model.path {model.path} is {names[0]} on rank 0, but {names[other]} on rank {other}; set model.revision to a commit, "
+            "or let all nodes share one cache (HF_HOME)"
+        )
+
+
 def has_weights(folder: Path) -> bool:
     """Return True if the folder has all weight files that it speaks of."""
     index = folder / INDEX
@@ -77,9 +92,12 @@ def has_weights(folder: Path) -> bool:
 @cache  # one answer in the life of a process, whatever the hub says later
 def _snapshot(name: str, revision: str | None, code: bool, weights: bool) -> Path:
     repo = HubRepo("model", name, revision, "model.path")
-    patterns = [*_SIDE_FILES, *(_CODE if code else ()), *(_WEIGHTS if weights else ())]
-    folder = download(repo, patterns, _NEVER)
-    if weights and not has_weights(folder):
+    side_files = [*_SIDE_FILES, *(_CODE if code else ())]
+    if not weights:
+        return download(repo, side_files, _NEVER)
+    commit = _snapshot(name, revision, code, False).name  # a branch may move meanwhile
+    folder = download(replace(repo, revision=commit), [*side_files, *_WEIGHTS], _NEVER)
+    if not has_weights(folder):
         raise ConfigError(
             f"model.path: {repo} has no safetensors, or the cache lacks some of them ({folder}); pickled weights are never "
             f"loaded: take a revision with {SINGLE}, or convert it, and if HF_HUB_OFFLINE is set run `hf download {name}` first"

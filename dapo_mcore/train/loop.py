@@ -43,6 +43,7 @@ from dapo_mcore.errors import output_error
 from dapo_mcore.handover import Handover
 from dapo_mcore.model_files.hf_config import check_tokenizer_fits, load_hf_config, load_tokenizer, pad_token
 from dapo_mcore.model_files.hf_folder import open_weights
+from dapo_mcore.model_files.model_folder import check_same_folder, model_folder
 from dapo_mcore.observe.profile import profiled
 from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.observe.timing import PhaseTimer
@@ -72,6 +73,8 @@ class Run:
         with self._phase("start"):
             if config.model.fp8:
                 check_same_on_all_ranks(config.model.fp8, layout)
+            folders: list[Any] = layout.gather_objects(model_folder(config.model).name)
+            layout.on_controller_or_raise(lambda: check_same_folder(config.model, folders))
             self.hf_config = load_hf_config(config.model)
             tokenizer = load_tokenizer(config.model)
             check_tokenizer_fits(tokenizer, self.hf_config)

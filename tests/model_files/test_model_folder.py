@@ -11,7 +11,7 @@ from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.errors import ConfigError
 from dapo_mcore.model_files.hf_config import load_hf_config, load_tokenizer, stop_token_ids
 from dapo_mcore.model_files.hf_folder import open_weights
-from dapo_mcore.model_files.model_folder import _snapshot, has_weights, hub_name, side_files_folder
+from dapo_mcore.model_files.model_folder import _snapshot, check_same_folder, has_weights, hub_name, side_files_folder
 from dapo_mcore.model_files.model_folder import model_folder as folder_of
 from tests.fake_hub import COMMIT, fake_hub
 
@@ -65,6 +65,26 @@ def test_a_model_without_safetensors_is_refused(hub):
     assert (folder_of(ModelConfig(path="hf://Org/Pickled")) / "config.json").is_file()
     with pytest.raises(ConfigError, match=r"Org/Pickled has no safetensors.* pickled weights are never loaded"):
         folder_of(ModelConfig(path="Org/Pickled"), weights=True)
+
+
+def test_weights_are_of_the_commit_of_the_files_beside_them(hub):
+    model = ModelConfig(path="Org/Tiny", revision="v1")
+    assert folder_of(model, weights=True) == folder_of(model)
+    weights = [path for path in hub.asked if path.endswith(".safetensors")]
+    assert weights and all(COMMIT in path for path in weights)
+    assert f"GET /api/models/Org/Tiny/revision/{COMMIT}" in hub.asked, (
+        "not v1 again, which may be another commit by then"
+    )
+
+
+def test_ranks_with_other_revisions_are_told_which():
+    model = ModelConfig(path="Org/Tiny")
+    check_same_folder(model, ["aaa", "aaa"])
+    check_same_folder(model, [])  # on the other ranks
+    with pytest.raises(
+        ConfigError, match=r"model.path Org/Tiny is aaa on rank 0, but bbb on rank 2; set model.revision"
+    ):
+        check_same_folder(model, ["aaa", "aaa", "bbb", "bbb"])
 
 
 def test_what_exists_here_is_a_folder_and_not_a_name(tmp_path: Path, monkeypatch):
