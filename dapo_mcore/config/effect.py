@@ -146,8 +146,15 @@ IDLE = (
         "its spike_factor is null",
         lambda c: c.critic.optimizer.spike_factor is None,
     ),
-    Idle("checkpoint", ("keep",), "nothing is saved", lambda c: c.checkpoint.every is None and not c.checkpoint.at_end),
+    Idle(
+        "checkpoint",
+        ("keep", "keep_best", "best_metric"),
+        "nothing is saved",
+        lambda c: c.checkpoint.every is None and not c.checkpoint.at_end,
+    ),
+    Idle("checkpoint", ("best_mode",), "checkpoint.keep_best is 0", lambda c: not c.checkpoint.keep_best),
     Idle("eval", (), "eval.sets is empty", lambda c: not c.eval.sets),
+    Idle("observe", ("eval_samples_per_set",), "eval.sets is empty", lambda c: not c.eval.sets),
     Idle(
         "warm_start", ("stop_at",), "warm_start.choose is null", lambda c: c.warm_start and c.warm_start.choose is None
     ),

@@ -63,7 +63,12 @@ CASES = {
     },
     "optimizer.spike_window 9 (optimizer.spike_factor is null)": {"optimizer": {"spike_window": 9}},
     "checkpoint.keep 9 (nothing is saved)": {"checkpoint": {"at_end": False, "keep": 9}},
+    "checkpoint.keep_best 1, checkpoint.best_metric reward/mean (nothing is saved)": {
+        "checkpoint": {"at_end": False, "keep_best": 1, "best_metric": "reward/mean"}
+    },
+    "checkpoint.best_mode min (checkpoint.keep_best is 0)": {"checkpoint": {"best_mode": "min"}},
     "eval.every 9 (eval.sets is empty)": {"eval": {"every": 9}},
+    "observe.eval_samples_per_set 9 (eval.sets is empty)": {"eval": {}, "observe": {"eval_samples_per_set": 9}},
     "eval.sets.aime.shuffle (evaluation takes all prompts in the order of the file)": {
         "eval": {"sets": {"aime": {"files": ["a.jsonl"], "shuffle": False}}}
     },
