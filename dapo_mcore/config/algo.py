@@ -102,6 +102,12 @@ class AdaptiveEntropyConfig(Section):
     max_coef: float = Field(0.005, ge=0, le=10)
     min_coef: float = Field(0.0, ge=0, le=10)
 
+    @model_validator(mode="after")
+    def _check_bounds(self) -> AdaptiveEntropyConfig:
+        if self.min_coef > self.max_coef:
+            raise ValueError(f"min_coef {self.min_coef} exceeds max_coef {self.max_coef}; exchange them")
+        return self
+
 
 class AlgoConfig(Section):
     """The objective. Defaults are the paper's."""
@@ -156,7 +162,8 @@ class AlgoConfig(Section):
     @property
     def reads_policy_logprobs(self) -> bool:
         """True if gradient steps read log-probs of the policy before the rollout step."""
-        return self.old_logprobs == "actor" or self.tis.mode != "off" or self.max_mismatch is not None
+        reads = self.old_logprobs == "actor" or self.tis.mode != "off" or bool(self.rejection)
+        return reads or self.max_mismatch is not None
 
     @property
     def corrects_before(self) -> bool:

@@ -113,6 +113,10 @@ RULES: list[tuple[list[str], str]] = [
         ["algo.entropy_coef=0.01", "algo.adaptive_entropy={target: 0.2}"],
         "algo.entropy_coef 0.01 is the first value of algo.adaptive_entropy, which keeps it between min_coef 0.0 and max_coef 0.005",
     ),
+    (
+        ["algo.adaptive_entropy={target: 0.2, min_coef: 0.01}"],
+        "min_coef 0.01 exceeds max_coef 0.005; exchange them",
+    ),
     (["algo.policy_loss=gspo"], "set algo.loss_mode seq-mean-token-mean (now token-mean)"),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
     (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
@@ -200,6 +204,7 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         [*LONG, "batch.max_tokens=102"],
         ["reward.overlong.penalty=true", "rollout.max_response_tokens=4096"],
         ["algo.old_logprobs=rollout", "algo.tis.mode=mask"],
+        ["model.routing_replay=scoring", "algo.old_logprobs=rollout", "algo.rejection=[{level: token, upper: 2}]"],
         ["optimizer.schedule=cosine", "optimizer.decay_updates=10"],
         ["model.overrides={num_hidden_layers: 2}", "model.init=random"],
         ["rollout.group_size=1", "sampling.style=none"],

@@ -18,6 +18,7 @@ from dapo_mcore.config.file import load_config
         (["batch.epochs=2", "model.routing_replay=scoring"], 0),
         (["algo.old_logprobs=rollout"], 16),
         (["algo.old_logprobs=rollout", "algo.max_mismatch=0.1"], 1),
+        (["algo.old_logprobs=rollout", "algo.rejection=[{level: token, upper: 2}]"], 0),
     ],
 )
 def test_the_first_gradient_step_needs_no_scoring_pass_unless_something_else_reads_it(
