@@ -105,6 +105,11 @@ def shortened(text: str, longest: int = 80) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
+def one_line(value: object, longest: int = 300) -> str:
+    """Return an error's message, or a value's text, in one line, shortened; the error's type if it has no message."""
+    return shortened(" ".join(str(value).split()) or type(value).__name__, longest)
+
+
 def describe_error(error: BaseException) -> str:
     """Return `ValueError: no`, one line of bounded length, even if the exception's `__str__` raises."""
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, one_line
 
 _TIMEOUT_S = 10.0
 """Time in which the hub must answer a first request."""
@@ -58,7 +58,7 @@ def download(repo: HubRepo, patterns: Sequence[str], ignored: Sequence[str] = ()
         raise _refused(repo, error) from error
     except OSError as error:
         raise ConfigError(
-            f"{repo.setting}: {repo} cannot be downloaded: {_one_line(error)}; the cache is {constants.HF_HUB_CACHE}, HF_HOME names "
+            f"{repo.setting}: {repo} cannot be downloaded: {one_line(error)}; the cache is {constants.HF_HUB_CACHE}, HF_HOME names "
             "another place, and HF_HUB_OFFLINE=1 takes what is in it"
         ) from error
 
@@ -74,12 +74,12 @@ def _why_out_of_reach(repo: HubRepo) -> str:
         HfApi().repo_info(repo.name, revision=repo.revision or "main", repo_type=repo.kind, timeout=_TIMEOUT_S)
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code >= 500 or error.response.status_code == 429:
-            return f"{constants.ENDPOINT} answers {_one_line(error)}"
+            return f"{constants.ENDPOINT} answers {one_line(error)}"
         raise _refused(repo, error) from error
     except ValueError as error:  # a name that the hub could not have
-        raise ConfigError(f"{repo.setting}: {_one_line(error)}") from error
+        raise ConfigError(f"{repo.setting}: {one_line(error)}") from error
     except Exception as error:  # its HTTP client's, which is not the same in all versions
-        return f"{constants.ENDPOINT} does not answer ({_one_line(error)})"
+        return f"{constants.ENDPOINT} does not answer ({one_line(error)})"
     return ""
 
 
@@ -110,7 +110,7 @@ def _refused(repo: HubRepo, error: Any) -> ConfigError:
     elif isinstance(error, RepositoryNotFoundError):
         told = f"has no such {kind}, or it is private; correct the name, or set HF_TOKEN"
     else:
-        told = f"answers {_one_line(error)}; try again, or set HF_HUB_OFFLINE=1 to take what the cache has"
+        told = f"answers {one_line(error)}; try again, or set HF_HUB_OFFLINE=1 to take what the cache has"
     return ConfigError(f"{repo.setting}: {repo}: {constants.ENDPOINT} {told}")
 
 
@@ -137,8 +137,3 @@ def _one_of_node(cache: Path, repo: HubRepo) -> Iterator[None]:
         lock.release()
         if waited:
             enable_progress_bars()
-
-
-def _one_line(error: Exception, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -7,7 +7,16 @@ import os
 
 import pytest
 
-from dapo_mcore.errors import REFUSALS, DapoError, OutputError, describe_error, listed, output_error, shortened
+from dapo_mcore.errors import (
+    REFUSALS,
+    DapoError,
+    OutputError,
+    describe_error,
+    listed,
+    one_line,
+    output_error,
+    shortened,
+)
 
 
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
@@ -42,3 +51,9 @@ def test_an_error_is_described_in_one_line_of_bounded_length():
     assert describe_error(ValueError("a\n  b")) == "ValueError: a b"
     assert describe_error(KeyError()) == "KeyError"
     assert describe_error(ValueError("x" * 5000)) == "ValueError: " + "x" * (1000 - len("ValueError: "))
+
+
+def test_a_message_of_several_lines_becomes_one_and_an_empty_one_the_errors_type() -> None:
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line([1, 2], 4) == "[1, …"

@@ -17,7 +17,7 @@ import numpy as np
 
 from dapo_mcore.config.data import DataConfig
 from dapo_mcore.data.characters import LostCharacters
-from dapo_mcore.errors import ConfigError, DataError
+from dapo_mcore.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +124,7 @@ class PromptRenderer:
                 f"its loops, or use another template"
             ) from error
         except Exception as error:  # a template is a program, and may fail in any way
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{where}: the chat template refused the prompt: {told}") from error
+            raise DataError(f"{where}: the chat template refused the prompt: {one_line(error)}") from error
         if len(text) > _MOST_CHARACTERS:
             raise DataError(
                 f"{where}: the chat template made {len(text):,} characters of the prompt, more than {_MOST_CHARACTERS:,}; "

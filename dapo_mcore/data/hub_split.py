@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dapo_mcore.errors import ConfigError, DataError
+from dapo_mcore.errors import ConfigError, DataError, one_line
 from dapo_mcore.hub import HubRepo, download
 
 _PREFIX = "hf://"
@@ -90,8 +90,7 @@ def _splits(entry: str, folder: Path, config: str | None) -> dict[str, list[Path
     try:
         found = load_dataset_builder(str(folder), config).config.data_files or {}
     except Exception as error:  # its own errors have no common base
-        told = " ".join(str(error).split())
         raise DataError(
-            f"{entry}: datasets cannot tell its splits: {told:.400}; a configuration is named as hf://ORG/NAME/CONFIG:SPLIT"
+            f"{entry}: datasets cannot tell its splits: {one_line(error, 400)}; a configuration is named as hf://ORG/NAME/CONFIG:SPLIT"
         ) from error
     return {str(split): [Path(file) for file in files] for split, files in found.items()}

@@ -13,7 +13,7 @@ from typing import IO
 
 from dapo_mcore.data.json_rows import Row
 from dapo_mcore.data.sources import begin_of, hint
-from dapo_mcore.errors import DataError
+from dapo_mcore.errors import DataError, one_line
 
 
 def read_parquet(path: Path, name: str) -> Iterator[Row]:
@@ -29,7 +29,7 @@ def read_parquet(path: Path, name: str) -> Iterator[Row]:
                     yield Row(f"{name} row {number}", columns)
     except Exception as error:  # damaged bytes cause nearly any exception: bad text, dates out of range, no memory
         raise DataError(
-            f"{name} cannot be read as parquet after row {number}: {_told(error)}{_parquet_hint(path)}"
+            f"{name} cannot be read as parquet after row {number}: {one_line(error)}{_parquet_hint(path)}"
         ) from error
 
 
@@ -46,7 +46,7 @@ def read_arrow(path: Path, name: str) -> Iterator[Row]:
                     yield Row(f"{name} row {number}", columns)
     except Exception as error:
         raise DataError(
-            f"{name} cannot be read as an Arrow stream after row {number}: {_told(error)}; give a folder that "
+            f"{name} cannot be read as an Arrow stream after row {number}: {one_line(error)}; give a folder that "
             "datasets' save_to_disk has written, or get the file again"
         ) from error
 
@@ -97,10 +97,6 @@ def _record(where: str, header: list[str], record: list[str]) -> Row:
 def _byte(text: str) -> str:
     """Return the first byte that was not UTF-8, as two hexadecimal digits, or an empty text."""
     return next((f"{ord(sign) - 0xDC00:02x}" for sign in text if 0xDC80 <= ord(sign) <= 0xDCFF), "")
-
-
-def _told(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parquet_hint(path: Path) -> str:

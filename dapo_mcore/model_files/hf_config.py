@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.architecture.shape import weight_shape
 from dapo_mcore.config.model import ModelConfig
-from dapo_mcore.errors import ConfigError
+from dapo_mcore.errors import ConfigError, one_line
 from dapo_mcore.model_files.config_json import check_numbers, read_json_object
 from dapo_mcore.model_files.model_folder import model_folder
 
@@ -40,7 +40,7 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # each class checks its settings in its own way
-        raise ConfigError(f"transformers cannot read {folder / 'config.json'}: {_one_line(error)}") from error
+        raise ConfigError(f"transformers cannot read {folder / 'config.json'}: {one_line(error)}") from error
     if not model.overrides:
         return config
     _refuse_unknown(model.overrides, {*stored, *config.to_dict(), *config.attribute_map, *_ROPE})
@@ -50,7 +50,7 @@ def load_hf_config(model: ModelConfig) -> PretrainedConfig:
         changed = type(config).from_dict(settings)
     except Exception as error:
         raise ConfigError(
-            f"model.overrides {model.overrides} make no valid {type(config).__name__}: {_one_line(error)}"
+            f"model.overrides {model.overrides} make no valid {type(config).__name__}: {one_line(error)}"
         ) from error
     if model.init == "pretrained":
         _check_sizes_stay(config, changed)
@@ -71,7 +71,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         raise ConfigError(
-            f"no tokenizer can be loaded from {folder}: {_one_line(error)}; it needs tokenizer.json and tokenizer_config.json"
+            f"no tokenizer can be loaded from {folder}: {one_line(error)}; it needs tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
         raise ConfigError(
@@ -146,12 +146,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def _one_line(error: object, limit: int = 300) -> str:
-    """Return an error's message, or a value, in one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
 def _overridden(stored: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of config.json with the overrides.
 
@@ -176,7 +170,7 @@ def _check_sizes_stay(stored: PretrainedConfig, changed: PretrainedConfig) -> No
     """Raise ConfigError if stored weights do not fit the changed configuration."""
     before, after = weight_shape(stored, 1), weight_shape(changed, 1)
     differ = [
-        f"{field.name} from {_one_line(getattr(before, field.name), 40)} to {_one_line(getattr(after, field.name), 40)}"
+        f"{field.name} from {one_line(getattr(before, field.name), 40)} to {one_line(getattr(after, field.name), 40)}"
         for field in fields(before)
         if getattr(before, field.name) != getattr(after, field.name)
     ]
