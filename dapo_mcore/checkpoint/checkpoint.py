@@ -75,8 +75,9 @@ def save_checkpoint(
     """Write a checkpoint and return its folder; `state` comes from rank 0, the others give None.
 
     The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints and the `best` are
-    deleted, and `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a tensor on
-    any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see `run_dir`.
+    deleted, and `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a
+    tensor on any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see
+    `run_dir`.
     """
     job, blocks = begin_checkpoint(run_dir, actor, state, layout, keep, best)
     try:

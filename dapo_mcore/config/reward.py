@@ -54,7 +54,8 @@ class RewardConfig(Section):
     """math_dapo only: compare the last \\boxed{} of the last 100 characters literally."""
     workers: int | None = Field(None, ge=0, le=10_000)
     """n > 0 scores in n processes with a deadline of timeout_seconds; 0 in the controller process without a deadline: a
-    function that hangs then stops the run. null: 0 for the built-in functions but math_verify, which cannot hang, and 1 for any other one."""
+    function that hangs then stops the run. null: 0 for built-in functions, which cannot hang, but 1 for math_verify and any other
+    one."""
     placement: Literal["local", "ray"] = "local"
     """Where the worker processes run: on this machine, or on the nodes of the Ray cluster (section `ray`)."""
     timeout_seconds: Seconds = 30.0

@@ -196,7 +196,8 @@ class _Loading:
         if result.num_truncated == len(result.prompts):
             raise DataError(
                 f"all {len(result.prompts)} prompts of {', '.join(self.config.files)} are longer than "
-                f"{name}.max_prompt_tokens {longest}, so that each would lose its {_CUT[self.config.on_long_prompt][1]}; {remedy}, or shorten them"
+                f"{name}.max_prompt_tokens {longest}, so that each would lose its {_CUT[self.config.on_long_prompt][1]}; {remedy}, or "
+                "shorten them"
             )
 
     def _prompt_or_none(self, row: Row) -> Prompt | None:

@@ -175,7 +175,8 @@ class Run:
 
     def _train_step(self, step: int) -> dict[str, float] | None:
         """Run one rollout step: rollout, gradient steps, weight sync. Return its metrics, or None if a signal stops the run
-        before anything was trained, or the last epoch has left nothing to train on. After a later signal the sync is left out; a resumed run does it first.
+        before anything was trained, or the last epoch has left nothing to train on. After a later signal the sync is left out; a
+        resumed run does it first.
 
         With rollout.async_steps the next step is generated beside the gradient steps. The sync waits for it, unless requests
         may continue under new weights (sampling.on_full keep).
