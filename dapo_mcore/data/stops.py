@@ -56,10 +56,11 @@ class StopTexts:
     def length(self, tokens: np.ndarray) -> int | None:
         """Return the number of tokens (int32 [T]) up to the one that completes the first text; None if there is no text."""
         known = np.minimum(tokens, len(self.may_end) - 1)  # a model may have more tokens than its tokenizer
-        for place in np.flatnonzero(self.may_end[known]).tolist():
-            if self.ended([tokens[max(0, place + 1 - self.window) : place + 1]])[0]:
-                return place + 1
-        return None
+        lengths = (np.flatnonzero(self.may_end[known]) + 1).tolist()
+        if not lengths:
+            return None
+        ended = self.ended([tokens[max(0, length - self.window) : length] for length in lengths])
+        return next((length for length, does in zip(lengths, ended) if does), None)
 
 
 @dataclass(frozen=True, slots=True)
