@@ -90,7 +90,7 @@ def _undecided(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _undecided(value, f"{prefix}{key}.")
-        elif value == OPEN:
+        elif value == OPEN or (isinstance(value, list) and OPEN in value):
             yield f"{prefix}{key}"
 
 

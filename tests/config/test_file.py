@@ -26,6 +26,11 @@ def test_an_override_without_key_or_value_is_refused(file: Path, override: str) 
         load_config(file, [override])
 
 
+def test_a_value_that_is_still_to_decide_is_refused_in_a_list_too(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"still to decide \(now \?\?\?\): data.files, optimizer.lr; "):
+        load_config(file, ["data.files=['???']", "optimizer.lr=???"])
+
+
 def test_an_override_with_broken_yaml_is_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape("'data.files=[a'")):
         load_config(file, ["data.files=[a"])
