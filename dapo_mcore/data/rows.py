@@ -85,5 +85,7 @@ def _opened(source: Source, begin: bytes) -> IO[bytes]:
 
 
 def _unreadable(name: str, error: OSError) -> DataError:
-    """Return the error for a file that the system refuses: permissions, a name that is too long, a failing disk."""
-    return DataError(f"{name} cannot be read: {error.strerror or error}; check the path and its permissions")
+    """Return the error for a file that the system refuses (permissions, a name that is too long, a failing disk), or that cannot be
+    decompressed: such an error has no number."""
+    remedy = "get the file again, or correct its name" if error.errno is None else "check the path and its permissions"
+    return DataError(f"{name} cannot be read: {error.strerror or error}; {remedy}")

@@ -84,7 +84,10 @@ FILES = {
     ),
     "gz.csv": (gzip.compress(GOOD), "is not CSV: it is compressed with gzip"),
     "text.jsonl.gz": (GOOD, "cannot be read: zlib inflate failed"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-12], "cannot be read: Truncated compressed stream"),
+    "cut.jsonl.gz": (
+        gzip.compress(GOOD * 9)[:-12],
+        "cannot be read: Truncated compressed stream; get the file again, or correct its name",
+    ),
     "gz.jsonl": (
         gzip.compress(GOOD),
         "is not JSONL: it is compressed with gzip; let its name end in .gz, or decompress it with gunzip",
