@@ -29,6 +29,7 @@ class Name(NamedTuple):
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _MODEL, _OPTIM, _MEGATRON = "actor_rollout_ref.model", f"{_ACTOR}.optim", f"{_ACTOR}.megatron"
 _COV = f"{_ACTOR}.policy_loss"
+_TRACKERS = "observe.wandb_project, observe.mlflow_experiment, observe.swanlab_project"
 _EPOCHS = "every prompt once per epoch; or num_rollout_steps"
 _NODES = "GPUs / tensor_parallel of a server; training takes its GPUs from torchrun --nnodes and --nproc-per-node"
 
@@ -173,8 +174,8 @@ VERL: Mapping[str, Name] = {
     "trainer.max_actor_ckpt_to_keep": Name("checkpoint.keep", "checkpoints; null (all): 1000000"),
     "trainer.resume_mode": Name("checkpoint.resume", "auto; disable: never; resume_path: the folder"),
     "trainer.resume_from_path": Name("checkpoint.resume", "a checkpoint of dapo_mcore"),
-    "trainer.logger": Name("observe.tensorboard, observe.wandb_project", "loggers by their own keys"),
-    "trainer.project_name": Name("observe.wandb_project", "only with wandb among the loggers"),
+    "trainer.logger": Name(f"observe.tensorboard, {_TRACKERS}", "loggers by their own keys"),
+    "trainer.project_name": Name(_TRACKERS, "only with such a one among the loggers"),
     "trainer.log_val_generations": Name("observe.eval_samples_per_set", "answers of each evaluation set"),
     "trainer.rollout_data_dir": Name("observe.samples_per_step", "samples kept in the run's folder"),
 }
