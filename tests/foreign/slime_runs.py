@@ -11,7 +11,7 @@ from dapo_mcore.foreign.tables.slime import SLIME
 
 LEAST: dict[str, Any] = {
     "hf-checkpoint": "/m", "prompt-data": "/d.jsonl", "num-rollout": 5, "rollout-batch-size": 8, "rollout-max-response-len": 1000,
-    "colocate": True, "rm-type": "dapo",
+    "colocate": True, "rm-type": "dapo", "attention-dropout": 0.0, "hidden-dropout": 0.0,
 }  # fmt: skip
 """What every script of slime says."""
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from dapo_mcore.config.foreign_names import Name
+from dapo_mcore.config.foreign_names import NEMO, SLIME, TITLES, Name
 from dapo_mcore.foreign.convert import convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.table import Rule, Table
@@ -29,13 +29,7 @@ def page_tables(table: Table, names: Mapping[str, Name], plainest: tuple[Foreign
     """
     run = ForeignRun(table.dialect, Path("run.sh"), "", "", plainest)
     blocks = [
-        [
-            "## Names and units",
-            "",
-            f"| {table.dialect} | here | unit, and how the value is converted |",
-            "|---|---|---|",
-        ],
-        (f"| `{_short(key)}` | {_code(name.keys)} | {_cell(name.unit)} |" for key, name in names.items()),
+        _names("## Names and units", table.dialect, names),
         ["", "## Defaults that differ", "", f"| here | {table.title} | ours |", "|---|---|---|"],
         _defaults(table, run),
         [
@@ -50,6 +44,13 @@ def page_tables(table: Table, names: Mapping[str, Name], plainest: tuple[Foreign
         (f"- {rule.title} ({rule.about}): {_keys(rule)}" for rule in table.rules if rule.title),
     ]
     return "\n".join(line for block in blocks for line in block) + "\n"
+
+
+def all_tables() -> str:
+    """Return the tables of verl, then the names of slime and NeMo-RL."""
+    others = {"slime": SLIME, "nemo": NEMO}
+    tables = ("\n".join(_names(f"## Names of {TITLES[key]}", TITLES[key], names)) for key, names in others.items())
+    return verl_tables() + "".join(f"\n{table}\n" for table in tables)
 
 
 def write_page(path: Path, tables: str) -> None:
@@ -70,6 +71,11 @@ def _defaults(table: Table, run: ForeignRun) -> Iterator[str]:
         own_place = ours.startswith(_OF_EACH_RUN)
         if value != own and not own_place and not any(conversion.places(outcome) for outcome in outcomes):
             yield f"| `{ours}` | {shown(value)} | {shown(own)} |"
+
+
+def _names(heading: str, title: str, names: Mapping[str, Name]) -> list[str]:
+    head = [heading, "", f"| {title} | here | unit, and how the value is converted |", "|---|---|---|"]
+    return head + [f"| `{_short(key)}` | {_code(name.keys)} | {_cell(name.unit)} |" for key, name in names.items()]
 
 
 def _is_loss(rule: Rule) -> bool:
@@ -93,4 +99,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    write_page(Path(sys.argv[1] if len(sys.argv) > 1 else "examples/from_verl.md"), verl_tables())
+    write_page(Path(sys.argv[1] if len(sys.argv) > 1 else "examples/from_verl.md"), all_tables())

@@ -86,6 +86,12 @@ def estimator(source: Source) -> Iterator[Outcome]:
         std,
         note="divisor n - 1" if source[std] else "",
     )
+    if source[std] and source[mean]:
+        yield gone(
+            "it divides by the std of the other responses, here that of the whole group; nearest: advantage_std none",
+            std,
+            objective=True,
+        )
     yield became(
         source, "algo.advantage_baseline", "leave-one-out" if source[mean] else "mean", mean, note="of the group"
     )

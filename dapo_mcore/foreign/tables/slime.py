@@ -22,24 +22,24 @@ _SHAPE = (
     "qk-layernorm", "normalization", "norm-epsilon", "position-embedding-type", "rotary-*", "use-rotary-position-embeddings", "rope-*",
     "swiglu", "untie-embeddings-and-output-weights", "vocab-size", "padded-vocab-size", "make-vocab-size-divisible-by", "disable-bias-linear",
     "add-qkv-bias", "add-bias-linear", "num-experts", "moe-ffn-hidden-size", "moe-layer-freq", "moe-router-score-function", "moe-router-topk*",
-    "moe-router-num-groups", "moe-router-group-topk", "moe-router-pre-softmax", "moe-router-enable-expert-bias", "moe-router-bias-update-rate",
+    "moe-router-num-groups", "moe-router-group-topk", "moe-router-pre-softmax", "moe-router-enable-expert-bias",
     "moe-router-load-balancing-type", "moe-router-dtype", "moe-shared-expert-intermediate-size", "moe-grouped-gemm", "moe-token-drop-policy",
-    "moe-aux-loss-coeff", "moe-token-dispatcher-type", "moe-permute-fusion", "moe-shared-expert-overlap", "multi-latent-attention", "q-lora-rank",
+    "moe-token-dispatcher-type", "moe-permute-fusion", "moe-shared-expert-overlap", "multi-latent-attention", "q-lora-rank",
     "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "seq-length", "max-position-embeddings", "no-rope-fusion", "spec",
     "apply-layernorm-1p", "attention-output-gate", "post-self-attn-layernorm", "post-mlp-layernorm", "enable-experimental", "model-name",
     "no-bias-swiglu-fusion",
 )  # fmt: skip
 _TUNING = (
-    "attention-dropout", "hidden-dropout", "accumulate-allreduce-grads-in-fp32", "attention-softmax-in-fp32", "attention-backend",
-    "no-check-for-nan-in-loss-and-grad", "grad-reduce-in-bf16", "bf16", "transformer-impl", "no-gradient-accumulation-fusion",
+    "accumulate-allreduce-grads-in-fp32", "attention-softmax-in-fp32", "attention-backend",
+    "no-check-for-nan-in-loss-and-grad", "bf16", "transformer-impl", "no-gradient-accumulation-fusion",
     "log-probs-chunk-size", "log-probs-max-tokens-per-gpu", "recompute-loss-function", "use-distributed-optimizer",
 )  # fmt: skip
 _OWN_PARTS = (
-    "balance-data", "balance-by-flops", "micro-batch-size", "use-dynamic-batch-size", "update-weight-*", "update-weights-interval",
+    "balance-data", "balance-by-flops", "micro-batch-size", "use-dynamic-batch-size", "update-weight-*",
     "offload", "offload-train", "offload-rollout", "num-gpus-per-node", "train-env-vars", "rollout-health-check-*", "use-fault-tolerance",
     "distributed-backend", "distributed-timeout-minutes", "train-backend", "rollout-data-transport", "overlap-cpu-optimizer-d2h-h2d",
-    "use-precision-aware-optimizer", "data-pad-size-multiplier", "http-proxy", "use-distributed-post", "metadata-key", "ci-*", "debug-*",
-    "load-debug-*", "save-debug-*", "dump-details", "memory-*", "profile*", "use-pytorch-profiler", "record-memory-history", "tensorboard-dir",
+    "use-precision-aware-optimizer", "data-pad-size-multiplier", "http-proxy", "use-distributed-post", "metadata-key", "ci-*",
+    "save-debug-*", "dump-details", "memory-*", "profile*", "use-pytorch-profiler", "record-memory-history", "tensorboard-dir",
     "check-weight-update-equal", "get-mismatch-metrics", "router-*", "seed", "no-load-optim", "no-load-rng", "finetune", "start-rollout-id",
 )  # fmt: skip
 
@@ -114,6 +114,13 @@ _RULES = (
     lost("another loss than the policy's", "loss-type", off=(None, "policy_loss"), objective=True),
     lost("generation by code of your own, such as tools; nearest: sections tools and agent", "custom-generate-function-path",
          "rollout-function-path", "data-source-path", objective=True),
+    lost("dropout is 0 here; slime takes Megatron's 0.1 unless the script says 0", "attention-dropout", "hidden-dropout", off=(0,),
+         objective=True),
+    lost("no balancing loss of routers is carried over; nearest: model.moe_aux_loss_coef", "moe-aux-loss-coeff", off=(None, 0), objective=True),
+    lost("the bias of routers stays as it is", "moe-router-bias-update-rate", off=(None, 0), objective=True),
+    lost("weights reach the servers after each step", "update-weights-interval", off=(None, 1), objective=True),
+    lost("a run generates and trains, always", "debug-rollout-only", "debug-train-only", "load-debug-*", objective=True),
+    lost("gradients are summed in fp32", "grad-reduce-in-bf16"),
     lost("the engine's routes are not replayed; nearest: model.routing_replay scoring", "use-rollout-routing-replay"),
     lost("routes are replayed by model.routing_replay scoring", "use-routing-replay"),
 )  # fmt: skip

@@ -37,6 +37,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "tis-clip-low": 0,
     "num-critic-only-steps": 0,
     "optimizer": "adam",
+    "attention-dropout": 0.1,
+    "hidden-dropout": 0.1,
     "lr": 1e-6,
     "lr-decay-style": "linear",
     "lr-warmup-iters": 0,

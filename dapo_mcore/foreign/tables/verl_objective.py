@@ -184,7 +184,7 @@ def entropy(source: Source) -> Iterator[Outcome]:
     for name, part in names.items():
         if source[f"{adaptive}.{name}"] is not None:
             value = {part: source[f"{adaptive}.{name}"]}
-            yield Outcome("same", (f"{adaptive}.{name}",), "algo.adaptive_entropy", value)
+            yield Outcome("same", (f"{adaptive}.{name}", f"{adaptive}.enabled"), "algo.adaptive_entropy", value)
 
 
 def correction(source: Source) -> Iterator[Outcome]:
@@ -295,6 +295,9 @@ def overlong(source: Source) -> Iterator[Outcome]:
               "reward.reward_kwargs.overlong_buffer_cfg")  # fmt: skip
     place = next((place for place in places if source.gives(f"{place}.enable")), places[0])
     if not source[f"{place}.enable"]:
+        for setting in source.run.settings:
+            if "overlong_buffer" in setting.key or setting.key.endswith(".max_resp_len"):
+                yield Outcome("meaningless", (setting.key,), note="overlong_buffer is off")
         return
     yield became(source, "reward.overlong.penalty", True, f"{place}.enable")
     yield became(source, "reward.overlong.cache", source[f"{place}.len"], f"{place}.len")

@@ -278,6 +278,9 @@ def critic(source: Source) -> Iterator[Outcome]:
             path,
             objective=True,
         )
+    for name in ("ppo_epochs", "ppo_mini_batch_size", "loss_agg_mode", "shuffle", "grad_clip"):
+        if source.gives(key := f"critic.{name}") and source[key] != source[f"{_ACTOR}.{name}"]:
+            yield gone(f"the critic trains with the policy's {name}, {source[f'{_ACTOR}.{name}']}", key, objective=True)
     for setting in source.run.settings:
         if setting.key.startswith("critic.") and setting.key not in (
             path,

@@ -34,7 +34,7 @@ def test_overlong_punishment() -> None:
 
 
 def test_estimators() -> None:
-    found = ours({"grpo.normalize_rewards": False})
+    found = ours({"grpo.normalize_rewards": False, "grpo.use_leave_one_out_baseline": True})
     assert (found["algo.advantage"], found["algo.advantage_std"], found["algo.advantage_baseline"]) == (
         "group",
         "none",
@@ -42,6 +42,13 @@ def test_estimators() -> None:
     )
     assert ours({"grpo.use_leave_one_out_baseline": False})["algo.advantage_baseline"] == "mean"
     assert losses({"grpo.adv_estimator.name": "reinforce_plus_plus"}) == {"grpo.adv_estimator.name": True}
+
+
+def test_the_std_of_the_other_responses_is_lost() -> None:
+    both = imported({"grpo.use_leave_one_out_baseline": True})
+    assert both.losses.get("grpo.normalize_rewards") is True
+    plain = imported({"grpo.use_leave_one_out_baseline": True, "grpo.normalize_rewards": False})
+    assert "grpo.normalize_rewards" not in plain.losses
 
 
 def test_policy_losses_and_kl() -> None:

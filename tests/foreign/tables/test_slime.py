@@ -12,6 +12,7 @@ from dapo_mcore.config.keys import kind_of
 from dapo_mcore.foreign.commands.import_run import imported
 from dapo_mcore.foreign.tables.slime import SLIME
 from dapo_mcore.foreign.write import run_yaml
+from tests.foreign.slime_runs import imported as run_of
 
 STILL_TO_COME = {"num_epochs", "data.chat_template_kwargs", "rollout.stop"}
 
@@ -64,7 +65,9 @@ observe: {tensorboard: false}
 
 # A number such as 2e-6 is text to PyYAML and a number to dapo_mcore.
 def test_a_script_becomes_the_yaml_of_a_person(tmp_path: Path) -> None:
-    (tmp_path / "tiny.sh").write_text("MODEL_ARGS=(\n  --num-layers 2 --swiglu\n)")
+    (tmp_path / "tiny.sh").write_text(
+        "MODEL_ARGS=(\n  --num-layers 2 --swiglu --attention-dropout 0 --hidden-dropout 0\n)"
+    )
     (tmp_path / "run.sh").write_text(SCRIPT)
     conversion = imported("slime", tmp_path / "run.sh")
     found = yaml.safe_load(run_yaml(conversion))
@@ -84,3 +87,12 @@ def test_each_name_of_the_list_is_in_a_rule_for_our_key(key: str) -> None:
     parts = {".".join(our.split(".")[:depth]) for our in ours for depth in range(1, 5)}
     parts |= {"batch.mini_batch_samples"} if key == "global-batch-size" else set()
     assert set(NAMES[key].keys) & parts
+
+
+@pytest.mark.parametrize(
+    ("flag", "on", "off"),
+    [("moe-aux-loss-coeff", 0.01, 0), ("moe-router-bias-update-rate", 0.001, 0), ("update-weights-interval", 2, 1)],
+)
+def test_flags_that_change_nothing_only_at_one_value(flag: str, on: float, off: float) -> None:
+    assert run_of({flag: on}).losses.get(flag) is True
+    assert flag not in run_of({flag: off}).losses and run_of({flag: off}).kind_of(flag) == "meaningless"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from tests.foreign.slime_runs import ours
+from tests.foreign.slime_runs import imported, ours
+
+
+def test_the_dropout_of_megatron_is_told() -> None:
+    silent = imported({"attention-dropout": None, "hidden-dropout": None})
+    assert silent.losses == {"lr-decay-style": False, "attention-dropout": True, "hidden-dropout": True}
 
 
 def test_defaults_that_differ_from_ours_are_written() -> None:

@@ -79,3 +79,19 @@ def test_the_run_of_32b_by_hand(tmp_path: Path) -> None:
         "observe.wandb_project": "DAPO",
     }
     assert set(conversion.asked) == {"num_epochs", "parallel.tensor_parallel"}
+
+
+def test_settings_that_change_the_result_are_never_meaningless() -> None:
+    settings: dict[str, tuple[object, bool]] = {
+        "actor_rollout_ref.ref.model.path": ("/other", True), "actor_rollout_ref.rollout.do_sample": (False, True),
+        "actor_rollout_ref.rollout.ignore_eos": (True, True), "trainer.val_only": (True, True),
+        "actor_rollout_ref.rollout.enable_rollout_routing_replay": (True, False), f"{A}.optim.num_cycles": (1.5, False),
+        f"{A}.optim.optimizer": ("SGD", False), f"{A}.optim.lr_warmup_init": (1e-7, False),
+    }  # fmt: skip
+    conversion = imported({"algorithm.adv_estimator": "grpo", **{key: value for key, (value, _) in settings.items()}})
+    assert conversion.losses == {key: objective for key, (_, objective) in settings.items()}
+
+
+def test_a_critic_that_trains_in_another_way_is_lost() -> None:
+    settings = {"algorithm.adv_estimator": "gae", "critic.ppo_epochs": 2, "critic.grad_clip": 1.0}
+    assert imported(settings).losses == {"critic.ppo_epochs": True}
