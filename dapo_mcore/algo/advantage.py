@@ -15,7 +15,7 @@ def group_advantages(
     group_ids: np.ndarray,
     in_statistics: np.ndarray,
     *,
-    std: Literal["unbiased", "biased", "none"] = "unbiased",
+    std: Literal["unbiased", "biased", "others", "none"] = "unbiased",
     baseline: Literal["mean", "leave-one-out"] = "mean",
     eps: float = 1e-6,
 ) -> np.ndarray:
@@ -24,10 +24,11 @@ def group_advantages(
     rewards        float64 [B], with the overlong penalty; may be NaN where in_statistics is False.
     group_ids      int64 [B], equal numbers are one group, in any order.
     in_statistics  bool [B]; a sample with False gets 0 and does not change its group.
-    std            divisor n - 1 (`unbiased`, as verl), n (`biased`), or neither scaling nor eps (`none`).
-    baseline       the group's mean, or the mean of the *other* samples; std is always that of the whole group. The latter
-                   without std is RLOO (arXiv 2402.14740), as verl's `rloo` and NeMo-RL's; NeMo-RL's std is that of the others,
-                   too, and its group of one gets 0.
+    std            of the whole group with divisor n - 1 (`unbiased`, as verl) or n (`biased`); of the *other* samples with divisor
+                   n - 2 (`others`), where a sample whose others are equal is not scaled; or neither scaling nor eps (`none`).
+    baseline       the group's mean, or the mean of the *other* samples. The latter without std is RLOO (arXiv 2402.14740), as verl's
+                   `rloo` and NeMo-RL's; with std `others` it is NeMo-RL's default (7ea279a, algorithms/advantage_estimator.py),
+                   whose group of one gets 0.
 
     A group sampled with size one has baseline 0 and std 1, as in verl. The only valid sample of a larger group gets 0:
     it has no baseline without the others (in verl no sample can fail, so it has no such group). A group of equal
@@ -78,8 +79,18 @@ def _advantages(rewards: np.ndarray, group_ids: np.ndarray, std: str, baseline: 
         numerator = np.where(alone, centred, centred * (count / np.maximum(count - 1, 1))[group])
     if std == "none":
         return numerator
-
+    squares = np.bincount(group, centred**2)
+    if std == "others":
+        deviation = _deviation_of_others(centred, squares[group], count[group])
+        return np.divide(numerator, deviation + eps, out=numerator.copy(), where=deviation > 0)
     divisor = np.maximum(count - 1, 1) if std == "unbiased" else count
-    deviation = np.sqrt(np.bincount(group, centred**2) / divisor)[group]
-    scale = np.where(alone, 1.0, deviation) + eps
+    scale = np.where(alone, 1.0, np.sqrt(squares / divisor)[group]) + eps
     return np.divide(numerator, scale, out=np.zeros_like(numerator), where=scale > 0)
+
+
+def _deviation_of_others(centred: np.ndarray, squares: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each sample's others, divisor n - 2; 0 where these are equal or fewer than two."""
+    # Without a sample at distance d from the mean, the sum of squares around the new mean is less by d² · n / (n - 1).
+    left = squares - centred**2 * count / np.maximum(count - 1, 1)
+    left[left <= 1e-12 * squares] = 0.0  # rounding, where the others are equal
+    return np.sqrt(left / np.maximum(count - 2, 1))

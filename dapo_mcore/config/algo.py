@@ -134,8 +134,8 @@ class AlgoConfig(Section):
     """gae: the discount per token."""
     lam: float = Field(1.0, ge=0, le=1)
     """gae: λ. 1: the reward minus the value, the least biased. Lower: trust the critic's later values more."""
-    advantage_std: Literal["unbiased", "biased", "none", "batch"] = "unbiased"
-    """Of the group: with divisor n - 1 or n, or none. batch: that of all loss tokens of the rollout step, around their mean
+    advantage_std: Literal["unbiased", "biased", "others", "none", "batch"] = "unbiased"
+    """Of the group: with divisor n - 1 or n, or none. others: that of the other responses, NeMo-RL's default. batch: that of all loss tokens of the rollout step, around their mean
     (REINFORCE++ with a group baseline, arXiv 2501.03262)."""
     advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
     advantage_eps: float = Field(1e-6, ge=0, le=1)

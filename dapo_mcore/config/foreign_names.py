@@ -282,7 +282,9 @@ NEMO: Mapping[str, Name] = {
     "grpo.reward_shaping.overlong_buffer_length": Name("reward.overlong.cache", "tokens; only if it is enabled"),
     "grpo.reward_shaping.overlong_buffer_penalty": Name("reward.overlong.factor", "only if it is enabled"),
     "grpo.overlong_filtering": Name("reward.overlong.filter"),
-    "grpo.normalize_rewards": Name("algo.advantage_std", "true: unbiased; false: none"),
+    "grpo.normalize_rewards": Name(
+        "algo.advantage_std", "true: unbiased, with a leave-one-out baseline others; false: none"
+    ),
     "grpo.use_leave_one_out_baseline": Name("algo.advantage_baseline", "true: leave-one-out; false: mean"),
     "loss_fn.ratio_clip_min": Name("algo.clip_low"),
     "loss_fn.ratio_clip_max": Name("algo.clip_high"),

@@ -32,6 +32,29 @@ def test_options_by_hand():
     )
 
 
+def test_std_of_others_is_nemo_rls_formula():
+    # others of 3 are [0, 1], with mean 1/2 and variance 1/2; of 0 they are [3, 1]: 2 and 2; of 1 they are [3, 0]: 3/2 and 9/2
+    expected = np.array([2.5, -2, -0.5]) / np.sqrt([0.5, 2, 4.5])
+    np.testing.assert_allclose(advantages([3, 0, 1], std="others", baseline="leave-one-out", eps=0.0), expected)
+    # the others of the only right one are equal, so it is not scaled; those of a wrong one are [1, 0, 0], with variance 1/3
+    found = advantages([1, 0, 0, 0], std="others", baseline="leave-one-out")
+    np.testing.assert_allclose(found, [1, *3 * [-1 / 3 / (np.sqrt(1 / 3) + 1e-6)]], rtol=1e-14)
+    rng = np.random.default_rng(2)
+    ids, rewards = rng.permutation(np.repeat([0, 1, 2, 3], [2, 5, 3, 9])), rng.normal(size=19)
+    nemo_rl = np.zeros(19)
+    for i in range(19):
+        others = rewards[(ids == ids[i]) & (np.arange(19) != i)]
+        scale = others.std(ddof=1) + 1e-6 if len(others) > 1 else 1
+        nemo_rl[i] = (rewards[i] - others.mean()) / scale
+    np.testing.assert_allclose(advantages(rewards, ids, std="others", baseline="leave-one-out"), nemo_rl, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -7.3e5])
+def test_rounding_is_no_deviation_of_others(reward):
+    found = advantages([reward + 1, *[reward] * 6], std="others", baseline="leave-one-out", eps=0.0)
+    np.testing.assert_allclose(found[0], 1, rtol=1e-9)
+
+
 def test_group_of_one_has_mean_0_and_std_1():
     np.testing.assert_allclose(advantages([0.5, -1.0], ids=[0, 1]), [0.5 / (1 + 1e-6), -1 / (1 + 1e-6)], rtol=1e-14)
     np.testing.assert_array_equal(advantages([0.5], std="none", baseline="leave-one-out"), [0.5])
@@ -45,12 +68,12 @@ def test_failed_sample_gets_0_and_leaves_its_group_alone(broken):
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out"])
-@pytest.mark.parametrize("std", ["unbiased", "biased", "none"])
+@pytest.mark.parametrize("std", ["unbiased", "biased", "others", "none"])
 def test_one_valid_sample_of_a_larger_group_has_no_baseline_and_gets_0(std, baseline):
     # group 0 lost all but one sample, group 1 was sampled with size one, group 2 lost one of three
     rewards, ids = [2, np.nan, np.nan, 2, 1, np.nan, 1], [0, 0, 0, 1, 2, 2, 2]
     valid = [True, False, False, True, True, False, True]
-    expected = [0, 0, 0, 2 if std == "none" else 2 / (1 + 1e-6), 0, 0, 0]
+    expected = [0, 0, 0, 2 if std in ("none", "others") else 2 / (1 + 1e-6), 0, 0, 0]
     np.testing.assert_allclose(advantages(rewards, ids, valid, std=std, baseline=baseline), expected, rtol=1e-14)
 
 

@@ -9,13 +9,10 @@ from dapo_mcore.foreign.convert import Conversion, convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.nemo import NEMO
 
-LEAST: dict[str, Any] = {"grpo.use_leave_one_out_baseline": False}
-"""The default, True, is a loss beside normalize_rewards, which is True, too."""
-
 
 def imported(settings: dict[str, Any]) -> Conversion:
     """Return the conversion of a run."""
-    found = tuple(ForeignSetting(key, value, "run.yaml") for key, value in {**LEAST, **settings}.items())
+    found = tuple(ForeignSetting(key, value, "run.yaml") for key, value in settings.items())
     return convert(ForeignRun("nemo", Path("run.yaml"), "", "", found), NEMO)
 
 

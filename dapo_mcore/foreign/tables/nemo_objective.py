@@ -79,19 +79,8 @@ def estimator(source: Source) -> Iterator[Outcome]:
     std, mean = (source.first(f"grpo.adv_estimator.{name.partition('.')[2]}", name) for name in (std, mean))
     std, mean = (name if source[name] is not None else f"grpo.{name.rpartition('.')[2]}" for name in (std, mean))
     yield became(source, "algo.advantage", "group", key, note="a response against the others to its prompt")
-    yield became(
-        source,
-        "algo.advantage_std",
-        "unbiased" if source[std] else "none",
-        std,
-        note="divisor n - 1" if source[std] else "",
-    )
-    if source[std] and source[mean]:
-        yield gone(
-            "it divides by the std of the other responses, here that of the whole group; nearest: advantage_std none",
-            std,
-            objective=True,
-        )
+    kind, note = ("others", "of the other responses") if source[mean] else ("unbiased", "divisor n - 1")
+    yield became(source, "algo.advantage_std", kind if source[std] else "none", std, note=note if source[std] else "")
     yield became(
         source, "algo.advantage_baseline", "leave-one-out" if source[mean] else "mean", mean, note="of the group"
     )

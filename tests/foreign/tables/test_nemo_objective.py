@@ -44,11 +44,10 @@ def test_estimators() -> None:
     assert losses({"grpo.adv_estimator.name": "reinforce_plus_plus"}) == {"grpo.adv_estimator.name": True}
 
 
-def test_the_std_of_the_other_responses_is_lost() -> None:
-    both = imported({"grpo.use_leave_one_out_baseline": True})
-    assert both.losses.get("grpo.normalize_rewards") is True
-    plain = imported({"grpo.use_leave_one_out_baseline": True, "grpo.normalize_rewards": False})
-    assert "grpo.normalize_rewards" not in plain.losses
+def test_the_std_is_that_of_the_others_with_a_leave_one_out_baseline() -> None:
+    assert ours({})["algo.advantage_std"] == "others"  # both are NeMo-RL's defaults
+    assert ours({"grpo.use_leave_one_out_baseline": False})["algo.advantage_std"] == "unbiased"
+    assert losses({}) == {}
 
 
 def test_policy_losses_and_kl() -> None:
