@@ -12,7 +12,7 @@ from dapo_mcore.checkpoint.run_folder import step_of
 from dapo_mcore.checkpoint.stored import read_stored
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import CheckpointError
-from dapo_mcore.model_files.hf_folder import exported_step
+from dapo_mcore.model_files.hf_folder import exported_epochs, exported_step
 from dapo_mcore.observe.sinks import METRICS_FILE
 from dapo_mcore.process.run_lock import LOCK
 from dapo_mcore.process.stop_file import STOP
@@ -28,21 +28,23 @@ def final_export(config: Config) -> Path:
 def finished_step(config: Config) -> int | None:
     """Return the last rollout step of a finished run, for which a resume has nothing to do; else None."""
     path = resumed_checkpoint(config)
-    done = step_of(path) if path is not None else None
     if config.checkpoint.resume == "never" or (path is not None and is_chosen(config, path)):
         return None
-    if config.checkpoint.export_at_end:  # with at_end false the export may be all that there is, or newer
-        exported = exported_step(final_export(config))
-        done = exported if exported is not None and exported >= (done or 0) else None
-    if done is None:
+    saved = step_of(path) if path is not None else None
+    # with at_end false the export may be all that there is, or newer
+    step = exported_step(final_export(config)) if config.checkpoint.export_at_end else saved
+    if step is None or step < (saved or 0):
         return None
     if config.num_rollout_steps is not None:
-        return done if done >= config.num_rollout_steps else None
-    return done if path is not None and done == step_of(path) and _has_done_epochs(path, config) else None
+        return step if step >= config.num_rollout_steps else None
+    return step if _has_done_epochs(path, config) else None
 
 
-def _has_done_epochs(path: Path, config: Config) -> bool:
-    """Return True if the checkpoint's position is the end of the last epoch. A damaged checkpoint is not; resuming tells of it."""
+def _has_done_epochs(path: Path | None, config: Config) -> bool:
+    """Return True if the final export, or else the position of the checkpoint `path`, is the end of the last epoch. A damaged
+    checkpoint's is not; resuming tells of it."""
+    if config.checkpoint.export_at_end:
+        return (exported_epochs(final_export(config)) or 0) >= config.num_epochs
     try:
         state = read_stored(path).train
     except CheckpointError:

@@ -26,7 +26,7 @@ from dapo_mcore.model_files.safetensors_file import SafetensorsFile, Safetensors
 from dapo_mcore.model_files.side_files import write_model_files
 
 EXPORT = ".dapo_mcore.json"
-"""A file in every exported folder, from the start: it says that we wrote the folder, and the rollout step of its weights."""
+"""A file in every exported folder, from the start: it says that we wrote the folder, and what its weights have been trained for."""
 SHARD_BYTES = 5_000_000_000
 
 Files = dict[str, dict[str, TensorInfo]]
@@ -184,11 +184,13 @@ def save_hf_folder(
     hf_config: Any,
     source: str | Path,
     step: int,
+    num_epochs: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder on rank 0: config.json, the other files of `source` (side_files.py) and sharded safetensors.
 
-    step  rollout steps done, for `exported_step`.
+    step        rollout steps done, for `exported_step`.
+    num_epochs  epochs done, for `exported_epochs`; None if they are not whole or not counted.
 
     An earlier export is replaced once the new one is whole. Each tensor is written as it comes, so memory is that of one
     tensor. Raise CheckpointError as check_replaceable does.
@@ -197,7 +199,7 @@ def save_hf_folder(
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / EXPORT).write_text(json.dumps({"step": step}), encoding="utf-8")
+    (partial / EXPORT).write_text(json.dumps({"step": step, "num_epochs": num_epochs}), encoding="utf-8")
     write_model_files(partial, hf_config, dtype, Path(source))
     groups = tensor_groups(shape, lambda parameter: torch.float32 if parameter.rule.float32 else dtype)
     files = plan_files(groups, shard_bytes)
@@ -223,8 +225,17 @@ def check_replaceable(folder: Path) -> None:
 
 def exported_step(folder: Path) -> int | None:
     """Return the rollout step of an exported folder's weights, or None if it is unknown."""
+    return _exported(folder, "step")
+
+
+def exported_epochs(folder: Path) -> int | None:
+    """Return the epochs that an exported folder's weights have been trained for, or None if they are unknown or not whole."""
+    return _exported(folder, "num_epochs")
+
+
+def _exported(folder: Path, key: str) -> int | None:
     try:
-        return json.loads((folder / EXPORT).read_bytes())["step"]
+        return json.loads((folder / EXPORT).read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -126,7 +126,8 @@ class Run:
         if self.config.checkpoint.export_at_end:
             self.handover.to_training()
             assert self.last is not None
-            export = self.outputs.export(final_export(self.config), max(first - 1, self.last))
+            done = max(first - 1, self.last)
+            export = self.outputs.export(final_export(self.config), done, self.config.num_epochs)
         self._on_controller(lambda c: c.finish(export))
 
     def _steps(self, first: int) -> Stop | None:

@@ -90,15 +90,15 @@ class Outputs:
                 self._handover.to_training()
                 self._save(self.saved_step, wait=True)
 
-    def export(self, folder: Path, step: int) -> Path:
-        """Write an HF folder and return it. Every rank raises what rank 0 raises. Collective: every rank sends its part of the
+    def export(self, folder: Path, step: int, num_epochs: int | None = None) -> Path:
+        """Write an HF folder of the weights after `step`, which ends `num_epochs`, and return it. Every rank raises what rank 0 raises. Collective: every rank sends its part of the
         weights to rank 0, also if rank 0 cannot write them."""
         stream = self._handover.stream()
 
         def write() -> None:
             try:
                 if self._layout.is_controller:
-                    self._write_export(stream, folder, step)
+                    self._write_export(stream, folder, step, num_epochs)
             except Exception:  # a signal's exception does not wait for the other ranks
                 deque(stream, maxlen=0)
                 raise
@@ -113,7 +113,9 @@ class Outputs:
         self._saves.save(self._actor, self._train_state(step), wait=wait)
         self.saved_step, self.last_save_s = step, time.monotonic() - start
 
-    def _write_export(self, stream: Iterator[tuple[str, Tensor]], folder: Path, step: int) -> None:
+    def _write_export(
+        self, stream: Iterator[tuple[str, Tensor]], folder: Path, step: int, num_epochs: int | None
+    ) -> None:
         try:
             save_hf_folder(
                 stream,
@@ -123,6 +125,7 @@ class Outputs:
                 hf_config=self._hf_config,
                 source=side_files_folder(self._config.model),
                 step=step,
+                num_epochs=num_epochs,
             )
         except OSError as error:
             raise output_error(error, f"export the model to {folder} ({how_to_go_on(self._config)})") from error

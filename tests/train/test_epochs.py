@@ -6,9 +6,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.train.runs import metrics, run
 from tests.train.same_run import assert_same_run, samples
-from tests.train.served import run_served, trained
+from tests.train.served import fake_beside_reward, run_served, trained
 
 ONE_RANK_EACH = [
     *(
@@ -29,6 +31,12 @@ ONE_RANK_EACH = [
     ),
     *("observe.tensorboard=false", "observe.plot_at_end=false", "optimizer.lr=0.001"),
 ]
+
+
+@pytest.fixture(scope="module")
+def tailed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fake server whose responses have a long tail of lengths."""
+    return fake_beside_reward(tmp_path_factory.mktemp("tailed"), tail=1.0, linger=9)
 
 
 def test_epochs_are_exact_at_three_ranks_and_across_a_resume(task: Path):
@@ -77,19 +85,49 @@ def test_last_prompts_that_all_have_the_same_answer_end_the_run_with_what_is_due
         "with rollout step 1" in told
     )
     assert "step 1/≤2" in told and (task / "runs/seldom/hf/final").is_dir()
+    shutil.rmtree(
+        task / "runs/seldom/checkpoints"
+    )  # as if checkpoint.at_end had been false: the export is all that there is
     again = run(task, "seldom", "num_epochs=1", *ONE_RANK_EACH, *options)
     assert "nothing to do, and nothing changed: rollout step 1 of" in again
 
 
-def test_epochs_are_exact_while_the_next_step_is_generated_beside_training(task: Path, fake: Path):
-    """Each of 30 prompts is generated for once, and each group that varies is trained on once, whichever step it is carried to."""
-    options = ["num_rollout_steps=null", "num_epochs=1", "data.limit=30", "observe.samples_per_step=1000"]
-    done = run_served(task, fake, "beside", *options)
+def test_epochs_are_exact_while_the_next_step_is_generated_beside_training_and_across_a_resume(task: Path, fake: Path):
+    """Each of 14 prompts is generated for once, and each group that varies is trained on once, whichever step it is carried to."""
+    options = ["num_rollout_steps=null", "num_epochs=1", "data.limit=14"]
+
+    def start() -> tuple[str, dict[int, set[str]]]:
+        done = run_served(task, fake, "beside", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "num_epochs 1 is over: rollout step 4 is the last, with 2 of" in done.stdout
+        return done.stdout, {step: set(groups) for step, groups in trained(task, "beside").items()}
+
+    _, steps = start()
+    assert [len(groups) for groups in steps.values()] == [4, 4, 4, 2] and len(set.union(*steps.values())) == 14
+    assert sum(row["sampling/groups_generated"] for row in metrics(task, "beside")) == 14
+    for last in (3, 1):  # while the last step was generated, or one in the middle
+        for step in range(last + 1, 5):
+            shutil.rmtree(task / f"runs/beside/checkpoints/step_{step:06d}")
+        told, again = start()
+        assert f"resumed after rollout step {last}" in told and again == steps
+    assert "nothing to do, and nothing changed: rollout step 4" in run_served(task, fake, "beside", *options).stdout
+
+
+@pytest.mark.parametrize("on_full", ["keep", "abort"])
+def test_epochs_end_when_the_last_groups_in_flight_are_trained_on(task: Path, tailed: Path, on_full: str):
+    """Of 2 × 7 prompts some are aborted and asked again, or still in flight when a step ends; the last step trains on the rest."""
+    options = [
+        *("num_rollout_steps=null", "num_epochs=2", "data.limit=7", f"sampling.on_full={on_full}"),
+        *("rollout.max_response_tokens=160", "sampling.max_in_flight_groups=6", "sampling.max_gen_batches=9"),
+        *("sampling.max_staleness=3", "rollout.async_steps=0", "checkpoint.every=null"),
+    ]
+    done = run_served(task, tailed, on_full, *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows, steps = metrics(task, "beside"), trained(task, "beside")
-    assert sum(row["sampling/groups_generated"] for row in rows) == 30
-    groups = [uid for step in steps.values() for uid in step]
-    assert len(groups) == len(set(groups)) == sum(row["sampling/groups_kept"] for row in rows)
-    kept = sum((row["sampling/kept_ratio"] or 0) * row["sampling/groups_generated"] for row in rows)
-    assert len(groups) == round(kept) - sum(row["sampling/surplus_dropped"] for row in rows)
-    assert "num_epochs 1 is over" in done.stdout
+    rows, steps = metrics(task, on_full), trained(task, on_full)
+    moved = {"keep": "sampling/groups_pending", "abort": "sampling/groups_aborted"}[on_full]
+    assert sum(row[moved] for row in rows) > 0 and rows[-1][moved] == 0
+    assert (
+        sum(row["sampling/groups_generated"] for row in rows) == sum(row["sampling/groups_kept"] for row in rows) == 14
+    )
+    assert [row["sampling/groups_kept"] for row in rows] == [4, 4, 4, 2]
+    assert len({uid for groups in steps.values() for uid in groups}) == 7 and "num_epochs 2 is over" in done.stdout

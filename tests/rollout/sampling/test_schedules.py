@@ -160,9 +160,9 @@ def draw_config(luck: random.Random, **fixed: object) -> Config:
 class RecordingLoader(PromptLoader):
     """A loader that remembers the prompts that it gave."""
 
-    def __init__(self, prompts: list[Prompt]):
+    def __init__(self, prompts: list[Prompt], num_epochs: int | None):
         self.given: list[str] = []
-        super().__init__(prompts, seed=0, shuffle=False)
+        super().__init__(prompts, seed=0, shuffle=False, num_epochs=num_epochs)
 
     def take(self, n: int) -> list[Prompt]:
         taken = super().take(n)
@@ -188,28 +188,31 @@ class Account:
 
 
 class Play:
-    """A run of some steps in the order of controller.py.
+    """A run of some steps, or of whole epochs, in the order of controller.py.
 
     With `async_steps` a step is collected while the one before it trains, and a restart repeats it.
     """
 
-    def __init__(self, seed: int, num_steps: int = 8, restarts: bool = True, **fixed: object):
+    def __init__(
+        self, seed: int, num_steps: int = 8, restarts: bool = True, num_epochs: int | None = None, **fixed: object
+    ):
         self.luck = random.Random(seed)
         self.config = draw_config(self.luck, **fixed)
         self.restarts = restarts
         s = self.config.sampling
         good = self.luck.choice((0.3, 0.7, 1.0))
         self.all_good = good == 1.0
-        num_prompts = self.luck.choice((7, 400))
+        num_prompts = self.luck.choice((7, 400) if num_epochs is None else (7, 23))
         self.prompts = make_prompts(
             *[self.luck.choice(SCRIPTS) if self.luck.random() > good else "RW" for _ in range(num_prompts)]
         )
         self.lag = self.config.rollout.async_steps
         self.keeps = s.on_full == "keep"
         self.num_steps = num_steps
-        self.loader = RecordingLoader(self.prompts)
+        self.loader = RecordingLoader(self.prompts, num_epochs)
         self.account = Account()
         self.steps: list[Collected] = []
+        self.is_over = False  # the last epoch
         self.new_sampler(version=0)
 
     def new_sampler(self, version: int) -> None:
@@ -222,10 +225,12 @@ class Play:
         ahead: Collected | None = None  # in this test it is complete before the training of the step before it begins
         for step in range(1, self.num_steps + 1):
             collected = ahead or self.collect(step, lag=0)
+            if self.is_over and not collected.groups:
+                return
             self.steps.append(collected)
             position = self.position()
-            ahead = None
-            if self.lag and step < self.num_steps:
+            ahead, num_left = None, self.sampler.num_left
+            if self.lag and step < self.num_steps and num_left:
                 self.engine.moves = [step] if self.keeps else []
                 ahead = self.collect(step + 1, lag=1)
                 self.engine.moves = []
@@ -236,6 +241,9 @@ class Play:
             if self.restarts and self.luck.random() < 0.3:
                 self.restart(position, step)
                 ahead = None
+                assert self.sampler.num_left == num_left
+            if not num_left:
+                return
 
     def position(self) -> tuple:
         state, arrays = self.sampler.state()
@@ -258,6 +266,7 @@ class Play:
         self.check_batch(collected, oldest)
         self.check_order(before, collected, oldest)
         self.note(before, collected, oldest)
+        self.is_over = not self.sampler.num_left
         assert self.engine.most <= self.limit
         assert self.keeps or not self.engine.alive(), "left in flight"
         return collected
@@ -271,21 +280,28 @@ class Play:
     def limit(self) -> int:
         return self.config.sampling.max_in_flight_groups or self.batch
 
+    @property
+    def all_begun(self) -> bool:
+        """True if no prompt is left to begin with, because the last epoch ends."""
+        return not self.loader.num_left + len(self.sampler._again)
+
     def check_wait(self, refill: Refill) -> None:
         """Check that servers are not idle while groups are missing."""
         num_in_flight = len(self.engine.alive())
         assert num_in_flight, "the sampler waits, and nothing is in flight"
-        assert num_in_flight >= refill.missing or num_in_flight == self.limit or not refill.budget
+        assert num_in_flight >= refill.missing or num_in_flight == self.limit or not refill.budget or self.all_begun
 
     def check_batch(self, collected: Collected, oldest: int) -> None:
         s, stats, groups = self.config.sampling, collected.stats, collected.groups
-        if len(groups) < s.train_batch_prompts:
+        if len(groups) < s.train_batch_prompts and self.all_begun:
+            assert not self.sampler.num_left, "this step is the last"
+        elif len(groups) < s.train_batch_prompts:
             assert s.on_exhausted == "train_on_what_we_have" and groups
             assert stats["sampling/gen_batches"] == s.max_gen_batches
         assert len(groups) <= s.train_batch_prompts
         versions = [min(sample.rollout.weight_version for sample in group.samples) for group in groups]
-        assert min(versions) >= oldest
-        assert stats["sampling/staleness_max"] == oldest + s.max_staleness - min(versions)
+        assert min(versions, default=oldest) >= oldest
+        assert not groups or stats["sampling/staleness_max"] == oldest + s.max_staleness - min(versions)
         assert stats["sampling/groups_kept"] == len(groups)
         assert stats["sampling/groups_generated"] == len(collected.generated)
         assert all(KEEPS[s.style](group) for group in groups)
@@ -368,6 +384,17 @@ def play(seed: int, **fixed: object) -> Play:
 def test_every_prompt_is_accounted_for_in_any_order_of_finishing(on_full):
     plays = [play(seed, on_full=on_full) for seed in range(150)]
     assert sum(len(made.steps) for made in plays) > 600, "most runs must get somewhere"
+
+
+@pytest.mark.parametrize("on_full", ["wait", "abort", "keep"])
+def test_epochs_use_every_prompt_once_each_and_end_in_any_order_of_finishing(on_full):
+    options = {"on_exhausted": "train_on_what_we_have", "max_gen_batches": 50}
+    plays = [play(seed, num_steps=200, num_epochs=2, on_full=on_full, **options) for seed in range(100)]
+    over = [made for made in plays if made.is_over]
+    assert len(over) > 80, "else a step had not one group that varies, or no score"
+    for made in over:
+        used = made.account.trained + made.account.given_up + made.account.dropped
+        assert used == {prompt.uid: 2 for prompt in made.prompts}
 
 
 def test_the_same_schedule_brings_the_same_groups():
