@@ -80,7 +80,7 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     follows = describe_evaluation(config, {name: len(found.prompts) for name, found in data.evaluation.items()}, most)
     if config.num_epochs is not None:
         check_length(config, len(data.train.prompts))
-        follows.append(describe_length(config, len(data.train.prompts)))
+        follows += describe_length(config, len(data.train.prompts))
     return (
         told
         + data.lines()

@@ -21,6 +21,8 @@ def describe_units(c: Settings) -> list[str]:
     ]
     if c.algo.advantage == "gae":
         lines.append(f"learning rate of the critic: {_schedule(c.critic.optimizer, c.updates_per_step)}")
+    if c.num_rollout_steps is not None:  # else the data say how many there are (rollout/sampling/length.py)
+        lines += describe_decay(c, c.num_rollout_steps)
     servers = c.rollout.sglang
     if c.rollout.engine == "sglang" and servers.urls:
         lines.append(f"servers: {servers.num_servers}, which run already")
@@ -30,6 +32,22 @@ def describe_units(c: Settings) -> list[str]:
             f"servers: {servers.num_servers} × tensor_parallel {servers.tensor_parallel} = {servers.num_gpus} "
             f"{'processes' if servers.device == 'cpu' else 'GPUs'}{shared}"
         )
+    return lines
+
+
+def describe_decay(c: Settings, num_steps: int, is_exact: bool = True) -> list[str]:
+    """Return lines that say where each cosine ends in a run of `num_steps` rollout steps, or at most so many."""
+    optimizers = {"": c.optimizer} | ({" of the critic": c.critic.optimizer} if c.algo.advantage == "gae" else {})
+    of = f"{'' if is_exact else 'at most '}{num_steps:,} rollout steps"
+    lines = []
+    for whose, optimizer in optimizers.items():
+        if optimizer.schedule == "constant" or optimizer.decay_updates is None:
+            continue
+        steps = optimizer.decay_updates / c.updates_per_step
+        ends = f"the cosine{whose} ends after {steps:,.4g} of {of}"
+        if steps > num_steps:
+            ends = f"the cosine{whose} of {steps:,.4g} rollout steps is longer than the run of {of}, which ends above min_lr"
+        lines.append(ends)
     return lines
 
 

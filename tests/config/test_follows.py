@@ -25,7 +25,12 @@ def test_updates_tokens_and_the_schedule_are_told_in_both_units():
     assert describe_units(made) == [
         "an update trains on 4 prompts × 5 = 20 samples of at most 1,000 tokens, prompt included: up to 20,000 tokens",
         "learning rate: 1e-06 after a warm-up of 30 updates (10 rollout steps), at 1e-07 after 150 updates (50 rollout steps)",
+        "the cosine ends after 50 of 100 rollout steps",
     ]
+    short = config(optimizer={"schedule": "cosine", "decay_rollout_steps": 51}, num_rollout_steps=50)
+    assert describe_units(short)[2] == (
+        "the cosine of 51 rollout steps is longer than the run of 50 rollout steps, which ends above min_lr"
+    )
     assert describe_units(config())[1] == "learning rate: 1e-06 after a warm-up of 10 updates (3.333 rollout steps)"
 
 

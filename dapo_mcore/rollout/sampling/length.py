@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from dapo_mcore.config.follows import describe_decay
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.sections import SamplingConfig
 from dapo_mcore.errors import ConfigError
@@ -27,7 +28,8 @@ class RunLength:
         self.last_step = config.num_rollout_steps
         if config.num_epochs is not None:
             check_length(config, num_prompts)
-            progress.line(describe_length(config, num_prompts))
+            for line in describe_length(config, num_prompts):
+                progress.line(line)
             self.look_ahead(0, config.num_epochs * num_prompts)
 
     def goes_on_after(self, step: int) -> bool:
@@ -89,15 +91,19 @@ def is_exact(sampling: SamplingConfig) -> bool:
     return sampling.style == "none" and sampling.on_full != "keep"
 
 
-def describe_length(config: Config, num_prompts: int) -> str:
-    """Return the length of a run of `num_epochs`, for people: `num_epochs 3 × 100 prompts: at most 10 rollout steps …`."""
+def describe_length(config: Config, num_prompts: int) -> list[str]:
+    """Return lines about the length of a run of `num_epochs`: `num_epochs 3 × 100 prompts: at most 10 rollout steps …`, and where
+    a cosine ends in it."""
     num_epochs, sampling = config.num_epochs, config.sampling
     assert num_epochs is not None
     most = most_steps(num_epochs * num_prompts, sampling)
     what = f"num_epochs {num_epochs} × {num_prompts:,} prompts"
+    told = f"{what}: at most {most:,} rollout steps, fewer as groups are filtered out"
     if is_exact(sampling):
-        return f"{what}: {most:,} rollout steps, {most * config.updates_per_step:,} gradient steps at most"
-    return f"{what}: at most {most:,} rollout steps, fewer as groups are filtered out"
+        told = f"{what}: {most:,} rollout steps, {most * config.updates_per_step:,} gradient steps at most"
+    elif sampling.style == "filter" and not sampling.carry_surplus:
+        told += " or dropped (sampling.carry_surplus false)"
+    return [told, *describe_decay(config, most, is_exact(sampling))]
 
 
 def check_length(config: Config, num_prompts: int) -> None:

@@ -152,13 +152,28 @@ def test_the_bound_holds_where_steps_end_early():
 def test_settings_about_steps_that_cannot_be_are_refused_when_the_data_are_known():
     config = with_epochs(2, "none", 4)
     check_length(config, num_prompts=7)
-    assert describe_length(config, 2_000).startswith("num_epochs 2 × 2,000 prompts: 1,000 rollout steps")
+    assert describe_length(config, 2_000)[0].startswith("num_epochs 2 × 2,000 prompts: 1,000 rollout steps")
     late = config.model_copy(update={"observe": config.observe.model_copy(update={"profile_steps": [2, 5]})})
     with pytest.raises(ConfigError, match="profile_steps has 5, but num_epochs 2 × 7 prompts give at most 4 rollout"):
         check_length(late, num_prompts=7)
     warm = config.model_copy(update={"critic": config.critic.model_copy(update={"warmup_steps": 4})})
     with pytest.raises(ConfigError, match=r"critic.warmup_steps 4 leaves none.*use at most 3"):
         check_length(warm, num_prompts=7)
+
+
+def test_where_the_cosine_ends_is_told_against_the_number_of_steps():
+    """A step of 4 groups has 4 gradient steps."""
+    config = with_epochs(2, "filter", 4, gen_batch_prompts=8, carry_surplus=False)
+    optimizer = {"schedule": "cosine", "decay_updates": 12, "warmup_updates": 0}
+    cosine = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
+    assert describe_length(cosine, num_prompts=7) == [
+        "num_epochs 2 × 7 prompts: at most 4 rollout steps, fewer as groups are filtered out or dropped (sampling.carry_surplus false)",
+        "the cosine ends after 3 of at most 4 rollout steps",
+    ]
+    assert describe_length(cosine, num_prompts=4)[1] == (
+        "the cosine of 3 rollout steps is longer than the run of at most 2 rollout steps, which ends above min_lr"
+    )
+    assert len(describe_length(config, num_prompts=7)) == 1, "a constant schedule has no end"
 
 
 def test_a_run_of_steps_knows_its_end_and_says_nothing():
