@@ -60,10 +60,11 @@ class RunLength:
             "sampling/groups_all_right",
             "sampling/groups_all_wrong",
             "sampling/groups_stale",
+            "sampling/surplus_dropped",
         )
-        made, right, wrong, stale = (int(collected.stats[name]) for name in names)
+        made, right, wrong, stale, carried = (int(collected.stats[name]) for name in names)
         told = (
-            f"num_epochs {self._config.num_epochs} is over, and none of the last {made} groups is left to train on ({right} all right, "
+            f"num_epochs {self._config.num_epochs} is over, and none of the last {made + carried} groups is left to train on ({right} all right, "
             f"{wrong} all wrong, {stale} too old)"
         )
         if step == 1:

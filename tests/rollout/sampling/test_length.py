@@ -121,6 +121,13 @@ def test_last_prompts_without_a_group_to_train_on_end_the_run_with_the_step_befo
     )
 
 
+def test_carried_groups_that_are_too_old_count_among_the_last():
+    config = with_epochs(1, "filter", 2, gen_batch_prompts=5, max_staleness=0)
+    trained, _, shown, _ = play(config, [MIXED] * 5)
+    assert trained == [[0, 1]]
+    assert "none of the last 3 groups is left to train on (0 all right, 0 all wrong, 3 too old)" in shown.lines[-1]
+
+
 def test_data_without_any_group_to_train_on_are_an_error():
     with pytest.raises(NothingVaries, match=r"2 all wrong, 0 too old.*check the reward function"):
         play(with_epochs(1, "filter", 2, gen_batch_prompts=2), [WRONG, WRONG])
