@@ -105,7 +105,7 @@ class Controller:
         stops = read_stops(config, tokenizer)
         if stops.told:
             progress.line(stops.told)
-        self.agent = open_agent(config, tokenizer, stops.token_ids)
+        self.agent = open_agent(config, tokenizer, stops)
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes, tools=self.agent.schemas)
         by_source = check_sources(config, {found.section: found.prompts for found in self.data.prompt_sets})
         for line in (*self.data.lines(), *by_source):

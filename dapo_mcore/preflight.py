@@ -71,7 +71,7 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
     most = _MOST_ROWS if config.num_epochs is None else None  # else the number of prompts is the run's length
-    with closing(open_agent(config, tokenizer, stops.token_ids)) as agent:
+    with closing(open_agent(config, tokenizer, stops)) as agent:
         data = load_run_data(
             config, hf_config, tokenizer, warm_start=checkpoint is None, most=most, tools=agent.schemas
         )
@@ -213,7 +213,7 @@ def describe_step(config: Config) -> str:
 
 def _load_rewards(config: Config, *, users: bool) -> None:
     """Load the reward functions. users  also users' code, which a run executes only in its workers."""
-    for section in (config.reward, *map(config.reward.for_function, config.set_functions.values())):
+    for section in (config.reward, *map(config.set_reward, config.set_functions)):
         if users or not any(":" in function for function in section.functions):
             build_judge(Rule.of(section))
 

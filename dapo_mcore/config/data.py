@@ -107,6 +107,17 @@ class EvalSetConfig(DataConfig):
     reward_function: FilePath | None = None
     """As reward.function, with the rest of the section `reward` but its `kwargs` and `strict_box`, and with as many workers of its own.
     null: reward.function."""
+    reward_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the set's own reward_function, as reward.kwargs are of reward.function; they replace those."""
+
+    @model_validator(mode="after")
+    def _check_reward_kwargs(self) -> EvalSetConfig:
+        if self.reward_kwargs and self.reward_function is None:
+            raise ValueError(
+                f"reward_kwargs ({', '.join(self.reward_kwargs)}) are for a function of the set's own; name it in reward_function, or "
+                "leave them out: reward.kwargs go to reward.function on all sets"
+            )
+        return self
 
 
 class EvalConfig(Section):

@@ -45,8 +45,7 @@ def _uses_ray(c: Settings) -> bool:
 
 def _rewards(c: Settings) -> list[RewardConfig]:
     """Return the section `reward` as training and each evaluation set use it."""
-    own = [section.reward_function for section in c.eval.sets.values() if section.reward_function]
-    return [c.reward, *map(c.reward.for_function, own)]
+    return [c.reward, *map(c.set_reward, c.set_functions)]
 
 
 def _imports_reward(c: Settings) -> bool:

@@ -6,6 +6,7 @@ Change here: what a user may set about rewards, its default, and a rule inside t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -80,12 +81,15 @@ class RewardConfig(Section):
         """The functions that may be called, without those of the built-in table of by_source."""
         return tuple(self.by_source.values()) if self.function == "by_source" else (self.function,)
 
-    def for_function(self, function: str) -> RewardConfig:
-        """Return the section with another function, and without what belongs to its own. Raise ValidationError as it does."""
-        if function == self.function:
+    def for_function(self, function: str, kwargs: Mapping[str, Any] | None = None) -> RewardConfig:
+        """Return the section with another function, or other kwargs of it, and without what belongs to its own.
+
+        Raise ValidationError as it does.
+        """
+        if function == self.function and not kwargs:
             return self
         return RewardConfig.model_validate(
-            {**self.model_dump(), "function": function, "strict_box": False, "kwargs": {}}
+            {**self.model_dump(), "function": function, "strict_box": False, "kwargs": dict(kwargs or {})}
         )
 
     @model_validator(mode="after")

@@ -69,7 +69,7 @@ def _check_overlong(c: Settings) -> None:
 def _check_reward(c: Settings) -> None:
     for name, function in c.set_functions.items():
         try:
-            c.reward.for_function(function)
+            c.set_reward(name)
         except ValidationError as error:
             told = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(f"eval.sets.{name}.reward_function {function}: {told}") from error

@@ -36,7 +36,7 @@ class RolloutConfig(Section):
     """Draw from the k most probable tokens; -1: from all."""
     stop: StopList = Field(default_factory=list)
     """Texts or token ids that end a response, beside the model's own stop tokens and the chat template's end of turn. They hold in
-    evaluation and for each turn with tools, too. What ended a response stays in it, as drawn. A text may span several tokens and
+    evaluation and for each turn with tools, too; one that ends with a call's end does not end the response. What ended a response stays in it, as drawn. A text may span several tokens and
     begin or end inside one; one that is the name of a control token, such as <|im_end|>, is that token. SGLang servers then have
     a tokenizer; those of `sglang.urls` must be started without --skip-tokenizer-init."""
     max_batch: Count = 1024

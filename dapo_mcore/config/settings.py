@@ -86,9 +86,17 @@ class Settings(Section):
 
     @property
     def set_functions(self) -> dict[str, str]:
-        """The reward functions of evaluation sets that have another one than `reward`, by the set's name."""
-        own = {name: section.reward_function for name, section in self.eval.sets.items()}
-        return {name: function for name, function in own.items() if function not in (None, self.reward.function)}
+        """The reward functions of evaluation sets that have another one than `reward`, or other kwargs, by the set's name."""
+        own = {name: section.reward_function for name, section in self.eval.sets.items() if section.reward_function}
+        return {
+            name: function
+            for name, function in own.items()
+            if function != self.reward.function or self.eval.sets[name].reward_kwargs
+        }
+
+    def set_reward(self, name: str) -> RewardConfig:
+        """Return the section `reward` as an evaluation set of set_functions uses it. Raise ValidationError as RewardConfig does."""
+        return self.reward.for_function(self.set_functions[name], self.eval.sets[name].reward_kwargs)
 
     def eval_response_limit(self, name: str) -> tuple[str, int]:
         """Return the key that limits the responses of the evaluation set `name`, and the tokens."""

@@ -15,6 +15,7 @@ import numpy as np
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.chat import PromptRenderer
 from dapo_mcore.data.rows import Row, read_rows
+from dapo_mcore.data.stops import end_of_turn
 from dapo_mcore.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and a response, int32 [T] each, the response with its end-of-sequence token.
+    """A prompt and a response, int32 [T] each, the response with the token that ends it.
+
+    That is the chat template's end of turn, as in an assistant's answer; without a template, or such a token, the end of the sequence.
 
     trained  bool [T], which tokens of the response the policy itself writes; the others are output of tools.
     row      `demos.jsonl row 3`.
@@ -55,7 +58,9 @@ def load_demonstrations(
     assert settings is not None
     renderer = PromptRenderer(config.data, tokenizer, tools=tools)
     rows = islice(read_rows(settings.files), most and max(most, settings.batch_size))
-    found = tuple(_demonstration(row, renderer) for row in rows)
+    turn = end_of_turn(renderer)
+    end = tokenizer.eos_token_id if turn is None else turn
+    found = tuple(_demonstration(row, renderer, end) for row in rows)
     if len(found) < settings.batch_size:
         raise DataError(
             f"warm_start.files hold {len(found)} demonstrations, fewer than warm_start.batch_size {settings.batch_size}; "
@@ -64,7 +69,7 @@ def load_demonstrations(
     return found, renderer.lost.report(len(found), "demonstrations of warm_start.files")
 
 
-def _demonstration(row: Row, renderer: PromptRenderer) -> Demonstration:
+def _demonstration(row: Row, renderer: PromptRenderer, end: int) -> Demonstration:
     columns = row.columns or {}
     prompt, parts = columns.get("prompt"), _parts(columns.get("response"))
     if not prompt or not parts:
@@ -75,7 +80,7 @@ def _demonstration(row: Row, renderer: PromptRenderer) -> Demonstration:
         )
     _, prompt_ids = renderer.render(prompt, row.where)
     ids = [renderer.encode(part, row.where) for part in parts]
-    ids[-1] = [*ids[-1], renderer.tokenizer.eos_token_id]
+    ids[-1] = [*ids[-1], end]
     trained = np.repeat(np.arange(len(ids)) % 2 == 0, [len(part) for part in ids])
     return Demonstration(prompt_ids, np.concatenate(ids).astype(np.int32), trained, row.where)
 

@@ -100,18 +100,19 @@ def build_reward(config: RewardConfig, max_response_tokens: int, ray_address: st
 
 
 def build_set_rewards(config: Config) -> dict[str, Scorer]:
-    """Return the reward functions of evaluation sets that have one of their own. Sets with the same function share it.
+    """Return the reward functions of evaluation sets that have one of their own. Sets with the same function and kwargs share it.
 
     Raise RewardError as build_reward does; then none is left open.
     """
+    sections = {name: config.set_reward(name) for name in config.set_functions}
     scorers: dict[str, Scorer] = {}
     try:
-        for function in config.set_functions.values():
-            if function not in scorers:
-                own = config.reward.for_function(function)
-                scorers[function] = build_reward(own, config.rollout.max_response_tokens, config.ray.address)
+        for section in sections.values():
+            key = section.model_dump_json()
+            if key not in scorers:
+                scorers[key] = build_reward(section, config.rollout.max_response_tokens, config.ray.address)
     except BaseException:
         for scorer in scorers.values():
             scorer.close()
         raise
-    return {name: scorers[function] for name, function in config.set_functions.items()}
+    return {name: scorers[section.model_dump_json()] for name, section in sections.items()}

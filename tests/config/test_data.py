@@ -42,3 +42,11 @@ def test_a_set_takes_what_it_does_not_name_from_eval() -> None:
 def test_rows_of_an_evaluation_set_are_repeated_on_purpose() -> None:
     assert DataConfig(files="a").deduplicate
     assert not EvalConfig(sets={"aime": {"files": "a"}}).sets["aime"].deduplicate
+
+
+def test_kwargs_of_a_set_are_for_a_function_of_its_own() -> None:
+    with pytest.raises(
+        ValidationError,
+        match=r"reward_kwargs \(bonus\) are for a function of the set's own; name it in reward_function",
+    ):
+        EvalConfig(sets={"aime": {"files": "a", "reward_kwargs": {"bonus": 1}}})

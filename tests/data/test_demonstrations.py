@@ -92,3 +92,15 @@ def test_characters_without_a_token_are_reported(load):
     assert told.startswith(
         "1 of 4 demonstrations of warm_start.files lose characters that the tokenizer has no token for: é 字 "
     )
+
+
+def test_with_a_chat_template_a_response_ends_as_the_template_ends_a_turn(load, tokenizer, monkeypatch):
+    """The control token that plain text ends with is 1; this template ends turns with the token 2."""
+    begin, end = tokenizer.convert_ids_to_tokens([2, 1])
+    assert begin != end
+    template = "{% for m in messages %}{{ m.content }}" + begin + "{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    (only,), _ = load(ROWS[0], chat_template=True)
+    assert only.response.tolist() == [22, 2]
+    (plain,), _ = load(ROWS[0], chat_template=False)
+    assert plain.response.tolist() == [22, 1]

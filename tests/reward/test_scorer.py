@@ -50,6 +50,24 @@ def test_sets_with_the_same_function_share_its_workers():
     assert [one.score for one in rewards["boxed"]([prompt], [rollout(4)], [["\\boxed{7}"]])] == [1.0]
 
 
+def test_a_set_gives_kwargs_of_its_own_to_its_own_function(tmp_path: Path):
+    """reward.kwargs are for reward.function; a set's function gets the set's, also where both are the same function."""
+    function = tmp_path / "own.py"
+    function.write_text("def of(data_source, solution_str, ground_truth, extra_info, bonus=0.0):\n    return bonus\n")
+    name = f"{function}:of"
+    own = {"files": "f", "reward_function": name}
+    sets = {"two": {**own, "reward_kwargs": {"bonus": 2}}, "too": {**own, "reward_kwargs": {"bonus": 2}}, "plain": own}
+    reward = {"function": name, "kwargs": {"bonus": 1}, "workers": 0}
+    tree = {"model": {"path": "m"}, "data": {"files": "f"}, "reward": reward, "eval": {"sets": sets}}
+    rewards = build_set_rewards(Config.model_validate(tree))
+    assert list(rewards) == ["two", "too"] and rewards["two"] is rewards["too"], "plain has the run's own"
+    prompt = Prompt("t:0", np.zeros(1, np.int32), "q", "7", "set", {})
+    assert [one.score for one in rewards["two"]([prompt], [rollout(4)], [["x"]])] == [2.0]
+    rewards = build_set_rewards(Config.model_validate({**tree, "reward": {"workers": 0}}))
+    scores = {name: one([prompt], [rollout(4)], [["x"]])[0].score for name, one in rewards.items()}
+    assert scores == {"two": 2.0, "too": 2.0, "plain": 0.0}
+
+
 def test_math_dapo():
     scores = score("Answer: 7", "Answer: 8", "?")
     assert [s.answered for s in scores] == [True, True, False]

@@ -15,6 +15,7 @@ import numpy as np
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.detokenize import decode_responses
 from dapo_mcore.data.prompts import decide_template
+from dapo_mcore.data.stops import Stops
 from dapo_mcore.rollout.agent.call_format import CodeBlocks, ToolCallTags
 from dapo_mcore.rollout.agent.engine import ContinuousToolEngine, RoundToolEngine
 from dapo_mcore.rollout.agent.episode import Dialect
@@ -47,7 +48,7 @@ class Agent(NullAgent):
     Raise ConfigError if the chat template cannot be used with tools, ToolError if a tool cannot be started.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]):
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, stops: Stops):
         self._tools = ToolSet(config.tools, config.ray.address)
         atexit.register(self.close)  # what is built after it may fail
         try:
@@ -56,17 +57,18 @@ class Agent(NullAgent):
             self.close()
             raise
 
-    def _read(self, config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> None:
+    def _read(self, config: Config, tokenizer: PreTrainedTokenizerBase, stops: Stops) -> None:
         declares = config.agent.call_format == "tool_call" and config.agent.declare_tools
         self.schemas = self._tools.schemas if declares and config.data.chat_template is not False else ()
         form = ToolCallTags() if config.agent.call_format == "tool_call" else CodeBlocks(config.tools[0].name)
-        self.end_tokens = [token for token in tokens_with(tokenizer, form.end) if token not in stops]
+        self.end_tokens = [token for token in tokens_with(tokenizer, form.end) if token not in stops.token_ids]
         self._dialect = Dialect(
             format=form,
-            tool_text=open_tool_text(config, tokenizer, self.schemas, stops),
+            tool_text=open_tool_text(config, tokenizer, self.schemas, stops.token_ids),
             decode=partial(_decode, tokenizer),
             end_tokens=frozenset(self.end_tokens),
             max_turns=config.agent.max_turns,
+            **({"stop_length": stops.texts.length} if stops.texts else {}),
         )
 
     def on(self, engine: Any) -> ContinuousToolEngine | RoundToolEngine:
@@ -79,8 +81,8 @@ class Agent(NullAgent):
         atexit.unregister(self.close)
 
 
-def open_agent(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> NullAgent:
-    """Start the tools that the configuration names. stops  tokens that end a response."""
+def open_agent(config: Config, tokenizer: PreTrainedTokenizerBase, stops: Stops) -> NullAgent:
+    """Start the tools that the configuration names. stops  what ends a response."""
     return Agent(config, tokenizer, stops) if config.tools else NullAgent()
 
 

@@ -26,6 +26,8 @@ class Dialect:
     decode       returns the text of tokens, with control tokens.
     end_tokens   tokens with the whole text that closes a call. The engine stops at them; where no call was open, the turn goes on.
     max_turns    of the policy in one response.
+    stop_length  returns the number of tokens of a turn up to the end of its first stop text, None without one. An engine sees the
+                 tokens of one request only. A call that closes no later than the stop ends is made, and the response goes on.
     """
 
     format: CallFormat
@@ -33,6 +35,7 @@ class Dialect:
     decode: Callable[[np.ndarray], str]
     end_tokens: frozenset[int]
     max_turns: int
+    stop_length: Callable[[np.ndarray], int | None] = lambda turn: None
 
 
 class Episode:
@@ -79,10 +82,15 @@ class Episode:
         self._append(rollout)
         turn = self._tokens[self._turn_start :]
         call = self._dialect.format.find(self._dialect.decode(turn))
-        if call is not None and call.closed:
-            self._cut(self._turn_start + self._closing_length(turn))
+        closed = self._closing_length(turn) if call is not None and call.closed else None
+        stop = self._dialect.stop_length(turn)
+        if call is not None and closed is not None and (stop is None or closed <= stop):
+            self._cut(self._turn_start + closed)
             return self._if_more_turns(call)
-        if rollout.finish_reason != "stop":
+        if stop is not None:
+            self._cut(self._turn_start + stop)
+            self.finish_reason = "stop"
+        elif rollout.finish_reason != "stop":
             self.finish_reason = rollout.finish_reason
         elif len(turn) and int(turn[-1]) in self._dialect.end_tokens:
             if not self.room or self._num_of_turn == _MOST_REQUESTS:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.rollout.agent.episode import Episode, request_seed
 from dapo_mcore.types import ToolCall
 from tests.rollout.agent.talk import (
@@ -13,6 +16,7 @@ from tests.rollout.agent.talk import (
     BYTES,
     EOS,
     PROMPT,
+    QWEN,
     blocks_dialect,
     ids,
     ok,
@@ -260,3 +264,41 @@ def test_each_request_has_the_room_that_is_left_and_a_seed_of_its_own():
 
 def _fields(rollout):
     return {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
+
+
+def stopping(*texts: str):
+    """Return the dialect of tags in a run whose `rollout.stop` has these texts."""
+    return replace(tags_dialect(), stop_length=StopTexts(texts, QWEN).length)
+
+
+@pytest.mark.parametrize(
+    ("stop", "turn", "kept"),
+    [
+        ("x</tool_call>y", "ax</tool_call>yz<|im_end|>", "ax</tool_call>y"),
+        ("x</tool_call>", "ax</tool_call>yz<|im_end|>", "ax</tool_call>"),
+        ("az", "axz<|im_end|>", "axz<|im_end|>"),
+    ],
+    ids=["over two requests", "with the last token of a request", "without the stop"],
+)
+def test_a_stop_text_ends_a_response_wherever_the_requests_of_a_turn_end(stop, turn, kept):
+    episode, _ = play(stopping(stop), [ids(turn)], ok(), params())
+    assert text_of(episode.rollout().token_ids) == kept and episode.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop", ["</tool_call>", "}</tool_call>"])
+def test_a_stop_text_that_ends_with_a_call_does_not_end_the_response(stop):
+    episode, _ = play(stopping(stop), [ids(CALL), ids("two<|im_end|>")], ok(), params())
+    assert text_of(episode.rollout().token_ids) == f"{CALL}{BEFORE}2{AFTER}two<|im_end|>"
+
+
+def test_a_stop_text_inside_a_call_ends_the_response_before_the_call_is_made():
+    episode, _ = play(stopping("1+1"), [ids(CALL)], ok(), params())
+    assert text_of(episode.rollout().token_ids) == CALL[: CALL.index("1+1") + 3]
+    assert episode.rollout().calls == () and episode.finish_reason == "stop"
+
+
+def test_a_stop_text_does_not_span_what_a_tool_gave():
+    episode, _ = play(
+        stopping("2\n</tool_response>", "assistant\ntwo"), [ids(CALL), ids("two<|im_end|>")], ok(), params()
+    )
+    assert episode.rollout().token_ids[-1] == EOS
