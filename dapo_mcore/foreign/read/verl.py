@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dapo_mcore.foreign.bash.values import Value
 from dapo_mcore.foreign.read.hydra import override
 from dapo_mcore.foreign.read.passes import one_setting_per_key
 from dapo_mcore.foreign.read.script import training_start
-from dapo_mcore.foreign.read.tree import read_resolved
-from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.read.tree import load_tree, read_resolved, settings_of
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting, last_of_each_key
 
 _ENTRY = re.compile(r"([\w./-]*[./])?(main_(?!generation|eval|sft)\w+|\w+_main(_ppo)?)(\.py)?")
 _REMEDY = (
     "give a script that starts verl's trainer (python3 -m verl.trainer.main_ppo …), or the configuration that hydra has written "
     "beside a run of it (outputs/DATE/TIME/.hydra/config.yaml)"
 )
+_KNOWN_CONFIG = re.compile(
+    r"((one_step_off|fully_async|transfer_queue)_)?(ppo|dapo)(_megatron)?_trainer|dapo_transfer_queue_trainer"
+)
+"""Names of configurations of verl and its recipes, whose defaults the table holds."""
+_LONG_OPTIONS = {"cn": "config-name", "cp": "config-path", "cd": "config-dir"}
 _OWN_OPTIONS = re.compile(r"--?(config-name|config-path|config-dir|cn|cp|cd)(=(.*))?", re.DOTALL)
 
 
@@ -32,14 +38,15 @@ def read_verl(file: Path) -> ForeignRun:
     if file.suffix in (".yaml", ".yml"):
         return read_resolved("verl", file, {"actor_rollout_ref", "algorithm"}, _REMEDY)
     start = training_start(file, entry_place, _REMEDY)
-    config, notes = "", list(start.notes)
+    config, below, notes = "", list[ForeignSetting](), list(start.notes)
     passes = []
     for words in start.passes:
-        name, settings, found = _overrides(file.name, words)
-        config = name or config
+        name, folder, settings, found = _overrides(file.name, words)
+        if name.text:
+            config, below = _configuration(file, name, folder)
         notes += found
         passes.append(settings)
-    settings = one_setting_per_key(passes, start.line)
+    settings = last_of_each_key([*below, *one_setting_per_key(passes, start.line)])
     return ForeignRun("verl", file, module_of(start.entry), config, settings, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -58,22 +65,56 @@ def module_of(entry: str) -> str:
     return entry.removesuffix(".py").lstrip("./").replace("/", ".")
 
 
-def _overrides(name: str, words: Sequence[Value]) -> tuple[str, list[ForeignSetting], list[str]]:
-    """Return the configuration's name, the settings of one command, and notes on words that are neither."""
-    config, settings, notes = "", [], []
+def _configuration(file: Path, name: Value, folder: str) -> tuple[str, list[ForeignSetting]]:
+    """Return the configuration of verl that the run's own one begins with, and the settings of the own one.
+
+    One that is not beside the script becomes the setting `config-name`, which the table takes for a loss.
+    """
+    if _KNOWN_CONFIG.fullmatch(name.text) and not name.unknown and not name.others:
+        return name.text, []
+    found = None if name.unknown or name.others else _own_file(file, name.text, folder)
+    if found:
+        tree = load_tree(found)
+        named, _ = tree.pop("defaults", []), tree.pop("hydra", None)
+        bases = [base for base in (named if isinstance(named, list) else [named]) if base != "_self_"]
+        if len(bases) <= 1 and all(isinstance(base, str) and _KNOWN_CONFIG.fullmatch(base) for base in bases):
+            return (bases or [""])[0], list(settings_of(tree, found.name))
+    unread = ForeignSetting("config-name", name.text, f"{file.name} line {name.line}", name.unknown)
+    return name.text, [unread]
+
+
+def _own_file(file: Path, name: str, folder: str) -> Path | None:
+    """Return NAME.yaml in the folder of `--config-path` if that lies beside the script, by its last part where it is absolute."""
+    last = folder.rstrip("/").rpartition("/")[2]
+    places = [file.parent / part / f"{name}.yaml" for part in (folder, last, "") if "$" not in part]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _overrides(name: str, words: Sequence[Value]) -> tuple[Value, str, list[ForeignSetting], list[str]]:
+    """Return the configuration's name and folder, the settings of one command, and notes on words that are neither."""
+    options: dict[str, Value] = {}
+    settings, notes = [], []
     waiting = ""
     for word in words:
         if waiting:
-            config = word.text if waiting in ("config-name", "cn") else config
+            options[waiting] = word
             waiting = ""
         elif match := _OWN_OPTIONS.fullmatch(word.text):
-            waiting = "" if match[2] else match[1]
-            config = match[3] if match[2] and match[1] in ("config-name", "cn") else config
+            option = _LONG_OPTIONS.get(match[1], match[1])
+            waiting = "" if match[2] else option
+            if match[2]:
+                options[option] = replace(word, text=match[3])
         elif setting := override(word.text):
             settings.append(_setting(name, word, *setting))
         elif word.text and word.text != "--":
             notes.append(_no_setting(word))
-    return config.strip("'\"").removesuffix(".yaml"), settings, notes
+    config, folder = options.get("config-name"), options.get("config-path", options.get("config-dir"))
+    config = replace(config, text=_plain(config).removesuffix(".yaml")) if config else Value("", 0)
+    return config, _plain(folder) if folder else "config", settings, notes
+
+
+def _plain(word: Value) -> str:
+    return word.text.strip("'\"")
 
 
 def _setting(name: str, word: Value, key: str, value: object, removed: bool) -> ForeignSetting:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from dapo_mcore.foreign.table import Outcome, Source, asked, became
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _NEVER = 1_000_000_000
+_VISION = re.compile(r"(?i)(?<![a-z])(vl|vlm|vision|llava|internvl|multimodal)(?![a-z])")
+"""A part of a model's name that says that it reads images."""
 
 
 def files(source: Source) -> Iterator[Outcome]:
@@ -48,6 +50,30 @@ def long_prompts(source: Source, section: str) -> Iterator[Outcome]:
     else:
         word = source[cut] if source[cut] == "error" else f"truncate_{source[cut]}"
         yield became(source, f"{section}.on_long_prompt", word, cut, note="" if word == "error" else "our word")
+
+
+def vision_model(source: Source) -> Iterator[Outcome]:
+    """Yield the loss of images where the model's name says that it reads them and no column of images is named."""
+    key = "actor_rollout_ref.model.path"
+    named = any(source[column] for column in ("data.image_key", "data.video_key") if source.is_known(column))
+    if _VISION.search(str(source.path(key) or "")) and not named:
+        yield gone(
+            "a model of images: verl hands it those of the columns images and videos, and here rows are text; accept it for "
+            "rows without them",
+            key,
+            objective=True,
+        )
+
+
+def response_length(source: Source) -> Iterator[Outcome]:
+    """Yield the longest response. verl's agent loop cuts at rollout.response_length, which is data.max_response_length unless given."""
+    data, cut = "data.max_response_length", f"{_ROLLOUT}.response_length"
+    given = source[cut] if source.gives(cut) else None
+    if given is None or given == source[data]:
+        yield became(source, "rollout.max_response_tokens", source[data], data)
+    else:
+        note = f"responses are cut there, not at data.max_response_length {source[data]}"
+        yield became(source, "rollout.max_response_tokens", given, cut, data, note=note)
 
 
 def template_kwargs(source: Source) -> Iterator[Outcome]:

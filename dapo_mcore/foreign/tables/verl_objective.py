@@ -17,6 +17,10 @@ _CORRECTION = "algorithm.rollout_correction"
 _KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 _LOSSES = {"vanilla": "clip", "gspo": "gspo", "cispo": "cispo", "clip_cov": "clip_cov", "kl_cov": "kl_cov"}
 _LOSS_NAMES = (f"{_COV}.loss_mode", f"{_ACTOR}.loss_mode")
+_TOKEN_MEAN = (
+    "over all tokens of a gradient step; verl's old workers, which are its default, average each micro-batch by itself, which is "
+    "token-mean-microbatch"
+)
 _LEVELS = {"token": "token", "seq_sum": "sequence", "seq_mean": "geometric", "seq_max": "every"}
 """Levels of verl's rollout_rs, whose names end in _k1, _k2 or _k3."""
 _ENTRIES = ("verl.trainer.main_ppo", "verl.experimental.transfer_queue.main_ppo", "recipe.dapo.main_dapo",
@@ -35,9 +39,21 @@ def program(source: Source) -> Iterator[Outcome]:
         )
 
 
+CONFIGURATION = "config-name"
+"""The setting that read_verl makes of a `--config-name` whose file it could not read."""
+UNREAD_CONFIGURATION = (
+    "the settings of that configuration's file are not in the import: it is not beside the script; nearest: import the "
+    "configuration that hydra has resolved (outputs/DATE/TIME/.hydra/config.yaml)"
+)
+
+
 def estimator(source: Source) -> Iterator[Outcome]:
     """Yield algo.advantage and its parts. An estimator without a counterpart is lost, whatever else is set."""
     key, by_std = "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo"
+    if not source.is_known(key):
+        note = "the script alone does not say the estimator: group for grpo and rloo, gae for gae; others are not here"
+        yield asked("algo.advantage", note, key)
+        return
     name = source[key]
     if name in ("grpo", "grpo_vectorized"):
         yield became(source, "algo.advantage", "group", key, note="a response against the others to its prompt")
@@ -129,11 +145,14 @@ def loss_mode(source: Source) -> Iterator[Outcome]:
         yield became(source, "algo.loss_mode", "seq-mean-token-mean", key, note=note)
         return
     notes = {
-        "token-mean": "over all tokens of a gradient step; verl's old workers average each micro-batch by itself, which is "
-        "token-mean-microbatch",
+        "token-mean": _TOKEN_MEAN,
         "seq-mean-token-sum-norm": "divided by the sequences of a gradient step, too, which verl b178a3c leaves out",
     }
-    yield Outcome("converted" if name in notes else "same", (key,), "algo.loss_mode", name, notes.get(name, ""))
+    if source["trainer.use_legacy_worker_impl"] == "disable":
+        del notes["token-mean"]
+    keys = (key,) if source.gives(key) or name not in notes else (source.run.entry or key,)
+    note = ("" if source.gives(key) else "verl's default: ") + notes.get(name, "")
+    yield Outcome("converted" if name in notes else "same", keys, "algo.loss_mode", name, note if name in notes else "")
     length = f"{_ACTOR}.loss_scale_factor"
     if source[length] is not None:
         yield became(source, "algo.loss_length", source[length], length)
@@ -158,11 +177,13 @@ def kl(source: Source) -> Iterator[Outcome]:
     switch = on[0]
     yield became(source, "algo.kl.coef", source[coefs[switch]], coefs[switch])
     yield became(source, "algo.kl.place", "loss" if switch == in_loss else "reward", switch, note="the switch is on")
-    kind = str(source[kinds[switch]]).removesuffix("+")
-    if kind in _KL:
-        yield became(
-            source, "algo.kl.estimator", _KL[kind], kinds[switch], note="verl's name" if kind != _KL[kind] else ""
-        )
+    kind = str(source[kinds[switch]])
+    if kind.endswith("+") and kind[:-1] in _KL and switch == in_loss:
+        note = f"exact: {kind} has the gradient of k2, and a value that is only reported"
+        yield became(source, "algo.kl.estimator", "k2", kinds[switch], note=note)
+    elif kind.removesuffix("+") in _KL:
+        ours = _KL[kind.removesuffix("+")]
+        yield became(source, "algo.kl.estimator", ours, kinds[switch], note="verl's name" if kind != ours else "")
     else:
         yield gone(f"there is no KL estimator {kind} here; nearest: low_var_kl (k3)", kinds[switch], objective=True)
     if switch == in_reward and source["algorithm.kl_ctrl.type"] == "adaptive":
@@ -202,9 +223,10 @@ def correction(source: Source) -> Iterator[Outcome]:
             "converted", (weights,), "algo.tis", {"mode": "truncate", **level}, "truncated importance weights"
         )
         yield Outcome("same", (cap,), "algo.tis", {"cap": source[cap]})
+    elif source[weights] not in (None, False, "null") and bypass:
+        yield Outcome("meaningless", (weights,), note="with bypass_mode the ratio holds the weights already")
     elif source[weights] not in (None, False, "null"):
-        why = "with bypass_mode the ratio holds the weights already" if bypass else "its level is not known here"
-        yield gone(f"importance weights {source[weights]}: {why}", weights, objective=not bypass)
+        yield gone(f"importance weights {source[weights]}: its level is not known here", weights, objective=True)
     if bypass:
         yield became(source, "algo.old_logprobs", "rollout", f"{_CORRECTION}.bypass_mode", note="those of the engine")
         if source[f"{_CORRECTION}.loss_type"] != "ppo_clip":
@@ -311,11 +333,13 @@ def overlong(source: Source) -> Iterator[Outcome]:
 
 def tools(source: Source) -> Iterator[Outcome]:
     """Yield what a run with tools loses: the tools are to be written in our section `tools`."""
-    if source[f"{_TURNS}.enable"]:
-        key = f"{_TURNS}.tool_config_path" if source.gives(f"{_TURNS}.tool_config_path") else f"{_TURNS}.enable"
+    files = [key for key in (f"{_TURNS}.tool_config_path", f"{_TURNS}.interaction_config_path") if source.gives(key)]
+    if source[f"{_TURNS}.enable"] or (files and source.gives(CONFIGURATION)):
+        key = files[0] if files else f"{_TURNS}.enable"
         yield gone(
-            "the tools are not read, and without them the policy learns another task; nearest: write them in the section tools, as "
+            "the tools and interactions are not read, and without them the policy learns another task; nearest: write them in the section tools, as "
             "examples/retool.yaml does, and their limits in agent",
             key,
+            *files[1:],
             objective=True,
         )

@@ -40,11 +40,17 @@ def folder(source: Source) -> Iterator[Outcome]:
     )
 
 
-def length(source: Source) -> Iterator[Outcome]:
-    """Yield the length of the run. verl stops at total_training_steps, else after total_epochs."""
+def steps(source: Source) -> Iterator[Outcome]:
+    """Yield the length of the run in steps, where verl stops if it is given."""
+    key = "trainer.total_training_steps"
+    if source[key] is not None:
+        yield became(source, "num_rollout_steps", source[key], key)
+
+
+def epochs(source: Source) -> Iterator[Outcome]:
+    """Yield the length of the run in epochs, unless verl stops at total_training_steps. One of the two is asked for, never both."""
     steps, epochs = "trainer.total_training_steps", "trainer.total_epochs"
-    if source[steps] is not None:
-        yield became(source, "num_rollout_steps", source[steps], steps)
+    if not source.is_known(steps) or source[steps] is not None:
         if source.gives(epochs):
             yield Outcome("meaningless", (epochs,), note="total_training_steps ends the run")
     elif source["algorithm.filter_groups.enable"]:
@@ -178,17 +184,31 @@ def filtering(source: Source) -> Iterator[Outcome]:
     yield became(source, "sampling.max_gen_batches", limit, most, note="" if limit == source[most] else "no limit")
     yield Outcome("converted", (f"{place}.enable",), "sampling.carry_surplus", False, "verl throws surplus groups away")
     metric = source[f"{place}.metric"]
-    if metric not in (None, "acc"):
-        yield gone(f"groups are filtered by acc here, not by {metric}", f"{place}.metric")
+    if metric in ("seq_reward", "seq_final_reward") and _reward_is_right_or_wrong(source):
+        yield Outcome(
+            "meaningless", (f"{place}.metric",), note="the reward is right or wrong alone: the groups are those of acc"
+        )
+    elif metric not in (None, "acc"):
+        yield gone(f"groups are filtered by acc here, not by {metric}", f"{place}.metric", objective=True)
     elif metric == "acc":
-        yield Outcome("same", (f"{place}.metric",), "sampling.style", "filter")
+        yield Outcome("meaningless", (f"{place}.metric",), note="as here")
+
+
+def _reward_is_right_or_wrong(source: Source) -> bool:
+    """Return True if equal rewards are equal accuracies: no function of the user's, no overlong penalty, no KL."""
+    given = {setting.key for setting in source.run.settings if setting.value not in (None, False)}
+    return not source["algorithm.use_kl_in_reward"] and not any(
+        key.endswith("custom_reward_function.path") or ("overlong_buffer" in key and key.endswith(".enable"))
+        for key in given
+    )
 
 
 def batch_tokens(source: Source) -> Iterator[Outcome]:
     """Yield the tokens of a micro-batch on a rank: at least the longest sequence, as ours must be."""
     dynamic, budget, samples = (f"{_ACTOR}.use_dynamic_bsz", f"{_ACTOR}.ppo_max_token_len_per_gpu",
                                 f"{_ACTOR}.ppo_micro_batch_size_per_gpu")  # fmt: skip
-    longest = source["data.max_prompt_length"] + source["data.max_response_length"]
+    cut = source[f"{_ROLLOUT}.response_length"] or source["data.max_response_length"]
+    longest = source["data.max_prompt_length"] + cut
     ranks = source[f"{_MEGATRON}.context_parallel_size"] or 1
     if source[dynamic] or source[samples] is None:
         key, tokens, note = budget, source[budget], ""
@@ -262,6 +282,8 @@ def betas(source: Source) -> Iterator[Outcome]:
 
 def critic(source: Source) -> Iterator[Outcome]:
     """Yield the critic's settings, which hold only with the estimator gae."""
+    if not source.is_known("algorithm.adv_estimator"):
+        return
     if source["algorithm.adv_estimator"] != "gae":
         for setting in source.run.settings:
             if setting.key.startswith("critic.") or setting.key == "trainer.critic_warmup":

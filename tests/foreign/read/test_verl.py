@@ -134,3 +134,26 @@ actor_rollout_ref:
         "actor_rollout_ref.actor.tokens": (7, ()),
         "actor_rollout_ref.actor.home": ("/x/y", ()),
     }
+
+
+OWN = "python3 -m verl.trainer.main_ppo --config-path=$PWD/config --config-name='my_own' data.train_batch_size=8\n"
+
+
+def test_a_configuration_beside_the_script_is_below_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "my_own.yaml").write_text(
+        "hydra: {searchpath: [a]}\ndefaults: [ppo_megatron_trainer, _self_]\ndata: {train_batch_size: 4, shuffle: false}\n"
+    )
+    run = read(tmp_path, OWN)
+    assert run.config == "ppo_megatron_trainer"
+    assert {setting.key: setting.value for setting in run.settings} == {
+        "data.train_batch_size": 8,
+        "data.shuffle": False,
+    }
+
+
+def test_a_configuration_that_is_not_there_is_a_setting(tmp_path: Path) -> None:
+    run = read(tmp_path, OWN)
+    assert run.by_key()["config-name"].value == "my_own"
+    known = read(tmp_path, OWN.replace("my_own", "ppo_trainer.yaml"))
+    assert "config-name" not in known.by_key() and known.config == "ppo_trainer"

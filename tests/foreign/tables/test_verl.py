@@ -85,8 +85,10 @@ def test_settings_that_change_the_result_are_never_meaningless() -> None:
     settings: dict[str, tuple[object, bool]] = {
         "actor_rollout_ref.ref.model.path": ("/other", True), "actor_rollout_ref.rollout.do_sample": (False, True),
         "actor_rollout_ref.rollout.ignore_eos": (True, True), "trainer.val_only": (True, True),
-        "actor_rollout_ref.rollout.enable_rollout_routing_replay": (True, False), f"{A}.optim.num_cycles": (1.5, False),
-        f"{A}.optim.optimizer": ("SGD", False), f"{A}.optim.lr_warmup_init": (1e-7, False),
+        "actor_rollout_ref.rollout.enable_rollout_routing_replay": (True, False), f"{A}.optim.num_cycles": (1.5, True),
+        f"{A}.optim.optimizer": ("SGD", True), "data.custom_cls.path": ("d.py", True),
+        "actor_rollout_ref.model.lora_adapter_path": ("/a", True), "data.image_key": ("images", True),
+        "actor_rollout_ref.rollout.min_p": (0.1, True), "config-name": ("my_own", True), f"{A}.optim.lr_warmup_init": (1e-7, False),
     }  # fmt: skip
     conversion = imported({"algorithm.adv_estimator": "grpo", **{key: value for key, (value, _) in settings.items()}})
     assert conversion.losses == {key: objective for key, (_, objective) in settings.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.foreign.verl_runs import R, asked, ours
+from tests.foreign.verl_runs import M, R, asked, lost, ours
 
 VAL = f"{R}.val_kwargs"
 
@@ -60,3 +60,15 @@ def test_do_sample_is_asked_for_where_versions_differ() -> None:
     assert (ours(sampled)["eval.temperature"], ours(sampled)["eval.samples_per_prompt"]) == (0.6, 32)
     old = ours({"trainer.test_freq": 5, f"{R}.val_temperature": 0.6, f"{R}.n_val": 8})
     assert (old["eval.temperature"], old["eval.samples_per_prompt"]) == (0.6, 8)
+
+
+def test_a_model_of_images_is_lost_by_one_name() -> None:
+    assert lost({f"{M}.path": "Qwen/Qwen2.5-VL-7B-Instruct"}) == {f"{M}.path": True}
+    assert lost({f"{M}.path": "Qwen/Qwen2.5-VL-7B-Instruct", "data.image_key": "images"}) == {"data.image_key": True}
+    assert lost({f"{M}.path": "Qwen/Qwen3-8B"}) == {}
+
+
+def test_the_engines_own_length_cuts_responses() -> None:
+    assert ours({"data.max_response_length": 2048})["rollout.max_response_tokens"] == 2048
+    both = ours({"data.max_response_length": 2048, f"{R}.response_length": 1024})
+    assert both["rollout.max_response_tokens"] == 1024

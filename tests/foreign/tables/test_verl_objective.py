@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.foreign.verl_runs import A, R, lost, ours
+from dapo_mcore.foreign.convert import convert
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.tables.verl import VERL
+from tests.foreign.verl_runs import A, R, imported, lost, ours
 
 CORRECTION = "algorithm.rollout_correction"
 
@@ -194,3 +198,32 @@ def test_tools_are_lost_only_if_they_are_on() -> None:
 def test_another_program_may_optimise_something_else() -> None:
     assert lost({}, entry="recipe.sppo.main_sppo") == {"recipe.sppo.main_sppo": True}
     assert lost({}, entry="recipe.dapo.main_dapo") == {}
+
+
+def test_a_kl_with_a_plus_has_the_gradient_of_k2() -> None:
+    for kind in ("k3+", "low_var_kl+", "k1+"):
+        assert ours({f"{A}.use_kl_loss": True, f"{A}.kl_loss_type": kind})["algo.kl.estimator"] == "k2"
+    assert ours({"algorithm.use_kl_in_reward": True, "algorithm.kl_penalty": "k3+"})["algo.kl.estimator"] == "k3"
+
+
+def test_importance_weights_beside_bypass_mode_lose_nothing() -> None:
+    assert lost({f"{CORRECTION}.rollout_is": "token", f"{CORRECTION}.bypass_mode": True}) == {}
+
+
+def test_tools_of_a_configuration_that_is_not_read_are_on() -> None:
+    key = f"{R}.multi_turn.interaction_config_path"
+    assert lost({key: "i.yaml", "config-name": "my_own"}) == {"config-name": True, key: True}
+    assert lost({key: "i.yaml"}) == {}
+
+
+@pytest.mark.parametrize("settings", [{}, {f"{A}.loss_agg_mode": "token-mean"}])
+def test_each_import_says_that_verls_old_workers_average_micro_batches(settings: dict[str, Any]) -> None:
+    conversion = imported(settings)
+    (outcome,) = [outcome for outcome in conversion.outcomes if outcome.ours == "algo.loss_mode"]
+    assert "token-mean-microbatch" in outcome.note and conversion.is_given(outcome)
+
+
+def test_an_estimator_that_is_not_known_is_one_question() -> None:
+    unknown = ForeignSetting("algorithm.adv_estimator", "${1}", "run.sh line 1", ("argument 1",))
+    asked = convert(ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", (unknown,)), VERL).asked
+    assert [key for key in asked if key.startswith(("algo.", "critic."))] == ["algo.advantage"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dapo_mcore.foreign.convert import convert
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.tables.verl import VERL
 from tests.foreign.verl_runs import A, M, asked, lost, ours
 
 OPTIM = f"{A}.optim"
@@ -108,7 +112,24 @@ def test_filtering() -> None:
     keys = ("style", "train_batch_prompts", "gen_batch_prompts", "max_gen_batches", "carry_surplus")
     assert [found[f"sampling.{key}"] for key in keys] == ["filter", 64, 96, 1_000_000, False]
     assert ours({})["sampling.style"] == "none"
-    assert lost({f"{place}.enable": True, f"{place}.metric": "seq_reward"}) == {f"{place}.metric": False}
+
+
+def test_groups_filtered_by_another_number_are_lost_unless_they_are_the_same_groups() -> None:
+    by_reward = {"algorithm.filter_groups.enable": True, "algorithm.filter_groups.metric": "seq_reward"}
+    assert lost(by_reward) == {}
+    for changes in ({"reward_model.overlong_buffer.enable": True, "reward_model.overlong_buffer.len": 8},
+                    {"custom_reward_function.path": "r.py"}, {"algorithm.filter_groups.metric": "score"}):  # fmt: skip
+        assert lost({**by_reward, **changes}) == {"algorithm.filter_groups.metric": True}
+
+
+def test_one_key_is_asked_for_the_length_of_a_run() -> None:
+    for key, one in {
+        "trainer.total_epochs": "num_epochs",
+        "trainer.total_training_steps": "num_rollout_steps",
+    }.items():
+        unknown = ForeignSetting(key, "${N}", "run.sh line 1", ("N",))
+        asked = convert(ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", (unknown,)), VERL).asked
+        assert {"num_epochs", "num_rollout_steps"} & set(asked) == {one}
 
 
 def test_checkpoints() -> None:
