@@ -269,7 +269,12 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", dest="out", type=Path, metavar="RUN.yaml", help="write it there; standard output when absent"
     )
     parser.add_argument(
-        "--accept", nargs="+", default=[], metavar="KEY", help="lost settings that may change what is optimised"
+        "--accept",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="lost settings that may change what is optimised, after FILE; the report names them",
     )
 
 

@@ -25,14 +25,18 @@ def in_one_unit(c: Settings) -> dict[str, Section]:
 
 
 def _batch(c: Settings) -> BatchConfig:
-    samples, size = c.batch.mini_batch_samples, c.rollout.group_size
+    samples, size, train = c.batch.mini_batch_samples, c.rollout.group_size, c.sampling.train_batch_prompts
     if samples is None:
         return c.batch
-    if samples % size:
-        near = sorted({max(samples // size, 1) * size, (samples // size + 1) * size})
+    if samples % size or train % (samples // size):
+        fit = [prompts * size for prompts in range(1, train + 1) if train % prompts == 0]
+        near = [
+            *[fitting for fitting in fit if fitting < samples][-1:],
+            *[fitting for fitting in fit if fitting > samples][:1],
+        ]
         raise ValueError(
-            f"batch.mini_batch_samples {samples} is not a multiple of rollout.group_size {size}, and groups stay whole; use "
-            f"{' or '.join(map(str, near))}"
+            f"batch.mini_batch_samples {samples}: mini-batches have whole groups of rollout.group_size {size}, and equal parts of "
+            f"sampling.train_batch_prompts {train}; use {' or '.join(map(str, near))}"
         )
     return c.batch.model_copy(update={"mini_batch_prompts": samples // size, "mini_batch_samples": None})
 

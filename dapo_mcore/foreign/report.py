@@ -47,6 +47,9 @@ def _head(conversion: Conversion) -> Iterator[str]:
     words = {"same": "kept", "converted": "converted", "meaningless": "meaningless here", "lost": "lost",
              "asked": "open", "unknown": "not known to the table"}  # fmt: skip
     told = ", ".join(f"{number[kind]} {word}" for kind, word in words.items() if number[kind] or kind == "lost")
+    given = {setting.key for setting in run.settings}
+    if by_default := sum(name not in given for name in conversion.losses):
+        told += f"; {by_default} of its defaults {'is' if by_default == 1 else 'are'} lost"
     asked = len(conversion.asked)
     decide = f"; {asked} {'key is' if asked == 1 else 'keys are'} for you to decide" if asked else ""
     yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}{decide}"

@@ -26,11 +26,14 @@ def test_a_mini_batch_in_samples_is_the_one_in_prompts():
     assert config(batch={"mini_batch_samples": 24}).batch == config(batch={"mini_batch_prompts": 4}).batch
 
 
-def test_a_mini_batch_of_part_of_a_group_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"mini_batch_samples 20 is not a multiple of rollout.group_size 6.*use 18 or 24"
-    ):
-        config(batch={"mini_batch_samples": 20})
+@pytest.mark.parametrize(
+    ("samples", "use"),
+    [(20, "18 or 24"), (30, "24 or 36"), (5, "6"), (100, "72")],
+    ids=["part", "divides", "few", "many"],
+)
+def test_a_mini_batch_of_parts_of_groups_or_unequal_ones_is_refused(samples, use):
+    with pytest.raises(ConfigError, match=rf"mini_batch_samples {samples}: .*group_size 6, .*_prompts 12; use {use}$"):
+        config(batch={"mini_batch_samples": samples})
 
 
 @pytest.mark.parametrize("section", ["optimizer", "critic"])

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dapo_mcore.config.foreign_names import TITLES
 from dapo_mcore.errors import ConfigError, output_error
 from dapo_mcore.foreign.convert import Conversion, convert
 from dapo_mcore.foreign.read.nemo import read_nemo
+from dapo_mcore.foreign.read.script import NotThisDialect
 from dapo_mcore.foreign.read.slime import read_slime
 from dapo_mcore.foreign.read.verl import read_verl
 from dapo_mcore.foreign.report import report
@@ -47,6 +49,8 @@ def run(dialect: str, file: Path, out: Path | None, accepted: Sequence[str]) -> 
     With `out` the YAML goes there and the report to standard output; without, the YAML goes to standard output and the report to
     standard error. No YAML is written with exit code 3. Raise ConfigError for a file that is no such run.
     """
+    if out is not None:
+        _check_out(out)
     conversion = imported(dialect, file)
     left = conversion.unaccepted(accepted)
     print(report(conversion, accepted), end="", file=sys.stderr if out is None else sys.stdout)
@@ -70,12 +74,37 @@ def run(dialect: str, file: Path, out: Path | None, accepted: Sequence[str]) -> 
 def imported(dialect: str, file: Path) -> Conversion:
     """Return the run in `file`, converted. Raise ConfigError for a file that is no run of this dialect."""
     read, table = DIALECTS[dialect]
-    return convert(read(file), table)
+    try:
+        run = read(file)
+    except NotThisDialect as error:
+        if (other := _dialect_of(file, dialect)) is None:
+            raise
+        raise ConfigError(f"{error}; it is a run of {TITLES[other]}: dapo-mcore import {other} {file}") from None
+    return convert(run, table)
+
+
+def _dialect_of(file: Path, besides: str) -> str | None:
+    """Return the dialect whose reader takes the file, None if no other one does."""
+    for name, other in DIALECTS.items():
+        try:
+            if name != besides and other.read(file).settings:
+                return name
+        except ConfigError:
+            continue
+    return None
+
+
+def _check_out(out: Path) -> None:
+    """Raise ConfigError before the report if the YAML could not be written."""
+    if out.exists():
+        raise ConfigError(f"{out} exists; name another file with -o, or delete it first")
+    if not out.parent.is_dir():
+        raise ConfigError(
+            f"there is no folder {out.parent} for {out.name}; make it first, or name another file with -o"
+        )
 
 
 def _write(out: Path, text: str) -> None:
-    if out.exists():
-        raise ConfigError(f"{out} exists; name another file with -o, or delete it first")
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:

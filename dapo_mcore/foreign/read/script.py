@@ -13,6 +13,11 @@ from dapo_mcore.errors import ConfigError, shortened
 from dapo_mcore.foreign.bash.follow import Call, follow
 from dapo_mcore.foreign.bash.values import Value
 
+
+class NotThisDialect(ConfigError):
+    """The file may be a run, but it is none of the framework that was named."""
+
+
 _LARGEST = 4 << 20
 _PARENTS_OF_SOURCED = 4
 _PARENTS_AROUND = 3
@@ -42,7 +47,7 @@ def training_start(file: Path, entry_of: Callable[[Sequence[str]], int | None], 
         if place is not None:
             found.setdefault(call.line, []).append((place, call))
     if not found:
-        raise ConfigError(f"{file}: no training command in this script; {remedy}")
+        raise NotThisDialect(f"{file}: no training command in this script; {remedy}")
     if len(found) > 1:
         lines = ", ".join(map(str, found))
         raise ConfigError(
@@ -60,17 +65,20 @@ def training_start(file: Path, entry_of: Callable[[Sequence[str]], int | None], 
 
 
 def text_of(file: Path) -> str:
-    """Return a file's text. Raises ConfigError if it cannot be read or is too large for a script."""
+    """Return a file's text. Raises ConfigError if it cannot be read, is empty, or is too large for a script."""
     try:
         if file.stat().st_size > _LARGEST:
             raise ConfigError(
                 f"{file}: {file.stat().st_size} bytes; a script or configuration of at most {_LARGEST} is expected"
             )
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give the path of a script or configuration") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: no UTF-8 text; give the path of a script or configuration") from None
+    if not text.strip():
+        raise ConfigError(f"{file} is empty; give the path of a script or configuration")
+    return text
 
 
 def _beside(file: Path, name: str) -> Path | None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dapo_mcore.errors import ConfigError
-from dapo_mcore.foreign.read.script import text_of
+from dapo_mcore.foreign.read.script import NotThisDialect, text_of
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting, last_of_each_key
 
 Tree = dict[str, Any]
@@ -53,7 +53,7 @@ def read_resolved(dialect: str, file: Path, sections: set[str], remedy: str) -> 
     """Return the run of a configuration that holds all defaults. Raises ConfigError if it lacks one of `sections`."""
     tree = load_tree(file)
     if lacking := sorted(sections - set(tree)):
-        raise ConfigError(f"{file}: no section {lacking[0]}, which {dialect}'s configurations have; {remedy}")
+        raise NotThisDialect(f"{file}: no section {lacking[0]}, which {dialect}'s configurations have; {remedy}")
     return ForeignRun(dialect, file, "", "", settings_of(tree, file.name), complete=True)
 
 

@@ -137,3 +137,28 @@ def test_no_value_of_the_environment_is_copied(
     assert "s3cr3t" not in shown.out + shown.err + written
     assert "NNODES" in shown.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.sh", "run.yaml"]
+
+
+def test_where_the_yaml_goes_is_checked_before_the_report(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out, message in ((tmp_path / "no" / "run.yaml", "there is no folder"), (script, "exists; name another file")):
+        assert main(["import", "verl", str(script), "-o", str(out)]) == 2
+        shown = capsys.readouterr()
+        assert message in shown.err and shown.out == ""
+
+
+def test_a_run_of_another_framework_is_named(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", "slime", str(script)]) == 2
+    assert f"it is a run of verl: dapo-mcore import verl {script}" in capsys.readouterr().err
+    other = tmp_path / "other.sh"
+    other.write_text("echo hello\n", encoding="utf-8")
+    assert main(["import", "slime", str(other)]) == 2
+    assert "import verl" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["empty.sh", "empty.yaml"])
+def test_an_empty_file_is_called_empty(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("\n", encoding="utf-8")
+    assert main(["import", "verl", str(tmp_path / name)]) == 2
+    assert "is empty; give the path of a script or configuration" in capsys.readouterr().err
