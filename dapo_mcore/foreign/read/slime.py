@@ -67,12 +67,27 @@ def _flags(words: Sequence[Value], notes: list[str]) -> Iterator[tuple[Value, li
             if flag:
                 yield flag, values
             flag, values = word, []
+        elif flag and values and flag.text[2:] in _JSON and _is_whole_json(values):
+            notes.append(f"line {word.line}: {word.text} may hold further flags; write them into a copy of the script")
         elif flag and not (_is_a_whole_variable(word) and (values or _takes_no_value(flag))):
             values.append(word)
         elif word.text:
             notes.append(f"line {word.line}: {word.text} may hold further flags; write them into a copy of the script")
     if flag:
         yield flag, values
+
+
+def _is_whole_json(values: Sequence[Value]) -> bool:
+    """Return True if the words are a JSON value already: what follows is none of it."""
+    text = " ".join(value.text for value in values)
+    return isinstance(_parsed_json(text), dict | list)
+
+
+def _parsed_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _is_a_whole_variable(word: Value) -> bool:
@@ -111,10 +126,7 @@ def _parsed(key: str, words: Sequence[str]) -> Any:
     if not words:
         return True
     if key in _JSON:
-        try:
-            return json.loads(" ".join(words))
-        except ValueError:
-            return " ".join(words)
+        return _parsed_json(" ".join(words))
     numbers: list[Any] = [_number(word) for word in words]
     return numbers if len(numbers) > 1 or key in _LISTS else numbers[0]
 

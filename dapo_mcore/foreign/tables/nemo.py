@@ -31,7 +31,8 @@ _RULES = (
              "parallel.expert_tensor_parallel, parallel.sequence_parallel", f"{_M}.*_parallel_size", f"{_M}.sequence_parallel",
              "policy.dtensor_cfg.*"),
     combined(run.data, "data.files, data.prompt_key, data.answer_key, data.chat_template, data.deduplicate", "data.train.data_path",
-             "data.train.dataset_name", "data.train.input_key", "data.train.output_key", "data.default.prompt_file"),
+             "data.train.dataset_name", "data.train.input_key", "data.train.output_key", "data.default.prompt_file", "data.train",
+             "data.custom_dataloader"),
     same("data.shuffle"),
     same("policy.tokenizer.chat_template_kwargs"),
     combined(run.lengths, "data.max_prompt_tokens, data.on_long_prompt, rollout.max_response_tokens", "data.max_input_seq_length",
@@ -49,6 +50,7 @@ _RULES = (
              "sampling.carry_surplus", "grpo.num_prompts_per_step", "grpo.use_dynamic_sampling", "grpo.batch_multiplier",
              "grpo.dynamic_sampling_max_gen_batches"),
     combined(objective.reward, "reward.function, reward.workers", "data.default.env_name", "env.math.math_verify_impl", "env.math.num_workers", "grpo.reward_scaling.*"),
+    objective.ENVIRONMENTS,
     combined(objective.overlong, "reward.overlong.penalty, reward.overlong.cache, reward.overlong.factor, reward.overlong.max_length, "
              "reward.overlong.filter", "grpo.reward_shaping.*", "grpo.overlong_filtering"),
     combined(objective.estimator, "algo.advantage, algo.advantage_std, algo.advantage_baseline", "grpo.adv_estimator.name",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.table import Outcome, Rule, Source, asked, became, gone
 
 LOST_OF_THE_OBJECTIVE = {
     "grpo.advantage_clip_low": "advantages are not clipped",
@@ -48,6 +48,30 @@ def reward(source: Source) -> Iterator[Outcome]:
         )
     workers = "env.math.num_workers"
     yield became(source, "reward.workers", source[workers], workers, note="processes")
+
+
+def _environments(source: Source) -> Iterator[Outcome]:
+    """Yield the loss of each environment that is not a mathematical one, by the first of its keys."""
+    others: dict[str, list[str]] = {}
+    for setting in source.run.settings:
+        section, name, *_ = [*setting.key.split("."), ""]
+        if section == "env" and setting.value is False:
+            yield Outcome("meaningless", (setting.key,), note="off, as here")
+        elif section == "env" and name == "math" and not setting.key.endswith(_OF_MATH):
+            yield gone("not known to the table", setting.key)
+        elif section == "env" and name == "dapo":
+            yield Outcome("meaningless", (setting.key,), note="env.math says it")
+        elif section == "env" and name != "math":
+            others.setdefault(name, []).append(setting.key)
+    for name, keys in others.items():
+        what = "it gives the prompts or the rewards there; nearest: a reward function path.py:name, tools"
+        yield gone(f"the environment {name}: {what}", *keys, objective=True)
+
+
+_OF_MATH = (".num_workers", ".math_verify_impl")
+ENVIRONMENTS = Rule(
+    ("env.*",), (), _environments, "another environment than math; nearest: reward.function, tools", objective=True
+)
 
 
 def overlong(source: Source) -> Iterator[Outcome]:

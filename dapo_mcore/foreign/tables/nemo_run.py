@@ -93,7 +93,11 @@ def lengths(source: Source) -> Iterator[Outcome]:
 def data(source: Source) -> Iterator[Outcome]:
     """Yield the training data. NeMo-RL's named data sets are for a person to name as files."""
     path, name = "data.train.data_path", "data.train.dataset_name"
-    if source.path(path):
+    several = [key for key in ("data.custom_dataloader", "data.train") if source.gives(key) and source[key]]
+    if several:
+        what = "a list of data sets" if several[0] == "data.train" else "a loader of the user's own"
+        yield asked("data.files", f"the prompts come from {what}; name the files, mixed as they are to be", *several)
+    elif source.path(path):
         yield Outcome("converted", (path,), "data.files", [source.path(path)], "a list")
         if source["data.train.input_key"]:
             yield became(source, "data.prompt_key", source["data.train.input_key"], "data.train.input_key")
@@ -107,7 +111,9 @@ def data(source: Source) -> Iterator[Outcome]:
     frame = "data.default.prompt_file"
     if source[frame] is not None:
         yield gone(
-            f"the text of {source[frame]} around each prompt; nearest: a chat template (data.chat_template)", frame
+            f"the text of {source[frame]} around each prompt; nearest: a chat template (data.chat_template)",
+            frame,
+            objective=True,
         )
     elif source.gives(frame):
         yield Outcome("meaningless", (frame,), note="no text around prompts, as here")

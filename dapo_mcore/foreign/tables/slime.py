@@ -111,6 +111,7 @@ _RULES = (
          "custom-advantage-function-path", "custom-pg-loss-reducer-function-path", "custom-reward-post-process-path", "reward-key",
          "group-rm", "rm-url", "custom-convert-samples-to-train-data-path", "rollout-sample-filter-path", "buffer-filter-path",
          "mask-offpolicy-in-partial-rollout", "ref-update-interval", objective=True),
+    lost("images are not read: the policy would see the text alone", "multimodal-keys", objective=True),
     lost("another loss than the policy's", "loss-type", off=(None, "policy_loss"), objective=True),
     lost("generation by code of your own, such as tools; nearest: sections tools and agent", "custom-generate-function-path",
          "rollout-function-path", "data-source-path", objective=True),

@@ -68,3 +68,14 @@ def test_other_scripts_are_refused(tmp_path: Path) -> None:
         ConfigError, match=r"no training command in this script; give a script that starts slime's trainer"
     ):
         read_slime(tmp_path / "run.sh")
+
+
+def test_a_json_value_ends_where_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "run.sh"
+    file.write_text('KEYS=\'{"image": "images"}\'\npython3 train.py --multimodal-keys "$KEYS" ${MORE} --lr 1e-6\n')
+    run = read_slime(file)
+    assert {setting.key: setting.value for setting in run.settings} == {
+        "multimodal-keys": {"image": "images"},
+        "lr": 1e-6,
+    }
+    assert any("may hold further flags" in note for note in run.notes)

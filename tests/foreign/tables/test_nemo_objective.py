@@ -74,3 +74,10 @@ def test_corrections() -> None:
         "loss_fn.use_importance_sampling_correction": True
     }
     assert ours({"grpo.async_grpo.enabled": True})["rollout.async_steps"] == 1
+
+
+def test_another_environment_is_lost_by_one_name() -> None:
+    game = {"env.sliding_puzzle_game.cfg.max_moves": 30, "env.sliding_puzzle_game.cfg.size": 5}
+    assert losses(game) == {"env.sliding_puzzle_game.cfg.max_moves": True}
+    assert losses({"env.dapo.num_workers": 8, "env.should_use_nemo_gym": False}) == {}
+    assert losses({"env.math.verifier_type": "english"}) == {"env.math.verifier_type": False}

@@ -86,7 +86,7 @@ def test_data_by_name_is_asked_for() -> None:
         "q",
         ["/e.jsonl"],
     )
-    assert imported({}).losses == {"data.default.prompt_file": False}, "the text around prompts is NeMo-RL's default"
+    assert imported({}).losses == {"data.default.prompt_file": True}, "the text around prompts is NeMo-RL's default"
 
 
 def test_checkpoints_and_loggers() -> None:
@@ -102,3 +102,9 @@ def test_stops_and_overrides() -> None:
     found = ours({"policy.generation.stop_strings": ["x"], "policy.hf_config_overrides.rope.factor": 4})
     assert found["rollout.stop"] == ["x"]
     assert found["model.overrides"] == {"rope": {"factor": 4}}
+
+
+def test_a_list_of_data_sets_or_a_loader_of_ones_own_is_asked_for() -> None:
+    for key, value in {"data.train": [{"data_path": "/a"}], "data.custom_dataloader": "mine.loader"}.items():
+        conversion = imported({key: value, "data.train.data_path": "/d.jsonl"})
+        assert conversion.kind_of(key) == "asked" and "data.files" in conversion.asked

@@ -96,3 +96,7 @@ def test_each_name_of_the_list_is_in_a_rule_for_our_key(key: str) -> None:
 def test_flags_that_change_nothing_only_at_one_value(flag: str, on: float, off: float) -> None:
     assert run_of({flag: on}).losses.get(flag) is True
     assert flag not in run_of({flag: off}).losses and run_of({flag: off}).kind_of(flag) == "meaningless"
+
+
+def test_images_are_lost() -> None:
+    assert run_of({"multimodal-keys": {"image": "images"}}).losses["multimodal-keys"] is True
