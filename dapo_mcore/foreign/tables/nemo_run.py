@@ -62,7 +62,10 @@ def layout(source: Source) -> Iterator[Outcome]:
     used = tuple(f"policy.dtensor_cfg.{key}" for key in source.below("policy.dtensor_cfg")) or (
         "policy.dtensor_cfg.enabled",
     )
-    note = "DTensor (FSDP) has another layout than Megatron needs. Once all is answered, with 1 for now, `dapo-mcore plan FILE --suggest` ranks those that fit"
+    note = (
+        "DTensor (FSDP) has another layout than Megatron needs. Once all is answered, with 1 for now, `dapo-mcore plan FILE "
+        "--suggest` ranks those that fit"
+    )
     yield asked("parallel.tensor_parallel", note, *used)
 
 

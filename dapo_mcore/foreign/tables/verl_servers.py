@@ -20,7 +20,10 @@ def layout(source: Source) -> Iterator[Outcome]:
         key, sequence = f"{_ACTOR}.strategy", f"{_ACTOR}.ulysses_sequence_parallel_size"
         ranks = source[sequence] or 1
         split = f"; Ulysses over {ranks} is context_parallel of at most {ranks} here" if ranks > 1 else ""
-        note = f"FSDP has no layout, and Megatron needs one{split}. once all is answered, with 1 for now, `dapo-mcore plan FILE --suggest` ranks those that fit"
+        note = (
+            f"FSDP has no layout, and Megatron needs one{split}. Once all is answered, with 1 for now, `dapo-mcore plan FILE "
+            "--suggest` ranks those that fit"
+        )
         keys = (sequence,) if source.gives(sequence) else (key,)
         yield asked("parallel.tensor_parallel", note, *keys)
         return
