@@ -93,7 +93,7 @@ OVERRIDES = {
     "data.files.0=a": "override 'data.files.0=a': data.files is a value, not a section, and has no 0",
     "algo=3": "algo is a section, not a value (got 3); set its keys (clip_low, clip_high, dual_clip, ",
     "optimizer=": "optimizer is a section, not a value (got null); set its keys (lr, min_lr, ",
-    "eval.sets.a=3": "on_bad_row, deduplicate, shuffle, limit and 6 more) as eval.sets.a.files=…",
+    "eval.sets.a=3": "on_bad_row, deduplicate, shuffle, limit and 7 more) as eval.sets.a.files=…",
     "rollout.sglang=x": " more) as rollout.sglang.urls=…",
     "warm_start=3": "batch_size, max_updates, lr, warmup_updates, weight_decay, stop_at, check_every, choose) as "
     "warm_start.files=…, or null to turn it off",
