@@ -182,6 +182,16 @@ def combined(apply: Callable[[Source], Iterable[Outcome]], ours: str, *keys: str
     return Rule(keys, tuple(ours.split(", ")), apply, about)
 
 
+def joined(ours: str, note: str, *keys: str) -> Rule:
+    """Return the rule of settings whose lists stand in one list here."""
+
+    def apply(source: Source) -> Iterator[Outcome]:
+        if given := tuple(key for key in keys if source[key]):
+            yield Outcome("converted", given, ours, [item for key in given for item in source[key]], note)
+
+    return Rule(keys, (ours,), apply, note)
+
+
 def meaningless(title: str, why: str, *keys: str) -> Rule:
     """Return the rule of settings that change nothing here, under one title in the report."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from dapo_mcore.config.foreign_names import NEMO as NAMES
-from dapo_mcore.foreign.table import Table, changed, combined, lost, meaningless
+from dapo_mcore.foreign.table import Table, changed, combined, joined, lost, meaningless
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import nemo_objective as objective
 from dapo_mcore.foreign.tables import nemo_run as run
@@ -41,7 +41,7 @@ _RULES = (
     same(f"{_G}.temperature"),
     same(f"{_G}.top_p"),
     changed(NAMES, lambda k: k if k else -1, f"{_G}.top_k"),
-    combined(run.stops, "rollout.stop", f"{_G}.stop_strings", f"{_G}.stop_token_ids"),
+    joined("rollout.stop", "texts and ids in one list", f"{_G}.stop_strings", f"{_G}.stop_token_ids"),
     combined(run.servers, "rollout.engine, rollout.sglang.tensor_parallel, rollout.sglang.num_servers, rollout.sglang.colocated, "
              "rollout.sglang.sync, rollout.sglang.placement, rollout.sglang.host, rollout.sglang.server_args", f"{_G}.backend",
              f"{_G}.vllm_cfg.tensor_parallel_size", f"{_G}.vllm_cfg.gpu_memory_utilization", f"{_G}.vllm_cfg.enforce_eager",

@@ -306,19 +306,6 @@ def servers(source: Source) -> Iterator[Outcome]:
         yield Outcome("meaningless", (eager,), note="SGLang's default, too")
 
 
-def stops(source: Source) -> Iterator[Outcome]:
-    """Yield texts and ids that end a response."""
-    keys = [key for key in (f"{_GENERATION}.stop_strings", f"{_GENERATION}.stop_token_ids") if source[key]]
-    if keys:
-        yield Outcome(
-            "converted",
-            tuple(keys),
-            "rollout.stop",
-            [item for key in keys for item in source[key]],
-            "texts and ids in one list",
-        )
-
-
 def saving(source: Source) -> Iterator[Outcome]:
     """Yield checkpoints: NeMo-RL keeps the best by a metric."""
     place = "checkpointing"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from dapo_mcore.config.foreign_names import SLIME as NAMES
-from dapo_mcore.foreign.table import Table, combined, lost, meaningless
+from dapo_mcore.foreign.table import Table, combined, joined, lost, meaningless
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import slime_objective as objective
 from dapo_mcore.foreign.tables import slime_run as run
@@ -64,7 +64,7 @@ _RULES = (
     same("rollout-temperature"),
     same("rollout-top-p"),
     same("rollout-top-k"),
-    combined(run.stops, "rollout.stop", "rollout-stop", "rollout-stop-token-ids"),
+    joined("rollout.stop", "texts and ids in one list", "rollout-stop", "rollout-stop-token-ids"),
     combined(run.server_places, "rollout.engine, rollout.sglang.tensor_parallel, rollout.sglang.colocated, rollout.sglang.sync, "
              "rollout.async_steps, reward.workers", "rollout-num-gpus-per-engine", "colocate"),
     combined(run.num_servers, "rollout.sglang.num_servers", "rollout-num-gpus", "actor-num-nodes", "actor-num-gpus-per-node"),

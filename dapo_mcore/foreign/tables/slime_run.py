@@ -249,16 +249,3 @@ def loggers(source: Source) -> Iterator[Outcome]:
         )
     elif source.gives("wandb-project"):
         yield Outcome("meaningless", ("wandb-project",), note="use-wandb is off")
-
-
-def stops(source: Source) -> Iterator[Outcome]:
-    """Yield texts and ids that end a response."""
-    keys = [key for key in ("rollout-stop", "rollout-stop-token-ids") if source.gives(key)]
-    if keys:
-        yield Outcome(
-            "converted",
-            tuple(keys),
-            "rollout.stop",
-            [item for key in keys for item in source[key]],
-            "texts and ids in one list",
-        )
