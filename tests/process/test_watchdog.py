@@ -205,6 +205,7 @@ with beacon.phase("save"):
     strikes("save")
     with beacon.waits("sum"):
         dist.all_reduce(torch.ones(8), group=control)
+dist.destroy_process_group()  # else gloo's threads may abort the process at exit
 beacon.leave()
 print("done", rank, flush=True)
 """
