@@ -6,6 +6,8 @@ model_files/model_folder.py, of a data set in data/hub_split.py.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo_mcore.errors import ConfigError, one_line
+from dapo_mcore.process.node_answer import answer_of_node
 
 _TIMEOUT_S = 10.0
 """Time in which the hub must answer a first request."""
@@ -34,10 +37,16 @@ class HubRepo:
 def download(repo: HubRepo, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     """Return a folder with the files of the repository that match a pattern (those of fnmatch) and are not ignored.
 
-    The first process of a node that asks downloads what the cache lacks, and shows its progress; others wait for it. Without the
-    hub (HF_HUB_OFFLINE=1, or it does not answer) the files are those of the cache. Raise ConfigError that says what to do if
-    there are none, for an unknown name or revision, a repository that asks for a token, and a cache that cannot be written.
+    One rank of a node asks the hub, downloads what the cache lacks, and shows its progress; the others wait for its answer, be it
+    an error (process/node_answer.py). Without the hub (HF_HUB_OFFLINE=1, or it does not answer) the files are those of the cache.
+    Raise ConfigError that says what to do if there are none, for an unknown name or revision, a repository that asks for a token,
+    and a cache that cannot be written.
     """
+    question = json.dumps([repo.kind, repo.name, repo.revision, repo.setting, list(patterns), list(ignored)])
+    return Path(answer_of_node(os.environ, question, lambda: _download(repo, patterns, ignored)))
+
+
+def _download(repo: HubRepo, patterns: Sequence[str], ignored: Sequence[str]) -> str:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -52,8 +61,8 @@ def download(repo: HubRepo, patterns: Sequence[str], ignored: Sequence[str] = ()
     if problem:
         return _cached(repo, problem, options)
     try:
-        with _one_of_node(Path(constants.HF_HUB_CACHE), repo):
-            return Path(snapshot_download(**options))
+        with _one_of_cache(Path(constants.HF_HUB_CACHE), repo):
+            return snapshot_download(**options)
     except HfHubHTTPError as error:
         raise _refused(repo, error) from error
     except OSError as error:
@@ -83,11 +92,11 @@ def _why_out_of_reach(repo: HubRepo) -> str:
     return ""
 
 
-def _cached(repo: HubRepo, problem: str, options: dict[str, Any]) -> Path:
+def _cached(repo: HubRepo, problem: str, options: dict[str, Any]) -> str:
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(**options, local_files_only=True))
+        return snapshot_download(**options, local_files_only=True)
     except (OSError, ValueError) as error:
         option = f" --revision {repo.revision}" if repo.revision else ""
         kind = " --repo-type dataset" if repo.kind == "dataset" else ""
@@ -115,8 +124,8 @@ def _refused(repo: HubRepo, error: Any) -> ConfigError:
 
 
 @contextmanager
-def _one_of_node(cache: Path, repo: HubRepo) -> Iterator[None]:
-    """Let one process in at a time. Those that had to wait find the files there, and show no progress."""
+def _one_of_cache(cache: Path, repo: HubRepo) -> Iterator[None]:
+    """Let one process in at a time, of all jobs and nodes that share the cache. Those that had to wait show no progress."""
     from filelock import FileLock, Timeout
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 

@@ -23,10 +23,14 @@ FILES = {
     "onnx/m.json": b"1",
 }
 REPOS = {"models/Org/Tiny": FILES}
-WAIT_AND_LOAD = (
-    "from dapo_mcore.hub import *; "
-    "print(sorted(p.name for p in download(HubRepo('model', 'Org/Tiny', None, 'model.path'), ['*'], ['*/*', '*.bin']).iterdir()))"
-)
+DOWNLOAD = """
+from dapo_mcore.hub import *
+try:
+    folder = download(HubRepo("model", "Org/Tiny", None, "model.path"), ["*"], ["*/*", "*.bin"])
+    print(sorted(path.name for path in folder.iterdir()))
+except ConfigError as error:
+    print(error)
+"""
 
 
 def repo(name: str = "Org/Tiny", revision: str | None = None) -> HubRepo:
@@ -108,21 +112,46 @@ def test_a_cache_that_cannot_be_written_is_told(hub: FakeHub, tmp_path: Path):
         download(repo(), ["*"])
 
 
+def ranks_of_torchrun(hub: FakeHub, folder: Path, number: int, command: str, *packages: str) -> list[str]:
+    """Return what each of the ranks prints that one torchrun would start with a cache of its own."""
+    ranks = []
+    for rank in range(number):
+        (logs := folder / "attempt_0" / str(rank)).mkdir(parents=True)
+        told = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": str(logs / "error.json")}
+        paths = {"PYTHONPATH": os.pathsep.join([*packages, str(ROOT)]), "HF_HOME": str(folder), "HF_ENDPOINT": hub.url}
+        options = {"env": {**os.environ, **told, **paths}, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        ranks.append(subprocess.Popen([sys.executable, "-c", command], **options, text=True))
+    return [rank.communicate()[0] for rank in ranks]
+
+
 @pytest.mark.parametrize("older", [False, True])
-def test_processes_of_a_node_download_each_file_once(tmp_path: Path, older: bool):
+def test_ranks_of_a_node_ask_as_often_as_one(tmp_path: Path, older: bool):
     path = os.environ.get("DAPO_MCORE_TRANSFORMERS4")
     if older and not path:
         pytest.skip("needs DAPO_MCORE_TRANSFORMERS4")
-    paths = [str(ROOT), *([str(path)] if older else [])][::-1]
+    packages = [str(path)] if older else []
     with fake_hub(REPOS) as hub:
-        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", WAIT_AND_LOAD], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-            for _ in range(3)
-        ]
-        told = [rank.communicate()[0] for rank in ranks]
-    assert told == [b"['config.json', 'model.safetensors']\n"] * 3
+        told = ranks_of_torchrun(hub, tmp_path / "one", 1, DOWNLOAD, *packages)
+        asked = hub.asked.copy()
+        hub.asked.clear()
+        assert ranks_of_torchrun(hub, tmp_path / "four", 4, DOWNLOAD, *packages) == told * 4
+        assert hub.asked == asked and asked[f"GET /Org/Tiny/resolve/{COMMIT}/model.safetensors"] == 1
+    assert told == ["['config.json', 'model.safetensors']\n"]
+
+
+def test_ranks_of_a_node_see_one_refusal(tmp_path: Path):
+    command = DOWNLOAD.replace("Org/Tiny", "Org/Absent")
+    with fake_hub(REPOS) as hub:
+        told = ranks_of_torchrun(hub, tmp_path, 3, command)
+        assert hub.asked["GET /api/models/Org/Absent/revision/main"] == 1
+    assert len(set(told)) == 1 and "Org/Absent: http" in told[0] and "has no such model" in told[0]
+
+
+def test_processes_without_torchrun_download_each_file_once(tmp_path: Path):
+    with fake_hub(REPOS) as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        options = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes = [subprocess.Popen([sys.executable, "-c", DOWNLOAD], **options) for _ in range(2)]
+        assert [process.wait() for process in processes] == [0, 0]
     loads = {path: number for path, number in hub.asked.items() if path.startswith("GET /Org")}
     assert loads == {f"GET /Org/Tiny/resolve/{COMMIT}/{name}": 1 for name in ("config.json", "model.safetensors")}

@@ -54,8 +54,8 @@ class ModelConfig(Section):
 
     path: FilePath
     """Folder with config.json, tokenizer files and (for init=pretrained) safetensors; or the name of a model on the Hugging Face
-    hub, such as Qwen/Qwen2.5-7B (hf://Qwen/Qwen2.5-7B where a folder Qwen exists). One process of each node downloads it into the
-    hub's cache, safetensors only, and with HF_HUB_OFFLINE=1 it is taken from there."""
+    hub, such as Qwen/Qwen2.5-7B (hf://Qwen/Qwen2.5-7B where a folder Qwen exists). One rank of each node asks the hub and downloads
+    the model into its cache, safetensors only; with HF_HUB_OFFLINE=1 it is taken from there."""
     revision: Text | None = None
     """Branch, tag or commit of a model on the hub. None: main. With a commit, all nodes and later runs have the same weights."""
     init: Literal["pretrained", "random"] = "pretrained"
