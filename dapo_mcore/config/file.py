@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config.allowed import allowed
-from dapo_mcore.config.foreign_names import foreign
+from dapo_mcore.config.foreign_names import foreign, misspelt
 from dapo_mcore.config.keys import (
     OLD_KEYS,
     is_section,
@@ -214,13 +214,17 @@ def _is_quoted(text: str) -> bool:
 
 
 def _single(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield one mistake per key of an unknown section, unless a known section has nearly the same name."""
+    """Yield one mistake per key of an unknown section, unless it is a misspelt section of ours: none of its keys is foreign, and a
+    known section has nearly the same name."""
     path, value = _path(item), item["input"]
-    if item["type"] != "extra_forbidden" or not isinstance(value, dict) or not value or nearest_section(path):
-        yield item
-        return
-    for key, below in value.items():
-        yield from _single({**item, "loc": (*path, str(key)), "input": below})
+    if item["type"] == "extra_forbidden" and isinstance(value, dict) and value:
+        parts = [
+            part for key, below in value.items() for part in _single({**item, "loc": (*path, str(key)), "input": below})
+        ]
+        if not nearest_section(path) or any(foreign(".".join(_path(part))) for part in parts):
+            yield from parts
+            return
+    yield item
 
 
 def _explain(item: Mapping[str, Any]) -> str:
@@ -236,7 +240,7 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"unknown key {where!r}: this is {found}"
     if item["type"] == "extra_forbidden":
         near = nearest_section(path) if isinstance(item["input"], dict) else nearest_keys(path)
-        return f"unknown key {where!r}; {_did_you_mean(near, path[:-1])}"
+        return f"unknown key {where!r}; {_did_you_mean(near, path)}"
     if item["type"] in ("model_type", "dict_type") and where:
         return f"{where} is a section, not a value (got {_shown(item['input'])}); {_how_to_set(path)}"
     key, words = allowed(path)
@@ -253,10 +257,13 @@ def _path(item: Mapping[str, Any]) -> list[str]:
     return [str(part) for part in item["loc"] if part != "[key]"]
 
 
-def _did_you_mean(near: Sequence[str], section: Sequence[str]) -> str:
-    """Return a hint: the nearest keys, else the keys of the section, else how to print all keys."""
+def _did_you_mean(near: Sequence[str], path: Sequence[str]) -> str:
+    """Return a hint: the nearest keys, else the nearest foreign one, else the keys of the section, else how to print all keys."""
     if near:
         return f"did you mean {' or '.join(map(repr, near[:3]))}?"
+    if meant := misspelt(".".join(path)):
+        return f"did you mean {meant}?"
+    section = path[:-1]
     if section and (keys := keys_of(section)):
         return f"the keys of {'.'.join(section)} are {_listed(keys)}"
     return "`dapo-mcore config --only-values examples/quickstart.yaml` prints all keys"

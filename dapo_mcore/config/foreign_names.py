@@ -5,6 +5,7 @@ Change here: a foreign name, our key for it, and its unit. How a value is conver
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -26,6 +27,8 @@ class Name(NamedTuple):
         return tuple(self.ours.split(", "))
 
 
+_NEAR = 0.9
+"""Likeness from which on a word counts as a misspelt foreign name."""
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _MODEL, _OPTIM, _MEGATRON = "actor_rollout_ref.model", f"{_ACTOR}.optim", f"{_ACTOR}.megatron"
 _COV = f"{_ACTOR}.policy_loss"
@@ -325,7 +328,9 @@ class Foreign(NamedTuple):
     def __str__(self) -> str:
         """Return `verl's name for rollout.group_size (responses per prompt)`."""
         unit = f" ({self.name.unit})" if self.name.unit else ""
-        return f"{TITLES[self.dialect]}'s name for {' and '.join(self.name.keys)}{unit}"
+        *others, last = self.name.keys
+        ours = f"{', '.join(others)} and {last}" if others else last
+        return f"{TITLES[self.dialect]}'s name for {ours}{unit}"
 
 
 def foreign(key: str) -> Foreign | None:
@@ -340,13 +345,22 @@ def meant_by(name: str) -> list[str]:
     return list(dict.fromkeys(entry.name.keys[0] for entry in _by_end().get(_plain(name), ())))
 
 
+def misspelt(key: str) -> str:
+    """Return the whole foreign name that nearly has a key's letters, with what it stands for; "" if there is none."""
+    near = difflib.get_close_matches(_plain(key), [full for full, _ in _entries()], n=1, cutoff=_NEAR)
+    if not near or (found := foreign(near[0])) is None:
+        return ""
+    return f"{f'--{near[0]}'.replace('_', '-') if found.dialect == 'slime' else near[0]}, {found}"
+
+
 def unknown_arguments(words: Sequence[str]) -> str:
     """Return what to say about words of a command line that are neither options nor overrides."""
-    for word in words:
-        option = word.partition("=")[0]
-        if word.startswith("--") and (found := foreign(option)):
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for option in options:
+        if found := foreign(option):
             return f"{option} is {found}; write {found.name.keys[0]}=VALUE"
-    return f"unrecognized arguments: {' '.join(words)}"
+    hints = [f"; did you mean {near}?" for option in options if (near := misspelt(option))]
+    return f"unrecognized arguments: {' '.join(words)}{''.join(hints[:1])}"
 
 
 def _plain(key: str) -> str:

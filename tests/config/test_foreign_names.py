@@ -25,6 +25,11 @@ def test_several_keys_of_one_name() -> None:
         ("+actor_rollout_ref.rollout.n", "verl's name for rollout.group_size (responses per prompt)"),
         ("rollout.n", "verl's name for rollout.group_size (responses per prompt)"),
         ("trainer.test_freq", "verl's name for eval.every (rollout steps; -1 (never): leave eval.sets out)"),
+        (
+            "algorithm.adv_estimator",
+            "verl's name for algo.advantage, algo.advantage_std and algo.advantage_baseline (grpo: group; gae: gae with a critic; "
+            "rloo: group with advantage_baseline leave-one-out and advantage_std none)",
+        ),
         ("--rollout-batch-size", "slime's name for sampling.train_batch_prompts (prompts per rollout step)"),
         ("rollout_batch_size", "slime's name for sampling.train_batch_prompts (prompts per rollout step)"),
     ],
@@ -52,3 +57,7 @@ def test_a_foreign_flag_on_the_command_line() -> None:
         "sampling.train_batch_prompts=VALUE"
     )
     assert unknown_arguments(["--procesess", "2"]) == "unrecognized arguments: --procesess 2"
+    assert unknown_arguments(["--rolout-batch-size", "32"]).endswith(
+        " --rolout-batch-size 32; did you mean --rollout-batch-size, slime's name for sampling.train_batch_prompts (prompts per "
+        "rollout step)?"
+    )

@@ -80,6 +80,15 @@ def test_a_name_that_means_something_else_in_every_section_is_not_guessed() -> N
             "trainer.save_freq=1",
             "unknown key 'trainer.save_freq': this is verl's name for checkpoint.every (rollout steps; -1: null)",
         ),
+        ("algorithm.lam=1", "unknown key 'algorithm.lam': this is verl's name for algo.lam (only with advantage gae)"),
+        (
+            "++data.train_batch_size=1",
+            "this is verl's name for sampling.train_batch_prompts (prompts per rollout step)",
+        ),
+        (
+            "trainer.tset_freq=1",
+            "unknown key 'trainer.tset_freq'; did you mean trainer.test_freq, verl's name for eval.every (rollout steps;",
+        ),
         ("data.train_files=a", "unknown key 'data.train_files': this is verl's name for data.files (a list of files)"),
         ("sampling.ppo_mini_batch_size=1", "did you mean 'batch.mini_batch_prompts'?"),
         ("max_response_length=1", "unknown key 'max_response_length'; did you mean 'rollout.max_response_tokens'?"),
