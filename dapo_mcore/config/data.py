@@ -42,7 +42,7 @@ class DataConfig(Section):
 
     files: FilePaths
     """One or several of: a file of JSONL or a JSON array (.jsonl, .json), CSV with a header (.csv, .tsv: every value is text), each also
-    as .gz or .zst, parquet, or an Arrow stream (.arrow); a folder, for the files of one format and split in it and below it, or
+    as .gz or .zst, parquet, or Arrow (.arrow); a folder, for the files of one format and split in it and below it, or
     one that `save_to_disk` of `datasets` wrote; a glob such as data/train-*.parquet; a split of a data set on the Hugging Face hub,
     hf://ORG/NAME[@REVISION][/CONFIG]:SPLIT, from the hub's cache with HF_HUB_OFFLINE=1 (needs the extra `datasets`)."""
     prompt_key: str = "prompt"

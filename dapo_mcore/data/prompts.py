@@ -308,7 +308,11 @@ def _required(row: Row, key: str, setting: str) -> Any:
 
 def _no_column(row: Row, key: str, setting: str) -> DataError:
     keys = ", ".join(map(str, row.columns)) or "nothing"
-    return DataError(f"{row.where}: no {key!r}, the row has {keys:.400}; name the column in {setting}")
+    remedy = f"name the column in {setting}"
+    for name, value in row.columns.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and key in value[0]:
+            remedy = f"the rows seem to be in its list {name}: write them one a line, jq -c '.{name}[]'"
+    return DataError(f"{row.where}: no {key!r}, the row has {keys:.400}; {remedy}")
 
 
 def _as_answer(row: Row, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rows of tables: parquet, Arrow streams (as `datasets` saves them) and CSV.
+"""Rows of tables: parquet, Arrow (streams, as `datasets` saves them, and files) and CSV.
 
 Change here: how a table's cells become a row's values. rows.py decides by the file's name which reader reads it.
 """
@@ -9,11 +9,18 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from dapo_mcore.data.json_rows import Row
 from dapo_mcore.data.sources import begin_of, hint
 from dapo_mcore.errors import DataError, one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ARROW_FILE = b"ARRO"
+"""First bytes of an Arrow file."""
+_OTHER_DELIMITERS = ",;\t|"
 
 
 def read_parquet(path: Path, name: str) -> Iterator[Row]:
@@ -34,21 +41,32 @@ def read_parquet(path: Path, name: str) -> Iterator[Row]:
 
 
 def read_arrow(path: Path, name: str) -> Iterator[Row]:
-    """Yield the rows of an Arrow stream. Raise DataError for a damaged one, with the last row that could be read."""
+    """Yield the rows of an Arrow stream or file. Raise DataError for a damaged one, with the last row that could be read."""
     import pyarrow as pa
 
     number = 0
     try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
-            for batch in stream:
+        with pa.memory_map(str(path)) as file:
+            for batch in _batches(file, is_file=begin_of(path) == _ARROW_FILE):
                 for columns in batch.to_pylist():
                     number += 1
                     yield Row(f"{name} row {number}", columns)
     except Exception as error:
         raise DataError(
-            f"{name} cannot be read as an Arrow stream after row {number}: {one_line(error)}; give a folder that "
-            "datasets' save_to_disk has written, or get the file again"
+            f"{name} cannot be read as Arrow after row {number}: {one_line(error)}; give a folder that datasets' save_to_disk has "
+            "written, or get the file again"
         ) from error
+
+
+def _batches(file: pa.NativeFile, is_file: bool) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file, which has an index of them, or of a stream, which has none."""
+    import pyarrow as pa
+
+    if not is_file:
+        yield from pa.ipc.open_stream(file)
+        return
+    batches = pa.ipc.open_file(file)
+    yield from map(batches.get_batch, range(batches.num_record_batches))
 
 
 def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
@@ -61,7 +79,7 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
     number = 0
     try:
         header = next(records, [])
-        _check_header(header, name)
+        _check_header(header, name, delimiter)
         for number, record in enumerate(records, start=1):
             if record:
                 yield _record(f"{name} row {number}", header, record)
@@ -72,7 +90,13 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
         ) from error
 
 
-def _check_header(header: list[str], name: str) -> None:
+def _check_header(header: list[str], name: str, delimiter: str) -> None:
+    other = next((sign for sign in _OTHER_DELIMITERS if sign in header[0]), "") if len(header) == 1 else ""
+    if other:
+        raise DataError(
+            f"{name}: its first line names one column, {header[0]!r:.80}; is it separated by {other!r}? Its name promises "
+            f"{delimiter!r}: write the file with that, or as JSONL"
+        )
     twice = sorted({column for column in header if header.count(column) > 1 or not column})
     if twice:
         raise DataError(

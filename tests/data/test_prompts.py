@@ -93,6 +93,10 @@ def test_prompts_know_their_file_and_row_even_if_other_rows_are_left_out(load, t
         ('{"q": "x', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ({"a": "1", "Q": "x"}, "no 'q', the row has a, Q; name the column in data.prompt_key"),
+        (
+            {"rows": [{"q": "x", "a": "1"}]},
+            "no 'q', the row has rows; the rows seem to be in its list rows: write them one a line, jq -c '.rows[]'",
+        ),
         ({"q": "x"}, "no 'a', the row has q; name the column in data.answer_key"),
         ({"q": None, "a": "1"}, "'q' is null"),
         ({"q": "x", "a": None}, "'a' is null"),
