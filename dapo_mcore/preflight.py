@@ -213,9 +213,10 @@ def describe_step(config: Config) -> str:
 
 def _load_rewards(config: Config, *, users: bool) -> None:
     """Load the reward functions. users  also users' code, which a run executes only in its workers."""
-    for section in (config.reward, *map(config.set_reward, config.set_functions)):
+    sets = {f"eval.sets.{name}.reward_function": config.set_reward(name) for name in config.set_functions}
+    for key, section in {"reward.function": config.reward, **sets}.items():
         if users or not any(":" in function for function in section.functions):
-            build_judge(Rule.of(section))
+            build_judge(Rule.of(section), key)
 
 
 def _check_servers(config: Config, architecture: str) -> None:

@@ -6,9 +6,11 @@ objective, a rule of rules.py refuses it instead. Only values that differ from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from dapo_mcore.config.data import EvalSampling
 from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.config.settings import Settings
 from dapo_mcore.config.values import Section
@@ -56,6 +58,7 @@ def _has_workers(c: Settings) -> bool:
     return any(reward.num_workers for reward in _rewards(c))
 
 
+_OF_DRAWING = ("top_p", "top_k")
 _OF_OWN_SERVERS = ("placement", "python", "first_gpu", "base_port", "host", "server_args", "restart_budget")
 IDLE = (
     Idle("rollout.sglang", (), "rollout.engine is embedded", lambda c: not _serves(c)),
@@ -94,6 +97,12 @@ IDLE = (
         lambda c: c.sampling.style == "none",
     ),
     Idle("sampling", ("carry_surplus",), "sampling.style none has no surplus", _never_carries),
+    Idle(
+        "sampling",
+        ("max_staleness",),
+        "no group is left for a later step",
+        lambda c: _never_carries(c) or not c.sampling.carry_surplus,
+    ),
     Idle("agent", (), "there are no tools", lambda c: not c.tools),
     Idle(
         "agent",
@@ -170,24 +179,59 @@ def without_effect(config: Settings) -> list[str]:
         changed = {key: value for key, value in _changed(config, idle.section, idle.keys) if key not in told}
         told |= changed.keys()
         if changed:
-            lines.append(
-                f"no effect: {', '.join(f'{key} {_shown(value)}' for key, value in changed.items())} ({idle.why})"
-            )
-    unordered = [f"eval.sets.{name}.shuffle" for name, section in config.eval.sets.items() if not section.shuffle]
-    if unordered:
-        lines.append(f"no effect: {', '.join(unordered)} (evaluation takes all prompts in the order of the file)")
-    return lines
+            lines.append(_no_effect(changed, idle.why))
+    return lines + _of_evaluation(config)
+
+
+def _of_evaluation(c: Settings) -> list[str]:
+    """Return lines about evaluation sets, and about settings of `eval` that none of them takes."""
+    sets = c.eval.sets
+    if not sets:
+        return []
+    changed = dict(_changed(c, "eval", tuple(EvalSampling.__dataclass_fields__)))
+    untaken = {key: value for key, value in changed.items() if not _takers(c, key.removeprefix("eval."))}
+    greedy = [name for name in sets if not c.eval.of(name).temperature]
+    cuts = {f"eval.sets.{name}.{key}": getattr(sets[name], key) for name in greedy for key in _OF_DRAWING}
+    cuts |= {f"eval.{key}": changed.get(f"eval.{key}") for key in _OF_DRAWING if {*_takers(c, key)} <= {*greedy}}
+    unordered = {f"eval.sets.{name}.shuffle": False for name, section in sets.items() if not section.shuffle}
+    told = {
+        "every set has its own": untaken,
+        "temperature 0 is greedy": {
+            key: value for key, value in cuts.items() if value is not None and key not in untaken
+        },
+        "evaluation takes all prompts in the order of the file": unordered,
+    }
+    return [_no_effect(idle, why) for why, idle in told.items() if idle]
+
+
+def _takers(c: Settings, key: str) -> list[str]:
+    """Return the evaluation sets that take a setting of `eval`, for they have none of their own."""
+    return [name for name, section in c.eval.sets.items() if getattr(section, key) is None]
 
 
 def doubtful(config: Settings) -> list[str]:
-    """Return a line for each setting that is allowed but hardly fits the machines people have."""
-    sglang = config.rollout.sglang
-    if not _serves(config) or sglang.urls or sglang.tensor_parallel <= _GPUS_OF_A_NODE or sglang.device == "cpu":
-        return []
-    return [
-        f"warning: rollout.sglang.tensor_parallel {sglang.tensor_parallel}: a server runs on one node, and most nodes have "
-        f"{_GPUS_OF_A_NODE} GPUs; use at most as many, and more servers"
-    ]
+    """Return a line for each setting that is allowed but hardly what people mean."""
+    return [f"warning: {line}" for line in (*_wide_servers(config), *_seldom_judged(config))]
+
+
+def _wide_servers(c: Settings) -> Iterator[str]:
+    sglang = c.rollout.sglang
+    if _serves(c) and not sglang.urls and sglang.tensor_parallel > _GPUS_OF_A_NODE and sglang.device != "cpu":
+        yield (
+            f"rollout.sglang.tensor_parallel {sglang.tensor_parallel}: a server runs on one node, and most nodes have "
+            f"{_GPUS_OF_A_NODE} GPUs; use at most as many, and more servers"
+        )
+
+
+def _seldom_judged(c: Settings) -> Iterator[str]:
+    """Checkpoints count among the best only where they are evaluated."""
+    metric, saved, judged = c.checkpoint.best_metric or "", c.checkpoint.every, c.eval.every
+    if metric.startswith("val/") and saved and saved % judged:
+        yield (
+            f"checkpoint.best_metric {metric} is known every {judged} rollout steps (eval.every), and checkpoint.every is {saved}: "
+            f"only the last checkpoint and those of each {math.lcm(saved, judged)} steps can be the best; let eval.every divide "
+            "checkpoint.every"
+        )
 
 
 def _changed(config: Settings, path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -205,6 +249,10 @@ def _changed(config: Settings, path: str, keys: tuple[str, ...]) -> Iterator[tup
             yield from _changed(config, f"{path}.{key}", ())
         else:
             yield f"{path}.{key}", value
+
+
+def _no_effect(changed: Mapping[str, Any], why: str) -> str:
+    return f"no effect: {', '.join(f'{key} {_shown(value)}' for key, value in changed.items())} ({why})"
 
 
 def _shown(value: Any) -> str:

@@ -269,11 +269,21 @@ def _check_profile(c: Settings) -> None:
 
 
 def _check_best(c: Settings) -> None:
-    metric, sets = c.checkpoint.best_metric, sorted(c.eval.sets)
-    if metric is not None and metric.startswith("val/") and not any(metric.startswith(f"val/{name}/") for name in sets):
+    metric, sets = c.checkpoint.best_metric or "", sorted(c.eval.sets)
+    if not metric.startswith("val/"):
+        return
+    name = next((name for name in sets if metric.startswith(f"val/{name}/")), None)
+    if name is None:
         raise ValueError(
             f"checkpoint.best_metric {metric} is of no set of eval.sets ({', '.join(sets) or 'there is none'}); a metric of set NAME "
             "is val/NAME/mean@k"
+        )
+    what, at, k = metric.partition("@")
+    count = c.eval.of(name).samples_per_prompt
+    if at and k != str(count):
+        raise ValueError(
+            f"checkpoint.best_metric {metric} is of {k} samples per prompt, but samples_per_prompt of eval.sets.{name} is {count}; set "
+            f"{what}@{count}"
         )
 
 

@@ -47,9 +47,10 @@ class Rule:
         return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
 
-def build_judge(rule: Rule) -> Judge:
+def build_judge(rule: Rule, key: str = "reward.function") -> Judge:
     """Return the reward function as a Judge.
 
+    key  the configuration's name for the function, for errors.
     Raise RewardError if it cannot be loaded, or does not take the arguments of its convention.
     """
     if rule.function == "by_source":
@@ -61,19 +62,22 @@ def build_judge(rule: Rule) -> Judge:
         options = {"strict_box_verify": True} if rule.strict_box else {}
         return lambda attempt: score(attempt.response, attempt.answer, **options)
     words = ", ".join((*_BUILT_IN, "math_verify", "by_source"))
-    loaded = load_function(rule.function, "reward.function", words, RewardError)
+    loaded = load_function(rule.function, key, words, RewardError)
     try:
         return {"verl": as_verl, "trl": as_trl}[rule.adapter](loaded, rule.kwargs)
     except TypeError as error:
         raise RewardError(
-            f"reward.function {rule.function!r} cannot be called as reward.adapter {rule.adapter}: {error}"
+            f"{key} {rule.function!r} cannot be called as reward.adapter {rule.adapter}: {error}"
         ) from error
 
 
 def _by_source(rule: Rule) -> Judge:
     """Return a Judge that calls the rule of each attempt's source. All functions of both tables are loaded now."""
-    functions = {*rule.by_source.values(), *TABLE.values()}
-    judges = {name: build_judge(replace(rule, function=name)) for name in sorted(functions)}
+    patterns = {function: pattern for pattern, function in [*TABLE.items(), *rule.by_source.items()]}
+    judges = {
+        function: build_judge(replace(rule, function=function), f"reward.by_source.{pattern}")
+        for function, pattern in patterns.items()
+    }
 
     def judge(attempt: Attempt) -> Any:
         function = rule_for(attempt.source, rule.by_source)

@@ -69,7 +69,14 @@ CASES = {
     "checkpoint.best_mode min (checkpoint.keep_best is 0)": {"checkpoint": {"best_mode": "min"}},
     "eval.every 9 (eval.sets is empty)": {"eval": {"every": 9}},
     "observe.eval_samples_per_set 9 (eval.sets is empty)": {"eval": {}, "observe": {"eval_samples_per_set": 9}},
-    "eval.sets.aime.shuffle (evaluation takes all prompts in the order of the file)": {
+    "sampling.max_staleness 3 (no group is left for a later step)": {"sampling": {"style": "none", "max_staleness": 3}},
+    "eval.temperature 0.6 (every set has its own)": {
+        "eval": {"temperature": 0.6, "sets": {"aime": {"files": ["a.jsonl"], "temperature": 1.0}}}
+    },
+    "eval.sets.aime.top_k 5, eval.top_p 0.7 (temperature 0 is greedy)": {
+        "eval": {"temperature": 0, "top_p": 0.7, "sets": {"aime": {"files": ["a.jsonl"], "top_k": 5}}}
+    },
+    "eval.sets.aime.shuffle false (evaluation takes all prompts in the order of the file)": {
         "eval": {"sets": {"aime": {"files": ["a.jsonl"], "shuffle": False}}}
     },
     "warm_start.stop_at 0.5 (warm_start.choose is null)": {"warm_start": {"files": ["d.jsonl"], "stop_at": 0.5}},
@@ -93,6 +100,12 @@ def test_a_setting_without_effect_is_named_with_its_reason(told):
         {
             "reward": {"timeout_seconds": 5, "adapter": "trl"},
             "eval": {"sets": {"aime": {"files": ["a.jsonl"], "reward_function": "f.py:f"}}},
+        },
+        {
+            "eval": {
+                **{"temperature": 0, "top_p": 0.7, "top_k": 5},
+                "sets": {"aime": {"files": ["a.jsonl"]}, "hot": {"files": ["a.jsonl"], "temperature": 1.0}},
+            }
         },
         {"reward": {"function": "f.py:f", "timeout_seconds": 5, "adapter": "trl"}},
     ],
@@ -120,6 +133,18 @@ def test_servers_wider_than_a_node_are_doubted():
         "more servers"
     ]
     assert doubtful(config(rollout={**SERVED, "sglang": {"tensor_parallel": 8}})) == doubtful(config()) == []
+
+
+def test_best_checkpoints_that_are_seldom_evaluated_are_doubted():
+    def made(evaluate: int, metric: str = "val/aime/mean@8") -> Any:
+        best = {"every": 6, "keep_best": 1, "best_metric": metric}
+        return config(eval={"every": evaluate, "sets": SET}, checkpoint=best)
+
+    assert doubtful(made(4)) == [
+        "warning: checkpoint.best_metric val/aime/mean@8 is known every 4 rollout steps (eval.every), and checkpoint.every is 6: only "
+        "the last checkpoint and those of each 12 steps can be the best; let eval.every divide checkpoint.every"
+    ]
+    assert doubtful(made(3)) == doubtful(made(4, "reward/mean")) == []
 
 
 def test_servers_in_fp8_need_a_model_in_bf16():

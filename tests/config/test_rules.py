@@ -42,6 +42,10 @@ RULES: list[tuple[list[str], str]] = [
         "checkpoint.best_metric val/amie/mean@8 is of no set of eval.sets (there is none); a metric of set NAME is val/NAME/mean@k",
     ),
     (
+        ["checkpoint.keep_best=1", "checkpoint.best_metric=val/a/mean@32", "eval.sets={a: {files: f}}"],
+        "val/a/mean@32 is of 32 samples per prompt, but samples_per_prompt of eval.sets.a is 8; set val/a/mean@8",
+    ),
+    (
         ["reward.by_source={mine: gsm8k}"],
         "reward.by_source has rules of data sources, but reward.function is math_dapo; set reward.function by_source",
     ),

@@ -60,7 +60,7 @@ def test_each_source_has_its_rule(source: str, response: str, expected: Outcome)
 def test_a_source_without_a_rule_has_no_score_and_a_bad_rule_is_found_at_once():
     judge = build_judge(Rule("by_source"))
     assert "no rule for the data source 'other'" in str(judged(judge, Attempt("q", "7", "7", "other")).failure)
-    with pytest.raises(RewardError, match="has no function 'absent'"):
+    with pytest.raises(RewardError, match=r"reward.by_source.mine '.*has no function 'absent'"):
         build_judge(Rule("by_source", by_source={"mine": f"{ZOO}:absent"}))
 
 

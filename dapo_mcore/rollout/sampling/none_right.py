@@ -5,6 +5,7 @@ Change here: which causes are told, and the command that tries the reward functi
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 
@@ -58,6 +59,8 @@ def _command(prompt: Prompt, sample: Sample, config: Config) -> str:
         options += ["--adapter", reward.adapter]
     if reward.strict_box:
         options += ["--strict-box"]
+    if reward.kwargs and ":" in str(function):
+        options += ["--kwargs", json.dumps(reward.kwargs)]
     if prompt.source:
         options += ["--source", prompt.source]
     words = ["dapo-mcore", "reward-explain", "--function", str(function), *options, "--answer", prompt.answer]

@@ -54,6 +54,13 @@ def test_the_rule_of_the_source_is_tried() -> None:
     assert "--function gsm8k --source openai/gsm8k --answer" in line and "truncation" not in line
 
 
+def test_arguments_of_the_users_function_are_in_the_command() -> None:
+    config = configured(reward={"function": "f.py:f", "kwargs": {"bonus": 2}})
+    assert """--function f.py:f --kwargs '{"bonus": 2}' --answer""" in why_none_right(
+        [group(sample("7"))], 1, config, 0
+    )
+
+
 def test_nothing_is_told_of_a_step_with_a_right_answer_or_without_any_score() -> None:
     assert why_none_right([group(sample("a"), sample("b", acc=True))], 1, configured(), 0) == ""
     assert why_none_right([group(sample("a", masked=True))], 1, configured(), 0) == ""
