@@ -1,6 +1,7 @@
 """The defaults of slime that the table reads, as of commit 624b824 (2026-08-21), and Megatron's where slime leaves them.
 
-Change here: a default of slime, with the version it is from. Source: slime/utils/arguments.py, megatron/training/arguments.py.
+Change here: a default of slime, with the version it is from. Source: slime/utils/arguments.py; and of the Megatron-LM that slime pins
+(docker/Dockerfile: 1dcf0da, 2026-02-14) training/arguments.py, training/training_config.py and core/transformer/transformer_config.py.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "expert-model-parallel-size": 1,
     "n-samples-per-eval-prompt": 1,
     "loss-type": "policy_loss",
-    "distributed-timeout-minutes": 10,
+    "moe-router-bias-update-rate": 1e-3,
 }
 
 

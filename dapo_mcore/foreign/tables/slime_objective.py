@@ -13,6 +13,7 @@ NO_LIMIT = 1_000_000
 """As good as none: the most that a count may be."""
 _LOSSES = {"grpo": "clip", "gspo": "gspo", "cispo": "cispo", "ppo": "clip"}
 _FILTER = "check_reward_nonzero_std"
+_WITHOUT_SHAPING = ("grpo", "gspo", "cispo")
 _KL = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
 
 
@@ -24,8 +25,8 @@ def reward(source: Source) -> Iterator[Outcome]:
             f"{path} scores a sample of slime's, asynchronously; nearest: reward.function path.py:name, which gets text and answer",
             "custom-rm-path", objective=True,
         )  # fmt: skip
-    elif kind in ("dapo", "boxed_dapo"):
-        yield became(source, "reward.function", "math_dapo", "rm-type", note="the paper's rule, ±1")
+    elif kind == "dapo":
+        yield from _dapo(source)
     elif kind in ("deepscaler", "math", "boxed_deepscaler"):
         yield asked(
             "reward.function",
@@ -33,9 +34,31 @@ def reward(source: Source) -> Iterator[Outcome]:
             "compares values, too; math_boxed compares text",
             "rm-type",
         )  # fmt: skip
+    elif kind == "boxed_dapo":
+        note = "slime's boxed_dapo looks for `Answer:` inside the last box, where nobody writes it: math_dapo reads the text, math_boxed the box"
+        yield asked("reward.function", note, "rm-type")
     elif kind is not None:
         yield gone(
             f"there is no rule {kind} here; nearest: a function of yours, path.py:name", "rm-type", objective=True
+        )
+    else:
+        note = "the script names no rule: slime then takes each row's metadata.rm_type, or what code of its own gives"
+        yield asked("reward.function", note, "rm-type")
+    if source["reward-key"] is not None and kind != "dapo":
+        yield gone("one number of several of a reward; nearest: a function of yours", "reward-key", objective=True)
+
+
+def _dapo(source: Source) -> Iterator[Outcome]:
+    """Yield the paper's rule. It gives a score of ±1 and whether the answer is right; reward-key says which is the reward."""
+    key = source["reward-key"]
+    if key in (None, "score"):
+        used = ("rm-type", "reward-key") if key else ("rm-type",)
+        yield Outcome("converted", used, "reward.function", "math_dapo", "the paper's rule, ±1")
+    else:
+        yield asked(
+            "reward.function",
+            f"slime trains on its {key}, which is 1 or 0; math_dapo is the same rule with ±1",
+            "reward-key",
         )
 
 
@@ -52,11 +75,7 @@ def estimator(source: Source) -> Iterator[Outcome]:
         source, "algo.policy_loss", _LOSSES[name], key, note="PPO's clipped loss" if _LOSSES[name] == "clip" else ""
     )
     if name == "ppo":
-        yield became(source, "algo.advantage", "gae", key)
-        yield became(source, "algo.gamma", source["gamma"], "gamma")
-        yield became(source, "algo.lam", source["lambd"], "lambd")
-        yield became(source, "critic.clip", source["value-clip"], "value-clip")
-        yield became(source, "critic.warmup_steps", source["num-critic-only-steps"], "num-critic-only-steps")
+        yield from _critic(source)
         return
     yield became(source, "algo.advantage", "group", key, note="a response against the others to its prompt")
     std = "none" if source[no_std] else "unbiased"
@@ -67,6 +86,29 @@ def estimator(source: Source) -> Iterator[Outcome]:
             "normalize-advantages",
             objective=True,
         )
+
+
+def _critic(source: Source) -> Iterator[Outcome]:
+    """Yield PPO's advantages. slime's critic has the policy's optimizer."""
+    yield became(source, "algo.advantage", "gae", "advantage-estimator")
+    yield became(source, "algo.gamma", source["gamma"], "gamma")
+    yield became(source, "algo.lam", source["lambd"], "lambd")
+    yield became(source, "critic.clip", source["value-clip"], "value-clip")
+    yield became(source, "critic.warmup_steps", source["num-critic-only-steps"], "num-critic-only-steps")
+    for flag, name in {
+        "lr": "lr",
+        "weight-decay": "weight_decay",
+        "adam-beta1": "beta1",
+        "adam-beta2": "beta2",
+    }.items():
+        yield became(source, f"critic.optimizer.{name}", source[flag], flag, note="the policy's")
+    if source["normalize-advantages"]:
+        yield Outcome("meaningless", ("normalize-advantages",), note="advantages of a critic are whitened here, too")
+    else:
+        yield gone(
+            "slime leaves a critic's advantages as they are; here they are whitened over the step",
+            "normalize-advantages", objective=True,
+        )  # fmt: skip
 
 
 def clip(source: Source) -> Iterator[Outcome]:
@@ -87,7 +129,9 @@ def clip(source: Source) -> Iterator[Outcome]:
 def kl(source: Source) -> Iterator[Outcome]:
     """Yield the KL penalty. A coefficient whose switch is off becomes 0."""
     switch, coef, shaping = "use-kl-loss", "kl-loss-coef", "kl-coef"
-    if source[switch] and source[shaping]:
+    if source[shaping] and source["advantage-estimator"] in _WITHOUT_SHAPING:
+        yield Outcome("meaningless", (shaping,), note="slime's group advantages take no KL from rewards: only a metric")
+    elif source[switch] and source[shaping]:
         yield gone(
             "a KL in the reward and one in the loss together; here there is one of them", shaping, objective=True
         )
@@ -95,15 +139,21 @@ def kl(source: Source) -> Iterator[Outcome]:
         yield became(source, "algo.kl.coef", source[coef], coef)
         if source[coef]:
             yield became(source, "algo.kl.place", "loss", switch, note="the switch is on")
-            yield became(source, "algo.kl.estimator", _KL[source["kl-loss-type"]], "kl-loss-type")
+            yield _estimator(source)
         else:
             yield Outcome("meaningless", (switch, "kl-loss-type"), note="the coefficient is 0: only a metric")
-    elif source[shaping]:
+    elif source[shaping] and source["advantage-estimator"] not in _WITHOUT_SHAPING:
         yield became(source, "algo.kl.coef", source[shaping], shaping)
         yield became(source, "algo.kl.place", "reward", shaping, note="reward shaping")
-        yield became(source, "algo.kl.estimator", _KL[source["kl-loss-type"]], "kl-loss-type")
+        yield _estimator(source)
     else:
         yield Outcome("converted", (coef, switch), "algo.kl.coef", 0.0, "use-kl-loss is off")
+
+
+def _estimator(source: Source) -> Outcome:
+    kind = source["kl-loss-type"]
+    note = "cut at 10 nats here, and not there" if kind == "k3" else ""
+    return became(source, "algo.kl.estimator", _KL[kind], "kl-loss-type", note=note)
 
 
 def correction(source: Source) -> Iterator[Outcome]:
@@ -119,14 +169,19 @@ def correction(source: Source) -> Iterator[Outcome]:
             yield gone("weights have no lower bound here; nearest: algo.tis.cap", "tis-clip-low", objective=True)
     if source["use-rollout-logprobs"]:
         yield became(source, "algo.old_logprobs", "rollout", "use-rollout-logprobs", note="those of the engine")
-    if source.run.entry == "train_async.py" and not source["use-tis"]:
+    ahead = source.run.entry == "train_async.py"
+    older = ahead or (source["partial-rollout"] and not source["colocate"])
+    if older and not source["use-tis"] and not source["use-rollout-logprobs"]:
         note = "samples are one version older, and the script does not correct for it: truncate (cap 2), or mask"
         yield asked("algo.tis.mode", note, "use-tis")
+    if source["keep-old-actor"] and ahead:
+        what = "old log-probs by a copy of the policy that generated; nearest: algo.old_logprobs rollout"
+        yield gone(what, "keep-old-actor", objective=True)
 
 
 def sampling(source: Source) -> Iterator[Outcome]:
     """Yield dynamic sampling: off without a filter."""
-    key, more, partial = "dynamic-sampling-filter-path", "over-sampling-batch-size", "partial-rollout"
+    key, more = "dynamic-sampling-filter-path", "over-sampling-batch-size"
     path = source[key]
     own = path is not None and not str(path).endswith(_FILTER)
     if own:
@@ -149,7 +204,42 @@ def sampling(source: Source) -> Iterator[Outcome]:
             source, "sampling.gen_batch_prompts", batch, more if source[more] else "rollout-batch-size", note="prompts"
         )
         yield Outcome("converted", (key,), "sampling.max_gen_batches", NO_LIMIT, "no limit")
-        yield Outcome("converted", (key,), "sampling.carry_surplus", False, "slime throws surplus groups away")
-    if source[partial]:
+        if not source["partial-rollout"]:
+            yield Outcome("converted", (key,), "sampling.carry_surplus", False, "slime throws surplus groups away")
+    elif source[more] and source[more] != source["rollout-batch-size"]:
+        what = "more prompts than are trained on, of which the first to end are taken; here a step generates for its own prompts"
+        yield gone(what, more)
+    yield from _unfinished(source)
+
+
+def _unfinished(source: Source) -> Iterator[Outcome]:
+    """Yield what becomes of groups in flight once a step has enough: slime ends them, and with partial-rollout goes on later."""
+    partial = "partial-rollout"
+    if source[partial] and source["colocate"]:
+        yield gone(
+            "colocated servers keep no unfinished response for the next step; nearest: sampling.on_full abort", partial
+        )
+    elif source[partial]:
         yield Outcome("converted", (partial,), "sampling.on_full", "keep", "they go on under the next weights")
         yield Outcome("converted", (partial,), "sampling.carry_surplus", True, "kept for the next step")
+        if source.run.entry == "train_async.py":
+            yield Outcome(
+                "converted", (partial,), "sampling.max_staleness", 2, "one step ahead, and one more in flight"
+            )
+
+
+def top_p(source: Source) -> Iterator[Outcome]:
+    """Yield what a nucleus changes in the loss: slime's log-probs are within it."""
+    if source["rollout-top-p"] not in (None, 1):
+        what = "slime's log-probs are those within the nucleus that was drawn from; here they are those of all tokens; nearest: top_p 1"
+        yield gone(what, "rollout-top-p", objective=True)
+
+
+def router_bias(source: Source) -> Iterator[Outcome]:
+    """Yield the bias by which Megatron balances experts, if the model has one: it moves after each gradient step."""
+    rate, switch = "moe-router-bias-update-rate", "moe-router-enable-expert-bias"
+    if source[switch] and source[rate]:
+        yield gone("the bias of routers stays as it is", rate, objective=True)
+    for key in (rate, switch):
+        if source.gives(key):
+            yield Outcome("meaningless", (key,), note="the bias stays as it is, as here")

@@ -5,6 +5,7 @@ Change here: how flags of slime that together say one thing become ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,14 @@ from dapo_mcore.foreign.tables.slime_objective import NO_LIMIT
 
 
 def length(source: Source) -> Iterator[Outcome]:
-    """Yield the length of the run. num-rollout wins over num-epoch."""
+    """Yield the length of the run. num-rollout wins over num-epoch, which there stands for steps: rows // rollout-batch-size each."""
     if source["num-rollout"] is not None:
         yield became(source, "num_rollout_steps", source["num-rollout"], "num-rollout")
         if source.gives("num-epoch"):
             yield Outcome("meaningless", ("num-epoch",), note="num-rollout ends the run")
+    elif source["num-epoch"] is not None and source["dynamic-sampling-filter-path"] is not None:
+        note = f"slime runs {source['num-epoch']} × (rows // rollout-batch-size) steps, however many prompts the filter takes"
+        yield asked("num_rollout_steps", note, "num-epoch")
     elif source["num-epoch"] is not None:
         yield became(source, "num_epochs", source["num-epoch"], "num-epoch")
     else:
@@ -30,17 +34,43 @@ def files(source: Source) -> Iterator[Outcome]:
     if path is None:
         yield asked("data.files", "the script names no file", "prompt-data")
     else:
-        yield Outcome("converted", ("prompt-data",), "data.files", [str(path)], "a list")
+        yield from _rows(source, "prompt-data", "data", str(path))
     template = bool(source["apply-chat-template"])
     yield became(source, "data.chat_template", template, "apply-chat-template")
     yield became(source, "data.shuffle", bool(source["rollout-shuffle"]), "rollout-shuffle")
     yield Outcome("converted", ("prompt-data",), "data.deduplicate", False, "slime keeps repeated rows")
-    longest = source["rollout-max-prompt-len"]
-    if longest is not None:
-        yield became(source, "data.max_prompt_tokens", longest, "rollout-max-prompt-len")
-        yield Outcome(
-            "converted", ("rollout-max-prompt-len",), "data.on_long_prompt", "drop", "longer ones are left out"
+    longest, whole = source["rollout-max-prompt-len"], source["rollout-max-context-len"]
+    if longest is None and whole is not None:
+        yield from _longest("data", whole - 1, "rollout-max-context-len")
+    else:
+        yield from _longest("data", longest, "rollout-max-prompt-len")
+
+
+def _rows(source: Source, key: str, place: str, path: str) -> Iterator[Outcome]:
+    """Yield a file with the rows that slime takes of it: `file@[10:100]` is a part."""
+    name, sign, part = path.partition("@[")
+    start, _, end = part.rstrip("]").partition(":")
+    if not sign or (start in ("", "0") and end.isdigit()):
+        yield Outcome("converted", (key,), f"{place}.files", [name], "a list")
+    else:
+        yield asked(
+            f"{place}.files",
+            f"slime takes the rows {part.rstrip(']')} of {name}; write them to a file of their own",
+            key,
         )
+    if sign and end.isdigit():
+        yield Outcome("converted", (key,), f"{place}.limit", int(end), "the first rows")
+
+
+def _longest(place: str, tokens: int | None, key: str) -> Iterator[Outcome]:
+    """Yield the limit of prompts. slime leaves longer ones out; without a limit it cuts none."""
+    if tokens is None:
+        note = "slime limits no prompt: one above max_prompt_tokens is an error here, and is not cut"
+        yield Outcome("converted", (key,), f"{place}.on_long_prompt", "error", note)
+        return
+    note = "" if key == f"{key.partition('-')[0]}-max-prompt-len" else "one token is left for the response"
+    yield Outcome("converted" if note else "same", (key,), f"{place}.max_prompt_tokens", tokens, note)
+    yield Outcome("converted", (key,), f"{place}.on_long_prompt", "drop", "longer ones are left out")
 
 
 def batch(source: Source) -> Iterator[Outcome]:
@@ -59,15 +89,36 @@ def batch(source: Source) -> Iterator[Outcome]:
         yield asked(
             "batch.mini_batch_prompts", f"{source[size]} samples are no whole number of groups of {group}", size
         )
-    elif prompts is not None:
-        per_step = prompts // (source[steps] or 1)
+    elif source[steps] is None:
+        yield from _batch_of_megatron(source)
+    elif prompts is not None and prompts % source[steps] == 0:
+        per_step = prompts // source[steps]
         yield became(
-            source, "batch.mini_batch_prompts", per_step, steps, note=f"{prompts} prompts / {source[steps] or 1} steps"
+            source, "batch.mini_batch_prompts", per_step, steps, note=f"{prompts} prompts / {source[steps]} steps"
+        )
+    elif prompts is not None:
+        yield asked(
+            "batch.mini_batch_prompts", f"{prompts} prompts do not divide into {source[steps]} gradient steps", steps
         )
     if source[size] is not None and source.gives(steps):
         yield Outcome("meaningless", (steps,), note="global-batch-size says it")
-    yield Outcome("converted", ("rollout-shuffle",), "batch.shuffle", False, "slime trains in the order of generation")
+    yield Outcome("converted", ("rollout-shuffle",), "batch.shuffle", False, "slime trains in the order of the prompts")
     yield from _tokens(source)
+
+
+def _batch_of_megatron(source: Source) -> Iterator[Outcome]:
+    """Yield the gradient steps of a script that says none: Megatron takes one micro-batch per data-parallel rank."""
+    key, group = "micro-batch-size", source["n-samples-per-prompt"]
+    ranks = source["actor-num-nodes"] * source["actor-num-gpus-per-node"]
+    for axis in ("tensor", "pipeline", "context"):
+        parallel = "context-parallel-size" if axis == "context" else f"{axis}-model-parallel-size"
+        ranks //= source[parallel]
+    samples = source[key] * ranks
+    note = f"neither global-batch-size nor num-steps-per-rollout: {source[key]} × {ranks} data-parallel ranks = {samples} samples"
+    if samples % group == 0:
+        yield Outcome("converted", (key,), "batch.mini_batch_prompts", samples // group, f"{note} / {group} per prompt")
+    else:
+        yield asked("batch.mini_batch_prompts", f"{note}, no whole number of groups of {group}", key)
 
 
 def _tokens(source: Source) -> Iterator[Outcome]:
@@ -92,13 +143,15 @@ def schedule(source: Source) -> Iterator[Outcome]:
     if kind not in ("constant", "cosine"):
         yield gone(f"the schedule {kind}; nearest: cosine, or constant", key)
     yield became(source, "optimizer.schedule", "cosine" if kind == "cosine" else "constant", key)
-    yield became(source, "optimizer.warmup_updates", source["lr-warmup-iters"], "lr-warmup-iters")
+    yield from _warmup(source)
     if kind == "cosine":
         yield became(source, "optimizer.min_lr", source["min-lr"], "min-lr")
-        if source["lr-decay-iters"] is None:
+        used, steps = _decay(source)
+        if steps is None:
             yield asked("optimizer.decay_updates", "the cosine lasts as long as the run, in gradient steps", key)
         else:
-            yield became(source, "optimizer.decay_updates", source["lr-decay-iters"], "lr-decay-iters")
+            note = "" if used == "lr-decay-iters" else "all gradient steps of the run"
+            yield became(source, "optimizer.decay_updates", steps, used, note=note)
     if source["optimizer"] != "adam":
         yield gone(f"the optimizer {source['optimizer']}; nearest: AdamW", "optimizer")
     if source["optimizer-cpu-offload"]:
@@ -109,68 +162,65 @@ def schedule(source: Source) -> Iterator[Outcome]:
         )
 
 
+def _fp8(source: Source) -> Iterator[Outcome]:
+    """Yield training in FP8. Megatron's own recipe is `delayed`, which is refused here."""
+    shape, recipe = source["fp8-format"], source["fp8-recipe"] or "delayed"
+    if shape is None:
+        return
+    yield became(source, "model.fp8.format", shape, "fp8-format")
+    if recipe == "delayed":
+        yield asked(
+            "model.fp8.recipe",
+            "scales of earlier steps (delayed) are refused here: auto, blockwise or tensorwise",
+            "fp8-format",
+        )
+    else:
+        yield became(source, "model.fp8.recipe", recipe, "fp8-recipe")
+
+
+def _warmup(source: Source) -> Iterator[Outcome]:
+    share = source["lr-warmup-fraction"]
+    if share is None:
+        yield became(source, "optimizer.warmup_updates", source["lr-warmup-iters"], "lr-warmup-iters")
+        return
+    _, steps = _decay(source)
+    if steps is None:
+        yield asked("optimizer.warmup_updates", f"{share} of the run's gradient steps", "lr-warmup-fraction")
+    else:
+        note = f"{share} × {steps} gradient steps"
+        yield became(source, "optimizer.warmup_updates", round(share * steps), "lr-warmup-fraction", note=note)
+
+
+def _decay(source: Source) -> tuple[str, int | None]:
+    """Return the gradient steps of the decay and the flag they come from; None if the flags do not say how long the run is."""
+    if source["lr-decay-iters"] is not None:
+        return "lr-decay-iters", source["lr-decay-iters"]
+    rollouts, prompts, size = source["num-rollout"], source["rollout-batch-size"], source["global-batch-size"]
+    samples = (prompts or 0) * source["n-samples-per-prompt"]
+    if rollouts is None or not samples or not (size or source["num-steps-per-rollout"]):
+        return "num-rollout", None
+    return "num-rollout", rollouts * samples // (size or samples // source["num-steps-per-rollout"])
+
+
 def model(source: Source) -> Iterator[Outcome]:
     """Yield the model, its dtype and what is recomputed."""
     path = source.path("hf-checkpoint")
-    yield (
-        became(source, "model.path", path, "hf-checkpoint")
-        if path
-        else asked("model.path", "no hf-checkpoint", "hf-checkpoint")
-    )
+    if path and re.search(r"fp8|int4|awq|gptq", str(path).rpartition("/")[2].lower()):
+        note = f"{path} looks quantized: slime's servers load it, while training starts from ref-load. Name the folder with bf16 weights, and set rollout.sglang.quantize fp8 for servers in FP8"
+        yield asked("model.path", note, "hf-checkpoint")
+    elif path:
+        yield became(source, "model.path", path, "hf-checkpoint")
+    else:
+        yield asked("model.path", "no hf-checkpoint", "hf-checkpoint")
+    yield from _fp8(source)
     yield Outcome(
         "converted", ("hf-checkpoint",), "model.dtype", "bf16", "computes in bf16 with fp32 copies of the weights"
     )
     level, modules = source["recompute-granularity"], source["recompute-modules"]
     used = source.below_flag("recompute-") or ["recompute-granularity"]
-    recompute: Any = modules if level == "selective" and isinstance(modules, list) else level or "none"
+    named = [modules] if isinstance(modules, str) else modules
+    recompute: Any = named if level == "selective" and named else level or "none"
     yield Outcome("converted", tuple(used), "model.recompute", recompute, "full: every layer by itself")
-
-
-def server_places(source: Source) -> Iterator[Outcome]:
-    """Yield the engine, the GPUs of one server, and whose GPUs it takes."""
-    key, size, machine = (
-        "rollout-num-gpus-per-engine",
-        source["rollout-num-gpus-per-engine"],
-        source["num-gpus-per-node"],
-    )
-    yield Outcome("converted", (key,), "rollout.engine", "sglang", "servers")
-    if size > machine:
-        note = f"slime's servers have {size} GPUs each, ours at most the {machine} of a node: does the model fit, or in fp8?"
-        yield asked("rollout.sglang.tensor_parallel", note, key)
-    else:
-        yield became(source, "rollout.sglang.tensor_parallel", size, key)
-    shared = bool(source["colocate"])
-    note = "servers and training take turns on the GPUs" if shared else "servers have GPUs of their own"
-    yield Outcome("converted", ("colocate",), "rollout.sglang.colocated", shared, note)
-    yield Outcome("converted", ("colocate",), "rollout.sglang.sync", "tensor" if shared else "distributed", note)
-    if source.run.entry == "train_async.py":
-        yield Outcome("converted", (source.run.entry,), "rollout.async_steps", 1, "generated one step ahead")
-        yield Outcome("converted", (source.run.entry,), "reward.workers", 8, "scoring may not hold up training")
-
-
-def num_servers(source: Source) -> Iterator[Outcome]:
-    """Yield the number of servers, from the GPUs that generate, and their nodes."""
-    shared, own, machine = bool(source["colocate"]), source["rollout-num-gpus"], source["num-gpus-per-node"]
-    is_own = own is not None and not shared
-    keys = ("rollout-num-gpus",) if is_own else ("actor-num-nodes", "actor-num-gpus-per-node")
-    gpus = own if is_own else source[keys[0]] * source[keys[1]]
-    size = source["rollout-num-gpus-per-engine"]
-    if size <= machine and gpus % size == 0:
-        used = (*keys, "rollout-num-gpus-per-engine")
-        yield Outcome("converted", used, "rollout.sglang.num_servers", gpus // size, f"{gpus} GPUs / {size}")
-    else:
-        note = f"{gpus} GPUs do not divide into servers of {size} on one node"
-        yield asked("rollout.sglang.num_servers", note, *keys)
-    if gpus > machine:
-        yield Outcome("converted", keys, "rollout.sglang.placement", "nodes", f"{gpus} GPUs on nodes of {machine}")
-        yield Outcome("converted", keys, "rollout.sglang.host", "node", "each node's own address")
-
-
-def server_args(source: Source) -> Iterator[Outcome]:
-    """Yield SGLang's own options: those of slime without `sglang-`."""
-    for key in source.below_flag("sglang-"):
-        option = {key.removeprefix("sglang-"): source[key]}
-        yield Outcome("converted", (key,), "rollout.sglang.server_args", option, "without sglang-")
 
 
 def evaluation(source: Source) -> Iterator[Outcome]:
@@ -184,9 +234,9 @@ def evaluation(source: Source) -> Iterator[Outcome]:
         return
     yield became(source, "eval.every", source[every], every)
     yield became(source, "eval.at_start", not source[skip], skip)
-    pairs = list(zip(listed[::2], listed[1::2], strict=False)) if len(listed) > 1 else [("eval", listed[0])]
+    pairs = list(zip(listed[::2], listed[1::2], strict=False)) if len(listed) > 1 else [("aime", listed[0])]
     for name, path in pairs:
-        yield from _set(source, f"eval.sets.{name}", str(path))
+        yield from _set(source, f"eval.sets.{re.sub(r'[^A-Za-z0-9_-]', '_', str(name))}", str(path))
     for flag, ours, train in (
         ("temperature", "temperature", "rollout-temperature"),
         ("top-p", "top_p", "rollout-top-p"),
@@ -201,7 +251,12 @@ def evaluation(source: Source) -> Iterator[Outcome]:
 
 
 def _set(source: Source, place: str, path: str) -> Iterator[Outcome]:
-    yield Outcome("converted", ("eval-prompt-data",), f"{place}.files", [path], "a named set per file")
+    yield from _rows(source, "eval-prompt-data", place, path)
+    yield from _longest(
+        place,
+        source["eval-max-prompt-len"],
+        "eval-max-prompt-len" if source["eval-max-prompt-len"] else "eval-prompt-data",
+    )
     for own, train, ours in (
         ("eval-input-key", "input-key", "prompt_key"),
         ("eval-label-key", "label-key", "answer_key"),
@@ -227,6 +282,8 @@ def saving(source: Source) -> Iterator[Outcome]:
         )
     every = source["save-interval"]
     yield became(source, "checkpoint.every", every, "save-interval")
+    if source["async-save"]:
+        yield became(source, "checkpoint.async_save", True, "async-save")
     if every is not None:
         yield Outcome("converted", ("save-interval",), "checkpoint.keep", NO_LIMIT, "slime keeps all")
     if source["save-hf"] is not None and every is not None:

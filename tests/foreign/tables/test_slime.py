@@ -91,11 +91,23 @@ def test_each_name_of_the_list_is_in_a_rule_for_our_key(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "on", "off"),
-    [("moe-aux-loss-coeff", 0.01, 0), ("moe-router-bias-update-rate", 0.001, 0), ("update-weights-interval", 2, 1)],
+    [("moe-aux-loss-coeff", 0.01, 0), ("update-weights-interval", 2, 1), ("rollout-top-p", 0.9, 1.0)],
 )
 def test_flags_that_change_nothing_only_at_one_value(flag: str, on: float, off: float) -> None:
     assert run_of({flag: on}).losses.get(flag) is True
-    assert flag not in run_of({flag: off}).losses and run_of({flag: off}).kind_of(flag) == "meaningless"
+    assert flag not in run_of({flag: off}).losses and run_of({flag: off}).kind_of(flag) in ("meaningless", "same")
+
+
+def test_the_bias_of_routers_moves_by_default_where_there_is_one() -> None:
+    bias = {"moe-router-enable-expert-bias": True}
+    assert run_of(bias).losses["moe-router-bias-update-rate"] is True
+    for still in ({**bias, "moe-router-bias-update-rate": 0}, {"moe-router-bias-update-rate": 0.001}):
+        assert "moe-router-bias-update-rate" not in run_of(still).losses
+
+
+def test_files_of_further_flags_are_a_loss_of_the_objective() -> None:
+    for flag in ("custom-config-path", "megatron-config-path"):
+        assert run_of({flag: "more.yaml"}).losses[flag] is True
 
 
 def test_images_are_lost() -> None:

@@ -25,9 +25,26 @@ def test_a_coefficient_whose_switch_is_off_is_zero() -> None:
     assert ours({"kl-loss-coef": 0.1})["algo.kl.coef"] == 0
     on = ours({"kl-loss-coef": 0.1, "use-kl-loss": True})
     assert (on["algo.kl.coef"], on["algo.kl.place"], on["algo.kl.estimator"]) == (0.1, "loss", "k1")
-    shaped = ours({"kl-coef": 0.2, "kl-loss-type": "low_var_kl"})
+    ppo = {"advantage-estimator": "ppo", "normalize-advantages": True}
+    shaped = ours({**ppo, "kl-coef": 0.2, "kl-loss-type": "low_var_kl"})
     assert (shaped["algo.kl.coef"], shaped["algo.kl.place"], shaped["algo.kl.estimator"]) == (0.2, "reward", "k3")
-    assert losses({"kl-coef": 0.2, "kl-loss-coef": 0.1, "use-kl-loss": True}) == {"kl-coef": True}
+    assert losses({**ppo, "kl-coef": 0.2, "kl-loss-coef": 0.1, "use-kl-loss": True}) == {"kl-coef": True}
+
+
+def test_group_advantages_take_no_kl_from_rewards() -> None:
+    """slime's get_grpo_returns spreads the reward over the tokens and leaves its argument `kl` unread."""
+    assert ours({"kl-coef": 0.2})["algo.kl.coef"] == 0
+    assert imported({"kl-coef": 0.2}).kind_of("kl-coef") == "meaningless"
+    both = ours({"kl-coef": 0.2, "use-kl-loss": True, "kl-loss-coef": 0.1})
+    assert (both["algo.kl.coef"], both["algo.kl.place"]) == (0.1, "loss")
+
+
+def test_advantages_of_a_critic_are_whitened_only_by_a_flag() -> None:
+    ppo = {"advantage-estimator": "ppo"}
+    assert losses(ppo) == {"normalize-advantages": True}
+    assert losses({**ppo, "normalize-advantages": True}) == {}
+    critic = ours({**ppo, "lr": 3e-6, "adam-beta2": 0.95})
+    assert (critic["critic.optimizer.lr"], critic["critic.optimizer.beta2"]) == (3e-6, 0.95)
 
 
 def test_estimators() -> None:
@@ -64,10 +81,27 @@ def test_filters() -> None:
         False,
     )
     assert losses({"dynamic-sampling-filter-path": "mine.keep"}) == {"dynamic-sampling-filter-path": True}
+    assert losses({"over-sampling-batch-size": 16}) == {"over-sampling-batch-size": False}
+    assert losses({"over-sampling-batch-size": 8}) == {}, "as many as are trained on"
+
+
+def test_unfinished_responses() -> None:
+    apart = {"partial-rollout": True, "colocate": None, "rollout-num-gpus": 8}
+    found = ours({**apart, "use-tis": True})
+    assert (found["sampling.on_full"], found["sampling.carry_surplus"]) == ("keep", True)
+    assert list(imported(apart).asked) == ["algo.tis.mode"], "they were begun by older weights"
+    assert "algo.tis.mode" not in imported({**apart, "use-rollout-logprobs": True}).asked
+    assert losses({"partial-rollout": True}) == {"partial-rollout": False}, "colocated servers give up their memory"
+    ahead = imported({**apart, "use-tis": True}, "train_async.py").values()
+    assert ahead["sampling.max_staleness"][0] == 2
+    assert imported({**apart, "keep-old-actor": True}, "train_async.py").losses["keep-old-actor"] is True
 
 
 def test_rewards_are_never_exchanged_in_silence() -> None:
-    assert ours({"rm-type": "dapo"})["reward.function"] == "math_dapo"
+    assert ours({"rm-type": "dapo", "reward-key": "score"})["reward.function"] == "math_dapo"
+    for asked in ({"rm-type": "dapo", "reward-key": "acc"}, {"rm-type": "boxed_dapo"}, {"rm-type": None}):
+        assert list(imported(asked).asked) == ["reward.function"]
+    assert losses({"rm-type": "math", "reward-key": "x"}) == {"reward-key": True}
     assert list(imported({"rm-type": "deepscaler"}).asked) == ["reward.function"]
     assert losses({"rm-type": "gpqa"}) == {"rm-type": True}
     assert losses({"custom-rm-path": "x.score"}) == {"custom-rm-path": True}

@@ -15,12 +15,21 @@ def test_length() -> None:
     assert ours({"num-epoch": 3})["num_rollout_steps"] == 5
     assert ours({"num-rollout": None, "num-epoch": 3})["num_epochs"] == 3
     assert list(imported({"num-rollout": None}).asked) == ["num_rollout_steps"]
+    path = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+    filtered = imported({"num-rollout": None, "num-epoch": 3, "dynamic-sampling-filter-path": path})
+    assert list(filtered.asked) == ["num_rollout_steps"], "its epochs are a number of steps; ours use every prompt once"
 
 
 def test_samples_become_prompts() -> None:
     assert ours({"n-samples-per-prompt": 8, "global-batch-size": 32})["batch.mini_batch_prompts"] == 4
     assert ours({"num-steps-per-rollout": 2})["batch.mini_batch_prompts"] == 4
-    assert ours({})["batch.mini_batch_prompts"] == 8
+    assert ours({})["batch.mini_batch_prompts"] == 8, "Megatron: one sample per data-parallel rank, of 8"
+    layout = {"tensor-model-parallel-size": 2, "context-parallel-size": 2, "actor-num-nodes": 2}
+    assert (
+        ours({**layout, "micro-batch-size": 3, "n-samples-per-prompt": 2})["batch.mini_batch_prompts"] == 6
+    )  # 3 · 16 / 4 / 2
+    assert "batch.mini_batch_prompts" in imported({**layout, "n-samples-per-prompt": 8}).asked
+    assert "batch.mini_batch_prompts" in imported({"num-steps-per-rollout": 3}).asked
     assert "batch.mini_batch_prompts" in imported({"n-samples-per-prompt": 8, "global-batch-size": 30}).asked
 
 
@@ -31,19 +40,24 @@ def test_tokens_hold_the_longest_sequence() -> None:
     assert ours({"rollout-max-prompt-len": 200, "micro-batch-size": 3})["batch.max_tokens"] == 3600
 
 
-def test_servers() -> None:
-    flags = {"actor-num-nodes": 2, "actor-num-gpus-per-node": 8, "rollout-num-gpus-per-engine": 4}
-    found = ours(flags)
-    assert (found["rollout.sglang.num_servers"], found["rollout.sglang.tensor_parallel"]) == (4, 4)
-    assert (found["rollout.sglang.sync"], found["rollout.sglang.placement"]) == ("tensor", "nodes")
-    apart = ours({**flags, "colocate": None, "rollout-num-gpus": 8})
-    assert (apart["rollout.sglang.num_servers"], apart["rollout.sglang.sync"]) == (2, "distributed")
-    assert set(imported({**flags, "rollout-num-gpus-per-engine": 16}).asked) == {
-        "rollout.sglang.tensor_parallel", "rollout.sglang.num_servers",
-    }  # fmt: skip
-    ahead = imported({"colocate": None}, "train_async.py")
-    assert ahead.values()["rollout.async_steps"][0] == 1
-    assert list(ahead.asked) == ["algo.tis.mode"]
+def test_limits_of_prompts() -> None:
+    assert ours({})["data.on_long_prompt"] == "error", "slime cuts none"
+    found = ours({"rollout-max-context-len": 4096})
+    assert (found["data.max_prompt_tokens"], found["data.on_long_prompt"]) == (4095, "drop")
+    assert ours({"rollout-max-context-len": 4096, "rollout-max-prompt-len": 100})["data.max_prompt_tokens"] == 100
+
+
+def test_a_part_of_a_file() -> None:
+    found = ours({"prompt-data": "/d.jsonl@[0:300]"})
+    assert (found["data.files"], found["data.limit"]) == (["/d.jsonl"], 300)
+    assert list(imported({"prompt-data": "/d.jsonl@[100:]"}).asked) == ["data.files"]
+
+
+def test_quantized_folders_are_for_servers() -> None:
+    conversion = imported({"hf-checkpoint": "/m/Qwen3-4B-FP8", "fp8-format": "e4m3", "fp8-recipe": "blockwise"})
+    assert list(conversion.asked) == ["model.path"]
+    found = {key: value for key, (value, _) in conversion.values().items()}
+    assert (found["model.fp8.format"], found["model.fp8.recipe"]) == ("e4m3", "blockwise")
 
 
 def test_schedule() -> None:
@@ -53,6 +67,11 @@ def test_schedule() -> None:
         90,
         1e-7,
     )
+    share = {"lr-decay-style": "cosine", "lr-warmup-fraction": 0.1, "num-steps-per-rollout": 2}
+    found = ours(share)  # 5 rollout steps of 2 gradient steps
+    assert (found["optimizer.warmup_updates"], found["optimizer.decay_updates"]) == (1, 10)
+    unknown = imported({**share, "num-rollout": None, "num-epoch": 1})
+    assert {"optimizer.warmup_updates", "optimizer.decay_updates"} <= set(unknown.asked)
 
 
 def test_evaluation() -> None:
@@ -72,19 +91,10 @@ def test_evaluation() -> None:
     )
     assert (found["eval.every"], found["eval.at_start"]) == (5, True)
     assert "eval.every" not in ours({"eval-prompt-data": ["aime", "/a.jsonl"]})
-
-
-def test_servers_options_and_stops() -> None:
-    found = ours(
-        {
-            "sglang-mem-fraction-static": 0.7,
-            "sglang-cuda-graph-bs": [1, 2],
-            "rollout-stop": ["x"],
-            "rollout-stop-token-ids": [7],
-        }
-    )
-    assert found["rollout.sglang.server_args"] == {"mem-fraction-static": 0.7, "cuda-graph-bs": [1, 2]}
-    assert found["rollout.stop"] == ["x", 7]
+    assert found["eval.sets.aime.on_long_prompt"] == "error"
+    limited = ours({**flags, "eval-prompt-data": ["aime.24", "/a.jsonl@[:30]"], "eval-max-prompt-len": 700})
+    names = ("files", "limit", "max_prompt_tokens", "on_long_prompt")
+    assert [limited[f"eval.sets.aime_24.{name}"] for name in names] == [["/a.jsonl"], 30, 700, "drop"]
 
 
 def test_megatrons_own_default_schedule_is_told() -> None:
