@@ -26,7 +26,8 @@ _REMEDY = (
 )
 _SECTIONS = ("grpo", "policy")
 _DEEPEST = 20
-_PARENTS = 4
+_PARENTS = 6
+_LONGEST_TEXT = 100_000
 
 
 def read_nemo(file: Path) -> ForeignRun:
@@ -61,16 +62,24 @@ def _config_name(words: Sequence[Value]) -> Value | None:
     return None
 
 
-def _beside(file: Path, name: str) -> Path | None:
+def text_beside(file: Path, name: str) -> str | None:
+    """Return the text of a .txt file that a configuration names from the top of its repository; None if it is not to be found."""
+    found = _beside(file, name, (".txt",))
+    try:
+        return found.read_text(encoding="utf-8") if found and found.stat().st_size <= _LONGEST_TEXT else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _beside(file: Path, name: str, endings: tuple[str, ...] = (".yaml", ".yml")) -> Path | None:
     folders = [Path(), *file.resolve().parents[:_PARENTS]]
-    return next(
-        (folder / name for folder in folders if name.endswith((".yaml", ".yml")) and (folder / name).is_file()), None
-    )
+    return next((folder / name for folder in folders if name.endswith(endings) and (folder / name).is_file()), None)
 
 
 def _composed(file: Path, config: Path, words: list[Value], notes: list[str]) -> ForeignRun:
     places: dict[str, str] = {}
-    tree = _inherited(config, places, notes, 0)
+    seen: set[str] = set()
+    tree = _inherited(config, places, notes, 0, seen)
     unknown: dict[str, tuple[str, ...]] = {}
     for word in words:
         found = override(word.text)
@@ -85,21 +94,25 @@ def _composed(file: Path, config: Path, words: list[Value], notes: list[str]) ->
         for setting in settings_of(tree, BASE, places)
         if setting.where != BASE
     ]
-    return ForeignRun("nemo", file, "", "", tuple(settings), notes=tuple(dict.fromkeys(notes)))
+    base = BASE if BASE in seen else ""
+    return ForeignRun("nemo", file, "", base, tuple(settings), notes=tuple(dict.fromkeys(notes)))
 
 
-def _inherited(file: Path, places: dict[str, str], notes: list[str], depth: int) -> Tree:
-    """Return a file's tree on top of those of its `defaults`; `places` gets the file of each leaf."""
+def _inherited(file: Path, places: dict[str, str], notes: list[str], depth: int, seen: set[str]) -> Tree:
+    """Return a file's tree on top of those of its `defaults`. `places` gets the file of each leaf, `seen` BASE if it is among them,
+    or may be: below a file that is not there."""
     if depth > _DEEPEST:
         raise ConfigError(f"{file}: its defaults lead in a circle, or {_DEEPEST} files deep")
     own = load_tree(file)
+    seen.add(file.name)
     named = own.pop("defaults", [])
     tree: Tree = {}
     for name in [named] if isinstance(named, str) else named or []:
         parent = file.parent / str(name)
         if parent.is_file():
-            _merge(tree, _inherited(parent, places, notes, depth + 1))
+            _merge(tree, _inherited(parent, places, notes, depth + 1, seen))
         else:
+            seen.add(BASE)
             notes.append(
                 f"{file.name}: its defaults name {name}, which is not there: NeMo-RL's own defaults hold instead"
             )

@@ -1,7 +1,9 @@
 """The defaults of NeMo-RL that the table reads, as of commit 7ea279a (2026-08-22).
 
 Change here: a default of NeMo-RL, with the version it is from. Source: examples/configs/grpo_math_1B.yaml, with its references
-to other keys resolved from the run's own values.
+to other keys resolved from the run's own values. A configuration that does not inherit from that file has the defaults of the
+code (GRPOConfig in nemo_rl/algorithms/grpo.py, ClippedPGLossConfig in algorithms/loss/loss_functions.py), which are the same but
+for keys that may be left out.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dapo_mcore.foreign.read.nemo import BASE
 from dapo_mcore.foreign.settings import ForeignRun
 
 _GENERATION, _MEGATRON = "policy.generation", "policy.megatron_cfg"
@@ -23,6 +26,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "grpo.val_at_start": False,
     "grpo.overlong_filtering": False,
     "grpo.max_val_samples": 256,
+    "grpo.val_batch_size": 256,
     "grpo.val_num_generations_per_prompt": 1,
     "grpo.seed": 42,
     "grpo.use_dynamic_sampling": False,
@@ -61,6 +65,12 @@ _DEFAULTS: Mapping[str, Any] = {
     "policy.optimizer.kwargs.weight_decay": 0.01,
     "policy.optimizer.kwargs.betas": [0.9, 0.999],
     "policy.sequence_packing.enabled": True,
+    "policy.optimizer.kwargs.eps": 1e-8,
+    "policy.scheduler": [
+        {"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"start_factor": 0.1, "total_iters": 50}},
+        {"name": "torch.optim.lr_scheduler.ConstantLR", "kwargs": {"factor": 1.0}},
+        {"milestones": [50]},
+    ],
     f"{_MEGATRON}.tensor_model_parallel_size": 1,
     f"{_MEGATRON}.pipeline_model_parallel_size": 1,
     f"{_MEGATRON}.context_parallel_size": 1,
@@ -71,15 +81,22 @@ _DEFAULTS: Mapping[str, Any] = {
     f"{_MEGATRON}.optimizer.weight_decay": 0.01,
     f"{_MEGATRON}.optimizer.adam_beta1": 0.9,
     f"{_MEGATRON}.optimizer.adam_beta2": 0.999,
+    f"{_MEGATRON}.optimizer.adam_eps": 1e-8,
+    f"{_MEGATRON}.freeze_moe_router": True,
+    f"{_MEGATRON}.moe_router_load_balancing_type": "none",
+    f"{_MEGATRON}.moe_router_bias_update_rate": 0.0,
     f"{_MEGATRON}.scheduler.lr_decay_style": "constant",
     f"{_MEGATRON}.scheduler.lr_decay_iters": 1000,
     f"{_MEGATRON}.scheduler.lr_warmup_iters": 13,
+    f"{_MEGATRON}.scheduler.lr_warmup_init": 5e-7,
     f"{_GENERATION}.temperature": 1.0,
     f"{_GENERATION}.top_p": 1.0,
     f"{_GENERATION}.vllm_cfg.tensor_parallel_size": 1,
     f"{_GENERATION}.vllm_cfg.gpu_memory_utilization": 0.6,
     f"{_GENERATION}.colocated.enabled": True,
     "data.shuffle": True,
+    "data.train.dataset_name": "OpenMathInstruct-2",
+    "data.train.split_validation_size": 0.05,
     "data.default.prompt_file": "examples/prompts/cot.txt",
     "env.math.num_workers": 8,
     "env.math.math_verify_impl": "hf_math_verify",
@@ -89,6 +106,11 @@ _DEFAULTS: Mapping[str, Any] = {
     "cluster.gpus_per_node": 1,
     "cluster.num_nodes": 1,
 }
+_ONLY_IN_BASE = (
+    "data.default.prompt_file", "data.train.dataset_name", "data.train.split_validation_size", "policy.scheduler",
+    "policy.max_grad_norm", f"{_MEGATRON}.freeze_moe_router",
+)  # fmt: skip
+"""Keys that a configuration may leave out: then it has none of this."""
 
 
 def nemo_defaults(run: ForeignRun) -> Mapping[str, Any]:
@@ -96,4 +118,9 @@ def nemo_defaults(run: ForeignRun) -> Mapping[str, Any]:
     given = {key: setting.value for key, setting in run.by_key().items()}
     whole = given.get("policy.max_total_sequence_length", _DEFAULTS["policy.max_total_sequence_length"])
     own = {"grpo.reward_shaping.max_response_length", "data.max_input_seq_length", f"{_GENERATION}.max_new_tokens"}
-    return {**_DEFAULTS, **dict.fromkeys(own, whole)}
+    left_out = set(_ONLY_IN_BASE) if run.config != BASE else set()
+    if "data.default" in given:  # null: no defaults for data sets
+        left_out.add("data.default.prompt_file")
+    if "data.train" in given:  # a list of data sets
+        left_out |= {"data.train.dataset_name", "data.train.split_validation_size"}
+    return {key: value for key, value in {**_DEFAULTS, **dict.fromkeys(own, whole)}.items() if key not in left_out}

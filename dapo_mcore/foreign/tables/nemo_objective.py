@@ -9,15 +9,14 @@ from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Rule, Source, asked, became, gone
 
+_NO_CAP = 1_000_000.0
+"""As good as none for a weight that is 1 where engine and actor agree."""
 LOST_OF_THE_OBJECTIVE = {
     "grpo.advantage_clip_low": "advantages are not clipped",
     "grpo.advantage_clip_high": "advantages are not clipped",
     "grpo.invalid_tool_call_advantage": "no advantage of its own for invalid calls",
     "grpo.malformed_thinking_advantage": "no advantage of its own for malformed thoughts",
     "grpo.seq_logprob_error_threshold": "nearest: algo.rejection",
-    "grpo.reward_shaping.stop_properly_penalty_coef": "truncated responses keep their reward; nearest: reward.overlong",
-    "loss_fn.use_on_policy_kl_approximation": "the KL has no importance weight here",
-    "loss_fn.force_on_policy_ratio": "the ratio is what it is; nearest: one gradient step a rollout step",
     "loss_fn.disable_ppo_ratio": "no REINFORCE loss here; nearest: PPO's clipped loss",
     "loss_fn.positive_example_nll_weight": "no likelihood term for right answers",
 }
@@ -31,7 +30,7 @@ def reward(source: Source) -> Iterator[Outcome]:
     used = tuple(key for key in (f"{place}.enabled", *scales) if source.gives(key))
     if source[rule] == "dapo_math_verify" and scaled == (0.0, 1.0, -1.0, 1.0):
         yield Outcome("converted", (rule, *used), "reward.function", "math_dapo", "the paper's rule with ±1")
-    elif scaled[2:] != scaled[:2]:
+    elif scaled not in ((0.0, 1.0, 0.0, 1.0), (0.0, 1.0, -1.0, 1.0)):
         yield gone(
             f"rewards scaled by {scaled}; nearest: a reward function path.py:name",
             f"{place}.enabled",
@@ -39,15 +38,19 @@ def reward(source: Source) -> Iterator[Outcome]:
             objective=True,
         )
     else:
-        note = f"NeMo-RL's {source[rule]} gives 1 or 0: math_verify compares values, math_dapo takes what follows `Answer:`; both ±1"
-        yield asked("reward.function", note, rule)
-    place = "data.default.env_name"
-    if source[place] not in (None, "math"):
-        yield gone(
-            f"the environment {source[place]}; nearest: a reward function path.py:name, tools", place, objective=True
-        )
+        values = "±1" if scaled[2:] != scaled[:2] else "1 or 0"
+        note = f"NeMo-RL's {source[rule]} gives {values}: math_verify compares values, math_dapo takes what follows `Answer:`; both ±1"
+        yield asked("reward.function", note, rule, *used)
+    yield from _environment_names(source)
     workers = "env.math.num_workers"
     yield became(source, "reward.workers", source[workers], workers, note="processes")
+
+
+def _environment_names(source: Source) -> Iterator[Outcome]:
+    for place in ("data.default.env_name", "data.train.env_name", "data.validation.env_name"):
+        if source[place] not in (None, "math"):
+            what = f"the environment {source[place]}; nearest: a reward function path.py:name, tools"
+            yield gone(what, place, objective=True)
 
 
 def _environments(source: Source) -> Iterator[Outcome]:
@@ -57,6 +60,11 @@ def _environments(source: Source) -> Iterator[Outcome]:
         section, name, *_ = [*setting.key.split("."), ""]
         if section == "env" and setting.value is False:
             yield Outcome("meaningless", (setting.key,), note="off, as here")
+        elif setting.key == "env.math.verifier_type":
+            if setting.value not in (None, "math"):
+                yield gone(
+                    "answers are compared in another way; nearest: a reward function", setting.key, objective=True
+                )
         elif section == "env" and name == "math" and not setting.key.endswith(_OF_MATH):
             yield gone("not known to the table", setting.key)
         elif section == "env" and name == "dapo":
@@ -68,7 +76,7 @@ def _environments(source: Source) -> Iterator[Outcome]:
         yield gone(f"the environment {name}: {what}", *keys, objective=True)
 
 
-_OF_MATH = (".num_workers", ".math_verify_impl")
+_OF_MATH = (".num_workers", ".math_verify_impl", ".stop_strings")
 ENVIRONMENTS = Rule(
     ("env.*",), (), _environments, "another environment than math; nearest: reward.function, tools", objective=True
 )
@@ -79,7 +87,10 @@ def overlong(source: Source) -> Iterator[Outcome]:
     place = "grpo.reward_shaping"
     if source["grpo.overlong_filtering"]:
         yield became(source, "reward.overlong.filter", True, "grpo.overlong_filtering")
-    if source[f"{place}.enabled"]:
+    stop = f"{place}.stop_properly_penalty_coef"
+    if source[f"{place}.enabled"] and source[stop] is not None:
+        yield gone("rewards of truncated responses are not scaled; nearest: reward.overlong", stop, objective=True)
+    elif source[f"{place}.enabled"]:
         yield became(source, "reward.overlong.penalty", True, f"{place}.enabled")
         names = {
             "overlong_buffer_length": "cache",
@@ -123,8 +134,25 @@ def policy_loss(source: Source) -> Iterator[Outcome]:
     mode = "token-mean" if source[token] else "seq-mean-token-mean"
     yield became(source, "algo.loss_mode", mode, token, note="over tokens" if source[token] else "over responses")
     for key, what in LOST_OF_THE_OBJECTIVE.items():
-        if source[key]:
+        is_zero = source[key] == 0 and key == "loss_fn.positive_example_nll_weight"
+        if source[key] is not None and source[key] is not False and not is_zero:
             yield gone(what, key, objective=True)
+    yield from _ratio(source)
+    for key in ("top_p", "top_k"):
+        value = source[f"policy.generation.{key}"]
+        if value not in (None, -1, 1 if key == "top_p" else 0):
+            what = f"NeMo-RL's log-probs are those within {key} {value}; here they are those of all tokens; nearest: top_p 1 without top_k"
+            yield gone(what, f"policy.generation.{key}", objective=True)
+
+
+def _ratio(source: Source) -> Iterator[Outcome]:
+    """Yield the ratio that is 1 by force: it is so here with one gradient step per rollout step."""
+    key, size = "loss_fn.force_on_policy_ratio", "policy.train_global_batch_size"
+    step = source["grpo.num_prompts_per_step"] * source["grpo.num_generations_per_prompt"]
+    if source[key] and source[size] == step:
+        yield Outcome("meaningless", (key,), note="one gradient step per rollout step: the ratio is 1 here, too")
+    elif source[key]:
+        yield gone("the ratio is what it is; nearest: one gradient step a rollout step", key, objective=True)
 
 
 def kl(source: Source) -> Iterator[Outcome]:
@@ -134,31 +162,62 @@ def kl(source: Source) -> Iterator[Outcome]:
         "loss_fn.reference_policy_kl_type",
         "loss_fn.use_kl_in_reward",
     )
+    if source[place]:
+        note = "use_kl_in_reward takes it out of the loss, and the estimator grpo adds it to no reward"
+        yield Outcome("converted", (coef, place), "algo.kl.coef", 0.0, note)
+        return
     yield became(source, "algo.kl.coef", source[coef], coef)
-    if source[coef]:
-        yield became(source, "algo.kl.estimator", source[kind], kind)
-        yield became(source, "algo.kl.place", "reward" if source[place] else "loss", place, note="where it is added")
-        if source["loss_fn.kl_output_clamp_value"] != 10.0:
-            yield gone("k3 is cut at 10 here", "loss_fn.kl_output_clamp_value", objective=True)
+    if not source[coef]:
+        for key in ("loss_fn.use_on_policy_kl_approximation", "loss_fn.kl_output_clamp_value", kind):
+            if source.gives(key):
+                yield Outcome("meaningless", (key,), note="there is no KL penalty")
+        return
+    yield became(source, "algo.kl.place", "loss", place, note="where it is added")
+    if source[kind] == "k2":
+        yield gone("k2 with the gradient of the sampling, too; nearest: k2, NeMo-RL's k1 and k3", kind, objective=True)
+    else:
+        yield became(source, "algo.kl.estimator", "k2", kind, note=_SCORED[source[kind]])
+    if source["loss_fn.use_on_policy_kl_approximation"]:
+        yield gone("the KL has no importance weight here", "loss_fn.use_on_policy_kl_approximation", objective=True)
+    if source["loss_fn.kl_output_clamp_value"] not in (None, 10.0):
+        yield gone("the penalty of a token has no limit here", "loss_fn.kl_output_clamp_value", objective=True)
+
+
+_SCORED = {
+    "k1": "NeMo-RL adds the gradient of the sampling to k1: k2 has that gradient, less noise of mean 0",
+    "k3": "NeMo-RL adds the gradient of the sampling to k3, which makes it that of k2; beyond 10 nats it has none",
+}
+"""(p - r)∇p, with log-probs p of the policy and r of the reference: for k3 = exp(r - p) - 1 - (r - p) it is k3·∇p + ∇k3."""
 
 
 def correction(source: Source) -> Iterator[Outcome]:
     """Yield importance weights against the engine's mismatch."""
     switch, kind, cap = (f"loss_fn.{name}" for name in (
         "use_importance_sampling_correction", "truncated_importance_sampling_type", "truncated_importance_sampling_ratio"))  # fmt: skip
-    if source[switch] and (source[kind] in (None, "tis")) and source[cap] is not None:
+    if source[switch] and source[kind] in (None, "tis"):
         yield became(source, "algo.tis.mode", "truncate", switch, note="truncated importance weights")
-        yield became(source, "algo.tis.cap", source[cap], cap)
+        note = "" if source[cap] is not None else "no cap there"
+        yield became(source, "algo.tis.cap", _NO_CAP if note else source[cap], switch if note else cap, note=note)
+        whole = "loss_fn.sequence_level_importance_ratios"
+        if source[whole]:
+            yield became(source, "algo.tis.level", "sequence", whole, note="a weight per response")
         least = "loss_fn.truncated_importance_sampling_ratio_min"
         if source[least]:
             yield gone("weights have no lower bound here; nearest: algo.tis.cap", least, objective=True)
     elif source[switch]:
-        what = source[kind] or "weights without a cap"
         yield gone(
-            f"{what} against the engine's mismatch; nearest: algo.tis truncate, algo.rejection", switch, objective=True
+            f"{source[kind]} against the engine's mismatch; nearest: algo.tis truncate, algo.rejection",
+            switch,
+            objective=True,
         )
     asynchronous, age = "grpo.async_grpo.enabled", "grpo.async_grpo.max_trajectory_age_steps"
     if source[asynchronous]:
         yield became(source, "rollout.async_steps", 1, asynchronous, note="generated one step ahead")
+        if not source[switch]:
+            note = "samples are one version older, and the run does not correct for it: truncate (cap 2), or mask"
+            yield asked("algo.tis.mode", note, switch)
+        flight = "grpo.async_grpo.in_flight_weight_updates"
+        if source[flight]:
+            yield gone("a response keeps its weights to its end; nearest: sampling.on_full keep", flight)
         if source[age] != 1:
             yield gone(f"samples are at most one version old, not {source[age]}", age)

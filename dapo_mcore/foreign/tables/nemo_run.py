@@ -33,8 +33,33 @@ def model(source: Source) -> Iterator[Outcome]:
     else:
         yield gone(f"precision {source['policy.precision']}; nearest: bfloat16", "policy.precision")
     place = _MEGATRON if source[f"{_MEGATRON}.enabled"] else "policy.dtensor_cfg"
-    key = f"{place}.activation_checkpointing"
-    yield became(source, "model.recompute", "full" if source[key] else "none", key, note="every layer by itself")
+    key, level = f"{place}.activation_checkpointing", f"{_MEGATRON}.recompute_granularity"
+    if source[key] and place == _MEGATRON and source[level] == "selective":
+        modules = source[f"{_MEGATRON}.recompute_modules"] or "selective"
+        yield became(source, "model.recompute", modules, level, note="parts of layers")
+    else:
+        yield became(source, "model.recompute", "full" if source[key] else "none", key, note="every layer by itself")
+    yield from _megatron_model(source)
+
+
+def _megatron_model(source: Source) -> Iterator[Outcome]:
+    """Yield what Megatron's model has beside the weights: FP8, and routers of experts, which NeMo-RL freezes by default."""
+    if not source[f"{_MEGATRON}.enabled"]:
+        return
+    if source[f"{_MEGATRON}.fp8_cfg.enabled"]:
+        recipe, shape = f"{_MEGATRON}.fp8_cfg.fp8_recipe", f"{_MEGATRON}.fp8_cfg.fp8"
+        yield became(source, "model.fp8.recipe", source[recipe] or "auto", recipe)
+        if source[shape]:
+            yield became(source, "model.fp8.format", source[shape], shape)
+    frozen = f"{_MEGATRON}.freeze_moe_router"
+    named = any(".moe_" in key for key in source.below_flag(f"{_MEGATRON}.moe_"))
+    if source[frozen] and (source.gives(frozen) or named or source[f"{_MEGATRON}.expert_model_parallel_size"] > 1):
+        yield gone("routers train, too, if the model has experts", frozen)
+    kind, rate = f"{_MEGATRON}.moe_router_load_balancing_type", f"{_MEGATRON}.moe_router_bias_update_rate"
+    if source[kind] not in (None, "none"):
+        yield gone(f"{source[kind]} balances the experts there; nearest: model.moe_aux_loss_coef", kind, objective=True)
+    if source[rate]:
+        yield gone("the bias of routers stays as it is", rate, objective=True)
 
 
 def overrides(source: Source) -> Iterator[Outcome]:
@@ -69,95 +94,6 @@ def layout(source: Source) -> Iterator[Outcome]:
     yield asked("parallel.tensor_parallel", note, *used)
 
 
-def lengths(source: Source) -> Iterator[Outcome]:
-    """Yield the limits of prompts and responses: there, a limit of both together holds, too."""
-    prompt, response, whole = (
-        "data.max_input_seq_length",
-        f"{_GENERATION}.max_new_tokens",
-        "policy.max_total_sequence_length",
-    )
-    if source[prompt] is None or source[prompt] >= source[whole]:
-        yield asked(
-            "data.max_prompt_tokens",
-            f"there prompts and responses share {source[whole]} tokens; here each has a limit",
-            whole,
-        )
-        yield asked("rollout.max_response_tokens", f"the rest of {source[whole]} tokens", whole)
-        return
-    yield became(source, "data.max_prompt_tokens", source[prompt], prompt)
-    yield Outcome("converted", (prompt,), "data.on_long_prompt", "drop", "longer ones are left out of the loss there")
-    left = min(source[response], source[whole] - source[prompt])
-    note = (
-        "" if left == source[response] else f"what max_total_sequence_length {source[whole]} leaves the longest prompt"
-    )
-    yield became(source, "rollout.max_response_tokens", left, *((response, whole) if note else (response,)), note=note)
-
-
-def data(source: Source) -> Iterator[Outcome]:
-    """Yield the training data. NeMo-RL's named data sets are for a person to name as files."""
-    path, name = "data.train.data_path", "data.train.dataset_name"
-    several = [key for key in ("data.custom_dataloader", "data.train") if source.gives(key) and source[key]]
-    if several:
-        what = "a list of data sets" if several[0] == "data.train" else "a loader of the user's own"
-        yield asked("data.files", f"the prompts come from {what}; name the files, mixed as they are to be", *several)
-    elif source.path(path):
-        yield Outcome("converted", (path,), "data.files", [source.path(path)], "a list")
-        if source["data.train.input_key"]:
-            yield became(source, "data.prompt_key", source["data.train.input_key"], "data.train.input_key")
-        if source["data.train.output_key"]:
-            yield became(source, "data.answer_key", source["data.train.output_key"], "data.train.output_key")
-    else:
-        note = f"NeMo-RL loads {source[name] or 'its own data set'} by name; name its files, or hf://org/name:split"
-        yield asked("data.files", note, name if source.gives(name) else path)
-    yield Outcome("converted", (path,), "data.chat_template", True, "NeMo-RL renders every prompt")
-    yield Outcome("converted", (path,), "data.deduplicate", False, "NeMo-RL keeps repeated rows")
-    frame = "data.default.prompt_file"
-    if source[frame] is not None:
-        yield gone(
-            f"the text of {source[frame]} around each prompt; nearest: a chat template (data.chat_template)",
-            frame,
-            objective=True,
-        )
-    elif source.gives(frame):
-        yield Outcome("meaningless", (frame,), note="no text around prompts, as here")
-
-
-def evaluation(source: Source) -> Iterator[Outcome]:
-    """Yield the evaluation set and when it is evaluated."""
-    path, name, every = "data.validation.data_path", "data.validation.dataset_name", "grpo.val_period"
-    if not (source[every] and source[every] > 0) or not (source.path(path) or source[name]):
-        for key in (path, name, every, "grpo.max_val_samples"):
-            if source.gives(key):
-                yield Outcome("meaningless", (key,), note="nothing is evaluated")
-        return
-    yield became(source, "eval.every", source[every], every)
-    yield became(source, "eval.at_start", bool(source["grpo.val_at_start"]), "grpo.val_at_start")
-    if source.path(path):
-        yield Outcome("converted", (path,), "eval.sets.validation.files", [source.path(path)], "a named set per file")
-    else:
-        yield asked(
-            "eval.sets.validation.files",
-            f"NeMo-RL loads {source[name]} by name; name its files, or hf://org/name:split",
-            name,
-        )
-    yield Outcome(
-        "converted", ("grpo.max_val_samples",), "eval.sets.validation.limit", source["grpo.max_val_samples"], "rows"
-    )
-    yield Outcome("converted", (name,), "eval.sets.validation.deduplicate", False, "NeMo-RL keeps repeated rows")
-    yield Outcome("converted", (name,), "eval.sets.validation.chat_template", True, "NeMo-RL renders every prompt")
-    yield became(
-        source,
-        "eval.samples_per_prompt",
-        source["grpo.val_num_generations_per_prompt"],
-        "grpo.val_num_generations_per_prompt",
-    )
-    for ours in ("temperature", "top_p", "top_k"):
-        own, train = f"{_GENERATION}.val_{ours}", f"{_GENERATION}.{ours}"
-        used = own if source.gives(own) else train
-        value = source[used] if source[used] is not None else -1
-        yield became(source, f"eval.{ours}", value, used, note="" if used == own else "as in training")
-
-
 def sampling(source: Source) -> Iterator[Outcome]:
     """Yield dynamic sampling."""
     switch, prompts, times = "grpo.use_dynamic_sampling", "grpo.num_prompts_per_step", "grpo.batch_multiplier"
@@ -167,11 +103,20 @@ def sampling(source: Source) -> Iterator[Outcome]:
         source, "sampling.style", "filter" if on else "none", switch, note="by whether acc varies" if on else "off"
     )
     if on:
+        yield from _single_drops(source)
         note = f"{source[times]} × {source[prompts]} prompts"
         yield became(source, "sampling.gen_batch_prompts", int(source[times] * source[prompts]), times, note=note)
         most = "grpo.dynamic_sampling_max_gen_batches"
         yield became(source, "sampling.max_gen_batches", source[most], most)
         yield Outcome("converted", (switch,), "sampling.carry_surplus", False, "NeMo-RL throws surplus groups away")
+
+
+def _single_drops(source: Source) -> Iterator[Outcome]:
+    """Yield the loss of a filter by the std of the other responses: it drops single responses."""
+    mean = "grpo.use_leave_one_out_baseline"
+    if source[mean]:
+        what = "with a leave-one-out baseline NeMo-RL drops single responses whose others are alike; here whole groups are kept or dropped"
+        yield gone(what, mean, objective=True)
 
 
 def batch(source: Source) -> Iterator[Outcome]:
@@ -189,9 +134,21 @@ def batch(source: Source) -> Iterator[Outcome]:
         yield asked(
             "batch.mini_batch_prompts", f"{source[size]} samples are no whole number of groups of {group}", size
         )
-    yield Outcome("converted", (size,), "batch.shuffle", False, "NeMo-RL trains in the order of generation")
+    yield Outcome("converted", (size,), "batch.shuffle", False, "NeMo-RL trains in the order of the prompts")
+    yield from _tokens(source)
+
+
+def _tokens(source: Source) -> Iterator[Outcome]:
+    """Yield the tokens of a micro-batch: those of packing or dynamic batching where the run says them, else those of its samples."""
     samples, whole = "policy.train_micro_batch_size", "policy.max_total_sequence_length"
     ranks = (source[f"{_MEGATRON}.context_parallel_size"] or 1) if source[f"{_MEGATRON}.enabled"] else 1
+    for place in ("policy.sequence_packing", "policy.dynamic_batching"):
+        key = f"{place}.train_mb_tokens"
+        if source[f"{place}.enabled"] and source.gives(key):
+            yield became(
+                source, "batch.max_tokens", -(-max(source[key], source[whole]) // ranks), key, note=f"/ {ranks} ranks"
+            )
+            return
     note = f"{source[samples]} × {source[whole]} tokens / {ranks} ranks"
     yield became(source, "batch.max_tokens", -(-source[samples] * source[whole] // ranks), samples, whole, note=note)
 
@@ -202,7 +159,19 @@ def optimizer(source: Source) -> Iterator[Outcome]:
     place = f"{_MEGATRON}.optimizer" if megatron else "policy.optimizer.kwargs"
     yield became(source, "optimizer.lr", source[f"{place}.lr"], f"{place}.lr")
     yield became(source, "optimizer.weight_decay", source[f"{place}.weight_decay"], f"{place}.weight_decay")
+    eps = f"{place}.adam_eps" if megatron else f"{place}.eps"
+    yield became(source, "optimizer.eps", source[eps] or 1e-8, eps)
+    yield from _clipping(source, megatron)
     if megatron:
+        share = f"{place}.optimizer_cpu_offload"
+        if source[share]:
+            yield became(
+                source,
+                "optimizer.offload_fraction",
+                source[f"{place}.optimizer_offload_fraction"] or 0.0,
+                share,
+                note="its fraction",
+            )
         yield became(source, "optimizer.beta1", source[f"{place}.adam_beta1"], f"{place}.adam_beta1")
         yield became(source, "optimizer.beta2", source[f"{place}.adam_beta2"], f"{place}.adam_beta2")
         yield from _megatron_schedule(source)
@@ -213,15 +182,24 @@ def optimizer(source: Source) -> Iterator[Outcome]:
     yield from _torch_schedule(source)
 
 
+def _clipping(source: Source, megatron: bool) -> Iterator[Outcome]:
+    own, shared = f"{_MEGATRON}.optimizer.clip_grad", "policy.max_grad_norm"
+    key = own if megatron and source.gives(own) else shared
+    if source[key] is None and megatron:
+        yield Outcome("converted", (own,), "optimizer.clip_grad", 1.0, "Megatron's default")
+    else:
+        yield became(source, "optimizer.clip_grad", source[key] or 0.0, key, note="" if source[key] else "no clipping")
+
+
 def _megatron_schedule(source: Source) -> Iterator[Outcome]:
     place = f"{_MEGATRON}.scheduler"
     kind, key = source[f"{place}.lr_decay_style"], f"{place}.lr_decay_style"
     if kind not in ("constant", "cosine"):
         yield gone(f"the schedule {kind}; nearest: cosine", key)
     yield became(source, "optimizer.schedule", "cosine" if kind == "cosine" else "constant", key)
-    yield became(
-        source, "optimizer.warmup_rollout_steps", source[f"{place}.lr_warmup_iters"], f"{place}.lr_warmup_iters"
-    )
+    steps, first = source[f"{place}.lr_warmup_iters"], source[f"{place}.lr_warmup_init"]
+    note = f"from {first} there, from 0 here" if steps and first else ""
+    yield became(source, "optimizer.warmup_rollout_steps", steps, f"{place}.lr_warmup_iters", note=note)
     if kind == "cosine":
         yield became(
             source, "optimizer.decay_rollout_steps", source[f"{place}.lr_decay_iters"], f"{place}.lr_decay_iters"
@@ -234,76 +212,46 @@ def _megatron_schedule(source: Source) -> Iterator[Outcome]:
 def _torch_schedule(source: Source) -> Iterator[Outcome]:
     """Yield the schedule of a list of torch's schedulers: a linear warm-up, then constant or cosine."""
     key = "policy.scheduler"
-    parts = source[key] if source.gives(key) else []
-    names = [
-        str(part.get("name", "")).rpartition(".")[2] for part in parts if isinstance(part, dict) and "name" in part
-    ]
-    if not parts:
-        yield became(
-            source, "optimizer.warmup_rollout_steps", 50, key, note="LinearLR over 50 rollout steps, then constant"
+    if source.below(key):
+        yield gone(
+            "a single scheduler; nearest: optimizer.schedule with optimizer.warmup_rollout_steps",
+            *(f"{key}.{name}" for name in source.below(key)),
         )
-    elif names in (["LinearLR", "ConstantLR"], ["ConstantLR"], ["LinearLR"]):
-        steps = parts[0]["kwargs"].get("total_iters", 0) if names[0] == "LinearLR" else 0
-        yield became(
-            source,
-            "optimizer.warmup_rollout_steps",
-            steps,
-            key,
-            note=f"LinearLR over {steps} rollout steps, then constant",
-        )
-    else:
+        return
+    parts = [part for part in source[key] or [] if isinstance(part, dict) and "name" in part]
+    at = next((part["milestones"] for part in source[key] or [] if isinstance(part, dict) and "milestones" in part), [])
+    names = [str(part["name"]).rpartition(".")[2] for part in parts]
+    first, last = (dict(part.get("kwargs") or {}) for part in (parts[0], parts[-1])) if parts else ({}, {})
+    steps = first.get("total_iters", 0) if names[:1] == ["LinearLR"] else 0
+    if not _is_known(names, first, last) or (len(names) > 1 and at and at != [steps]):
         yield gone(f"the schedule {', '.join(names)}; nearest: optimizer.schedule cosine with warm-up", key)
+        return
+    start = f"from {first.get('start_factor', 1 / 3):g} × lr there, from 0 here; " if steps else ""
+    if names[-1:] == ["CosineAnnealingLR"]:
+        yield became(source, "optimizer.schedule", "cosine", key)
+        yield became(source, "optimizer.decay_rollout_steps", steps + last["T_max"], key, note="with the warm-up")
+        yield became(source, "optimizer.min_lr", last.get("eta_min", 0.0), key, note="eta_min")
+    then = "cosine" if names[-1:] == ["CosineAnnealingLR"] else "constant"
+    yield became(
+        source, "optimizer.warmup_rollout_steps", steps, key, note=f"{start}{steps} rollout steps, then {then}"
+    )
 
 
-def servers(source: Source) -> Iterator[Outcome]:
-    """Yield the servers: vLLM's place is SGLang's here."""
-    place, nodes, per_node = f"{_GENERATION}.vllm_cfg", "cluster.num_nodes", "cluster.gpus_per_node"
-    size, gpus = source[f"{place}.tensor_parallel_size"], source[nodes] * source[per_node]
-    yield Outcome(
-        "converted",
-        (f"{_GENERATION}.backend",),
-        "rollout.engine",
-        "sglang",
-        "SGLang's servers: tune their options again",
+def _is_known(names: list[str], first: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Return True for a warm-up to the learning rate, a constant at it, or a cosine with or without a warm-up."""
+    if names[:1] == ["LinearLR"] and first.get("end_factor", 1.0) != 1:
+        return False
+    if names[-1:] == ["ConstantLR"] and last.get("factor", 1 / 3) != 1:
+        return False
+    tails = (
+        [],
+        ["LinearLR"],
+        ["ConstantLR"],
+        ["LinearLR", "ConstantLR"],
+        ["CosineAnnealingLR"],
+        ["LinearLR", "CosineAnnealingLR"],
     )
-    yield became(source, "rollout.sglang.tensor_parallel", size, f"{place}.tensor_parallel_size")
-    shared = bool(source[f"{_GENERATION}.colocated.enabled"])
-    if shared and size <= source[per_node] and gpus % size == 0:
-        used = (nodes, per_node, f"{place}.tensor_parallel_size")
-        yield Outcome(
-            "converted",
-            used,
-            "rollout.sglang.num_servers",
-            gpus // size,
-            f"{source[nodes]} × {source[per_node]} GPUs / {size}",
-        )
-    else:
-        yield asked(
-            "rollout.sglang.num_servers", f"of {gpus} GPUs, those that generate, in servers of {size}", nodes, per_node
-        )
-    key = f"{_GENERATION}.colocated.enabled"
-    yield Outcome(
-        "converted",
-        (key,),
-        "rollout.sglang.colocated",
-        shared,
-        "servers and training take turns on the GPUs" if shared else "apart",
-    )
-    yield Outcome(
-        "converted", (key,), "rollout.sglang.sync", "tensor" if shared else "distributed", "how weights get there"
-    )
-    if source[nodes] > 1:
-        yield Outcome("converted", (nodes,), "rollout.sglang.placement", "nodes", f"{source[nodes]} nodes")
-        yield Outcome("converted", (nodes,), "rollout.sglang.host", "node", "each node's own address")
-    memory, eager = f"{place}.gpu_memory_utilization", f"{place}.enforce_eager"
-    note = "SGLang's name; chosen for vLLM: tune it again"
-    yield Outcome("converted", (memory,), "rollout.sglang.server_args", {"mem-fraction-static": source[memory]}, note)
-    if source[eager]:
-        yield Outcome(
-            "converted", (eager,), "rollout.sglang.server_args", {"disable-cuda-graph": True}, "SGLang's name"
-        )
-    elif source.gives(eager):
-        yield Outcome("meaningless", (eager,), note="SGLang's default, too")
+    return names in tails and (names[-1:] != ["CosineAnnealingLR"] or "T_max" in last)
 
 
 def saving(source: Source) -> Iterator[Outcome]:
@@ -325,13 +273,20 @@ def saving(source: Source) -> Iterator[Outcome]:
         yield became(source, "checkpoint.keep", _STEPS_WITHOUT_END, best, note="all")
     elif source[metric] is not None:
         yield became(source, "checkpoint.keep_best", source[best], best)
-        yield asked(
-            "checkpoint.best_metric",
-            f"our name of {source[metric]}, such as eval/validation/mean: metrics.jsonl has all names",
-            metric,
-        )
+        yield from _best(source, metric)
         if not source[f"{place}.higher_is_better"]:
             yield became(source, "checkpoint.best_mode", "min", f"{place}.higher_is_better", note="lower is better")
+
+
+def _best(source: Source, metric: str) -> Iterator[Outcome]:
+    """Yield our name of the metric: NeMo-RL's accuracy is the mean reward of a validation, ours the share of right answers."""
+    samples = source["grpo.val_num_generations_per_prompt"]
+    named = source.path("data.validation.data_path") or source["data.validation.dataset_name"]
+    if source[metric] == "val:accuracy" and named and not source["data.validation.repeat"]:
+        yield became(source, "checkpoint.best_metric", f"val/validation/mean@{samples}", metric, note="our name")
+    else:
+        note = f"our name of {source[metric]}, such as val/validation/mean@{samples}: metrics.jsonl has all names"
+        yield asked("checkpoint.best_metric", note, metric)
 
 
 def loggers(source: Source) -> Iterator[Outcome]:

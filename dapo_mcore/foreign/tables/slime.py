@@ -144,7 +144,7 @@ _RULES = (
     lost("weights are bf16 here", "fp16"),
     lost("warm-up begins at lr 0", "lr-warmup-init", off=(None, 0)),
     lost("images are not read: the policy would see the text alone", "multimodal-keys", objective=True),
-    lost("another loss than the policy's", "loss-type", off=(None, "policy_loss"), objective=True),
+    lost("another loss than the policy's; nearest for sft_loss: the demonstrations of section warm_start", "loss-type", off=(None, "policy_loss"), objective=True),
     lost("the reward in evaluation is the one of training", "eval-reward-key", off=(None, "acc")),
     lost("generation by code of your own, such as tools; nearest: sections tools and agent", "custom-generate-function-path",
          "rollout-function-path", "data-source-path", "rollout-buffer-url", "disable-rollout-global-dataset", objective=True),

@@ -65,7 +65,7 @@ def _rows(source: Source, key: str, place: str, path: str) -> Iterator[Outcome]:
 def _longest(place: str, tokens: int | None, key: str) -> Iterator[Outcome]:
     """Yield the limit of prompts. slime leaves longer ones out; without a limit it cuts none."""
     if tokens is None:
-        note = "slime limits no prompt: one above max_prompt_tokens is an error here, and is not cut"
+        note = "prompts have no limit there: one above max_prompt_tokens is an error here, and is not cut"
         yield Outcome("converted", (key,), f"{place}.on_long_prompt", "error", note)
         return
     note = "" if key == f"{key.partition('-')[0]}-max-prompt-len" else "one token is left for the response"

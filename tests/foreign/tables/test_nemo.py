@@ -12,6 +12,7 @@ from dapo_mcore.config.keys import kind_of
 from dapo_mcore.foreign.commands.import_run import imported
 from dapo_mcore.foreign.tables.nemo import NEMO
 from dapo_mcore.foreign.write import run_yaml
+from tests.foreign.nemo_runs import imported as run_of
 
 STILL_TO_COME = {
     "num_epochs", "data.chat_template_kwargs", "rollout.stop", "eval.top_k", "optimizer.warmup_rollout_steps", "optimizer.decay_rollout_steps",
@@ -43,7 +44,7 @@ output_dir: results/grpo
 seed: 42
 num_epochs: 2
 model: {path: org/tiny, dtype: bf16}
-data: {files: [/d/train.jsonl], prompt_key: question, chat_template: true, deduplicate: false, max_prompt_tokens: 1024, on_long_prompt: drop}
+data: {files: [/d/train.jsonl], prompt_key: question, answer_key: output, chat_template: true, deduplicate: false, max_prompt_tokens: 1024, on_long_prompt: drop}
 parallel: {tensor_parallel: 2, expert_tensor_parallel: 1}
 rollout:
   group_size: 8
@@ -71,6 +72,17 @@ def test_a_configuration_becomes_the_yaml_of_a_person(tmp_path: Path) -> None:
     assert {key: found.get(key) for key in {**found, **expected}} == {
         key: expected.get(key) for key in {**found, **expected}
     }
+
+
+def test_a_key_that_the_table_does_not_know_is_a_loss() -> None:
+    for key, changes in {
+        "policy.megatron_cfg.new_switch": False,
+        "policy.generation.new_penalty": True,
+        "logger.new": False,
+    }.items():
+        conversion = run_of({key: 1})
+        assert [setting.key for setting in conversion.unknown] == [key]
+        assert conversion.losses[key] is changes
 
 
 def test_every_key_that_a_rule_sets_is_ours() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from dapo_mcore.foreign.tables.nemo_objective import LOST_OF_THE_OBJECTIVE
 from tests.foreign.nemo_runs import imported, ours
@@ -31,6 +32,10 @@ def test_overlong_punishment() -> None:
         "reward.overlong.penalty": True, "reward.overlong.cache": 64, "reward.overlong.factor": 1, "reward.overlong.max_length": 900,
     }  # fmt: skip
     assert "reward.overlong.cache" not in ours({f"{place}.overlong_buffer_length": 64})
+    stop = {f"{place}.enabled": True, f"{place}.stop_properly_penalty_coef": 0.0}
+    assert losses(stop) == {f"{place}.stop_properly_penalty_coef": True}, "0 takes all reward from truncated responses"
+    assert "reward.overlong.penalty" not in ours(stop)
+    assert losses({f"{place}.stop_properly_penalty_coef": 0.5}) == {}, "shaping is off"
 
 
 def test_estimators() -> None:
@@ -54,9 +59,49 @@ def test_policy_losses_and_kl() -> None:
     found = ours({"loss_fn.ratio_clip_max": 0.28, "loss_fn.token_level_loss": False, "loss_fn.use_cispo": True})
     assert (found["algo.clip_low"], found["algo.clip_high"], found["algo.policy_loss"]) == (0.2, 0.28, "cispo")
     assert found["algo.loss_mode"] == "seq-mean-token-mean"
-    assert (found["algo.kl.coef"], found["algo.kl.estimator"], found["algo.kl.place"]) == (0.01, "k3", "loss")
+    assert (found["algo.kl.coef"], found["algo.kl.estimator"], found["algo.kl.place"]) == (0.01, "k2", "loss")
     assert ours({"loss_fn.reference_policy_kl_penalty": 0.0})["algo.kl.coef"] == 0
     assert losses({"loss_fn.kl_output_clamp_value": 5.0}) == {"loss_fn.kl_output_clamp_value": True}
+    assert losses({"loss_fn.use_on_policy_kl_approximation": True}) == {"loss_fn.use_on_policy_kl_approximation": True}
+    off = {
+        "loss_fn.reference_policy_kl_penalty": 0,
+        "loss_fn.use_on_policy_kl_approximation": True,
+        "loss_fn.kl_output_clamp_value": 5.0,
+    }
+    assert losses(off) == {}, "without a penalty neither says anything"
+    assert ours({"loss_fn.use_kl_in_reward": True})["algo.kl.coef"] == 0, "its estimator grpo takes no KL from rewards"
+
+
+def test_the_gradient_of_its_kl_is_that_of_k2() -> None:
+    """loss_functions.py weighs the KL by exp(p - p.detach()), which is 1 and whose gradient is that of the sampling."""
+    p = torch.tensor([-1.3, -0.4, -2.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.0, -0.9, -2.0], dtype=torch.float64)
+    log_ratio = reference - p
+    theirs = (torch.exp(p - p.detach()) * (log_ratio.exp() - 1 - log_ratio)).sum()
+    ours = ((p - reference) ** 2 / 2).sum()
+    (found,), (expected,) = torch.autograd.grad(theirs, p), torch.autograd.grad(ours, p)
+    torch.testing.assert_close(found, expected)
+    assert losses({"loss_fn.reference_policy_kl_type": "k2"}) == {"loss_fn.reference_policy_kl_type": True}
+
+
+def test_a_ratio_of_1_by_force_needs_one_gradient_step() -> None:
+    force = {
+        "loss_fn.force_on_policy_ratio": True,
+        "grpo.num_prompts_per_step": 32,
+        "grpo.num_generations_per_prompt": 16,
+    }
+    assert losses({**force, "policy.train_global_batch_size": 512}) == {}
+    assert losses({**force, "policy.train_global_batch_size": 256}) == {"loss_fn.force_on_policy_ratio": True}
+
+
+def test_log_probs_within_a_nucleus_are_lost() -> None:
+    assert losses({"policy.generation.top_p": 0.9}) == {"policy.generation.top_p": True}
+    assert losses({"policy.generation.top_k": 50}) == {"policy.generation.top_k": True}
+    assert losses({"policy.generation.top_p": 1.0, "policy.generation.top_k": None}) == {}
+
+
+def test_scaled_rewards_of_another_rule_are_asked_for() -> None:
+    assert "reward.function" in imported({**SCALED, "env.math.math_verify_impl": "hf_math_verify"}).asked
 
 
 @pytest.mark.parametrize("key", LOST_OF_THE_OBJECTIVE)
@@ -64,20 +109,36 @@ def test_what_is_not_here_is_a_loss_of_the_objective(key: str) -> None:
     assert losses({key: 0.5}) == {key: True}
 
 
+def test_a_bound_of_0_is_a_bound() -> None:
+    assert losses({"grpo.advantage_clip_low": 0.0}) == {"grpo.advantage_clip_low": True}
+    assert losses({"grpo.advantage_clip_low": None, "loss_fn.positive_example_nll_weight": 0.0}) == {}
+
+
 def test_corrections() -> None:
     switch = {"loss_fn.use_importance_sampling_correction": True}
     cap = {"loss_fn.truncated_importance_sampling_ratio": 3.0}
     found = ours({**switch, **cap})
     assert (found["algo.tis.mode"], found["algo.tis.cap"]) == ("truncate", 3.0)
-    assert losses(switch) == {"loss_fn.use_importance_sampling_correction": True}
+    assert losses(switch) == {}
+    assert ours(switch)["algo.tis.cap"] == 1_000_000, "weights have no cap there"
+    whole = {"loss_fn.sequence_level_importance_ratios": True, "loss_fn.token_level_loss": False}
+    assert (ours({**switch, **whole})["algo.tis.level"], ours({**switch, **whole})["algo.policy_loss"]) == (
+        "sequence",
+        "gspo",
+    )
+    assert losses({**switch, **cap, "loss_fn.truncated_importance_sampling_ratio_min": 0.5}) == {
+        "loss_fn.truncated_importance_sampling_ratio_min": True
+    }
     assert losses({**switch, **cap, "loss_fn.truncated_importance_sampling_type": "icepop"}) == {
         "loss_fn.use_importance_sampling_correction": True
     }
-    assert ours({"grpo.async_grpo.enabled": True})["rollout.async_steps"] == 1
+    ahead = {"grpo.async_grpo.enabled": True}
+    assert ours(ahead)["rollout.async_steps"] == 1
+    assert "algo.tis.mode" in imported(ahead).asked and "algo.tis.mode" not in imported({**ahead, **switch}).asked
 
 
 def test_another_environment_is_lost_by_one_name() -> None:
     game = {"env.sliding_puzzle_game.cfg.max_moves": 30, "env.sliding_puzzle_game.cfg.size": 5}
     assert losses(game) == {"env.sliding_puzzle_game.cfg.max_moves": True}
     assert losses({"env.dapo.num_workers": 8, "env.should_use_nemo_gym": False}) == {}
-    assert losses({"env.math.verifier_type": "english"}) == {"env.math.verifier_type": False}
+    assert losses({"env.math.verifier_type": "english"}) == {"env.math.verifier_type": True}

@@ -12,14 +12,6 @@ def test_length() -> None:
     assert "num_rollout_steps" in imported({"grpo.max_num_steps": 500}).asked
 
 
-def test_limits_of_prompts_and_responses() -> None:
-    limits = {"data.max_input_seq_length": 200, "policy.max_total_sequence_length": 1000}
-    found = ours(limits)
-    assert (found["data.max_prompt_tokens"], found["rollout.max_response_tokens"]) == (200, 800)
-    assert ours({**limits, "policy.generation.max_new_tokens": 500})["rollout.max_response_tokens"] == 500
-    assert {"data.max_prompt_tokens", "rollout.max_response_tokens"} <= set(imported({}).asked)
-
-
 def test_samples_become_prompts() -> None:
     found = ours(
         {"grpo.num_generations_per_prompt": 8, "policy.train_global_batch_size": 64, "grpo.num_prompts_per_step": 40}
@@ -45,7 +37,7 @@ def test_layouts() -> None:
 def test_optimizers() -> None:
     linear = [
         {"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"total_iters": 7}},
-        {"name": "torch.optim.lr_scheduler.ConstantLR", "kwargs": {}},
+        {"name": "torch.optim.lr_scheduler.ConstantLR", "kwargs": {"factor": 1.0}},
         {"milestones": [7]},
     ]
     found = ours({"policy.optimizer.kwargs.lr": 1e-6, "policy.scheduler": linear})
@@ -61,36 +53,80 @@ def test_optimizers() -> None:
         "cosine",
         1000,
     )
-    assert imported({"policy.scheduler": [{"name": "x.StepLR", "kwargs": {}}]}).losses["policy.scheduler"] is False
+    for other in (
+        {"name": "x.StepLR", "kwargs": {}},
+        {"name": "x.ConstantLR", "kwargs": {}},
+    ):  # torch's constant is a third of lr
+        assert imported({"policy.scheduler": [other]}).losses["policy.scheduler"] is False
+    assert imported({"policy.scheduler": [*linear[:2], {"milestones": [3]}]}).losses["policy.scheduler"] is False
+    assert imported({"policy.scheduler.name": "x.StepLR"}).losses["policy.scheduler.name"] is False
+    decay = {"name": "torch.optim.lr_scheduler.CosineAnnealingLR", "kwargs": {"T_max": 90, "eta_min": 1e-7}}
+    found = ours({"policy.scheduler": [linear[0], decay, linear[2]]})
+    names = ("schedule", "warmup_rollout_steps", "decay_rollout_steps", "min_lr")
+    assert [found[f"optimizer.{name}"] for name in names] == ["cosine", 7, 97, 1e-7]
 
 
-def test_servers() -> None:
-    found = ours(
-        {"cluster.num_nodes": 2, "cluster.gpus_per_node": 8, "policy.generation.vllm_cfg.tensor_parallel_size": 4}
-    )
-    assert (found["rollout.sglang.num_servers"], found["rollout.sglang.placement"], found["rollout.sglang.sync"]) == (
-        4,
-        "nodes",
-        "tensor",
-    )
-    assert "rollout.sglang.num_servers" in imported({"policy.generation.colocated.enabled": False}).asked
+def test_clipping_and_eps() -> None:
+    found = ours({"policy.max_grad_norm": None, "policy.optimizer.kwargs.eps": 1e-6})
+    assert (found["optimizer.clip_grad"], found["optimizer.eps"]) == (0.0, 1e-6)
+    own = {"policy.megatron_cfg.optimizer.clip_grad": 0.5, "policy.max_grad_norm": 2.0}
+    assert (ours({**MEGATRON, **own})["optimizer.clip_grad"], ours(own)["optimizer.clip_grad"]) == (0.5, 2.0)
 
 
-def test_data_by_name_is_asked_for() -> None:
-    assert "data.files" in imported({"data.train.dataset_name": "X"}).asked
-    found = ours(
-        {"data.train.data_path": "/d.jsonl", "data.train.input_key": "q", "data.validation.data_path": "/e.jsonl"}
+def test_what_megatrons_model_has_beside_its_weights() -> None:
+    place = "policy.megatron_cfg"
+    found = ours({**MEGATRON, f"{place}.fp8_cfg.enabled": True, f"{place}.fp8_cfg.fp8_recipe": "blockwise"})
+    assert found["model.fp8.recipe"] == "blockwise"
+    frozen = f"{place}.freeze_moe_router"
+    assert frozen not in imported(MEGATRON).losses, "the model may have no experts"
+    assert imported({**MEGATRON, f"{place}.expert_model_parallel_size": 8}).losses[frozen] is False
+    for key, value in {"moe_router_load_balancing_type": "seq_aux_loss", "moe_router_bias_update_rate": 1e-3}.items():
+        assert imported({**MEGATRON, f"{place}.{key}": value}).losses[f"{place}.{key}"] is True
+    parts = {
+        f"{place}.activation_checkpointing": True,
+        f"{place}.recompute_granularity": "selective",
+        f"{place}.recompute_modules": ["moe"],
+    }
+    assert ours({**MEGATRON, **parts})["model.recompute"] == ["moe"]
+
+
+def test_tokens_of_packing() -> None:
+    packed = {
+        "policy.sequence_packing.train_mb_tokens": 9000,
+        "policy.max_total_sequence_length": 4096,
+        "policy.train_micro_batch_size": 2,
+    }
+    assert ours(packed)["batch.max_tokens"] == 9000
+    assert ours({**packed, **MEGATRON, "policy.megatron_cfg.context_parallel_size": 2})["batch.max_tokens"] == 4500
+    off = {**packed, "policy.sequence_packing.enabled": False}
+    assert ours(off)["batch.max_tokens"] == 8192  # 2 samples
+    assert (
+        ours({**off, "policy.dynamic_batching.enabled": True, "policy.dynamic_batching.train_mb_tokens": 5000})[
+            "batch.max_tokens"
+        ]
+        == 5000
     )
-    assert (found["data.files"], found["data.prompt_key"], found["eval.sets.validation.files"]) == (
-        ["/d.jsonl"],
-        "q",
-        ["/e.jsonl"],
-    )
-    assert imported({}).losses == {"data.default.prompt_file": True}, "the text around prompts is NeMo-RL's default"
+
+
+def test_a_filter_by_the_others_drops_single_responses() -> None:
+    on = {"grpo.use_dynamic_sampling": True, "data.default.prompt_file": None}
+    assert imported(on).losses == {"grpo.use_leave_one_out_baseline": True}
+    assert imported({**on, "grpo.use_leave_one_out_baseline": False}).losses == {}
 
 
 def test_checkpoints_and_loggers() -> None:
-    assert ours({"checkpointing.keep_top_k": 2})["checkpoint.keep_best"] == 2
+    best = ours(
+        {
+            "checkpointing.keep_top_k": 2,
+            "data.validation.data_path": "/e.jsonl",
+            "grpo.val_num_generations_per_prompt": 4,
+        }
+    )
+    assert (best["checkpoint.keep_best"], best["checkpoint.best_metric"]) == (2, "val/validation/mean@4")
+    assert (
+        "checkpoint.best_metric"
+        in imported({"data.validation.data_path": "/e", "checkpointing.metric_name": "val:x"}).asked
+    )
     assert ours({"checkpointing.keep_top_k": None})["checkpoint.keep"] == 1_000_000
     assert ours({"checkpointing.enabled": False})["checkpoint.every"] is None
     found = ours({"logger.mlflow_enabled": True, "logger.mlflow.experiment_name": "e", "logger.wandb.project": "p"})
@@ -102,9 +138,3 @@ def test_stops_and_overrides() -> None:
     found = ours({"policy.generation.stop_strings": ["x"], "policy.hf_config_overrides.rope.factor": 4})
     assert found["rollout.stop"] == ["x"]
     assert found["model.overrides"] == {"rope": {"factor": 4}}
-
-
-def test_a_list_of_data_sets_or_a_loader_of_ones_own_is_asked_for() -> None:
-    for key, value in {"data.train": [{"data_path": "/a"}], "data.custom_dataloader": "mine.loader"}.items():
-        conversion = imported({key: value, "data.train.data_path": "/d.jsonl"})
-        assert conversion.kind_of(key) == "asked" and "data.files" in conversion.asked
