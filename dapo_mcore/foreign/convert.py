@@ -81,7 +81,11 @@ class Conversion:
     def losses(self) -> dict[str, bool]:
         """Each lost setting by its name, and whether its loss changes the objective."""
         known = {outcome.sources[0]: outcome.objective for outcome in self.outcomes if outcome.kind == "lost"}
-        return known | {setting.key: changes_objective(setting.key) for setting in self.unknown}
+        return known | {setting.key: self.optimises(setting) for setting in self.unknown}
+
+    def optimises(self, setting: ForeignSetting) -> bool:
+        """Return True if an unknown setting may be about what is optimised: by its section, or by its name."""
+        return setting.key.startswith(self.table.optimises) or changes_objective(setting.key)
 
     def unaccepted(self, accepted: Sequence[str]) -> list[str]:
         """Return the lost settings that change the objective and are not accepted. Raise ConfigError for an accepted name that is
@@ -135,6 +139,10 @@ def _applied(rule: Rule, source: Source) -> Iterator[Outcome]:
     except Undecided as undecided:
         setting = source.setting(str(undecided))
         assert setting is not None
+        if not rule.ours:
+            yield Outcome(
+                "lost", (setting.key,), note=f"{rule.about}; {_why_undecided(setting)}", objective=rule.objective
+            )
         for ours in [key for key in rule.ours if key not in done]:
             yield Outcome("asked", (setting.key,), ours, note=_why_undecided(setting))
 

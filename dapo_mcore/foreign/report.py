@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from dapo_mcore.config.foreign_names import TITLES
-from dapo_mcore.foreign.convert import Conversion, changes_objective
+from dapo_mcore.foreign.convert import Conversion
 from dapo_mcore.foreign.table import Kind, Outcome
 from dapo_mcore.foreign.write import default_of, line_number, shown
 
@@ -77,9 +77,9 @@ def _lost(conversion: Conversion, accepted: Sequence[str], objective: bool) -> I
             yield _source(conversion, outcome)
             yield from _wrapped(outcome.note, "        ")
     for setting in conversion.unknown:
-        if changes_objective(setting.key) == objective:
+        if conversion.optimises(setting) == objective:
             yield f"{line_number(setting):>4}  {setting.key}={shown(setting.value)}"
-            yield "        not known to the table" + (", and its name is that of an objective" if objective else "")
+            yield "        not known to the table" + (", and it may change what is optimised" if objective else "")
 
 
 def _asked(conversion: Conversion) -> Iterator[str]:

@@ -68,8 +68,16 @@ class Source:
     def path(self, key: str) -> Any:
         """Return a path or a list of paths, in which `${NAME}` of the environment may stand: our paths take it, too."""
         setting = self._given.get(key)
-        plain = setting is not None and not setting.others and all(name.isidentifier() for name in setting.unknown)
-        return setting.value if setting is not None and plain and not setting.removed else self[key]
+        return setting.value if setting is not None and self.plain_path(key) else self[key]
+
+    def plain_path(self, key: str) -> bool:
+        """Return True if the run sets the key, and its value lacks at most variables of the environment, which a path may keep."""
+        setting = self._given.get(key)
+        return (
+            setting is not None
+            and not (setting.removed or setting.others)
+            and all(name.isidentifier() for name in setting.unknown)
+        )
 
     def is_known(self, key: str) -> bool:
         """Return True if the value of a key can be read: a rule need not ask for more of ours than hangs on it."""
@@ -132,12 +140,14 @@ class Table:
     dialect: `verl`; title: `verl b178a3c (2026-01-29)`, the version whose defaults hold.
     defaults: returns the source's defaults for a run: they depend on its entry point and configuration.
     rules: in the order of our configuration.
+    optimises: beginnings of keys below which a setting that no rule reads may change what is optimised.
     """
 
     dialect: str
     title: str
     defaults: Callable[[ForeignRun], Mapping[str, Any]]
     rules: tuple[Rule, ...]
+    optimises: tuple[str, ...] = ()
 
 
 def same(names: Mapping[str, Name], *keys: str) -> Rule:
@@ -212,7 +222,10 @@ def lost(what: str, *keys: str, off: tuple[Any, ...] = (None, False), objective:
         rule = Rule(keys, (), lambda _: ())
         named = {setting.key: None for setting in source.run.settings if rule.reads(setting.key)}
         for key in {**named, **{key: None for key in keys if "*" not in key}}:
-            if not any(_equal(source[key], value) for value in off):
+            if not source.is_known(key):
+                note = f"{what}. The script alone does not say whether it is on: accept the loss if it is off"
+                yield Outcome("lost", (key,), note=note, objective=objective)
+            elif not any(_equal(source[key], value) for value in off):
                 yield Outcome("lost", (key,), note=what, objective=objective)
             elif source.gives(key):
                 yield Outcome("meaningless", (key,), note="off, as here")

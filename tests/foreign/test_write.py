@@ -21,7 +21,7 @@ MEGATRON = {
 def test_a_line_per_key_that_differs_with_its_source() -> None:
     lines = run_yaml(imported({**MEGATRON, "trainer.test_freq": 20})).splitlines()
     assert lines[0].startswith("# run.sh in the words of dapo_mcore")
-    assert "  path: /m/7b                               # actor_rollout_ref.model.path=/m/7b (line 2)" in lines
+    assert "  path: /m/7b                               # actor_rollout_ref.model.path=/m/7b (line 3)" in lines
     assert "  dual_clip: 3.0                            # verl's default" in lines
     assert "  every: 20                                 # trainer.test_freq=20 (line 10)" in lines
     assert not any("group_size" in line for line in lines), "16 is our default, too"

@@ -10,8 +10,8 @@ from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
 
 A, R, M = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
-GRPO: dict[str, Any] = {"algorithm.adv_estimator": "grpo"}
-"""Nothing but the estimator, so that no critic is wanted."""
+GRPO: dict[str, Any] = {"algorithm.adv_estimator": "grpo", f"{R}.n": 8}
+"""The estimator, so that no critic is wanted, and the group that it needs."""
 
 
 def verl_run(settings: dict[str, Any], entry: str = "verl.trainer.main_ppo", config: str = "") -> ForeignRun:

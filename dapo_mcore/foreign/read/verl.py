@@ -68,7 +68,8 @@ def module_of(entry: str) -> str:
 def _configuration(file: Path, name: Value, folder: str) -> tuple[str, list[ForeignSetting]]:
     """Return the configuration of verl that the run's own one begins with, and the settings of the own one.
 
-    One that is not beside the script becomes the setting `config-name`, which the table takes for a loss.
+    One that is neither beside the script nor in a folder above it becomes the setting `config-name`, which the table takes for a
+    loss.
     """
     if _KNOWN_CONFIG.fullmatch(name.text) and not name.unknown and not name.others:
         return name.text, []
@@ -84,10 +85,13 @@ def _configuration(file: Path, name: Value, folder: str) -> tuple[str, list[Fore
 
 
 def _own_file(file: Path, name: str, folder: str) -> Path | None:
-    """Return NAME.yaml in the folder of `--config-path` if that lies beside the script, by its last part where it is absolute."""
-    last = folder.rstrip("/").rpartition("/")[2]
-    places = [file.parent / part / f"{name}.yaml" for part in (folder, last, "") if "$" not in part]
-    return next((place for place in places if place.is_file()), None)
+    """Return NAME.yaml in the folder of `--config-path`, looked for from the script's folder upwards: scripts are started in a folder
+    above them, and name it as $PWD or $(pwd). Beside the script the last part of the folder counts, and the script's own folder."""
+    known = folder.rpartition("}")[2].rpartition(")")[2].strip("/")
+    places = [file.parent / part for part in (known.rpartition("/")[2], "")]
+    if known and not folder.startswith(("/", "~")):
+        places = [above / known for above in file.absolute().parents] + places
+    return next((path for place in places if (path := place / f"{name}.yaml").is_file()), None)
 
 
 def _overrides(name: str, words: Sequence[Value]) -> tuple[Value, str, list[ForeignSetting], list[str]]:

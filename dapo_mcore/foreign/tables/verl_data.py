@@ -13,7 +13,12 @@ from typing import Any
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 
 _ROLLOUT = "actor_rollout_ref.rollout"
+VAL_KWARGS = tuple(f"{_ROLLOUT}.val_kwargs.{name}" for name in ("n", "temperature", "top_p", "top_k", "do_sample"))
+"""How verl's validation samples."""
 _NEVER = 1_000_000_000
+COLUMNS = {"data.image_key": "images", "data.video_key": "videos"}
+"""The columns of images and videos, with verl's defaults."""
+NO_IMAGES = "images and videos are not read: the policy would see the text alone"
 _VISION = re.compile(r"(?i)(?<![a-z])(vl|vlm|vision|llava|internvl|multimodal)(?![a-z])")
 """A part of a model's name that says that it reads images."""
 
@@ -52,11 +57,27 @@ def long_prompts(source: Source, section: str) -> Iterator[Outcome]:
         yield became(source, f"{section}.on_long_prompt", word, cut, note="" if word == "error" else "our word")
 
 
+def images(source: Source) -> Iterator[Outcome]:
+    """Yield the loss of a column of images or videos. Hydra's resolved configuration always has their default names, which say
+    nothing: verl reads such a column only if the rows have it."""
+    for key, default in COLUMNS.items():
+        if _names_a_column(source, key):
+            yield gone(NO_IMAGES, key, objective=True)
+        elif source.gives(key):
+            yield Outcome(
+                "meaningless", (key,), note="no column of its own" if source[key] == default else "off, as here"
+            )
+
+
+def _names_a_column(source: Source, key: str) -> bool:
+    return source[key] not in (None, "") and not (source.run.complete and source[key] == COLUMNS[key])
+
+
 def vision_model(source: Source) -> Iterator[Outcome]:
     """Yield the loss of images where the model's name says that it reads them and no column of images is named."""
     key = "actor_rollout_ref.model.path"
-    named = any(source[column] for column in ("data.image_key", "data.video_key") if source.is_known(column))
-    if _VISION.search(str(source.path(key) or "")) and not named:
+    named = any(_names_a_column(source, column) for column in COLUMNS if source.is_known(column))
+    if source.plain_path(key) and _VISION.search(str(source.path(key) or "")) and not named:
         yield gone(
             "a model of images: verl hands it those of the columns images and videos, and here rows are text; accept it for "
             "rows without them",
@@ -78,28 +99,55 @@ def response_length(source: Source) -> Iterator[Outcome]:
 
 def template_kwargs(source: Source) -> Iterator[Outcome]:
     """Yield what the chat template is told, for instance enable_thinking."""
+    yield from _template_kwargs(source, "data")
+
+
+def _template_kwargs(source: Source, section: str) -> Iterator[Outcome]:
     place = "data.apply_chat_template_kwargs"
     for key, value in {**(source[place] or {}), **source.below(place)}.items():
         whole = f"{place}.{key}" if source.gives(f"{place}.{key}") else place
-        yield Outcome("same", (whole,), "data.chat_template_kwargs", {key: value})
+        yield Outcome("same", (whole,), f"{section}.chat_template_kwargs", {key: value})
+
+
+def limit(source: Source) -> Iterator[Outcome]:
+    """Yield the number of training rows; -1 is all."""
+    yield from _limit(source, "data.train_max_samples", "data.limit")
+
+
+def _limit(source: Source, key: str, ours: str) -> Iterator[Outcome]:
+    rows = source[key]
+    if rows is not None and rows > 0:
+        note = (
+            "rows, here the first ones; verl draws them at random with data.shuffle"
+            if source["data.shuffle"]
+            else "rows"
+        )
+        yield Outcome("converted", (key,), ours, rows, note)
+    elif source.gives(key):
+        yield Outcome("converted", (key,), ours, None, "all rows")
 
 
 def evaluation(source: Source) -> Iterator[Outcome]:
-    """Yield the evaluation sets, one a file, and when they are evaluated."""
+    """Yield the evaluation sets, one a file, and when they are evaluated. Sets that the script does not name are one question."""
     every, first, key = "trainer.test_freq", "trainer.val_before_train", "data.val_files"
     often = source[every] is not None and source[every] > 0
-    paths = as_list(source.path(key))
-    if not paths or not (often or source[first]):
+    known = source.is_known(key) or source.plain_path(key)
+    if (known and not as_list(source.path(key))) or not (often or source[first]):
         for name in (key, every, first):
             if source.gives(name):
                 yield Outcome("meaningless", (name,), note="nothing is evaluated")
         return
-    yield became(
-        source, "eval.every", source[every] if often else _NEVER, every, note="" if often else "never but at the start"
-    )
+    note = "" if often else "never but at the start and after the last step"
+    yield became(source, "eval.every", source[every] if often else _NEVER, every, note=note)
     yield became(source, "eval.at_start", bool(source[first]), first)
-    for name, path in zip(_set_names(paths), paths):
-        yield from _set(source, f"eval.sets.{name}", path)
+    if not known:
+        yield asked(
+            "eval.sets", "the script takes the files from outside; a named set per file: {aime24: {files: [FILE]}}", key
+        )
+    else:
+        paths = as_list(source.path(key))
+        for name, path in zip(_set_names(paths), paths):
+            yield from _set(source, f"eval.sets.{name}", path)
     yield from _sampling(source)
 
 
@@ -112,10 +160,15 @@ def _set(source: Source, place: str, path: str) -> Iterator[Outcome]:
     }.items():
         yield Outcome("same", (key,), f"{place}.{ours}", source[key])
     yield Outcome("converted", ("data.prompt_key",), f"{place}.chat_template", True, "verl renders every prompt")
+    yield from _template_kwargs(source, place)
     yield Outcome("converted", ("data.val_files",), f"{place}.deduplicate", False, "verl keeps repeated rows")
     yield from (line for line in long_prompts(source, place) if line.ours)
-    if (source["data.val_max_samples"] or -1) > 0:
-        yield Outcome("converted", ("data.val_max_samples",), f"{place}.limit", source["data.val_max_samples"], "rows")
+    yield from _limit(source, "data.val_max_samples", f"{place}.limit")
+
+
+def top_k(k: int) -> int:
+    """Return our top_k: verl writes all tokens as -1, or as 0 for its own engine."""
+    return k if k > 0 else -1
 
 
 def _sampling(source: Source) -> Iterator[Outcome]:
@@ -124,7 +177,7 @@ def _sampling(source: Source) -> Iterator[Outcome]:
     old = {"n": f"{_ROLLOUT}.n_val", "temperature": f"{_ROLLOUT}.val_temperature"}
     for name, ours in {"n": "samples_per_prompt", "top_p": "top_p", "top_k": "top_k"}.items():
         key = source.first(f"{place}.{name}", old.get(name, f"{place}.{name}"))
-        yield became(source, f"eval.{ours}", source[key], key)
+        yield became(source, f"eval.{ours}", top_k(source[key]) if name == "top_k" else source[key], key)
     warm, sample = source.first(f"{place}.temperature", old["temperature"]), f"{place}.do_sample"
     if source[warm] and not source[sample] and warm not in old.values():
         note = f"0 if the script's verl takes do_sample=False for greedy (before its agent loop), {source[warm]:g} at b178a3c"

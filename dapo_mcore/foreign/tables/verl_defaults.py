@@ -67,6 +67,7 @@ _COMMON: Mapping[str, Any] = {
     f"{_ROLLOUT}.val_kwargs.top_k": -1,
     f"{_ROLLOUT}.val_kwargs.do_sample": False,
     f"{_ROLLOUT}.multi_turn.enable": False,
+    f"{_ROLLOUT}.calculate_log_probs": False,
     "algorithm.adv_estimator": "gae",
     "algorithm.norm_adv_by_std_in_grpo": True,
     "algorithm.gamma": 1.0,
@@ -78,14 +79,18 @@ _COMMON: Mapping[str, Any] = {
     f"{_CORRECTION}.rollout_is_threshold": 2.0,
     f"{_CORRECTION}.bypass_mode": False,
     f"{_CORRECTION}.loss_type": "ppo_clip",
+    f"{_CORRECTION}.rollout_is_batch_normalize": False,
     "reward_model.reward_manager": "naive",
     "custom_reward_function.name": "compute_score",
     "critic.optim.lr": 1e-5,
     "critic.optim.weight_decay": 0.01,
     "critic.optim.lr_warmup_steps": -1,
     "critic.optim.lr_warmup_steps_ratio": 0.0,
+    "critic.optim.betas": [0.9, 0.999],
+    "critic.optim.clip_grad": 1.0,
     "critic.cliprange_value": 0.5,
     "trainer.critic_warmup": 0,
+    "trainer.use_legacy_worker_impl": "auto",
     "trainer.nnodes": 1,
     "trainer.n_gpus_per_node": 8,
     "trainer.total_epochs": 30,
@@ -100,6 +105,10 @@ _COMMON: Mapping[str, Any] = {
 _FSDP: Mapping[str, Any] = {
     f"{_ACTOR}.strategy": "fsdp",
     f"{_ACTOR}.grad_clip": 1.0,
+    f"{_ACTOR}.optim.clip_grad": 1.0,
+    "critic.grad_clip": 1.0,
+    "critic.optim.lr_scheduler_type": "constant",
+    "critic.optim.min_lr_ratio": 0.0,
     f"{_ACTOR}.optim.lr_scheduler_type": "constant",
     f"{_ACTOR}.optim.min_lr_ratio": 0.0,
     f"{_ACTOR}.ulysses_sequence_parallel_size": 1,
@@ -110,6 +119,8 @@ _MEGATRON: Mapping[str, Any] = {
     f"{_ACTOR}.optim.clip_grad": 1.0,
     f"{_ACTOR}.optim.lr_decay_style": "constant",
     f"{_ACTOR}.optim.min_lr": 0.0,
+    "critic.optim.lr_decay_style": "constant",
+    "critic.optim.min_lr": 0.0,
     f"{_ACTOR}.megatron.tensor_model_parallel_size": 1,
     f"{_ACTOR}.megatron.pipeline_model_parallel_size": 1,
     f"{_ACTOR}.megatron.context_parallel_size": 1,
@@ -125,6 +136,13 @@ _RECIPE: Mapping[str, Any] = {
     "algorithm.filter_groups.max_num_gen_batches": 0,
     "trainer.project_name": "verl-dapo",
 }
+_ONE_STEP_OFF: Mapping[str, Any] = {
+    "rollout.nnodes": 1,
+    "rollout.n_gpus_per_node": 8,
+    f"{_ROLLOUT}.calculate_log_probs": True,
+    f"{_CORRECTION}.bypass_mode": True,
+}
+"""verl/experimental/one_step_off_policy/config/*.yaml."""
 
 
 def is_megatron(run: ForeignRun) -> bool:
@@ -138,5 +156,7 @@ def is_megatron(run: ForeignRun) -> bool:
 
 def verl_defaults(run: ForeignRun) -> dict[str, Any]:
     """Return {key: default} for the run's program (main_ppo, the recipe's main_dapo) and training backend."""
-    recipe = _RECIPE if "dapo" in run.entry or "dapo" in run.config else {}
-    return {**_COMMON, **(_MEGATRON if is_megatron(run) else _FSDP), **recipe}
+    own: dict[str, Any] = {}
+    for part, defaults in {"dapo": _RECIPE, "one_step_off": _ONE_STEP_OFF}.items():
+        own |= defaults if part in run.entry or part in run.config else {}
+    return {**_COMMON, **(_MEGATRON if is_megatron(run) else _FSDP), **own}

@@ -1,4 +1,4 @@
-"""Rules of verl's table about the objective: advantages, policy loss, KL, corrections, rewards and tools.
+"""Rules of verl's table about the objective: advantages, policy loss, KL, rewards and tools.
 
 Change here: how settings of verl that together say what is optimised become ours. Nothing unknown may become GRPO.
 """
@@ -6,23 +6,41 @@ Change here: how settings of verl that together say what is optimised become our
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 
 _ACTOR = "actor_rollout_ref.actor"
 _COV = f"{_ACTOR}.policy_loss"
+_GROUP = "actor_rollout_ref.rollout.n"
 _TURNS = "actor_rollout_ref.rollout.multi_turn"
-_CORRECTION = "algorithm.rollout_correction"
+POLICY_LOSS = tuple(
+    f"{_COV}.{name}"
+    for name in ("loss_mode", "kl_cov_ratio", "ppo_kl_coef", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")
+)
+"""The settings of actor.policy_loss."""
+ADAPTIVE_ENTROPY = tuple(
+    f"{_ACTOR}.adaptive_entropy.{name}"
+    for name in ("enabled", "target_entropy", "delta_ent_coef", "max_ent_coef", "min_ent_coef")
+)
+"""Skywork-OR1's settings of the adaptive entropy."""
+_OVERLONG = ("reward_model.overlong_buffer", "reward_model.reward_kwargs.overlong_buffer_cfg",
+             "reward.reward_kwargs.overlong_buffer_cfg")  # fmt: skip
+_LONGEST = ("reward_model.reward_kwargs.max_resp_len", "reward.reward_kwargs.max_resp_len", "reward_model.max_resp_len")
+OVERLONG = (*(f"{place}.{name}" for place in _OVERLONG for name in ("enable", "len", "penalty_factor")), *_LONGEST)
+"""The settings of the overlong punishment, under the names of three versions."""
 _KL = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+_KL_PLACES = {
+    f"{_ACTOR}.use_kl_loss": ("loss", f"{_ACTOR}.kl_loss_coef", f"{_ACTOR}.kl_loss_type"),
+    "algorithm.use_kl_in_reward": ("reward", "algorithm.kl_ctrl.kl_coef", "algorithm.kl_penalty"),
+}
+"""Each switch with our place, and the keys of its coefficient and its estimator."""
 _LOSSES = {"vanilla": "clip", "gspo": "gspo", "cispo": "cispo", "clip_cov": "clip_cov", "kl_cov": "kl_cov"}
+_BYPASS = "algorithm.rollout_correction.bypass_mode"
 _LOSS_NAMES = (f"{_COV}.loss_mode", f"{_ACTOR}.loss_mode")
 _TOKEN_MEAN = (
     "over all tokens of a gradient step; verl's old workers, which are its default, average each micro-batch by itself, which is "
     "token-mean-microbatch"
 )
-_LEVELS = {"token": "token", "seq_sum": "sequence", "seq_mean": "geometric", "seq_max": "every"}
-"""Levels of verl's rollout_rs, whose names end in _k1, _k2 or _k3."""
 _ENTRIES = ("verl.trainer.main_ppo", "verl.experimental.transfer_queue.main_ppo", "recipe.dapo.main_dapo",
             "recipe.dapo.src.main_dapo", "dapo.main_dapo", "recipe.dapo.dapo_transfer_queue.main_dapo")  # fmt: skip
 
@@ -51,7 +69,10 @@ def estimator(source: Source) -> Iterator[Outcome]:
     """Yield algo.advantage and its parts. An estimator without a counterpart is lost, whatever else is set."""
     key, by_std = "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo"
     if not source.is_known(key):
-        note = "the script alone does not say the estimator: group for grpo and rloo, gae for gae; others are not here"
+        note = (
+            "the script alone does not say the estimator: group for grpo and rloo, gae for gae, then with the script's critic in the "
+            "section critic; others are not here"
+        )
         yield asked("algo.advantage", note, key)
         return
     name = source[key]
@@ -77,12 +98,25 @@ def estimator(source: Source) -> Iterator[Outcome]:
             key,
             objective=True,
         )
+        return
+    if name != "gae" and source.is_known(_GROUP) and source[_GROUP] == 1:
+        yield gone(
+            f"with one response per prompt verl's {name} takes the reward itself; here an advantage is against the other responses to "
+            "the prompt, so it would be 0; nearest: rollout.group_size 8",
+            _GROUP if source.gives(_GROUP) else key,
+            objective=True,
+        )
 
 
 def policy_loss(source: Source) -> Iterator[Outcome]:
     """Yield algo.policy_loss with the settings of KL-Cov and Clip-Cov, and the bound of dual clipping."""
     key = source.first(*_LOSS_NAMES)
     name = source[key]
+    if source[_BYPASS] and name in (*_LOSSES, "bypass_mode"):
+        note = "with bypass_mode verl takes PPO's clipped loss" + ("" if name == "vanilla" else ", whatever is set")
+        yield became(source, "algo.policy_loss", "clip", key, _BYPASS, note=note)
+        yield became(source, "algo.dual_clip", source[f"{_ACTOR}.clip_ratio_c"], f"{_ACTOR}.clip_ratio_c")
+        return
     if name not in _LOSSES:
         yield gone(
             f"there is no policy loss {name} here, and none is put in its place; nearest: {', '.join(_LOSSES)}",
@@ -121,20 +155,20 @@ def _part(source: Source, ours: str, part: str, *keys: str) -> Outcome:
 
 
 def clip_bounds(source: Source) -> Iterator[Outcome]:
-    """Yield the clip bounds. `clip_ratio` alone is asked for: verl reads it up to 0.4 and ignores it at b178a3c."""
+    """Yield the clip bounds; null is clip_ratio. `clip_ratio` alone is asked for: verl reads it up to 0.4 and ignores it at b178a3c."""
     both = f"{_ACTOR}.clip_ratio"
     for end in ("low", "high"):
         key, ours = f"{_ACTOR}.clip_ratio_{end}", f"algo.clip_{end}"
-        if end == "low" and source[key] > 1:
-            yield became(source, ours, 1.0, key, note="no bound: a ratio is never below 0")
-        elif not source.gives(key) and source.gives(both) and source[both] != source[key]:
+        of = both if source[key] is None else key
+        value = source[of]
+        if end == "low" and value > 1:
+            yield became(source, ours, 1.0, of, note="no bound: a ratio is never below 0")
+        elif not source.gives(key) and source.gives(both) and source[both] != value:
             yield asked(
-                ours,
-                f"clip_ratio={source[both]} held in old versions; b178a3c ignores it and takes {source[key]}",
-                both,
+                ours, f"clip_ratio={source[both]} held in old versions; b178a3c ignores it and takes {value}", both
             )
         else:
-            yield became(source, ours, source[key], key)
+            yield became(source, ours, value, of)
 
 
 def loss_mode(source: Source) -> Iterator[Outcome]:
@@ -146,48 +180,73 @@ def loss_mode(source: Source) -> Iterator[Outcome]:
         return
     notes = {
         "token-mean": _TOKEN_MEAN,
-        "seq-mean-token-sum-norm": "divided by the sequences of a gradient step, too, which verl b178a3c leaves out",
+        "seq-mean-token-sum-norm": "divided by the sequences of a gradient step, too, which verl b178a3c leaves out: its gradients are "
+        "larger by that, so that clip_grad cuts them more often",
     }
-    if source["trainer.use_legacy_worker_impl"] == "disable":
+    new_workers = source["trainer.use_legacy_worker_impl"] == "disable"
+    if new_workers:
         del notes["token-mean"]
     keys = (key,) if source.gives(key) or name not in notes else (source.run.entry or key,)
     note = ("" if source.gives(key) else "verl's default: ") + notes.get(name, "")
     yield Outcome("converted" if name in notes else "same", keys, "algo.loss_mode", name, note if name in notes else "")
     length = f"{_ACTOR}.loss_scale_factor"
-    if source[length] is not None:
+    if source[length] is not None and name == "seq-mean-token-sum-norm" and not new_workers:
+        note = "verl's old workers, its default, divide by the longest response whatever is set, and so is it here"
+        yield Outcome("meaningless", (length,), note=note)
+    elif source[length] is not None and name == "seq-mean-token-sum-norm":
         yield became(source, "algo.loss_length", source[length], length)
 
 
 def kl(source: Source) -> Iterator[Outcome]:
     """Yield the KL penalty. A coefficient whose switch is off becomes 0."""
-    in_reward, in_loss = "algorithm.use_kl_in_reward", f"{_ACTOR}.use_kl_loss"
-    coefs = {in_reward: "algorithm.kl_ctrl.kl_coef", in_loss: f"{_ACTOR}.kl_loss_coef"}
-    kinds = {in_reward: "algorithm.kl_penalty", in_loss: f"{_ACTOR}.kl_loss_type"}
-    on = [switch for switch in (in_loss, in_reward) if source[switch]]
+    open_switches = [switch for switch in _KL_PLACES if not source.is_known(switch)]
+    on = [switch for switch in _KL_PLACES if switch in open_switches or source[switch]]
     if len(on) == 2:
-        yield gone(
-            "a KL in the reward and one in the loss together; here there is one of them", in_reward, objective=True
-        )
+        yield gone("a KL in the reward and one in the loss together; here there is one of them", on[1], objective=True)
     if not on:
-        for switch, coef in coefs.items():
-            if source.gives(coef) or source.gives(switch):
-                given = coef if source.gives(coef) else switch
-                yield Outcome("converted", (given, switch), "algo.kl.coef", 0.0, f"{switch.rpartition('.')[2]} is off")
+        yield from _no_kl(source)
         return
     switch = on[0]
-    yield became(source, "algo.kl.coef", source[coefs[switch]], coefs[switch])
-    yield became(source, "algo.kl.place", "loss" if switch == in_loss else "reward", switch, note="the switch is on")
-    kind = str(source[kinds[switch]])
-    if kind.endswith("+") and kind[:-1] in _KL and switch == in_loss:
+    place, coef, kind = _KL_PLACES[switch]
+    if switch in open_switches:
+        note = (
+            f"{source[coef]:g} if {switch.rpartition('.')[2]} turns out to be True, else 0: the script does not say it"
+        )
+        yield asked("algo.kl.coef", note, switch, coef)
+    else:
+        yield became(source, "algo.kl.coef", source[coef], coef)
+    yield Outcome(
+        "converted",
+        (switch,),
+        "algo.kl.place",
+        place,
+        "the switch is on" if switch not in open_switches else "if it is on",
+    )
+    yield from _kl_estimator(source, kind, switch)
+    if place == "reward" and source["algorithm.kl_ctrl.type"] == "adaptive":
+        yield gone("the coefficient stays fixed; nearest: its first value", "algorithm.kl_ctrl.type", objective=True)
+
+
+def _no_kl(source: Source) -> Iterator[Outcome]:
+    """Yield the coefficient 0 where the run sets one, or a switch that is off."""
+    for switch, (place, coef, _) in _KL_PLACES.items():
+        if source.gives(coef) or source.gives(switch):
+            note = f"{switch.rpartition('.')[2]} is off"
+            if place == "reward" and source[coef] and not source.gives(switch):
+                note += "; verl before 0.3 has no such switch, and takes the coefficient unless use_kl_loss is on"
+            yield Outcome("converted", (coef if source.gives(coef) else switch, switch), "algo.kl.coef", 0.0, note)
+
+
+def _kl_estimator(source: Source, key: str, switch: str) -> Iterator[Outcome]:
+    kind = str(source[key])
+    if kind.endswith("+") and kind[:-1] in _KL and _KL_PLACES[switch][0] == "loss":
         note = f"exact: {kind} has the gradient of k2, and a value that is only reported"
-        yield became(source, "algo.kl.estimator", "k2", kinds[switch], note=note)
+        yield became(source, "algo.kl.estimator", "k2", key, note=note)
     elif kind.removesuffix("+") in _KL:
         ours = _KL[kind.removesuffix("+")]
-        yield became(source, "algo.kl.estimator", ours, kinds[switch], note="verl's name" if kind != ours else "")
+        yield became(source, "algo.kl.estimator", ours, key, note="verl's name" if kind != ours else "")
     else:
-        yield gone(f"there is no KL estimator {kind} here; nearest: low_var_kl (k3)", kinds[switch], objective=True)
-    if switch == in_reward and source["algorithm.kl_ctrl.type"] == "adaptive":
-        yield gone("the coefficient stays fixed; nearest: its first value", "algorithm.kl_ctrl.type", objective=True)
+        yield gone(f"there is no KL estimator {kind} here; nearest: low_var_kl (k3)", key, objective=True)
 
 
 def entropy(source: Source) -> Iterator[Outcome]:
@@ -208,127 +267,51 @@ def entropy(source: Source) -> Iterator[Outcome]:
             yield Outcome("same", (f"{adaptive}.{name}", f"{adaptive}.enabled"), "algo.adaptive_entropy", value)
 
 
-def correction(source: Source) -> Iterator[Outcome]:
-    """Yield corrections of the engine's mismatch: importance weights, rejection, and old log-probs of the engine."""
-    weights, cap = f"{_CORRECTION}.rollout_is", f"{_CORRECTION}.rollout_is_threshold"
-    old_cap = f"{_ACTOR}.tis_imp_ratio_cap"
-    bypass = bool(source[f"{_CORRECTION}.bypass_mode"])
-    if source[old_cap] is not None and source[old_cap] > 0:
-        yield Outcome(
-            "converted", (old_cap,), "algo.tis", {"mode": "truncate", "cap": source[old_cap]}, "weights per token"
-        )
-    elif source[weights] in ("token", "sequence") and not bypass:
-        level = {} if source[weights] == "token" else {"level": source[weights]}
-        yield Outcome(
-            "converted", (weights,), "algo.tis", {"mode": "truncate", **level}, "truncated importance weights"
-        )
-        yield Outcome("same", (cap,), "algo.tis", {"cap": source[cap]})
-    elif source[weights] not in (None, False, "null") and bypass:
-        yield Outcome("meaningless", (weights,), note="with bypass_mode the ratio holds the weights already")
-    elif source[weights] not in (None, False, "null"):
-        yield gone(f"importance weights {source[weights]}: its level is not known here", weights, objective=True)
-    if bypass:
-        yield became(source, "algo.old_logprobs", "rollout", f"{_CORRECTION}.bypass_mode", note="those of the engine")
-        if source[f"{_CORRECTION}.loss_type"] != "ppo_clip":
-            yield gone("no REINFORCE loss here; nearest: ppo_clip", f"{_CORRECTION}.loss_type", objective=True)
-    if source[f"{_CORRECTION}.rollout_is_batch_normalize"] and source[weights] and not bypass:
-        yield Outcome("same", (f"{_CORRECTION}.rollout_is_batch_normalize",), "algo.tis", {"normalize": True})
-    yield from _rejection(source)
-
-
-def _rejection(source: Source) -> Iterator[Outcome]:
-    """Yield algo.rejection: one criterion per name of rollout_rs, and the veto of older versions."""
-    key, bound, veto = (
-        f"{_CORRECTION}.rollout_rs",
-        f"{_CORRECTION}.rollout_rs_threshold",
-        f"{_CORRECTION}.rollout_token_veto_threshold",
-    )
-    names = [name.strip() for name in str(source[key] or "").split(",") if name.strip() not in ("", "null", "None")]
-    if unknown := [name for name in names if _criterion(name, 1, None) is None]:
-        yield gone(f"no rejection by {unknown[0]} here; nearest: {', '.join(_LEVELS)}", key, objective=True)
-        return
-    bounds = str(source[bound] if source[bound] is not None else source[f"{_CORRECTION}.rollout_is_threshold"]).split(
-        ","
-    )
-    lower = source[f"{bound}_lower"]
-    criteria = [_criterion(name, bounds[min(place, len(bounds) - 1)], lower) for place, name in enumerate(names)]
-    if source[veto] is not None:
-        criteria.append({"level": "every", "lower": float(source[veto])})
-    if criteria:
-        used = tuple(name for name in (key, bound, f"{bound}_lower", veto) if source[name] is not None)
-        yield Outcome("converted", used, "algo.rejection", criteria, "bounds of π_train / π_rollout")
-
-
-def _criterion(name: str, bound: float | str, lower: float | None) -> dict[str, Any] | None:
-    """Return one criterion; None for a name that is not known. verl's `lower_upper` of k1 bounds π_rollout / π_train, the inverse
-    of our ratio; its single bounds, and those of versions before the names with k1, are bounds of both."""
-    level, _, measure = name.rpartition("_k")
-    if level in _LEVELS and measure in ("2", "3"):
-        return {"level": _LEVELS[level], "measure": f"k{measure}", "upper": float(bound)}
-    if level in _LEVELS and measure == "1" and level != "seq_max":
-        inverse_low, _, inverse_high = str(bound).partition("_")
-        low, high = (
-            (1 / float(inverse_high), 1 / float(inverse_low)) if inverse_high else (1 / float(bound), float(bound))
-        )
-        return {"level": _LEVELS[level], "lower": _short(low), "upper": _short(high)}
-    if name in ("token", "sequence", "geometric"):
-        return {
-            "level": name,
-            "lower": _short(1 / float(bound)) if lower is None else float(lower),
-            "upper": float(bound),
-        }
-    return None
-
-
-def _short(bound: float) -> float:
-    """Return the number to 6 places: 1 / 1.001 need not be written with 16."""
-    return float(f"{bound:.6g}")
-
-
 def reward(source: Source) -> Iterator[Outcome]:
     """Yield the reward function: the script's own, or the rule that a row's data_source names."""
-    path, name = (
-        source.first("custom_reward_function.path", "reward.custom_reward_function.path"),
-        "custom_reward_function.name",
-    )
+    place = source.first("custom_reward_function.path", "reward.custom_reward_function.path").removesuffix(".path")
+    path, name = f"{place}.path", f"{place}.name"
     manager = source.first("reward_model.reward_manager", "reward.reward_manager.name", "reward_manager.name")
     if source[manager] not in ("naive", "dapo", "prime", None):
         note = f"there is no reward manager {source[manager]} here"
         yield gone(
             f"{note}; nearest: a function of one response, reward.function path.py:name", manager, objective=True
         )
-    if source.path(path) is not None:
-        function = f"{source.path(path)}:{source[source.first(name, 'reward.custom_reward_function.name')]}"
+    if source.path(path):
+        function = f"{source.path(path)}:{source[name] or 'compute_score'}"
         yield Outcome("converted", (path, name, manager), "reward.function", function, "called with verl's arguments")
     else:
         yield Outcome(
             "converted", (manager,), "reward.function", "by_source", "the rule that a row's data_source names"
         )
-    kwargs = source.below("custom_reward_function.reward_kwargs") | source.below(
-        "reward.custom_reward_function.reward_kwargs"
-    )
-    if kwargs:
-        yield Outcome("same", ("custom_reward_function.reward_kwargs.*",), "reward.kwargs", kwargs)
+
+
+def reward_kwargs(source: Source) -> Iterator[Outcome]:
+    """Yield the arguments of the script's own reward function."""
+    for place in ("custom_reward_function", "reward.custom_reward_function"):
+        whole = f"{place}.reward_kwargs"
+        given = {**(source[whole] or {}), **source.below(whole)}
+        if given and source.path(f"{place}.path"):
+            keys = [key for key in (whole, *(f"{whole}.{name}" for name in given)) if source.gives(key)]
+            yield Outcome("same", tuple(keys), "reward.kwargs", given)
 
 
 def overlong(source: Source) -> Iterator[Outcome]:
     """Yield the soft punishment of overlong responses, under the names of three versions."""
-    places = ("reward_model.overlong_buffer", "reward_model.reward_kwargs.overlong_buffer_cfg",
-              "reward.reward_kwargs.overlong_buffer_cfg")  # fmt: skip
-    place = next((place for place in places if source.gives(f"{place}.enable")), places[0])
+    place = next((place for place in _OVERLONG if source.gives(f"{place}.enable")), _OVERLONG[0])
     if not source[f"{place}.enable"]:
-        for setting in source.run.settings:
-            if "overlong_buffer" in setting.key or setting.key.endswith(".max_resp_len"):
-                yield Outcome("meaningless", (setting.key,), note="overlong_buffer is off")
+        for key in OVERLONG:
+            if source.gives(key):
+                yield Outcome("meaningless", (key,), note="overlong_buffer is off")
         return
     yield became(source, "reward.overlong.penalty", True, f"{place}.enable")
     yield became(source, "reward.overlong.cache", source[f"{place}.len"], f"{place}.len")
     yield became(source, "reward.overlong.factor", source[f"{place}.penalty_factor"], f"{place}.penalty_factor")
-    longest = source.first(
-        "reward_model.reward_kwargs.max_resp_len", "reward.reward_kwargs.max_resp_len", "reward_model.max_resp_len"
-    )
+    longest = source.first(*_LONGEST)
     if source[longest] not in (None, source["data.max_response_length"]):
         yield became(source, "reward.overlong.max_length", source[longest], longest)
+    elif source.gives(longest):
+        yield Outcome("meaningless", (longest,), note="data.max_response_length, as here")
 
 
 def tools(source: Source) -> Iterator[Outcome]:

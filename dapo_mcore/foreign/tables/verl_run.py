@@ -1,4 +1,4 @@
-"""Rules of verl's table about the run: its length, model, batches, optimizer, critic, checkpoints and loggers.
+"""Rules of verl's table about the run: its length, model, batches, checkpoints and loggers.
 
 Change here: how settings of verl that together say one thing become ours.
 """
@@ -13,7 +13,8 @@ from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 from dapo_mcore.foreign.tables.verl_defaults import is_megatron
 
 _ACTOR, _ROLLOUT, _MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
-_MEGATRON, _OPTIM = f"{_ACTOR}.megatron", f"{_ACTOR}.optim"
+_MEGATRON = f"{_ACTOR}.megatron"
+_FILTER = "algorithm.filter_groups"
 NO_LIMIT = 1_000_000
 """As good as none: the most that a count may be."""
 _RECOMPUTE = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers")
@@ -52,7 +53,8 @@ def epochs(source: Source) -> Iterator[Outcome]:
     steps, epochs = "trainer.total_training_steps", "trainer.total_epochs"
     if not source.is_known(steps) or source[steps] is not None:
         if source.gives(epochs):
-            yield Outcome("meaningless", (epochs,), note="total_training_steps ends the run")
+            note = f"total_training_steps ends the run; verl ends it after {source[epochs]} epochs if they come first"
+            yield Outcome("meaningless", (epochs,), note=note)
     elif source["algorithm.filter_groups.enable"]:
         yield asked(
             "num_epochs",
@@ -61,45 +63,57 @@ def epochs(source: Source) -> Iterator[Outcome]:
             epochs,
         )
     else:
-        yield became(source, "num_epochs", source[epochs], epochs)
+        note = "verl leaves out the rows of each epoch that fill no batch; here every prompt counts once"
+        yield became(source, "num_epochs", source[epochs], epochs, note=note)
 
 
-def model(source: Source) -> Iterator[Outcome]:
-    """Yield the model, its dtype and what is recomputed."""
+def model_path(source: Source) -> Iterator[Outcome]:
+    """Yield the model."""
     path = f"{_MODEL}.path"
-    yield (
-        became(source, "model.path", source.path(path) or "", path)
-        if source.path(path)
-        else asked("model.path", "the script names no model", path)
-    )
-    half = [
-        key
-        for key in (f"{_ACTOR}.fsdp_config.dtype", f"{_MEGATRON}.dtype", f"{_ROLLOUT}.dtype")
-        if _is_half(source[key])
-    ]
-    if half:
-        yield gone("fp16 training; nearest: model.dtype bf16", half[0])
-    key = source.first(
-        f"{_ACTOR}.strategy", f"{_ACTOR}.fsdp_config.model_dtype", f"{_ACTOR}.fsdp_config.dtype", f"{_ROLLOUT}.dtype"
-    )
-    yield Outcome(
-        "converted", (key,), "model.dtype", "bf16", "computes in bf16 with fp32 copies of the weights, as verl does"
-    )
+    if source.path(path):
+        yield became(source, "model.path", source.path(path), path)
+    else:
+        yield asked("model.path", "the script names no model", path)
+
+
+def dtype(source: Source) -> Iterator[Outcome]:
+    """Yield the dtype of training. verl's FSDP keeps the weights in model_dtype, fp32 by default, and computes in dtype."""
+    fsdp, megatron = f"{_ACTOR}.fsdp_config", f"{_MEGATRON}.dtype"
+    names = (megatron,) if is_megatron(source.run) else (f"{fsdp}.mixed_precision.param_dtype", f"{fsdp}.dtype")
+    key = next((name for name in names if source[name] is not None), names[-1])
+    servers = f"{_ROLLOUT}.dtype"
+    for place in (key, servers):
+        if source[place] in ("float16", "fp16", "half"):
+            yield gone(f"fp16{' of the servers' if place == servers else ''}; nearest: model.dtype bf16", place)
+    stored = f"{fsdp}.model_dtype"
+    shown = key if source.gives(key) else source.first(stored, f"{_ACTOR}.strategy", servers)
+    if source[key] in ("float32", "fp32", "float"):
+        yield Outcome("converted", (shown,), "model.dtype", "fp32", "computes in fp32")
+    elif source[stored] in ("bf16", "bfloat16", "fp16", "float16") and not is_megatron(source.run):
+        note = "computes in bf16 with fp32 copies of the weights; verl keeps them in half precision alone, which rounds small updates away"
+        yield Outcome("converted", (stored,), "model.dtype", "bf16", note)
+    else:
+        note = "computes in bf16 with fp32 copies of the weights, as verl does"
+        yield Outcome("converted", (shown,), "model.dtype", "bf16", note)
+
+
+def recompute(source: Source) -> Iterator[Outcome]:
+    """Yield what FSDP recomputes; Megatron's fields of it are in its TransformerConfig."""
     checkpointing = f"{_MODEL}.enable_gradient_checkpointing"
     if not is_megatron(source.run):
         recompute = "full" if source[checkpointing] else "none"
         yield became(source, "model.recompute", recompute, checkpointing, note="the inputs of layers are kept")
     elif source.gives(checkpointing):
         yield Outcome("meaningless", (checkpointing,), note="of FSDP; override_transformer_config holds for Megatron")
-    replay = f"{_ACTOR}.router_replay.mode"
-    if source[replay] == "R2":
-        yield became(source, "model.routing_replay", "scoring", replay, note="the routes of the scoring pass")
-    elif source[replay] not in (None, "disabled"):
-        yield gone("the engine's routes are not replayed; nearest: model.routing_replay scoring", replay)
 
 
-def _is_half(dtype: Any) -> bool:
-    return dtype in ("float16", "fp16", "half")
+def replay(source: Source) -> Iterator[Outcome]:
+    """Yield how experts are chosen again in training: R2 takes the routes of scoring, R3 those of the engine."""
+    key = f"{_ACTOR}.router_replay.mode"
+    if source[key] == "R2":
+        yield became(source, "model.routing_replay", "scoring", key, note="the routes of the scoring pass")
+    elif source[key] not in (None, "disabled"):
+        yield gone("the engine's routes are not replayed; nearest: model.routing_replay scoring", key)
 
 
 def config_json(source: Source) -> Iterator[Outcome]:
@@ -108,29 +122,38 @@ def config_json(source: Source) -> Iterator[Outcome]:
         whole_mapping = source[place] if isinstance(source[place], dict) else {}
         for key, value in {**whole_mapping, **source.below(place)}.items():
             whole = f"{place}.{key}" if source.gives(f"{place}.{key}") else place
-            if key.startswith(("model_config", "moe_config")):
-                continue
-            if key == "attn_implementation":
+            if key.startswith("moe_config"):
+                yield from _moe_config(key, value, whole)
+            elif key == "attn_implementation":
                 yield Outcome("meaningless", (whole,), note="attention comes from Megatron")
-            else:
+            elif not key.startswith("model_config"):
                 yield Outcome("same", (whole,), "model.overrides", _nested(key, value))
+
+
+def _moe_config(key: str, value: Any, whole: str) -> Iterator[Outcome]:
+    if value in (False, None, {}, {"freeze_moe_router": False}):
+        yield Outcome("meaningless", (whole,), note="off, as here")
+    else:
+        yield gone(f"{key}: routers train with the other weights", whole, objective=True)
 
 
 def transformer_config(source: Source) -> Iterator[Outcome]:
     """Yield fields of Megatron's TransformerConfig, and what they say about recomputing."""
     place = f"{_MEGATRON}.override_transformer_config"
-    given = source.below(place)
-    for key, value in given.items():
-        if key in _TAKEN_FOR_GRANTED and value == _TAKEN_FOR_GRANTED[key]:
-            yield Outcome("meaningless", (f"{place}.{key}",), note="the default here, too")
-        elif key not in _RECOMPUTE:
-            yield Outcome("converted", (f"{place}.{key}",), "megatron", _nested(key, value), "Megatron's field")
+    whole = source[place] if isinstance(source[place], dict) else {}
+    given = {**whole, **source.below(place)}
+    keys = {name: f"{place}.{name}" if source.gives(f"{place}.{name}") else place for name in given}
+    for name, value in given.items():
+        if name in _TAKEN_FOR_GRANTED and value == _TAKEN_FOR_GRANTED[name]:
+            yield Outcome("meaningless", (keys[name],), note="the default here, too")
+        elif name not in _RECOMPUTE:
+            yield Outcome("converted", (keys[name],), "megatron", _nested(name, value), "Megatron's field")
     level = given.get("recompute_granularity")
     if level is not None:
-        modules = given.get("recompute_modules")
-        whole = ("moe_act", "shared_experts") if "moe" in (modules or ()) else ()
-        recompute = [name for name in modules if name not in whole] if level == "selective" and modules else level
-        used = tuple(f"{place}.{key}" for key in _RECOMPUTE if key in given)
+        modules = given.get("recompute_modules") or ()
+        inside = ("moe_act", "shared_experts") if "moe" in modules else ()
+        recompute = [name for name in modules if name not in inside] if level == "selective" and modules else level
+        used = tuple(keys[name] for name in _RECOMPUTE if name in given)
         yield Outcome("converted", used, "model.recompute", recompute, "full: every layer by itself")
 
 
@@ -142,56 +165,67 @@ def packing(source: Source) -> Iterator[Outcome]:
 
 def train_batch(source: Source) -> Iterator[Outcome]:
     """Yield the prompts of a rollout step. Programs that train while they generate set 0."""
-    key, ours = "data.train_batch_size", "sampling.train_batch_prompts"
-    if source[key] > 0:
+    key, ours = _step(source), "sampling.train_batch_prompts"
+    if source[key] <= 0:
+        yield asked(ours, "the script's program has no rollout steps of a fixed size", key)
+    elif key == "data.train_batch_size":
         yield became(source, ours, source[key], key)
     else:
-        yield asked(ours, "the script's program has no rollout steps of a fixed size", key)
+        note = f"verl trains on all that it generates, not on train_batch_size {source['data.train_batch_size']}, where nothing is filtered"
+        yield became(source, ours, source[key], key, "data.train_batch_size", note=note)
+
+
+def _step(source: Source) -> str:
+    """Return the key of a rollout step's prompts: gen_batch_size where it is given and nothing is filtered."""
+    train, gen = "data.train_batch_size", "data.gen_batch_size"
+    if source[f"{_FILTER}.enable"] or not source[gen] or source[gen] == source[train] or source[train] <= 0:
+        return train
+    return gen
 
 
 def mini_batch(source: Source) -> Iterator[Outcome]:
     """Yield the prompts of a gradient step, which must divide those of a rollout step."""
     key, ours = f"{_ACTOR}.ppo_mini_batch_size", "batch.mini_batch_prompts"
-    size, whole = source[key], source["data.train_batch_size"]
+    size, whole = source[key], source[_step(source)]
     if size > whole > 0:
         yield became(source, ours, whole, key, note=f"the rollout step has only {whole} prompts")
     elif whole % size:
-        yield asked(
-            ours,
-            f"{size} does not divide the {whole} prompts of a rollout step, and here all gradient steps are alike",
-            key,
-        )
+        note = f"{size} does not divide the {whole} prompts of a rollout step, and here all gradient steps are alike"
+        yield asked(ours, note, key)
     else:
         yield became(source, ours, size, key)
 
 
 def filtering(source: Source) -> Iterator[Outcome]:
-    """Yield dynamic sampling. Off unless the recipe's switch is on."""
-    place, train, gen = "algorithm.filter_groups", "data.train_batch_size", "data.gen_batch_size"
-    on = bool(source[f"{place}.enable"])
-    yield became(source, "sampling.style", "filter" if on else "none", f"{place}.enable")
+    """Yield dynamic sampling. Off unless the recipe's switch is on; main_ppo of b178a3c does not read the switch."""
+    train, gen, switch = "data.train_batch_size", "data.gen_batch_size", f"{_FILTER}.enable"
+    on = bool(source[switch])
+    if on and source.run.entry.endswith("main_ppo") and "dapo" not in source.run.entry:
+        note = "filter as the script says, or none as verl does: its main_ppo reads no filter_groups at b178a3c, only main_dapo does"
+        yield asked("sampling.style", note, switch)
+    else:
+        yield became(source, "sampling.style", "filter" if on else "none", switch)
     if not on:
         return
-    yield became(
-        source,
-        "sampling.gen_batch_prompts",
-        source[gen] or source[train],
-        gen if source[gen] else train,
-        note="prompts",
-    )
-    most = f"{place}.max_num_gen_batches"
+    size = gen if source[gen] else train
+    yield became(source, "sampling.gen_batch_prompts", source[size], size, note="prompts")
+    most = f"{_FILTER}.max_num_gen_batches"
     limit = source[most] if source[most] and source[most] > 0 else NO_LIMIT
     yield became(source, "sampling.max_gen_batches", limit, most, note="" if limit == source[most] else "no limit")
-    yield Outcome("converted", (f"{place}.enable",), "sampling.carry_surplus", False, "verl throws surplus groups away")
-    metric = source[f"{place}.metric"]
+    yield Outcome("converted", (switch,), "sampling.carry_surplus", False, "verl throws surplus groups away")
+    yield from _filter_metric(source)
+
+
+def _filter_metric(source: Source) -> Iterator[Outcome]:
+    """Yield the loss of a number by which groups are filtered, unless it makes the groups that acc makes."""
+    key = f"{_FILTER}.metric"
+    metric = source[key]
     if metric in ("seq_reward", "seq_final_reward") and _reward_is_right_or_wrong(source):
-        yield Outcome(
-            "meaningless", (f"{place}.metric",), note="the reward is right or wrong alone: the groups are those of acc"
-        )
+        yield Outcome("meaningless", (key,), note="the reward is right or wrong alone: the groups are those of acc")
     elif metric not in (None, "acc"):
-        yield gone(f"groups are filtered by acc here, not by {metric}", f"{place}.metric", objective=True)
+        yield gone(f"groups are filtered by acc here, not by {metric}", key, objective=True)
     elif metric == "acc":
-        yield Outcome("meaningless", (f"{place}.metric",), note="as here")
+        yield Outcome("meaningless", (key,), note="as here")
 
 
 def _reward_is_right_or_wrong(source: Source) -> bool:
@@ -223,102 +257,20 @@ def batch_tokens(source: Source) -> Iterator[Outcome]:
         yield Outcome("meaningless", (other,), note=f"use_dynamic_bsz is {'on' if key == budget else 'off'}")
 
 
-def schedule(source: Source) -> Iterator[Outcome]:
-    """Yield the learning rate's schedule. verl counts rollout steps: its scheduler steps once in each."""
-    key = source.first(f"{_OPTIM}.lr_scheduler_type", f"{_OPTIM}.lr_decay_style", f"{_OPTIM}.warmup_style")
-    kind = source[key] or source[f"{_OPTIM}.lr_decay_style"] or "constant"
-    if kind not in ("constant", "cosine"):
-        yield gone(f"the schedule {kind}; nearest: cosine", key)
-    yield became(source, "optimizer.schedule", "cosine" if kind == "cosine" else "constant", key)
-    yield from warmup(source, _OPTIM, "optimizer")
-    if kind != "cosine":
-        return
-    ratio, least = f"{_OPTIM}.min_lr_ratio", f"{_OPTIM}.min_lr"
-    if source[least]:
-        yield became(source, "optimizer.min_lr", source[least], least)
-    elif source[ratio]:
-        lr = source[f"{_OPTIM}.lr"]
-        yield Outcome("converted", (ratio,), "optimizer.min_lr", source[ratio] * lr, f"{source[ratio]} × lr {lr}")
-    steps = f"{_OPTIM}.lr_decay_steps" if source[f"{_OPTIM}.lr_decay_steps"] else "trainer.total_training_steps"
-    if source[steps] is None:
-        yield asked("optimizer.decay_rollout_steps", "the cosine lasts as long as the run, in rollout steps", key)
-    else:
-        yield Outcome("converted", (steps,), "optimizer.decay_rollout_steps", source[steps], "the cosine's length")
-
-
-def warmup(source: Source, place: str, ours: str) -> Iterator[Outcome]:
-    """Yield the warm-up in rollout steps of the optimizer at `place`: verl's steps, or its ratio of all steps."""
-    key, ratio = f"{place}.lr_warmup_steps", f"{place}.lr_warmup_steps_ratio"
-    steps, part = source[key], source[ratio] or 0
-    ours = f"{ours}.warmup_rollout_steps"
-    if steps is not None and steps >= 0:
-        yield became(source, ours, steps, key, note="rollout steps, as verl's scheduler counts" if steps else "")
-    elif not part:
-        yield Outcome("converted", (key,), ours, 0, "none")
-    elif source["trainer.total_training_steps"] is None:
-        yield asked(ours, f"{part:g} of all rollout steps, whose number the script does not say", ratio)
-    else:
-        steps = int(part * source["trainer.total_training_steps"])
-        yield Outcome(
-            "converted", (ratio,), ours, steps, f"{part:g} of {source['trainer.total_training_steps']} rollout steps"
-        )
-
-
-def optimizer_memory(source: Source) -> Iterator[Outcome]:
-    """Yield the fraction of the optimizer's state that is on the host."""
-    place = f"{_OPTIM}.override_optimizer_config"
-    offload, fraction = f"{place}.optimizer_cpu_offload", f"{place}.optimizer_offload_fraction"
-    if source[offload]:
-        value = 1.0 if source[fraction] is None else float(source[fraction])
-        yield Outcome("converted", (offload, fraction), "optimizer.offload_fraction", value, "of the state")
-
-
-def betas(source: Source) -> Iterator[Outcome]:
-    """Yield Adam's two betas."""
-    key = f"{_OPTIM}.betas"
-    for number, beta in enumerate(source[key], 1):
-        yield Outcome("same", (key,), f"optimizer.beta{number}", beta)
-
-
-def critic(source: Source) -> Iterator[Outcome]:
-    """Yield the critic's settings, which hold only with the estimator gae."""
-    if not source.is_known("algorithm.adv_estimator"):
-        return
-    if source["algorithm.adv_estimator"] != "gae":
-        for setting in source.run.settings:
-            if setting.key.startswith("critic.") or setting.key == "trainer.critic_warmup":
-                yield Outcome("meaningless", (setting.key,), note="there is no critic without the estimator gae")
-        return
-    for key, ours in {"critic.optim.lr": "critic.optimizer.lr", "critic.optim.weight_decay": "critic.optimizer.weight_decay",
-                      "critic.cliprange_value": "critic.clip", "trainer.critic_warmup": "critic.warmup_steps"}.items():  # fmt: skip
-        yield became(source, ours, source[key], key)
-    yield from warmup(source, "critic.optim", "critic.optimizer")
-    path = "critic.model.path"
-    if source.gives(path) and source.path(path) != source.path(f"{_MODEL}.path"):
-        yield gone(
-            "the critic starts from the policy's weights with a value head of 0, not from another model",
-            path,
-            objective=True,
-        )
-    for name in ("ppo_epochs", "ppo_mini_batch_size", "loss_agg_mode", "shuffle", "grad_clip"):
-        if source.gives(key := f"critic.{name}") and source[key] != source[f"{_ACTOR}.{name}"]:
-            yield gone(f"the critic trains with the policy's {name}, {source[f'{_ACTOR}.{name}']}", key, objective=True)
-    for setting in source.run.settings:
-        if setting.key.startswith("critic.") and setting.key not in (
-            path,
-            "critic.optim.lr",
-            "critic.optim.weight_decay",
-        ):
-            yield Outcome("meaningless", (setting.key,), note="the critic has the policy's layout and batches")
-
-
 def checkpoints(source: Source) -> Iterator[Outcome]:
     """Yield how often checkpoints are saved, how many stay, and where a run resumes."""
-    every, keep = "trainer.save_freq", "trainer.max_actor_ckpt_to_keep"
+    every, keep, last_alone = (
+        "trainer.save_freq",
+        "trainer.max_actor_ckpt_to_keep",
+        "trainer.remove_previous_ckpt_in_save",
+    )
     if source[every] and source[every] > 0:
         yield became(source, "checkpoint.every", source[every], every)
         limit = source[keep] or NO_LIMIT
-        yield became(source, "checkpoint.keep", limit, keep, note="" if source[keep] else "verl keeps all")
+        if source[last_alone]:
+            yield became(source, "checkpoint.keep", 1, last_alone, note="the newest alone")
+        else:
+            yield became(source, "checkpoint.keep", limit, keep, note="" if source[keep] else "verl keeps all")
     elif source.gives(every):
         yield Outcome("converted", (every,), "checkpoint.every", None, "never; one is saved at the end and at a signal")
     mode, path = "trainer.resume_mode", "trainer.resume_from_path"
@@ -360,6 +312,18 @@ def loggers(source: Source) -> Iterator[Outcome]:
             yield Outcome("converted", (key,), "observe.tensorboard", True, "on here by default")
         elif name not in ("console", "file", None):
             yield gone(f"no logger {name}; nearest: tensorboard, wandb, mlflow, swanlab and metrics.jsonl", key)
+
+
+def profile(source: Source) -> Iterator[Outcome]:
+    """Yield the rollout steps that are profiled, if a tool is named."""
+    for tool, steps in (
+        ("global_profiler.tool", "global_profiler.steps"),
+        ("trainer.profile_steps", "trainer.profile_steps"),
+    ):
+        if source[tool] and source[steps]:
+            yield became(
+                source, "observe.profile_steps", list(source[steps]), steps, note="rank 0 alone, with torch.profiler"
+            )
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

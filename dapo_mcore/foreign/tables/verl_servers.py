@@ -5,6 +5,7 @@ Change here: how verl's GPUs, engines and their options become servers of SGLang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
@@ -47,10 +48,16 @@ def engine(source: Source) -> Iterator[Outcome]:
 
 
 def server_size(source: Source) -> Iterator[Outcome]:
-    """Yield the GPUs of one server, which must be on one node."""
+    """Yield the GPUs of one server, which must be on one node. An engine of several data-parallel ranks is not one of ours."""
     key, ours = f"{_ROLLOUT}.tensor_model_parallel_size", "rollout.sglang.tensor_parallel"
     size, per_node = source[key], source[_gpus(source)[1]]
-    if size > per_node:
+    if others := _more_ranks(source):
+        whole = size * math.prod(source[name] for name in others)
+        note = f"verl's engines have {size} × {whole // size} = {whole} GPUs; the GPUs of one server here, at most {per_node}"
+        yield asked(
+            ours, f"{note}; its data-parallel attention is server_args dp-size and enable-dp-attention", key, *others
+        )
+    elif size > per_node:
         yield asked(
             ours,
             f"verl's servers have {size} GPUs each, ours at most the {per_node} of a node: does the model fit, or in fp8?",
@@ -62,15 +69,36 @@ def server_size(source: Source) -> Iterator[Outcome]:
 
 def num_servers(source: Source) -> Iterator[Outcome]:
     """Yield the number of servers: those GPUs of verl's that generate, divided by the GPUs of one."""
-    nodes, per_node = _gpus(source)
-    size = f"{_ROLLOUT}.tensor_model_parallel_size"
+    (nodes, per_node), size, ours = (
+        _gpus(source),
+        f"{_ROLLOUT}.tensor_model_parallel_size",
+        "rollout.sglang.num_servers",
+    )
+    if not source.is_known(nodes):
+        note = "GPUs / tensor_parallel of a server; with several nodes also rollout.sglang.placement=nodes and rollout.sglang.host=node"
+        yield asked(ours, f"the script takes the number of nodes from outside: {note}", nodes, per_node, size)
+        return
     gpus = source[nodes] * source[per_node]
-    if source[size] <= source[per_node] and gpus % source[size] == 0:
+    if others := _more_ranks(source):
+        yield asked(
+            ours,
+            f"{source[nodes]} × {source[per_node]} GPUs / rollout.sglang.tensor_parallel",
+            nodes,
+            per_node,
+            *others,
+        )
+    elif source[size] <= source[per_node] and gpus % source[size] == 0:
         note = f"{source[nodes]} × {source[per_node]} GPUs / {source[size]}"
-        yield Outcome("converted", (nodes, per_node, size), "rollout.sglang.num_servers", gpus // source[size], note)
+        yield Outcome("converted", (nodes, per_node, size), ours, gpus // source[size], note)
     else:
         note = f"{source[nodes]} × {source[per_node]} GPUs do not divide into servers of {source[size]} on one node"
-        yield asked("rollout.sglang.num_servers", note, nodes, per_node)
+        yield asked(ours, note, nodes, per_node)
+
+
+def _more_ranks(source: Source) -> list[str]:
+    """Return the keys by which an engine of verl has more GPUs than its tensor-parallel ranks."""
+    names = (f"{_ROLLOUT}.data_parallel_size", f"{_ROLLOUT}.pipeline_model_parallel_size")
+    return [name for name in names if (source[name] or 1) > 1]
 
 
 def server_places(source: Source) -> Iterator[Outcome]:
@@ -82,7 +110,7 @@ def server_places(source: Source) -> Iterator[Outcome]:
     yield Outcome("converted", (key,), "rollout.sglang.colocated", shared, note)
     sync = "tensor" if shared else "distributed"
     yield Outcome("converted", (key,), "rollout.sglang.sync", sync, "through GPU memory" if shared else "broadcasts")
-    if source[nodes] > 1:
+    if source.is_known(nodes) and source[nodes] > 1:
         yield Outcome("converted", (nodes,), "rollout.sglang.placement", "nodes", f"{source[nodes]} nodes")
         yield Outcome("converted", (nodes,), "rollout.sglang.host", "node", "each node's own address")
 
@@ -99,7 +127,7 @@ def one_step_off(source: Source) -> Iterator[Outcome]:
             not source["algorithm.rollout_correction.rollout_is"]
             and not source["algorithm.rollout_correction.bypass_mode"]
         ):
-            note = "samples are one version older, and verl's script does not correct for it: truncate (cap 2), or mask"
+            note = "samples are one version older, and with bypass_mode off the script does not correct for it: truncate (cap 2), or mask"
             yield asked("algo.tis.mode", note, entry)
 
 
@@ -109,9 +137,8 @@ def _is_one_step_off(source: Source) -> bool:
 
 def _gpus(source: Source) -> tuple[str, str]:
     """Return the keys of the nodes, and of the GPUs on each, that generate."""
-    own = _is_one_step_off(source) and source.gives("rollout.n_gpus_per_node")
-    place = "rollout" if own else "trainer"
-    return (f"{place}.nnodes" if source.gives(f"{place}.nnodes") else "trainer.nnodes"), f"{place}.n_gpus_per_node"
+    place = "rollout" if _is_one_step_off(source) else "trainer"
+    return f"{place}.nnodes", f"{place}.n_gpus_per_node"
 
 
 def server_args(source: Source) -> Iterator[Outcome]:

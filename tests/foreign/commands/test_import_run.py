@@ -128,7 +128,7 @@ def test_no_value_of_the_environment_is_copied(
     script = tmp_path / "run.sh"
     script.write_text(
         f"export TOKEN=$WANDB_KEY\ntouch {tmp_path}/touched\npython3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo "
-        "actor_rollout_ref.model.path=$MODEL/x data.train_files=$HOME/$(whoami).parquet trainer.nnodes=$NNODES "
+        "actor_rollout_ref.model.path=$MODEL/x actor_rollout_ref.rollout.n=8 data.train_files=$HOME/$(whoami).parquet trainer.nnodes=$NNODES "
         "+trainer.wandb_key=$TOKEN +trainer.api_key=literal-s3cr3t\n"
     )
     main(["import", "verl", str(script), "-o", str(tmp_path / "run.yaml")])

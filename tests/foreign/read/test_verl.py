@@ -157,3 +157,16 @@ def test_a_configuration_that_is_not_there_is_a_setting(tmp_path: Path) -> None:
     assert run.by_key()["config-name"].value == "my_own"
     known = read(tmp_path, OWN.replace("my_own", "ppo_trainer.yaml"))
     assert "config-name" not in known.by_key() and known.config == "ppo_trainer"
+
+
+def test_a_configuration_above_the_script_is_read(tmp_path: Path) -> None:
+    """Scripts are started in the project's root, and name the folder from there."""
+    (tmp_path / "examples" / "config").mkdir(parents=True)
+    (tmp_path / "examples" / "config" / "my_own.yaml").write_text("defaults: [ppo_trainer]\ndata: {shuffle: false}\n")
+    below = tmp_path / "examples" / "math"
+    below.mkdir()
+    for folder in ("$PWD/examples/config", "$(pwd)/examples/config", "$ROOT/examples/config", "examples/config"):
+        run = read(below, OWN.replace("$PWD/config", folder))
+        assert (run.config, run.by_key()["data.shuffle"].value) == ("ppo_trainer", False), folder
+    absolute = read(below, OWN.replace("$PWD/config", "/opt/config"))
+    assert absolute.by_key()["config-name"].value == "my_own"

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tests.foreign.verl_runs import M, R, asked, lost, ours
+from pathlib import Path
+
+from dapo_mcore.foreign.convert import convert
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.table import Source
+from dapo_mcore.foreign.tables.verl import VERL
+from tests.foreign.verl_runs import GRPO, M, R, asked, imported, lost, ours
 
 VAL = f"{R}.val_kwargs"
 
@@ -72,3 +78,50 @@ def test_the_engines_own_length_cuts_responses() -> None:
     assert ours({"data.max_response_length": 2048})["rollout.max_response_tokens"] == 2048
     both = ours({"data.max_response_length": 2048, f"{R}.response_length": 1024})
     assert both["rollout.max_response_tokens"] == 1024
+
+
+def test_evaluation_has_the_templates_variables_too() -> None:
+    found = ours({"data.apply_chat_template_kwargs.enable_thinking": False, "data.val_files": "aime.parquet"})
+    assert found["eval.sets.aime.chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_limit_of_rows_says_which_rows() -> None:
+    settings = {"data.train_max_samples": 100, "data.val_max_samples": 30, "data.val_files": "aime.parquet"}
+    for shuffle in (True, False):
+        conversion = imported({**GRPO, **settings, "data.shuffle": shuffle})
+        limits = [outcome for outcome in conversion.outcomes if str(outcome.ours).endswith("limit")]
+        assert [outcome.value for outcome in limits] == [100, 30]
+        assert all(("at random" in outcome.note) == shuffle for outcome in limits)
+    assert ours({"data.train_max_samples": -1})["data.limit"] is None
+
+
+def test_files_of_evaluation_from_outside_are_one_question() -> None:
+    unknown = ForeignSetting("data.val_files", ["~/data/${1}/test.parquet"], "run.sh line 1", ("argument 1",))
+    conversion = convert(ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", (unknown,)), VERL)
+    assert [key for key in conversion.asked if key.startswith("eval.")] == ["eval.sets"]
+    assert conversion.values()["eval.samples_per_prompt"][0] == 1
+
+
+def test_default_columns_of_a_resolved_configuration_say_nothing() -> None:
+    settings = (
+        ForeignSetting("data.image_key", "images", "config.yaml"),
+        ForeignSetting("data.video_key", "clips", "config.yaml"),
+        ForeignSetting(f"{M}.path", "Qwen/Qwen3-8B", "config.yaml"),
+    )
+    run = ForeignRun("verl", Path("config.yaml"), "", "", settings, complete=True)
+    outcomes = [
+        outcome for rule in VERL.rules if "data.image_key" in rule.keys for outcome in rule.apply(Source(run, {}))
+    ]
+    assert [(outcome.kind, outcome.sources[0]) for outcome in outcomes] == [
+        ("meaningless", "data.image_key"),
+        ("lost", "data.video_key"),
+    ]
+
+
+def test_losses_of_rows_and_templates() -> None:
+    for key, value in (
+        ("data.datagen.path", "d.py"),
+        (f"{M}.custom_chat_template", "{{ m }}"),
+        (f"{M}.tokenizer_path", "/t"),
+    ):
+        assert lost({key: value}) == {key: True}

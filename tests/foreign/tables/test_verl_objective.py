@@ -12,8 +12,6 @@ from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
 from tests.foreign.verl_runs import A, R, imported, lost, ours
 
-CORRECTION = "algorithm.rollout_correction"
-
 
 @pytest.mark.parametrize(
     ("estimator", "keys"),
@@ -98,56 +96,6 @@ def test_kls_that_cannot_be_had() -> None:
     assert lost(adaptive) == {"algorithm.kl_ctrl.type": True}
 
 
-def test_importance_weights() -> None:
-    token = {f"{CORRECTION}.rollout_is": "token", f"{CORRECTION}.rollout_is_threshold": 3.0}
-    assert ours(token)["algo.tis"] == {"mode": "truncate", "cap": 3.0}
-    sequence = {f"{CORRECTION}.rollout_is": "sequence", f"{CORRECTION}.rollout_is_batch_normalize": True}
-    assert ours(sequence)["algo.tis"] == {"mode": "truncate", "level": "sequence", "cap": 2.0, "normalize": True}
-    assert ours({f"{A}.tis_imp_ratio_cap": 2.0})["algo.tis"] == {"mode": "truncate", "cap": 2.0}
-    assert "algo.tis" not in ours({f"{A}.tis_imp_ratio_cap": -1})
-    assert lost({f"{CORRECTION}.rollout_is": "group"}) == {f"{CORRECTION}.rollout_is": True}
-
-
-def test_bypass_mode_takes_the_engines_log_probs() -> None:
-    assert ours({f"{CORRECTION}.bypass_mode": True})["algo.old_logprobs"] == "rollout"
-    reinforce = {f"{CORRECTION}.bypass_mode": True, f"{CORRECTION}.loss_type": "reinforce"}
-    assert lost(reinforce) == {f"{CORRECTION}.loss_type": True}
-
-
-@pytest.mark.parametrize(
-    ("names", "bounds", "criteria"),
-    [
-        ("seq_sum_k1", "0.5_2.0", [{"level": "sequence", "lower": 0.5, "upper": 2.0}]),
-        ("seq_mean_k1", "0.8_1.1", [{"level": "geometric", "lower": 0.909091, "upper": 1.25}]),
-        ("token_k1", 4, [{"level": "token", "lower": 0.25, "upper": 4.0}]),
-        ("seq_max_k2", 0.5, [{"level": "every", "measure": "k2", "upper": 0.5}]),
-        (
-            "token_k3, seq_mean_k1",
-            "0.1,2",
-            [
-                {"level": "token", "measure": "k3", "upper": 0.1},
-                {"level": "geometric", "lower": 0.5, "upper": 2.0},
-            ],
-        ),
-    ],
-)
-def test_rejection_bounds_are_those_of_our_ratio(names: str, bounds: Any, criteria: list[dict[str, Any]]) -> None:
-    settings = {f"{CORRECTION}.rollout_rs": names, f"{CORRECTION}.rollout_rs_threshold": bounds}
-    assert ours(settings)["algo.rejection"] == criteria
-
-
-def test_rejection_of_older_versions_with_a_veto() -> None:
-    settings = {
-        f"{CORRECTION}.rollout_rs": "geometric", f"{CORRECTION}.rollout_rs_threshold": 1.01,
-        f"{CORRECTION}.rollout_rs_threshold_lower": 0.99, f"{CORRECTION}.rollout_token_veto_threshold": 1e-4,
-    }  # fmt: skip
-    assert ours(settings)["algo.rejection"] == [
-        {"level": "geometric", "lower": 0.99, "upper": 1.01},
-        {"level": "every", "lower": 1e-4},
-    ]
-    assert lost({f"{CORRECTION}.rollout_rs": "by_mood"}) == {f"{CORRECTION}.rollout_rs": True}
-
-
 def test_adaptive_entropy() -> None:
     place = f"{A}.adaptive_entropy"
     settings = {f"{place}.enabled": True, f"{place}.target_entropy": 0.2, f"{place}.max_ent_coef": 0.005}
@@ -189,6 +137,57 @@ def test_clip_ratio_alone_is_asked_for() -> None:
     assert "algo.clip_low" not in found and found["algo.clip_high"] == 0.28
 
 
+def test_a_bound_of_null_is_clip_ratio() -> None:
+    found = ours({f"{A}.clip_ratio": 0.3, f"{A}.clip_ratio_low": None, f"{A}.clip_ratio_high": None})
+    assert (found["algo.clip_low"], found["algo.clip_high"]) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus_baseline"])
+def test_one_response_per_prompt_has_no_group(estimator: str) -> None:
+    """verl then takes the reward itself; the advantage against a group of one would be 0."""
+    assert lost({"algorithm.adv_estimator": estimator, f"{R}.n": 1}) == {f"{R}.n": True}
+    assert imported({"algorithm.adv_estimator": estimator}).losses == {"algorithm.adv_estimator": True}
+    assert imported({"algorithm.adv_estimator": "gae", f"{R}.n": 1}).losses == {}
+
+
+def test_the_length_of_the_norm_holds_for_new_workers() -> None:
+    """dp_actor.py of b178a3c passes no loss_scale_factor to agg_loss; only verl/workers/utils/losses.py does."""
+    norm = {f"{A}.loss_agg_mode": "seq-mean-token-sum-norm", f"{A}.loss_scale_factor": 4096}
+    assert "algo.loss_length" not in ours(norm)
+    assert ours({**norm, "trainer.use_legacy_worker_impl": "disable"})["algo.loss_length"] == 4096
+
+
+def test_a_kl_whose_switch_is_unknown_is_one_question() -> None:
+    settings = (
+        ForeignSetting("algorithm.adv_estimator", "grpo", "run.sh line 1"),
+        ForeignSetting(f"{A}.use_kl_loss", "${KL}", "run.sh line 2", ("KL",)),
+        ForeignSetting(f"{A}.kl_loss_coef", 0.01, "run.sh line 3"),
+    )
+    conversion = convert(ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", settings), VERL)
+    assert [key for key in conversion.asked if key.startswith("algo.")] == ["algo.kl.coef"]
+    assert "0.01 if use_kl_loss" in conversion.asked["algo.kl.coef"].note
+    assert conversion.values()["algo.kl.estimator"][0] == "k3"
+
+
+def test_a_loss_whose_switch_is_unknown_is_a_loss() -> None:
+    """Nothing that the script takes from outside may be dropped without a word."""
+    for key, value in (
+        ("reward_model.enable", "${RM}"),
+        ("data.custom_cls.path", "${ROOT}/d.py"),
+        ("config-name", "${1}"),
+    ):
+        unknown = ForeignSetting(key, value, "run.sh line 1", ("X",))
+        run = ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", (unknown,))
+        assert convert(run, VERL).losses == {key: True}
+
+
+def test_arguments_of_a_reward_function_as_one_mapping() -> None:
+    settings = {"custom_reward_function.path": "r.py", "custom_reward_function.reward_kwargs": {"scale": 2}}
+    assert ours(settings)["reward.kwargs"] == {"scale": 2}
+    newer = {"reward.custom_reward_function.path": "r.py", "reward.custom_reward_function.name": "rate"}
+    assert ours(newer)["reward.function"] == "r.py:rate"
+
+
 def test_tools_are_lost_only_if_they_are_on() -> None:
     tools = {f"{R}.multi_turn.enable": True, f"{R}.multi_turn.tool_config_path": "tools.yaml"}
     assert lost(tools) == {f"{R}.multi_turn.tool_config_path": True}
@@ -204,10 +203,6 @@ def test_a_kl_with_a_plus_has_the_gradient_of_k2() -> None:
     for kind in ("k3+", "low_var_kl+", "k1+"):
         assert ours({f"{A}.use_kl_loss": True, f"{A}.kl_loss_type": kind})["algo.kl.estimator"] == "k2"
     assert ours({"algorithm.use_kl_in_reward": True, "algorithm.kl_penalty": "k3+"})["algo.kl.estimator"] == "k3"
-
-
-def test_importance_weights_beside_bypass_mode_lose_nothing() -> None:
-    assert lost({f"{CORRECTION}.rollout_is": "token", f"{CORRECTION}.bypass_mode": True}) == {}
 
 
 def test_tools_of_a_configuration_that_is_not_read_are_on() -> None:

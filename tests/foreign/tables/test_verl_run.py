@@ -10,9 +10,7 @@ import pytest
 from dapo_mcore.foreign.convert import convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
-from tests.foreign.verl_runs import A, M, asked, lost, ours
-
-OPTIM = f"{A}.optim"
+from tests.foreign.verl_runs import A, M, R, asked, imported, lost, ours
 
 
 def test_epochs_stay_epochs() -> None:
@@ -31,35 +29,6 @@ def test_a_name_that_no_folder_may_have_is_cleaned() -> None:
     assert ours({"trainer.experiment_name": "grpo @ 7B/math"})["name"] == "grpo-7B-math"
     assert ours({"trainer.experiment_name": "run", "trainer.default_local_dir": "/c/p/run"})["output_dir"] == "/c/p"
     assert ours({"trainer.experiment_name": "run", "trainer.default_local_dir": "/c/p"})["output_dir"] == "/c/p"
-
-
-@pytest.mark.parametrize(
-    ("settings", "steps"),
-    [
-        ({f"{OPTIM}.lr_warmup_steps": 10}, 10),
-        ({f"{OPTIM}.lr_warmup_steps": -1}, 0),
-        ({f"{OPTIM}.lr_warmup_steps_ratio": 0.1, "trainer.total_training_steps": 250}, 25),
-        ({}, 0),
-    ],
-)
-def test_warm_up_is_in_rollout_steps(settings: dict[str, Any], steps: int) -> None:
-    assert ours(settings)["optimizer.warmup_rollout_steps"] == steps
-
-
-def test_a_ratio_of_an_unknown_length_is_asked_for() -> None:
-    assert "optimizer.warmup_rollout_steps" in asked({f"{OPTIM}.lr_warmup_steps_ratio": 0.1})
-
-
-def test_cosine_decays_over_the_run() -> None:
-    settings = {
-        f"{OPTIM}.lr_scheduler_type": "cosine", f"{OPTIM}.lr": 2e-6, f"{OPTIM}.min_lr_ratio": 0.1,
-        "trainer.total_training_steps": 500,
-    }  # fmt: skip
-    found = ours(settings)
-    assert (found["optimizer.schedule"], found["optimizer.decay_rollout_steps"]) == ("cosine", 500)
-    assert found["optimizer.min_lr"] == pytest.approx(2e-7)
-    assert "optimizer.decay_rollout_steps" in asked({f"{OPTIM}.warmup_style": "cosine"})
-    assert lost({f"{OPTIM}.lr_decay_style": "WSD"}) == {f"{OPTIM}.lr_decay_style": False}
 
 
 @pytest.mark.parametrize(
@@ -106,12 +75,60 @@ def test_lora_and_fp16_are_lost() -> None:
 
 def test_filtering() -> None:
     place = "algorithm.filter_groups"
-    found = ours(
-        {f"{place}.enable": True, "data.train_batch_size": 64, "data.gen_batch_size": 96, f"{place}.metric": "acc"}
-    )
+    settings = {
+        f"{place}.enable": True,
+        "data.train_batch_size": 64,
+        "data.gen_batch_size": 96,
+        f"{place}.metric": "acc",
+    }
+    found = ours(settings, "recipe.dapo.main_dapo")
     keys = ("style", "train_batch_prompts", "gen_batch_prompts", "max_gen_batches", "carry_surplus")
     assert [found[f"sampling.{key}"] for key in keys] == ["filter", 64, 96, 1_000_000, False]
     assert ours({})["sampling.style"] == "none"
+    assert "sampling.style" in asked(settings, "verl.trainer.main_ppo"), "verl's main_ppo reads no filter_groups"
+
+
+def test_without_filtering_a_step_has_all_that_is_generated() -> None:
+    """verl's loader gives batches of gen_batch_size, and nothing cuts them to train_batch_size."""
+    found = ours({"data.train_batch_size": 32, "data.gen_batch_size": 96, f"{A}.ppo_mini_batch_size": 48})
+    assert (found["sampling.train_batch_prompts"], found["batch.mini_batch_prompts"]) == (96, 48)
+    assert "batch.mini_batch_prompts" in asked({"data.gen_batch_size": 96, f"{A}.ppo_mini_batch_size": 64})
+    same = ours({"data.train_batch_size": 32, "data.gen_batch_size": 32, f"{A}.ppo_mini_batch_size": 32})
+    assert same["sampling.train_batch_prompts"] == 32
+
+
+def test_dtypes() -> None:
+    fsdp = f"{A}.fsdp_config"
+    assert ours({})["model.dtype"] == "bf16"
+    assert ours({f"{fsdp}.dtype": "float32"})["model.dtype"] == "fp32"
+    assert ours({f"{fsdp}.mixed_precision.param_dtype": "fp32"})["model.dtype"] == "fp32"
+    (outcome,) = [one for one in imported({f"{fsdp}.model_dtype": "bf16"}).outcomes if one.ours == "model.dtype"]
+    assert outcome.value == "bf16" and "half precision alone" in outcome.note
+    assert lost({f"{R}.dtype": "float16"}) == {f"{R}.dtype": False}
+
+
+def test_routers_that_do_not_train_are_lost() -> None:
+    place = f"{M}.override_config.moe_config.freeze_moe_router"
+    assert lost({place: False}) == {} and lost({place: True}) == {place: True}
+
+
+def test_an_unknown_model_is_one_question() -> None:
+    unknown = ForeignSetting(f"{M}.path", "${1}", "run.sh line 1", ("argument 1",))
+    asked = convert(ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", (unknown,)), VERL).asked
+    assert [key for key in asked if key.startswith("model.")] == ["model.path"]
+
+
+def test_profiled_steps() -> None:
+    assert ours({"global_profiler.tool": "nsys", "global_profiler.steps": [2, 5]})["observe.profile_steps"] == [2, 5]
+    assert "observe.profile_steps" not in ours({"global_profiler.steps": [2, 5]})
+
+
+def test_losses_of_files_and_places() -> None:
+    assert lost({"trainer.default_hdfs_dir": "hdfs://x", "trainer.device": "npu"}) == {
+        "trainer.default_hdfs_dir": False,
+        "trainer.device": False,
+    }
+    assert lost({"trainer.device": "cuda", "trainer.default_hdfs_dir": None}) == {}
 
 
 def test_groups_filtered_by_another_number_are_lost_unless_they_are_the_same_groups() -> None:
@@ -137,6 +154,7 @@ def test_checkpoints() -> None:
     assert (found["checkpoint.every"], found["checkpoint.keep"]) == (20, 1_000_000)
     assert ours({"trainer.save_freq": -1})["checkpoint.every"] is None
     assert ours({"trainer.save_freq": 5, "trainer.max_actor_ckpt_to_keep": 3})["checkpoint.keep"] == 3
+    assert ours({"trainer.save_freq": 5, "trainer.remove_previous_ckpt_in_save": True})["checkpoint.keep"] == 1
     assert ours({"trainer.resume_mode": "disable"})["checkpoint.resume"] == "never"
     path = {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": "/c/global_step_5"}
     assert lost(path) == {"trainer.resume_from_path": False}
@@ -146,20 +164,6 @@ def test_loggers() -> None:
     found = ours({"trainer.logger": ["console", "wandb", "mlflow"], "trainer.project_name": "math"})
     assert (found["observe.wandb_project"], found["observe.mlflow_experiment"]) == ("math", "math")
     assert lost({"trainer.logger": ["clearml"]}) == {"trainer.logger": False}
-
-
-def test_a_critic_only_with_gae() -> None:
-    settings = {"critic.optim.lr": 2e-6, "trainer.critic_warmup": 10, "critic.cliprange_value": 0.2}
-    assert not any(key.startswith("critic.") for key in ours(settings))
-    found = ours({"algorithm.adv_estimator": "gae", **settings})
-    assert (found["critic.optimizer.lr"], found["critic.warmup_steps"], found["critic.clip"]) == (2e-6, 10, 0.2)
-    other = {"algorithm.adv_estimator": "gae", f"{M}.path": "/m/a", "critic.model.path": "/m/b"}
-    assert lost(other) == {"critic.model.path": True}
-
-
-def test_the_optimizer_on_the_host() -> None:
-    assert ours({f"{OPTIM}.override_optimizer_config.optimizer_cpu_offload": True})["optimizer.offload_fraction"] == 1.0
-    assert ours({f"{OPTIM}.betas": [0.9, 0.98]})["optimizer.beta2"] == 0.98
 
 
 def test_prompts_of_steps() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from dapo_mcore.foreign.convert import convert
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.tables.verl import VERL
 from tests.foreign.verl_runs import A, R, asked, lost, ours
 
 MEGATRON = f"{A}.megatron"
@@ -42,7 +47,33 @@ def test_one_step_off_policy() -> None:
     found = ours(settings, ONE_STEP_OFF)
     assert (found["rollout.async_steps"], found["rollout.sglang.num_servers"]) == (1, 2)
     assert found["rollout.sglang.colocated"] is False and found["rollout.sglang.sync"] == "distributed"
-    assert asked(settings, ONE_STEP_OFF) == ["algo.tis.mode"]
+    assert found["algo.old_logprobs"] == "rollout" and asked(settings, ONE_STEP_OFF) == []
+    without = {**settings, "algorithm.rollout_correction.bypass_mode": False}
+    assert asked(without, ONE_STEP_OFF) == ["algo.tis.mode"]
+
+
+def test_an_unknown_number_of_nodes_is_one_question() -> None:
+    settings = (
+        ForeignSetting("algorithm.adv_estimator", "grpo", "run.sh line 1"),
+        ForeignSetting("trainer.nnodes", "${NODES}", "run.sh line 2", ("NODES",)),
+        ForeignSetting(f"{A}.strategy", "megatron", "run.sh line 3"),
+    )
+    conversion = convert(ForeignRun("verl", Path("run.sh"), "verl.trainer.main_ppo", "", settings), VERL)
+    assert list(conversion.asked) == ["rollout.sglang.num_servers"]
+    assert "rollout.sglang.placement=nodes" in conversion.asked["rollout.sglang.num_servers"].note
+
+
+def test_an_engine_of_more_ranks_is_asked_for() -> None:
+    wide = {f"{A}.strategy": "megatron", f"{R}.tensor_model_parallel_size": 1, f"{R}.data_parallel_size": 8}
+    assert asked(wide) == ["rollout.sglang.tensor_parallel", "rollout.sglang.num_servers"]
+    assert asked({**wide, f"{R}.data_parallel_size": 1}) == []
+
+
+def test_what_an_engine_does_to_samples_is_never_meaningless() -> None:
+    for key, value in {"skip_rollout": True, "over_sample_rate": 0.1, "repetition_penalty": 1.1,
+                       "agent.agent_loop_manager_class": "my.Manager", "new_option": 1}.items():  # fmt: skip
+        assert lost({f"{R}.{key}": value}) == {f"{R}.{key}": True}
+    assert lost({f"{R}.engine_kwargs.vllm.swap_space": 4, f"{R}.over_sample_rate": 0}) == {}
 
 
 def test_options_of_the_servers() -> None:
