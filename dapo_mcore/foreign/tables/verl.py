@@ -1,8 +1,8 @@
 """verl's table: what each of its settings becomes here, as of commit b178a3c (2026-01-29) and verl-recipe 48ea0a7.
 
 Change here: a setting of verl. Its name and our key are in config/foreign_names.py, its default in verl_defaults.py, and what
-follows from several settings in verl_objective.py, verl_correction.py, verl_optimizer.py, verl_data.py, verl_servers.py and
-verl_run.py. What means nothing here is in verl_meaningless.py.
+follows from several settings in verl_objective.py, verl_correction.py, verl_optimizer.py, verl_data.py, verl_servers.py,
+verl_megatron.py and verl_run.py. What means nothing here is in verl_meaningless.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dapo_mcore.foreign.table import changed as _changed
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import verl_correction as correction
 from dapo_mcore.foreign.tables import verl_data as data
+from dapo_mcore.foreign.tables import verl_megatron as megatron
 from dapo_mcore.foreign.tables import verl_objective as objective
 from dapo_mcore.foreign.tables import verl_optimizer as optimizer
 from dapo_mcore.foreign.tables import verl_run as run
@@ -58,7 +59,8 @@ _MODEL = (
     combined(run.config_json, "model.overrides", f"{_M}.override_config*"),
     same(f"{_M}.trust_remote_code"),
     same(f"{_M}.enable_activation_offload"),
-    combined(run.transformer_config, "megatron, model.recompute", f"{_G}.override_transformer_config.*",
+    combined(megatron.transformer_config,
+             "megatron, model.recompute, model.fp8, model.moe_aux_loss_coef, deterministic", f"{_G}.override_transformer_config.*",
              f"{_G}.override_transformer_config"),
     lost("training is not quantized; nearest: model.fp8", f"{_A}.fsdp_config.qat.enable", f"{_G}.qat.enable", objective=True),
     lost("the weights are always read; nearest: model.init random", f"{_A}.load_weight", off=(None, True), objective=True),

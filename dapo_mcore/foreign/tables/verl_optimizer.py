@@ -16,7 +16,7 @@ _ACTOR, _MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 _NO_NUMBER = frozenset(
     {"optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer",
      "overlap_param_gather", "overlap_param_gather_with_optimizer_step", "use_torch_optimizer_for_cpu_offload",
-     "pin_cpu_grads", "pin_cpu_params", "foreach", "fused"}
+     "pin_cpu_grads", "pin_cpu_params", "fp8_recipe", "foreach", "fused"}
 )  # fmt: skip
 """Fields of Megatron's OptimizerConfig, and arguments of torch's AdamW, that say where and how it is computed."""
 _ADAM = {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_eps": "eps", "eps": "eps", "lr": "lr",

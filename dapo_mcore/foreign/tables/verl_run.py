@@ -17,8 +17,6 @@ _MEGATRON = f"{_ACTOR}.megatron"
 _FILTER = "algorithm.filter_groups"
 NO_LIMIT = 1_000_000
 """As good as none: the most that a count may be."""
-_RECOMPUTE = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers")
-_TAKEN_FOR_GRANTED = {"attention_backend": "flash", "moe_permute_fusion": False}
 
 
 def name(source: Source) -> Iterator[Outcome]:
@@ -135,26 +133,6 @@ def _moe_config(key: str, value: Any, whole: str) -> Iterator[Outcome]:
         yield Outcome("meaningless", (whole,), note="off, as here")
     else:
         yield gone(f"{key}: routers train with the other weights", whole, objective=True)
-
-
-def transformer_config(source: Source) -> Iterator[Outcome]:
-    """Yield fields of Megatron's TransformerConfig, and what they say about recomputing."""
-    place = f"{_MEGATRON}.override_transformer_config"
-    whole = source[place] if isinstance(source[place], dict) else {}
-    given = {**whole, **source.below(place)}
-    keys = {name: f"{place}.{name}" if source.gives(f"{place}.{name}") else place for name in given}
-    for name, value in given.items():
-        if name in _TAKEN_FOR_GRANTED and value == _TAKEN_FOR_GRANTED[name]:
-            yield Outcome("meaningless", (keys[name],), note="the default here, too")
-        elif name not in _RECOMPUTE:
-            yield Outcome("converted", (keys[name],), "megatron", _nested(name, value), "Megatron's field")
-    level = given.get("recompute_granularity")
-    if level is not None:
-        modules = given.get("recompute_modules") or ()
-        inside = ("moe_act", "shared_experts") if "moe" in modules else ()
-        recompute = [name for name in modules if name not in inside] if level == "selective" and modules else level
-        used = tuple(keys[name] for name in _RECOMPUTE if name in given)
-        yield Outcome("converted", used, "model.recompute", recompute, "full: every layer by itself")
 
 
 def packing(source: Source) -> Iterator[Outcome]:

@@ -48,17 +48,7 @@ def test_tokens_of_a_micro_batch(settings: dict[str, Any], tokens: int) -> None:
 def test_recomputing_of_both_backends() -> None:
     assert ours({})["model.recompute"] == "full"
     assert ours({f"{M}.enable_gradient_checkpointing": False})["model.recompute"] == "none"
-    place = f"{A}.megatron.override_transformer_config"
-    megatron = {
-        f"{A}.strategy": "megatron",
-        f"{place}.recompute_granularity": "full",
-        f"{place}.recompute_method": "uniform",
-    }
-    assert ours(megatron)["model.recompute"] == "full"
     assert "model.recompute" not in ours({f"{A}.strategy": "megatron"})
-    assert ours({f"{place}.num_layers_in_first_pipeline_stage": 7})["megatron"] == {
-        "num_layers_in_first_pipeline_stage": 7
-    }
 
 
 def test_overrides_of_config_json() -> None:
