@@ -235,12 +235,12 @@ class Actor:
         a function of the forward pass's own."""
         tis, rollout, weights = self.config.algo.tis, batch.rollout_logprobs, batch.tis_weights
         if weights is None and tis.mode != "off" and batch.old_logprobs is not None:
-            weights = importance_weights(batch.old_logprobs, rollout, tis.mode, tis.cap)
+            weights = importance_weights(batch.old_logprobs, rollout, tis)
         if batch.policy_mask is not None:
             return batch.policy_mask if weights is None else weights * batch.policy_mask
         if weights is not None or tis.mode == "off":
             return weights
-        return lambda own, rows: importance_weights(own, rollout[rows], tis.mode, tis.cap)
+        return lambda own, rows: importance_weights(own, rollout[rows], tis)
 
 
 def _with_own_routes(config: Config) -> Config:

@@ -102,15 +102,15 @@ def _weigh(
             of_samples /= num_loss_tokens.clamp(min=1)
         of_samples.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         levels = [of_samples.index_select(0, ids) for _, ids in rows]
-    weights = [weights_of(level, tis.mode, tis.cap) for level in levels]
+    weights = [weights_of(level, tis) for level in levels]
     counted = torch.cat([*levels, of_samples[:0]]) if layout.reports_loss else of_samples[:0]
     # what is not finite does not count, so that only its own mini-batch is skipped
-    sums = importance_sums_of(counted[counted.isfinite()], tis.mode, tis.cap)
+    sums = importance_sums_of(counted[counted.isfinite()], tis)
     metrics = importance_metrics(layout.sum_over_ranks(sums))
     if tis.normalize and metrics:
         mean = metrics["tis/weight_mean_after"]
         if tis.level != "token":
-            each = weights_of(of_samples[num_loss_tokens > 0], tis.mode, tis.cap)
+            each = weights_of(of_samples[num_loss_tokens > 0], tis)
             mean = float(each[each.isfinite()].mean())
         metrics["tis/norm_factor"] = mean = mean if mean > 1e-8 else 1.0
         weights = [own / mean for own in weights]

@@ -30,6 +30,7 @@ from dapo_mcore.actor.token_advantages import with_token_advantages
 from dapo_mcore.actor.update_guard import Verdict
 from dapo_mcore.algo.advantage import group_advantages, whitened
 from dapo_mcore.algo.correction import (
+    UNCORRECTED,
     MismatchStats,
     check_mismatch,
     mismatch_metrics,
@@ -255,15 +256,16 @@ class Learner:
     ) -> tuple[list[MicroBatch], np.ndarray, dict[str, float]]:
         """Return the micro-batches with the step's corrections, the loss tokens of each sample that are not rejected, [B], and metrics.
 
-        A rejected token has weight 0, and the weights of the others are as if it had never been a loss token.
+        A rejected token has weight 0. With algo.rejection_divisor kept, the weights of the others are as if it had never been a
+        loss token.
         """
         algo, counts = self.config.algo, step.metadata.num_loss_tokens
         if not algo.corrects_before:
             return scored, counts, {}
         found = find_corrections(scored, torch.from_numpy(counts), algo, self.layout)
-        weights = np.zeros(len(counts))
+        weights, counted = np.zeros(len(counts)), found.num_kept.numpy() if algo.rejection_divisor == "kept" else counts
         for plan in step.plan:
-            weights[plan.samples] = self._weights(plan, found.num_kept.numpy()[plan.samples], algo.loss_mode)
+            weights[plan.samples] = self._weights(plan, counted[plan.samples], algo.loss_mode)
         of_samples, parts = torch.from_numpy(weights).float(), zip(scored, found.tis_weights, found.rejected)
         corrected = [
             micro.with_(tis_weights=tis, token_weights=of_samples[micro.sample_ids].masked_fill(rejected, 0.0))
@@ -325,8 +327,8 @@ class Learner:
         if self.layout.reports_loss:
             for micro in scored:
                 old = micro.old_logprobs.cpu()
-                mode = "off" if micro.tis_weights is not None else tis.mode
-                own = mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), mode, tis.cap)
+                used = UNCORRECTED if micro.tis_weights is not None else tis
+                own = mismatch_stats(old, micro.rollout_logprobs.to(old.dtype), used)
                 if own.sums.isfinite().all():  # otherwise its gradient step is skipped
                     total += own
         return MismatchStats(self.layout.sum_over_ranks(total.sums), self.layout.max_over_ranks(total.maximum))

@@ -13,7 +13,7 @@ import torch
 
 from dapo_mcore.actor.parallel.layout import Layout
 from dapo_mcore.actor.update_guard import Verdict
-from dapo_mcore.algo.correction import MismatchStats, mismatch_metrics, mismatch_stats
+from dapo_mcore.algo.correction import UNCORRECTED, MismatchStats, mismatch_metrics, mismatch_stats
 from dapo_mcore.config.algo import TISConfig
 from dapo_mcore.kernels.policy_head import PolicyHeadOutput
 from dapo_mcore.types import MicroBatch
@@ -45,8 +45,8 @@ def micro_batch_stats(output: PolicyHeadOutput, batch: MicroBatch, tis: TISConfi
     )
     deviation = (output.ratio.double() - 1).abs()
     largest = deviation.amax().view(1) if deviation.numel() else sums.new_zeros(1)
-    mode = "off" if batch.tis_weights is not None else tis.mode  # otherwise counted before the step
-    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs, mode, tis.cap)
+    used = UNCORRECTED if batch.tis_weights is not None else tis  # otherwise counted before the step
+    mismatch = mismatch_stats(output.logprobs.float(), batch.rollout_logprobs, used)
     sums, maxima = torch.cat([sums, mismatch.sums]), torch.cat([largest, mismatch.maximum])
     return {"sums": sums, "maxima": maxima, "logprobs": output.logprobs, "inputs": _input_sum(batch)}
 

@@ -5,12 +5,13 @@ Change here: the importance weights against the mismatch, and what is reported a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from dapo_mcore.config.algo import TISConfig
 from dapo_mcore.errors import RolloutError
 
 LOG_RATIO_LIMIT = 20.0
@@ -18,53 +19,60 @@ BINS_PER_DECADE = 40
 NUM_IMPORTANCE_SUMS = 5
 FIRST_DECADE, LAST_DECADE = -7, 2
 _NUM_BINS = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE + 2  # between the edges, and one at either end
+UNCORRECTED = TISConfig(mode="off")
 LARGEST_USUAL_MISMATCH = 0.1
 """Nats. bf16 on both sides gives a mean of about 1e-2; wrong weights on a server give 0.1 and more."""
 
 
 def importance_weights(
-    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["off", "truncate", "mask"], cap: float
+    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, tis: TISConfig
 ) -> torch.Tensor | None:
     """Return the weights that multiply the policy term, float32 of the inputs' shape, detached; None if the mode is off.
 
     With w = exp(old - rollout), the exponent clamped to ±20:
-      truncate  min(w, cap)                       truncated importance sampling (TIS)
-      mask      1 where 1/cap ≤ w ≤ cap, else 0   tokens on which engine and actor disagree have no gradient
-    The weights do not multiply the KL and the entropy. A masked token still counts in the loss's divisor, because token
-    weights are computed before any log-prob. verl 0.9.1 (rollout_rs) removes it from the response mask, so also from the
-    divisor, the KL and the entropy; this changes the gradient by the share of masked tokens.
+      truncate  w clamped to [lower, cap]         truncated importance sampling (TIS)
+      icepop    w where lower ≤ w ≤ cap, else 0   tokens on which engine and actor disagree have no gradient
+      mask      1 where lower ≤ w ≤ cap, else 0
+    Without `lower` it is 0 in mode truncate, else 1/cap; without `cap` there is no upper bound. The weights do not multiply the KL
+    and the entropy, and a token of weight 0 still counts in the loss's divisor.
+    Sources: verl b178a3c (trainer/ppo/rollout_corr_helper.py), which only truncates; slime 624b824
+    (backends/megatron_utils/loss.py: vanilla_tis_function and icepop_function, whose lower bound is 0 unless it is set;
+    examples/train_infer_mismatch_helper/mis.py: truncate, clip, and mask, which is icepop here, except that its masked tokens have
+    no KL and no entropy term); NeMo-RL 7ea279a (algorithms/loss/loss_functions.py: tis, icepop, or no bound). slime's first two and
+    NeMo-RL do not clamp the exponent, and in NeMo-RL a weight that overflows is 0.
     `old_logprobs` are the actor's. With algo.old_logprobs=rollout there are none: pass the log-probs of the training
     forward pass (mode mask only).
     """
-    return None if mode == "off" else weights_of(_log_ratio(old_logprobs, rollout_logprobs), mode, cap)
+    return None if tis.mode == "off" else weights_of(_log_ratio(old_logprobs, rollout_logprobs), tis)
 
 
-def weights_of(log_ratios: torch.Tensor, mode: Literal["truncate", "mask"], cap: float) -> torch.Tensor:
+def weights_of(log_ratios: torch.Tensor, tis: TISConfig) -> torch.Tensor:
     """Return the weights of given log w, clamped to ±20: of tokens as in `importance_weights`, or of whole responses."""
-    if mode == "truncate":
-        return log_ratios.exp().clamp(max=cap)
-    # The comparison of logarithms is exact at the limits, and symmetric.
-    return (log_ratios.abs() <= torch.tensor(cap, dtype=log_ratios.dtype).log()).to(log_ratios.dtype)
+    if tis.mode == "truncate":
+        return log_ratios.exp().clamp(tis.lower or 0.0, math.inf if tis.cap is None else tis.cap)
+    # The comparison of logarithms is exact at the bounds, and symmetric.
+    high = torch.tensor(math.inf if tis.cap is None else tis.cap, dtype=log_ratios.dtype).log()
+    low = -high if tis.lower is None else torch.tensor(tis.lower, dtype=log_ratios.dtype).log()
+    inside = (low <= log_ratios) & (log_ratios <= high)
+    return inside.to(log_ratios.dtype) if tis.mode == "mask" else log_ratios.exp() * inside
 
 
-def importance_sums(
-    old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, mode: Literal["off", "truncate", "mask"], cap: float
-) -> torch.Tensor:
+def importance_sums(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, tis: TISConfig) -> torch.Tensor:
     """Return float64 [5] over one rank's loss tokens: their number, Σ exp(old - rollout), Σ w, Σ w², and the number of
-    truncated or masked tokens; w is what `importance_weights` returns. All are 0 if the mode is off. Ranks combine them by an
-    all-reduce with SUM.
+    tokens whose weight a bound has changed or made 0; w is what `importance_weights` returns. All are 0 if the mode is off. Ranks
+    combine them by an all-reduce with SUM.
 
     Example: ratios 1 and 4, truncated at 2, give [2, 5, 3, 5, 1].
     """
-    if mode == "off":
+    if tis.mode == "off":
         return old_logprobs.new_zeros(NUM_IMPORTANCE_SUMS, dtype=torch.float64)
-    return importance_sums_of(_log_ratio(old_logprobs, rollout_logprobs), mode, cap)
+    return importance_sums_of(_log_ratio(old_logprobs, rollout_logprobs), tis)
 
 
-def importance_sums_of(log_ratios: torch.Tensor, mode: Literal["truncate", "mask"], cap: float) -> torch.Tensor:
+def importance_sums_of(log_ratios: torch.Tensor, tis: TISConfig) -> torch.Tensor:
     """Return the same of loss tokens whose log w are given, each that of its token or of its response."""
-    ratios, weights = log_ratios.exp(), weights_of(log_ratios, mode, cap)
-    limited = weights < ratios if mode == "truncate" else weights == 0
+    ratios, weights = log_ratios.exp(), weights_of(log_ratios, tis)
+    limited = weights != ratios if tis.mode == "truncate" else weights == 0
     ratios, weights = ratios.double(), weights.double()
     count = weights.new_full((), weights.numel())
     return torch.stack([count, ratios.sum(), weights.sum(), weights.square().sum(), limited.sum().double()])
@@ -114,14 +122,11 @@ class MismatchStats:
 
 
 def mismatch_stats(
-    actor_logprobs: torch.Tensor,
-    rollout_logprobs: torch.Tensor,
-    mode: Literal["off", "truncate", "mask"] = "off",
-    cap: float = 1.0,
+    actor_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, tis: TISConfig = UNCORRECTED
 ) -> MismatchStats:
     """Return the statistics of one rank's loss tokens (float [L] each; L may be 0), on the inputs' device.
 
-    mode, cap  the correction (algo.tis) whose importance_sums they hold.
+    tis  the correction (algo.tis) whose importance_sums they hold.
     """
     log_ratio = _log_ratio(actor_logprobs, rollout_logprobs).double()
     distance = (actor_logprobs - rollout_logprobs).detach().double().abs()
@@ -131,7 +136,7 @@ def mismatch_stats(
     histogram = distance.new_zeros(_NUM_BINS).index_add_(0, _bins(distance), torch.ones_like(distance))
     head = torch.stack([distance.sum(), k3, k3.new_full((), distance.numel())])
     maximum = distance.max().reshape(1) if distance.numel() else distance.new_zeros(1)
-    importance = importance_sums(actor_logprobs, rollout_logprobs, mode, cap)
+    importance = importance_sums(actor_logprobs, rollout_logprobs, tis)
     return MismatchStats(torch.cat([head, importance, histogram]), maximum)
 
 

@@ -38,8 +38,9 @@ def rejected(
     compute_rollout_rejection_mask of verl b178a3c (trainer/ppo/rollout_corr_helper.py), whose token_kN, seq_sum_kN, seq_mean_kN
     and seq_max_kN are the levels token, sequence, geometric and every, except that the bounds of its k1 are those of 1/r: lower
     here is 1 over its upper. To slime 624b824 (examples/train_infer_mismatch_helper/mis.py): rs_level with bounds of r, and its
-    rs_veto_threshold is level every with `lower`; slime clamps sums, not tokens, and rejected tokens keep their place in its
-    divisor. To NeMo-RL 7ea279a: seq-mask-tis is level geometric here, with weights that no cap limits; it keeps the divisor, too.
+    rs_veto_threshold is level every with `lower`, both with algo.rejection_divisor all; slime clamps sums, not tokens. To NeMo-RL
+    7ea279a (algorithms/loss/loss_functions.py): seq-mask-tis is level geometric with rejection_divisor all, beside algo.tis mode
+    truncate with cap null; rejected responses keep their KL there.
     Example: a response with ratios 2 and 1/8 has product 1/4 and geometric mean 1/2; at level every with lower 0.2 it goes.
     """
     low, high = _bounds(criterion)

@@ -28,20 +28,40 @@ class KLConfig(Section):
 class TISConfig(Section):
     """Correction of the engine's log-prob mismatch by importance weights w = exp(old_actor - rollout) (algo/correction.py)."""
 
-    mode: Literal["off", "truncate", "mask"] = "off"
-    """truncate: the weight is min(w, cap). mask: it is 1 where 1/cap ≤ w ≤ cap, else 0; masked tokens still count in the loss's
-    divisor, unlike those of `rejection`."""
-    cap: float = Field(2.0, gt=0)
+    mode: Literal["off", "truncate", "icepop", "mask"] = "off"
+    """truncate: the weight is w clamped to [lower, cap]. icepop: it is w where lower ≤ w ≤ cap, else 0. mask: it is 1 there, else 0.
+    Tokens of weight 0 still count in the loss's divisor."""
+    lower: float | None = Field(None, ge=0)
+    """null: 0 in mode truncate, else 1/cap."""
+    cap: float | None = Field(2.0, gt=0)
+    """null: no upper bound. Truncated at null, the weights are importance weights without bounds, as NeMo-RL's are by default."""
     level: Literal["token", "sequence", "geometric"] = "token"
     """What w is of: token: each token. sequence: the product of w over a response's tokens, for each of them. geometric: its
     geometric mean. The last two score the first mini-batch, too."""
     normalize: bool = False
     """Divide the weights of a rollout step by their mean: over loss tokens, or with another level over responses. mode truncate."""
 
+    @model_validator(mode="after")
+    def _check_bounds(self) -> TISConfig:
+        if self.lower is not None and self.cap is not None and self.lower > self.cap:
+            raise ValueError(
+                f"lower {self.lower} exceeds cap {self.cap}, so no weight lies between them; exchange them"
+            )
+        if self.mode not in ("icepop", "mask"):
+            return self
+        if self.lower is None and self.cap is not None and self.cap < 1:
+            raise ValueError(
+                f"mode {self.mode} keeps weights from lower to cap, and lower is 1/cap unless it is set: no token meets that at cap "
+                f"{self.cap}; use a cap of at least 1, or set lower"
+            )
+        if not self.lower and self.cap is None:
+            raise ValueError(f"mode {self.mode} has neither lower nor cap, so it keeps all tokens; set at least one")
+        return self
+
 
 class RejectionConfig(Section):
     """One criterion of what is not trained on, because engine and actor disagree about it (algo/rejection.py). r = exp(old_actor -
-    rollout) of a token. Rejected tokens count nowhere in the loss, in its divisor neither."""
+    rollout) of a token. Rejected tokens have no policy, KL and entropy term; `rejection_divisor` says whether they are counted."""
 
     level: Literal["token", "sequence", "geometric", "every"]
     """What is compared with the bounds. token: each token. sequence: the product of r over a response, or the sum of k2 or k3.
@@ -153,6 +173,9 @@ class AlgoConfig(Section):
     tis: TISConfig = TISConfig()
     rejection: list[RejectionConfig] = Field(default_factory=list)
     """Criteria of what is not trained on; a token must pass all of them. Scores the first mini-batch, too."""
+    rejection_divisor: Literal["kept", "all"] = "kept"
+    """The loss tokens, and the responses that have any, that loss_mode divides by. kept: those not rejected, as in verl. all: rejected
+    ones, too, as in slime and NeMo-RL: the more are rejected, the smaller the gradient."""
 
     @property
     def penalises_rewards(self) -> bool:

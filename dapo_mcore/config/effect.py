@@ -121,7 +121,8 @@ IDLE = (
     Idle("reward", ("timeout_seconds", "placement"), "there are no reward.workers", lambda c: not _has_workers(c)),
     Idle("reward", ("adapter",), "no reward function is imported", lambda c: not _imports_reward(c)),
     Idle("algo.kl", ("estimator", "place"), "algo.kl.coef is 0", lambda c: not c.algo.kl.coef),
-    Idle("algo.tis", ("cap",), "algo.tis.mode is off", lambda c: c.algo.tis.mode == "off"),
+    Idle("algo.tis", ("lower", "cap"), "algo.tis.mode is off", lambda c: c.algo.tis.mode == "off"),
+    Idle("algo", ("rejection_divisor",), "algo.rejection is empty", lambda c: not c.algo.rejection),
     Idle(
         "algo",
         ("loss_length",),

@@ -81,15 +81,10 @@ def _check_reward(c: Settings) -> None:
 
 
 def _check_algo(c: Settings) -> None:
-    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode == "truncate":
+    if c.algo.old_logprobs == "rollout" and c.algo.tis.mode in ("truncate", "icepop"):
         raise ValueError(
-            "algo.tis.mode truncate needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
+            f"algo.tis.mode {c.algo.tis.mode} needs algo.old_logprobs actor: with old_logprobs rollout the ratio already holds "
             "the engine's mismatch and would count it twice; use tis.mode mask or off"
-        )
-    if c.algo.tis.mode == "mask" and c.algo.tis.cap < 1:
-        raise ValueError(
-            f"algo.tis.mode mask keeps tokens with 1/cap ≤ weight ≤ cap, which no token meets at tis.cap {c.algo.tis.cap}; "
-            "use a cap of at least 1"
         )
     if c.algo.policy_loss in ("cispo", "kl_cov", "clip_cov") and c.algo.dual_clip is not None:
         raise ValueError(
@@ -118,7 +113,7 @@ def _check_corrections(c: Settings) -> None:
         )
     if algo.tis.level != "token" and algo.tis.mode == "off":
         raise ValueError(
-            f"algo.tis.level {algo.tis.level} is without effect with algo.tis.mode off; set mode truncate or mask, or leave level out"
+            f"algo.tis.level {algo.tis.level} is without effect with algo.tis.mode off; set another mode, or leave level out"
         )
     entropy = algo.adaptive_entropy
     if entropy is not None and not entropy.min_coef <= algo.entropy_coef <= entropy.max_coef:

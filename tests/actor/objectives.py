@@ -30,16 +30,20 @@ def first_gradient(batch: TrainBatch, config: Config) -> tuple[dict[str, Tensor]
         one.norm = _norm_factor(everyone)
     selected = _selected(tokens, advantages[chosen], config)
     losses = [one.losses(advantages[sample], picked) for one, sample, picked in zip(tokens, chosen, selected)]
-    losses = [loss[one.kept()] for loss, one in zip(losses, tokens) if one.kept().any()]
-    lengths = [len(loss) for loss in losses]
+    sums = torch.stack([loss[one.kept()].sum() for loss, one in zip(losses, tokens)])
+    counts = [
+        len(loss) if config.algo.rejection_divisor == "all" else int(one.kept().sum())
+        for loss, one in zip(losses, tokens)
+    ]
+    sums, lengths = sums[[n > 0 for n in counts]], torch.tensor([n for n in counts if n])
     mode = config.algo.loss_mode
     if mode == "token-mean":
-        total = sum(loss.sum() for loss in losses) / sum(lengths)
+        total = sums.sum() / lengths.sum()
     elif mode == "seq-mean-token-mean":
-        total = sum(loss.mean() for loss in losses) / len(losses)
+        total = (sums / lengths).mean()
     else:
         assert mode == "seq-mean-token-sum-norm"
-        total = sum(loss.sum() for loss in losses) / len(losses) / config.rollout.max_response_tokens
+        total = sums.mean() / config.rollout.max_response_tokens
     total.backward()
     gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
     means = {name: float(torch.cat([one.metrics[name] for one in tokens]).mean()) for name in tokens[0].metrics}
@@ -128,11 +132,14 @@ class _Sample:
             weights = weights.expand(len(self.own))
         if tis.mode == "off":
             return torch.ones(())
-        limited = weights > tis.cap
-        if tis.mode == "mask":
-            limited |= weights < 1 / tis.cap
-        kept = torch.where(limited, tis.cap if tis.mode == "truncate" else 0.0, weights)
-        kept = kept if tis.mode == "truncate" else (~limited).double()
+        low, high = tis.lower, tis.cap or 1e9
+        if low is None:
+            low = 0 if tis.mode == "truncate" else 1 / tis.cap
+        limited = (weights < low) | (weights > high)
+        if tis.mode == "truncate":
+            kept = torch.where(weights > high, high, torch.where(weights < low, low, weights))
+        else:
+            kept = torch.where(limited, 0.0, weights if tis.mode == "icepop" else 1.0)
         self.metrics |= {
             "tis/weight_mean_before": weights,
             "tis/weight_mean_after": kept,

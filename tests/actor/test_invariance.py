@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
     "old log-probs from the actor": {"algo__old_logprobs": "actor"},
     "truncated importance sampling": {"algo__old_logprobs": "actor", "algo__tis": {"mode": "truncate", "cap": 1.2}},
     "masked importance sampling": {"algo__tis": {"mode": "mask", "cap": 1.5}},
+    "IcePop": {"algo__old_logprobs": "actor", "algo__tis": {"mode": "icepop", "lower": 0.8, "cap": 1.3}},
     "two updates": {
         "batch__mini_batch_prompts": 2,
         "algo__old_logprobs": "actor",
@@ -71,6 +72,13 @@ MODES: dict[str, dict[str, Any]] = {
             {"level": "token", "lower": 0.7, "upper": 1.4},
             {"level": "geometric", "lower": 0.6, "upper": 1.3},
         ],
+    },
+    "sequence mask": {
+        "algo__old_logprobs": "actor",
+        "algo__loss_mode": "seq-mean-token-mean",
+        "algo__tis": {"mode": "truncate", "lower": 0.8, "cap": 1.3},
+        "algo__rejection": [{"level": "geometric", "lower": 0.8, "upper": 1.25}],
+        "algo__rejection_divisor": "all",
     },
     "rejection by divergences, and a veto": {
         "algo__rejection": [
@@ -217,6 +225,7 @@ def test_every_mode_gives_the_gradient_and_metrics_of_one_process(mesh, problem,
     assert tis == [name for name, settings in MODES.items() if "algo__tis" in settings or name == "two updates"]
     assert all(found[name]["own_is_scored"] and expected[name]["own_is_scored"] for name in MODES)
     assert all(0 < found[name]["metrics"]["tis/truncated_ratio"] < 1 for name in tis)
+    assert 0 < found["sequence mask"]["metrics"]["rejection/responses"] < 1
     plain = expected["selective recompute"]["gradient"]
     for name in ("full recompute", "offloaded activations", "attention and MLP recomputed"):
         assert all(torch.equal(plain[key], expected[name]["gradient"][key]) for key in plain), name

@@ -16,6 +16,7 @@ from dapo_mcore.actor.metrics import update_metrics
 from dapo_mcore.actor.scatter import MiniBatchPlan, SampleMetadata, ScatteredStep
 from dapo_mcore.actor.update_guard import Verdict
 from dapo_mcore.algo.correction import mismatch_metrics, mismatch_stats
+from dapo_mcore.config.algo import TISConfig
 from dapo_mcore.errors import RolloutError
 from dapo_mcore.types import MicroBatch, TrainBatch
 from tests.actor import parity
@@ -177,7 +178,7 @@ def test_gradient_steps_and_metrics_are_those_of_a_step_that_is_scored_whole(alo
         weights.append([parameter.detach().clone() for parameter in actor.policy.parameters()])
     assert len(updates) == 2 * epochs and all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert metrics[0] == metrics[1] and metrics[0]["actor/first_update_ratio_deviation"] == 0.0
-    expected = mismatch_metrics(mismatch_stats(old, rollout, "truncate", 0.01))
+    expected = mismatch_metrics(mismatch_stats(old, rollout, TISConfig(mode="truncate", cap=0.01)))
     assert 0 < expected["tis/truncated_ratio"] < 1
     assert {name: metrics[0][name] for name in expected} == pytest.approx(expected, rel=1e-12)
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,14 +16,15 @@ from dapo_mcore.algo.correction import (
     mismatch_stats,
     mismatch_warning,
 )
+from dapo_mcore.config.algo import TISConfig
 from dapo_mcore.config.file import parse_config
 from dapo_mcore.errors import ConfigError, RolloutError
 
 RATIOS = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
 
 
-def weights(mode, cap=2.0):
-    return importance_weights(RATIOS.log(), torch.zeros(6), mode, cap)
+def weights(mode, **bounds):
+    return importance_weights(RATIOS.log(), torch.zeros(6), TISConfig(mode=mode, **bounds))
 
 
 def test_truncate_cuts_above_only():
@@ -33,20 +35,78 @@ def test_mask_is_symmetric_in_the_ratio():
     torch.testing.assert_close(weights("mask"), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 0.0]))
 
 
+def test_truncate_with_a_lower_bound_lifts_small_weights():
+    torch.testing.assert_close(weights("truncate", lower=0.75), torch.tensor([0.75, 0.75, 1.0, 1.5, 2.0, 2.0]))
+    torch.testing.assert_close(weights("truncate", lower=0.75, cap=None), RATIOS.clamp(min=0.75))
+    torch.testing.assert_close(weights("truncate", cap=None), RATIOS)
+
+
+def test_icepop_keeps_weights_between_its_bounds_and_no_others():
+    """The bounds belong to what is kept. Without a lower one it is 1/cap; 0 switches it off."""
+    torch.testing.assert_close(weights("icepop"), torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 0.0]))
+    torch.testing.assert_close(weights("icepop", lower=1.0), torch.tensor([0.0, 0.0, 1.0, 1.5, 2.0, 0.0]))
+    torch.testing.assert_close(weights("icepop", lower=0), torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 0.0]))
+    torch.testing.assert_close(weights("icepop", lower=1.5, cap=None), torch.tensor([0.0, 0.0, 0.0, 1.5, 2.0, 3.0]))
+    torch.testing.assert_close(weights("mask", lower=1.0, cap=1.5), torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]))
+
+
+LOWER = {"truncate": 0.0, "icepop": 1 / 1.1, "mask": 1 / 1.1}
+
+
+@pytest.mark.parametrize("mode", LOWER)
+@pytest.mark.parametrize(("lower", "cap"), [(None, 1.1), (0.9, 1.1), (0.5, 1.1), (0.9, None), (0.0, 1.1)])
+def test_weights_are_those_of_the_formulas_of_slime_and_nemo_rl(mode, lower, cap):
+    """slime 624b824: vanilla_tis_function, icepop_function, mis.clip; NeMo-RL 7ea279a: tis, icepop. By numpy, fp64."""
+    actor, engine = sample_logprobs()
+    w = np.exp(actor.double().numpy() - engine.double().numpy())
+    low, high = LOWER[mode] if lower is None else lower, cap or np.inf
+    inside = (w >= low) & (w <= high)
+    expected = {"truncate": np.minimum(np.maximum(w, low), high), "icepop": np.where(inside, w, 0), "mask": inside}[
+        mode
+    ]
+    found = importance_weights(actor.double(), engine.double(), TISConfig(mode=mode, lower=lower, cap=cap))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-6)
+    assert 0 < inside.mean() < 1
+
+
+def test_a_weight_that_is_not_a_number_stays_one():
+    """So the gradient step that it would spoil is skipped, and noticed."""
+    found = importance_weights(torch.tensor([math.nan, 0.0]), torch.zeros(2), TISConfig(mode="icepop"))
+    assert math.isnan(found[0]) and found[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("tis", "reason"),
+    [
+        ({"mode": "icepop", "cap": 0.5}, r"mode icepop keeps .* at cap 0\.5; use a cap of at least 1, or set lower"),
+        ({"mode": "truncate", "lower": 3.0}, r"lower 3\.0 exceeds cap 2\.0, so no weight lies between them; exchange"),
+        (
+            {"mode": "icepop", "lower": 0.0, "cap": None},
+            "mode icepop has neither lower nor cap, so it keeps all tokens",
+        ),
+        ({"mode": "mask", "cap": None}, "mode mask has neither lower nor cap"),
+    ],
+)
+def test_bounds_that_keep_all_or_nothing_are_refused_in_the_configuration(tis, reason):
+    tree = {"model": {"path": "m"}, "data": {"files": ["a"]}, "algo": {"tis": tis}}
+    with pytest.raises(ConfigError, match=reason):
+        parse_config(tree)
+
+
 def test_off_is_none():
     assert weights("off") is None
 
 
 def test_weights_are_detached_and_the_exponent_is_clamped():
     old = torch.tensor([1e4, -1e4], requires_grad=True)
-    result = importance_weights(old, torch.zeros(2), "truncate", 1e30)
+    result = importance_weights(old, torch.zeros(2), TISConfig(mode="truncate", cap=None))
     assert not result.requires_grad
     torch.testing.assert_close(result, torch.tensor([20.0, -20.0]).exp())
 
 
 def test_what_truncation_does_by_hand():
     """Ratios 0.25 0.5 1 1.5 2 3: the last is cut to 2, and the weight 2 is left as it is."""
-    metrics = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), "truncate", 2.0))
+    metrics = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), TISConfig(mode="truncate", cap=2.0)))
     assert metrics == pytest.approx(
         {
             "tis/weight_mean_before": 8.25 / 6,
@@ -58,16 +118,24 @@ def test_what_truncation_does_by_hand():
     )
 
 
+def test_both_bounds_count_as_truncation():
+    """Ratios 0.25 0.5 1 1.5 2 3 in [0.75, 2]: two are lifted and one is cut."""
+    found = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), TISConfig(mode="truncate", lower=0.75)))
+    assert list(found.values())[1:3] == pytest.approx([8 / 6, 3 / 6], rel=1e-6)
+    found = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), TISConfig(mode="icepop", lower=0.75)))
+    assert list(found.values())[1:] == pytest.approx([4.5 / 6, 3 / 6, 4.5**2 / 6 / 7.25], rel=1e-6)
+
+
 def test_what_masking_does_by_hand():
-    metrics = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), "mask", 2.0))
+    metrics = importance_metrics(importance_sums(RATIOS.log(), torch.zeros(6), TISConfig(mode="mask", cap=2.0)))
     assert list(metrics.values()) == pytest.approx([8.25 / 6, 4 / 6, 2 / 6, 4 / 6], rel=1e-6)
-    nothing_left = importance_metrics(importance_sums(torch.ones(3), torch.zeros(3), "mask", 2.0))
+    nothing_left = importance_metrics(importance_sums(torch.ones(3), torch.zeros(3), TISConfig(mode="mask", cap=2.0)))
     assert nothing_left["tis/truncated_ratio"] == 1 and nothing_left["tis/effective_sample_size"] == 0
 
 
 def test_equal_weights_are_a_whole_sample_and_one_that_has_all_is_one_token():
     def size(old, cap=1e9):
-        return importance_metrics(importance_sums(old, torch.zeros(len(old)), "truncate", cap))[
+        return importance_metrics(importance_sums(old, torch.zeros(len(old)), TISConfig(mode="truncate", cap=cap)))[
             "tis/effective_sample_size"
         ]
 
@@ -75,20 +143,16 @@ def test_equal_weights_are_a_whole_sample_and_one_that_has_all_is_one_token():
     assert size(torch.tensor([15.0, -15.0, -15.0, -15.0])) == pytest.approx(1 / 4)
 
 
-@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("mode", ["truncate", "icepop", "mask"])
 def test_importance_sums_of_micro_batches_and_ranks_add_up(mode):
     actor, engine = sample_logprobs()
-    whole = importance_metrics(importance_sums(actor, engine, mode, 1.02))
+    whole = importance_metrics(importance_sums(actor, engine, TISConfig(mode=mode, cap=1.02)))
     cuts = [0, 0, 7, 9000, 20_000]  # one rank holds nothing
-    parts = [importance_sums(actor[a:b], engine[a:b], mode, 1.02) for a, b in itertools.pairwise(cuts)]
+    parts = [
+        importance_sums(actor[a:b], engine[a:b], TISConfig(mode=mode, cap=1.02)) for a, b in itertools.pairwise(cuts)
+    ]
     assert importance_metrics(sum(parts[1:], parts[0])) == pytest.approx(whole, rel=1e-12)
     assert 0 < whole["tis/truncated_ratio"] < 1
-
-
-def test_a_mask_that_keeps_nothing_is_refused_in_the_configuration():
-    tree = {"model": {"path": "m"}, "data": {"files": ["a"]}, "algo": {"tis": {"mode": "mask", "cap": 0.5}}}
-    with pytest.raises(ConfigError, match=r"tis\.cap 0\.5.*at least 1"):
-        parse_config(tree)
 
 
 def test_metrics_by_hand():
@@ -166,8 +230,10 @@ def test_ranks_add_up_to_the_whole():
     cuts = [0, 0, 7, 9000, 20_000]  # one rank holds nothing
     parts = [mismatch_stats(actor[a:b], engine[a:b]) for a, b in itertools.pairwise(cuts)]
     assert mismatch_metrics(sum(parts[1:], parts[0])) == pytest.approx(whole, rel=1e-12)
-    corrected = [mismatch_stats(actor[a:b], engine[a:b], "mask", 1.02) for a, b in itertools.pairwise(cuts)]
-    correction = importance_metrics(importance_sums(actor, engine, "mask", 1.02))
+    corrected = [
+        mismatch_stats(actor[a:b], engine[a:b], TISConfig(mode="mask", cap=1.02)) for a, b in itertools.pairwise(cuts)
+    ]
+    correction = importance_metrics(importance_sums(actor, engine, TISConfig(mode="mask", cap=1.02)))
     assert mismatch_metrics(sum(corrected[1:], corrected[0])) == pytest.approx(whole | correction, rel=1e-12)
 
 
@@ -189,6 +255,6 @@ def test_extremes_land_in_the_outer_bins():
 
 
 def test_no_tokens_give_no_metrics():
-    assert importance_metrics(importance_sums(torch.zeros(0), torch.zeros(0), "mask", 2.0)) == {}
-    assert importance_metrics(importance_sums(RATIOS, RATIOS, "off", 2.0)) == {}
+    assert importance_metrics(importance_sums(torch.zeros(0), torch.zeros(0), TISConfig(mode="mask", cap=2.0))) == {}
+    assert importance_metrics(importance_sums(RATIOS, RATIOS, TISConfig(mode="off", cap=2.0))) == {}
     assert mismatch_metrics(mismatch_stats(torch.zeros(0), torch.zeros(0))) == {}

@@ -52,7 +52,8 @@ CASES = {
     "reward.timeout_seconds 5.0 (there are no reward.workers)": {"reward": {"timeout_seconds": 5}},
     "reward.adapter trl (no reward function is imported)": {"reward": {"adapter": "trl"}},
     "algo.kl.estimator k1 (algo.kl.coef is 0)": {"algo": {"kl": {"estimator": "k1"}}},
-    "algo.tis.cap 5.0 (algo.tis.mode is off)": {"algo": {"tis": {"cap": 5}}},
+    "algo.tis.lower 0.5, algo.tis.cap 5.0 (algo.tis.mode is off)": {"algo": {"tis": {"lower": 0.5, "cap": 5}}},
+    "algo.rejection_divisor all (algo.rejection is empty)": {"algo": {"rejection_divisor": "all"}},
     "algo.loss_length 9 (algo.loss_mode is not seq-mean-token-sum-norm)": {"algo": {"loss_length": 9}},
     "optimizer.min_lr 1e-07, optimizer.decay_updates 50 (its schedule is constant)": {
         "optimizer": {"min_lr": 1e-7, "decay_updates": 50}

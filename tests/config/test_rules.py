@@ -90,7 +90,11 @@ RULES: list[tuple[list[str], str]] = [
         ["model.routing_replay=scoring", "algo.old_logprobs=rollout", "algo.max_mismatch=null"],
         "model.routing_replay scoring replays the routes of a scoring pass, but algo.old_logprobs rollout with algo.tis.mode off",
     ),
-    (["algo.tis.mode=mask", "algo.tis.cap=0.5"], "which no token meets at tis.cap 0.5; use a cap of at least 1"),
+    (["algo.old_logprobs=rollout", "algo.tis.mode=icepop"], "algo.tis.mode icepop needs algo.old_logprobs actor"),
+    (
+        ["algo.tis.mode=mask", "algo.tis.cap=0.5"],
+        "no token meets that at cap 0.5; use a cap of at least 1, or set lower",
+    ),
     (["algo.policy_loss=cispo", "algo.dual_clip=3"], "cispo has no such bound: leave it out"),
     (["algo.policy_loss=kl_cov", "algo.dual_clip=3"], "kl_cov has no such bound: leave it out"),
     (
@@ -107,7 +111,7 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (
         ["algo.tis.level=sequence"],
-        "algo.tis.level sequence is without effect with algo.tis.mode off; set mode truncate or mask",
+        "algo.tis.level sequence is without effect with algo.tis.mode off; set another mode",
     ),
     (
         ["algo.tis.mode=mask", "algo.tis.normalize=true"],
