@@ -137,7 +137,8 @@ class AlgoConfig(Section):
     dual_clip: float | None = Field(None, gt=1)
     policy_loss: Literal["clip", "cispo", "gspo", "kl_cov", "clip_cov"] = "clip"
     """clip: PPO's and DAPO's, a ratio per token. cispo (arXiv 2506.13585): the clipped ratio only weighs a token's log-prob,
-    so that clipped tokens keep a gradient; the paper clips above only, which is clip_low 1. gspo (arXiv 2507.18071): one
+    so that clipped tokens keep a gradient; the paper clips above only, which is clip_low 1. With clip_low and clip_high 0 it is
+    REINFORCE, -A · log π. gspo (arXiv 2507.18071): one
     ratio per response, exp(mean log-ratio of its tokens); set clip_low and clip_high to about 3e-4 and 4e-4. Wherever old
     log-probs were scored or come from the engine, gspo projects to the vocabulary once more. kl_cov: no clipping; section kl_cov.
     clip_cov: as clip; section clip_cov. Both score each mini-batch with the weights of its gradient step, a third more work."""

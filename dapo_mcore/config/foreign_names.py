@@ -225,6 +225,7 @@ SLIME: Mapping[str, Name] = {
     "kl-loss-type": Name("algo.kl.estimator", "low_var_kl: k3; unset: k1"),
     "use-tis": Name("algo.tis", "{mode: truncate, cap: …}"),
     "tis-clip": Name("algo.tis", "{cap: …}"),
+    "tis-clip-low": Name("algo.tis", "{lower: …}"),
     "lr": Name("optimizer.lr"),
     "lr-decay-style": Name("optimizer.schedule", "constant or cosine"),
     "lr-warmup-iters": Name("optimizer.warmup_updates", "gradient steps"),

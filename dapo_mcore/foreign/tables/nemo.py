@@ -164,11 +164,12 @@ _RULES = (
              "grpo.normalize_rewards", "grpo.use_leave_one_out_baseline", "grpo.adv_estimator.normalize_rewards",
              "grpo.adv_estimator.use_leave_one_out_baseline"),
     combined(objective.policy_loss, "algo.policy_loss, algo.clip_low, algo.clip_high, algo.dual_clip, algo.loss_mode", f"{_L}.use_cispo",
-             f"{_L}.sequence_level_importance_ratios", f"{_L}.token_level_loss", *_below(_L, "ratio_clip_min ratio_clip_max ratio_clip_c force_on_policy_ratio"),
+             f"{_L}.sequence_level_importance_ratios", f"{_L}.token_level_loss", *_below(_L, "ratio_clip_min ratio_clip_max ratio_clip_c force_on_policy_ratio disable_ppo_ratio"),
              f"{_G}.top_p", f"{_G}.top_k", *objective.LOST_OF_THE_OBJECTIVE),
     combined(objective.kl, "algo.kl.coef, algo.kl.estimator, algo.kl.place", *_below(_L, """
              reference_policy_kl_penalty reference_policy_kl_type use_kl_in_reward kl_output_clamp_value use_on_policy_kl_approximation""")),
-    combined(objective.correction, "algo.tis.mode, algo.tis.cap, algo.tis.level, rollout.async_steps", f"{_L}.use_importance_sampling_correction",
+    combined(objective.correction, "algo.tis.mode, algo.tis.lower, algo.tis.cap, algo.tis.level, algo.rejection, algo.rejection_divisor, "
+             "rollout.async_steps", f"{_L}.use_importance_sampling_correction",
              f"{_L}.truncated_importance_sampling_type", *_below(_L, "truncated_importance_sampling_ratio truncated_importance_sampling_ratio_min"), "grpo.async_grpo.enabled",
              "grpo.async_grpo.max_trajectory_age_steps", "grpo.async_grpo.in_flight_weight_updates"),
     combined(run.batch, "batch.mini_batch_prompts, batch.shuffle, batch.max_tokens", "policy.train_global_batch_size",

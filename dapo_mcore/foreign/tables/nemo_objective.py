@@ -9,15 +9,12 @@ from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Rule, Source, asked, became, gone
 
-_NO_CAP = 1_000_000.0
-"""As good as none for a weight that is 1 where engine and actor agree."""
 LOST_OF_THE_OBJECTIVE = {
     "grpo.advantage_clip_low": "advantages are not clipped",
     "grpo.advantage_clip_high": "advantages are not clipped",
     "grpo.invalid_tool_call_advantage": "no advantage of its own for invalid calls",
     "grpo.malformed_thinking_advantage": "no advantage of its own for malformed thoughts",
     "grpo.seq_logprob_error_threshold": "nearest: algo.rejection",
-    "loss_fn.disable_ppo_ratio": "no REINFORCE loss here; nearest: PPO's clipped loss",
     "loss_fn.positive_example_nll_weight": "no likelihood term for right answers",
 }
 
@@ -124,12 +121,21 @@ def estimator(source: Source) -> Iterator[Outcome]:
 def policy_loss(source: Source) -> Iterator[Outcome]:
     """Yield algo.policy_loss, its bounds, and the losses of what is not here."""
     cispo, sequence, token = "loss_fn.use_cispo", "loss_fn.sequence_level_importance_ratios", "loss_fn.token_level_loss"
-    if source[cispo]:
+    plain = "loss_fn.disable_ppo_ratio"
+    is_plain = source[plain] and not source["loss_fn.force_on_policy_ratio"]
+    if is_plain:
+        yield Outcome(
+            "converted", (plain,), "algo.policy_loss", "cispo", "REINFORCE: CISPO whose ratio is clipped to 1"
+        )
+    elif source[cispo]:
         yield became(source, "algo.policy_loss", "cispo", cispo)
     elif source[sequence]:
         yield became(source, "algo.policy_loss", "gspo", sequence, note="a ratio per response")
-    yield became(source, "algo.clip_low", source["loss_fn.ratio_clip_min"], "loss_fn.ratio_clip_min")
-    yield became(source, "algo.clip_high", source["loss_fn.ratio_clip_max"], "loss_fn.ratio_clip_max")
+    for end, key in (("low", "loss_fn.ratio_clip_min"), ("high", "loss_fn.ratio_clip_max")):
+        if is_plain:
+            yield Outcome("converted", (plain, key), f"algo.clip_{end}", 0.0, "REINFORCE has no ratio")
+        else:
+            yield became(source, f"algo.clip_{end}", source[key], key)
     yield became(source, "algo.dual_clip", source["loss_fn.ratio_clip_c"], "loss_fn.ratio_clip_c")
     mode = "token-mean" if source[token] else "seq-mean-token-mean"
     yield became(source, "algo.loss_mode", mode, token, note="over tokens" if source[token] else "over responses")
@@ -192,24 +198,9 @@ _SCORED = {
 
 def correction(source: Source) -> Iterator[Outcome]:
     """Yield importance weights against the engine's mismatch."""
-    switch, kind, cap = (f"loss_fn.{name}" for name in (
-        "use_importance_sampling_correction", "truncated_importance_sampling_type", "truncated_importance_sampling_ratio"))  # fmt: skip
-    if source[switch] and source[kind] in (None, "tis"):
-        yield became(source, "algo.tis.mode", "truncate", switch, note="truncated importance weights")
-        note = "" if source[cap] is not None else "no cap there"
-        yield became(source, "algo.tis.cap", _NO_CAP if note else source[cap], switch if note else cap, note=note)
-        whole = "loss_fn.sequence_level_importance_ratios"
-        if source[whole]:
-            yield became(source, "algo.tis.level", "sequence", whole, note="a weight per response")
-        least = "loss_fn.truncated_importance_sampling_ratio_min"
-        if source[least]:
-            yield gone("weights have no lower bound here; nearest: algo.tis.cap", least, objective=True)
-    elif source[switch]:
-        yield gone(
-            f"{source[kind]} against the engine's mismatch; nearest: algo.tis truncate, algo.rejection",
-            switch,
-            objective=True,
-        )
+    switch = "loss_fn.use_importance_sampling_correction"
+    if source[switch]:
+        yield from _weights(source, switch)
     asynchronous, age = "grpo.async_grpo.enabled", "grpo.async_grpo.max_trajectory_age_steps"
     if source[asynchronous]:
         yield became(source, "rollout.async_steps", 1, asynchronous, note="generated one step ahead")
@@ -221,3 +212,31 @@ def correction(source: Source) -> Iterator[Outcome]:
             yield gone("a response keeps its weights to its end; nearest: sampling.on_full keep", flight)
         if source[age] != 1:
             yield gone(f"samples are at most one version old, not {source[age]}", age)
+
+
+def _weights(source: Source, switch: str) -> Iterator[Outcome]:
+    """Yield algo.tis, and algo.rejection for seq-mask-tis."""
+    kind, cap = "loss_fn.truncated_importance_sampling_type", "loss_fn.truncated_importance_sampling_ratio"
+    least = f"{cap}_min"
+    name, sequence = source[kind], "loss_fn.sequence_level_importance_ratios"
+    if name not in (None, "tis", "icepop", "seq-mask-tis"):
+        yield gone(f"there are no weights {name} here; nearest: tis, icepop, seq-mask-tis", kind, objective=True)
+        return
+    if name == "icepop":
+        yield Outcome("converted", (kind, switch), "algo.tis.mode", "icepop", "0 outside the bounds")
+    else:
+        yield Outcome("converted", (switch,), "algo.tis.mode", "truncate", "truncated importance weights")
+    if source[sequence]:
+        yield Outcome("converted", (sequence,), "algo.tis.level", "sequence", "weights of responses, too")
+    if source[cap] is None:
+        yield Outcome("converted", (switch,), "algo.tis.cap", None, "weights have no bound")
+    elif name == "seq-mask-tis":
+        yield Outcome("converted", (kind,), "algo.tis.cap", None, "weights of tokens have no bound")
+        bounds = {"level": "geometric", "lower": source[least], "upper": source[cap]}
+        note = "weights of rejected responses are 0; they lose their KL and entropy terms, too, which they keep there"
+        yield Outcome("converted", (kind, cap, least), "algo.rejection", [bounds], note)
+        yield Outcome("converted", (kind,), "algo.rejection_divisor", "all", "rejected responses count in the divisor")
+    else:
+        yield became(source, "algo.tis.cap", source[cap], cap)
+        if source[least] is not None:
+            yield became(source, "algo.tis.lower", source[least], least)

@@ -92,7 +92,7 @@ _RULES = (
              "calculate-per-token-loss"),
     combined(objective.kl, "algo.kl.coef, algo.kl.place, algo.kl.estimator", "use-kl-loss", "kl-loss-coef", "kl-loss-type", "kl-coef"),
     same("entropy-coef"),
-    combined(objective.correction, "algo.tis.mode, algo.tis.cap, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low",
+    combined(objective.correction, "algo.tis.mode, algo.tis.lower, algo.tis.cap, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low",
              "custom-tis-function-path", "use-rollout-logprobs", "keep-old-actor"),
     Rule(("rollout-top-p",), (), objective.top_p, "log-probs are those of all tokens here, not of the nucleus", objective=True),
     combined(run.batch, "batch.mini_batch_prompts, batch.shuffle, batch.max_tokens", "global-batch-size", "num-steps-per-rollout",

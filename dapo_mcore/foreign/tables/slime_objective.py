@@ -158,15 +158,17 @@ def _estimator(source: Source) -> Outcome:
 
 def correction(source: Source) -> Iterator[Outcome]:
     """Yield importance weights against the engine's mismatch, and old log-probs of the engine."""
-    if source["custom-tis-function-path"] is not None and source["use-tis"]:
-        yield gone(
-            "a correction of your own; nearest: algo.tis, algo.rejection", "custom-tis-function-path", objective=True
-        )
-    elif source["use-tis"]:
+    own = "custom-tis-function-path"
+    if source["use-tis"] and source[own] is None:
         yield Outcome("converted", ("use-tis",), "algo.tis.mode", "truncate", "truncated importance weights")
+        yield became(source, "algo.tis.lower", source["tis-clip-low"] or None, "tis-clip-low")
         yield became(source, "algo.tis.cap", source["tis-clip"], "tis-clip")
-        if source["tis-clip-low"]:
-            yield gone("weights have no lower bound here; nearest: algo.tis.cap", "tis-clip-low", objective=True)
+    elif source["use-tis"] and str(source[own]).endswith("loss.icepop_function"):
+        yield Outcome("converted", (own, "use-tis"), "algo.tis.mode", "icepop", "weights outside the bounds are 0")
+        yield became(source, "algo.tis.lower", source["tis-clip-low"], "tis-clip-low")
+        yield became(source, "algo.tis.cap", source["tis-clip"], "tis-clip")
+    elif source["use-tis"]:
+        yield gone("a correction of your own; nearest: algo.tis, algo.rejection", own, objective=True)
     if source["use-rollout-logprobs"]:
         yield became(source, "algo.old_logprobs", "rollout", "use-rollout-logprobs", note="those of the engine")
     ahead = source.run.entry == "train_async.py"

@@ -153,7 +153,7 @@ _OBJECTIVE = (
              *objective.OVERLONG),
     combined(objective.estimator, "algo.advantage, algo.advantage_std, algo.advantage_baseline, algo.gamma, algo.lam",
              "algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.gamma", "algorithm.lam"),
-    combined(objective.policy_loss, "algo.policy_loss, algo.dual_clip, algo.kl_cov, algo.clip_cov", *objective.POLICY_LOSS,
+    combined(objective.policy_loss, "algo.policy_loss, algo.dual_clip, algo.kl_cov, algo.clip_cov, algo.clip_low, algo.clip_high", *objective.POLICY_LOSS,
              f"{_A}.loss_mode", f"{_A}.k_percent", f"{_A}.ppo_kl_coef", f"{_A}.clip_ratio_c", f"{_A}.clip_cov_lb",
              f"{_A}.clip_cov_ub", f"{_A}.clip_ratio_cov", f"{_A}.clip_cov_ratio"),
     combined(objective.clip_bounds, "algo.clip_low, algo.clip_high", f"{_A}.clip_ratio_low", f"{_A}.clip_ratio_high",

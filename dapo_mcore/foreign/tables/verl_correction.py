@@ -21,6 +21,8 @@ SETTINGS = tuple(
                  "use_policy_gradient", "_target_")
 )  # fmt: skip
 """All settings of the section, with those of older versions."""
+LOSS_NAMES = (f"{_ACTOR}.policy_loss.loss_mode", f"{_ACTOR}.loss_mode")
+"""The setting of the policy loss under both of its names."""
 _LEVELS = {"token": "token", "seq_sum": "sequence", "seq_mean": "geometric", "seq_max": "every"}
 """Levels of verl's rollout_rs, whose names end in _k1, _k2 or _k3."""
 
@@ -28,13 +30,15 @@ _LEVELS = {"token": "token", "seq_sum": "sequence", "seq_mean": "geometric", "se
 def correction(source: Source) -> Iterator[Outcome]:
     """Yield corrections of the engine's mismatch: importance weights, rejection, and old log-probs of the engine."""
     bypass = bool(source[f"{_CORRECTION}.bypass_mode"])
+    if is_reinforce(source):
+        yield from _reinforce_weights(source)
+        yield from _rejection(source, bypass)
+        return
     yield from _weights(source, bypass)
     if bypass:
         yield from _bypass(source)
     elif source[f"{_CORRECTION}.use_policy_gradient"]:
-        yield gone(
-            "no REINFORCE loss here; nearest: leave it out", f"{_CORRECTION}.use_policy_gradient", objective=True
-        )
+        yield gone("PPO's loss is here; nearest: leave it out", f"{_CORRECTION}.use_policy_gradient", objective=True)
     yield from _rejection(source, bypass)
 
 
@@ -70,13 +74,50 @@ def _without_log_probs(source: Source) -> str:
 
 
 def _bypass(source: Source) -> Iterator[Outcome]:
-    """Yield what bypass_mode says: the engine's log-probs are the old ones, in PPO's clipped loss or a REINFORCE loss."""
+    """Yield what bypass_mode says: the engine's log-probs are the old ones, in PPO's clipped loss. REINFORCE is elsewhere."""
     kind, older = f"{_CORRECTION}.loss_type", f"{_CORRECTION}.use_policy_gradient"
     yield became(source, "algo.old_logprobs", "rollout", f"{_CORRECTION}.bypass_mode", note="those of the engine")
     if source[kind] not in ("ppo_clip", None):
-        yield gone("no REINFORCE loss here; nearest: ppo_clip", kind, objective=True)
+        yield gone("there is no such loss here; nearest: ppo_clip, reinforce", kind, objective=True)
     elif source[older]:
-        yield gone("no REINFORCE loss here; nearest: leave it out", older, objective=True)
+        yield gone("an older name of a REINFORCE loss; nearest: loss_type reinforce", older, objective=True)
+
+
+def _reinforce_weights(source: Source) -> Iterator[Outcome]:
+    """Yield old log-probs and importance weights of REINFORCE. Those of tokens are in the clip bounds, see `reinforce`; those of
+    responses are algo.tis, which takes the policy before the rollout step where verl takes that of each gradient step."""
+    bypass, weights, cap, mean = (
+        f"{_CORRECTION}.{end}"
+        for end in ("bypass_mode", "rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize")
+    )
+    level = source[weights]
+    if level != "sequence":
+        yield became(source, "algo.old_logprobs", "rollout", bypass, note="those of the engine")
+        if level == "token" and source[cap] < 1:
+            yield gone(
+                "weights below 1 on all tokens: no clip bounds say that; nearest: a cap of 1", cap, objective=True
+            )
+        elif level not in (None, False, "null", "token"):
+            yield gone(f"importance weights {level}: its level is not known here", weights, objective=True)
+        if level == "token" and source[mean]:
+            yield gone("REINFORCE's weights per token are not divided by their mean", mean, objective=True)
+        return
+    yield became(source, "algo.old_logprobs", "actor", bypass, note="weights of responses need those of the actor")
+    yield Outcome("converted", (weights,), "algo.tis", {"mode": "truncate", "level": "sequence"}, "truncated weights")
+    yield Outcome("same", (cap,), "algo.tis", {"cap": source[cap]})
+    if source[mean]:
+        yield Outcome("same", (mean,), "algo.tis", {"normalize": True})
+    one_step = (
+        source["data.train_batch_size"] == source[f"{_ACTOR}.ppo_mini_batch_size"]
+        and source[f"{_ACTOR}.ppo_epochs"] == 1
+    )
+    if source[mean] or not one_step:
+        yield gone(
+            "verl finds these weights at each gradient step, with its policy and the mean over a micro-batch; here they are those of "
+            "the policy before the rollout step, with the step's mean; nearest: what is written",
+            weights,
+            objective=True,
+        )
 
 
 def _rejection(source: Source, bypass: bool) -> Iterator[Outcome]:
@@ -129,3 +170,25 @@ def _criterion(name: str, bound: float | str, lower: float | None) -> dict[str, 
 def _short(bound: float) -> float:
     """Return the number to 6 places: 1 / 1.001 need not be written with 16."""
     return float(f"{bound:.6g}")
+
+
+def is_reinforce(source: Source) -> bool:
+    """Return True for the loss -w · A · log π: in bypass mode verl takes it whatever policy_loss says."""
+    return bool(source[f"{_CORRECTION}.bypass_mode"]) and source[f"{_CORRECTION}.loss_type"] == "reinforce"
+
+
+def reinforce(source: Source) -> Iterator[Outcome]:
+    """Yield REINFORCE as CISPO, -sg(clip(r)) · A · log π: its bounds make the clipped ratio 1, or w = min(π / π_rollout, cap)."""
+    kind, weights, cap = (f"{_CORRECTION}.{end}" for end in ("loss_type", "rollout_is", "rollout_is_threshold"))
+    yield Outcome("converted", (kind,), "algo.policy_loss", "cispo", "REINFORCE: the same with these bounds, exact")
+    if source[weights] == "token" and source[cap] >= 1:
+        yield Outcome("converted", (weights, kind), "algo.clip_low", 1.0, "weights have no lower bound")
+        yield Outcome(
+            "converted", (cap, kind), "algo.clip_high", _short(source[cap] - 1), f"a ratio of at most {source[cap]}"
+        )
+    else:
+        yield Outcome("converted", (kind,), "algo.clip_low", 0.0, "REINFORCE has no ratio: it is clipped to 1")
+        yield Outcome("converted", (kind,), "algo.clip_high", 0.0, "REINFORCE has no ratio: it is clipped to 1")
+    for key in (*LOSS_NAMES, f"{_ACTOR}.clip_ratio_c"):
+        if source.gives(key):
+            yield Outcome("meaningless", (key,), note="REINFORCE in bypass mode has no such loss or bound")

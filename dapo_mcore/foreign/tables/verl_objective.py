@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.tables.verl_correction import LOSS_NAMES, is_reinforce, reinforce
 
 _ACTOR = "actor_rollout_ref.actor"
 _COV = f"{_ACTOR}.policy_loss"
@@ -36,7 +37,6 @@ _KL_PLACES = {
 """Each switch with our place, and the keys of its coefficient and its estimator."""
 _LOSSES = {"vanilla": "clip", "gspo": "gspo", "cispo": "cispo", "clip_cov": "clip_cov", "kl_cov": "kl_cov"}
 _BYPASS = "algorithm.rollout_correction.bypass_mode"
-_LOSS_NAMES = (f"{_COV}.loss_mode", f"{_ACTOR}.loss_mode")
 _TOKEN_MEAN = (
     "over all tokens of a gradient step; verl's old workers, which are its default, average each micro-batch by itself, which is "
     "token-mean-microbatch"
@@ -110,7 +110,10 @@ def estimator(source: Source) -> Iterator[Outcome]:
 
 def policy_loss(source: Source) -> Iterator[Outcome]:
     """Yield algo.policy_loss with the settings of KL-Cov and Clip-Cov, and the bound of dual clipping."""
-    key = source.first(*_LOSS_NAMES)
+    if is_reinforce(source):
+        yield from reinforce(source)
+        return
+    key = source.first(*LOSS_NAMES)
     name = source[key]
     if source[_BYPASS] and name in (*_LOSSES, "bypass_mode"):
         note = "with bypass_mode verl takes PPO's clipped loss" + ("" if name == "vanilla" else ", whatever is set")
@@ -157,6 +160,10 @@ def _part(source: Source, ours: str, part: str, *keys: str) -> Outcome:
 def clip_bounds(source: Source) -> Iterator[Outcome]:
     """Yield the clip bounds; null is clip_ratio. `clip_ratio` alone is asked for: verl reads it up to 0.4 and ignores it at b178a3c."""
     both = f"{_ACTOR}.clip_ratio"
+    if is_reinforce(source):
+        for key in filter(source.gives, (both, f"{both}_low", f"{both}_high")):
+            yield Outcome("meaningless", (key,), note="REINFORCE in bypass mode does not clip")
+        return
     for end in ("low", "high"):
         key, ours = f"{_ACTOR}.clip_ratio_{end}", f"algo.clip_{end}"
         of = both if source[key] is None else key
@@ -174,7 +181,7 @@ def clip_bounds(source: Source) -> Iterator[Outcome]:
 def loss_mode(source: Source) -> Iterator[Outcome]:
     """Yield how token losses become one number."""
     key, name = f"{_ACTOR}.loss_agg_mode", source[f"{_ACTOR}.loss_agg_mode"]
-    if source[source.first(*_LOSS_NAMES)] == "gspo":
+    if source[source.first(*LOSS_NAMES)] == "gspo":
         note = "" if name == "seq-mean-token-mean" else "gspo: verl takes the mean over responses whatever is set"
         yield became(source, "algo.loss_mode", "seq-mean-token-mean", key, note=note)
         return

@@ -114,24 +114,46 @@ def test_a_bound_of_0_is_a_bound() -> None:
     assert losses({"grpo.advantage_clip_low": None, "loss_fn.positive_example_nll_weight": 0.0}) == {}
 
 
+TIS = "loss_fn.truncated_importance_sampling"
+BOUNDS = {f"{TIS}_ratio": 1.002, f"{TIS}_ratio_min": 0.999}
+GEOMETRIC = {"level": "geometric", "lower": 0.999, "upper": 1.002}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tis", "rejection"),
+    [
+        ({}, {"mode": "truncate", "cap": None}, None),
+        ({f"{TIS}_type": "tis", **BOUNDS}, {"mode": "truncate", "lower": 0.999, "cap": 1.002}, None),
+        ({f"{TIS}_type": "icepop", **BOUNDS}, {"mode": "icepop", "lower": 0.999, "cap": 1.002}, None),
+        ({f"{TIS}_type": "seq-mask-tis", **BOUNDS}, {"mode": "truncate", "cap": None}, [GEOMETRIC]),
+        (
+            {"loss_fn.sequence_level_importance_ratios": True, "loss_fn.token_level_loss": False},
+            {"mode": "truncate", "level": "sequence", "cap": None},
+            None,
+        ),
+    ],
+)
+def test_importance_weights(settings: dict[str, Any], tis: dict[str, Any], rejection: Any) -> None:
+    run = {"loss_fn.use_importance_sampling_correction": True, **settings}
+    found = ours(run)
+    assert {key.rpartition(".")[2]: value for key, value in found.items() if key.startswith("algo.tis.")} == tis
+    assert found.get("algo.rejection") == rejection and losses(run) == {}
+    assert found.get("algo.rejection_divisor") == ("all" if rejection else None)
+
+
+def test_reinforce_is_cispo_whose_ratio_is_clipped_to_1() -> None:
+    run = {"loss_fn.disable_ppo_ratio": True, "loss_fn.ratio_clip_max": 0.28}
+    found = ours(run)
+    assert (found["algo.policy_loss"], found["algo.clip_low"], found["algo.clip_high"]) == ("cispo", 0.0, 0.0)
+    assert losses(run) == {}
+
+
 def test_corrections() -> None:
     switch = {"loss_fn.use_importance_sampling_correction": True}
     cap = {"loss_fn.truncated_importance_sampling_ratio": 3.0}
     found = ours({**switch, **cap})
     assert (found["algo.tis.mode"], found["algo.tis.cap"]) == ("truncate", 3.0)
-    assert losses(switch) == {}
-    assert ours(switch)["algo.tis.cap"] == 1_000_000, "weights have no cap there"
-    whole = {"loss_fn.sequence_level_importance_ratios": True, "loss_fn.token_level_loss": False}
-    assert (ours({**switch, **whole})["algo.tis.level"], ours({**switch, **whole})["algo.policy_loss"]) == (
-        "sequence",
-        "gspo",
-    )
-    assert losses({**switch, **cap, "loss_fn.truncated_importance_sampling_ratio_min": 0.5}) == {
-        "loss_fn.truncated_importance_sampling_ratio_min": True
-    }
-    assert losses({**switch, **cap, "loss_fn.truncated_importance_sampling_type": "icepop"}) == {
-        "loss_fn.use_importance_sampling_correction": True
-    }
+    assert losses({**switch, **cap, f"{TIS}_type": "vtrace"}) == {f"{TIS}_type": True}
     ahead = {"grpo.async_grpo.enabled": True}
     assert ours(ahead)["rollout.async_steps"] == 1
     assert "algo.tis.mode" in imported(ahead).asked and "algo.tis.mode" not in imported({**ahead, **switch}).asked

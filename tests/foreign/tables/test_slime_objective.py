@@ -105,3 +105,22 @@ def test_rewards_are_never_exchanged_in_silence() -> None:
     assert list(imported({"rm-type": "deepscaler"}).asked) == ["reward.function"]
     assert losses({"rm-type": "gpqa"}) == {"rm-type": True}
     assert losses({"custom-rm-path": "x.score"}) == {"custom-rm-path": True}
+
+
+def weights(flags: dict[str, Any]) -> dict[str, Any]:
+    found = ours(flags)
+    return {key.rpartition(".")[2]: value for key, value in found.items() if key.startswith("algo.tis.")}
+
+
+def test_importance_weights() -> None:
+    """run-glm5.2-744B-A40B.sh has the bounds; icepop_function has slime's bounds, whose lower one is 0 unless it is set."""
+    bounds = {"use-tis": True, "tis-clip-low": 0.5, "tis-clip": 3.0}
+    icepop = {"custom-tis-function-path": "slime.backends.megatron_utils.loss.icepop_function"}
+    assert weights({"use-tis": True}) == {"mode": "truncate", "lower": None, "cap": 2.0}
+    assert weights(bounds) == {"mode": "truncate", "lower": 0.5, "cap": 3.0}
+    assert weights({**bounds, **icepop}) == {"mode": "icepop", "lower": 0.5, "cap": 3.0}
+    assert weights({"use-tis": True, **icepop}) == {"mode": "icepop", "lower": 0, "cap": 2.0}
+    assert weights({**icepop, "tis-clip": 3.0}) == {}
+    assert losses({**bounds, **icepop}) == {}
+    mine = {"custom-tis-function-path": "my.module.weights"}
+    assert losses({**bounds, **mine}) == {"custom-tis-function-path": True}

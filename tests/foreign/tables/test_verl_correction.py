@@ -23,8 +23,48 @@ def test_importance_weights() -> None:
 
 def test_bypass_mode_takes_the_engines_log_probs() -> None:
     assert ours({f"{CORRECTION}.bypass_mode": True})["algo.old_logprobs"] == "rollout"
-    reinforce = {f"{CORRECTION}.bypass_mode": True, f"{CORRECTION}.loss_type": "reinforce"}
-    assert lost(reinforce) == {f"{CORRECTION}.loss_type": True}
+    other = {f"{CORRECTION}.bypass_mode": True, f"{CORRECTION}.loss_type": "sft"}
+    assert lost(other) == {f"{CORRECTION}.loss_type": True}
+
+
+REINFORCE = {f"{CORRECTION}.bypass_mode": True, f"{CORRECTION}.loss_type": "reinforce", f"{A}.clip_ratio_high": 0.28}
+PLAIN = {"algo.policy_loss": "cispo", "algo.clip_low": 0.0, "algo.clip_high": 0.0, "algo.old_logprobs": "rollout"}
+TOKEN = {f"{CORRECTION}.rollout_is": "token", f"{CORRECTION}.rollout_is_threshold": 5.0}
+SEQUENCE = {f"{CORRECTION}.rollout_is": "sequence", f"{A}.ppo_mini_batch_size": 1024}
+OF_RESPONSES = {"mode": "truncate", "level": "sequence", "cap": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "keys"),
+    [
+        ({}, PLAIN),
+        (TOKEN, {**PLAIN, "algo.clip_low": 1.0, "algo.clip_high": 4.0}),
+        (SEQUENCE, {**PLAIN, "algo.old_logprobs": "actor", "algo.tis": OF_RESPONSES}),
+    ],
+)
+def test_reinforce_in_bypass_mode_is_cispo_whose_bounds_leave_the_weight(
+    weights: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    found = ours({**REINFORCE, **weights, f"{A}.clip_ratio_c": 4.0})
+    names = (*PLAIN, "algo.tis", "algo.dual_clip")
+    assert {key: found[key] for key in names if key in found} == keys
+    assert lost({**REINFORCE, **weights}) == {}
+
+
+def test_reinforces_weights_of_responses_over_several_gradient_steps_are_not_verls() -> None:
+    """They are written, as the nearest, and lost, as verl's follow the policy of each gradient step."""
+    loss = {f"{CORRECTION}.rollout_is": True}
+    normalised = {**REINFORCE, **SEQUENCE, f"{CORRECTION}.rollout_is_batch_normalize": True}
+    assert lost({**REINFORCE, **SEQUENCE, f"{A}.ppo_mini_batch_size": 256}) == loss == lost(normalised)
+    assert ours(normalised)["algo.tis"] == {**OF_RESPONSES, "normalize": True}
+
+
+def test_reinforces_weights_that_no_bounds_express_are_lost() -> None:
+    assert lost({**REINFORCE, **TOKEN, f"{CORRECTION}.rollout_is_threshold": 0.5}) == {
+        f"{CORRECTION}.rollout_is_threshold": True
+    }
+    mean = f"{CORRECTION}.rollout_is_batch_normalize"
+    assert lost({**REINFORCE, **TOKEN, mean: True}) == {mean: True}
 
 
 @pytest.mark.parametrize(

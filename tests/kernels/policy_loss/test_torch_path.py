@@ -109,6 +109,20 @@ def test_cispo_weighs_the_log_prob_of_every_token_by_the_clipped_ratio():
     assert not above_only.clipped_low.any()
 
 
+@pytest.mark.parametrize(("bounds", "cap"), [((0.0, 0.0), None), ((1.0, 0.5), 1.5)])
+def test_cispo_is_verls_reinforce_with_bounds_that_leave_its_weight(bounds, cap):
+    """verl b178a3c (trainer/ppo/core_algos.py, compute_policy_loss_reinforce): -A · log π · w, where w is 1 or min(π / π_rollout, cap)."""
+    logprobs, tokens = random_tokens(500)
+    tokens = tokens._replace(tis_weights=None, old_kl_coefs=None, ref_logprobs=None)
+    logprobs.requires_grad_()
+    weights = 1.0 if cap is None else (logprobs - tokens.old_logprobs).clamp(-20, 20).exp().clamp(max=cap).detach()
+    loss = -tokens.advantages * logprobs * weights
+    (expected,) = torch.autograd.grad(loss.sum(), logprobs)
+    terms = policy_loss_terms(logprobs.detach(), tokens, Objective(*bounds, form="cispo"))
+    torch.testing.assert_close(terms.loss, loss.detach(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(terms.grad_logprobs, expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
 def test_cispo_is_the_gradient_of_the_definition_by_autograd(entropy_coef):
     logprobs, tokens = random_tokens(500)
