@@ -1,9 +1,11 @@
 """Generalised advantage estimation for PPO with a critic, and the critic's loss.
 
 Change here: how values and rewards of loss tokens become advantages and returns. Tokens that the policy did not write (prompts,
-tool output, padding) are not steps: all tensors hold loss tokens only, so such tokens cannot change anything.
+tool output, padding) are not steps: all tensors hold loss tokens only, so such tokens cannot change anything. Tokens that
+algo.rejection keeps out of training are steps: the response went through them, and the rewards after them are earlier tokens', too.
 Source: arXiv 1506.02438; the formulas equal compute_gae_advantage_return and compute_value_loss of verl 0.9.1
-(trainer/ppo/core_algos.py).
+(trainer/ppo/core_algos.py), but there a rejected token is no step (ray_trainer.py computes advantages with the mask that
+rollout_corr_helper.py has narrowed), and the reward on a rejected last token is lost.
 """
 
 from __future__ import annotations

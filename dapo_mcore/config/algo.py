@@ -61,7 +61,9 @@ class TISConfig(Section):
 
 class RejectionConfig(Section):
     """One criterion of what is not trained on, because engine and actor disagree about it (algo/rejection.py). r = exp(old_actor -
-    rollout) of a token. Rejected tokens have no policy, KL and entropy term; `rejection_divisor` says whether they are counted."""
+    rollout) of a token. Rejected tokens have no policy, KL and entropy term; `rejection_divisor` says whether they are counted.
+    With advantage gae they stay steps of the response, so that earlier tokens keep the values and rewards after them; only whitening
+    leaves them out. verl leaves them out of the recursion, and with a rejected last token the response loses its reward."""
 
     level: Literal["token", "sequence", "geometric", "every"]
     """What is compared with the bounds. token: each token. sequence: the product of r over a response, or the sum of k2 or k3.

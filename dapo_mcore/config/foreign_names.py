@@ -87,7 +87,7 @@ VERL: Mapping[str, Name] = {
     f"{_ROLLOUT}.enforce_eager": Name("rollout.sglang.server_args", "{disable-cuda-graph: true}"),
     f"{_ROLLOUT}.max_num_seqs": Name("rollout.sglang.server_args", "{max-running-requests: …}"),
     f"{_ROLLOUT}.enable_chunked_prefill": Name("rollout.sglang.server_args", "false: {chunked-prefill-size: -1}"),
-    f"{_ROLLOUT}.max_model_len": Name("rollout.sglang.server_args", "{context-length: …}"),
+    f"{_ROLLOUT}.max_model_len": Name("rollout.sglang.server_args", "{context-length: …}, 2 more than verl's"),
     f"{_ROLLOUT}.enable_prefix_caching": Name("rollout.sglang.server_args", "false: {disable-radix-cache: true}"),
     f"{_ROLLOUT}.expert_parallel_size": Name("rollout.sglang.server_args", "{ep-size: …}"),
     f"{_ROLLOUT}.engine_kwargs.sglang": Name("rollout.sglang.server_args", "the options' names with dashes"),

@@ -56,6 +56,19 @@ def _check_tokens(c: Settings) -> None:
         )
 
 
+def _check_server_lengths(c: Settings) -> None:
+    """Check servers' limits against the longest sequence. SGLang leaves the last two positions empty, and cuts without an error."""
+    keys, longest = c.longest_generation
+    options = c.rollout.sglang.server_args if c.rollout.engine == "sglang" else {}
+    for option in ("context-length", "max-total-tokens"):
+        given = options.get(option)
+        if isinstance(given, int) and given < longest + 2:
+            raise ValueError(
+                f"rollout.sglang.server_args {option} {given} is too short: the longest sequence is {keys} = {longest} tokens, and "
+                f"SGLang leaves 2 positions empty; give at least {longest + 2}, or leave {option} out"
+            )
+
+
 def _check_overlong(c: Settings) -> None:
     overlong, limit = c.reward.overlong, c.rollout.max_response_tokens
     longest = overlong.max_length or limit
@@ -358,6 +371,7 @@ RULES = (
     _check_param_gather,
     _check_pipeline,
     _check_tokens,
+    _check_server_lengths,
     _check_overlong,
     _check_reward,
     _check_algo,

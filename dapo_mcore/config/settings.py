@@ -85,6 +85,20 @@ class Settings(Section):
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     @property
+    def longest_generation(self) -> tuple[str, int]:
+        """The keys that limit the longest sequence that an engine meets, in training or in an evaluation, and its tokens."""
+        response = "rollout.max_response_tokens", self.rollout.max_response_tokens
+        found = [("data", self.data, response)]
+        found += [(f"eval.sets.{name}", own, self.eval_response_limit(name)) for name, own in self.eval.sets.items()]
+        if self.warm_start is not None and self.warm_start.choose is not None:
+            found.append(("warm_start.choose", self.warm_start.choose, response))
+        limits = [
+            (f"{section}.max_prompt_tokens + {key}", own.max_prompt_tokens + most)
+            for section, own, (key, most) in found
+        ]
+        return max(limits, key=lambda limit: limit[1])  # training's, where others are as long
+
+    @property
     def set_functions(self) -> dict[str, str]:
         """The reward functions of evaluation sets that have another one than `reward`, or other kwargs, by the set's name."""
         own = {name: section.reward_function for name, section in self.eval.sets.items() if section.reward_function}

@@ -110,12 +110,12 @@ def mean_prompt(config: Config, assume: Assumptions) -> int:
     return round(min(assume.mean_prompt_tokens, config.data.max_prompt_tokens))
 
 
-def response_lengths(config: Config, assume: Assumptions, count: int) -> np.ndarray:
-    """Return `count` response lengths, float64 and ascending: a log-normal distribution, cut at the limit.
+def response_lengths(config: Config, assume: Assumptions, count: int, limit: int | None = None) -> np.ndarray:
+    """Return `count` response lengths, float64 and ascending: a log-normal distribution, cut at `limit` (None: training's).
 
     They are its quantiles in the middle of `count` equal parts, so two plans never differ by chance.
     """
-    limit = config.rollout.max_response_tokens
+    limit = limit or config.rollout.max_response_tokens
     median = _mean_response(config, assume) * math.exp(-(assume.response_spread**2) / 2)
     return np.clip(np.round(median * np.exp(assume.response_spread * _normal_quantiles(count))), 1, limit)
 

@@ -6,6 +6,7 @@ token of a layer in activations.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,13 +24,14 @@ class Server:
     """Memory of one server's GPU, whose cache must hold one longest sequence.
 
     kv_tokens   tokens that a server's KV cache holds
-    longest     tokens of the longest sequence
+    longest     tokens of the longest sequence, in training or in an evaluation; longest_keys: the settings that limit it
     missing     bytes that are too few on this GPU for all that, negative if some are to spare
     """
 
     use: Use
     kv_tokens: int
     longest: int
+    longest_keys: str
     missing: float
 
     @property
@@ -45,7 +47,10 @@ class Server:
         """The name of the largest part, and what the cache lacks."""
         if self.kv_tokens >= self.longest:
             return self.use.culprit
-        return f"{self.use.culprit}; the KV cache holds {self.kv_tokens:,} of the {self.longest:,} tokens of one longest sequence"
+        return (
+            f"{self.use.culprit}; the KV cache holds {self.kv_tokens:,} of the {self.longest:,} tokens of one longest sequence "
+            f"({self.longest_keys})"
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,8 @@ def _server(job: Job) -> Server:
     """Return the memory of a GPU that generates. Colocated, nothing of the actor is on it."""
     if job.is_embedded:
         return _embedded_engine(job)
-    servers, longest, capacity = job.config.rollout.sglang, job.config.longest_sequence, job.gpu.memory_gib * GIB
+    servers, capacity = job.config.rollout.sglang, job.gpu.memory_gib * GIB
+    keys, longest = job.config.longest_generation
     fraction = float(servers.server_args.get("mem-fraction-static") or job.assume.server_fraction)
     per_token = kv_bytes_per_token(job.shape, job.dtype_bytes, servers.tensor_parallel)
     weights = _server_weights(job)
@@ -167,12 +173,13 @@ def _server(job: Job) -> Server:
     where = "generate, servers on the same GPUs" if job.is_colocated else "generate, servers"
     use = _use(job, where, {"servers' weights": weights, "KV cache": cache, "reserve": outside})
     missing = weights + per_token * longest - fraction * capacity
-    return Server(use, int(cache / per_token), longest, max(missing, use.missing))
+    most = servers.server_args.get("max-total-tokens") or math.inf
+    return Server(use, int(min(cache / per_token, most)), longest, keys, max(missing, use.missing))
 
 
 def _embedded_engine(job: Job) -> Server:
     """Return the memory of rank 0 while it generates. Its cache must hold at least one longest sequence."""
-    longest, counts = job.config.longest_sequence, stage_counts(job, 0)
+    (keys, longest), counts = job.config.longest_generation, stage_counts(job, 0)
     per_token = kv_bytes_per_token(job.shape, job.dtype_bytes, 1)
     parts = {
         "actor": sum(held_bytes(job, counts).values()) + _fp8_copies(job, 0, counts),
@@ -182,7 +189,7 @@ def _embedded_engine(job: Job) -> Server:
     }
     use = _use(job, "generate, rank 0 (embedded engine)", parts)
     left = parts["KV cache"] - use.missing
-    return Server(use, max(0, int(left / per_token)), longest, use.missing)
+    return Server(use, max(0, int(left / per_token)), longest, keys, use.missing)
 
 
 def uses(memory: Memory) -> Iterator[Use]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dapo_mcore.plan.batch import Batch, batch_of
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.memory import Memory, memory_of
+from dapo_mcore.plan.rollout_time import EvaluationTime, evaluation_times
 from dapo_mcore.plan.step_time import StepTime, step_time
 
 
@@ -31,6 +32,10 @@ class Plan:
     def run_hours(self) -> float:
         """Hours of all rollout steps, without evaluations, checkpoints and starts; NaN if num_epochs leaves their number open."""
         return self.time.total * (self.job.config.num_rollout_steps or math.nan) / 3600
+
+    @property
+    def evaluations(self) -> list[EvaluationTime]:
+        return evaluation_times(self.job, self.memory)
 
     @property
     def gpu_hours(self) -> float:

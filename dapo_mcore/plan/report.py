@@ -153,6 +153,11 @@ def _times(plan: Plan) -> Iterator[str]:
         f"  {plan.tokens_per_s_per_gpu:,.0f} tokens/s per GPU; gradient steps reach {train.mfu(job):.1%} MFU "
         f"({train.flops / 1e15:,.0f} PFLOP a step)"
     )
+    for own in plan.evaluations:
+        yield (
+            f"  evaluation of {own.name}: {own.responses:,} responses of at most {own.limit:,} tokens in "
+            f"{_seconds(own.seconds).strip()}"
+        )
     if job.config.num_rollout_steps is None:
         yield f"  num_epochs {job.config.num_epochs}: the number of steps follows from the data, which a plan does not read"
         return
@@ -255,6 +260,7 @@ def as_json(
         "memory": [_use(use) for use in uses(plan.memory)],
         "kv_cache_tokens": plan.memory.server.kv_tokens,
         "time": asdict(plan.time) | {"step": plan.time.total},
+        "evaluations": [asdict(own) for own in plan.evaluations],
         "mfu": plan.time.train.mfu(job),
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
         "run_hours": plan.run_hours if plan.job.config.num_rollout_steps else None,

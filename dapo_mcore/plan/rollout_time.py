@@ -57,16 +57,8 @@ class RolloutTime:
 def rollout_time(job: Job, batch: Batch, memory: Memory) -> RolloutTime:
     """Return the time of the responses of a rollout step."""
     count = num_servers(job)
-    most = _at_once(job, memory)
-    requests = max(1, math.ceil(batch.responses / count))
-    lengths = response_lengths(job.config, job.assume, min(requests, 1024))
-    decode = decode_cost(job)
-    most = min(most, requests)
-    waits = job.config.sampling.on_full == "wait"
-    simulated = min(requests, _MOST_TURNS * most)
-    generate, tail = _simulate(tuple(lengths.tolist()), simulated, most, decode, mean_prompt(job.config, job.assume))
-    generate = tail + (generate - tail) * requests / simulated
-    if not waits:  # other groups fill the tail
+    generate, tail, most = _generation(job, memory, batch.responses, job.config.rollout.max_response_tokens)
+    if job.config.sampling.on_full != "wait":  # other groups fill the tail
         generate, tail = generate - tail * (1 - 1 / 16), tail / 16
     prompts = batch.groups_generated * mean_prompt(job.config, job.assume)
     tokens = batch.responses * batch.mean_response
@@ -82,19 +74,54 @@ def rollout_time(job: Job, batch: Batch, memory: Memory) -> RolloutTime:
     )
 
 
+@dataclass(frozen=True)
+class EvaluationTime:
+    """Seconds in which `responses` of an evaluation set are generated, each of at most `limit` tokens."""
+
+    name: str
+    responses: int
+    limit: int
+    seconds: float
+
+
+def evaluation_times(job: Job, memory: Memory) -> list[EvaluationTime]:
+    """Return the time of each evaluation set: of `limit` prompts if it has one, else of 1,000 responses, since a plan reads no data.
+
+    Responses are as long as those of training, but for where they are cut.
+    """
+    found = []
+    for name, own in job.config.eval.sets.items():
+        responses = own.limit * job.config.eval.of(name).samples_per_prompt if own.limit else 1000
+        _, limit = job.config.eval_response_limit(name)
+        seconds, _, _ = _generation(job, memory, responses, limit)
+        found.append(EvaluationTime(name, responses, limit, seconds))
+    return found
+
+
+def _generation(job: Job, memory: Memory, responses: float, limit: int) -> tuple[float, float, int]:
+    """Return (seconds until the last response is done, seconds of the tail, requests at once) of responses up to `limit` tokens."""
+    requests = max(1, math.ceil(responses / num_servers(job)))
+    lengths = response_lengths(job.config, job.assume, min(requests, 1024), limit)
+    most = min(_at_once(job, memory, limit), requests)
+    simulated = min(requests, _MOST_TURNS * most)
+    prompt = mean_prompt(job.config, job.assume)
+    generate, tail = _simulate(tuple(lengths.tolist()), simulated, most, decode_cost(job), prompt)
+    return tail + (generate - tail) * requests / simulated, tail, most
+
+
 def num_servers(job: Job) -> int:
     """Return the servers that generate; the embedded engine is one of them."""
     servers = job.config.rollout.sglang
     return 1 if job.is_embedded else servers.num_servers
 
 
-def _at_once(job: Job, memory: Memory) -> int:
+def _at_once(job: Job, memory: Memory, limit: int) -> int:
     """Return the most requests that a server decodes at once: as many as its cache holds, at their mean length over time."""
-    lengths = response_lengths(job.config, job.assume, 1024)
+    lengths = response_lengths(job.config, job.assume, 1024, limit)
     mean = mean_prompt(job.config, job.assume) + float(np.square(lengths).mean() / lengths.mean()) / 2
     fits = max(1, int(memory.server.kv_tokens / mean))
-    limit = job.config.rollout
-    return min(fits, limit.max_batch if limit.engine == "embedded" else limit.sglang.max_in_flight)
+    rollout = job.config.rollout
+    return min(fits, rollout.max_batch if rollout.engine == "embedded" else rollout.sglang.max_in_flight)
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,16 @@ def test_a_value_that_is_not_finite_spoils_its_own_sample_only(alone):
     assert found.advantages[1:].tolist() == pytest.approx(whitened(ADVANTAGES[1:]).tolist(), rel=1e-6)
 
 
-def test_a_rejected_token_does_not_count_in_the_statistics(alone):
-    weights = torch.tensor([0.0, 0.25, 0.25, 0.5])
+@pytest.mark.parametrize("rejected", [0, 1, 2])
+def test_a_rejected_token_is_a_step_but_does_not_count_in_the_statistics(alone, rejected):
+    """verl leaves it out of the recursion: without token 1 the first advantage were -0.25 + 0.25 · 0.5 = -0.125, and without the last
+    token the reward of 1 would be lost, -0.25 for token 1."""
+    weights = torch.full((4,), 0.25)
+    weights[rejected] = 0.0
     (found,) = with_token_advantages([micro_batch([0, 1, 2, 3], token_weights=weights)], REWARDS, HALVES, alone)
-    assert found.advantages[1:].tolist() == pytest.approx(whitened(ADVANTAGES[1:]).tolist(), rel=1e-6)
+    kept = [token for token in range(4) if token != rejected]
+    expected = whitened([ADVANTAGES[token] for token in kept]).tolist()
+    assert found.advantages[kept].tolist() == pytest.approx(expected, rel=1e-6)
     assert found.returns.tolist() == RETURNS
 
 

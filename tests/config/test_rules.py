@@ -30,6 +30,21 @@ CLUSTER = [*SERVERS, "rollout.sglang.placement=ray", "ray.address=10.0.0.1:6379"
 
 RULES: list[tuple[list[str], str]] = [
     (
+        [*SERVERS, "rollout.sglang.server_args={context_length: 22529}"],
+        "server_args context-length 22529 is too short: the longest sequence is data.max_prompt_tokens + rollout.max_response_tokens = "
+        "22528 tokens, and SGLang leaves 2 positions empty; give at least 22530, or leave context-length out",
+    ),
+    (
+        [
+            *SERVERS,
+            "rollout.sglang.server_args={max-total-tokens: 30000}",
+            "eval.sets={a: {files: f, max_prompt_tokens: 1000}}",
+            "eval.max_response_tokens=32768",
+        ],
+        "server_args max-total-tokens 30000 is too short: the longest sequence is eval.sets.a.max_prompt_tokens + "
+        "eval.max_response_tokens = 33768 tokens",
+    ),
+    (
         ["checkpoint.keep_best=1"],
         "keep_best 1 keeps the checkpoints with the best best_metric, which is None; set both",
     ),

@@ -54,6 +54,21 @@ def test_the_embedded_engine_has_a_model_of_its_own_on_rank_0() -> None:
     assert not memory.server.fits
 
 
+def test_the_cache_holds_the_longest_response_of_an_evaluation() -> None:
+    sets = {"aime": {"files": ["unused"], "max_response_tokens": 2_000_000, "max_prompt_tokens": 1000}}
+    for engine in ({}, {"rollout": {"engine": "embedded"}}):
+        plain, own = job(**engine), job(eval={"sets": sets}, **engine)
+        server = memory_of(own, batch_of(own)).server
+        assert (server.longest, memory_of(plain, batch_of(plain)).server.longest) == (2_001_000, 2048 + 20480)
+        assert not server.fits
+        assert (
+            "tokens of one longest sequence (eval.sets.aime.max_prompt_tokens + eval.sets.aime.max_resp"
+            in server.culprit
+        )
+    limited = job(rollout__sglang__server_args={"max-total-tokens": 30_000})
+    assert memory_of(limited, batch_of(limited)).server.kv_tokens == 30_000
+
+
 def test_settings_move_the_bytes_that_they_promise() -> None:
     plain = held_bytes(job(), stage_counts(job(), 0))
     counts = stage_counts(job(), 0)

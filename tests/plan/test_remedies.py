@@ -41,7 +41,10 @@ def test_a_server_without_room_for_its_cache() -> None:
     servers = {"num_servers": 128, "tensor_parallel": 1, "server_args": {"mem-fraction-static": 0.8}}
     (found,) = problems(make_plan(job(**{f"rollout__sglang__{key}": value for key, value in servers.items()})))
     assert found.where.startswith("generate")
-    assert found.culprit == "servers' weights; the KV cache holds 9,554 of the 22,528 tokens of one longest sequence"
+    assert (
+        found.culprit == "servers' weights; the KV cache holds 9,554 of the 22,528 tokens of one longest sequence "
+        "(data.max_prompt_tokens + rollout.max_response_tokens)"
+    )
     weights, cache = 2 * 32_763_876_352, 22528 * 64 * 2 * 2 * 8 * 128
     assert found.missing == pytest.approx(weights + cache - 0.8 * 79.2 * GIB)
     best = found.remedies[0]

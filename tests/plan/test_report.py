@@ -36,6 +36,15 @@ def test_the_batch_is_told_in_words() -> None:
     assert "16 gradient steps of 32 groups = 512 samples, 64 on each of 8 replicas" in text
 
 
+def test_evaluations_are_told_beside_the_steps() -> None:
+    plan = make_plan(job(eval={"sets": {"aime": {"files": ["unused"], "max_response_tokens": 32768, "limit": 30}}}))
+    (own,) = plan.evaluations
+    text = "\n".join(report(plan, "h100", [], None, [], all_figures=False))
+    assert f"evaluation of aime: 240 responses of at most 32,768 tokens in {own.seconds:,.0f} s" in text
+    (told,) = as_json(plan, [], None, [])["evaluations"]
+    assert told == {"name": "aime", "responses": 240, "limit": 32768, "seconds": own.seconds}
+
+
 def test_all_figures_are_explained() -> None:
     lines = report(make_plan(job()), "h100", [], None, [], all_figures=True, width=200)
     told = lines[lines.index(next(line for line in lines if line.startswith("Figures"))) + 1 :]

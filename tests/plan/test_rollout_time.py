@@ -9,7 +9,7 @@ import pytest
 from dapo_mcore.plan.batch import batch_of
 from dapo_mcore.plan.job import Job
 from dapo_mcore.plan.memory import memory_of
-from dapo_mcore.plan.rollout_time import RolloutTime, decode_cost, rollout_time
+from dapo_mcore.plan.rollout_time import RolloutTime, decode_cost, evaluation_times, rollout_time
 from tests.plan.jobs import job
 
 ALIKE = {"response_spread": 0.0, "mean_response_tokens": 1000.0, "mean_prompt_tokens": 100.0}
@@ -41,6 +41,25 @@ def test_responses_that_are_alike_by_hand() -> None:
     assert found.generate == pytest.approx(3 * 1000 * cost.step(256, mean_cache), rel=0.01)
     assert found.tail == 0
     assert found.tokens_per_s == pytest.approx(24_576_000 / (found.generate + found.prefill))
+
+
+def test_an_evaluation_by_hand() -> None:
+    """A thousand responses of 1,000 tokens on 32 servers: 32 on the fullest, all at once; 30 prompts × 4 are 4 on each."""
+    sets = {"unknown": {"files": ["unused"]}, "aime": {"files": ["unused"], "limit": 30, "samples_per_prompt": 4}}
+    own = job(assumed=ALIKE, eval={"sets": sets})
+    unknown, aime = evaluation_times(own, memory_of(own, batch_of(own)))
+    assert (unknown.responses, aime.responses, aime.limit) == (1000, 120, 20480)
+    for found, requests in ((unknown, 32), (aime, 4)):
+        assert found.seconds == pytest.approx(1000 * decode_cost(own).step(requests, requests * 600), rel=0.01)
+
+
+def test_longer_responses_of_an_evaluation_take_longer() -> None:
+    """Lengths are those of training but for the cut: a response of the longest kind is alone at the end."""
+    sets = {"short": {"files": ["unused"]}, "long": {"files": ["unused"], "max_response_tokens": 40960}}
+    own = job(assumed={"response_spread": 3.0}, eval={"sets": sets})
+    short, long = evaluation_times(own, memory_of(own, batch_of(own)))
+    assert (short.limit, long.limit) == (20480, 40960)
+    assert long.seconds > short.seconds + 20480 * decode_cost(own).fixed
 
 
 def test_the_cache_limits_how_many_are_decoded_at_once() -> None:

@@ -141,6 +141,8 @@ def _rejection(source: Source, bypass: bool) -> Iterator[Outcome]:
     if criteria:
         used = tuple(name for name in (key, bound, f"{bound}_lower", veto) if source[name] is not None)
         note = "bounds of π_train / π_rollout" + _without_log_probs(source)
+        if source["algorithm.adv_estimator"] == "gae":
+            note += "; with GAE, rejected tokens stay steps"
         if bypass:
             note += "; of the policy before the rollout step, where verl takes that of each gradient step"
         yield Outcome("converted", used, "algo.rejection", criteria, note)

@@ -150,7 +150,9 @@ def server_args(source: Source) -> Iterator[Outcome]:
     if source.gives(key := f"{_ROLLOUT}.max_num_seqs"):
         yield Outcome("converted", (key,), ours, {"max-running-requests": source[key]}, f"SGLang's name{tune}")
     if source[key := f"{_ROLLOUT}.max_model_len"] is not None:
-        yield Outcome("converted", (key,), ours, {"context-length": source[key]}, "SGLang's name")
+        yield Outcome(
+            "converted", (key,), ours, {"context-length": source[key] + 2}, "SGLang's name, and the 2 it leaves empty"
+        )
     if (source[key := f"{_ROLLOUT}.expert_parallel_size"] or 1) > 1:
         yield Outcome("converted", (key,), ours, {"ep-size": source[key]}, "SGLang's name")
     switches = {"enforce_eager": (True, {"disable-cuda-graph": True}), "enable_chunked_prefill": (False, {"chunked-prefill-size": -1}),

@@ -174,7 +174,7 @@ def test_a_response_that_a_server_cuts_short_ends_the_run_with_the_remedy(tmp_pa
         assert_whole(made.generate(asked, params(95)), asked, 95, version=1)
         with pytest.raises(
             RolloutError,
-            match=r"cut a response at 95 of rollout\.max_response_tokens 96 tokens, after a prompt of 3: .*max-total-tokens",
+            match=r"cut a response at 95 of at most 96 tokens, after a prompt of 3: .*max-total-tokens",
         ):
             made.generate(asked, params(96))
 

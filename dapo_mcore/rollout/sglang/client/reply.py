@@ -159,10 +159,9 @@ def check_length(rollout: Rollout, num_prompt: int, max_new_tokens: int, context
     got = len(rollout.token_ids)
     if rollout.truncated and got < asked:
         raise RolloutError(
-            f"a server cut a response at {got} of rollout.max_response_tokens {max_new_tokens} tokens, after a prompt of "
-            f"{num_prompt}: its KV cache or its context holds no more; give it more memory (rollout.sglang.server_args "
-            "mem-fraction-static, max-total-tokens or context-length) or more GPUs (tensor_parallel), or lower "
-            "rollout.max_response_tokens"
+            f"a server cut a response at {got} of at most {max_new_tokens} tokens, after a prompt of {num_prompt}: its KV cache or "
+            "its context holds no more; give it more memory (rollout.sglang.server_args mem-fraction-static, max-total-tokens or "
+            "context-length) or more GPUs (tensor_parallel), or lower rollout.max_response_tokens, or that of the evaluation sets"
         )
 
 
