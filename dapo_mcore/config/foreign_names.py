@@ -163,7 +163,9 @@ VERL: Mapping[str, Name] = {
     "critic.optim.weight_decay": Name("critic.optimizer.weight_decay"),
     "critic.optim.lr_warmup_steps": Name("critic.optimizer.warmup_rollout_steps", "rollout steps"),
     "critic.cliprange_value": Name("critic.clip"),
-    "trainer.critic_warmup": Name("critic.warmup_steps", "rollout steps"),
+    "trainer.critic_warmup": Name(
+        "critic.warmup_steps", "rollout steps: the number - 1, as verl trains the policy from that step on"
+    ),
     "data.val_files": Name("eval.sets", "a named set per file: {aime24: {files: […]}}"),
     "data.val_max_samples": Name("eval.sets", "limit of each set: rows; -1: null"),
     "trainer.test_freq": Name("eval.every", "rollout steps; -1 (never): leave eval.sets out"),

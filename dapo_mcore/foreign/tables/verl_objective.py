@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 from dapo_mcore.foreign.tables.verl_correction import LOSS_NAMES, is_reinforce, reinforce
+from dapo_mcore.foreign.tables.verl_defaults import is_megatron
 
 _ACTOR = "actor_rollout_ref.actor"
 _COV = f"{_ACTOR}.policy_loss"
@@ -35,6 +36,10 @@ _KL_PLACES = {
     "algorithm.use_kl_in_reward": ("reward", "algorithm.kl_ctrl.kl_coef", "algorithm.kl_penalty"),
 }
 """Each switch with our place, and the keys of its coefficient and its estimator."""
+_ALIKE = (
+    "over all responses of a gradient step; verl's old Megatron workers, which are its default, weigh each micro-batch alike, "
+    "however many responses it has"
+)
 _LOSSES = {"vanilla": "clip", "gspo": "gspo", "cispo": "cispo", "clip_cov": "clip_cov", "kl_cov": "kl_cov"}
 _BYPASS = "algorithm.rollout_correction.bypass_mode"
 _TOKEN_MEAN = (
@@ -181,7 +186,7 @@ def clip_bounds(source: Source) -> Iterator[Outcome]:
 def loss_mode(source: Source) -> Iterator[Outcome]:
     """Yield how token losses become one number."""
     key, name = f"{_ACTOR}.loss_agg_mode", source[f"{_ACTOR}.loss_agg_mode"]
-    if source[source.first(*LOSS_NAMES)] == "gspo":
+    if source[source.first(*LOSS_NAMES)] == "gspo" and not source[_BYPASS]:
         note = "" if name == "seq-mean-token-mean" else "gspo: verl takes the mean over responses whatever is set"
         yield became(source, "algo.loss_mode", "seq-mean-token-mean", key, note=note)
         return
@@ -193,6 +198,8 @@ def loss_mode(source: Source) -> Iterator[Outcome]:
     new_workers = source["trainer.use_legacy_worker_impl"] == "disable"
     if new_workers:
         del notes["token-mean"]
+    elif is_megatron(source.run) and source[f"{_ACTOR}.use_dynamic_bsz"]:
+        notes |= dict.fromkeys(("seq-mean-token-mean", "seq-mean-token-sum"), _ALIKE)
     keys = (key,) if source.gives(key) or name not in notes else (source.run.entry or key,)
     note = ("" if source.gives(key) else "verl's default: ") + notes.get(name, "")
     yield Outcome("converted" if name in notes else "same", keys, "algo.loss_mode", name, note if name in notes else "")

@@ -74,6 +74,14 @@ def model_path(source: Source) -> Iterator[Outcome]:
         yield asked("model.path", "the script names no model", path)
 
 
+def trust(source: Source) -> Iterator[Outcome]:
+    """Yield whether code of the model's folder is run: verl has a switch for the model and one for the tokenizer."""
+    keys = [key for key in (f"{_MODEL}.trust_remote_code", "data.trust_remote_code") if source.gives(key)]
+    if keys:
+        on = [key for key in keys if source[key]]
+        yield became(source, "model.trust_remote_code", bool(on), *(on or keys))
+
+
 def dtype(source: Source) -> Iterator[Outcome]:
     """Yield the dtype of training. verl's FSDP keeps the weights in model_dtype, fp32 by default, and computes in dtype."""
     fsdp, megatron = f"{_ACTOR}.fsdp_config", f"{_MEGATRON}.dtype"
@@ -213,6 +221,14 @@ def _reward_is_right_or_wrong(source: Source) -> bool:
         key.endswith("custom_reward_function.path") or ("overlong_buffer" in key and key.endswith(".enable"))
         for key in given
     )
+
+
+def shuffle(source: Source) -> Iterator[Outcome]:
+    """Yield whether mini-batches are drawn at random. FSDP's old workers, verl's default, cut them in order whatever is set."""
+    key = f"{_ACTOR}.shuffle"
+    in_order = not is_megatron(source.run) and source["trainer.use_legacy_worker_impl"] != "disable"
+    note = "verl's old FSDP workers take mini-batches in order whatever is set" if source[key] and in_order else ""
+    yield became(source, "batch.shuffle", bool(source[key]) and not in_order, key, note=note)
 
 
 def batch_tokens(source: Source) -> Iterator[Outcome]:

@@ -149,10 +149,11 @@ def server_args(source: Source) -> Iterator[Outcome]:
     yield Outcome("converted", (memory,), ours, {"mem-fraction-static": source[memory]}, f"SGLang's name{tune}")
     if source.gives(key := f"{_ROLLOUT}.max_num_seqs"):
         yield Outcome("converted", (key,), ours, {"max-running-requests": source[key]}, f"SGLang's name{tune}")
-    if source[key := f"{_ROLLOUT}.max_model_len"] is not None:
-        yield Outcome(
-            "converted", (key,), ours, {"context-length": source[key] + 2}, "SGLang's name, and the 2 it leaves empty"
-        )
+    vllm = f"{_ROLLOUT}.engine_kwargs.vllm.max"
+    key = source.first(f"{_ROLLOUT}.max_model_len", f"{vllm}_model_len", f"{vllm}-model-len")
+    if source[key] is not None:
+        tokens = {"context-length": source[key] + 2}
+        yield Outcome("converted", (key,), ours, tokens, "SGLang's name, and the 2 it leaves empty")
     if (source[key := f"{_ROLLOUT}.expert_parallel_size"] or 1) > 1:
         yield Outcome("converted", (key,), ours, {"ep-size": source[key]}, "SGLang's name")
     switches = {"enforce_eager": (True, {"disable-cuda-graph": True}), "enable_chunked_prefill": (False, {"chunked-prefill-size": -1}),

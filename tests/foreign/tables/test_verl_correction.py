@@ -121,6 +121,7 @@ def test_bypass_mode_has_ppos_clipped_loss_whatever_is_set() -> None:
         found = ours({**bypass, f"{A}.policy_loss.loss_mode": name, f"{A}.clip_ratio_c": 5.0})
         assert (found["algo.policy_loss"], found["algo.dual_clip"]) == ("clip", 5.0)
         assert "algo.kl_cov" not in found
+        assert found["algo.loss_mode"] == "token-mean"
     assert lost({**bypass, f"{A}.policy_loss.loss_mode": "sapo"}) == {f"{A}.policy_loss.loss_mode": True}
 
 

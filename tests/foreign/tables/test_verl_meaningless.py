@@ -11,7 +11,7 @@ from tests.foreign.verl_runs import A, M, R, imported, lost
 def test_a_pattern_stands_for_sections_that_hold_no_number_of_the_objective() -> None:
     patterns = {key for rule in MEANINGLESS for key in rule.keys if "*" in key}
     sections = ("profiler", "_target_", "hydra", "checkpoint_engine", "prometheus", "server", "trtllm", "transfer_queue",
-                "reward_model.", "lora.freeze_", "overlong_buffer", "ref.megatron.override_transformer_config")  # fmt: skip
+                "reward_model.", "lora.freeze_", "qat", "overlong_buffer", "ref.megatron.override_transformer_config")  # fmt: skip
     assert sorted(key for key in patterns if not any(section in key for section in sections)) == []
 
 

@@ -10,7 +10,7 @@ import pytest
 from dapo_mcore.foreign.convert import convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
-from tests.foreign.verl_runs import A, R, imported, lost, ours
+from tests.foreign.verl_runs import GRPO, A, R, imported, lost, ours
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,18 @@ def test_the_length_of_the_norm_holds_for_new_workers() -> None:
     norm = {f"{A}.loss_agg_mode": "seq-mean-token-sum-norm", f"{A}.loss_scale_factor": 4096}
     assert "algo.loss_length" not in ours(norm)
     assert ours({**norm, "trainer.use_legacy_worker_impl": "disable"})["algo.loss_length"] == 4096
+
+
+def test_megatrons_old_workers_weigh_micro_batches_alike() -> None:
+    settings = {**GRPO, f"{A}.loss_agg_mode": "seq-mean-token-mean", f"{A}.use_dynamic_bsz": True}
+    for strategy, workers, told in (
+        ("megatron", "auto", True),
+        ("fsdp", "auto", False),
+        ("megatron", "disable", False),
+    ):
+        run = {**settings, f"{A}.strategy": strategy, "trainer.use_legacy_worker_impl": workers}
+        (outcome,) = [outcome for outcome in imported(run).outcomes if outcome.ours == "algo.loss_mode"]
+        assert outcome.value == "seq-mean-token-mean" and ("alike" in outcome.note) == told
 
 
 def test_a_kl_whose_switch_is_unknown_is_one_question() -> None:

@@ -108,6 +108,21 @@ def test_an_unknown_model_is_one_question() -> None:
     assert [key for key in asked if key.startswith("model.")] == ["model.path"]
 
 
+def test_mini_batches_are_drawn_at_random_where_verl_draws_them() -> None:
+    """dp_actor.py splits the batch in order; megatron_actor.py and the engines hand `shuffle` to a loader."""
+    on = {f"{A}.shuffle": True}
+    assert ours(on)["batch.shuffle"] is False
+    assert ours({**on, f"{A}.strategy": "megatron"})["batch.shuffle"] is True
+    assert ours({**on, "trainer.use_legacy_worker_impl": "disable"})["batch.shuffle"] is True
+
+
+def test_code_of_the_tokenizer_is_code_of_the_model() -> None:
+    assert ours({"data.trust_remote_code": True})["model.trust_remote_code"] is True
+    assert ours({"data.trust_remote_code": True, f"{M}.trust_remote_code": False})["model.trust_remote_code"] is True
+    assert ours({f"{M}.trust_remote_code": False})["model.trust_remote_code"] is False
+    assert "model.trust_remote_code" not in ours({})
+
+
 def test_profiled_steps() -> None:
     assert ours({"global_profiler.tool": "nsys", "global_profiler.steps": [2, 5]})["observe.profile_steps"] == [2, 5]
     assert "observe.profile_steps" not in ours({"global_profiler.steps": [2, 5]})

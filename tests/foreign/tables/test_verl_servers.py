@@ -90,6 +90,11 @@ def test_options_of_the_servers() -> None:
     }
 
 
+def test_the_context_under_the_names_of_both_engines() -> None:
+    for key in ("max_model_len", "engine_kwargs.vllm.max_model_len", "engine_kwargs.vllm.max-model-len"):
+        assert ours({f"{R}.{key}": 32768})["rollout.sglang.server_args"]["context-length"] == 32770
+
+
 def test_quantized_servers() -> None:
     assert ours({f"{R}.quantization": "fp8"})["rollout.sglang.quantize"] == "fp8"
     assert lost({f"{R}.quantization": "torchao"}) == {f"{R}.quantization": False}
