@@ -89,7 +89,7 @@ _LAYOUT = (
     same(f"{_G}.virtual_pipeline_model_parallel_size"),
     same(f"{_G}.context_parallel_size"),
     same(f"{_G}.expert_model_parallel_size"),
-    same(f"{_G}.expert_tensor_parallel_size"),
+    combined(servers.expert_tensor, "parallel.expert_tensor_parallel", f"{_G}.expert_tensor_parallel_size"),
     changed(_minutes, "actor_rollout_ref.nccl_timeout"),
 )  # fmt: skip
 _DATA = (

@@ -39,6 +39,17 @@ def layout(source: Source) -> Iterator[Outcome]:
     )
 
 
+def expert_tensor(source: Source) -> Iterator[Outcome]:
+    """Yield the ranks that share one expert. Megatron's null is tensor_model_parallel_size; ours is 1 beside expert parallelism."""
+    key, tensor = f"{_MEGATRON}.expert_tensor_parallel_size", f"{_MEGATRON}.tensor_model_parallel_size"
+    experts, ours = f"{_MEGATRON}.expert_model_parallel_size", "parallel.expert_tensor_parallel"
+    if source[key] is not None:
+        yield became(source, ours, source[key], key)
+    elif is_megatron(source.run) and source[experts] > 1 and source[tensor] > 1:
+        note = "where it is null, Megatron takes tensor_model_parallel_size"
+        yield Outcome("converted", (tensor, experts), ours, source[tensor], note)
+
+
 def engine(source: Source) -> Iterator[Outcome]:
     """Yield the engine: servers of SGLang whatever generates there."""
     key = f"{_ROLLOUT}.name"

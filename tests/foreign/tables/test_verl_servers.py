@@ -26,6 +26,14 @@ def test_the_layout_of_a_megatron_script_stands() -> None:
     assert ours({f"{MEGATRON}.tensor_model_parallel_size": 1})["parallel.sequence_parallel"] is False
 
 
+def test_experts_are_split_as_megatron_splits_them() -> None:
+    """Megatron's ModelParallelConfig takes tensor_model_parallel_size where expert_tensor_parallel_size is None."""
+    moe = {f"{MEGATRON}.tensor_model_parallel_size": 4, f"{MEGATRON}.expert_model_parallel_size": 8}
+    assert ours(moe)["parallel.expert_tensor_parallel"] == 4
+    assert ours({**moe, f"{MEGATRON}.expert_tensor_parallel_size": 1})["parallel.expert_tensor_parallel"] == 1
+    assert "parallel.expert_tensor_parallel" not in ours({**moe, f"{MEGATRON}.expert_model_parallel_size": 1})
+
+
 def test_servers_take_all_gpus_in_turn_with_training() -> None:
     found = ours({"trainer.nnodes": 16, f"{R}.tensor_model_parallel_size": 4, f"{R}.name": "vllm"})
     assert found["rollout.engine"] == "sglang" and found["rollout.sglang.num_servers"] == 32
