@@ -87,20 +87,29 @@ def data(source: Source) -> Iterator[Outcome]:
 def _rows(source: Source, part: str, place: str) -> Iterator[Outcome]:
     """Yield the files of a part and their columns."""
     path, name = f"data.{part}.data_path", f"data.{part}.dataset_name"
-    known = DATA_SETS.get(str(source[name])) if not source.path(path) else None
+    known = _known(source, part)
     if source.path(path):
         yield Outcome("converted", (path,), f"{place}.files", [_file(source, part, str(source.path(path)))], "a list")
-        for key, ours, default in (("input_key", "prompt_key", "input"), ("output_key", "answer_key", "output")):
-            used = _key(source, part, key)
-            kind: Any = "same" if source.gives(used) else "converted"
-            yield Outcome(
-                kind, (used,), f"{place}.{ours}", source[used] or default, "" if source.gives(used) else "its default"
-            )
     elif known:
         split = source[f"data.{part}.split"] or _SPLITS.get(source[name], "train")
         used = (name, f"data.{part}.split") if source.gives(f"data.{part}.split") else (name,)
         files = [file.format(split=split) for file in known.files]
         yield Outcome("converted", used, f"{place}.files", files, "where NeMo-RL loads it from")
+    else:
+        note = f"NeMo-RL loads {source[name] or 'its own data set'} by name; name its files, or hf://org/name:split"
+        yield asked(f"{place}.files", note, name if source.gives(name) else path)
+    yield from _columns(source, part, place)
+
+
+def _known(source: Source, part: str) -> DataSet | None:
+    """Return the data set of a part that NeMo-RL knows by name."""
+    return None if source.path(f"data.{part}.data_path") else DATA_SETS.get(str(source[f"data.{part}.dataset_name"]))
+
+
+def _columns(source: Source, part: str, place: str) -> Iterator[Outcome]:
+    """Yield the columns of prompts and answers."""
+    name, known = f"data.{part}.dataset_name", _known(source, part)
+    if known:
         yield Outcome("converted", (name,), f"{place}.prompt_key", known.prompt_key, "its column")
         answer = f"data.{part}.output_key"
         own = source[answer] if source.gives(answer) and "OpenMath" in source[name] else None
@@ -108,10 +117,14 @@ def _rows(source: Source, part: str, place: str) -> Iterator[Outcome]:
             "converted", (answer if own else name,), f"{place}.answer_key", own or known.answer_key, "its column"
         )
         if known.answer_pattern:
-            yield Outcome("converted", (name,), f"{place}.answer_pattern", known.answer_pattern, "the number after it")
-    else:
-        note = f"NeMo-RL loads {source[name] or 'its own data set'} by name; name its files, or hf://org/name:split"
-        yield asked(f"{place}.files", note, name if source.gives(name) else path)
+            yield Outcome("converted", (name,), f"{place}.answer_pattern", known.answer_pattern, "the answer after it")
+    elif source.path(f"data.{part}.data_path"):
+        for key, ours, default in (("input_key", "prompt_key", "input"), ("output_key", "answer_key", "output")):
+            used = _key(source, part, key)
+            kind: Any = "same" if source.gives(used) else "converted"
+            yield Outcome(
+                kind, (used,), f"{place}.{ours}", source[used] or default, "" if source.gives(used) else "its default"
+            )
 
 
 def _file(source: Source, part: str, path: str) -> str:
@@ -172,8 +185,7 @@ def _text_around(source: Source, part: str, place: str) -> Iterator[Outcome]:
         if source.gives(key):
             yield Outcome("meaningless", (key,), note="no text around prompts, as here")
         return
-    name = f"data.{part}.dataset_name"
-    known = DATA_SETS.get(str(source[name])) if not source.path(f"data.{part}.data_path") else None
+    known = _known(source, part)
     if known and known.is_chat:
         yield gone(
             f"the text of {source[key]} around prompts that are chats; nearest: write it into the rows",
@@ -217,6 +229,13 @@ def _system_prompt(source: Source, part: str, place: str, is_chat: bool) -> Iter
         yield asked(f"{place}.system_prompt", f"the text of {source[key]}", key)
 
 
+def is_evaluated(source: Source) -> bool:
+    """Return True if the run evaluates something: at its start, or in between."""
+    named = ("data.validation", "data.validation.data_path", "data.validation.dataset_name")
+    rows = any(source.gives(key) and source.path(key) for key in named) or _held_out(source)
+    return rows and ((source["grpo.val_period"] or 0) > 0 or bool(source["grpo.val_at_start"]))
+
+
 def evaluation(source: Source) -> Iterator[Outcome]:
     """Yield the evaluation set and when it is evaluated."""
     path, name, every, start = (
@@ -228,7 +247,7 @@ def evaluation(source: Source) -> Iterator[Outcome]:
     several = source.gives("data.validation") and bool(source["data.validation"])
     named, held_out = source.path(path) or source[name] or several, _held_out(source)
     period = source[every] or 0
-    if (period <= 0 and not source[start]) or not (named or held_out):
+    if not is_evaluated(source):
         for key in (path, name, every, "grpo.max_val_samples", "data.train.split_validation_size"):
             if source.gives(key):
                 yield Outcome("meaningless", (key,), note="nothing is evaluated")
@@ -243,7 +262,7 @@ def evaluation(source: Source) -> Iterator[Outcome]:
         what = f"{source[key]} of the training rows are held out there, for evaluation; write them, and the rest, to files of their own"
         yield gone(what, key) if named else asked(f"{place}.files", what, key)
     if not named:
-        pass
+        yield from _columns(source, "train", place)
     elif several:
         yield asked(f"{place}.files", "a list of data sets; name their files, or write one set each", "data.validation")
     else:

@@ -198,13 +198,17 @@ _SCORED = {
 
 def correction(source: Source) -> Iterator[Outcome]:
     """Yield importance weights against the engine's mismatch."""
-    switch = "loss_fn.use_importance_sampling_correction"
+    switch, kind = "loss_fn.use_importance_sampling_correction", "loss_fn.truncated_importance_sampling_type"
     if source[switch]:
         yield from _weights(source, switch)
     asynchronous, age = "grpo.async_grpo.enabled", "grpo.async_grpo.max_trajectory_age_steps"
     if source[asynchronous]:
-        yield became(source, "rollout.async_steps", 1, asynchronous, note="generated one step ahead")
-        if not source[switch]:
+        if source["policy.generation.colocated.enabled"]:
+            what = "NeMo-RL generates ahead on the GPUs of training: 0 here, or 1 with rollout.sglang.colocated false and GPUs of their own"
+            yield asked("rollout.async_steps", what, asynchronous)
+        else:
+            yield became(source, "rollout.async_steps", 1, asynchronous, note="generated one step ahead")
+        if not source[switch] or source[kind] not in _WEIGHTS:
             note = "samples are one version older, and the run does not correct for it: truncate (cap 2), or mask"
             yield asked("algo.tis.mode", note, switch)
         flight = "grpo.async_grpo.in_flight_weight_updates"
@@ -214,12 +218,15 @@ def correction(source: Source) -> Iterator[Outcome]:
             yield gone(f"samples are at most one version old, not {source[age]}", age)
 
 
+_WEIGHTS = (None, "tis", "icepop", "seq-mask-tis")
+
+
 def _weights(source: Source, switch: str) -> Iterator[Outcome]:
     """Yield algo.tis, and algo.rejection for seq-mask-tis."""
     kind, cap = "loss_fn.truncated_importance_sampling_type", "loss_fn.truncated_importance_sampling_ratio"
     least = f"{cap}_min"
     name, sequence = source[kind], "loss_fn.sequence_level_importance_ratios"
-    if name not in (None, "tis", "icepop", "seq-mask-tis"):
+    if name not in _WEIGHTS:
         yield gone(f"there are no weights {name} here; nearest: tis, icepop, seq-mask-tis", kind, objective=True)
         return
     if name == "icepop":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.tables.nemo_data import is_evaluated
 
 _GENERATION, _MEGATRON = "policy.generation", "policy.megatron_cfg"
 _STEPS_WITHOUT_END = 1_000_000
@@ -280,9 +281,8 @@ def saving(source: Source) -> Iterator[Outcome]:
 
 def _best(source: Source, metric: str) -> Iterator[Outcome]:
     """Yield our name of the metric: NeMo-RL's accuracy is the mean reward of a validation, ours the share of right answers."""
-    samples = source["grpo.val_num_generations_per_prompt"]
-    named = source.path("data.validation.data_path") or source["data.validation.dataset_name"]
-    if source[metric] == "val:accuracy" and named and not source["data.validation.repeat"]:
+    samples = source["grpo.val_num_generations_per_prompt"] * (source["data.validation.repeat"] or 1)
+    if source[metric] == "val:accuracy" and is_evaluated(source):
         yield became(source, "checkpoint.best_metric", f"val/validation/mean@{samples}", metric, note="our name")
     else:
         note = f"our name of {source[metric]}, such as val/validation/mean@{samples}: metrics.jsonl has all names"

@@ -64,7 +64,7 @@ _RULES = (
     same("context-parallel-size"),
     same("expert-model-parallel-size"),
     same("expert-tensor-parallel-size"),
-    same("sequence-parallel"),
+    combined(run.sequence_parallel, "parallel.sequence_parallel", "sequence-parallel"),
     combined(run.files, "data.files, data.chat_template, data.shuffle, data.deduplicate, data.max_prompt_tokens, data.on_long_prompt, data.limit",
              "prompt-data", "apply-chat-template", "rollout-shuffle", "rollout-max-prompt-len", "rollout-max-context-len"),
     same("input-key"),

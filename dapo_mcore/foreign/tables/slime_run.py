@@ -12,6 +12,9 @@ from typing import Any
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 from dapo_mcore.foreign.tables.slime_objective import NO_LIMIT
 
+_OUR_LONGEST_PROMPT = 2048
+"""data.max_prompt_tokens, which holds where slime limits no prompt."""
+
 
 def length(source: Source) -> Iterator[Outcome]:
     """Yield the length of the run. num-rollout wins over num-epoch, which there stands for steps: rows // rollout-batch-size each."""
@@ -126,7 +129,8 @@ def _tokens(source: Source) -> Iterator[Outcome]:
     response = source["rollout-max-response-len"]
     if response is None:
         return
-    longest = (source["rollout-max-prompt-len"] or 2048) + response
+    whole = source["rollout-max-context-len"]
+    longest = (source["rollout-max-prompt-len"] or (whole - 1 if whole else _OUR_LONGEST_PROMPT)) + response
     if source["use-dynamic-batch-size"] and budget is not None:
         least = -(-longest // ranks)
         note = "" if budget >= least else f"at least the longest sequence: {longest} tokens on {ranks} ranks"
@@ -160,6 +164,15 @@ def schedule(source: Source) -> Iterator[Outcome]:
         yield Outcome(
             "converted", ("optimizer-cpu-offload",), "optimizer.offload_fraction", part, "the state on the host"
         )
+
+
+def sequence_parallel(source: Source) -> Iterator[Outcome]:
+    """Yield sequence parallelism, which Megatron turns off without tensor parallelism."""
+    key = "sequence-parallel"
+    if source[key] and source["tensor-model-parallel-size"] > 1:
+        yield became(source, "parallel.sequence_parallel", True, key)
+    elif source.gives(key):
+        yield Outcome("meaningless", (key,), note="it is off with tensor-model-parallel-size 1")
 
 
 def _fp8(source: Source) -> Iterator[Outcome]:

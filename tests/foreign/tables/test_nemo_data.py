@@ -115,6 +115,7 @@ def test_when_and_on_what_it_evaluates() -> None:
     assert ours({**own, "data.validation.repeat": 16})["eval.samples_per_prompt"] == 16
     held_out = {"data.train.split_validation_size": 0.1}
     assert "eval.sets.validation.files" in imported({**FILE, **held_out}).asked
+    assert ours({**FILE, **held_out, "data.train.input_key": "q"})["eval.sets.validation.prompt_key"] == "q"
     assert imported({**own, **held_out}).losses == {"data.train.split_validation_size": False}
     assert "eval.every" not in ours({"data.train.dataset_name": "DeepScaler"}), "which leaves nothing out"
 

@@ -153,8 +153,11 @@ def test_corrections() -> None:
     cap = {"loss_fn.truncated_importance_sampling_ratio": 3.0}
     found = ours({**switch, **cap})
     assert (found["algo.tis.mode"], found["algo.tis.cap"]) == ("truncate", 3.0)
-    assert losses({**switch, **cap, f"{TIS}_type": "vtrace"}) == {f"{TIS}_type": True}
-    ahead = {"grpo.async_grpo.enabled": True}
+    unknown = {**switch, **cap, f"{TIS}_type": "vtrace"}
+    assert losses(unknown) == {f"{TIS}_type": True}
+    ahead = {"grpo.async_grpo.enabled": True, "policy.generation.colocated.enabled": False}
+    assert "rollout.async_steps" in imported({"grpo.async_grpo.enabled": True}).asked, "servers there need GPUs of their own"
+    assert "algo.tis.mode" in imported({**ahead, **unknown}).asked
     assert ours(ahead)["rollout.async_steps"] == 1
     assert "algo.tis.mode" in imported(ahead).asked and "algo.tis.mode" not in imported({**ahead, **switch}).asked
 

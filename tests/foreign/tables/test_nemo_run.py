@@ -123,6 +123,8 @@ def test_checkpoints_and_loggers() -> None:
         }
     )
     assert (best["checkpoint.keep_best"], best["checkpoint.best_metric"]) == (2, "val/validation/mean@4")
+    repeated = {"data.validation.dataset_name": "AIME2024", "data.validation.repeat": 16}
+    assert ours(repeated)["checkpoint.best_metric"] == "val/validation/mean@16"
     assert (
         "checkpoint.best_metric"
         in imported({"data.validation.data_path": "/e", "checkpointing.metric_name": "val:x"}).asked

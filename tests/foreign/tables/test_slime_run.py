@@ -40,6 +40,11 @@ def test_tokens_hold_the_longest_sequence() -> None:
     assert ours({"rollout-max-prompt-len": 200, "micro-batch-size": 3})["batch.max_tokens"] == 3600
 
 
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    assert "parallel.sequence_parallel" not in ours({"sequence-parallel": True})
+    assert ours({"sequence-parallel": True, "tensor-model-parallel-size": 2})["parallel.sequence_parallel"] is True
+
+
 def test_limits_of_prompts() -> None:
     assert ours({})["data.on_long_prompt"] == "error", "slime cuts none"
     found = ours({"rollout-max-context-len": 4096})
