@@ -54,7 +54,8 @@ class DataConfig(Section):
     source_key: str | None = "data_source"
     """The column that reward functions dispatch on. Only the default one may be absent."""
     prompt_template: PromptTemplate = "{prompt}"
-    """Text around a plain-text prompt; {prompt} is replaced."""
+    """Text around a plain-text prompt; {prompt} is replaced. With a chat template it becomes the user's message. Prompts that are
+    chats stay as they are."""
     chat_template: bool | FilePath | None = None
     """null: true if the prompt of the first row is a chat, else false. False: plain text. True: the tokenizer's template (`default`
     if it has several). Otherwise the name of one of its templates, or the path of a Jinja file."""

@@ -21,33 +21,32 @@ LOST_OF_THE_OBJECTIVE = {
 
 def reward(source: Source) -> Iterator[Outcome]:
     """Yield the reward function with its scaling: dapo_math_verify scaled to ±1 is math_dapo."""
-    place, rule = "grpo.reward_scaling", "env.math.math_verify_impl"
-    scales = [f"{place}.{end}" for end in ("source_min", "source_max", "target_min", "target_max")]
-    scaled = tuple(source[key] for key in scales) if source[f"{place}.enabled"] else (0.0, 1.0, 0.0, 1.0)
-    used = tuple(key for key in (f"{place}.enabled", *scales) if source.gives(key))
-    if source[rule] == "dapo_math_verify" and scaled == (0.0, 1.0, -1.0, 1.0):
+    scaling, rule = "grpo.reward_scaling", "env.math.math_verify_impl"
+    scales = [f"{scaling}.{end}" for end in ("source_min", "source_max", "target_min", "target_max")]
+    scaled = tuple(source[key] for key in scales) if source[f"{scaling}.enabled"] else _AS_THEY_ARE
+    used = tuple(key for key in (f"{scaling}.enabled", *scales) if source.gives(key))
+    other = [place for place in _NAMES_OF_ENVIRONMENTS if source[place] not in (None, "math")]
+    for place in other:
+        what = f"the environment {source[place]}; nearest: a reward function path.py:name, tools"
+        yield gone(what, place, objective=True)
+    if other:
+        note = f"a function of yours, path.py:name, in place of the environment {source[other[0]]}"
+        yield asked("reward.function", note, *other)
+    elif source[rule] == "dapo_math_verify" and scaled == _TO_PLUS_MINUS_ONE:
         yield Outcome("converted", (rule, *used), "reward.function", "math_dapo", "the paper's rule with ±1")
-    elif scaled not in ((0.0, 1.0, 0.0, 1.0), (0.0, 1.0, -1.0, 1.0)):
-        yield gone(
-            f"rewards scaled by {scaled}; nearest: a reward function path.py:name",
-            f"{place}.enabled",
-            *used,
-            objective=True,
-        )
     else:
-        values = "±1" if scaled[2:] != scaled[:2] else "1 or 0"
+        if scaled not in (_AS_THEY_ARE, _TO_PLUS_MINUS_ONE):
+            what = f"rewards scaled by {scaled}; nearest: a reward function path.py:name"
+            yield gone(what, f"{scaling}.enabled", *used, objective=True)
+        values = "±1" if scaled == _TO_PLUS_MINUS_ONE else "1 or 0"
         note = f"NeMo-RL's {source[rule]} gives {values}: math_verify compares values, math_dapo takes what follows `Answer:`; both ±1"
         yield asked("reward.function", note, rule, *used)
-    yield from _environment_names(source)
     workers = "env.math.num_workers"
     yield became(source, "reward.workers", source[workers], workers, note="processes")
 
 
-def _environment_names(source: Source) -> Iterator[Outcome]:
-    for place in ("data.default.env_name", "data.train.env_name", "data.validation.env_name"):
-        if source[place] not in (None, "math"):
-            what = f"the environment {source[place]}; nearest: a reward function path.py:name, tools"
-            yield gone(what, place, objective=True)
+_AS_THEY_ARE, _TO_PLUS_MINUS_ONE = (0.0, 1.0, 0.0, 1.0), (0.0, 1.0, -1.0, 1.0)
+_NAMES_OF_ENVIRONMENTS = ("data.default.env_name", "data.train.env_name", "data.validation.env_name")
 
 
 def _environments(source: Source) -> Iterator[Outcome]:

@@ -36,7 +36,8 @@ _TUNING = (
     "no-check-for-nan-in-loss-and-grad", "bf16", "transformer-impl", "no-gradient-accumulation-fusion",
     "log-probs-chunk-size", "log-probs-max-tokens-per-gpu", "recompute-loss-function", "use-distributed-optimizer", "allgather-cp",
     "moe-enable-deepep", "moe-flex-dispatcher-backend", "decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers",
-    "no-masked-softmax-fusion", "megatron-deepgemm-*", "overlap-grad-reduce", "overlap-param-gather", "no-rope-fusion",
+    "no-masked-softmax-fusion",
+    "qkv-format", "megatron-deepgemm-*", "overlap-grad-reduce", "overlap-param-gather", "no-rope-fusion",
 )  # fmt: skip
 _OWN_PARTS = (
     "balance-data", "balance-by-flops", "use-dynamic-batch-size", "update-weight-*",
@@ -65,11 +66,11 @@ _RULES = (
     same("expert-model-parallel-size"),
     same("expert-tensor-parallel-size"),
     combined(run.sequence_parallel, "parallel.sequence_parallel", "sequence-parallel"),
-    combined(run.files, "data.files, data.chat_template, data.shuffle, data.deduplicate, data.max_prompt_tokens, data.on_long_prompt, data.limit",
-             "prompt-data", "apply-chat-template", "rollout-shuffle", "rollout-max-prompt-len", "rollout-max-context-len"),
+    combined(run.files, "data.files, data.chat_template, data.shuffle, data.deduplicate, data.max_prompt_tokens, data.on_long_prompt, data.limit, "
+             "data.chat_template_kwargs",
+             "prompt-data", "apply-chat-template", "apply-chat-template-kwargs", "rollout-shuffle", "rollout-max-prompt-len", "rollout-max-context-len"),
     same("input-key"),
     same("label-key"),
-    same("apply-chat-template-kwargs"),
     same("n-samples-per-prompt"),
     same("rollout-max-response-len"),
     same("rollout-temperature"),

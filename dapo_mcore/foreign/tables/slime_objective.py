@@ -25,6 +25,7 @@ def reward(source: Source) -> Iterator[Outcome]:
             f"{path} scores a sample of slime's, asynchronously; nearest: reward.function path.py:name, which gets text and answer",
             "custom-rm-path", objective=True,
         )  # fmt: skip
+        yield asked("reward.function", f"a function of yours, path.py:name, in place of {path}", "custom-rm-path")
     elif kind == "dapo":
         yield from _dapo(source)
     elif kind in ("deepscaler", "math", "boxed_deepscaler"):
@@ -41,6 +42,7 @@ def reward(source: Source) -> Iterator[Outcome]:
         yield gone(
             f"there is no rule {kind} here; nearest: a function of yours, path.py:name", "rm-type", objective=True
         )
+        yield asked("reward.function", f"a function of yours, path.py:name, in place of {kind}", "rm-type")
     else:
         note = "the script names no rule: slime then takes each row's metadata.rm_type, or what code of its own gives"
         yield asked("reward.function", note, "rm-type")
@@ -208,7 +210,8 @@ def sampling(source: Source) -> Iterator[Outcome]:
         )
         yield Outcome("converted", (key,), "sampling.max_gen_batches", NO_LIMIT, "no limit")
         if not source["partial-rollout"]:
-            yield Outcome("converted", (key,), "sampling.carry_surplus", False, "slime throws surplus groups away")
+            note = "slime ends what is left and throws it away; here it is waited for: sampling.on_full abort is faster"
+            yield Outcome("converted", (key,), "sampling.carry_surplus", False, note)
     elif source[more] and source[more] != source["rollout-batch-size"]:
         what = "more prompts than are trained on, of which the first to end are taken; here a step generates for its own prompts"
         yield gone(what, more)

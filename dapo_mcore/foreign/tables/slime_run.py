@@ -40,6 +40,7 @@ def files(source: Source) -> Iterator[Outcome]:
         yield from _rows(source, "prompt-data", "data", str(path))
     template = bool(source["apply-chat-template"])
     yield became(source, "data.chat_template", template, "apply-chat-template")
+    yield from _template_kwargs(source, "data")
     yield became(source, "data.shuffle", bool(source["rollout-shuffle"]), "rollout-shuffle")
     yield Outcome("converted", ("prompt-data",), "data.deduplicate", False, "slime keeps repeated rows")
     longest, whole = source["rollout-max-prompt-len"], source["rollout-max-context-len"]
@@ -47,6 +48,14 @@ def files(source: Source) -> Iterator[Outcome]:
         yield from _longest("data", whole - 1, "rollout-max-context-len")
     else:
         yield from _longest("data", longest, "rollout-max-prompt-len")
+
+
+def _template_kwargs(source: Source, place: str) -> Iterator[Outcome]:
+    key = "apply-chat-template-kwargs"
+    if source[key] and source["apply-chat-template"]:
+        yield Outcome("same", (key,), f"{place}.chat_template_kwargs", source[key])
+    elif source.gives(key):
+        yield Outcome("meaningless", (key,), note="apply-chat-template is off")
 
 
 def _rows(source: Source, key: str, place: str, path: str) -> Iterator[Outcome]:
@@ -284,6 +293,7 @@ def _set(source: Source, place: str, path: str) -> Iterator[Outcome]:
         bool(source["apply-chat-template"]),
         "as in training",
     )
+    yield from _template_kwargs(source, place)
     yield Outcome("converted", ("eval-prompt-data",), f"{place}.deduplicate", False, "slime keeps repeated rows")
 
 

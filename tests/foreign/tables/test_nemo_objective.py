@@ -23,6 +23,7 @@ def test_the_papers_reward_is_the_rule_scaled_to_one() -> None:
     assert "reward.function" in imported(DAPO).asked
     assert losses({**SCALED, "grpo.reward_scaling.target_max": 5.0}) == {"grpo.reward_scaling.enabled": True}
     assert losses({"data.default.env_name": "code"}) == {"data.default.env_name": True}
+    assert "reward.function" in imported({**DAPO, **SCALED, "data.train.env_name": "code"}).asked
 
 
 def test_overlong_punishment() -> None:
@@ -156,7 +157,9 @@ def test_corrections() -> None:
     unknown = {**switch, **cap, f"{TIS}_type": "vtrace"}
     assert losses(unknown) == {f"{TIS}_type": True}
     ahead = {"grpo.async_grpo.enabled": True, "policy.generation.colocated.enabled": False}
-    assert "rollout.async_steps" in imported({"grpo.async_grpo.enabled": True}).asked, "servers there need GPUs of their own"
+    assert "rollout.async_steps" in imported({"grpo.async_grpo.enabled": True}).asked, (
+        "servers there need GPUs of their own"
+    )
     assert "algo.tis.mode" in imported({**ahead, **unknown}).asked
     assert ours(ahead)["rollout.async_steps"] == 1
     assert "algo.tis.mode" in imported(ahead).asked and "algo.tis.mode" not in imported({**ahead, **switch}).asked

@@ -105,6 +105,8 @@ def test_rewards_are_never_exchanged_in_silence() -> None:
     assert list(imported({"rm-type": "deepscaler"}).asked) == ["reward.function"]
     assert losses({"rm-type": "gpqa"}) == {"rm-type": True}
     assert losses({"custom-rm-path": "x.score"}) == {"custom-rm-path": True}
+    for other in ({"custom-rm-path": "x.score"}, {"rm-type": "gpqa"}):
+        assert list(imported(other).asked) == ["reward.function"], "also once the loss is accepted"
 
 
 def weights(flags: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def test_evaluation() -> None:
     assert (found["eval.every"], found["eval.at_start"]) == (5, True)
     assert "eval.every" not in ours({"eval-prompt-data": ["aime", "/a.jsonl"]})
     assert found["eval.sets.aime.on_long_prompt"] == "error"
+    thinking = {"apply-chat-template": True, "apply-chat-template-kwargs": {"enable_thinking": False}}
+    asked = ours({**flags, **thinking})
+    assert (
+        asked["eval.sets.aime.chat_template_kwargs"] == asked["data.chat_template_kwargs"] == {"enable_thinking": False}
+    )
+    assert "data.chat_template_kwargs" not in ours({**thinking, "apply-chat-template": None})
     limited = ours({**flags, "eval-prompt-data": ["aime.24", "/a.jsonl@[:30]"], "eval-max-prompt-len": 700})
     names = ("files", "limit", "max_prompt_tokens", "on_long_prompt")
     assert [limited[f"eval.sets.aime_24.{name}"] for name in names] == [["/a.jsonl"], 30, 700, "drop"]
