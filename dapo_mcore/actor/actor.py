@@ -110,8 +110,11 @@ class Actor:
         return self._with_logprobs(self.policy, micro_batches, "old_logprobs")
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Return the log-probs of the policy as it is now, float32 [L] of each micro-batch; an empty list before the last stage."""
-        scored = self._with_logprobs(self.policy, [micro.with_(routes=None) for micro in micro_batches], "old_logprobs")
+        """Return the log-probs of the policy as it is now, float32 [L] of each micro-batch; an empty list before the last stage.
+
+        Bitwise those of the forward pass of `update`: micro-batches that have routes replay them.
+        """
+        scored = self._with_logprobs(self.policy, micro_batches, "old_logprobs", replay=True)
         return [micro.old_logprobs for micro in scored] if self.layout.is_last_stage else []
 
     def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -198,12 +201,13 @@ class Actor:
         nothing = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         return sum(losses, nothing) / sum(self.shape.moe_layers)
 
-    def _with_logprobs(self, policy: Policy, micro_batches: Sequence[MicroBatch], field: str) -> list[MicroBatch]:
+    def _with_logprobs(
+        self, policy: Policy, micro_batches: Sequence[MicroBatch], field: str, *, replay: bool = False
+    ) -> list[MicroBatch]:
         if not micro_batches:
             return []
-        outputs = run_micro_batches(
-            policy, micro_batches, self._logprobs, self.layout, backward=False, feeder=self.feeder
-        )
+        how: dict[str, Any] = {"backward": False, "replay": replay, "feeder": self.feeder}
+        outputs = run_micro_batches(policy, micro_batches, self._logprobs, self.layout, **how)
         if not self.layout.is_last_stage:
             return list(micro_batches)
         return [

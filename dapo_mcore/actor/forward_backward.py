@@ -39,6 +39,7 @@ def run_micro_batches(
     layout: Layout,
     *,
     backward: bool,
+    replay: bool = False,
     feeder: Feeder | None = None,
 ) -> list[MicroBatchOutput]:
     """Return the output that `loss_function` keeps of each micro-batch, on last-stage ranks; an empty list elsewhere.
@@ -48,10 +49,11 @@ def run_micro_batches(
     summed over data- and context-parallel ranks. Every rank must call this with the same number of micro-batches, a multiple
     of `parallel.micro_batch_multiple`. Each chunk takes them in order, so the outputs are in order too.
     Collectives: all of Megatron's for one gradient step.
+    replay  without `backward` too, the routers take the routes that micro-batches have, in place of recording them
     feeder  brings the micro-batches to the device; the plain one by default
     """
     chunks, feed = list(chunks), feeder or PlainFeeder(layout.device)
-    forward_step = partial(_forward_step, loss_function=loss_function, layout=layout, record=not backward)
+    forward_step = partial(_forward_step, loss_function=loss_function, layout=layout, record=not (backward or replay))
     schedule = get_forward_backward_func()
     tokens = micro_batches[0].tokens
     with torch.enable_grad() if backward else torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 
 from dapo_mcore.actor.actor import Actor
 from dapo_mcore.actor.metrics import UpdateStats
+from dapo_mcore.actor.model.routing import routers
 from dapo_mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from dapo_mcore.model_files.hf_folder import RandomReader
 from dapo_mcore.types import MicroBatch
@@ -157,6 +158,25 @@ def test_scoring_records_routes_which_the_reference_does_not_take(alone):
     right = gradient(actor)
     actor.backward(wrong)
     assert not torch.equal(gradient(actor), right)
+
+
+def test_log_probs_before_a_gradient_step_are_its_own_on_the_routes_that_it_replays(alone):
+    """KL-Cov and Clip-Cov choose by them. The routers have changed since the scoring pass, as after earlier gradient steps."""
+    options = dict(
+        model__routing_replay="scoring", algo__old_logprobs="actor", algo__policy_loss="kl_cov", algo__dual_clip=None
+    )
+    config, hf_config = parity.make_config(Mesh(), **options), families.hf_config("qwen3-moe")
+    actor = Actor(config, hf_config, alone, RandomReader(hf_config, 0))
+    scored = actor.score(parity.shared_step(config, alone, parity.make_batch(), actor)[0])
+    routes = [{layer: own.clone() for layer, own in micro.routes.items()} for micro in scored]
+    with torch.no_grad():
+        for router in routers(actor.policy):
+            router.weight.copy_(router.weight.roll(1, 0))
+    found, free = (actor.logprobs(micros) for micros in (scored, [micro.with_(routes=None) for micro in scored]))
+    for micro, before in zip(scored, routes, strict=True):
+        assert all(torch.equal(own, before[layer]) for layer, own in micro.routes.items()), "replayed, not recorded"
+    taken = actor.update([micro.with_(old_logprobs=None) for micro in scored]).logprobs
+    assert torch.equal(torch.cat(found), torch.cat(taken)) and not torch.equal(torch.cat(free), torch.cat(taken))
 
 
 def test_a_new_optimizer_starts_without_moments_and_counts_from_zero(alone):
