@@ -103,6 +103,19 @@ def _config(args: argparse.Namespace) -> int:
     return 0
 
 
+def _keys_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="*", metavar="WORD", help="part of a key, another framework's key, or a word of the texts"
+    )
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from dapo_mcore.config.key_help import describe_keys
+
+    print(describe_keys(args.words))
+    return 0
+
+
 def _dry_run(config: Config, processes: int | None) -> list[str]:
     import dapo_mcore.process.environment  # noqa: F401  before torch is imported
     from dapo_mcore.config.follows import describe_units
@@ -317,6 +330,12 @@ COMMANDS = (
         "Check all that can be known before a run, and print the configuration with every default.",
         _config_arguments,
         _config,
+    ),
+    Command(
+        "keys",
+        "Say what keys of the configuration mean, with their defaults; without words, all.",
+        _keys_arguments,
+        _keys,
     ),
     Command(
         "plan",

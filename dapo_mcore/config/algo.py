@@ -20,9 +20,11 @@ class KLConfig(Section):
     """KL to the frozen starting policy. Off by default, as in the paper."""
 
     coef: float = Field(0.0, ge=0, le=1000)
+    """0: no KL term and no reference policy."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of single tokens, as in verl: k3 is cut at 10 nats, with its gradient (kernels/policy_loss/torch_path.py)."""
     place: Literal["loss", "reward"] = "loss"
+    """In the loss, or subtracted from the rewards of the tokens."""
 
 
 class TISConfig(Section):
@@ -72,7 +74,9 @@ class RejectionConfig(Section):
     measure: Literal["ratio", "k2", "k3"] = "ratio"
     """ratio: r. k2: (log r)² / 2. k3: r - 1 - log r. The last two are divergences: at least 0, and 0 where both agree."""
     lower: float | None = Field(None, gt=0)
+    """Smallest value that is kept; null: none."""
     upper: float | None = Field(None, gt=0)
+    """Largest value that is kept; null: none."""
 
     @model_validator(mode="after")
     def _check_bounds(self) -> RejectionConfig:
@@ -105,7 +109,9 @@ class ClipCovConfig(Section):
     ratio: float = Field(0.0002, gt=0, le=1)
     """Share of the loss tokens that are drawn, at least one token if any lies between the bounds."""
     lower: float = 1.0
+    """Lower bound of the covariances to choose from."""
     upper: float = 5.0
+    """Upper bound of them."""
 
     @model_validator(mode="after")
     def _check_bounds(self) -> ClipCovConfig:
@@ -122,7 +128,9 @@ class AdaptiveEntropyConfig(Section):
     delta: float = Field(0.0001, gt=0, le=1)
     """Added to the coefficient after a rollout step below the target, and subtracted after another."""
     max_coef: float = Field(0.005, ge=0, le=10)
+    """Largest coefficient."""
     min_coef: float = Field(0.0, ge=0, le=10)
+    """Smallest coefficient."""
 
     @model_validator(mode="after")
     def _check_bounds(self) -> AdaptiveEntropyConfig:
@@ -135,8 +143,11 @@ class AlgoConfig(Section):
     """The objective. Defaults are the paper's."""
 
     clip_low: float = Field(0.2, ge=0, le=1)
+    """The ratio's lower bound is 1 - clip_low."""
     clip_high: float = Field(0.28, ge=0)
+    """The ratio's upper bound is 1 + clip_high (clip-higher, paper section 3.1)."""
     dual_clip: float | None = Field(None, gt=1)
+    """Bound c > 1 of the loss for negative advantages (verl's clip_ratio_c); null: none."""
     policy_loss: Literal["clip", "cispo", "gspo", "kl_cov", "clip_cov"] = "clip"
     """clip: PPO's and DAPO's, a ratio per token. cispo (arXiv 2506.13585): the clipped ratio only weighs a token's log-prob,
     so that clipped tokens keep a gradient; the paper clips above only, which is clip_low 1. With clip_low and clip_high 0 it is
@@ -147,6 +158,7 @@ class AlgoConfig(Section):
     kl_cov: KLCovConfig = KLCovConfig()
     clip_cov: ClipCovConfig = ClipCovConfig()
     loss_mode: LossMode = "token-mean"
+    """How the tokens' losses become one number: the mean over all tokens of the mini-batch, or over sequences first."""
     loss_length: int | None = Field(None, ge=1)
     """The constant of seq-mean-token-sum-norm, which divides by sequences · length, as verl does since 0.8 (before: by the length
     alone); None means rollout.max_response_tokens."""
@@ -158,10 +170,12 @@ class AlgoConfig(Section):
     lam: float = Field(1.0, ge=0, le=1)
     """gae: λ. 1: the reward minus the value, the least biased. Lower: trust the critic's later values more."""
     advantage_std: Literal["unbiased", "biased", "others", "none", "batch"] = "unbiased"
-    """Of the group: with divisor n - 1 or n, or none. others: that of the other responses, NeMo-RL's default. batch: that of all loss tokens of the rollout step, around their mean
-    (REINFORCE++ with a group baseline, arXiv 2501.03262)."""
+    """Of the group: with divisor n - 1 or n, or none. others: that of the other responses, NeMo-RL's default. batch: that of all loss
+    tokens of the rollout step, around their mean (REINFORCE++ with a group baseline, arXiv 2501.03262)."""
     advantage_baseline: Literal["mean", "leave-one-out"] = "mean"
+    """What is subtracted from a response's reward."""
     advantage_eps: float = Field(1e-6, ge=0, le=1)
+    """Added to the standard deviation that advantages are divided by."""
     entropy_coef: float = Field(0.0, ge=0, le=10)
     """Weight of the entropy bonus. With adaptive_entropy its first value."""
     adaptive_entropy: AdaptiveEntropyConfig | None = None

@@ -15,6 +15,7 @@ class CriticOptimizerConfig(OptimizerConfig):
     """The keys of the section `optimizer`, for the critic alone: it takes no value from there."""
 
     lr: LearningRate = 1e-5
+    """Peak of the learning rate."""
 
 
 class CriticConfig(Section):

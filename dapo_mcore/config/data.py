@@ -63,17 +63,22 @@ class DataConfig(Section):
     """Variables for the chat template, for instance {enable_thinking: false}. Each section has its own; demonstrations and the
     output of tools are rendered with those of `data`."""
     system_prompt: Text | None = None
+    """First message of every chat."""
     add_bos: bool = False
     """Plain text only: put the tokenizer's BOS token first."""
     max_prompt_tokens: Tokens = 2048
+    """Longest prompt, with all that the template adds; on_long_prompt says what becomes of longer ones."""
     on_long_prompt: Literal["truncate_left", "truncate_right", "truncate_middle", "drop", "error"] = "truncate_left"
     """For a prompt of more than max_prompt_tokens. `truncate_left` removes its first tokens, `truncate_right` its last ones.
     `truncate_middle` keeps the first max_prompt_tokens // 2 and the last ones, as verl does."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """For a row without the columns, or that is no valid JSON. `skip` tells how many it left out."""
     deduplicate: bool = True
     """Leave out rows whose prompt and answer an earlier row has."""
     shuffle: bool = True
+    """Draw prompts in a new order each epoch; false: in the order of the rows."""
     limit: Steps | None = None
+    """Use only the first rows that are prompts; null: all."""
 
     @model_validator(mode="after")
     def _check_fields(self) -> DataConfig:
@@ -101,10 +106,15 @@ class EvalSetConfig(DataConfig):
     """Leave out rows whose prompt and answer an earlier row has. False, because public sets repeat rows on purpose: AIME's 960
     rows are 30 problems × 32."""
     samples_per_prompt: Count | None = None
+    """null: eval.samples_per_prompt."""
     temperature: EvalTemperature | None = None
+    """null: eval.temperature."""
     top_p: TopP | None = None
+    """null: eval.top_p."""
     top_k: TopK | None = None
+    """null: eval.top_k."""
     max_response_tokens: Tokens | None = None
+    """null: eval.max_response_tokens."""
     reward_function: FilePath | None = None
     """As reward.function, with the rest of the section `reward` but its `kwargs` and `strict_box`, and with as many workers of its own.
     null: reward.function."""
@@ -125,17 +135,23 @@ class EvalConfig(Section):
     """mean@k on held-out prompts, by the training rollout path."""
 
     sets: dict[Name, EvalSetConfig] = Field(default_factory=dict)
+    """Name and files of each set, for instance {aime: {files: aime.parquet}}."""
     every: Steps = 5
+    """Rollout steps between evaluations."""
     at_start: bool = True
+    """Evaluate before the first rollout step, too."""
     samples_per_prompt: Count = 8
+    """The k of mean@k."""
     temperature: EvalTemperature = 1.0
     """0 is greedy."""
     top_p: TopP = 1.0
+    """Draw from the most probable tokens that together have this probability; 1: from all."""
     top_k: TopK = -1
     """Draw from the k most probable tokens; -1: from all."""
     max_response_tokens: Tokens | None = None
     """null: rollout.max_response_tokens."""
     seed: Seed = 777
+    """Of the drawing, the same at every evaluation."""
 
     def of(self, name: str) -> EvalSampling:
         """Return how the set `name` is sampled: its own settings, and those of `eval` where it has none."""
@@ -163,11 +179,17 @@ class WarmStartConfig(Section):
     stands around it, as the policy reads it: ["<tool_call>…</tool_call>", "<tool_response>8</tool_response>", "Answer: 8"]. Only the
     policy's texts are trained on."""
     batch_size: Count = 128
+    """Demonstrations per update."""
     max_updates: Steps = 300
+    """Updates, unless stop_at ends them earlier."""
     lr: LearningRate = 3e-3
+    """Peak of the learning rate."""
     warmup_updates: int = Field(20, ge=0, le=1_000_000_000)
+    """Updates in which the learning rate rises."""
     weight_decay: float = Field(0.01, ge=0, le=10)
+    """As optimizer.weight_decay."""
     stop_at: float | None = Field(None, gt=0, le=1)
     """Stop once this pass rate is reached on `choose` (measured every `check_every` updates)."""
     check_every: Steps = 10
+    """Updates between measurements on `choose`."""
     choose: DataConfig | None = None

@@ -64,6 +64,7 @@ class ModelConfig(Section):
     """Keys of config.json to replace, for actor, servers, plan and exports: {max_position_embeddings: 32768}, or a rope_scaling.
     With init=pretrained none may change the size of a weight. Servers at rollout.sglang.urls must be started with the same keys."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations in training; fp32 masters and Adam moments as the section `optimizer` says."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """`auto` takes Transformer Engine where it is installed and a GPU is present, else the local layers."""
     fp8: Fp8Config | None = None
@@ -99,6 +100,7 @@ class ModelConfig(Section):
     hidden_size · F / P bytes per second: at 500 TFLOP/s 5 GB/s for Qwen2.5-32B, 16 GB/s for 1.5B (tensor_parallel times as
     much without sequence_parallel). Gradients stay the same."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model or tokenizer. Only for code that you have read."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> ModelConfig:

@@ -25,8 +25,11 @@ class OptimizerConfig(Section):
     )
 
     lr: LearningRate = 1e-6
+    """Peak of the learning rate."""
     min_lr: float = Field(0.0, ge=0, le=1)
+    """Where the schedule ends."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after the warm-up."""
     warmup_updates: int | None = Field(None, ge=0, le=1_000_000_000)
     """Gradient steps in which the learning rate rises. null: as `warmup_rollout_steps` says, or 10."""
     warmup_rollout_steps: int | None = Field(None, ge=0, le=1_000_000)
@@ -37,10 +40,15 @@ class OptimizerConfig(Section):
     decay_rollout_steps: int | None = Field(None, ge=1, le=1_000_000)
     """The same in rollout steps. Set one of the two."""
     weight_decay: float = Field(0.1, ge=0, le=10)
+    """Of AdamW; not on biases and norms."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's mean."""
     beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of Adam's mean square."""
     eps: float = Field(1e-8, gt=0, le=1)
+    """Adam's, added to the root of the mean square."""
     clip_grad: float = Field(1.0, ge=0)
+    """Largest norm of the gradient over all parameters; longer ones are scaled down to it."""
     max_skipped_updates: int = Field(10, ge=1)
     """A gradient step in which any rank has a loss, log-prob, gradient or other number that is not finite is skipped on all ranks:
     weights, Adam's state and the learning-rate schedule stay as they were. This many such steps in a row end the run."""

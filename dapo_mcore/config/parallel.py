@@ -18,13 +18,16 @@ class ParallelConfig(Section):
     """
 
     tensor_parallel: Count = 1
+    """Ranks that share each layer's matrices (TP)."""
     pipeline_parallel: Count = 1
+    """Stages of consecutive layers (PP)."""
     virtual_pipeline_parallel: Count = 1
     """Chunks of layers per pipeline stage. More than 1 interleaves them: the time that stages wait at the start and end of a
     gradient step shrinks by this factor, but each micro-batch is sent between stages as many times more, and a stage keeps the
     activations of more micro-batches. The number of micro-batches becomes a multiple of pipeline_parallel. Not yet measured on a
     GPU."""
     context_parallel: Count = 1
+    """Ranks that share each sequence (CP)."""
     data_parallel: Count | None = None
     """Only a check: when given, the world size must be exactly the product."""
     expert_parallel: Count = 1
@@ -32,6 +35,7 @@ class ParallelConfig(Section):
     expert_tensor_parallel: Count | None = None
     """Ranks that share one expert. None: tensor_parallel while expert_parallel is 1, else 1 (whole experts)."""
     sequence_parallel: bool = False
+    """Split activations between the layers' matrices over the TP ranks, too."""
     timeout_minutes: int = Field(240, ge=1, le=30 * 1440)
     """Collectives wait this long: it must outlast the longest rollout."""
     hang_minutes: float | None = Field(30, gt=0, le=1440)

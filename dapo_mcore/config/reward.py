@@ -20,11 +20,13 @@ class OverlongConfig(Section):
     """Soft overlong punishment (paper eq. 13) and overlong filtering."""
 
     penalty: bool = False
+    """Soft punishment of long responses (paper section 3.4): over its last `cache` tokens the reward falls by up to `factor`."""
     max_length: Tokens | None = None
     """L_max in response tokens; None means rollout.max_response_tokens."""
     cache: Tokens = 4096
     """L_cache in tokens: the penalty grows from 0 to -factor over the last `cache` tokens."""
     factor: float = Field(1.0, gt=0, le=1000)
+    """Largest punishment."""
     count_tool_output: bool = False
     """The penalty's length has the output of tools, too, as in verl: then a tool that prints much costs reward. False: only
     tokens that the policy wrote."""
@@ -60,10 +62,12 @@ class RewardConfig(Section):
     placement: Literal["local", "ray"] = "local"
     """Where the worker processes run: on this machine, or on the nodes of the Ray cluster (section `ray`)."""
     timeout_seconds: Seconds = 30.0
+    """Of one call of the reward function."""
     on_failure: Literal["mask", "value"] = "mask"
     """A sample whose scoring failed is left out of statistics and loss (`mask`), or its score is `failure_value`. It is counted
     in both cases. A step in which all scores failed ends the run."""
     failure_value: float = Field(-1.0, ge=-1000, le=1000)
+    """Reward of a response whose reward function fails or takes too long."""
     filter_void: bool = False
     """Mask responses without an answer, and such without a token of the policy, out of the loss; they stay in the statistics
     (SimpleTIR, arXiv 2509.02479, against collapse with tools). The reward function must name answers (`pred`)."""

@@ -30,15 +30,19 @@ class RolloutConfig(Section):
     group_size: Count = 16
     """Responses per prompt (G, verl's n)."""
     max_response_tokens: Tokens = 20480
+    """Longest response; a longer one is cut and counts as overlong."""
     temperature: Temperature = 1.0
+    """Log-probs are taken at this temperature in training, too."""
     top_p: TopP = 1.0
+    """Draw from the most probable tokens that together have this probability; 1: from all."""
     top_k: TopK = -1
     """Draw from the k most probable tokens; -1: from all."""
     stop: StopList = Field(default_factory=list)
     """Texts or token ids that end a response, beside the model's own stop tokens and the chat template's end of turn. They hold in
-    evaluation and for each turn with tools, too; one that ends with a call's end does not end the response. What ended a response stays in it, as drawn. A text may span several tokens and
-    begin or end inside one; one that is the name of a control token, such as <|im_end|>, is that token. SGLang servers then have
-    a tokenizer; those of `sglang.urls` must be started without --skip-tokenizer-init."""
+    evaluation and for each turn with tools, too; one that ends with a call's end does not end the response. What ended a response
+    stays in it, as drawn. A text may span several tokens and begin or end inside one; one that is the name of a control token,
+    such as <|im_end|>, is that token. SGLang servers then have a tokenizer; those of `sglang.urls` must be started without
+    --skip-tokenizer-init."""
     max_batch: Count = 1024
     """Embedded engine: sequences decoded at once."""
     async_steps: int = Field(0, ge=0, le=1)
@@ -66,13 +70,18 @@ class SamplingConfig(Section):
     """Which groups a rollout step trains on: dynamic sampling (paper section 3.2)."""
 
     style: Literal["none", "filter", "resample"] = "filter"
+    """`filter` drops groups whose answers are all right or all wrong, and refills (verl's filter_groups). `resample` adds responses to such
+    groups instead. `none` trains on all groups."""
     train_batch_prompts: Count = 512
     """Groups trained on per rollout step."""
     gen_batch_prompts: Count = 1536
     """Prompts per generation batch of filter-and-refill."""
     max_gen_batches: Count = 10
+    """Generation batches per rollout step, after which on_exhausted decides."""
     on_exhausted: Literal["error", "train_on_what_we_have"] = "error"
+    """After max_gen_batches without enough groups: end with an error, or train on those there are."""
     carry_surplus: bool = True
+    """Keep groups beyond train_batch_prompts for the next rollout step."""
     max_staleness: int = Field(1, ge=0, le=1000)
     """Weight versions a group may be behind the policy that trains on it; older ones are dropped and counted."""
     max_in_flight_groups: Count | None = None
@@ -112,7 +121,9 @@ class BatchConfig(Section):
     packing: bool = True
     """False: right-padded rectangles instead of packed (THD) sequences."""
     epochs: int = Field(1, ge=1, le=1000)
+    """Passes over the samples of a rollout step."""
     shuffle: bool = True
+    """Draw the mini-batches of a rollout step in random order."""
     feeder: Literal["plain", "dali"] = "plain"
     """How micro-batches get to the GPU, two ahead of their use, bit for bit the same. plain: one copy each from pinned memory, on a
     stream of its own. dali: NVIDIA DALI's external source (extra `dali`, 0.6 GB). Use plain: micro-batches come packed, so DALI
@@ -140,6 +151,7 @@ class CheckpointConfig(Section):
     best_metric: str | None = Field(None, min_length=1)
     """Name of a metric as in metrics.jsonl, such as val/aime/mean@32."""
     best_mode: Literal["max", "min"] = "max"
+    """Whether a higher or a lower best_metric is better."""
     async_save: bool = False
     """Write the checkpoints of `every` beside training: it waits only while each rank copies its part into host memory, where the
     part stays (14 bytes a parameter of the model, over all ranks). The last checkpoint is waited for. If such a save fails, the
@@ -154,7 +166,9 @@ class CheckpointConfig(Section):
     (a folder step_N, also of another run): go back to that one. Newer checkpoints of this run are set aside, not deleted. Later
     starts with the same choice go on from what was saved since. never: start anew."""
     export_every: Steps | None = None
+    """Rollout steps between exports in Hugging Face's format; null: none on the way."""
     export_at_end: bool = True
+    """Export the last weights in Hugging Face's format."""
 
     @model_validator(mode="after")
     def _check_fields(self) -> CheckpointConfig:
@@ -180,7 +194,9 @@ class ObserveConfig(Section):
     """What a run writes besides its weights."""
 
     tensorboard: bool = True
+    """Write event files for TensorBoard."""
     wandb_project: str | None = Field(None, min_length=1, max_length=128)
+    """Project on Weights & Biases (needs the extra `wandb`); null: not used."""
     mlflow_experiment: str | None = Field(None, min_length=1, max_length=128)
     """Experiment at MLFLOW_TRACKING_URI (extra `mlflow`). All outputs may be on at once."""
     swanlab_project: str | None = Field(None, min_length=1, max_length=100)
@@ -191,6 +207,7 @@ class ObserveConfig(Section):
     """Responses of each evaluation set that are written to samples/eval/step_000003.jsonl, as above. null: all, as with verl's
     trainer.validation_data_dir."""
     plot_at_end: bool = True
+    """Draw the run's metrics to plots in its folder at the end."""
     profile_steps: list[Steps] = Field(default_factory=list)
     """Rollout steps whose scoring and gradient steps rank 0 records with torch.profiler, in profile/step_000003.json.gz. Such a
     step is slower, and of a large model its trace has hundreds of MB."""

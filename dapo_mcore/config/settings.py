@@ -36,8 +36,11 @@ class Settings(Section):
     two_units: ClassVar[tuple[TwoUnits, ...]] = (TwoUnits("num_rollout_steps", "num_epochs", default=100),)
 
     name: Name = "run"
+    """The run's folder is output_dir/name."""
     output_dir: FilePath = "runs"
+    """Folder of runs, relative to where the run starts."""
     seed: Seed = 0
+    """Of weights without a loaded model, the order of prompts and the drawing of responses."""
     deterministic: bool = False
     """Use only kernels whose sums have a fixed order, so that a run on GPUs repeats bit by bit with the same GPUs, versions and
     layout; runs on CPUs do so without it. Costs speed: attention's backward pass has slower kernels, and NCCL only rings.

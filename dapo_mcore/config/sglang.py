@@ -38,6 +38,7 @@ class SGLangConfig(Section):
     python: FilePath | None = None
     """Interpreter of the environment that has SGLang; null: the trainer's own."""
     device: Literal["cuda", "cpu"] = "cuda"
+    """Where servers compute."""
     tensor_parallel: Count = 1
     """GPUs of one server."""
     first_gpu: int | None = Field(None, ge=0, le=10_000)
@@ -55,6 +56,7 @@ class SGLangConfig(Section):
     """More options of `sglang.launch_server`, without the dashes: {mem-fraction-static: 0.8}. true sets a flag, a list gives
     several values, null leaves an option of ours to SGLang."""
     start_timeout_s: Seconds = 900.0
+    """For a server's start, from its process to its first answer about its health."""
     restart_budget: int = Field(3, ge=0, le=1_000_000)
     """Restarts of servers during a run, over all servers. A server that fails three times in a row at the same place is not
     started again whatever is left."""
@@ -64,13 +66,16 @@ class SGLangConfig(Section):
     max_attempts: Count = 6
     """Attempts per sample, including the first."""
     connect_timeout_s: Seconds = 10.0
+    """For a connection to a server."""
     read_timeout_s: Seconds = 60.0
     """Limit from the first byte of an answer to its last."""
     request_timeout_s: Seconds = 3600.0
     """From sending a generation request to the end of its answer; with sampling.on_full keep, training lies in between. Also how
     long a request waits for the next sync, training included, when no server has the weights any more."""
     health_interval_s: Seconds = 10.0
+    """Between two questions about a server's health."""
     health_timeout_s: Seconds = 30.0
+    """For the answer to one."""
 
     sync: Literal["disk", "distributed", "tensor"] = "disk"
     """How weights reach the servers: safetensors in `sync_dir`, broadcasts from `senders` (NCCL, gloo on CPUs), or memory

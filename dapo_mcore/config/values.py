@@ -43,7 +43,9 @@ class TwoUnits(NamedTuple):
 class Section(BaseModel):
     """Base of every section: unknown keys, NaN and infinity fail, values cannot be changed after validation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
     two_units: ClassVar[tuple[TwoUnits, ...]] = ()
 
     @model_validator(mode="before")
