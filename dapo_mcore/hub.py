@@ -34,6 +34,13 @@ class HubRepo:
         return f"{self.name} at revision {self.revision}" if self.revision else self.name
 
 
+def is_offline() -> bool:
+    """Return True if nothing is downloaded: HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
 def download(repo: HubRepo, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     """Return a folder with the files of the repository that match a pattern (those of fnmatch) and are not ignored.
 
@@ -77,7 +84,7 @@ def _why_out_of_reach(repo: HubRepo) -> str:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         return "HF_HUB_OFFLINE is set"
     try:
         HfApi().repo_info(repo.name, revision=repo.revision or "main", repo_type=repo.kind, timeout=_TIMEOUT_S)

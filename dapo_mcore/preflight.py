@@ -21,6 +21,7 @@ from dapo_mcore.config.follows import describe_evaluation
 from dapo_mcore.config.schema import Config
 from dapo_mcore.data.rows import check_files
 from dapo_mcore.errors import ConfigError, RewardError, ToolError
+from dapo_mcore.hub import is_offline
 from dapo_mcore.observe.sinks import check_wandb
 from dapo_mcore.observe.trackers import check_trackers
 from dapo_mcore.process.launcher import check_launcher
@@ -91,11 +92,11 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
 
 
 def _check_weights(config: Config, hf_config: Any) -> list[str]:
-    """Check headers of weight files. Return a line if they are still on the hub, which only a run downloads."""
+    """Check headers of weight files. Return a line if they are still on the hub, which only a run downloads; offline that is an error."""
     from dapo_mcore.model_files.hf_folder import open_stored
     from dapo_mcore.model_files.model_folder import has_weights, hub_name, model_folder
 
-    folder = model_folder(config.model)
+    folder = model_folder(config.model, weights=is_offline())
     if hub_name(config.model.path) and not has_weights(folder):
         return [
             f"model.path: the weights of {config.model.path} are not in the cache yet; the run downloads them first"

@@ -16,8 +16,10 @@ import pytest
 
 from dapo_mcore.cli import main
 from dapo_mcore.config.file import load_config, parse_config
+from dapo_mcore.model_files.model_folder import _snapshot
 from dapo_mcore.preflight import check_files_of, describe_run, describe_step
 from tests.checkpoint.stored_checkpoint import truncate, write_checkpoint
+from tests.fake_hub import fake_hub
 from tests.mistakes import mistake
 from tests.model_files.character_model import CONFIG, write_tokenizer
 
@@ -464,3 +466,22 @@ def test_settings_without_effect_are_told(task: Path, capsys: pytest.CaptureFixt
         "# no effect: rollout.sglang.num_servers 2 (rollout.engine is embedded)",
         "# no effect: algo.kl.estimator k1 (algo.kl.coef is 0)",
     ]
+
+
+def test_weights_that_are_not_in_the_cache_are_told_and_offline_refused(
+    task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    files = {path.name: path.read_bytes() for path in (task / "model").iterdir()}
+    with fake_hub({"models/Org/Tiny": files | {"model.safetensors": b"-"}}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(task / "hub"))
+        command = ["config", "run.yaml", "model.path=Org/Tiny", "model.init=pretrained"]
+        assert main(command) == 0 and "the run downloads them first" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    _snapshot.cache_clear()
+    assert main(command) == 2 and "is not in the cache" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from typing import Any
 from dapo_mcore.errors import ConfigError, DataError, one_line
 from dapo_mcore.hub import HubRepo, download
 
-_PREFIX = "hf://"
+PREFIX = "hf://"
 _ENTRY = re.compile(
     r"hf://(?:datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<config>[^/:@]+))?:(?P<split>[\w.-]+)",
     re.ASCII,
@@ -26,7 +26,12 @@ _PATTERNS = tuple(f"*{suffix}{compression}" for suffix in _SUFFIXES for compress
 
 def is_hub_split(entry: str) -> bool:
     """Return True if an entry of `files` names a data set on the hub."""
-    return entry.startswith(_PREFIX)
+    return entry.startswith(PREFIX)
+
+
+def lacks_prefix(entry: str) -> bool:
+    """Return True if hf:// is all that an entry lacks to name a split: `openai/gsm8k/main:train`."""
+    return _ENTRY.fullmatch(PREFIX + entry) is not None
 
 
 @cache
@@ -91,6 +96,11 @@ def _splits(entry: str, folder: Path, config: str | None) -> dict[str, list[Path
         found = load_dataset_builder(str(folder), config).config.data_files or {}
     except Exception as error:  # its own errors have no common base
         raise DataError(
-            f"{entry}: datasets cannot tell its splits: {one_line(error, 400)}; a configuration is named as hf://ORG/NAME/CONFIG:SPLIT"
+            f"{entry}: datasets cannot tell its splits: {_told(error)}; a configuration is named as hf://ORG/NAME/CONFIG:SPLIT"
         ) from error
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def _told(error: Exception) -> str:
+    """Return the message without datasets' example, which calls load_dataset with the cache's folder."""
+    return one_line(str(error).partition("Example of usage")[0] or error, 400)

@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
+from dapo_mcore.data.hub_split import is_hub_split
 from dapo_mcore.data.json_rows import Row as Row
 from dapo_mcore.data.json_rows import read_json
 from dapo_mcore.data.sources import ARROW, COMPRESSED, Source, begin_of, format_of, hint, sources
@@ -45,7 +46,8 @@ def check_files(files: Sequence[str], section: str) -> None:
         except OSError as error:
             raise _unreadable(entry, error) from error
         except DataError as error:
-            raise DataError(f"{error}; correct {section}.files, or make the file first") from error
+            remedy = "" if is_hub_split(entry) else ", or make the file first"
+            raise DataError(f"{error}; correct {section}.files{remedy}") from error
 
 
 def lookup(columns: Mapping[str, Any], key: str) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapo_mcore.data.hub_split import is_hub_split, split_files
+from dapo_mcore.data.hub_split import PREFIX, is_hub_split, lacks_prefix, split_files
 from dapo_mcore.errors import DataError
 
 ARROW = "arrow"
@@ -94,7 +94,8 @@ def _sources_at(path: Path) -> list[Source]:
     if path.is_dir():
         return [Source(file, str(file)) for file in _files_of_folder(path)]
     if not path.is_file():
-        raise DataError(f"no data file at {path}")
+        on_hub = f"; a data set on the hub is {PREFIX}{path}" if lacks_prefix(str(path)) else ""
+        raise DataError(f"no data file at {path}{on_hub}")
     return [_known(path, str(path))]
 
 

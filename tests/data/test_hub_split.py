@@ -9,6 +9,7 @@ import pytest
 
 from dapo_mcore.data.hub_split import is_hub_split, split_files
 from dapo_mcore.data.rows import read_rows
+from dapo_mcore.data.sources import sources
 from dapo_mcore.errors import ConfigError, DataError
 from tests.fake_hub import fake_hub
 
@@ -99,7 +100,10 @@ def test_only_the_files_of_the_configuration_are_downloaded(hub):
     ("entry", "told"),
     [
         ("hf://org/sums/main:dev", "the data set has no split dev; it has train, test"),
-        ("hf://org/sums:train", "Config name is missing.*hf://ORG/NAME/CONFIG:SPLIT"),
+        (
+            "hf://org/sums:train",
+            r"among the available configs: \['main', 'other'\]; a configuration is named as hf://ORG/NAME/",
+        ),
         ("hf://org/sums/none:train", "'none' not found"),
         ("hf://org/sums", "names no split of a data set on the hub; write hf://ORG/NAME:SPLIT"),
         ("hf://sums:train", "names no split"),
@@ -108,6 +112,13 @@ def test_only_the_files_of_the_configuration_are_downloaded(hub):
 def test_a_mistake_in_an_entry_is_told_with_what_there_is(hub, entry: str, told: str):
     with pytest.raises(DataError, match=told):
         split_files(entry)
+
+
+def test_an_entry_without_its_prefix_is_no_file_and_is_told_it():
+    with pytest.raises(
+        DataError, match="no data file at openai/gsm8k/main:train; a data set on the hub is hf://openai/gsm8k/main:t"
+    ):
+        sources("openai/gsm8k/main:train")
 
 
 def test_without_datasets_the_package_is_named(hub, monkeypatch):
