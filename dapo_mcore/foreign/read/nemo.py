@@ -15,7 +15,7 @@ from dapo_mcore.errors import ConfigError
 from dapo_mcore.foreign.bash.values import Value
 from dapo_mcore.foreign.read.hydra import override
 from dapo_mcore.foreign.read.script import training_start
-from dapo_mcore.foreign.read.tree import Tree, load_tree, settings_of
+from dapo_mcore.foreign.read.tree import Tree, file_beside, load_tree, settings_of
 from dapo_mcore.foreign.settings import ForeignRun
 
 BASE = "grpo_math_1B.yaml"
@@ -26,7 +26,6 @@ _REMEDY = (
 )
 _SECTIONS = ("grpo", "policy")
 _DEEPEST = 20
-_PARENTS = 6
 _LONGEST_TEXT = 100_000
 
 
@@ -40,7 +39,7 @@ def read_nemo(file: Path) -> ForeignRun:
     start = training_start(file, _entry_place, _REMEDY)
     words = start.passes[0]
     name = _config_name(words)
-    found = _beside(file, name.text) if name else None
+    found = file_beside(file, name.text) if name else None
     if found is None:
         shown = name.text if name else "no --config"
         raise ConfigError(
@@ -64,16 +63,11 @@ def _config_name(words: Sequence[Value]) -> Value | None:
 
 def text_beside(file: Path, name: str) -> str | None:
     """Return the text of a .txt file that a configuration names from the top of its repository; None if it is not to be found."""
-    found = _beside(file, name, (".txt",))
+    found = file_beside(file, name, (".txt",))
     try:
         return found.read_text(encoding="utf-8") if found and found.stat().st_size <= _LONGEST_TEXT else None
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _beside(file: Path, name: str, endings: tuple[str, ...] = (".yaml", ".yml")) -> Path | None:
-    folders = [Path(), *file.resolve().parents[:_PARENTS]]
-    return next((folder / name for folder in folders if name.endswith(endings) and (folder / name).is_file()), None)
 
 
 def _composed(file: Path, config: Path, words: list[Value], notes: list[str]) -> ForeignRun:

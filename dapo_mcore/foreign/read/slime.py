@@ -14,7 +14,8 @@ from dapo_mcore.foreign.bash.values import Value
 from dapo_mcore.foreign.read.hydra import plain
 from dapo_mcore.foreign.read.passes import one_setting_per_key
 from dapo_mcore.foreign.read.script import training_start
-from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
+from dapo_mcore.foreign.read.tree import file_beside, load_tree
+from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting, last_of_each_key
 
 _ENTRIES = frozenset({"train.py", "train_async.py"})
 _REMEDY = "give a script that starts slime's trainer (python3 train.py --rollout-batch-size …)"
@@ -29,8 +30,9 @@ _LISTS = frozenset(
     ]
 )
 _OPPOSITES = {"no-offload-train": "offload-train", "no-offload-rollout": "offload-rollout"}
+_FURTHER = "custom-config-path"
 _ELSEWHERE = {
-    "custom-config-path": "further arguments are in that file; give them as flags",
+    _FURTHER: "further arguments are in that file, which is not beside the script; give them as flags",
     "eval-config": "its evaluation sets are not read; write them below eval.sets",
     "megatron-config-path": "its fields are not read; write them below megatron",
 }
@@ -44,10 +46,21 @@ def read_slime(file: Path) -> ForeignRun:
     for words in start.passes:
         flags = list(_flags(words, notes))
         passes.append([_setting(file.name, flag, values) for flag, values in flags])
-    settings = one_setting_per_key(passes, start.line)
+    settings = _with_further(file, one_setting_per_key(passes, start.line))
     notes += [f"--{setting.key}: {_ELSEWHERE[setting.key]}" for setting in settings if setting.key in _ELSEWHERE]
     entry = start.entry.rpartition("/")[2]
     return ForeignRun("slime", file, entry, "", settings, notes=tuple(dict.fromkeys(notes)))
+
+
+def _with_further(file: Path, settings: tuple[ForeignSetting, ...]) -> tuple[ForeignSetting, ...]:
+    """Return the settings with those of the YAML file of --custom-config-path, which replace flags. Without it if it is not there."""
+    named = next((setting for setting in settings if setting.key == _FURTHER), None)
+    found = file_beside(file, str(named.value)) if named is not None and named.is_known else None
+    if found is None:
+        return settings
+    flags = [setting for setting in settings if setting is not named]
+    further = load_tree(found).items()
+    return last_of_each_key([*flags, *(ForeignSetting(k.replace("_", "-"), v, found.name) for k, v in further)])
 
 
 def _entry_place(words: Sequence[str]) -> int | None:

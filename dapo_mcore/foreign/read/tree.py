@@ -19,6 +19,7 @@ from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting, last_of_each
 Tree = dict[str, Any]
 _LEAF = re.compile(r"\$\{([^${}]*)\}")
 _DEEPEST = 40
+_PARENTS = 6
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,6 +48,12 @@ def load_tree(file: Path) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a {type(tree).__name__} at the top; a configuration is a mapping of keys")
     return tree
+
+
+def file_beside(file: Path, name: str, endings: tuple[str, ...] = (".yaml", ".yml")) -> Path | None:
+    """Return the file that a configuration or script names from the top of its repository; None if it is not to be found."""
+    folders = [Path(), *file.resolve().parents[:_PARENTS]]
+    return next((folder / name for folder in folders if name.endswith(endings) and (folder / name).is_file()), None)
 
 
 def read_resolved(dialect: str, file: Path, sections: set[str], remedy: str) -> ForeignRun:

@@ -11,6 +11,7 @@ from functools import partial
 from dapo_mcore.config.foreign_names import SLIME as NAMES
 from dapo_mcore.foreign.table import Rule, Table, changed, combined, joined, lost, meaningless
 from dapo_mcore.foreign.table import same as _same
+from dapo_mcore.foreign.tables import slime_mis
 from dapo_mcore.foreign.tables import slime_objective as objective
 from dapo_mcore.foreign.tables import slime_run as run
 from dapo_mcore.foreign.tables import slime_servers as servers
@@ -93,8 +94,9 @@ _RULES = (
              "calculate-per-token-loss"),
     combined(objective.kl, "algo.kl.coef, algo.kl.place, algo.kl.estimator", "use-kl-loss", "kl-loss-coef", "kl-loss-type", "kl-coef"),
     same("entropy-coef"),
-    combined(objective.correction, "algo.tis.mode, algo.tis.lower, algo.tis.cap, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low",
-             "custom-tis-function-path", "use-rollout-logprobs", "keep-old-actor"),
+    combined(objective.correction, "algo.tis.mode, algo.tis.lower, algo.tis.cap, algo.tis.level, algo.tis.normalize, algo.rejection, "
+             "algo.rejection_divisor, algo.old_logprobs", "use-tis", "tis-clip", "tis-clip-low", "custom-tis-function-path",
+             "use-rollout-logprobs", "keep-old-actor", *slime_mis.SETTINGS),
     Rule(("rollout-top-p",), (), objective.top_p, "log-probs are those of all tokens here, not of the nucleus", objective=True),
     combined(run.batch, "batch.mini_batch_prompts, batch.shuffle, batch.max_tokens", "global-batch-size", "num-steps-per-rollout",
              "max-tokens-per-gpu", "micro-batch-size"),

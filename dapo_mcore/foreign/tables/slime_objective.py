@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.tables import slime_mis
 
 NO_LIMIT = 1_000_000
 """As good as none: the most that a count may be."""
@@ -169,6 +170,8 @@ def correction(source: Source) -> Iterator[Outcome]:
         yield Outcome("converted", (own, "use-tis"), "algo.tis.mode", "icepop", "weights outside the bounds are 0")
         yield became(source, "algo.tis.lower", source["tis-clip-low"], "tis-clip-low")
         yield became(source, "algo.tis.cap", source["tis-clip"], "tis-clip")
+    elif source["use-tis"] and str(source[own]).endswith(slime_mis.FUNCTION) and source["tis-mode"] is not None:
+        yield from slime_mis.correction(source, own)
     elif source["use-tis"]:
         yield gone("a correction of your own; nearest: algo.tis, algo.rejection", own, objective=True)
         yield asked("algo.tis.mode", "the weights in its place: off, truncate, mask or icepop", own)

@@ -79,3 +79,18 @@ def test_a_json_value_ends_where_it_is_whole(tmp_path: Path) -> None:
         "lr": 1e-6,
     }
     assert any("may hold further flags" in note for note in run.notes)
+
+
+def test_the_file_of_further_arguments_replaces_flags(tmp_path: Path) -> None:
+    """It is named from the top of slime's repository."""
+    (tmp_path / "examples/mis").mkdir(parents=True)
+    (tmp_path / "examples/mis/mis.yaml").write_text("use_tis: true\ntis_level: token\neps_clip: 1.0e-4\n")
+    script = tmp_path / "examples/mis/run.sh"
+    script.write_text("python3 train.py --eps-clip 0.2 --custom-config-path examples/mis/mis.yaml\n")
+    found = {setting.key: (setting.value, setting.where) for setting in read_slime(script).settings}
+    assert found == {
+        "eps-clip": (1e-4, "mis.yaml"), "use-tis": (True, "mis.yaml"), "tis-level": ("token", "mis.yaml"),
+    }  # fmt: skip
+    (tmp_path / "examples/mis/mis.yaml").unlink()
+    run = read_slime(script)
+    assert "custom-config-path" in run.by_key() and "not beside the script" in run.notes[0]
