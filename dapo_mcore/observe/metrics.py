@@ -161,7 +161,7 @@ METRICS: dict[str, Metric] = {
     "tis/weight_mean_after": Metric(
         "", "the weight after algo.tis, which multiplies a token's loss, mean over loss tokens"
     ),
-    "tis/truncated_ratio": Metric("fraction", "loss tokens whose weight algo.tis truncated to the cap, or masked"),
+    "tis/truncated_ratio": Metric("fraction", "loss tokens whose weight a bound of algo.tis changed, or made 0"),
     "tis/effective_sample_size": Metric(
         "fraction", "(Σw)² / (N·Σw²) of the weights after algo.tis over N loss tokens: 1 if all are equal"
     ),
