@@ -55,16 +55,18 @@ def lengths(source: Source) -> Iterator[Outcome]:
         f"{_GENERATION}.max_new_tokens",
         "policy.max_total_sequence_length",
     )
+    places = ["data", *(["eval.sets.validation"] if is_evaluated(source) else [])]
     if source[prompt] is None or source[prompt] >= source[whole]:
-        yield asked(
-            "data.max_prompt_tokens",
-            f"there prompts and responses share {source[whole]} tokens; here each has a limit",
-            whole,
-        )
+        note = f"there prompts and responses share {source[whole]} tokens; here each has a limit"
+        yield asked("data.max_prompt_tokens", note, whole)
+        for place in places[1:]:
+            yield asked(f"{place}.max_prompt_tokens", "as data.max_prompt_tokens", whole)
         yield asked("rollout.max_response_tokens", f"the rest of {source[whole]} tokens", whole)
         return
-    yield became(source, "data.max_prompt_tokens", source[prompt], prompt)
-    yield Outcome("converted", (prompt,), "data.on_long_prompt", "drop", "longer ones are left out of the loss there")
+    for place in places:
+        yield became(source, f"{place}.max_prompt_tokens", source[prompt], prompt)
+        note = "longer ones are left out of the loss there"
+        yield Outcome("converted", (prompt,), f"{place}.on_long_prompt", "drop", note)
     left = min(source[response], source[whole] - source[prompt])
     note = (
         "" if left == source[response] else f"what max_total_sequence_length {source[whole]} leaves the longest prompt"

@@ -13,6 +13,8 @@ from dapo_mcore.foreign.table import Outcome, Source, asked, became
 _GENERATION = "policy.generation"
 _VLLM, _SGLANG = f"{_GENERATION}.vllm_cfg", f"{_GENERATION}.sglang_cfg"
 _SHARED = f"{_GENERATION}.colocated.enabled"
+_LEFT_TO_SGLANG = ("random-seed", "skip-server-warmup", "context-length")
+"""NeMo-RL's context is its longest sequence, of which SGLang uses two positions less."""
 _NODES, _PER_NODE = "cluster.num_nodes", "cluster.gpus_per_node"
 
 
@@ -99,11 +101,6 @@ def _sglang_options(source: Source) -> Iterator[Outcome]:
         )
     for name, value in source.below(_SGLANG).items():
         option, key = name.replace("_", "-"), f"{_SGLANG}.{name}"
-        if (
-            "." in name
-            or option in OWNED_ARGS
-            or option in ("random-seed", "skip-server-warmup", "tp-size")
-            or value is None
-        ):
+        if "." in name or option in OWNED_ARGS or option in _LEFT_TO_SGLANG or value is None:
             continue
         yield Outcome("converted", (key,), "rollout.sglang.server_args", {option: value}, "with dashes")

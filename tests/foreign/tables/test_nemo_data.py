@@ -16,6 +16,11 @@ def test_limits_of_prompts_and_responses() -> None:
     limits = {"data.max_input_seq_length": 200, "policy.max_total_sequence_length": 1000}
     found = ours(limits)
     assert (found["data.max_prompt_tokens"], found["rollout.max_response_tokens"]) == (200, 800)
+    evaluated = ours({**limits, "data.validation.data_path": "/e.jsonl"})
+    assert (evaluated["eval.sets.validation.max_prompt_tokens"], evaluated["eval.sets.validation.on_long_prompt"]) == (
+        200,
+        "drop",
+    )
     assert ours({**limits, "policy.generation.max_new_tokens": 500})["rollout.max_response_tokens"] == 500
     assert {"data.max_prompt_tokens", "rollout.max_response_tokens"} <= set(imported({}).asked)
 

@@ -42,7 +42,7 @@ def test_sglangs_own_options() -> None:
     found = ours(
         {
             "policy.generation.backend": "sglang", "cluster.gpus_per_node": 8, f"{place}.sglang_server_config.num_gpus_per_engine": 2,
-            f"{place}.mem_fraction_static": 0.7, f"{place}.model_path": "x", f"{place}.random_seed": 1,
+            f"{place}.mem_fraction_static": 0.7, f"{place}.model_path": "x", f"{place}.random_seed": 1, f"{place}.context_length": 512,
             f"{place}.sglang_server_config.sglang_server_concurrency": 64,
         }
     )  # fmt: skip
