@@ -416,6 +416,12 @@ def test_a_mistake_is_told_once_before_any_rank_starts(jobs: Jobs) -> None:
     assert log.count("optimizer.lr") == 1 and "torchrun" not in log, log
 
 
+def is_free(port: int) -> bool:
+    with suppress(OSError), socket.create_server(("", port)):
+        return True
+    return False
+
+
 @pytest.mark.slurm
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_doctor_ends_a_job_whose_second_node_cannot_start_its_server(
@@ -424,8 +430,9 @@ def test_doctor_ends_a_job_whose_second_node_cannot_start_its_server(
     monkeypatch.setitem(jobs.environment, "DOCTOR", "1")
     fake = fake_beside_reward(tmp_path)
     keys = [f"reward.function={tmp_path}/reward.py:compute_score", f"rollout.sglang.python={fake}"]
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
+    # two in a row that the kernel gives to no client of another test
+    port = next(port for port in range(20_001 + os.getpid() % 10_000, 32_000) if is_free(port - 1) and is_free(port))
+    with socket.create_server(("", port)):
         places = {"placement": "nodes", "host": "node", "num_servers": 2, "base_port": port - 1}
         job = jobs.submit(
             "refused", *SERVED, *keys, *(f"rollout.sglang.{key}={value}" for key, value in places.items())
