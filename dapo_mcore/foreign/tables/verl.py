@@ -173,7 +173,7 @@ _OBJECTIVE = (
              "algorithm.kl_ctrl.kl_coef",
              "algorithm.kl_ctrl.type", "algorithm.kl_penalty", f"{_A}.use_kl_loss", f"{_A}.kl_loss_coef", f"{_A}.kl_loss_type"),
     combined(objective.tools, "tools", f"{_R}.multi_turn.enable", f"{_R}.multi_turn.tool_config_path",
-             f"{_R}.multi_turn.interaction_config_path"),
+             f"{_R}.multi_turn.interaction_config_path", "data.tool_config_path", f"{_R}.agent.default_agent_loop"),
     lost("a reward model's score; nearest: serve it, and ask it from a reward function path.py:name", "reward_model.enable",
          "reward.reward_model.enable", objective=True),
     lost("code runs in no sandbox of verl's; nearest: a reward function path.py:name that calls it",

@@ -14,6 +14,7 @@ from dapo_mcore.foreign.tables.verl_defaults import is_megatron
 _ACTOR = "actor_rollout_ref.actor"
 _COV = f"{_ACTOR}.policy_loss"
 _GROUP = "actor_rollout_ref.rollout.n"
+_AGENT = "actor_rollout_ref.rollout.agent.default_agent_loop"
 _TURNS = "actor_rollout_ref.rollout.multi_turn"
 POLICY_LOSS = tuple(
     f"{_COV}.{name}"
@@ -329,14 +330,17 @@ def overlong(source: Source) -> Iterator[Outcome]:
 
 
 def tools(source: Source) -> Iterator[Outcome]:
-    """Yield what a run with tools loses: the tools are to be written in our section `tools`."""
-    files = [key for key in (f"{_TURNS}.tool_config_path", f"{_TURNS}.interaction_config_path") if source.gives(key)]
-    if source[f"{_TURNS}.enable"] or (files and source.gives(CONFIGURATION)):
-        key = files[0] if files else f"{_TURNS}.enable"
+    """Yield what a run with tools loses: the tools are to be written in our section `tools`. verl b178a3c puts the schemas of a
+    tool_config_path into every prompt, also where multi_turn.enable is off."""
+    named = (f"{_TURNS}.tool_config_path", "data.tool_config_path")
+    talks = (f"{_TURNS}.interaction_config_path",)
+    on = source[f"{_TURNS}.enable"] or source[_AGENT] == "tool_agent" or source.gives(CONFIGURATION)
+    files = [key for key in (*named, *(talks if on else ())) if source.gives(key) and source.path(key)]
+    switch = f"{_TURNS}.enable" if source[f"{_TURNS}.enable"] else _AGENT if source[_AGENT] == "tool_agent" else ""
+    if files or switch:
         yield gone(
-            "the tools and interactions are not read, and without them the policy learns another task; nearest: write them in the section tools, as "
-            "examples/retool.yaml does, and their limits in agent",
-            key,
-            *files[1:],
+            "the tools and interactions are not read, and without them the policy learns another task; nearest: write them in the section "
+            "tools, as examples/retool.yaml does, and their limits in agent",
+            *(files or (switch,)),
             objective=True,
         )

@@ -200,10 +200,23 @@ def test_arguments_of_a_reward_function_as_one_mapping() -> None:
     assert ours(newer)["reward.function"] == "r.py:rate"
 
 
-def test_tools_are_lost_only_if_they_are_on() -> None:
-    tools = {f"{R}.multi_turn.enable": True, f"{R}.multi_turn.tool_config_path": "tools.yaml"}
-    assert lost(tools) == {f"{R}.multi_turn.tool_config_path": True}
-    assert lost({f"{R}.multi_turn.enable": False, f"{R}.multi_turn.tool_config_path": "tools.yaml"}) == {}
+def test_tools_are_lost_wherever_verl_has_them() -> None:
+    """b178a3c puts the schemas of tool_config_path into prompts whatever `enable` says."""
+    file, talks, agent = (
+        f"{R}.multi_turn.tool_config_path",
+        f"{R}.multi_turn.interaction_config_path",
+        f"{R}.agent.default_agent_loop",
+    )
+    for settings, key in (
+        ({f"{R}.multi_turn.enable": True, file: "tools.yaml"}, file),
+        ({f"{R}.multi_turn.enable": False, file: "tools.yaml"}, file),
+        ({f"{R}.multi_turn.enable": True}, f"{R}.multi_turn.enable"),
+        ({f"{R}.multi_turn.enable": True, talks: "talks.yaml"}, talks),
+        ({agent: "tool_agent"}, agent),
+    ):
+        assert lost(settings) == {key: True}
+    for nothing in ({f"{R}.multi_turn.enable": False, file: None}, {talks: "talks.yaml"}, {agent: "single_turn_agent"}):
+        assert lost(nothing) == {}
 
 
 def test_another_program_may_optimise_something_else() -> None:
