@@ -153,7 +153,7 @@ VERL: Mapping[str, Name] = {
     f"{_OPTIM}.lr_scheduler_type": Name("optimizer.schedule", "constant or cosine"),
     f"{_OPTIM}.lr_decay_style": Name("optimizer.schedule", "constant or cosine"),
     f"{_OPTIM}.lr_decay_steps": Name("optimizer.decay_rollout_steps", "rollout steps"),
-    f"{_OPTIM}.weight_decay": Name("optimizer.weight_decay"),
+    f"{_OPTIM}.weight_decay": Name("optimizer.weight_decay", "of matrices; verl's FSDP decays norms and biases, too"),
     f"{_OPTIM}.betas": Name("optimizer.beta1, optimizer.beta2"),
     f"{_OPTIM}.clip_grad": Name("optimizer.clip_grad"),
     f"{_ACTOR}.grad_clip": Name("optimizer.clip_grad"),

@@ -43,7 +43,8 @@ def read_verl(file: Path) -> ForeignRun:
     for words in start.passes:
         name, folder, settings, found = _overrides(file.name, words)
         if name.text:
-            config, below = _configuration(file, name, folder)
+            config, below, told = _configuration(file, name, folder)
+            notes += told
         notes += found
         passes.append(settings)
     settings = last_of_each_key([*below, *one_setting_per_key(passes, start.line)])
@@ -65,23 +66,23 @@ def module_of(entry: str) -> str:
     return entry.removesuffix(".py").lstrip("./").replace("/", ".")
 
 
-def _configuration(file: Path, name: Value, folder: str) -> tuple[str, list[ForeignSetting]]:
-    """Return the configuration of verl that the run's own one begins with, and the settings of the own one.
+def _configuration(file: Path, name: Value, folder: str) -> tuple[str, list[ForeignSetting], list[str]]:
+    """Return the configuration of verl that the run's own one begins with, the settings of the own one, and where it is.
 
     One that is neither beside the script nor in a folder above it becomes the setting `config-name`, which the table takes for a
     loss.
     """
     if _KNOWN_CONFIG.fullmatch(name.text) and not name.unknown and not name.others:
-        return name.text, []
+        return name.text, [], []
     found = None if name.unknown or name.others else _own_file(file, name.text, folder)
     if found:
         tree = load_tree(found)
         named, _ = tree.pop("defaults", []), tree.pop("hydra", None)
         bases = [base for base in (named if isinstance(named, list) else [named]) if base != "_self_"]
         if len(bases) <= 1 and all(isinstance(base, str) and _KNOWN_CONFIG.fullmatch(base) for base in bases):
-            return (bases or [""])[0], list(settings_of(tree, found.name))
+            return (bases or [""])[0], list(settings_of(tree, found.name)), [f"--config-name {name.text} is {found}"]
     unread = ForeignSetting("config-name", name.text, f"{file.name} line {name.line}", name.unknown)
-    return name.text, [unread]
+    return name.text, [unread], []
 
 
 def _own_file(file: Path, name: str, folder: str) -> Path | None:

@@ -168,5 +168,6 @@ def test_a_configuration_above_the_script_is_read(tmp_path: Path) -> None:
     for folder in ("$PWD/examples/config", "$(pwd)/examples/config", "$ROOT/examples/config", "examples/config"):
         run = read(below, OWN.replace("$PWD/config", folder))
         assert (run.config, run.by_key()["data.shuffle"].value) == ("ppo_trainer", False), folder
+        assert run.notes == (f"--config-name my_own is {tmp_path / 'examples' / 'config' / 'my_own.yaml'}",)
     absolute = read(below, OWN.replace("$PWD/config", "/opt/config"))
     assert absolute.by_key()["config-name"].value == "my_own"
