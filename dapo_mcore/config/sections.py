@@ -46,7 +46,8 @@ class RolloutConfig(Section):
     max_batch: Count = 1024
     """Embedded engine: sequences decoded at once."""
     async_steps: int = Field(0, ge=0, le=1)
-    """1: servers generate the next step's groups while the ranks train on this step's, which are one version older."""
+    """1: servers generate the next step's groups while the ranks train on this step's, which are one version older.
+    A resumed run generates them again, with the newest weights, so it is not bit by bit the run that was not interrupted."""
     num_threads: Count | None = None
     """Embedded engine: CPU threads while generating; None takes all cores."""
     sglang: SGLangConfig = SGLangConfig()
