@@ -6,10 +6,11 @@ from several keys in nemo_objective.py, nemo_run.py, nemo_data.py and nemo_serve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from dapo_mcore.config.foreign_names import NEMO as NAMES
-from dapo_mcore.foreign.table import Table, changed, combined, joined, lost, meaningless
+from dapo_mcore.foreign.table import Outcome, Rule, Source, Table, changed, combined, gone, joined, lost, meaningless
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import nemo_data as data
 from dapo_mcore.foreign.tables import nemo_objective as objective
@@ -23,6 +24,22 @@ _G, _M, _L = "policy.generation", "policy.megatron_cfg", "loss_fn"
 
 def _below(prefix: str, names: str) -> tuple[str, ...]:
     return tuple(f"{prefix}.{name}" for name in names.split())
+
+
+def lost_together(what: str, *keys: str) -> Rule:
+    """Return the rule of settings that are one loss of the objective, named and accepted by the first of them that is on."""
+    reads = Rule(keys, (), lambda _: ()).reads
+
+    def apply(source: Source) -> Iterator[Outcome]:
+        on = [
+            setting.key
+            for setting in source.run.settings
+            if reads(setting.key) and setting.value not in (None, False, {}, [])
+        ]
+        if on:
+            yield gone(what, *on, objective=True)
+
+    return Rule(keys, (), apply, what, objective=True)
 
 
 _OF_MEGATRON = _below(
@@ -208,13 +225,12 @@ _RULES = (
          f"{_M}.cp_normalize", objective=True),
     lost("the language model trains", f"{_M}.freeze_config.freeze_language_model", objective=True),
     lost("a response ends at its end token", f"{_G}.ignore_eos", objective=True),
-    lost("a policy that is trained quantized; nearest: model.fp8", "policy.quant_cfg", "policy.quant_calib_*", "policy.quant_batch_size",
-         "policy.quant_sequence_length", objective=True),
+    lost_together("a policy that is trained quantized; nearest: model.fp8", "policy.quant_*"),
     lost("images, sound and video are not read: the policy would see the text alone", "policy.is_vlm", "data.*.video_*", "data.*.num_frames",
          "policy.tokenizer.video.*", "policy.tokenizer.audio.*", "policy.tokenizer.use_processor", f"{_G}.vllm_cfg.video.*",
          f"{_G}.vllm_cfg.limit_mm_per_prompt.*", objective=True),
     lost("a reward model; nearest: a reward function path.py:name", "policy.reward_model_cfg.enabled", objective=True),
-    lost("the first weights come from model.path", "policy.pretrained_checkpoint.*", "checkpointing.pretrained_checkpoint.*", objective=True),
+    lost_together("the first weights come from model.path", "policy.pretrained_checkpoint.*", "checkpointing.pretrained_checkpoint.*"),
     lost("the engine's routes are not replayed; nearest: model.routing_replay scoring", "policy.router_replay.enabled"),
     lost("no draft model is trained", "policy.draft.enabled"),
     lost("a part of the rows alone", "data.train.allowed_problem_types", "data.validation.allowed_problem_types", "data.*.min_generation_tokens",
@@ -223,9 +239,9 @@ _RULES = (
     lost("an evaluation at the end; nearest: eval.every that divides the steps", "grpo.val_at_end"),
     lost("evaluation begins with the first eval.every", "grpo.val_start_at", off=(None, -1, 0)),
     lost("weights of several rewards", "grpo.adv_estimator.reward_weights", objective=True),
-    lost("penalties on thoughts and answers; nearest: a reward function", "reward_penalties.*", off=(None, False), objective=True),
-    lost("no teacher's KL; nearest: a reward function", "on_policy_distillation", "on_policy_distillation.*", objective=True),
-    lost("another trainer, whose samples may be older; nearest: rollout.async_steps", "async_rl.*", objective=True),
+    lost_together("penalties on thoughts and answers; nearest: a reward function", "reward_penalties.*"),
+    lost_together("no teacher's KL; nearest: a reward function", "on_policy_distillation", "on_policy_distillation.*"),
+    lost_together("another trainer, whose samples may be older; nearest: rollout.async_steps", "async_rl.*"),
 )  # fmt: skip
 
 NEMO = Table("nemo", "NeMo-RL 7ea279a (2026-08-22)", nemo_defaults, _RULES)

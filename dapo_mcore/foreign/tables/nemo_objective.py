@@ -66,7 +66,7 @@ def _environments(source: Source) -> Iterator[Outcome]:
         elif section == "env" and name == "dapo":
             yield Outcome("meaningless", (setting.key,), note="env.math says it")
         elif section == "env" and name != "math":
-            others.setdefault(name, []).append(setting.key)
+            others.setdefault("nemo_gym" if name.startswith("should_") else name, []).append(setting.key)
     for name, keys in others.items():
         what = "it gives the prompts or the rewards there; nearest: a reward function path.py:name, tools"
         yield gone(f"the environment {name}: {what}", *keys, objective=True)

@@ -85,6 +85,16 @@ def test_a_key_that_the_table_does_not_know_is_a_loss() -> None:
         assert conversion.losses[key] is changes
 
 
+def test_settings_that_are_one_loss_have_one_name() -> None:
+    conversion = run_of({"async_rl.sampler.name": "fifo", "async_rl.max_inflight_prompts": 8, "policy.quant_cfg": None})
+    assert conversion.losses["async_rl.sampler.name"] is True
+    assert conversion.unaccepted(["async_rl.sampler.name"]) == []
+    assert (conversion.kind_of("async_rl.max_inflight_prompts"), conversion.kind_of("policy.quant_cfg")) == (
+        "lost",
+        "meaningless",
+    )
+
+
 def test_every_key_that_a_rule_sets_is_ours() -> None:
     ours = {key for rule in NEMO.rules for key in rule.ours}
     assert sorted(key for key in ours - STILL_TO_COME if kind_of(key.split(".")) is None) == []

@@ -168,5 +168,7 @@ def test_corrections() -> None:
 def test_another_environment_is_lost_by_one_name() -> None:
     game = {"env.sliding_puzzle_game.cfg.max_moves": 30, "env.sliding_puzzle_game.cfg.size": 5}
     assert losses(game) == {"env.sliding_puzzle_game.cfg.max_moves": True}
+    gym = {"env.should_use_nemo_gym": True, "env.should_log_nemo_gym_responses": True, "env.nemo_gym.num_gpu_nodes": 1}
+    assert losses(gym) == {"env.should_use_nemo_gym": True}
     assert losses({"env.dapo.num_workers": 8, "env.should_use_nemo_gym": False}) == {}
     assert losses({"env.math.verifier_type": "english"}) == {"env.math.verifier_type": True}
