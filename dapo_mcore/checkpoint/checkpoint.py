@@ -68,13 +68,13 @@ def save_checkpoint(
     actor: Actor,
     state: TrainState | None,
     layout: Layout,
-    keep: int,
+    keep: int | None,
     warn: Callable[[str], None] = print,
     best: Best | None = None,
 ) -> Path:
     """Write a checkpoint and return its folder; `state` comes from rank 0, the others give None.
 
-    The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints and the `best` are
+    The folder gets its name once everything in it is on disk; then all but the newest `keep` checkpoints (None: all) and the `best` are
     deleted, and `warn` is told of any that cannot be. Raises CheckpointError where the disk does not take it, and TrainingError if a
     tensor on any rank is not finite; the checkpoints before stay whole. Collectives: every rank must call it. All ranks must see
     `run_dir`.
@@ -91,7 +91,7 @@ def save_checkpoint(
 
 
 def begin_checkpoint(
-    run_dir: Path, actor: Actor, state: TrainState | None, layout: Layout, keep: int, best: Best | None = None
+    run_dir: Path, actor: Actor, state: TrainState | None, layout: Layout, keep: int | None, best: Best | None = None
 ) -> tuple[Publication, list[CheckpointBlock]]:
     """Make the folder of a checkpoint and write what is no tensor. Return what is to be published, and this rank's blocks.
 

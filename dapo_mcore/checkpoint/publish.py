@@ -33,14 +33,14 @@ class Publication(NamedTuple):
     partial     the folder that the ranks write to
     folder      its name once it is whole
     num_ranks   ranks that write, each a part of the index
-    keep        newest checkpoints that are kept
+    keep        newest checkpoints that are kept; None for all
     best        which others are kept; None for none
     """
 
     partial: Path
     folder: Path
     num_ranks: int
-    keep: int
+    keep: int | None
     best: Best | None = None
 
 

@@ -37,7 +37,7 @@ class Saves:
         self,
         run_dir: Path,
         layout: Layout,
-        keep: int,
+        keep: int | None,
         warn: Callable[[str], None] = print,
         *,
         background: bool = False,

@@ -136,8 +136,8 @@ class EvalConfig(Section):
 
     sets: dict[Name, EvalSetConfig] = Field(default_factory=dict)
     """Name and files of each set, for instance {aime: {files: aime.parquet}}."""
-    every: Steps = 5
-    """Rollout steps between evaluations."""
+    every: Steps | None = 5
+    """Evaluate every this many rollout steps, and after the last one. null: only then and as `at_start` says."""
     at_start: bool = True
     """Evaluate before the first rollout step, too."""
     samples_per_prompt: Count = 8

@@ -227,7 +227,12 @@ def _wide_servers(c: Settings) -> Iterator[str]:
 def _seldom_judged(c: Settings) -> Iterator[str]:
     """Checkpoints count among the best only where they are evaluated."""
     metric, saved, judged = c.checkpoint.best_metric or "", c.checkpoint.every, c.eval.every
-    if metric.startswith("val/") and saved and saved % judged:
+    if metric.startswith("val/") and saved and judged is None:
+        yield (
+            f"checkpoint.best_metric {metric} is known after the last rollout step alone (eval.every is null): only the last checkpoint "
+            "can be the best; set eval.every, so that it divides checkpoint.every"
+        )
+    elif metric.startswith("val/") and saved and saved % judged:
         yield (
             f"checkpoint.best_metric {metric} is known every {judged} rollout steps (eval.every), and checkpoint.every is {saved}: "
             f"only the last checkpoint and those of each {math.lcm(saved, judged)} steps can be the best; let eval.every divide "

@@ -63,9 +63,10 @@ def describe_evaluation(c: Settings, num_prompts: Mapping[str, int], most: int |
             f"{name} {'at least ' if count == most else ''}{count:,} prompts × {samples} = {count * samples:,}"
         )
         total += count * samples
-    at_start = ", before the first step" if c.eval.at_start else ""
+    times = [f"every {c.eval.every} rollout steps"] if c.eval.every else []
+    times += [*(["before the first step"] if c.eval.at_start else []), "after the last"]
     return [
-        f"evaluation every {c.eval.every} rollout steps{at_start} and after the last: {'; '.join(parts)}; together "
+        f"evaluation {', '.join(times[:-1])}{' and ' if times[:-1] else ''}{times[-1]}: {'; '.join(parts)}; together "
         f"{'at least ' if is_cut else ''}{total:,} samples"
     ]
 

@@ -143,8 +143,8 @@ class CheckpointConfig(Section):
     """Save every this many rollout steps. null: only as `at_end` says."""
     at_end: bool = True
     """Save after the last step, and when a signal ends the run. False with `every` null never saves."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    keep: int | None = Field(2, ge=1)
+    """Newest checkpoints that are kept. null: all."""
     keep_best: int = Field(0, ge=0)
     """Checkpoints with the best `best_metric` that are kept, too. Only the metrics of a checkpoint's own rollout step count, so set
     eval.every so that it divides `every`; a checkpoint without the metric, or where it is not finite, is none of the best. Of equal
@@ -180,7 +180,7 @@ class CheckpointConfig(Section):
             )
         if (self.keep_best > 0) != (self.best_metric is not None):
             raise ValueError(
-                f"keep_best {self.keep_best} keeps the checkpoints with the best best_metric, which is {self.best_metric}; set both, "
+                f"keep_best {self.keep_best} keeps the checkpoints with the best best_metric, which is {self.best_metric or 'null'}; set both, "
                 "such as keep_best 1 and best_metric val/aime/mean@32, or neither"
             )
         if self.keep_rollouts and not self.at_end:

@@ -95,9 +95,10 @@ def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:
     one = checkpoint_bytes(config, values)
     saves = 1
     if plan.every:
-        saves += plan.keep if config.num_rollout_steps is None else config.num_rollout_steps // plan.every
+        saves += (plan.keep or 1) if config.num_rollout_steps is None else config.num_rollout_steps // plan.every
     stored = [path for path in folder.glob("checkpoints/step_*") if path.suffix == ""]
-    copies = max(min(plan.keep + 1, saves + len(stored)) - len(stored), 1)
+    in_all = saves + len(stored)
+    copies = max((in_all if plan.keep is None else min(plan.keep + 1, in_all)) - len(stored), 1)
     exported = values * _weight_bytes(config) if plan.export_every or plan.export_at_end else 0
     needed = copies * one + exported
     shown = f"{copies} more of {size_of(one)}{f' and an export of {size_of(exported)}' if exported else ''}"
@@ -105,7 +106,7 @@ def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:
         return wrong(
             "checkpoint space",
             f"{folder} has {size_of(free)} free, but {shown} need {size_of(needed)}",
-            "make room, choose another output_dir, or lower checkpoint.keep",
+            "make room, choose another output_dir, or lower checkpoint.keep" if plan.keep else "or set checkpoint.keep",
         )
     return ok("checkpoint space", f"{size_of(free)} free in {folder} for {shown}")
 

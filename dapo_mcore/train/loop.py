@@ -155,7 +155,8 @@ class Run:
             self.outputs.save_due(step, is_last=step == self.last)
 
     def _evaluates(self, step: int) -> bool:
-        return step % self.config.eval.every == 0 or step == self.last
+        every = self.config.eval.every
+        return step == self.last or (every is not None and step % every == 0)
 
     def _is_over(self, step: int) -> bool:
         return self.last is not None and step > self.last

@@ -51,6 +51,7 @@ def test_a_finished_folder_replaces_one_of_its_name(run_dir: Path) -> None:
     commit(partial, folder)
     assert [path.name for path in folder.iterdir()] == ["shards"]
     drop_old(folder, 5, pytest.fail)
+    drop_old(folder, None, pytest.fail)
     assert names(run_dir) == ["step_000001", "step_000002", "step_000003"]
 
 

@@ -137,7 +137,7 @@ def test_servers_wider_than_a_node_are_doubted():
 
 
 def test_best_checkpoints_that_are_seldom_evaluated_are_doubted():
-    def made(evaluate: int, metric: str = "val/aime/mean@8") -> Any:
+    def made(evaluate: int | None, metric: str = "val/aime/mean@8") -> Any:
         best = {"every": 6, "keep_best": 1, "best_metric": metric}
         return config(eval={"every": evaluate, "sets": SET}, checkpoint=best)
 
@@ -145,6 +145,7 @@ def test_best_checkpoints_that_are_seldom_evaluated_are_doubted():
         "warning: checkpoint.best_metric val/aime/mean@8 is known every 4 rollout steps (eval.every), and checkpoint.every is 6: only "
         "the last checkpoint and those of each 12 steps can be the best; let eval.every divide checkpoint.every"
     ]
+    assert "eval.every is null): only the last checkpoint" in doubtful(made(None))[0]
     assert doubtful(made(3)) == doubtful(made(4, "reward/mean")) == []
 
 

@@ -62,3 +62,7 @@ def test_samples_of_an_evaluation_are_counted():
     (cut,) = describe_evaluation(made, counts, most=1000)
     assert "gsm8k at least 1,000 prompts" in cut and cut.endswith("together at least 2,960 samples")
     assert describe_evaluation(config(), {}) == []
+    (seldom,) = describe_evaluation(config(eval={"sets": sets, "every": None}), counts)
+    assert seldom.startswith("evaluation before the first step and after the last: aime")
+    (last,) = describe_evaluation(config(eval={"sets": sets, "every": None, "at_start": False}), counts)
+    assert last.startswith("evaluation after the last: aime")

@@ -24,7 +24,7 @@ def test_several_keys_of_one_name() -> None:
         ("actor_rollout_ref.rollout.n", "verl's name for rollout.group_size (responses per prompt)"),
         ("+actor_rollout_ref.rollout.n", "verl's name for rollout.group_size (responses per prompt)"),
         ("rollout.n", "verl's name for rollout.group_size (responses per prompt)"),
-        ("trainer.test_freq", "verl's name for eval.every (rollout steps; -1 (never): leave eval.sets out)"),
+        ("trainer.test_freq", "verl's name for eval.every (rollout steps; -1 (never): null)"),
         (
             "algorithm.adv_estimator",
             "verl's name for algo.advantage, algo.advantage_std and algo.advantage_baseline (grpo: group; gae: gae with a critic; "

@@ -46,7 +46,7 @@ RULES: list[tuple[list[str], str]] = [
     ),
     (
         ["checkpoint.keep_best=1"],
-        "keep_best 1 keeps the checkpoints with the best best_metric, which is None; set both",
+        "keep_best 1 keeps the checkpoints with the best best_metric, which is null; set both",
     ),
     (
         ["checkpoint.best_metric=reward/mean"],
