@@ -40,7 +40,7 @@ from dapo_mcore.observe.timing import PhaseTimer
 from dapo_mcore.replay.record import Sources
 from dapo_mcore.replay.recorded_run import changed_keys
 from dapo_mcore.reward.by_source import check_sources
-from dapo_mcore.reward.scorer import build_reward, build_set_rewards
+from dapo_mcore.reward.trial import build_tried_rewards
 from dapo_mcore.rollout.agent.build import open_agent
 from dapo_mcore.rollout.build import build_engine
 from dapo_mcore.rollout.sampling.ahead import Ahead
@@ -107,13 +107,12 @@ class Controller:
             progress.line(stops.told)
         self.agent = open_agent(config, tokenizer, stops)
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes, tools=self.agent.schemas)
-        by_source = check_sources(config, {found.section: found.prompts for found in self.data.prompt_sets})
-        for line in (*self.data.lines(), *by_source):
+        sets = {found.section: found.prompts for found in self.data.prompt_sets}
+        for line in (*self.data.lines(), *check_sources(config, sets)):
             progress.line(line)
         self.eval_sets = {name: found.prompts for name, found in self.data.evaluation.items()}
         self.loader = PromptLoader(self.data.train.prompts, config.seed, config.data.shuffle, config.num_epochs)
-        self.reward = build_reward(config.reward, config.rollout.max_response_tokens, config.ray.address)
-        self.set_rewards = build_set_rewards(config)
+        self.reward, self.set_rewards = build_tried_rewards(config, sets)
         # a rollout beside training runs in its own thread, so it has its own timer and its own line on the screen
         beside = config.rollout.async_steps > 0
         self.rollout_progress = progress.beside() if beside else progress

@@ -10,9 +10,10 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dapo_mcore.checkpoint.choice import resumed_checkpoint
 from dapo_mcore.config.data import DataConfig
@@ -27,6 +28,9 @@ from dapo_mcore.observe.trackers import check_trackers
 from dapo_mcore.process.launcher import check_launcher
 from dapo_mcore.reward.by_source import check_sources
 from dapo_mcore.reward.plugins import Rule, build_judge
+
+if TYPE_CHECKING:
+    from dapo_mcore.types import Prompt
 
 _MOST_ROWS = 1000
 
@@ -76,7 +80,10 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
         data = load_run_data(
             config, hf_config, tokenizer, warm_start=checkpoint is None, most=most, tools=agent.schemas
         )
-    by_source = check_sources(config, {found.section: found.prompts for found in data.prompt_sets})
+    sets = {found.section: found.prompts for found in data.prompt_sets}
+    by_source = check_sources(config, sets)
+    if config.reward.placement == "local":
+        _try_rewards(config, sets)
     incomplete = any(len(found.prompts) == most for found in data.prompt_sets)
     follows = describe_evaluation(config, {name: len(found.prompts) for name, found in data.evaluation.items()}, most)
     if config.num_epochs is not None:
@@ -218,6 +225,18 @@ def _load_rewards(config: Config, *, users: bool) -> None:
     for key, section in {"reward.function": config.reward, **sets}.items():
         if users or not any(":" in function for function in section.functions):
             build_judge(Rule.of(section), key)
+
+
+def _try_rewards(config: Config, sets: Mapping[str, Sequence[Prompt]]) -> None:
+    """Try users' reward functions as a run does at its start, each in one process if they run in processes."""
+    from dapo_mcore.reward.trial import build_tried_rewards
+
+    functions = {*config.reward.functions, *config.set_functions.values()}
+    if any(":" in function for function in functions):
+        one = config.reward.model_copy(update={"workers": min(1, config.reward.num_workers)})
+        reward, others = build_tried_rewards(config.model_copy(update={"reward": one}), sets)
+        for scorer in (reward, *others.values()):
+            scorer.close()
 
 
 def _check_servers(config: Config, architecture: str) -> None:

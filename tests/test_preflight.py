@@ -111,6 +111,11 @@ RUNS: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "no chat template": (nothing, ["data.chat_template=no.jinja"], "data.chat_template 'no.jinja' is not a file"),
     "no reward": (nothing, ["reward.function=no.py:f"], "no.py"),
     "no such function": (text("r.py", "def g(): ..."), ["reward.function=r.py:f"], "f"),
+    "a reward function that raises": (
+        text("r.py", "def f(data_source, solution_str, ground_truth, extra_info):\n    return 1 / 0"),
+        ["reward.function=r.py:f"],
+        "the response nor for a wrong one: exception: ZeroDivisionError: division by zero; mend the function",
+    ),
     "no key file": (
         nothing,
         ["rollout.engine=sglang", "rollout.sglang.key_file=k"],

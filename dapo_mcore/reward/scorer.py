@@ -23,7 +23,7 @@ class Scorer:
     """A types.RewardFunction, built by build_reward. close() ends its workers."""
 
     def __init__(self, config: RewardConfig, max_response_tokens: int, ray_address: str | None = None):
-        self._config = config
+        self.config = config
         self._max_length = config.overlong.max_length or max_response_tokens
         self._pool: RewardPool | RayRewardPool | None = None
         self._turn = Lock()  # an evaluation may begin while responses of the next step are scored
@@ -40,11 +40,15 @@ class Scorer:
     ) -> list[Score]:
         """Return one Score per sample, in order. The three sequences have equal lengths. Calls of several threads take turns."""
         attempts = [_attempt(*one) for one in zip(prompts, rollouts, turns, strict=True)]
-        with self._turn:
-            outcomes = self._pool.score(attempts) if self._pool else [judged(self._judge, one) for one in attempts]
+        outcomes = self.judge(attempts)
         return [
             self._score(outcome, self._length(rollout)) for outcome, rollout in zip(outcomes, rollouts, strict=True)
         ]
+
+    def judge(self, attempts: Sequence[Attempt]) -> list[Outcome]:
+        """Return what the reward function gives for each attempt, in order."""
+        with self._turn:
+            return self._pool.score(attempts) if self._pool else [judged(self._judge, one) for one in attempts]
 
     def close(self) -> None:
         """End the worker processes, if any. May be called twice."""
@@ -53,15 +57,15 @@ class Scorer:
 
     def _length(self, rollout: Rollout) -> int:
         """Return the number of tokens that the overlong penalty is for."""
-        return len(rollout.token_ids) if self._config.overlong.count_tool_output else rollout.num_policy_tokens
+        return len(rollout.token_ids) if self.config.overlong.count_tool_output else rollout.num_policy_tokens
 
     def _score(self, outcome: Outcome, length: int) -> Score:
         """Return the Score of an outcome. A failure gets failure_value, and with on_failure mask it is masked as well."""
-        overlong, failed = self._config.overlong, outcome.failure is not None
+        overlong, failed = self.config.overlong, outcome.failure is not None
         penalty = 0.0
         if overlong.penalty:
             penalty = soft_overlong_penalty(length, self._max_length, overlong.cache, overlong.factor)
-        score = self._config.failure_value if failed else outcome.score
+        score = self.config.failure_value if failed else outcome.score
         return Score(
             reward=score + penalty,
             score=score,
@@ -69,7 +73,7 @@ class Scorer:
             pred=outcome.pred,
             penalty=penalty,
             failure=outcome.failure,
-            masked=failed and self._config.on_failure == "mask",
+            masked=failed and self.config.on_failure == "mask",
         )
 
 

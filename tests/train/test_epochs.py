@@ -24,8 +24,8 @@ ONE_RANK_EACH = [
     *("batch.mini_batch_samples=6", "optimizer.warmup_updates=null", "optimizer.warmup_rollout_steps=2"),
     *(
         "checkpoint.every=1",
-        "checkpoint.keep=9",
-        "eval.every=100",
+        "checkpoint.keep=null",
+        "eval.every=null",
         "eval.at_start=false",
         "observe.samples_per_step=1000",
     ),
@@ -72,7 +72,7 @@ def test_last_prompts_that_all_have_the_same_answer_end_the_run_with_what_is_due
         "        return 0.0\n"
         "    open('count', 'a').write('x')\n"
         "    n = os.path.getsize('count')\n"
-        "    if n >= 12:\n"
+        "    if n >= 16:  # 4 of them tried the function at the start\n"
         "        open('enough', 'w').close()\n"
         "    return float(n % 2)\n"
     )

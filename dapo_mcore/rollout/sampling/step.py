@@ -75,8 +75,8 @@ class Step:
         if failures:
             raise RewardError(
                 f"none of the {len(failures)} samples of rollout step {self.number} has a score; the first: {failures[0]}; "
-                f"dapo-mcore reward-explain --function {self.config.reward.function} tries the reward function on one "
-                "response, and dapo-mcore tool a tool"
+                f"dapo-mcore reward-explain --function {self.config.reward.function} tries the reward function on one response"
+                + (", and dapo-mcore tool a tool" if self.config.tools else "")
             )
 
     def stats(self) -> dict[str, float]:
