@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,8 @@ from dapo_mcore.earlier_run import final_export, move_aside
 from dapo_mcore.eval import EvalResult, evaluate
 from dapo_mcore.model_files.hf_config import pad_token
 from dapo_mcore.model_files.hf_folder import check_replaceable
-from dapo_mcore.observe.metrics import group_metrics, tool_metrics
 from dapo_mcore.observe.progress import NullProgress
-from dapo_mcore.observe.samples import few_answers, pick_samples, write_answers, write_samples
+from dapo_mcore.observe.samples import few_answers, write_answers
 from dapo_mcore.observe.sinks import MetricSinks, attempt, check_services, read_metrics
 from dapo_mcore.observe.throughput import StepWork, card_name, peak_tflops, throughput_metrics
 from dapo_mcore.observe.timing import PhaseTimer
@@ -48,34 +46,10 @@ from dapo_mcore.rollout.sampling.length import RunLength
 from dapo_mcore.rollout.sampling.none_right import why_none_right
 from dapo_mcore.rollout.sampling.respond import Responder
 from dapo_mcore.rollout.sampling.sampler import Collected, NothingVaries, Position, Sampler, SamplerState
-from dapo_mcore.types import Group, Prompt, Sample, SamplingParams, TrainBatch
+from dapo_mcore.step_report import StepReport
+from dapo_mcore.types import Group, Prompt, SamplingParams, TrainBatch
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What a run writes and shows about a rollout step. It is made before the step's training, so that the memory of all other
-    samples is free by the time the next step's samples arrive.
-
-    metrics  of the groups and of their sampling.
-    shown    the samples to write to the run's folder, with their prompts.
-    failure  why the first of the samples without a score has none.
-    """
-
-    metrics: dict[str, float]
-    shown: list[tuple[Prompt, Sample]]
-    failure: str | None
-
-    @classmethod
-    def of(cls, collected: Collected, groups: Sequence[Group], config: Config) -> StepReport:
-        """Return the report of `collected`, which shows samples of `groups`."""
-        failures = (sample.score.failure for group in collected.generated for sample in group.samples)
-        metrics = {**group_metrics(collected.generated, collected.groups), **collected.stats}
-        if config.tools:
-            metrics |= tool_metrics(collected.generated)
-        shown = pick_samples(groups, config.observe.samples_per_step)
-        return cls(metrics, shown, next(filter(None, failures), None))
 
 
 class Controller:
@@ -303,7 +277,9 @@ class Controller:
     def record(self, step: int, num_updates: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics and samples of one rollout step."""
         assert self.report is not None and self.sinks is not None
-        self._tell_failures(self.report)
+        self.num_failures += self.report.num_failures
+        if self.report.num_failures:
+            self.progress.line(self.report.failures)
         times = self.timer.pop() | self.rollout_times
         row = {
             "updates": float(num_updates),
@@ -315,7 +291,7 @@ class Controller:
             "memory/rss_gib": psutil.Process().memory_info().rss / GIB,
         }
         self.sinks.write(step, row)
-        self._write_samples(step, self.report)
+        self.report.write_samples(self.config.run_dir, step, self.progress.line)
         self.progress.step_done(step, row)
 
     def _record_untrained(self, step: int, collected: Collected) -> None:
@@ -323,11 +299,7 @@ class Controller:
         assert self.sinks is not None
         report = StepReport.of(collected, collected.generated, self.config)
         self.sinks.write(step, report.metrics)
-        self._write_samples(step, report)
-
-    def _write_samples(self, step: int, report: StepReport) -> None:
-        folder = self.config.run_dir
-        attempt("write samples", lambda: write_samples(folder, step, report.shown), self.progress.line)
+        report.write_samples(self.config.run_dir, step, self.progress.line)
 
     def finish(self, export: Path | None) -> None:
         """Close the run: draw the plot, and print a report with sample answers."""
@@ -370,13 +342,6 @@ class Controller:
 
     def _position(self) -> Position:
         return Position(self.loader.state(), self.sampler.snapshot())
-
-    def _tell_failures(self, report: StepReport) -> None:
-        """Report on the screen how many samples could not be scored, and why the first could not."""
-        count, total = (int(report.metrics[name]) for name in ("reward/failures", "sampling/samples_generated"))
-        self.num_failures += count
-        if count:
-            self.progress.line(f"{count} of {total} samples have no score; the first: {report.failure}")
 
     def _tell_none_right(self, step: int, groups: Sequence[Group]) -> None:
         """Report the usual causes if not one response of the step is right."""

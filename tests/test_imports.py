@@ -41,6 +41,7 @@ FLOORS = {
     "dapo_mcore.eval": 4,
     "dapo_mcore.earlier_run": 4,
     "dapo_mcore.handover": 4,
+    "dapo_mcore.step_report": 4,
     "dapo_mcore.preflight": 5,
     "dapo_mcore.doctor": 6,
     "dapo_mcore.controller": 5,

@@ -1,21 +1,18 @@
 """The rollout engine on SGLang servers: tokens in, tokens and log-probs out, each sample with the version of its weights.
 
-Change here: how a sample is asked for, retried and refused, and how a weight stream is sent. Everything asynchronous runs in
-one thread. The public methods below may block their caller.
+Change here: what the engine offers, and how a weight stream is sent; a sample's request is in requests.py. Everything asynchronous
+runs in one thread. The public methods below may block their caller.
 """
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import random
 import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,22 +30,15 @@ from dapo_mcore.observe.progress import NullProgress
 from dapo_mcore.process.loop_thread import LoopThread
 from dapo_mcore.rollout.sampling.limits import check_prompts
 from dapo_mcore.rollout.sglang.assembly import Startup, new_sender, open_pool, shown_startup, start_planned
-from dapo_mcore.rollout.sglang.client.api import Keys, sampling_params
-from dapo_mcore.rollout.sglang.client.http import HttpClient, RequestFailed, allow_open_files
-from dapo_mcore.rollout.sglang.client.reply import (
-    DROP_REASONS,
-    Dropped,
-    VersionRule,
-    check_length,
-    cut_at_text,
-    read_reply,
-)
+from dapo_mcore.rollout.sglang.client.api import Keys
+from dapo_mcore.rollout.sglang.client.http import HttpClient, allow_open_files
+from dapo_mcore.rollout.sglang.client.reply import DROP_REASONS, VersionRule
 from dapo_mcore.rollout.sglang.client.versions import FIRST_WITH_LOST_SCALES
 from dapo_mcore.rollout.sglang.launch.node_servers import Node
 from dapo_mcore.rollout.sglang.launch.process import LaunchedServer, stop_servers
 from dapo_mcore.rollout.sglang.launch.servers import ServerPlan, read_keys
 from dapo_mcore.rollout.sglang.pool.pool import ServerPool
-from dapo_mcore.rollout.sglang.pool.server import Server
+from dapo_mcore.rollout.sglang.requests import Requests
 from dapo_mcore.rollout.sglang.sync.delta import check_delta
 from dapo_mcore.rollout.sglang.sync.parts import OtherLeaders
 from dapo_mcore.rollout.sglang.sync.process_group import in_daemon
@@ -57,7 +47,6 @@ from dapo_mcore.rollout.sglang.sync.sender import Buckets, Sender, send_stream
 from dapo_mcore.rollout.sglang.sync.weight_format import as_served, check_architecture, with_cache_scales
 from dapo_mcore.types import Rollout, SamplingParams
 
-_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.25, 8.0
 _COUNTS = (
     "retries",
     *(f"dropped_{reason}" for reason in DROP_REASONS),
@@ -104,7 +93,7 @@ class SGLangEngine:
         relays: Relays | None = None,
     ):
         self.on_progress: Callable[[int], None] | None = None
-        self._settings, self._stops, self._texts = settings, list(stop_token_ids), stop_texts
+        self._settings, self._stops = settings, list(stop_token_ids)
         self._vocab, self._context = hf_config.vocab_size, hf_config.max_position_embeddings
         if settings.quantize == "fp8":
             check_architecture(architecture_name(hf_config))
@@ -115,13 +104,10 @@ class SGLangEngine:
         self._version, self._served_version, self._max_lag = -1, "", max_lag
         self._versions: dict[str, int] = {}
         self._newest_version = ""  # the one that servers are moved to; _served_version once they have it
-        self._counts: Counter[str] = Counter()
         self._sync_metrics: dict[str, float] = {}
         self._num_broken_updates = 0
         self._relays = relays
         self._others: OtherLeaders | None = None
-        self._requests: set[asyncio.Task[Any]] = set()
-        self._takes_requests = True
         self._tell = (progress or NullProgress()).line
         allow_open_files(settings.num_servers * settings.connections_per_server)
         # half of it: one bucket travels while the next is gathered, and gathering needs room, too
@@ -144,6 +130,7 @@ class SGLangEngine:
                     self._processes, self._disconnect = start_planned(plan, ray_address, nodes)
                     keys = plan.keys
                 self.pool = self._loop.run(self._open(keys, startup))
+            self._requests = Requests(self.pool, settings, self._stops, stop_texts, self._context, self._count_sample)
             if settings.colocated:
                 self._loop.run(self.pool.release())
         except BaseException:
@@ -180,7 +167,7 @@ class SGLangEngine:
 
     def cancel_requests(self) -> None:
         """Cancel all requests and take no new ones: whoever waits for one gets CancelledError."""
-        self._loop.run(self._cancel_requests())
+        self._loop.run(self._requests.cancel())
 
     def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return memory for a tensor of the next `update_weights`. With sync tensor, large ones are in shared memory."""
@@ -311,17 +298,16 @@ class SGLangEngine:
             await self._http.close()
             raise
 
+    def _count_sample(self) -> None:
+        if self.on_progress:
+            self.on_progress(1)
+
     async def _pop_counts(self) -> Counter[str]:
         """Return and reset the counts. Runs in the loop, since they are counted there."""
-        counts = self._counts + self.pool.counts
-        self._counts.clear()
+        counts = self._requests.counts + self.pool.counts
+        self._requests.counts.clear()
         self.pool.counts.clear()
         return counts
-
-    async def _cancel_requests(self) -> None:
-        self._takes_requests = False
-        for task in self._requests:
-            task.cancel()
 
     def _checked(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
@@ -330,71 +316,4 @@ class SGLangEngine:
         if self._version < 0:
             raise RolloutError("the rollout servers have no weights yet; call update_weights before generate")
         check_prompts(prompts, params.max_new_tokens, self._vocab, self._context)
-        return self._generate(prompts, params, rule)
-
-    async def _generate(
-        self, prompts: Sequence[np.ndarray], params: SamplingParams, rule: Callable[[], VersionRule]
-    ) -> list[Rollout]:
-        if not self._takes_requests:
-            raise asyncio.CancelledError
-        task = asyncio.current_task()
-        self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
-        seeds = np.random.SeedSequence(params.seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
-        law = sampling_params(params, self._stops, self._texts.texts if self._texts else ())
-        samples = [
-            asyncio.create_task(self._sample(prompt.tolist(), {**law, "sampling_seed": int(seed)}, rule))
-            for prompt, seed in zip(prompts, seeds)
-        ]
-        try:
-            return await asyncio.gather(*samples)
-        except BaseException:
-            for sample in samples:
-                sample.cancel()
-            await asyncio.gather(*samples, return_exceptions=True)
-            raise
-
-    async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: Callable[[], VersionRule]) -> Rollout:
-        """Return one sample from whichever server makes it. Each try starts from the prompt."""
-        body = {"input_ids": token_ids, "sampling_params": law, "return_logprob": True}
-        failed, problem = None, ""
-        for attempt in range(self._settings.max_attempts):
-            if attempt:
-                self._counts["retries"] += 1
-                longest = min(_FIRST_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S)
-                await asyncio.sleep(random.uniform(0, longest))  # full jitter spreads a dead server's requests
-            server = await self.pool.acquire(avoid=failed)
-            try:
-                rollout = await self._ask(server, body, rule)
-            except (RequestFailed, Dropped) as error:
-                failed, problem = server, f"{server.url}: {error}"
-                continue
-            if self.on_progress:
-                self.on_progress(1)
-            return replace(rollout, seed=law["sampling_seed"])
-        raise RolloutError(
-            f"a sample failed {self._settings.max_attempts} times (rollout.sglang.max_attempts); at last {problem}"
-        )
-
-    async def _ask(self, server: Server, body: dict[str, Any], rule: Callable[[], VersionRule]) -> Rollout:
-        """Return the sample of one request. Raise RequestFailed or Dropped; the server is then suspected."""
-        rid = secrets.token_hex(8)
-        request = server.client.generate({**body, "rid": rid}, self._settings.request_timeout_s)
-        try:
-            reply = await self.pool.call(server, request)
-            rollout = cut_at_text(read_reply(reply, rule(), self._stops), self._texts)
-        except RequestFailed as error:
-            self.pool.suspect(server, str(error))
-            await self.pool.abort_request(server, rid)
-            raise
-        except asyncio.CancelledError:
-            await self.pool.abort_request(server, rid)
-            raise
-        except Dropped as error:
-            self._counts[f"dropped_{error.reason}"] += 1
-            if error.reason != "aborted":
-                self.pool.suspect(server, str(error), reload=error.reason != "malformed")
-            raise
-        server.num_failures = 0
-        check_length(rollout, len(body["input_ids"]), body["sampling_params"]["max_new_tokens"], self._context)
-        return rollout
+        return self._requests.generate(prompts, params, rule)

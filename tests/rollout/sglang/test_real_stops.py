@@ -10,7 +10,7 @@ import pytest
 
 from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.rollout.embedded import EmbeddedEngine
-from dapo_mcore.rollout.sglang import engine as engines
+from dapo_mcore.rollout.sglang import requests
 from dapo_mcore.types import SamplingParams
 from tests.rollout.sglang.asserts import mismatch
 from tests.rollout.sglang.serving import STOP, VOCAB, engine, params, prompts, real_python, tiny_config, weights
@@ -32,8 +32,8 @@ def test_texts_end_responses_on_the_server_where_the_embedded_engine_ends_them(t
         late.append(len(rollout.token_ids) - len(cut.token_ids))
         return cut
 
-    cut_at_text = engines.cut_at_text
-    monkeypatch.setattr(engines, "cut_at_text", watched)
+    cut_at_text = requests.cut_at_text
+    monkeypatch.setattr(requests, "cut_at_text", watched)
     asked = prompts(48)
     greedy = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=40, seed=0)
     embedded = EmbeddedEngine(

@@ -20,7 +20,7 @@ import torch
 
 from dapo_mcore.architecture.manifest import WeightManifest
 from dapo_mcore.errors import UpdateBroken
-from dapo_mcore.rollout.sglang import engine as engine_module
+from dapo_mcore.rollout.sglang import requests
 from dapo_mcore.rollout.sglang.engine import SGLangEngine
 from dapo_mcore.types import Rollout
 from tests.rollout.sglang.asserts import alive, assert_whole
@@ -278,7 +278,7 @@ def recover(chaos: Chaos) -> None:
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(engine_module, "_LONGEST_BACKOFF_S", 0.3)
+    monkeypatch.setattr(requests, "_LONGEST_BACKOFF_S", 0.3)
 
 
 @pytest.mark.parametrize(
