@@ -67,7 +67,7 @@ class Optimizer:
             max_lr=config.lr,
             min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_updates,
-            lr_decay_steps=config.decay_updates or config.warmup_updates + 1,
+            lr_decay_steps=config.decay_updates if config.schedule == "cosine" else config.warmup_updates + 1,
             lr_decay_style=config.schedule,
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,

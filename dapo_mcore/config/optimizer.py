@@ -115,6 +115,12 @@ def check_optimizer(section: str, optimizer: OptimizerConfig, dtype: str, parall
             f"{section}.schedule cosine needs {section}.decay_updates, the number of gradient steps of the decay, or "
             "decay_rollout_steps"
         )
+    warmup, decay = optimizer.warmup_updates or 0, optimizer.decay_updates or 0
+    if optimizer.schedule == "cosine" and decay <= warmup:
+        raise ValueError(
+            f"{section}.schedule cosine: its length of {decay} gradient steps (decay_updates or decay_rollout_steps) includes the "
+            f"warm-up of {warmup} and must be above it; raise it, or shorten the warm-up"
+        )
     if optimizer.min_lr > optimizer.lr:
         raise ValueError(
             f"{section}.min_lr {optimizer.min_lr} is above {section}.lr {optimizer.lr}, which decays to it; lower min_lr"

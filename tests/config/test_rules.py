@@ -141,6 +141,11 @@ RULES: list[tuple[list[str], str]] = [
         "min_coef 0.01 exceeds max_coef 0.005; exchange them",
     ),
     (["algo.policy_loss=gspo"], "set algo.loss_mode seq-mean-token-mean (now token-mean)"),
+    (
+        ["optimizer.schedule=cosine", "optimizer.decay_updates=10"],
+        "optimizer.schedule cosine: its length of 10 gradient steps (decay_updates or decay_rollout_steps) includes the warm-up of 10 "
+        "and must be above it",
+    ),
     (["optimizer.schedule=cosine"], "optimizer.schedule cosine needs optimizer.decay_updates"),
     (["rollout.group_size=1"], "rollout.group_size is 1; use at least 2, or sampling.style none"),
     (
@@ -228,7 +233,7 @@ def test_a_rule_between_sections_says_its_numbers(file: Path, overrides: list[st
         ["reward.overlong.penalty=true", "rollout.max_response_tokens=4096"],
         ["algo.old_logprobs=rollout", "algo.tis.mode=mask"],
         ["model.routing_replay=scoring", "algo.old_logprobs=rollout", "algo.rejection=[{level: token, upper: 2}]"],
-        ["optimizer.schedule=cosine", "optimizer.decay_updates=10"],
+        ["optimizer.schedule=cosine", "optimizer.decay_updates=11"],
         ["model.overrides={num_hidden_layers: 2}", "model.init=random"],
         ["rollout.group_size=1", "sampling.style=none"],
         ["sampling.style=resample", "sampling.max_samples_per_prompt=16"],

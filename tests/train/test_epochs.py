@@ -30,6 +30,7 @@ ONE_RANK_EACH = [
         "observe.samples_per_step=1000",
     ),
     *("observe.tensorboard=false", "observe.plot_at_end=false", "optimizer.lr=0.001"),
+    "optimizer.decay_updates=1",  # below the warm-up, but of no cosine
 ]
 
 
