@@ -96,6 +96,12 @@ class PromptSet:
                 f"{self.num_conflicts} prompts of {name} come with another answer than before, and each is asked with both; "
                 f"the first: {self.first_conflict}; correct or remove one of the rows"
             )
+        if self.config.prompt_template != DataConfig.model_fields["prompt_template"].default and all(
+            prompt.messages for prompt in self.prompts
+        ):
+            lines.append(
+                f"{name}.prompt_template has no effect: all prompts are chats, and it stands around plain text; leave it out"
+            )
         if self.lost:
             lines.append(self.lost)
         if self.config.limit is not None and self.config.limit > len(self.prompts):

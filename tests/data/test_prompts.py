@@ -205,6 +205,12 @@ def test_a_chat_in_the_first_row_turns_the_template_on(load, tokenizer, monkeypa
     on = load("{broken", {"a": 1}, {"q": CHAT, "a": 1}, {"q": "text", "a": 1}, on_bad_row="skip")
     assert [prompt.text for prompt in on.prompts] == ["hi|", "text|"]
     assert on.config.chat_template is True
+    (unused,) = load({"q": CHAT, "a": 1}, prompt_template="Q: {prompt}").warnings()
+    assert unused.startswith("warning: data.prompt_template has no effect: all prompts are chats")
+    assert (
+        load({"q": "text", "a": 1}, {"q": CHAT, "a": 1}, chat_template=True, prompt_template="Q: {prompt}").warnings()
+        == []
+    )
     off = load({"q": "text", "a": 1}, {"q": CHAT, "a": 1}, on_bad_row="skip")
     assert [prompt.text for prompt in off.prompts] == ["text"] and "set data.chat_template true" in off.first_bad_row
     with pytest.raises(DataError, match="the prompt is a list"):
