@@ -67,22 +67,22 @@ def evaluate(
 
 
 def set_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return the metrics of one set, groups of k samples each. Accuracies are means over prompts, in [0, 1].
+    """Return the metrics of one set, groups of k samples each. Accuracies are means of types.Score.acc over prompts, in [0, 1].
 
     mean@k           mean accuracy of the samples (for AIME with k = 32 the paper's avg@32).
-    best@k           share of prompts with at least one right sample.
-    maj@k            share of prompts whose most frequent answer is right; absent if the reward function names no answer.
+    best@k           mean accuracy of each prompt's best sample: the share of prompts with a right one.
+    maj@k            mean accuracy of each prompt's most frequent answer; absent if the reward function names no answer.
     response_length  tokens; clip_ratio: share of samples truncated at the length limit.
     policy_length    tokens without tool output; absent if no response has any.
     failures         samples whose scoring failed. They count as wrong, so if there are any, the accuracies are too low.
     """
     k = len(groups[0].samples)
-    correct = np.array([[_right(sample) for sample in group.samples] for group in groups], dtype=np.float64)
+    correct = np.array([[_acc(sample) for sample in group.samples] for group in groups], dtype=np.float64)
     samples = [sample for group in groups for sample in group.samples]
     names_answers = any(_has_vote(sample) for sample in samples)
     lengths = [len(sample.rollout.token_ids) for sample in samples]
     own = [sample.rollout.num_policy_tokens for sample in samples]
-    majority = {f"maj@{k}": float(np.mean([majority_is_right(group) for group in groups]))} if names_answers else {}
+    majority = {f"maj@{k}": float(np.mean([majority_acc(group) for group in groups]))} if names_answers else {}
     return {
         f"mean@{k}": float(correct.mean()),
         f"best@{k}": float(correct.max(axis=1).mean()),
@@ -121,23 +121,22 @@ def turn_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def majority_is_right(group: Group) -> bool:
-    """Return True if the most frequent extracted answer is right. In a tie the earliest answer counts.
+def majority_acc(group: Group) -> float:
+    """Return the accuracy of the most frequent extracted answer. In a tie the earliest answer counts.
 
     Samples without an answer, or whose scoring failed, have no vote. Without any vote the prompt counts as wrong.
     """
     voters = [sample for sample in group.samples if _has_vote(sample)]
     if not voters:
-        return False
+        return 0.0
     # most_common sorts stably, and a Counter keeps the order of first appearance.
     answer = Counter(sample.score.pred for sample in voters).most_common(1)[0][0]
-    return next(_right(sample) for sample in voters if sample.score.pred == answer)
+    return next(_acc(sample) for sample in voters if sample.score.pred == answer)
 
 
 def _has_vote(sample: Sample) -> bool:
     return bool(sample.score.pred) and sample.score.failure is None
 
 
-def _right(sample: Sample) -> bool:
-    score = sample.score
-    return bool(score.acc) and score.failure is None
+def _acc(sample: Sample) -> float:
+    return sample.score.acc if sample.score.failure is None else 0.0

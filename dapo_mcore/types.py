@@ -116,21 +116,27 @@ class Score:
     reward    score + penalty; the advantage is computed from it.
     score     raw reward of the answer, for instance +1 or -1.
     penalty   soft overlong punishment, 0 or negative.
-    acc       raw correctness, which dynamic sampling looks at; never contains the penalty.
+    acc       raw correctness in [0, 1], which dynamic sampling and evaluations look at; never contains the penalty. It is the `acc`
+              of the reward function, else its score, held between 0 and 1.
     pred      the answer that was extracted from the response, for people; one of NO_ANSWER if none was found.
     failure   None, or why there is no score (`timeout`, `exception: …`, `nan`; `log-probs: …` if the engine's are not finite;
               `tool: …` if a tool failed through no fault of the policy).
-              Then `acc` is False, and statistics and loss leave the sample out unless the configuration gives failures a value.
+              Then `acc` is 0, and statistics and loss leave the sample out unless the configuration gives failures a value.
     masked    True if group statistics and loss leave the sample out because scoring failed.
     """
 
     reward: float
     score: float
-    acc: bool
+    acc: float
     pred: str = ""
     penalty: float = 0.0
     failure: str | None = None
     masked: bool = False
+
+    @property
+    def right(self) -> bool:
+        """True from half of the full correctness on: a small bonus for the form alone is not right."""
+        return self.acc >= 0.5
 
     @property
     def answered(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from dapo_mcore.config.data import EvalConfig
 from dapo_mcore.errors import DataError
-from dapo_mcore.eval import evaluate, majority_is_right, set_metrics, source_metrics, turn_metrics
+from dapo_mcore.eval import evaluate, majority_acc, set_metrics, source_metrics, turn_metrics
 from dapo_mcore.observe.metrics import describe
 from dapo_mcore.types import Group, Prompt, Rollout, Sample, SamplingParams, Score, ToolCall
 
@@ -51,7 +51,7 @@ def _score(pred: str) -> Score:
     ],
 )
 def test_majority(preds, right):
-    assert majority_is_right(make_group(preds)) is right
+    assert majority_acc(make_group(preds)) == right
 
 
 def test_set_metrics_by_hand():
@@ -64,6 +64,20 @@ def test_set_metrics_by_hand():
         "clip_ratio": 0.5,
         "failures": 1.0,
     }
+
+
+def test_graded_scores_are_averaged_as_in_verl():
+    """Two prompts with the scores 0.2, 1.0 and 0.2, 0.2 of a function that gives no acc."""
+    group = make_group("AB")
+    graded = [
+        replace(
+            group,
+            samples=tuple(replace(sample, score=Score(acc, acc, acc)) for sample, acc in zip(group.samples, accs)),
+        )
+        for accs in ((0.2, 1.0), (0.2, 0.2))
+    ]
+    found = set_metrics(graded)
+    assert (found["mean@2"], found["best@2"]) == (pytest.approx(1.6 / 4), pytest.approx(0.6))
 
 
 def test_lengths_with_and_without_tool_output():

@@ -14,7 +14,7 @@ GroupKind = Literal["mixed", "all_right", "all_wrong", "unscored"]
 
 
 def group_varies(group: Group) -> bool:
-    """Return True if the group's scored samples have both right and wrong answers.
+    """Return True if the group's scored samples differ in correctness: right and wrong, or more and less credit.
 
     A group of size one is kept if it was scored, as in verl. A larger group with one scored sample does not vary: that
     sample has no baseline.
@@ -25,9 +25,9 @@ def group_varies(group: Group) -> bool:
 
 def classify(group: Group) -> GroupKind:
     """Return `mixed`, `all_right` or `all_wrong` for the scored samples, `unscored` if there are none."""
-    outcomes = {bool(sample.score.acc) for sample in group.samples if sample.scored}
-    if not outcomes:
+    scores = [sample.score for sample in group.samples if sample.scored]
+    if not scores:
         return "unscored"
-    if len(outcomes) == 2:
+    if len({score.acc for score in scores}) > 1:
         return "mixed"
-    return "all_right" if outcomes == {True} else "all_wrong"
+    return "all_right" if scores[0].right else "all_wrong"

@@ -39,7 +39,9 @@ class RewardConfig(Section):
 
     function: FilePath = "math_dapo"
     """`math_dapo`, `math_verify`, `gsm8k`, `math_boxed`, `by_source`, or an import path `package.module:function` /
-    `path/to/file.py:function`.
+    `path/to/file.py:function`. It returns a score, or a dict with `score`, perhaps `acc` and `pred` (the answer, for maj@k). The
+    advantage is computed from the score. `acc`, or without it the score, held between 0 and 1, is the correctness that `reward/acc`,
+    dynamic sampling and evaluations (mean@k) look at: give `acc` if the score has parts for something else, such as the form.
 
     `math_dapo` is the paper's rule, as in verl: the text after `Answer:` in normal form. It takes `Answer: 1, 2` for 12 and
     `Answer: 3 = 12`, too, and does not take `**Answer: 12**`, `\\(12\\)` and `12.0`, which chat models like to write.

@@ -31,8 +31,8 @@ METRICS: dict[str, Metric] = {
     "reward/std": Metric("", "population standard deviation of the reward over the same samples"),
     "reward/score_mean": Metric("", "score of the answer without the penalty, mean over the same samples"),
     "reward/overlong_penalty_mean": Metric("", "soft overlong penalty (0 or negative), mean over the same samples"),
-    "reward/acc": Metric("fraction", "correct answers among generated samples that were scored"),
-    "reward/acc_kept": Metric("fraction", "correct answers among the scored samples of kept groups"),
+    "reward/acc": Metric("fraction", "mean correctness (types.Score.acc) of generated samples that were scored"),
+    "reward/acc_kept": Metric("fraction", "the same of the scored samples of kept groups"),
     "reward/failures": Metric(
         "samples",
         "generated samples whose scoring failed (timeout, exception, NaN), masked or not, and those that lost a tool or whose "

@@ -40,8 +40,8 @@ def pick_samples(groups: Sequence[Group], count: int | None) -> list[tuple[Promp
     """Return at most `count` samples (None: all), right and wrong alternating as long as there are both, from many prompts first."""
     rounds = zip_longest(*([(group.prompt, sample) for sample in group.samples] for group in groups))
     candidates = [pair for pair in chain.from_iterable(rounds) if pair is not None]
-    right = [pair for pair in candidates if pair[1].score.acc]
-    wrong = [pair for pair in candidates if not pair[1].score.acc]
+    right = [pair for pair in candidates if pair[1].score.right]
+    wrong = [pair for pair in candidates if not pair[1].score.right]
     alternating = [pair for pair in chain.from_iterable(zip_longest(right, wrong)) if pair is not None]
     return alternating[:count]
 
@@ -52,7 +52,7 @@ def few_answers(groups: Mapping[str, Sequence[Group]], count: int = 4) -> dict[s
     for name, prompts in groups.items():
         for group in prompts[:count]:
             sample = group.samples[0]
-            verdict = "right" if sample.score.acc else f"wrong, the answer is {group.prompt.answer}"
+            verdict = "right" if sample.score.right else f"wrong, the answer is {group.prompt.answer}"
             rows[f"{name} {group.prompt.row.rpartition(' ')[2]}"] = (
                 f"{_short(group.prompt.text)} → {_short(sample.text)}  ({verdict})"
             )
@@ -69,7 +69,7 @@ def _record(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "pred": score.pred,
         "answer": prompt.answer,
         "source": prompt.source,
-        "acc": bool(score.acc),
+        "acc": float(score.acc),
         "score": float(score.score),
         "penalty": float(score.penalty),
         "reward": float(score.reward),

@@ -145,7 +145,7 @@ class Origins:
 
     seeds            int64, of the request; -1 if the engine does not tell
     weight_versions  int64, the oldest version that produced a token
-    scores, penalties, accs   float64, float64, bool; see types.Score
+    scores, penalties, accs   float64; see types.Score
     finish_reasons   int64, index into FINISH_REASONS
     span_samples, span_starts, span_versions   int64 [S]: from token span_starts of its response on, version span_versions has
                      produced sample span_samples. Every sample has at least one span.
@@ -177,7 +177,7 @@ class Origins:
             weight_versions=np.array([rollout.weight_version for rollout in rollouts], np.int64),
             scores=np.array([score.score for score in scores], np.float64),
             penalties=np.array([score.penalty for score in scores], np.float64),
-            accs=np.array([score.acc for score in scores], bool),
+            accs=np.array([score.acc for score in scores], np.float64),
             finish_reasons=np.array([FINISH_REASONS.index(r.finish_reason) for r in rollouts], np.int64),
             span_samples=np.ascontiguousarray(span_samples),
             span_starts=np.ascontiguousarray(span_starts),

@@ -61,10 +61,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of scoring: a finite `score`, `acc`, `pred`; or `failure`, the reason why there is no score."""
+    """The result of scoring: a finite `score`, `acc` in [0, 1], `pred`; or `failure`, the reason why there is no score."""
 
     score: float = 0.0
-    acc: bool = False
+    acc: float = 0.0
     pred: str = ""
     failure: str | None = None
 
@@ -95,14 +95,15 @@ def judged(judge: Judge, attempt: Attempt) -> Outcome:
 
 
 def _as_outcome(result: Any) -> Outcome:
-    """Return the outcome of what the function returned. Without `acc`, a response is right if its score is positive."""
+    """Return the outcome of what the function returned. Without `acc`, the score stands for it, as in verl; both are held
+    between 0 and 1, so that a score of -1 is no less right than one of 0."""
     fields = result if isinstance(result, Mapping) else {"score": result}
     if "score" not in fields:
         raise ValueError(f"the reward function gave a dict without 'score'; it has {', '.join(map(str, fields))}")
     score = _finite(fields["score"])
     acc = score if fields.get("acc") is None else _finite(fields["acc"])
     pred = fields.get("pred")
-    return Outcome(score, acc > 0, "" if pred is None else str(pred)[:_LONGEST_TEXT])
+    return Outcome(score, min(max(acc, 0.0), 1.0), "" if pred is None else str(pred)[:_LONGEST_TEXT])
 
 
 class _NoNumberError(Exception):

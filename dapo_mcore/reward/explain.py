@@ -144,7 +144,8 @@ def _block(heading: str, lines: list[str], outcome: Outcome) -> list[str]:
 def _verdict(outcome: Outcome) -> str:
     if outcome.failure is not None:
         return f"none: {outcome.failure} (reward.on_failure decides what a run does with it)"
-    return f"{outcome.score:+g} ({'right' if outcome.acc else 'wrong'})"
+    credit = {0.0: "wrong", 1.0: "right"}.get(outcome.acc, f"acc {outcome.acc:g}")
+    return f"{outcome.score:+g} ({credit})"
 
 
 def _transcript_lines(attempt: Attempt) -> list[str]:

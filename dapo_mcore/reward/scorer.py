@@ -69,7 +69,7 @@ class Scorer:
         return Score(
             reward=score + penalty,
             score=score,
-            acc=outcome.acc and not failed,
+            acc=0.0 if failed else outcome.acc,
             pred=outcome.pred,
             penalty=penalty,
             failure=outcome.failure,

@@ -1,5 +1,7 @@
 """Which groups dynamic sampling keeps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,16 @@ def test_overlong_penalty_cannot_make_a_uniform_group_pass(answer):
     group = make_group(answer, answer, answer, penalties=[0.0, -0.25, -1.0])
     assert np.std([sample.score.reward for sample in group.samples]) > 0
     assert not group_varies(group)
+
+
+@pytest.mark.parametrize(
+    ("accs", "kind"),
+    [((0.2, 1.0), "mixed"), ((0.2, 0.2), "all_wrong"), ((0.0, 0.2), "mixed"), ((0.5, 0.5), "all_right")],
+)
+def test_more_and_less_credit_varies(accs, kind):
+    samples = [make_sample(R) for _ in accs]
+    graded = [replace(sample, score=replace(sample.score, acc=acc)) for sample, acc in zip(samples, accs)]
+    assert classify(replace(make_group(R), samples=tuple(graded))) == kind
 
 
 def test_penalty_cannot_hide_a_mixed_group():

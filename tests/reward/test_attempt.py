@@ -25,11 +25,13 @@ def test_a_signal_that_ends_the_run_is_no_failure_of_a_sample():
     ("result", "expected"),
     [
         (True, Outcome(1.0, True)),
-        (np.float32(0.5), Outcome(0.5, True)),
+        (np.float32(0.25), Outcome(0.25, 0.25)),
         (np.bool_(False), Outcome(0.0, False)),
         (torch.tensor(-1.0), Outcome(-1.0, False)),
         ({"score": -1.0, "acc": True, "pred": None}, Outcome(-1.0, True)),
         ({"score": 1.0, "acc": np.float64(0.0), "pred": 5}, Outcome(1.0, False, "5")),
+        ({"score": 0.3, "acc": 0.75}, Outcome(0.3, 0.75)),
+        ({"score": 0.0, "acc": -2}, Outcome(0.0, 0.0)),
         ({"score": 1.0, "acc": float("nan")}, Outcome(failure="nan")),
         ({"score": 1.0, "acc": None}, Outcome(1.0, True)),
         ({"score": None}, Outcome(failure="none: the reward function gave no score for this sample")),
@@ -41,7 +43,7 @@ def test_a_signal_that_ends_the_run_is_no_failure_of_a_sample():
 def test_what_counts_as_a_number(result, expected: Outcome):
     found = judged(lambda attempt: result, Attempt("q", "r", "a"))
     assert found == expected
-    assert type(found.acc) is bool and type(found.score) is float
+    assert type(found.acc) is float and type(found.score) is float
 
 
 @pytest.mark.parametrize(

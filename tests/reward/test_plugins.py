@@ -49,7 +49,7 @@ def test_the_built_in_rule_and_its_strict_box():
         ("openai/gsm8k", "#### 7", Outcome(1.0, True, "7")),
         ("math_dapo", "#### 7", Outcome(-1.0, False, "[INVALID]")),
         ("lighteval/MATH", r"\boxed{8}", Outcome(0.0, False, "8")),
-        ("mine", "7", Outcome(0.5, True)),
+        ("mine", "7", Outcome(0.5, 0.5)),
     ],
 )
 def test_each_source_has_its_rule(source: str, response: str, expected: Outcome):
@@ -94,7 +94,7 @@ def test_arguments_that_a_function_cannot_take_are_refused_at_the_start(rule: Ru
 
 
 def test_verl_numbers_and_dicts():
-    assert outcome("half") == Outcome(0.5, True)
+    assert outcome("half") == Outcome(0.5, 0.5)
     assert outcome("exact") == Outcome(2.0, True, "7")
     assert outcome("exact", response="8") == Outcome(-0.5, False, "8")
 

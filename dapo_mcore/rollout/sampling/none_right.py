@@ -24,7 +24,7 @@ def why_none_right(groups: Sequence[Group], step: int, config: Config, num_cut_p
     num_cut_prompts  training prompts that were cut to data.max_prompt_tokens.
     """
     pairs = [(group.prompt, sample) for group in groups for sample in group.samples if sample.scored]
-    if not pairs or any(sample.score.acc for _, sample in pairs):
+    if not pairs or any(sample.score.right for _, sample in pairs):
         return ""
     causes = "; ".join(_causes([sample for _, sample in pairs], config, num_cut_prompts))
     shown = next((pair for pair in pairs if not pair[1].rollout.truncated), pairs[0])

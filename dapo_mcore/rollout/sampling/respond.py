@@ -105,7 +105,7 @@ def _written_spans(rollout: Rollout) -> list[np.ndarray]:
 def _checked(rollout: Rollout, score: Score) -> Score:
     """Return the score, masked and with a failure if the rollout cannot be trained on."""
     failure = _failure(rollout)
-    return score if failure is None else replace(score, acc=False, failure=failure, masked=True)
+    return score if failure is None else replace(score, acc=0.0, failure=failure, masked=True)
 
 
 def _failure(rollout: Rollout) -> str | None:
