@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dapo_mcore.config.foreign_names import TITLES
 from dapo_mcore.foreign.convert import Conversion
-from dapo_mcore.foreign.table import Kind, Outcome
+from dapo_mcore.foreign.settings import ForeignSetting
+from dapo_mcore.foreign.table import Outcome
 from dapo_mcore.foreign.write import default_of, line_number, shown
 
 _WIDTH = 130
@@ -28,8 +29,8 @@ def report(conversion: Conversion, accepted: Sequence[str] = ()) -> str:
         _lost(conversion, accepted, objective=True),
         _lost(conversion, accepted, objective=False),
         _asked(conversion),
-        _rows(conversion, "converted", "CONVERTED: another name and another value or unit"),
-        _rows(conversion, "same", "KEPT: the value stands as it is"),
+        _converted(conversion),
+        _kept(conversion),
         _defaults(conversion),
         _meaningless(conversion),
     ]
@@ -45,21 +46,25 @@ def counts(conversion: Conversion) -> dict[str, int]:
 def _head(conversion: Conversion) -> Iterator[str]:
     run, number = conversion.run, counts(conversion)
     words = {"same": "kept", "converted": "converted", "meaningless": "meaningless here", "lost": "lost",
-             "asked": "open", "unknown": "not known to the table"}  # fmt: skip
+             "asked": "to decide", "unknown": "not known to the table"}  # fmt: skip
     told = ", ".join(f"{number[kind]} {word}" for kind, word in words.items() if number[kind] or kind == "lost")
-    given = {setting.key for setting in run.settings}
-    if by_default := sum(name not in given for name in conversion.losses):
-        told += f"; {by_default} of its defaults {'is' if by_default == 1 else 'are'} lost"
-    asked = len(conversion.asked)
-    decide = f"; {asked} {'key is' if asked == 1 else 'keys are'} for you to decide" if asked else ""
-    yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}{decide}"
+    yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}"
     if not run.complete:
-        yield f"What it leaves out has the defaults of {conversion.table.title}."
+        yield f"What it leaves out has the defaults of {conversion.table.title}{_fates_of_defaults(conversion)}."
     for note in run.notes:
         yield from _wrapped(note, "Note: ")
     for setting in run.settings:
         if setting.depends and not setting.others:
             yield from _wrapped(f"{setting.key} holds only if {' and '.join(setting.depends)}", "Note: ")
+
+
+def _fates_of_defaults(conversion: Conversion) -> str:
+    """Return what happened to settings that the run leaves out: they are in the blocks below, but not in the first line's numbers."""
+    given = {setting.key for setting in conversion.run.settings}
+    lost = sum(name not in given for name in conversion.losses)
+    asked = sum(not conversion.is_given(outcome) for outcome in conversion.asked.values())
+    told = [f"{number} {word}" for number, word in ((lost, "lost"), (asked, "to decide")) if number]
+    return f": {' and '.join(told)}" if told else ""
 
 
 def _lost(conversion: Conversion, accepted: Sequence[str], objective: bool) -> Iterator[str]:
@@ -86,23 +91,40 @@ def _asked(conversion: Conversion) -> Iterator[str]:
     asked = conversion.asked
     if not asked:
         return
-    yield f"TO DECIDE ({len(asked)}): `???` in the YAML, which no start accepts; answer there or as KEY=VALUE"
+    yield f"TO DECIDE ({len(asked)} {'keys' if len(asked) > 1 else 'key'}): `???` in the YAML, which no start accepts; answer there or as KEY=VALUE"
     for ours, outcome in asked.items():
         yield f"{_source(conversion, outcome)} → {ours}: ???"
         yield from _wrapped(outcome.note, "        ")
 
 
-def _rows(conversion: Conversion, kind: Kind, title: str) -> Iterator[str]:
-    """Yield the outcomes of a kind that follow from settings of the run itself. Those of evaluation sets beside their files are
-    left out: they repeat the training prompts'."""
-    rows = [
-        (_source(conversion, outcome), f"→ {outcome.ours}" if kind == "same" else _ours(outcome))
-        for outcome in conversion.outcomes
-        if outcome.kind == kind and outcome.ours and conversion.is_given(outcome) and not _repeats(outcome)
-    ]
+def _converted(conversion: Conversion) -> Iterator[str]:
+    """Yield what the settings became that are not just kept, with all that follows from the same settings in one row. Keys of
+    evaluation sets beside their files are left out: they repeat the training prompts'."""
+    rows: dict[str, list[Outcome]] = {}
+    for outcome in conversion.outcomes:
+        told = outcome.kind in ("same", "converted") and outcome.ours and conversion.is_given(outcome)
+        if told and not _repeats(outcome) and not _only_kept(conversion, outcome):
+            rows.setdefault(_source(conversion, outcome), []).append(outcome)
     if rows:
-        yield f"{title} ({counts(conversion)[kind]})"
-        yield from _table(dict.fromkeys(rows))
+        yield "CONVERTED: another name and another value or unit"
+        yield from _table((source, f"→ {_became(outcomes)}") for source, outcomes in rows.items())
+
+
+def _kept(conversion: Conversion) -> Iterator[str]:
+    settings = [setting for setting in conversion.run.settings if conversion.kind_of(setting.key) == "same"]
+    if not settings:
+        return
+    ours: dict[str, str] = {}
+    for outcome in conversion.outcomes:
+        for key in outcome.sources if outcome.kind == "same" else ():
+            ours.setdefault(key, str(outcome.ours))
+    yield f"KEPT: the value stands as it is ({len(settings)})"
+    yield from _columns(f"{_setting(setting)} → {ours[setting.key]}" for setting in settings)
+
+
+def _only_kept(conversion: Conversion, outcome: Outcome) -> bool:
+    places = conversion.places(outcome)
+    return bool(places) and all(conversion.kind_of(setting.key) == "same" for setting in places)
 
 
 def _repeats(outcome: Outcome) -> bool:
@@ -113,14 +135,14 @@ def _repeats(outcome: Outcome) -> bool:
 def _defaults(conversion: Conversion) -> Iterator[str]:
     dialect = TITLES[conversion.table.dialect]
     rows = {
-        (f"{'':4}  {outcome.ours}: {shown(outcome.value)}", f"ours: {shown(default_of(str(outcome.ours)))}")
+        f"{'':4}  {outcome.ours}: {shown(outcome.value)} (ours {shown(default_of(str(outcome.ours)))})"
         for outcome in conversion.outcomes
         if outcome.kind in ("same", "converted") and not conversion.is_given(outcome) and not _repeats(outcome)
         and outcome.ours and outcome.value != default_of(outcome.ours)
     }  # fmt: skip
     if rows:
         yield f"DEFAULTS OF {dialect.upper()} that the run relies on, and that are not ours ({len(rows)})"
-        yield from _table(sorted(rows))
+        yield from _columns(sorted(rows))
 
 
 def _meaningless(conversion: Conversion) -> Iterator[str]:
@@ -138,21 +160,22 @@ def _meaningless(conversion: Conversion) -> Iterator[str]:
         return
     yield f"MEANINGLESS HERE ({counts(conversion)['meaningless']})"
     for why, keys in groups.items():
-        yield from _wrapped(why, "      ")
         more = f" and {len(keys) - _MOST_NAMED} more" if len(keys) > _MOST_NAMED else ""
-        yield from _wrapped(", ".join(keys[:_MOST_NAMED]) + more, "        ")
+        yield from _wrapped(f"{', '.join(keys[:_MOST_NAMED])}{more}: {why}", "      ", "  ")
 
 
 def _source(conversion: Conversion, outcome: Outcome) -> str:
     """Return the settings that an outcome comes from, after the number of their first line."""
     places = conversion.places(outcome)
     if not places:
-        first = outcome.sources[0]
-        return f"{'':4}  {first}" + (
-            "" if first == conversion.run.entry else f" ({TITLES[conversion.table.dialect]}'s default)"
-        )
+        first, dialect = outcome.sources[0], TITLES[conversion.table.dialect]
+        return f"{'':4}  {first}" + ("" if first == conversion.run.entry else f" ({dialect}'s default)")
     named = ", ".join(f"{_short_key(setting.key)}={shown(setting.value)}" for setting in places)
     return f"{line_number(places[0]):>4}  {named}"
+
+
+def _setting(setting: ForeignSetting) -> str:
+    return f"{line_number(setting):>4}  {_short_key(setting.key)}={shown(setting.value)}"
 
 
 def _short_key(key: str) -> str:
@@ -160,9 +183,15 @@ def _short_key(key: str) -> str:
     return key.removeprefix("actor_rollout_ref.")
 
 
+def _became(outcomes: Sequence[Outcome]) -> str:
+    """Return our keys that follow from the same settings, with a note that several in a row share only after the last."""
+    notes = [outcome.note if outcome.kind == "converted" else "" for outcome in outcomes]
+    told = [f" ({note})" if note and note != after else "" for note, after in zip(notes, [*notes[1:], ""])]
+    return ", ".join(f"{_ours(outcome)}{note}" for outcome, note in zip(outcomes, told))
+
+
 def _ours(outcome: Outcome) -> str:
-    told = f" ({outcome.note})" if outcome.note else ""
-    return f"→ {outcome.ours}: {shown(outcome.value)}{told}"
+    return f"{outcome.ours}: {shown(outcome.value)}" if outcome.kind == "converted" else str(outcome.ours)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -177,12 +206,27 @@ def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield from (f"{'':<{width}}    {line}" for line in more)
 
 
-def _wrapped(text: str, indent: str) -> Iterator[str]:
+def _columns(cells: Iterable[str]) -> Iterator[str]:
+    """Yield short cells two to a line. A long one stands alone."""
+    left = ""
+    for cell in cells:
+        if left and max(len(left), len(cell)) < _WIDTH // 2:
+            yield f"{left:<{_WIDTH // 2}}{cell}"
+            left = ""
+            continue
+        if left:
+            yield left
+        left = cell
+    if left:
+        yield left
+
+
+def _wrapped(text: str, indent: str, hanging: str = "") -> Iterator[str]:
     yield from textwrap.wrap(
         text,
         _WIDTH,
         initial_indent=indent,
-        subsequent_indent=" " * len(indent),
+        subsequent_indent=" " * len(indent) + hanging,
         break_long_words=False,
         break_on_hyphens=False,
     )

@@ -22,9 +22,9 @@ def test_the_worst_comes_first() -> None:
     text = report(imported(SETTINGS))
     lines = text.splitlines()
     assert lines[0] == (
-        "run.sh: 10 settings of verl: 2 kept, 1 converted, 4 meaningless here, 2 lost, 1 not known to the table; "
-        "1 key is for you to decide"
+        "run.sh: 10 settings of verl: 2 kept, 1 converted, 4 meaningless here, 2 lost, 1 not known to the table"
     )
+    assert lines[1] == "What it leaves out has the defaults of verl b178a3c (2026-01-29): 1 to decide."
     titles = [line.split(" (")[0].split(":")[0] for line in lines if line[:1].isupper()]
     assert titles == [
         "What it leaves out has the defaults of verl b178a3c", "LOST, AND IT CHANGES WHAT IS OPTIMISED", "LOST", "TO DECIDE",
@@ -37,7 +37,7 @@ def test_the_worst_comes_first() -> None:
 
 def test_a_setting_that_is_kept_and_one_that_is_converted() -> None:
     lines = report(imported(SETTINGS)).splitlines()
-    assert any(line.startswith("   2  rollout.n=8") and line.endswith("→ rollout.group_size") for line in lines)
+    assert any("   2  rollout.n=8 → rollout.group_size" in line for line in lines)
     assert any(
         "actor.optim.lr_warmup_steps=10" in line and "→ optimizer.warmup_rollout_steps: 10" in line for line in lines
     )
@@ -45,8 +45,27 @@ def test_a_setting_that_is_kept_and_one_that_is_converted() -> None:
 
 def test_settings_without_a_meaning_share_a_line() -> None:
     text = report(imported(SETTINGS))
-    assert "        actor.fsdp_config.param_offload, actor.fsdp_config.optimizer_offload\n" in text
+    assert (
+        "      actor.fsdp_config.param_offload, actor.fsdp_config.optimizer_offload: sharding and offloading: " in text
+    )
 
 
 def test_accepted_losses_are_told_as_such() -> None:
     assert "OPTIMISED (1): accepted" in report(imported(SETTINGS), ["algorithm.adv_estimator"])
+
+
+def test_a_row_holds_all_that_follows_from_the_same_settings_and_a_shared_note_once() -> None:
+    lines = report(
+        imported({**SETTINGS, "trainer.test_freq": 5, "data.val_files": ["/d/a.parquet", "/d/b.parquet"]})
+    ).splitlines()
+    (row,) = [place for place, line in enumerate(lines) if "data.val_files=" in line]
+    told = " ".join(line.strip() for line in lines[row : row + 3])
+    assert told.count("a named set per file") == 1 and "eval.sets.a.files" in told and "eval.sets.b.files" in told
+
+
+def test_kept_settings_are_listed_once_two_to_a_line() -> None:
+    conversion = imported(SETTINGS)
+    lines = report(conversion).splitlines()
+    (first,) = [place for place, line in enumerate(lines) if line.startswith("KEPT")]
+    assert lines[first].endswith(f"({counts(conversion)['same']})")
+    assert lines[first + 1].split(" → ")[1:] and lines[first + 1].count("→") == 2 and not lines[first + 2]

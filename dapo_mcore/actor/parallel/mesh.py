@@ -64,10 +64,10 @@ def check_mesh(architecture: Architecture, parallel: ParallelConfig) -> None:
     _check_pipeline(architecture.num_layers, parallel)
     if architecture.num_experts:
         _check_experts(architecture, parallel)
-    elif parallel.expert_parallel > 1 or parallel.expert_tensor_parallel is not None:
+    elif parallel.expert_parallel > 1 or (parallel.expert_tensor_parallel or 1) > 1:
         raise ConfigError(
-            f"{architecture.name} has no experts, so parallel.expert_parallel must be 1 (here "
-            f"{parallel.expert_parallel}) and expert_tensor_parallel unset (here {parallel.expert_tensor_parallel})"
+            f"{architecture.name} has no experts, so parallel.expert_parallel must be 1 (here {parallel.expert_parallel}) "
+            f"and expert_tensor_parallel null or 1 (here {parallel.expert_tensor_parallel})"
         )
 
 

@@ -21,7 +21,7 @@ from dapo_mcore.foreign.bash.syntax import (
     Simple,
 )
 from dapo_mcore.foreign.bash.values import Value
-from dapo_mcore.foreign.bash.words import Word
+from dapo_mcore.foreign.bash.words import Parameter, Word
 
 _DECLARATIONS = ("export", "local", "declare", "readonly", "typeset")
 _SHELLS = ("bash", "sh", "/bin/bash", "/bin/sh", "/usr/bin/bash")
@@ -74,6 +74,7 @@ class _Follower(ControlFlow):
             for assignment in command.assignments:
                 self._assign(assignment)
             return True
+        self._note_arguments(command)
         first = command.words[0]
         if isinstance(first, Word) and first.plain in _DECLARATIONS:
             return self._declare(command)
@@ -81,6 +82,17 @@ class _Follower(ControlFlow):
         expand = (lambda word: [self._expander.one(word)]) if is_test else self._expander.fields
         words = [value for word in command.words if isinstance(word, Word) for value in expand(word)]
         return self._call(words, command.line) if words else True
+
+    def _note_arguments(self, command: Simple) -> None:
+        """Note a command that gets the script's own arguments: it is read as if started without any."""
+        words = [word for word in command.words if isinstance(word, Word)]
+        named = [
+            word for word in words for part in word.parts if isinstance(part, Parameter) and part.name in ("@", "*")
+        ]
+        if named and not self._scope.in_function and not self._scope.arguments:
+            self.notes.append(
+                f'line {named[0].line}: "$@" is what the script is started with; write settings that you give there into a copy of it'
+            )
 
     def _declare(self, command: Simple) -> bool:
         for word in command.words[1:]:

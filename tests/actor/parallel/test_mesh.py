@@ -87,7 +87,7 @@ SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 
             "2 × virtual_pipeline_parallel 3 = 6 leaves chunks empty: num_hidden_layers is 5; use .* of at most 2",
         ),
         (Mesh(expert=2), "qwen2", {}, "Qwen2ForCausalLM has no experts, so parallel.expert_parallel must be 1 .here 2"),
-        (Mesh(expert_tensor=2), "qwen2", {}, "expert_tensor_parallel unset .here 2"),
+        (Mesh(expert_tensor=2), "qwen2", {}, "expert_tensor_parallel null or 1 .here 2"),
         (Mesh(expert=3), "mixtral", {}, "expert_parallel 3 does not divide the number of experts 4; use 1, 2 or 4"),
         (
             Mesh(expert_tensor=5),
@@ -114,6 +114,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(mesh, family, chan
     [
         (Mesh(tensor=4), "qwen2", {}),  # two key-value heads
         (Mesh(tensor=2), "qwen2", {"num_key_value_heads": 1}),
+        (Mesh(tensor=2, expert_tensor=1), "qwen2", {}),  # what NeMo-RL sets for every model
         (Mesh(pipeline=2), "qwen2", {"num_hidden_layers": 5}),
         (Mesh(pipeline=2, virtual=2), "qwen2", {"num_hidden_layers": 5}),
         # no dense layer: the width of the MLPs that are not there does not matter

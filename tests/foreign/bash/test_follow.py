@@ -225,6 +225,18 @@ def test_scripts_beside_are_followed_and_others_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('train a=1 \\\n  "$@"', ["line 2"]), ("train $*", ["line 1"]), ('main() { train "$@"; }\nmain a=1', []),
+        ('main() { train "$@"; }\nmain "$@"', ["line 2"]), ('set -- a=1\ntrain "$@"', []),
+    ],
+)  # fmt: skip
+def test_settings_that_are_given_at_the_start_of_a_script_are_noted(text: str, lines: list[str]) -> None:
+    notes = follow(text, Path("run.sh"), lambda name: None).notes
+    assert [note.split(":")[0] for note in notes] == lines
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a=1\ntrain 'x", "run.sh line 2: the quote ' is never closed"),

@@ -53,7 +53,7 @@ def test_the_yaml_goes_to_a_file_and_the_report_to_the_screen(
     assert main(["import", "verl", str(script), "-o", str(out)]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("addition.sh: 27 settings of verl: ") and shown.err == ""
-    assert "0 lost; 1 key is for you to decide" in shown.out
+    assert "0 lost\n" in shown.out and ": 1 to decide.\n" in shown.out
     assert f"Next: dapo-mcore config --only-values {out}" in shown.out
     config = load_config(out, ["parallel.tensor_parallel=1"])
     assert (config.num_rollout_steps, config.batch.mini_batch_prompts, config.eval.samples_per_prompt) == (60, 8, 8)
