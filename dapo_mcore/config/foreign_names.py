@@ -58,7 +58,8 @@ VERL: Mapping[str, Name] = {
     f"{_MEGATRON}.expert_tensor_parallel_size": Name("parallel.expert_tensor_parallel", "ranks"),
     f"{_MEGATRON}.sequence_parallel": Name("parallel.sequence_parallel", "only with tensor_parallel above 1"),
     f"{_ACTOR}.ulysses_sequence_parallel_size": Name(
-        "parallel.context_parallel", "Ulysses splits sequences over ranks; here ring attention does"
+        "parallel.context_parallel",
+        "ranks; the import asks for a layout and leaves this at 1: tensor_parallel splits weights, too",
     ),
     "actor_rollout_ref.nccl_timeout": Name("parallel.timeout_minutes", "minutes: seconds / 60, at least the default"),
     "data.train_files": Name("data.files", "a list of files"),
@@ -189,6 +190,7 @@ VERL: Mapping[str, Name] = {
 SLIME: Mapping[str, Name] = {
     "num-rollout": Name("num_rollout_steps", "rollout steps"),
     "num-epoch": Name("num_epochs", _EPOCHS),
+    "wandb-group": Name("name", "letters, digits, dots, dashes and underscores"),
     "rollout-seed": Name("seed", "also of weights and sampling"),
     "hf-checkpoint": Name("model.path", "a Hugging Face folder or a hub name"),
     "prompt-data": Name("data.files", "a list of files"),
@@ -259,6 +261,7 @@ SLIME: Mapping[str, Name] = {
 NEMO: Mapping[str, Name] = {
     "grpo.max_num_steps": Name("num_rollout_steps", "rollout steps; max_num_epochs may end the run before"),
     "grpo.max_num_epochs": Name("num_epochs", _EPOCHS),
+    "logger.wandb.name": Name("name", "letters, digits, dots, dashes and underscores"),
     "grpo.seed": Name("seed", "also of weights and sampling"),
     "policy.model_name": Name("model.path", "a Hugging Face folder or a hub name"),
     "policy.precision": Name("model.dtype", "bfloat16: bf16, float32: fp32"),

@@ -50,7 +50,8 @@ def _head(conversion: Conversion) -> Iterator[str]:
     told = ", ".join(f"{number[kind]} {word}" for kind, word in words.items() if number[kind] or kind == "lost")
     yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}"
     if not run.complete:
-        yield f"What it leaves out has the defaults of {conversion.table.title}{_fates_of_defaults(conversion)}."
+        configuration = f", {run.config}" if run.config and "config-name" not in run.by_key() else ""
+        yield f"What it leaves out has the defaults of {conversion.table.title}{configuration}{_fates_of_defaults(conversion)}."
     for note in run.notes:
         yield from _wrapped(note, "Note: ")
     for setting in run.settings:
@@ -151,8 +152,8 @@ def _meaningless(conversion: Conversion) -> Iterator[str]:
     groups: dict[str, list[str]] = {}
     told: set[str] = set()
     for outcome in conversion.outcomes:
-        key = outcome.sources[0]
-        if outcome.kind == "meaningless" and conversion.kind_of(key) == "meaningless" and key not in told:
+        key = outcome.sources[0] if outcome.kind == "meaningless" else ""
+        if key and conversion.kind_of(key) == "meaningless" and key not in told:
             told.add(key)
             title = titles.get(outcome.note)
             groups.setdefault(f"{title}: {outcome.note}" if title else outcome.note, []).append(_short_key(key))

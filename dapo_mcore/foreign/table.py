@@ -5,6 +5,7 @@ Change here: what a rule may say, and the short forms in which tables write rule
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,7 +25,7 @@ class Outcome:
 
     kind: same: the value stands here as it was. converted: another name's value, unit or form. meaningless: it changes nothing
         here. lost: it cannot be had here. asked: a person must decide our key; the YAML holds `???` until then.
-    sources: the source's keys that it comes from, the one that names it first.
+    sources: the source's keys that it comes from, the one that names it first; empty for what the source always does.
     ours, value: our dotted key and its value; ours is None for meaningless and lost ones. `value` of an asked one is unused.
     note: how it was converted, why it means nothing, what is lost and the nearest thing here, or what to decide by.
     objective: a lost one that changes what is optimised: the import ends with status 3 unless it is accepted by name.
@@ -177,6 +178,11 @@ def became(source: Source, ours: str, value: Any, *keys: str, note: str = "") ->
     return Outcome(kind, keys, ours, value, note)
 
 
+def own_way(ours: str, value: Any, note: str) -> Outcome:
+    """Return the outcome of what the source does whatever is set: no setting of the run is behind it."""
+    return Outcome("converted", (), ours, value, note)
+
+
 def asked(ours: str, note: str, *keys: str) -> Outcome:
     """Return the outcome of our key that a person must decide; `note` says by what."""
     return Outcome("asked", keys, ours, note=note)
@@ -190,6 +196,19 @@ def gone(note: str, *keys: str, objective: bool = False) -> Outcome:
 def combined(apply: Callable[[Source], Iterable[Outcome]], ours: str, *keys: str, about: str = "") -> Rule:
     """Return a rule over several settings that only together say what holds here. `ours` has our keys, joined by `, `."""
     return Rule(keys, tuple(ours.split(", ")), apply, about)
+
+
+def run_name(key: str) -> Rule:
+    """Return the rule of the run's name, which has letters of a folder's name here."""
+
+    def apply(source: Source) -> Iterator[Outcome]:
+        if source[key] is None:
+            return
+        text = str(source[key])
+        clean = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("-._")[:128] or "run"
+        yield became(source, "name", clean, key, note="" if clean == text else "letters that a folder's name may have")
+
+    return Rule((key,), ("name",), apply)
 
 
 def joined(ours: str, note: str, *keys: str) -> Rule:

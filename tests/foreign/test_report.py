@@ -8,7 +8,7 @@ from tests.foreign.verl_runs import A, M, R, imported
 SETTINGS = {
     "algorithm.adv_estimator": "opo", f"{R}.n": 8, "trainer.test_freq": -1, "trainer.val_before_train": False,
     f"{A}.optim.lr_warmup_steps": 10, f"{A}.fsdp_config.param_offload": True, f"{A}.fsdp_config.optimizer_offload": True,
-    f"{M}.lora_rank": 8, "trainer.mystery": 3, "trainer.total_training_steps": 9,
+    f"{M}.external_lib": "lib", "trainer.mystery": 3, "trainer.total_training_steps": 9,
 }  # fmt: skip
 
 
@@ -69,3 +69,8 @@ def test_kept_settings_are_listed_once_two_to_a_line() -> None:
     (first,) = [place for place, line in enumerate(lines) if line.startswith("KEPT")]
     assert lines[first].endswith(f"({counts(conversion)['same']})")
     assert lines[first + 1].split(" → ")[1:] and lines[first + 1].count("→") == 2 and not lines[first + 2]
+
+
+def test_the_configuration_whose_defaults_hold_is_named() -> None:
+    text = report(imported(SETTINGS, config="ppo_megatron_trainer"))
+    assert "What it leaves out has the defaults of verl b178a3c (2026-01-29), ppo_megatron_trainer" in text

@@ -9,7 +9,7 @@ import pytest
 
 from dapo_mcore.config.foreign_names import Name
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
-from dapo_mcore.foreign.table import Outcome, Rule, Source, Undecided, changed, lost, meaningless, same
+from dapo_mcore.foreign.table import Outcome, Rule, Source, Undecided, changed, lost, meaningless, run_name, same
 
 NAMES = {"a.n": Name("rollout.group_size", "responses per prompt"), "t.freq": Name("eval.every", "rollout steps")}
 
@@ -50,6 +50,14 @@ def test_a_lost_setting_counts_only_if_it_is_on() -> None:
     assert [outcome.kind for outcome in applied(rule, {"rm.enable": False})] == ["meaningless"]
     assert applied(rule, {}, {"rm.enable": False}) == []
     assert [outcome.kind for outcome in applied(rule, {}, {"rm.enable": True})] == ["lost"]
+
+
+def test_a_name_gets_letters_that_a_folders_name_may_have() -> None:
+    assert [(o.kind, o.value) for o in applied(run_name("t.name"), {"t.name": "qwen3-4B"})] == [("same", "qwen3-4B")]
+    assert [(o.kind, o.value) for o in applied(run_name("t.name"), {"t.name": "-my run/7"})] == [
+        ("converted", "my-run-7")
+    ]
+    assert applied(run_name("t.name"), {}) == []
 
 
 def test_zero_is_not_false() -> None:

@@ -10,7 +10,19 @@ from collections.abc import Iterator
 from functools import partial
 
 from dapo_mcore.config.foreign_names import NEMO as NAMES
-from dapo_mcore.foreign.table import Outcome, Rule, Source, Table, changed, combined, gone, joined, lost, meaningless
+from dapo_mcore.foreign.table import (
+    Outcome,
+    Rule,
+    Source,
+    Table,
+    changed,
+    combined,
+    gone,
+    joined,
+    lost,
+    meaningless,
+    run_name,
+)
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import nemo_data as data
 from dapo_mcore.foreign.tables import nemo_objective as objective
@@ -116,7 +128,7 @@ _OF_LOGGERS = (
     *_below(
         "logger",
         """
-        log_dir num_val_samples_to_print monitor_gpus wandb.name wandb.log_nemo_gym_full_result_tables swanlab.name tensorboard
+        log_dir num_val_samples_to_print monitor_gpus wandb.log_nemo_gym_full_result_tables swanlab.name tensorboard
         tensorboard.log_dir mlflow.run_name mlflow.tracking_uri gpu_monitoring.collection_interval gpu_monitoring.flush_interval""",
     ),
 )
@@ -138,6 +150,7 @@ _FUSED = "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam"
 
 _RULES = (
     combined(run.length, "num_rollout_steps, num_epochs", "grpo.max_num_steps", "grpo.max_num_epochs"),
+    run_name("logger.wandb.name"),
     same("grpo.seed"),
     combined(run.saving, "output_dir, checkpoint.every, checkpoint.keep, checkpoint.keep_best, checkpoint.best_metric, "
              "checkpoint.best_mode", "checkpointing.checkpoint_dir", "checkpointing.enabled", "checkpointing.save_period",
@@ -211,7 +224,8 @@ _RULES = (
     meaningless("of generation", "of other engines than SGLang, or chosen here by the device", *_OF_SERVERS),
     meaningless("of checkpoints and loggers", "in the run's folder here", *_OF_LOGGERS),
     meaningless("of LoRA", "lora_cfg.enabled says whether it is on", *_OF_LORA),
-    lost("LoRA: all weights train; nearest: full training with lr 1e-6", "policy.dtensor_cfg.lora_cfg.enabled", f"{_M}.peft.enabled"),
+    lost("LoRA: all weights train; nearest: full training with lr 1e-6", "policy.dtensor_cfg.lora_cfg.enabled", f"{_M}.peft.enabled",
+         objective=True),
     lost("an option of vLLM or TensorRT; nearest: SGLang's own in rollout.sglang.server_args", f"{_G}.vllm_kwargs", f"{_G}.vllm_kwargs.*",
          f"{_G}.trtllm_kwargs.*", off=(None, False, {})),
     lost("words may be drawn that are forbidden there", f"{_G}.bad_words", off=(None, []), objective=True),
@@ -223,6 +237,8 @@ _RULES = (
     lost("the router's loss has the coefficient of model.moe_aux_loss_coef", f"{_M}.moe_aux_loss_coeff", off=(None, 0, 0.0), objective=True),
     lost("another mean of the loss", f"{_M}.calculate_per_token_loss", f"{_M}.do_not_average_loss", f"{_M}.scale_loss_by_dp_cp_size",
          f"{_M}.cp_normalize", objective=True),
+    lost("a key of older versions, which this one does not read; nearest: data.default.prompt_file, data.default.system_prompt_file, "
+         "data.train.dataset_name, data.train.split", *_below("data", "prompt_file system_prompt_file dataset_name split"), off=(None,), objective=True),
     lost("the language model trains", f"{_M}.freeze_config.freeze_language_model", objective=True),
     lost("a response ends at its end token", f"{_G}.ignore_eos", objective=True),
     lost_together("a policy that is trained quantized; nearest: model.fp8", "policy.quant_*"),

@@ -10,7 +10,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from dapo_mcore.foreign.read.nemo import text_beside
-from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
 
 _GENERATION = "policy.generation"
 _STEPS_WITHOUT_END = 1_000_000
@@ -161,9 +161,7 @@ def _rendering(source: Source, part: str, place: str) -> Iterator[Outcome]:
         chat,
         note,
     )
-    yield Outcome(
-        "converted", (f"data.{part}.data_path",), f"{place}.deduplicate", False, "NeMo-RL keeps repeated rows"
-    )
+    yield own_way(f"{place}.deduplicate", False, "NeMo-RL keeps repeated rows")
     if kwargs or source.below("policy.tokenizer.chat_template_kwargs"):
         yield from _template_kwargs(source, place)
     yield from _text_around(source, part, place)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
 from dapo_mcore.foreign.tables.nemo_data import is_evaluated
 
 _GENERATION, _MEGATRON = "policy.generation", "policy.megatron_cfg"
@@ -135,7 +135,7 @@ def batch(source: Source) -> Iterator[Outcome]:
         yield asked(
             "batch.mini_batch_prompts", f"{source[size]} samples are no whole number of groups of {group}", size
         )
-    yield Outcome("converted", (size,), "batch.shuffle", False, "NeMo-RL trains in the order of the prompts")
+    yield own_way("batch.shuffle", False, "NeMo-RL trains in the order of the prompts")
     yield from _tokens(source)
 
 

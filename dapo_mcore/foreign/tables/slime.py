@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from dapo_mcore.config.foreign_names import SLIME as NAMES
-from dapo_mcore.foreign.table import Rule, Table, changed, combined, joined, lost, meaningless
+from dapo_mcore.foreign.table import Rule, Table, changed, combined, joined, lost, meaningless, run_name
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import slime_mis
 from dapo_mcore.foreign.tables import slime_objective as objective
@@ -55,6 +55,7 @@ _OWN_PARTS = (
 
 _RULES = (
     combined(run.length, "num_rollout_steps, num_epochs", "num-rollout", "num-epoch"),
+    run_name("wandb-group"),
     same("rollout-seed"),
     same("deterministic-mode"),
     combined(run.saving, "output_dir, checkpoint.every, checkpoint.keep, checkpoint.export_every, checkpoint.async_save", "save", "save-interval", "save-hf", "async-save"),

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
 from dapo_mcore.foreign.tables.slime_objective import NO_LIMIT
 
 _OUR_LONGEST_PROMPT = 2048
@@ -42,7 +42,7 @@ def files(source: Source) -> Iterator[Outcome]:
     yield became(source, "data.chat_template", template, "apply-chat-template")
     yield from _template_kwargs(source, "data")
     yield became(source, "data.shuffle", bool(source["rollout-shuffle"]), "rollout-shuffle")
-    yield Outcome("converted", ("prompt-data",), "data.deduplicate", False, "slime keeps repeated rows")
+    yield own_way("data.deduplicate", False, "slime keeps repeated rows")
     longest, whole = source["rollout-max-prompt-len"], source["rollout-max-context-len"]
     if longest is None and whole is not None:
         yield from _longest("data", whole - 1, "rollout-max-context-len")
@@ -114,7 +114,7 @@ def batch(source: Source) -> Iterator[Outcome]:
         )
     if source[size] is not None and source.gives(steps):
         yield Outcome("meaningless", (steps,), note="global-batch-size says it")
-    yield Outcome("converted", ("rollout-shuffle",), "batch.shuffle", False, "slime trains in the order of the prompts")
+    yield own_way("batch.shuffle", False, "slime trains in the order of the prompts")
     yield from _tokens(source)
 
 
@@ -235,9 +235,7 @@ def model(source: Source) -> Iterator[Outcome]:
     else:
         yield asked("model.path", "no hf-checkpoint", "hf-checkpoint")
     yield from _fp8(source)
-    yield Outcome(
-        "converted", ("hf-checkpoint",), "model.dtype", "bf16", "computes in bf16 with fp32 copies of the weights"
-    )
+    yield own_way("model.dtype", "bf16", "computes in bf16 with fp32 copies of the weights")
     level, modules = source["recompute-granularity"], source["recompute-modules"]
     used = source.below_flag("recompute-") or ["recompute-granularity"]
     named = [modules] if isinstance(modules, str) else modules
@@ -294,7 +292,7 @@ def _set(source: Source, place: str, path: str) -> Iterator[Outcome]:
         "as in training",
     )
     yield from _template_kwargs(source, place)
-    yield Outcome("converted", ("eval-prompt-data",), f"{place}.deduplicate", False, "slime keeps repeated rows")
+    yield own_way(f"{place}.deduplicate", False, "slime keeps repeated rows")
 
 
 def saving(source: Source) -> Iterator[Outcome]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from dapo_mcore.config.foreign_names import VERL as NAMES
-from dapo_mcore.foreign.table import Rule, Table, combined, lost
+from dapo_mcore.foreign.table import Rule, Table, combined, lost, run_name
 from dapo_mcore.foreign.table import changed as _changed
 from dapo_mcore.foreign.table import same as _same
 from dapo_mcore.foreign.tables import verl_correction as correction
@@ -44,7 +44,7 @@ _OPTIMISES = ("algorithm.", "reward", "critic.", "custom_reward_function.", "dat
 _RUN = (
     combined(objective.program, "algo.advantage"),
     lost(objective.UNREAD_CONFIGURATION, objective.CONFIGURATION, off=(None,), objective=True),
-    combined(run.name, "name", "trainer.experiment_name"),
+    run_name("trainer.experiment_name"),
     combined(run.folder, "output_dir", "trainer.default_local_dir"),
     combined(run.steps, "num_rollout_steps", "trainer.total_training_steps"),
     combined(run.epochs, "num_epochs", "trainer.total_epochs"),
@@ -70,7 +70,7 @@ _MODEL = (
          off=(None, "bfloat16", "bf16", "auto")),
     lost("the tokenizer is model.path's; nearest: put its files into that folder", f"{_M}.tokenizer_path", objective=True),
     lost("LoRA: all weights train, and a learning rate for LoRA is too high for that; nearest: full training with lr 1e-6",
-         f"{_M}.lora_rank", f"{_M}.lora.rank", off=(None, 0, False, "")),
+         f"{_M}.lora_rank", f"{_M}.lora.rank", off=(None, 0, False, ""), objective=True),
     lost("the start is model.path's weights, without an adapter; nearest: merge the adapter into model.path first",
          f"{_M}.lora_adapter_path", off=(None, False, ""), objective=True),
     lost("the model's code is Megatron's; nearest: a family of examples/README.md", f"{_M}.external_lib"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
+from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 VAL_KWARGS = tuple(f"{_ROLLOUT}.val_kwargs.{name}" for name in ("n", "temperature", "top_p", "top_k", "do_sample"))
@@ -40,9 +40,9 @@ def as_list(value: Any) -> list[str]:
 
 def prompts(source: Source) -> Iterator[Outcome]:
     """Yield how prompts are read: verl renders chats, always."""
-    yield Outcome("converted", ("data.prompt_key",), "data.chat_template", True, "verl renders every prompt")
+    yield own_way("data.chat_template", True, "verl renders every prompt")
     yield from long_prompts(source, "data")
-    yield Outcome("converted", ("data.train_files",), "data.deduplicate", False, "verl keeps repeated rows")
+    yield own_way("data.deduplicate", False, "verl keeps repeated rows")
 
 
 def long_prompts(source: Source, section: str) -> Iterator[Outcome]:
@@ -159,9 +159,9 @@ def _set(source: Source, place: str, path: str) -> Iterator[Outcome]:
         "data.max_prompt_length": "max_prompt_tokens",
     }.items():
         yield Outcome("same", (key,), f"{place}.{ours}", source[key])
-    yield Outcome("converted", ("data.prompt_key",), f"{place}.chat_template", True, "verl renders every prompt")
+    yield own_way(f"{place}.chat_template", True, "verl renders every prompt")
     yield from _template_kwargs(source, place)
-    yield Outcome("converted", ("data.val_files",), f"{place}.deduplicate", False, "verl keeps repeated rows")
+    yield own_way(f"{place}.deduplicate", False, "verl keeps repeated rows")
     yield from (line for line in long_prompts(source, place) if line.ours)
     yield from _limit(source, "data.val_max_samples", f"{place}.limit")
 
@@ -189,12 +189,18 @@ def _sampling(source: Source) -> Iterator[Outcome]:
 
 
 def _set_names(paths: list[str]) -> list[str]:
-    """Return a name per file: its own without the ending, numbered if several have it; its folder's if it is named test."""
+    """Return a name per file: its own without the ending, numbered if several have it; its folder's if it is named test, unless
+    that says nothing either."""
     names: list[str] = []
     for path in map(PurePosixPath, paths):
-        stem = (
-            path.parent.name if path.stem in ("test", "val", "validation", "train") and path.parent.name else path.stem
+        folder = path.parent.name.lower()
+        of_folder = path.stem in ("test", "val", "validation", "train") and folder not in (
+            "",
+            "data",
+            "dataset",
+            "datasets",
         )
+        stem = path.parent.name if of_folder else path.stem
         clean = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-") or "set"
         names.append(clean if clean not in names else f"{clean}_{len(names) + 1}")
     return names

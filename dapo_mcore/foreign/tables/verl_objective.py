@@ -66,8 +66,8 @@ def program(source: Source) -> Iterator[Outcome]:
 CONFIGURATION = "config-name"
 """The setting that read_verl makes of a `--config-name` whose file it could not read."""
 UNREAD_CONFIGURATION = (
-    "the settings of that configuration's file are not in the import: it is not beside the script; nearest: import the "
-    "configuration that hydra has resolved (outputs/DATE/TIME/.hydra/config.yaml)"
+    "this configuration is none of verl's own, and its file, which lies neither beside the script nor above it, is not read; "
+    "nearest: import the configuration that hydra has resolved (outputs/DATE/TIME/.hydra/config.yaml)"
 )
 
 
@@ -217,7 +217,8 @@ def kl(source: Source) -> Iterator[Outcome]:
     open_switches = [switch for switch in _KL_PLACES if not source.is_known(switch)]
     on = [switch for switch in _KL_PLACES if switch in open_switches or source[switch]]
     if len(on) == 2:
-        yield gone("a KL in the reward and one in the loss together; here there is one of them", on[1], objective=True)
+        what = "a KL in the reward and one in the loss together; here there is one of them"
+        yield gone(what, *_given(source, on[1], *_KL_PLACES[on[1]][1:]), objective=True)
     if not on:
         yield from _no_kl(source)
         return
@@ -239,7 +240,13 @@ def kl(source: Source) -> Iterator[Outcome]:
     )
     yield from _kl_estimator(source, kind, switch)
     if place == "reward" and source["algorithm.kl_ctrl.type"] == "adaptive":
-        yield gone("the coefficient stays fixed; nearest: its first value", "algorithm.kl_ctrl.type", objective=True)
+        parts = [f"algorithm.kl_ctrl.{name}" for name in ("type", "target_kl", "horizon")]
+        yield gone("the coefficient stays fixed; nearest: its first value", *_given(source, *parts), objective=True)
+
+
+def _given(source: Source, switch: str, *parts: str) -> tuple[str, ...]:
+    """Return a switch and those of its parts that the run sets: they share its fate."""
+    return (switch, *filter(source.gives, parts))
 
 
 def _no_kl(source: Source) -> Iterator[Outcome]:

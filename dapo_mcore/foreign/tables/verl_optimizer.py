@@ -74,7 +74,8 @@ def schedule(source: Source, place: str = f"{_ACTOR}.optim", ours: str = "optimi
         yield Outcome("converted", (ratio,), f"{ours}.min_lr", source[ratio] * lr, f"{source[ratio]} × lr {lr}")
     steps = _length(source, place)
     if source[steps] is None:
-        yield asked(f"{ours}.decay_rollout_steps", "the cosine lasts as long as the run, in rollout steps", key)
+        note = f"the cosine lasts as long as the run: {_steps_of_epochs(source)}; put 1 first, `dapo-mcore config` says how many"
+        yield asked(f"{ours}.decay_rollout_steps", note, key)
     else:
         yield Outcome("converted", (steps,), f"{ours}.decay_rollout_steps", source[steps], "the cosine's length")
 
@@ -83,6 +84,14 @@ def _length(source: Source, place: str) -> str:
     """Return the key of the schedule's length: lr_decay_steps, which Megatron alone has, else that of the run."""
     own = f"{place}.lr_decay_steps"
     return own if is_megatron(source.run) and source[own] else "trainer.total_training_steps"
+
+
+def _steps_of_epochs(source: Source) -> str:
+    """Return how the rollout steps of a run follow from what a script without their number says."""
+    epochs, prompts = source["trainer.total_epochs"], source["data.train_batch_size"]
+    if source["algorithm.filter_groups.enable"]:
+        return f"the rollout steps of {epochs} epochs, of which filtering decides how many there are"
+    return f"rows of the training files / {prompts} × {epochs} epochs, in rollout steps"
 
 
 def warmup(source: Source, place: str, ours: str) -> Iterator[Outcome]:
@@ -100,7 +109,8 @@ def warmup(source: Source, place: str, ours: str) -> Iterator[Outcome]:
     elif not part:
         yield Outcome("converted", (key,), ours, 0, "none")
     elif source[length] is None:
-        yield asked(ours, f"{part:g} of all rollout steps, whose number the script does not say", ratio)
+        note = f"{part:g} × {_steps_of_epochs(source)}; put 0 first, `dapo-mcore config` says how many steps there are"
+        yield asked(ours, note, ratio)
     else:
         yield Outcome(
             "converted", (ratio,), ours, int(part * source[length]), f"{part:g} of {source[length]} rollout steps"

@@ -5,7 +5,6 @@ Change here: how settings of verl that together say one thing become ours.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +16,6 @@ _MEGATRON = f"{_ACTOR}.megatron"
 _FILTER = "algorithm.filter_groups"
 NO_LIMIT = 1_000_000
 """As good as none: the most that a count may be."""
-
-
-def name(source: Source) -> Iterator[Outcome]:
-    """Yield the run's name in letters that a folder's name may have."""
-    key, text = "trainer.experiment_name", str(source["trainer.experiment_name"])
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip("-._")[:128] or "run"
-    yield became(source, "name", clean, key, note="" if clean == text else "letters that a folder's name may have")
 
 
 def folder(source: Source) -> Iterator[Outcome]:
@@ -40,9 +32,14 @@ def folder(source: Source) -> Iterator[Outcome]:
 
 
 def steps(source: Source) -> Iterator[Outcome]:
-    """Yield the length of the run in steps, where verl stops if it is given."""
-    key = "trainer.total_training_steps"
-    if source[key] is not None:
+    """Yield the length of the run in steps where it is given. verl's loop over epochs may end before (ray_trainer.py, fit)."""
+    key, epochs = "trainer.total_training_steps", "trainer.total_epochs"
+    if source[key] is None:
+        return
+    if source.gives(epochs) and source.is_known(epochs):
+        note = f"verl ends after {source[epochs]} epochs if they come first: if so, num_epochs={source[epochs]} instead"
+        yield became(source, "num_rollout_steps", source[key], key, epochs, note=note)
+    else:
         yield became(source, "num_rollout_steps", source[key], key)
 
 
@@ -50,10 +47,8 @@ def epochs(source: Source) -> Iterator[Outcome]:
     """Yield the length of the run in epochs, unless verl stops at total_training_steps. One of the two is asked for, never both."""
     steps, epochs = "trainer.total_training_steps", "trainer.total_epochs"
     if not source.is_known(steps) or source[steps] is not None:
-        if source.gives(epochs):
-            note = f"total_training_steps ends the run; verl ends it after {source[epochs]} epochs if they come first"
-            yield Outcome("meaningless", (epochs,), note=note)
-    elif source["algorithm.filter_groups.enable"]:
+        return
+    if source["algorithm.filter_groups.enable"]:
         yield asked(
             "num_epochs",
             f"num_epochs={source[epochs]} generates every row as often as verl, but how many steps that gives depends on how many "

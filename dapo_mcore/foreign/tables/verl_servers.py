@@ -20,7 +20,11 @@ def layout(source: Source) -> Iterator[Outcome]:
     if not is_megatron(source.run):
         key, sequence = f"{_ACTOR}.strategy", f"{_ACTOR}.ulysses_sequence_parallel_size"
         ranks = source[sequence] or 1
-        split = f"; Ulysses over {ranks} is context_parallel of at most {ranks} here" if ranks > 1 else ""
+        split = (
+            f" (Ulysses over {ranks} would be context_parallel {ranks}, which stays 1 until you set it)"
+            if ranks > 1
+            else ""
+        )
         note = (
             f"FSDP has no layout, and Megatron needs one{split}. Once all is answered, with 1 for now, `dapo-mcore plan FILE "
             "--suggest` ranks those that fit"

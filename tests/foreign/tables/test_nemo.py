@@ -106,3 +106,12 @@ def test_each_name_of_the_list_is_in_a_rule_for_our_key(key: str) -> None:
     ours = {our for rule in NEMO.rules if any(rule.reads(example) for example in examples) for our in rule.ours}
     parts = {".".join(our.split(".")[:depth]) for our in ours for depth in range(1, 5)}
     assert set(NAMES[key].keys) & parts
+
+
+def test_the_name_in_wandb_names_the_run() -> None:
+    assert run_of({"logger.wandb.name": "llama8b"}).values()["name"][0] == "llama8b"
+
+
+def test_keys_of_older_versions_are_lost_with_their_new_names() -> None:
+    conversion = run_of({"data.prompt_file": "cot.txt", "data.dataset_name": "OpenMathInstruct-2"})
+    assert conversion.unaccepted([]) == ["data.prompt_file", "data.dataset_name"]

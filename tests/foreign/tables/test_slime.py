@@ -112,3 +112,10 @@ def test_files_of_further_flags_are_a_loss_of_the_objective() -> None:
 
 def test_images_are_lost() -> None:
     assert run_of({"multimodal-keys": {"image": "images"}}).losses["multimodal-keys"] is True
+
+
+def test_the_group_of_wandb_names_the_run_and_what_slime_always_does_is_no_setting() -> None:
+    conversion = run_of({"wandb-group": "qwen3 4B"})
+    assert conversion.values()["name"][0] == "qwen3-4B"
+    (always,) = [outcome for outcome in conversion.outcomes if outcome.ours == "data.deduplicate"]
+    assert always.sources == () and not conversion.is_given(always)

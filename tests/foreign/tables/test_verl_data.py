@@ -43,6 +43,7 @@ def test_a_named_set_per_file() -> None:
     assert found["eval.sets.aime-2024.files"] == ["/d/aime-2024.parquet"]
     assert found["eval.sets.gsm8k.files"] == ["/d/gsm8k/test.parquet"]
     assert found["eval.sets.gsm8k_3.files"] == ["/e/gsm8k/test.parquet"]
+    assert list(ours({"data.val_files": "./data/val.parquet"})).count("eval.sets.val.files") == 1, "data says nothing"
     assert found["eval.sets.gsm8k.deduplicate"] is False and found["eval.sets.gsm8k.max_prompt_tokens"] == 1024
 
 

@@ -94,6 +94,9 @@ def test_kls_that_cannot_be_had() -> None:
     assert lost({f"{A}.use_kl_loss": True, f"{A}.kl_loss_type": "abs"}) == {f"{A}.kl_loss_type": True}
     adaptive = {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.type": "adaptive"}
     assert lost(adaptive) == {"algorithm.kl_ctrl.type": True}
+    numbers = {"algorithm.kl_ctrl.target_kl": 0.1, "algorithm.kl_ctrl.horizon": 10000}
+    conversion = imported({**GRPO, **adaptive, **numbers})
+    assert {conversion.kind_of(key) for key in numbers} == {"lost"}, "they go with their switch"
 
 
 def test_adaptive_entropy() -> None:

@@ -10,7 +10,7 @@ import pytest
 from dapo_mcore.foreign.convert import convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
-from tests.foreign.verl_runs import A, M, asked, imported, lost, ours
+from tests.foreign.verl_runs import GRPO, A, M, asked, imported, lost, ours
 
 OPTIM = f"{A}.optim"
 MEGATRON = {f"{A}.strategy": "megatron"}
@@ -54,7 +54,9 @@ def test_warm_up_is_in_rollout_steps(settings: dict[str, Any], steps: int) -> No
 
 
 def test_a_ratio_of_an_unknown_length_is_asked_for() -> None:
-    assert "optimizer.warmup_rollout_steps" in asked({f"{OPTIM}.lr_warmup_steps_ratio": 0.1})
+    conversion = imported({**GRPO, f"{OPTIM}.lr_warmup_steps_ratio": 0.1, "trainer.total_epochs": 4})
+    note = conversion.asked["optimizer.warmup_rollout_steps"].note
+    assert note.startswith("0.1 × rows of the training files / 1024 × 4 epochs, in rollout steps; put 0 first")
 
 
 def test_cosine_decays_over_the_run() -> None:

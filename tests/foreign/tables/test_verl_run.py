@@ -15,8 +15,11 @@ from tests.foreign.verl_runs import A, M, R, asked, imported, lost, ours
 
 def test_epochs_stay_epochs() -> None:
     assert ours({"trainer.total_epochs": 3})["num_epochs"] == 3
-    both = ours({"trainer.total_epochs": 3, "trainer.total_training_steps": 200})
+    settings = {"trainer.total_epochs": 3, "trainer.total_training_steps": 200}
+    both = ours(settings)
     assert both["num_rollout_steps"] == 200 and "num_epochs" not in both
+    (told,) = [o for o in imported(settings).outcomes if o.ours == "num_rollout_steps"]
+    assert told.note.startswith("verl ends after 3 epochs if they come first"), "the shorter of the two ends verl's run"
 
 
 def test_epochs_under_filtering_are_asked_for() -> None:
@@ -58,7 +61,7 @@ def test_overrides_of_config_json() -> None:
 
 
 def test_lora_and_fp16_are_lost() -> None:
-    assert lost({f"{M}.lora_rank": 32}) == {f"{M}.lora_rank": False}
+    assert lost({f"{M}.lora_rank": 32}) == {f"{M}.lora_rank": True}
     assert lost({f"{M}.lora_rank": 0}) == {}
     assert lost({f"{A}.fsdp_config.dtype": "float16"}) == {f"{A}.fsdp_config.dtype": False}
 
