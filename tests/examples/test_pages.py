@@ -42,7 +42,7 @@ WORDS = (
     ".venv/",
     "sbatch",
 )
-STANDS_FOR_ONE_OF_YOURS = {"my.yaml": "examples/gsm8k.yaml", "CONFIG.yaml": "examples/gsm8k.yaml"}
+STANDS_FOR_ONE_OF_YOURS = dict.fromkeys(("my.yaml", "my_run.yaml", "CONFIG.yaml"), "examples/gsm8k.yaml")
 
 
 def commands(page: Path) -> Iterator[list[str]]:

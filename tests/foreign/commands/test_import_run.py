@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -96,18 +98,14 @@ def test_a_file_that_is_no_script_of_verl(tmp_path: Path, capsys: pytest.Capture
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_imported_script_trains(task: Path) -> None:
-    """Its model and data exchanged for the quickstart's, and its sizes for smaller ones."""
-    small = [
-        "num_rollout_steps=2",
-        "rollout.group_size=2",
-        "rollout.max_response_tokens=8",
-        "sampling.train_batch_prompts=4",
-    ]
-    less = ["batch.mini_batch_prompts=2", "eval.samples_per_prompt=1", "eval.sets.heldout.limit=4", "eval.every=2"]
-    done = python(task, "-m", "dapo_mcore.train", "addition.yaml", *HERE, *small, *less)
+def test_an_imported_script_trains_with_the_overrides_of_the_page(task: Path) -> None:
+    """The model and data of the quickstart in place of its own; the quickstart's data are in the folder."""
+    page = (ROOT / "examples/from_verl.md").read_text(encoding="utf-8")
+    block = re.search(r"-m dapo_mcore.train my_run.yaml (.+?)```", page, re.DOTALL)
+    assert block is not None
+    done = python(task, "-m", "dapo_mcore.train", "addition.yaml", *shlex.split(block[1].replace("\\\n", "")))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert metrics(task, "addition")[-1]["step"] == 2
+    assert metrics(task, "try")[-1]["step"] == 3
 
 
 @pytest.mark.slow
