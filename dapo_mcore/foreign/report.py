@@ -75,9 +75,9 @@ def _lost(conversion: Conversion, accepted: Sequence[str], objective: bool) -> I
     left = [name for name in named if name not in accepted]
     if objective:
         rest = f"accept what you can do without: --accept {' '.join(left)}" if left else "accepted"
-        yield f"LOST, AND IT CHANGES WHAT IS OPTIMISED ({len(named)}): {rest}"
+        yield f"LOST, AND IT CHANGES WHAT IS OPTIMISED: {rest}"
     else:
-        yield f"LOST ({len(named)})"
+        yield "LOST"
     for outcome in conversion.outcomes:
         if outcome.kind == "lost" and outcome.objective == objective:
             yield _source(conversion, outcome)

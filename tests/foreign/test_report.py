@@ -51,7 +51,7 @@ def test_settings_without_a_meaning_share_a_line() -> None:
 
 
 def test_accepted_losses_are_told_as_such() -> None:
-    assert "OPTIMISED (1): accepted" in report(imported(SETTINGS), ["algorithm.adv_estimator"])
+    assert "OPTIMISED: accepted" in report(imported(SETTINGS), ["algorithm.adv_estimator"])
 
 
 def test_a_row_holds_all_that_follows_from_the_same_settings_and_a_shared_note_once() -> None:

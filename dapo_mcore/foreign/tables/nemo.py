@@ -146,6 +146,11 @@ _OF_DTENSOR = _below(
     automodel_kwargs.freeze_config.* clear_cache_every_n_steps activation_checkpointing""",
 )
 
+_OLD_NAMES = {
+    "data.prompt_file": "data.default.prompt_file", "data.system_prompt_file": "data.default.system_prompt_file",
+    "data.dataset_name": "data.train.dataset_name", "data.split": "data.train.split",
+}  # fmt: skip
+"""Keys that 7ea279a does not read any more, and where they are now."""
 _FUSED = "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam"
 
 _RULES = (
@@ -237,8 +242,7 @@ _RULES = (
     lost("the router's loss has the coefficient of model.moe_aux_loss_coef", f"{_M}.moe_aux_loss_coeff", off=(None, 0, 0.0), objective=True),
     lost("another mean of the loss", f"{_M}.calculate_per_token_loss", f"{_M}.do_not_average_loss", f"{_M}.scale_loss_by_dp_cp_size",
          f"{_M}.cp_normalize", objective=True),
-    lost("a key of older versions, which this one does not read; nearest: data.default.prompt_file, data.default.system_prompt_file, "
-         "data.train.dataset_name, data.train.split", *_below("data", "prompt_file system_prompt_file dataset_name split"), off=(None,), objective=True),
+    *(lost(f"a key of older versions; nearest: {new}, its name now", old, off=(None,), objective=True) for old, new in _OLD_NAMES.items()),
     lost("the language model trains", f"{_M}.freeze_config.freeze_language_model", objective=True),
     lost("a response ends at its end token", f"{_G}.ignore_eos", objective=True),
     lost_together("a policy that is trained quantized; nearest: model.fp8", "policy.quant_*"),

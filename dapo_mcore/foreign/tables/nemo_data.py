@@ -13,7 +13,6 @@ from dapo_mcore.foreign.read.nemo import text_beside
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
 
 _GENERATION = "policy.generation"
-_STEPS_WITHOUT_END = 1_000_000
 
 
 class DataSet(NamedTuple):
@@ -252,9 +251,7 @@ def evaluation(source: Source) -> Iterator[Outcome]:
             if source.gives(key):
                 yield Outcome("meaningless", (key,), note="nothing is evaluated")
         return
-    yield became(
-        source, "eval.every", period if period > 0 else _STEPS_WITHOUT_END, every, note="" if period > 0 else "never"
-    )
+    yield became(source, "eval.every", period if period > 0 else None, every, note="" if period > 0 else "never")
     yield became(source, "eval.at_start", bool(source[start]), start)
     place = "eval.sets.validation"
     if held_out:

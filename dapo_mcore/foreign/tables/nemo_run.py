@@ -271,7 +271,7 @@ def saving(source: Source) -> Iterator[Outcome]:
     yield became(source, "checkpoint.every", source[f"{place}.save_period"], f"{place}.save_period")
     best, metric = f"{place}.keep_top_k", f"{place}.metric_name"
     if source[best] is None:
-        yield became(source, "checkpoint.keep", _STEPS_WITHOUT_END, best, note="all")
+        yield became(source, "checkpoint.keep", None, best)
     elif source[metric] is not None:
         yield became(source, "checkpoint.keep_best", source[best], best)
         yield from _best(source, metric)

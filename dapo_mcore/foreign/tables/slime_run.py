@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
-from dapo_mcore.foreign.tables.slime_objective import NO_LIMIT
 
 _OUR_LONGEST_PROMPT = 2048
 """data.max_prompt_tokens, which holds where slime limits no prompt."""
@@ -306,7 +305,7 @@ def saving(source: Source) -> Iterator[Outcome]:
     if source["async-save"]:
         yield became(source, "checkpoint.async_save", True, "async-save")
     if every is not None:
-        yield Outcome("converted", ("save-interval",), "checkpoint.keep", NO_LIMIT, "slime keeps all")
+        yield Outcome("converted", ("save-interval",), "checkpoint.keep", None, "slime keeps all")
     if source["save-hf"] is not None and every is not None:
         yield Outcome(
             "converted", ("save-hf",), "checkpoint.export_every", every, "with each checkpoint, in the run's folder"

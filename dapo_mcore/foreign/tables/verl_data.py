@@ -15,7 +15,6 @@ from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_w
 _ROLLOUT = "actor_rollout_ref.rollout"
 VAL_KWARGS = tuple(f"{_ROLLOUT}.val_kwargs.{name}" for name in ("n", "temperature", "top_p", "top_k", "do_sample"))
 """How verl's validation samples."""
-_NEVER = 1_000_000_000
 COLUMNS = {"data.image_key": "images", "data.video_key": "videos"}
 """The columns of images and videos, with verl's defaults."""
 NO_IMAGES = "images and videos are not read: the policy would see the text alone"
@@ -138,7 +137,7 @@ def evaluation(source: Source) -> Iterator[Outcome]:
                 yield Outcome("meaningless", (name,), note="nothing is evaluated")
         return
     note = "" if often else "never but at the start and after the last step"
-    yield became(source, "eval.every", source[every] if often else _NEVER, every, note=note)
+    yield became(source, "eval.every", source[every] if often else None, every, note=note)
     yield became(source, "eval.at_start", bool(source[first]), first)
     if not known:
         yield asked(

@@ -255,11 +255,12 @@ def checkpoints(source: Source) -> Iterator[Outcome]:
     )
     if source[every] and source[every] > 0:
         yield became(source, "checkpoint.every", source[every], every)
-        limit = source[keep] or NO_LIMIT
         if source[last_alone]:
             yield became(source, "checkpoint.keep", 1, last_alone, note="the newest alone")
         else:
-            yield became(source, "checkpoint.keep", limit, keep, note="" if source[keep] else "verl keeps all")
+            yield became(
+                source, "checkpoint.keep", source[keep] or None, keep, note="" if source[keep] else "verl keeps all"
+            )
     elif source.gives(every):
         yield Outcome("converted", (every,), "checkpoint.every", None, "never; one is saved at the end and at a signal")
     mode, path = "trainer.resume_mode", "trainer.resume_from_path"

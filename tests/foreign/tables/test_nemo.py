@@ -56,7 +56,7 @@ reward: {workers: 8}
 algo: {clip_high: 0.25, advantage_std: none, advantage_baseline: leave-one-out}
 batch: {mini_batch_prompts: 16, max_tokens: 6144, shuffle: false}
 optimizer: {lr: "2e-6", weight_decay: 0.01, warmup_rollout_steps: 5}
-checkpoint: {every: 25, keep: 1000000}
+checkpoint: {every: 25, keep: null}
 observe: {tensorboard: false}
 """
 

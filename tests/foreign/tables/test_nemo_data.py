@@ -115,7 +115,7 @@ def test_when_and_on_what_it_evaluates() -> None:
     own = {**FILE, "data.validation.data_path": "/e.jsonl", "grpo.max_val_samples": 960}
     assert ours(own)["eval.sets.validation.limit"] == 768, "three whole batches of 256"
     assert ours({**own, "grpo.val_batch_size": 960})["eval.sets.validation.limit"] == 960
-    assert ours({**own, "grpo.val_period": 0, "grpo.val_at_start": True})["eval.every"] == 1_000_000
+    assert ours({**own, "grpo.val_period": 0, "grpo.val_at_start": True})["eval.every"] is None
     assert "eval.every" not in ours({**own, "grpo.val_period": 0})
     assert ours({**own, "data.validation.repeat": 16})["eval.samples_per_prompt"] == 16
     held_out = {"data.train.split_validation_size": 0.1}

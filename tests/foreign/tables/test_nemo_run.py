@@ -129,7 +129,7 @@ def test_checkpoints_and_loggers() -> None:
         "checkpoint.best_metric"
         in imported({"data.validation.data_path": "/e", "checkpointing.metric_name": "val:x"}).asked
     )
-    assert ours({"checkpointing.keep_top_k": None})["checkpoint.keep"] == 1_000_000
+    assert ours({"checkpointing.keep_top_k": None})["checkpoint.keep"] is None
     assert ours({"checkpointing.enabled": False})["checkpoint.every"] is None
     found = ours({"logger.mlflow_enabled": True, "logger.mlflow.experiment_name": "e", "logger.wandb.project": "p"})
     assert found["observe.mlflow_experiment"] == "e"

@@ -58,7 +58,7 @@ sampling: {train_batch_prompts: 64, style: none}
 algo: {policy_loss: gspo, clip_low: 3.0e-4, clip_high: 4.0e-4, loss_mode: seq-mean-token-mean, tis: {mode: truncate}}
 batch: {mini_batch_prompts: 16, max_tokens: 8192, shuffle: false}
 optimizer: {lr: "2e-6", warmup_updates: 0, beta2: 0.98}
-checkpoint: {every: 50, keep: 1000000}
+checkpoint: {every: 50, keep: null}
 observe: {tensorboard: false}
 """
 

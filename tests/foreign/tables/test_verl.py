@@ -75,7 +75,7 @@ def test_the_run_of_32b_by_hand(tmp_path: Path) -> None:
         "eval.samples_per_prompt": 1,
         "eval.top_p": 0.7,
         "checkpoint.every": 5,
-        "checkpoint.keep": 1_000_000,
+        "checkpoint.keep": None,
         "observe.wandb_project": "DAPO",
     }
     assert set(conversion.asked) == {"num_epochs", "parallel.tensor_parallel"}

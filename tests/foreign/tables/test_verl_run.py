@@ -159,7 +159,7 @@ def test_one_key_is_asked_for_the_length_of_a_run() -> None:
 
 def test_checkpoints() -> None:
     found = ours({"trainer.save_freq": 20})
-    assert (found["checkpoint.every"], found["checkpoint.keep"]) == (20, 1_000_000)
+    assert (found["checkpoint.every"], found["checkpoint.keep"]) == (20, None)
     assert ours({"trainer.save_freq": -1})["checkpoint.every"] is None
     assert ours({"trainer.save_freq": 5, "trainer.max_actor_ckpt_to_keep": 3})["checkpoint.keep"] == 3
     assert ours({"trainer.save_freq": 5, "trainer.remove_previous_ckpt_in_save": True})["checkpoint.keep"] == 1
