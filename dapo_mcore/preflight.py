@@ -71,8 +71,6 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
         told += _check_weights(config, hf_config)
     if config.reward.placement == "local":
         _load_rewards(config, users=True)
-    if servers and config.rollout.engine == "sglang":
-        _check_servers(config, architecture_name(hf_config))
     if (checkpoint := resumed_checkpoint(config)) is not None:
         check_stored(checkpoint)
     most = _MOST_ROWS if config.num_epochs is None else None  # else the number of prompts is the run's length
@@ -84,6 +82,8 @@ def check_contents(config: Config, *, servers: bool = True) -> list[str]:
     by_source = check_sources(config, sets)
     if config.reward.placement == "local":
         _try_rewards(config, sets)
+    if servers and config.rollout.engine == "sglang":
+        _check_servers(config, architecture_name(hf_config))
     incomplete = any(len(found.prompts) == most for found in data.prompt_sets)
     follows = describe_evaluation(config, {name: len(found.prompts) for name, found in data.evaluation.items()}, most)
     if config.num_epochs is not None:

@@ -434,7 +434,7 @@ def test_a_source_without_a_rule_is_found_before_the_run(task: Path, capsys: pyt
     main(["config", "run.yaml", "reward.function=by_source"])
     told = capsys.readouterr().err
     assert (
-        "reward.function by_source has no rule for '' (4 of 4 prompts of data), '' (4 of 4 prompts of eval.sets.held)"
+        "reward.function by_source has no rule for '' (4 of 4 prompts of data: these rows have no source; name its column in data.source_key), '' (4"
         in told
     )
     assert main(["config", "run.yaml", "reward.function=by_source", "reward.by_source={'': gsm8k}"]) == 0

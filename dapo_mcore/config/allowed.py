@@ -22,6 +22,15 @@ _BOUNDS = {
 }  # fmt: skip
 
 
+_OF_OTHERS = {
+    "algo.advantage": {"grpo": "group", "dr_grpo": "group with advantage_std none", "ppo": "gae",
+                       "rloo": "group with advantage_baseline leave-one-out and advantage_std none"},
+    "algo.kl.estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
+    "algo.policy_loss": {"vanilla": "clip"},
+}  # fmt: skip
+"""Values of verl's that mean one of ours."""
+
+
 class Allowed(NamedTuple):
     """A key, and what it may be set to; None where anything may."""
 
@@ -38,6 +47,15 @@ def allowed(path: Sequence[str]) -> Allowed:
             return Allowed(list(path[:depth]), _words(found))
         found = below[0]
     return Allowed(list(path), _words(found))
+
+
+def hint_about(key: Sequence[str], value: Any) -> str:
+    """Return what a wrong value of a key may have meant, to be put behind what is allowed; "" if nothing is known."""
+    if isinstance(value, str) and (ours := _OF_OTHERS.get(".".join(key), {}).get(value)):
+        return f" ({value} is {ours} here)"
+    if isinstance(value, float) and 0 < value < 1 and key[-1].startswith(("warmup_", "decay_")):
+        return f"; for {value:g} of the run, multiply it by the run's length in this unit"
+    return ""
 
 
 @cache

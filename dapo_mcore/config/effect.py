@@ -212,7 +212,7 @@ def _takers(c: Settings, key: str) -> list[str]:
 
 def doubtful(config: Settings) -> list[str]:
     """Return a line for each setting that is allowed but hardly what people mean."""
-    return [f"warning: {line}" for line in (*_wide_servers(config), *_seldom_judged(config))]
+    return [f"warning: {line}" for line in (*_wide_servers(config), *_seldom_judged(config), *_long_warmups(config))]
 
 
 def _wide_servers(c: Settings) -> Iterator[str]:
@@ -238,6 +238,24 @@ def _seldom_judged(c: Settings) -> Iterator[str]:
             f"only the last checkpoint and those of each {math.lcm(saved, judged)} steps can be the best; let eval.every divide "
             "checkpoint.every"
         )
+
+
+def _long_warmups(c: Settings) -> Iterator[str]:
+    """The learning rate of a run that ends in its warm-up never reaches lr."""
+    optimizers = {"optimizer": c.optimizer} | (
+        {"critic.optimizer": c.critic.optimizer} if c.algo.advantage == "gae" else {}
+    )
+    for key, optimizer in optimizers.items():
+        steps = (optimizer.warmup_updates or 0) / c.updates_per_step
+        if (
+            c.num_rollout_steps is not None
+            and "warmup_updates" in optimizer.model_fields_set
+            and steps > c.num_rollout_steps
+        ):
+            yield (
+                f"the warm-up of {key} lasts {steps:,.4g} rollout steps, and the run has {c.num_rollout_steps:,}: its learning rate never "
+                f"reaches {optimizer.lr:g}; shorten it, or train longer"
+            )
 
 
 def _changed(config: Settings, path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from dapo_mcore.config.allowed import allowed
+from dapo_mcore.config.allowed import allowed, hint_about
 from dapo_mcore.config.foreign_names import foreign, misspelt
 from dapo_mcore.config.keys import (
     OLD_KEYS,
@@ -240,13 +240,14 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"unknown key {where!r}: this is {found}"
     if item["type"] == "extra_forbidden":
         near = nearest_section(path) if isinstance(item["input"], dict) else nearest_keys(path)
-        return f"unknown key {where!r}; {_did_you_mean(near, path)}"
+        value = hint_about(near[0].split("."), item["input"]) if near else ""
+        return f"unknown key {where!r}; {_did_you_mean(near, path)}{value}"
     if item["type"] in ("model_type", "dict_type") and where:
         return f"{where} is a section, not a value (got {_shown(item['input'])}); {_how_to_set(path)}"
     key, words = allowed(path)
     where = shortened(".".join(key), 100)
     if item["type"] != "value_error" and words:
-        return f"{where} is {_shown(item['input'])}; set {words}"
+        return f"{where} is {_shown(item['input'])}; set {words}{hint_about(key, item['input'])}"
     message = item["msg"].removeprefix("Value error, ")
     broken_section = item["type"] == "value_error" and isinstance(item["input"], dict)  # its message has the numbers
     got = "" if broken_section else f" (got {_shown(item['input'])})"

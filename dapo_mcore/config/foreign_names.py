@@ -83,7 +83,7 @@ VERL: Mapping[str, Name] = {
     "actor_rollout_ref.hybrid_engine": Name("rollout.sglang.colocated", "servers and training share GPUs"),
     f"{_ROLLOUT}.quantization": Name("rollout.sglang.quantize", "fp8 with scales per 128 × 128 tile; null: none"),
     f"{_ROLLOUT}.gpu_memory_utilization": Name(
-        "rollout.sglang.server_args", "{mem-fraction-static: …}; from vLLM: tune it again"
+        "rollout.sglang.server_args", "such as {mem-fraction-static: 0.6}; from vLLM: tune it again"
     ),
     f"{_ROLLOUT}.enforce_eager": Name("rollout.sglang.server_args", "{disable-cuda-graph: true}"),
     f"{_ROLLOUT}.max_num_seqs": Name("rollout.sglang.server_args", "{max-running-requests: …}"),

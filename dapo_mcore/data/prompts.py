@@ -214,6 +214,8 @@ class _Loading:
             text, token_ids = self.renderer.render(prompt, row.where)
         except DataError as error:
             if self.config.on_bad_row == "error":
+                if isinstance(error, MissingColumn) and self.counts["rows"] == 1:
+                    raise  # other rows will lack it, too, and skipping them leaves none
                 raise DataError(f"{error}; correct the row, or set {self.section}.on_bad_row skip") from error
             self.counts["bad"] += 1
             self.first_bad_row = self.first_bad_row or str(error)
@@ -302,6 +304,10 @@ def _cut(token_ids: np.ndarray, longest: int, how: str) -> np.ndarray:
     return np.concatenate([token_ids[:first], token_ids[len(token_ids) - (longest - first) :]])
 
 
+class MissingColumn(DataError):
+    """A row lacks a column that the configuration names."""
+
+
 def _required(row: Row, key: str, setting: str) -> Any:
     try:
         value = lookup(row.columns, key)
@@ -312,13 +318,13 @@ def _required(row: Row, key: str, setting: str) -> Any:
     return value
 
 
-def _no_column(row: Row, key: str, setting: str) -> DataError:
+def _no_column(row: Row, key: str, setting: str) -> MissingColumn:
     keys = ", ".join(map(str, row.columns)) or "nothing"
     remedy = f"name the column in {setting}"
     for name, value in row.columns.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and key in value[0]:
             remedy = f"the rows seem to be in its list {name}: write them one a line, jq -c '.{name}[]'"
-    return DataError(f"{row.where}: no {key!r}, the row has {keys:.400}; {remedy}")
+    return MissingColumn(f"{row.where}: no {key!r}, the row has {keys:.400}; {remedy}")
 
 
 def _as_answer(row: Row, value: Any) -> str:

@@ -59,7 +59,10 @@ def check_sources(config: Config, sets: Mapping[str, Sequence[Prompt]]) -> list[
             function = rule_for(source, config.reward.by_source)
             told.append(f"{source!r} by {function} ({count})")
             if function is None:
-                missing.append(f"{source!r} ({count} of {len(prompts)} prompts of {section}{_hint(source)})")
+                hint = (
+                    _hint(source) if source else f": these rows have no source; name its column in {section}.source_key"
+                )
+                missing.append(f"{source!r} ({count} of {len(prompts)} prompts of {section}{hint})")
         lines.append(f"{section}: scored by source, {', '.join(told)}")
     if missing:
         raise DataError(

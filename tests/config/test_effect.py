@@ -136,6 +136,17 @@ def test_servers_wider_than_a_node_are_doubted():
     assert doubtful(config(rollout={**SERVED, "sglang": {"tensor_parallel": 8}})) == doubtful(config()) == []
 
 
+def test_a_warm_up_longer_than_the_run_is_doubted():
+    def made(steps: int) -> Any:
+        return config(num_rollout_steps=3, optimizer={"warmup_rollout_steps": steps})
+
+    assert doubtful(made(13)) == [
+        "warning: the warm-up of optimizer lasts 13 rollout steps, and the run has 3: its learning rate never reaches 1e-06; shorten it, "
+        "or train longer"
+    ]
+    assert doubtful(made(3)) == doubtful(config(num_rollout_steps=3)) == []
+
+
 def test_best_checkpoints_that_are_seldom_evaluated_are_doubted():
     def made(evaluate: int | None, metric: str = "val/aime/mean@8") -> Any:
         best = {"every": 6, "keep_best": 1, "best_metric": metric}

@@ -90,6 +90,13 @@ def test_a_name_that_means_something_else_in_every_section_is_not_guessed() -> N
             "unknown key 'trainer.tset_freq'; did you mean trainer.test_freq, verl's name for eval.every (rollout steps;",
         ),
         ("data.train_files=a", "unknown key 'data.train_files': this is verl's name for data.files (a list of files)"),
+        ("algo.adv_estimator=grpo", "did you mean 'algo.advantage'? (grpo is group here)"),
+        ("algo.advantage=grpo", "set group or gae (grpo is group here)"),
+        ("algo.kl.estimator=low_var_kl", "set k1, k2 or k3 (low_var_kl is k3 here)"),
+        (
+            "optimizer.warmup_rollout_steps=0.05",
+            "or null; for 0.05 of the run, multiply it by the run's length in this unit",
+        ),
         ("sampling.ppo_mini_batch_size=1", "did you mean 'batch.mini_batch_prompts'?"),
         ("max_response_length=1", "unknown key 'max_response_length'; did you mean 'rollout.max_response_tokens'?"),
         (

@@ -283,7 +283,7 @@ def test_nulls_inside_parquet_columns_are_bad_rows(load_file, tmp_path: Path, wr
 def test_a_source_column_that_the_user_chose_must_exist_and_the_default_one_may_be_absent(load_file):
     assert load_file("f.jsonl", b'{"q": "x", "a": 1}\n').prompts[0].source == ""
     with pytest.raises(
-        DataError, match=r"row 1: no 'origin', the row has q, a; name the column in eval.sets.s.source_key;"
+        DataError, match=r"row 1: no 'origin', the row has q, a; name the column in eval.sets.s.source_key$"
     ):
         load_file("f.jsonl", b'{"q": "x", "a": 1}\n', source_key="origin", section="eval.sets.s")
 

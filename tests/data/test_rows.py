@@ -46,6 +46,12 @@ ROWS = {
 }
 
 
+def test_a_column_that_the_first_row_lacks_is_to_be_named(load_file):
+    with pytest.raises(DataError) as error:
+        load_file("f.jsonl", b'{"Q": "x", "a": "1"}\n')
+    assert message(error).endswith("no 'q', the row has Q, a; name the column in data.prompt_key")
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_a_broken_row_is_refused_or_skipped_and_counted(load_file, row: bytes):
     with pytest.raises(DataError) as error:

@@ -61,9 +61,7 @@ def test_sources_without_a_rule_are_named_with_their_numbers():
     told = str(error.value)
     assert "no rule for 'taco' (2 of 5 prompts of data: verl runs the code" in told
     assert "'numina_x' (1 of 2 prompts of eval.sets.held: verl compares these with SymPy" in told
-    assert (
-        "'' (1 of 2 prompts of eval.sets.held), " not in told and "'' (1 of 2 prompts of eval.sets.held); name" in told
-    )
+    assert "'' (1 of 2 prompts of eval.sets.held: these rows have no source; name its column in eval.sets" in told
 
 
 def test_sets_that_are_scored_otherwise_need_no_rule():

@@ -27,28 +27,28 @@ def why_none_right(groups: Sequence[Group], step: int, config: Config, num_cut_p
     if not pairs or any(sample.score.right for _, sample in pairs):
         return ""
     causes = "; ".join(_causes([sample for _, sample in pairs], config, num_cut_prompts))
-    shown = next((pair for pair in pairs if not pair[1].rollout.truncated), pairs[0])
+    shown = max(
+        pairs, key=lambda pair: (bool(pair[1].text.strip()), not pair[1].rollout.truncated)
+    )  # the first of equal ones
     return (
-        f"warning: none of the {len(pairs)} responses of rollout step {step} is right. Usual causes: {causes}. "
+        f"warning: none of the {len(pairs)} responses of rollout step {step} is right. {causes}. "
         f"Read {config.run_dir}/samples/step_{step:06d}.jsonl, and try one: {_command(*shown, config)}"
     )
 
 
 def _causes(samples: Sequence[Sample], config: Config, num_cut_prompts: int) -> list[str]:
-    total, limit = len(samples), config.rollout.max_response_tokens
-    no_answer = sum(not sample.score.answered for sample in samples)
-    cut = sum(sample.rollout.truncated for sample in samples)
-    causes = [
-        f"the reward rule: {no_answer} of {total} responses have no answer that {config.reward.function} finds, so see whether the "
-        "prompts ask for its form",
-        "the template: a chat model needs its chat template (data.chat_template), a base model often plain text",
-        f"the end of a response: {cut} of {total} reach rollout.max_response_tokens {limit}"
-        + (", so raise it, or let them end where their answer ends (rollout.stop)" if cut else ""),
-    ]
+    limit = config.rollout.max_response_tokens
+    causes = []
+    if no_answer := sum(not sample.score.answered for sample in samples):
+        causes.append(
+            f"{no_answer} have no answer that {config.reward.function} finds: do the prompts ask for its form?"
+        )
+    if cut := sum(sample.rollout.truncated for sample in samples):
+        causes.append(f"{cut} reach rollout.max_response_tokens {limit}: raise it, or set rollout.stop")
     if num_cut_prompts:
         longest = config.data.max_prompt_tokens
-        causes.append(f"truncation: {num_cut_prompts} prompts are cut to data.max_prompt_tokens {longest}")
-    return causes
+        causes.append(f"{num_cut_prompts} prompts are cut to data.max_prompt_tokens {longest}")
+    return [*causes, "a chat model needs data.chat_template, a base model often plain text"]
 
 
 def _command(prompt: Prompt, sample: Sample, config: Config) -> str:

@@ -30,14 +30,18 @@ def test_the_causes_have_the_steps_numbers_and_a_command() -> None:
     cut = sample("so it is", pred="[INVALID]", reason="length")
     line = why_none_right([group(cut, sample("it's\nAnswer: 3"))], 1, configured(), num_cut_prompts=5)
     assert line.startswith(
-        "warning: none of the 2 responses of rollout step 1 is right. Usual causes: the reward rule: 1 of 2 "
+        "warning: none of the 2 responses of rollout step 1 is right. 1 have no answer that math_dapo finds: do "
     )
-    assert "1 of 2 reach rollout.max_response_tokens 20480, so raise it" in line
-    assert (
-        "truncation: 5 prompts are cut to data.max_prompt_tokens 2048. Read runs/run/samples/step_000001.jsonl" in line
-    )
+    assert "; 1 reach rollout.max_response_tokens 20480: raise it, or set rollout.stop; " in line
+    assert "; 5 prompts are cut to data.max_prompt_tokens 2048; a chat model" in line
+    assert "Read runs/run/samples/step_000001.jsonl, and try one: " in line
     command = "dapo-mcore reward-explain --function math_dapo --answer '4 2' --text $'it\\'s\\nAnswer: 3'"
     assert line.endswith(command) and "\n" not in line
+
+
+def test_the_response_that_is_tried_has_text() -> None:
+    line = why_none_right([group(sample(""), sample("cut", reason="length"), sample(" "))], 1, configured(), 0)
+    assert line.endswith("--text $'cut'")
 
 
 def test_the_shell_gives_the_response_back() -> None:

@@ -82,7 +82,10 @@ def check_names(names: Iterable[str], kinds: Mapping[str, str], where: str) -> N
     )
 
 
-_REMEDY = "give the interpreter of an environment that has it as rollout.sglang.python"
+_REMEDY = (
+    "give the interpreter of an environment that has it as rollout.sglang.python, install it (pip install -e '.[sglang]'), or set "
+    "rollout.engine embedded for a small model on a few processes"
+)
 
 
 def _ask(python: str, *arguments: str) -> dict[str, Any]:
