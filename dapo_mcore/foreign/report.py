@@ -62,7 +62,7 @@ def _head(conversion: Conversion) -> Iterator[str]:
 def _fates_of_defaults(conversion: Conversion) -> str:
     """Return what happened to settings that the run leaves out: they are in the blocks below, but not in the first line's numbers."""
     given = {setting.key for setting in conversion.run.settings}
-    lost = sum(name not in given for name in conversion.losses)
+    lost = sum(name not in given and name != conversion.run.entry for name in conversion.losses)
     asked = sum(not conversion.is_given(outcome) for outcome in conversion.asked.values())
     told = [f"{number} {word}" for number, word in ((lost, "lost"), (asked, "to decide")) if number]
     return f": {' and '.join(told)}" if told else ""

@@ -74,3 +74,8 @@ def test_kept_settings_are_listed_once_two_to_a_line() -> None:
 def test_the_configuration_whose_defaults_hold_is_named() -> None:
     text = report(imported(SETTINGS, config="ppo_megatron_trainer"))
     assert "What it leaves out has the defaults of verl b178a3c (2026-01-29), ppo_megatron_trainer" in text
+
+
+def test_a_lost_program_is_no_lost_default() -> None:
+    text = report(imported({**SETTINGS, "algorithm.adv_estimator": "grpo"}, entry="recipe.spin.main_spin"))
+    assert "defaults of verl b178a3c (2026-01-29): 1 to decide." in text

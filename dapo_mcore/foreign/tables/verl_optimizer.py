@@ -74,7 +74,7 @@ def schedule(source: Source, place: str = f"{_ACTOR}.optim", ours: str = "optimi
         yield Outcome("converted", (ratio,), f"{ours}.min_lr", source[ratio] * lr, f"{source[ratio]} × lr {lr}")
     steps = _length(source, place)
     if source[steps] is None:
-        note = f"the cosine lasts as long as the run: {_steps_of_epochs(source)}; put 1 first, `dapo-mcore config` says how many"
+        note = f"the cosine lasts as long as the run: {_steps_of_epochs(source)}; put 1000000 first, `dapo-mcore config` says how many"
         yield asked(f"{ours}.decay_rollout_steps", note, key)
     else:
         yield Outcome("converted", (steps,), f"{ours}.decay_rollout_steps", source[steps], "the cosine's length")
