@@ -79,6 +79,7 @@ class Controller:
         stops = read_stops(config, tokenizer)
         if stops.told:
             progress.line(stops.told)
+        self.exported_stops = stops.exported
         self.agent = open_agent(config, tokenizer, stops)
         self.data = load_run_data(config, hf_config, tokenizer, warm_start=not resumes, tools=self.agent.schemas)
         sets = {found.section: found.prompts for found in self.data.prompt_sets}

@@ -65,11 +65,17 @@ class StopTexts:
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """What ends a response. texts is None without any; told is a line about a token that joined by itself, or empty."""
+    """What ends a response.
+
+    texts     None without any.
+    told      a line about a token that joined by itself, or empty.
+    exported  ids that an export names as stop tokens, because a token has joined; empty: as the model's own files say.
+    """
 
     token_ids: tuple[int, ...]
     texts: StopTexts | None
     told: str
+    exported: tuple[int, ...] = ()
 
 
 def read_stops(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stops:
@@ -90,6 +96,7 @@ def read_stops(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stops:
         tuple(dict.fromkeys([*own, *joins, *ids])),
         StopTexts(texts, tokenizer) if texts else None,
         _joins_line(tokenizer, joins[0], own) if joins else "",
+        (*own, *joins) if joins else (),
     )
 
 

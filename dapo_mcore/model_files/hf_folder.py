@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dapo_mcore.errors import CheckpointError
 from dapo_mcore.model_files.megatron_folder import MegatronReader, is_megatron_folder
 from dapo_mcore.model_files.model_folder import INDEX, SINGLE, model_folder
 from dapo_mcore.model_files.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
-from dapo_mcore.model_files.side_files import write_model_files
+from dapo_mcore.model_files.side_files import write_model_files, write_stop_tokens
 
 EXPORT = ".dapo_mcore.json"
 """A file in every exported folder, from the start: it says that we wrote the folder, and what its weights have been trained for."""
@@ -185,12 +185,14 @@ def save_hf_folder(
     source: str | Path,
     step: int,
     num_epochs: int | None = None,
+    stop_token_ids: Sequence[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder on rank 0: config.json, the other files of `source` (side_files.py) and sharded safetensors.
 
     step        rollout steps done, for `exported_step`.
     num_epochs  epochs done, for `exported_epochs`; None if they are not whole or not counted.
+    stop_token_ids  where generation stops, in place of what `source` says; empty: as it says.
 
     An earlier export is replaced once the new one is whole. Each tensor is written as it comes, so memory is that of one
     tensor. Raise CheckpointError as check_replaceable does.
@@ -201,6 +203,8 @@ def save_hf_folder(
     partial.mkdir(parents=True)
     (partial / EXPORT).write_text(json.dumps({"step": step, "num_epochs": num_epochs}), encoding="utf-8")
     write_model_files(partial, hf_config, dtype, Path(source))
+    if stop_token_ids:
+        write_stop_tokens(partial, stop_token_ids)
     groups = tensor_groups(shape, lambda parameter: torch.float32 if parameter.rule.float32 else dtype)
     files = plan_files(groups, shard_bytes)
     writers = {file: SafetensorsWriter(partial / file, tensors) for file, tensors in files.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from dapo_mcore.model_files.manifest import MANIFEST
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 LARGEST_FILE = 256_000_000
 """Bytes; the largest public vocabularies have a seventh of it."""
 
@@ -37,6 +39,14 @@ def write_model_files(folder: Path, hf_config: Any, dtype: torch.dtype, source: 
     config.save_pretrained(folder)
     _write_config(folder, json.loads((folder / CONFIG).read_bytes()))
     _copy_others(source, folder)
+
+
+def write_stop_tokens(folder: Path, token_ids: Sequence[int]) -> None:
+    """Let generation stop at these tokens: eos_token_id of generation_config.json, whose other settings stay."""
+    path = folder / GENERATION
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings["eos_token_id"] = list(token_ids)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_model_files(source: Path, folder: Path) -> None:

@@ -339,6 +339,7 @@ class Run:
             train_state=lambda step: self._on_controller(lambda c: c.train_state(step, self.actor.num_updates)),
             phase=self._phase,
             line=self.progress.line,
+            stop_token_ids=self.controller.exported_stops if self.controller else (),
         )
 
     @contextmanager

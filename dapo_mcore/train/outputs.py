@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Outputs:
     train_state  Return the rest of a checkpoint after a rollout step, on rank 0.
     phase        The block is a phase of the run with this name.
     line         shows a line, on rank 0
+    stop_token_ids  where a server of an export stops; empty: as the model's own files say
     saved_step   rollout step of the newest checkpoint of this start; -1: none
     last_save_s  seconds that it took; None: none
     """
@@ -49,9 +50,11 @@ class Outputs:
         train_state: Callable[[int], TrainState | None],
         phase: Callable[[str], AbstractContextManager[None]],
         line: Callable[[str], None],
+        stop_token_ids: Sequence[int] = (),
     ):
         self._config, self._hf_config, self._actor, self._handover = config, hf_config, actor, handover
         self._layout, self._saves, self._train_state, self._phase, self._line = layout, saves, train_state, phase, line
+        self._stop_token_ids = stop_token_ids
         self.last_save_s: float | None = None
         self.saved_step = -1
 
@@ -91,8 +94,8 @@ class Outputs:
                 self._save(self.saved_step, wait=True)
 
     def export(self, folder: Path, step: int, num_epochs: int | None = None) -> Path:
-        """Write an HF folder of the weights after `step`, which ends `num_epochs`, and return it. Every rank raises what rank 0 raises. Collective: every rank sends its part of the
-        weights to rank 0, also if rank 0 cannot write them."""
+        """Write an HF folder of the weights after `step`, which ends `num_epochs`, and return it. Every rank raises what rank 0 raises.
+        Collective: every rank sends its part of the weights to rank 0, also if rank 0 cannot write them."""
         stream = self._handover.stream()
 
         def write() -> None:
@@ -126,6 +129,7 @@ class Outputs:
                 source=side_files_folder(self._config.model),
                 step=step,
                 num_epochs=num_epochs,
+                stop_token_ids=self._stop_token_ids,
             )
         except OSError as error:
             raise output_error(error, f"export the model to {folder} ({how_to_go_on(self._config)})") from error

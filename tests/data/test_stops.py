@@ -133,6 +133,7 @@ def test_the_end_of_turn_joins_the_stop_tokens_where_a_template_is_used(tmp_path
         f"'<|im_end|>' ends a turn of the chat template, so it ends responses, too ({end}); the model's own stop tokens are "
         "'<|endoftext|>'"
     )
+    assert joined.exported == (eos, end)
     for plain in (config(tmp_path, "1"), config(tmp_path, "1", chat_template=False)):
         assert read_stops(plain, base) == Stops((eos,), None, "")
     base.eos_token = "<|im_end|>"

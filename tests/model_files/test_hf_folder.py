@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dapo_mcore.architecture.mapping import parameters
 from dapo_mcore.architecture.shape import weight_shape
@@ -215,6 +215,13 @@ def test_transformers_loads_the_written_folder(tmp_path: Path, source: Path, tie
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     reader = SafetensorsReader(folder)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in weights)
+
+
+def test_an_export_stops_where_its_run_did(tmp_path: Path, source: Path) -> None:
+    config = hf_config("qwen2", True)
+    _, weights = unique_weights(config)
+    export(iter(weights), tmp_path / "hf", source, config, stop_token_ids=(2, 3, 9))
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == [2, 3, 9]
 
 
 def test_a_stream_may_reuse_its_buffer_and_have_any_order(tmp_path: Path, source: Path) -> None:

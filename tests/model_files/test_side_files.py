@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dapo_mcore.architecture.hf_views import hf_views
 from dapo_mcore.architecture.shape import weight_shape
@@ -19,7 +19,7 @@ from dapo_mcore.config.model import ModelConfig
 from dapo_mcore.model_files import side_files as model_files
 from dapo_mcore.model_files.hf_config import load_hf_config
 from dapo_mcore.model_files.hf_folder import save_hf_folder
-from dapo_mcore.model_files.side_files import both_spellings, copy_model_files, write_model_files
+from dapo_mcore.model_files.side_files import both_spellings, copy_model_files, write_model_files, write_stop_tokens
 from tests.model_files.zoo import CONFIGS, config_of
 
 TRANSFORMERS_4 = "DAPO_MCORE_TRANSFORMERS4"
@@ -125,6 +125,15 @@ def test_an_export_has_the_overrides_of_its_run(model_folder: Path, tmp_path: Pa
     again = load_hf_config(ModelConfig(path=str(tmp_path)))
     assert again.max_position_embeddings == 64
     assert {key: again.rope_parameters[key] for key in YARN} == YARN
+
+
+@pytest.mark.parametrize("stored", [None, '{"eos_token_id": 2, "top_k": 20}'])
+def test_stop_tokens_are_written_beside_the_other_settings_of_generation(tmp_path: Path, stored: str | None) -> None:
+    if stored:
+        (tmp_path / "generation_config.json").write_text(stored)
+    write_stop_tokens(tmp_path, (2, 7))
+    read = GenerationConfig.from_pretrained(tmp_path)
+    assert read.eos_token_id == [2, 7] and (read.top_k == 20) == bool(stored)
 
 
 def test_old_keys_are_written_under_their_new_names_as_well() -> None:
