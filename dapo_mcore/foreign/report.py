@@ -48,7 +48,8 @@ def _head(conversion: Conversion) -> Iterator[str]:
     words = {"same": "kept", "converted": "converted", "meaningless": "meaningless here", "lost": "lost",
              "asked": "to decide", "unknown": "not known to the table"}  # fmt: skip
     told = ", ".join(f"{number[kind]} {word}" for kind, word in words.items() if number[kind] or kind == "lost")
-    yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}"
+    program = "; its program is lost" if run.entry in conversion.losses else ""
+    yield f"{run.file.name}: {len(run.settings)} settings of {TITLES[conversion.table.dialect]}: {told}{program}"
     if not run.complete:
         configuration = f", {run.config}" if run.config and "config-name" not in run.by_key() else ""
         yield f"What it leaves out has the defaults of {conversion.table.title}{configuration}{_fates_of_defaults(conversion)}."

@@ -79,3 +79,4 @@ def test_the_configuration_whose_defaults_hold_is_named() -> None:
 def test_a_lost_program_is_no_lost_default() -> None:
     text = report(imported({**SETTINGS, "algorithm.adv_estimator": "grpo"}, entry="recipe.spin.main_spin"))
     assert "defaults of verl b178a3c (2026-01-29): 1 to decide." in text
+    assert text.splitlines()[0].endswith("; its program is lost")
