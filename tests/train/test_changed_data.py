@@ -20,6 +20,7 @@ SETTINGS = [
     "reward.function=by_length.py:by_length",
     "reward.workers=0",
     "warm_start=null",
+    "optimizer.warmup_updates=1",
     "eval.sets={}",
     "sampling.style=filter",
     "sampling.train_batch_prompts=2",
