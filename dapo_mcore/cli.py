@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dapo_mcore.config.file import dump_config, load_config, repeated_overrides
-from dapo_mcore.config.foreign_names import unknown_arguments
+from dapo_mcore.config.foreign_lookup import unknown_arguments
 from dapo_mcore.config.schema import Config
 from dapo_mcore.errors import ConfigError, DapoError, DataError
 from dapo_mcore.process.exit_status import record_failure

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapo_mcore.config.allowed import allowed, hint_about
-from dapo_mcore.config.foreign_names import foreign, misspelt
+from dapo_mcore.config.foreign_lookup import foreign, misspelt
 from dapo_mcore.config.keys import (
     OLD_KEYS,
     is_section,

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from dapo_mcore.config.data import DataConfig
-from dapo_mcore.config.foreign_names import foreign, misspelt
+from dapo_mcore.config.foreign_lookup import foreign, misspelt
 from dapo_mcore.config.keys import is_section, nearest_keys, options
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.values import Section

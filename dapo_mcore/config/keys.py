@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dapo_mcore.config.foreign_names import meant_by
+from dapo_mcore.config.foreign_lookup import meant_by
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.values import Prose, Section
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration values to replace")
     options, rest = parser.parse_known_args(argv)
     if rest:
-        from dapo_mcore.config.foreign_names import unknown_arguments
+        from dapo_mcore.config.foreign_lookup import unknown_arguments
 
         parser.error(unknown_arguments(rest))
     return exit_status(lambda: _train(options.config, options.overrides))
