@@ -95,17 +95,17 @@ def _asked(conversion: Conversion) -> Iterator[str]:
         return
     yield f"TO DECIDE ({len(asked)} {'keys' if len(asked) > 1 else 'key'}): `???` in the YAML, which no start accepts; answer there or as KEY=VALUE"
     for ours, outcome in asked.items():
-        yield f"{_source(conversion, outcome)} → {ours}: ???"
+        yield from _wrapped(f"{_source(conversion, outcome)} → {ours}: ???", "", " " * 8)
         yield from _wrapped(outcome.note, "        ")
 
 
 def _converted(conversion: Conversion) -> Iterator[str]:
     """Yield what the settings became that are not just kept, with all that follows from the same settings in one row. Keys of
-    evaluation sets beside their files are left out: they repeat the training prompts'."""
+    evaluation sets are left out where they repeat what other rows say, such as the training prompts'."""
     rows: dict[str, list[Outcome]] = {}
     for outcome in conversion.outcomes:
         told = outcome.kind in ("same", "converted") and outcome.ours and conversion.is_given(outcome)
-        if told and not _repeats(outcome) and not _only_kept(conversion, outcome):
+        if told and not _repeats(conversion, outcome) and not _only_kept(conversion, outcome):
             rows.setdefault(_source(conversion, outcome), []).append(outcome)
     if rows:
         yield "CONVERTED: another name and another value or unit"
@@ -129,7 +129,14 @@ def _only_kept(conversion: Conversion, outcome: Outcome) -> bool:
     return bool(places) and all(conversion.kind_of(setting.key) == "same" for setting in places)
 
 
-def _repeats(outcome: Outcome) -> bool:
+def _repeats(conversion: Conversion, outcome: Outcome) -> bool:
+    """Return True for a key of an evaluation set whose settings are told by other keys, too."""
+    told = {key for other in conversion.outcomes if other.ours and not _is_of_a_set(other) for key in other.sources}
+    return _is_of_a_set(outcome) and told.issuperset(outcome.sources)
+
+
+def _is_of_a_set(outcome: Outcome) -> bool:
+    """Return True for a key of an evaluation set, but for its files."""
     ours = str(outcome.ours)
     return ours.startswith("eval.sets.") and not ours.endswith(".files")
 
@@ -139,7 +146,7 @@ def _defaults(conversion: Conversion) -> Iterator[str]:
     rows = {
         f"{'':4}  {outcome.ours}: {shown(outcome.value)} (ours {shown(default_of(str(outcome.ours)))})"
         for outcome in conversion.outcomes
-        if outcome.kind in ("same", "converted") and not conversion.is_given(outcome) and not _repeats(outcome)
+        if outcome.kind in ("same", "converted") and not conversion.is_given(outcome) and not _repeats(conversion, outcome)
         and outcome.ours and outcome.value != default_of(outcome.ours)
     }  # fmt: skip
     if rows:
@@ -202,7 +209,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
     for left, right in rows:
         first, *more = textwrap.wrap(right, max(40, _WIDTH - width - 4), break_long_words=False) or [""]
         if len(left) > width:
-            yield left
+            yield from _wrapped(left, "", " " * 8)
             left = ""
         yield f"{left:<{width}}  {first}"
         yield from (f"{'':<{width}}    {line}" for line in more)

@@ -69,9 +69,10 @@ def _head(conversion: Conversion) -> Iterator[str]:
     run, table = conversion.run, conversion.table
     yield f"# {run.file.name} in the words of dapo_mcore, by `dapo-mcore import {table.dialect}`. What is not here is our default."
     if conversion.asked:
-        yield f"# To decide before it starts, in this file or as KEY=VALUE on the command line: {', '.join(conversion.asked)}."
+        where = "To decide before it starts, in this file or as KEY=VALUE on the command line"
+        yield from _wrapped("# ", f"{where}: {', '.join(conversion.asked)}.")
     if lost := list(conversion.losses):
-        yield f"# Lost: {', '.join(lost)}."
+        yield from _wrapped("# ", f"Lost: {', '.join(lost)}.")
 
 
 def _comment(conversion: Conversion, sources: Sequence[Outcome]) -> str:

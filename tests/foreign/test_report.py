@@ -10,6 +10,7 @@ SETTINGS = {
     f"{A}.optim.lr_warmup_steps": 10, f"{A}.fsdp_config.param_offload": True, f"{A}.fsdp_config.optimizer_offload": True,
     f"{M}.external_lib": "lib", "trainer.mystery": 3, "trainer.total_training_steps": 9,
 }  # fmt: skip
+RECOMPUTED = {"granularity": "full", "method": "uniform", "num_layers": 1}
 
 
 def test_every_setting_is_counted_once() -> None:
@@ -80,3 +81,13 @@ def test_a_lost_program_is_no_lost_default() -> None:
     text = report(imported({**SETTINGS, "algorithm.adv_estimator": "grpo"}, entry="recipe.spin.main_spin"))
     assert "defaults of verl b178a3c (2026-01-29): 1 to decide." in text
     assert text.splitlines()[0].endswith("; its program is lost")
+
+
+def test_a_number_of_a_set_alone_is_told_and_no_row_is_wide() -> None:
+    config = f"{A}.megatron.override_transformer_config"
+    evaluated = {"trainer.test_freq": 5, "data.val_files": "/d/a.parquet", "data.val_max_samples": 64}
+    recomputed = {f"{config}.recompute_{name}": value for name, value in RECOMPUTED.items()}
+    text = report(imported({**SETTINGS, **evaluated, **recomputed}))
+    assert "→ eval.sets.a.limit: 64" in text and "eval.sets.a.deduplicate" not in text
+    wide = [line for line in text.splitlines() if len(line) > 130 and not line.startswith(("LOST", "TO DECIDE"))]
+    assert "recompute_num_layers=1" in text and wide == []

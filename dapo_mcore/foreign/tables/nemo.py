@@ -140,7 +140,7 @@ _OF_LORA = _below(
 _OF_DTENSOR = _below(
     "policy.dtensor_cfg",
     """
-    enabled env_vars.* _v2 tensor_parallel_size context_parallel_size expert_parallel_size dp_replicate_size sequence_parallel
+    env_vars.* _v2 dp_replicate_size sequence_parallel
     cpu_offload custom_parallel_plan defer_fsdp_grad_sync moe_parallelizer.* automodel_kwargs automodel_kwargs.use_liger_kernel
     automodel_kwargs.use_sdpa_patching automodel_kwargs.attn_implementation automodel_kwargs.backend.* automodel_kwargs.force_hf
     automodel_kwargs.freeze_config.* clear_cache_every_n_steps activation_checkpointing""",
@@ -168,7 +168,7 @@ _RULES = (
     combined(run.layout, "parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel, parallel.expert_parallel, "
              "parallel.expert_tensor_parallel, parallel.sequence_parallel", *_below(_M, """
              tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
-             expert_tensor_parallel_size sequence_parallel"""), *_OF_DTENSOR),
+             expert_tensor_parallel_size sequence_parallel"""), *run.DTENSOR),
     combined(data.data, "data.files, data.prompt_key, data.answer_key, data.answer_pattern, data.chat_template, data.chat_template_kwargs, "
              "data.prompt_template, data.system_prompt, data.deduplicate", "data.train", "data.custom_dataloader", "data.use_multiple_dataloader",
              "data.default.prompt_file", "data.default.system_prompt_file", "data.default.processor", "data.default.input_key",
@@ -228,6 +228,7 @@ _RULES = (
     meaningless("of the data", "without a counterpart, or said by the files", *_OF_DATA),
     meaningless("of generation", "of other engines than SGLang, or chosen here by the device", *_OF_SERVERS),
     meaningless("of checkpoints and loggers", "in the run's folder here", *_OF_LOGGERS),
+    meaningless("of DTensor (FSDP)", "Megatron trains here", *_OF_DTENSOR),
     meaningless("of LoRA", "lora_cfg.enabled says whether it is on", *_OF_LORA),
     lost("LoRA: all weights train; nearest: full training with lr 1e-6", "policy.dtensor_cfg.lora_cfg.enabled", f"{_M}.peft.enabled",
          objective=True),

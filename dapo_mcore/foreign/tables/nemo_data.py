@@ -153,13 +153,10 @@ def _rendering(source: Source, part: str, place: str) -> Iterator[Outcome]:
         yield gone("a template as a text; nearest: a Jinja file named by data.chat_template", template, objective=True)
         chat = True
     note = "NeMo-RL renders every prompt" if chat is True else "null: no template there" if chat is False else ""
-    yield Outcome(
-        "converted",
-        (template if source.gives(template) else f"data.{part}.data_path",),
-        f"{place}.chat_template",
-        chat,
-        note,
-    )
+    if source.gives(template):
+        yield Outcome("converted", (template,), f"{place}.chat_template", chat, note)
+    else:
+        yield own_way(f"{place}.chat_template", chat, note)
     yield own_way(f"{place}.deduplicate", False, "NeMo-RL keeps repeated rows")
     if kwargs or source.below("policy.tokenizer.chat_template_kwargs"):
         yield from _template_kwargs(source, place)

@@ -74,6 +74,13 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return {head: _nested(rest, value) if dot else value}
 
 
+DTENSOR = tuple(
+    f"policy.dtensor_cfg.{name}"
+    for name in ("enabled", "tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+)
+"""The keys of another layout than Megatron's."""
+
+
 def layout(source: Source) -> Iterator[Outcome]:
     """Yield the layout of Megatron. That of DTensor (FSDP) is for a person to decide."""
     if source[f"{_MEGATRON}.enabled"]:
@@ -85,9 +92,7 @@ def layout(source: Source) -> Iterator[Outcome]:
         on = bool(source[key]) and source[f"{_MEGATRON}.tensor_model_parallel_size"] > 1
         yield became(source, "parallel.sequence_parallel", on, key)
         return
-    used = tuple(f"policy.dtensor_cfg.{key}" for key in source.below("policy.dtensor_cfg")) or (
-        "policy.dtensor_cfg.enabled",
-    )
+    used = tuple(key for key in DTENSOR if source.gives(key)) or DTENSOR[:1]
     note = (
         "DTensor (FSDP) has another layout than Megatron needs. Once all is answered, with 1 for now, `dapo-mcore plan FILE "
         "--suggest` ranks those that fit"

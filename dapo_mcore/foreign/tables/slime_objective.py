@@ -125,7 +125,11 @@ def clip(source: Source) -> Iterator[Outcome]:
     token = "calculate-per-token-loss"
     mode = "token-mean" if source[token] else "seq-mean-token-mean"
     yield became(
-        source, "algo.loss_mode", mode, token, note="over tokens" if source[token] else "over responses, as it is unset"
+        source,
+        "algo.loss_mode",
+        mode,
+        token,
+        note="over tokens" if source[token] else f"over responses: {token} is unset",
     )
 
 

@@ -44,6 +44,11 @@ def num_servers(source: Source) -> Iterator[Outcome]:
     shared, own, machine = bool(source["colocate"]), source["rollout-num-gpus"], source["num-gpus-per-node"]
     actor = source["actor-num-nodes"] * source["actor-num-gpus-per-node"]
     keys = ("rollout-num-gpus",) if own is not None else ("actor-num-nodes", "actor-num-gpus-per-node")
+    for key in ("actor-num-nodes", "actor-num-gpus-per-node"):
+        if key not in keys and source.gives(key):
+            yield Outcome(
+                "meaningless", (key,), note="training takes its GPUs from torchrun --nnodes and --nproc-per-node"
+            )
     gpus, size = actor if own is None else own, source["rollout-num-gpus-per-engine"]
     if not gpus or (own is None and not shared):
         yield asked(

@@ -46,7 +46,13 @@ _RUN = (
     lost(objective.UNREAD_CONFIGURATION, objective.CONFIGURATION, off=(None,), objective=True),
     run_name("trainer.experiment_name"),
     combined(run.folder, "output_dir", "trainer.default_local_dir"),
-    combined(run.steps, "num_rollout_steps", "trainer.total_training_steps"),
+    combined(
+        run.steps,
+        "num_rollout_steps",
+        "trainer.total_training_steps",
+        "rollout.total_rollout_steps",
+        "rollout.total_epochs",
+    ),
     combined(run.epochs, "num_epochs", "trainer.total_epochs"),
     same("data.seed"),
 )
@@ -220,7 +226,7 @@ _UPDATES = (
 _OBSERVED = (
     combined(data.evaluation,
              "eval.sets, eval.every, eval.at_start, eval.samples_per_prompt, eval.top_p, eval.top_k, eval.temperature",
-             "data.val_files", "trainer.test_freq", "trainer.val_before_train", *data.VAL_KWARGS, f"{_R}.n_val",
+             "data.val_files", "trainer.test_freq", "rollout.test_freq", "trainer.val_before_train", *data.VAL_KWARGS, f"{_R}.n_val",
              f"{_R}.val_temperature", "data.val_max_samples"),
     combined(run.checkpoints, "checkpoint.every, checkpoint.keep, checkpoint.resume", "trainer.save_freq",
              "trainer.max_actor_ckpt_to_keep", "trainer.resume_mode", "trainer.resume_from_path", "trainer.remove_previous_ckpt_in_save"),

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone, own_way
+from dapo_mcore.foreign.tables.verl_defaults import is_fully_async
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 VAL_KWARGS = tuple(f"{_ROLLOUT}.val_kwargs.{name}" for name in ("n", "temperature", "top_p", "top_k", "do_sample"))
@@ -128,7 +129,12 @@ def _limit(source: Source, key: str, ours: str) -> Iterator[Outcome]:
 
 def evaluation(source: Source) -> Iterator[Outcome]:
     """Yield the evaluation sets, one a file, and when they are evaluated. Sets that the script does not name are one question."""
-    every, first, key = "trainer.test_freq", "trainer.val_before_train", "data.val_files"
+    apart = is_fully_async(source.run)
+    every, first, key = (
+        "rollout.test_freq" if apart else "trainer.test_freq",
+        "trainer.val_before_train",
+        "data.val_files",
+    )
     often = source[every] is not None and source[every] > 0
     known = source.is_known(key) or source.plain_path(key)
     if (known and not as_list(source.path(key))) or not (often or source[first]):
@@ -136,7 +142,9 @@ def evaluation(source: Source) -> Iterator[Outcome]:
             if source.gives(name):
                 yield Outcome("meaningless", (name,), note="nothing is evaluated")
         return
-    note = "" if often else "never but at the start and after the last step"
+    note = "never but at the start and after the last step"
+    if often:
+        note = "hand-overs of weights there, rollout steps here" if apart else ""
     yield became(source, "eval.every", source[every] if often else None, every, note=note)
     yield became(source, "eval.at_start", bool(source[first]), first)
     if not known:

@@ -143,6 +143,15 @@ _ONE_STEP_OFF: Mapping[str, Any] = {
     f"{_CORRECTION}.bypass_mode": True,
 }
 """verl/experimental/one_step_off_policy/config/*.yaml."""
+_FULLY_ASYNC: Mapping[str, Any] = {
+    "rollout.nnodes": 1,
+    "rollout.n_gpus_per_node": 8,
+    "rollout.total_rollout_steps": 100,
+    "rollout.test_freq": 1,
+    "async_training.trigger_parameter_sync_step": 4,
+    "async_training.require_batches": 1,
+}
+"""verl/experimental/fully_async_policy/config/*.yaml."""
 
 
 def is_megatron(run: ForeignRun) -> bool:
@@ -154,9 +163,14 @@ def is_megatron(run: ForeignRun) -> bool:
     return "megatron" in run.config or any(key.startswith(f"{_ACTOR}.megatron.") for key in settings)
 
 
+def is_fully_async(run: ForeignRun) -> bool:
+    """Return True for verl's program that generates and trains at once, without rollout steps."""
+    return "fully_async" in run.entry
+
+
 def verl_defaults(run: ForeignRun) -> dict[str, Any]:
     """Return {key: default} for the run's program (main_ppo, the recipe's main_dapo) and training backend."""
     own: dict[str, Any] = {}
-    for part, defaults in {"dapo": _RECIPE, "one_step_off": _ONE_STEP_OFF}.items():
+    for part, defaults in {"dapo": _RECIPE, "one_step_off": _ONE_STEP_OFF, "fully_async": _FULLY_ASYNC}.items():
         own |= defaults if part in run.entry or part in run.config else {}
     return {**_COMMON, **(_MEGATRON if is_megatron(run) else _FSDP), **own}

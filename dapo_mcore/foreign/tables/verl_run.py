@@ -5,11 +5,12 @@ Change here: how settings of verl that together say one thing become ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
-from dapo_mcore.foreign.tables.verl_defaults import is_megatron
+from dapo_mcore.foreign.tables.verl_defaults import is_fully_async, is_megatron
 
 _ACTOR, _ROLLOUT, _MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
 _MEGATRON = f"{_ACTOR}.megatron"
@@ -34,18 +35,33 @@ def folder(source: Source) -> Iterator[Outcome]:
 def steps(source: Source) -> Iterator[Outcome]:
     """Yield the length of the run in steps where it is given. verl's loop over epochs may end before (ray_trainer.py, fit)."""
     key, epochs = "trainer.total_training_steps", "trainer.total_epochs"
-    if source[key] is None:
+    if is_fully_async(source.run):
+        yield from _prompts_in_all(source)
+    elif source[key] is None:
         return
-    if source.gives(epochs) and source.is_known(epochs):
+    elif source.gives(epochs) and source.is_known(epochs):
         note = f"verl ends after {source[epochs]} epochs if they come first: if so, num_epochs={source[epochs]} instead"
         yield became(source, "num_rollout_steps", source[key], key, epochs, note=note)
     else:
         yield became(source, "num_rollout_steps", source[key], key)
 
 
+def _prompts_in_all(source: Source) -> Iterator[Outcome]:
+    """Yield the question of the length of a run that counts single prompts (fully_async_rollouter.py)."""
+    key, epochs = "rollout.total_rollout_steps", "trainer.total_epochs"
+    if source[key] is not None:
+        note = (
+            f"verl ends after {source[key]} prompts, or after {source[epochs]} epochs if they come first: that many prompts / "
+            f"sampling.train_batch_prompts, or num_epochs={source[epochs]} instead"
+        )
+        yield asked("num_rollout_steps", note, key, epochs, "rollout.total_epochs")
+
+
 def epochs(source: Source) -> Iterator[Outcome]:
     """Yield the length of the run in epochs, unless verl stops at total_training_steps. One of the two is asked for, never both."""
     steps, epochs = "trainer.total_training_steps", "trainer.total_epochs"
+    if is_fully_async(source.run):
+        steps = "rollout.total_rollout_steps"
     if not source.is_known(steps) or source[steps] is not None:
         return
     if source["algorithm.filter_groups.enable"]:
@@ -148,12 +164,22 @@ def train_batch(source: Source) -> Iterator[Outcome]:
     """Yield the prompts of a rollout step. Programs that train while they generate set 0."""
     key, ours = _step(source), "sampling.train_batch_prompts"
     if source[key] <= 0:
-        yield asked(ours, "the script's program has no rollout steps of a fixed size", key)
+        yield asked(ours, _no_steps(source), key)
     elif key == "data.train_batch_size":
         yield became(source, ours, source[key], key)
     else:
         note = f"verl trains on all that it generates, not on train_batch_size {source['data.train_batch_size']}, where nothing is filtered"
         yield became(source, ours, source[key], key, "data.train_batch_size", note=note)
+
+
+def _no_steps(source: Source) -> str:
+    """Return what a rollout step may be where the script's program has none: fully_async_trainer.py hands weights over at times."""
+    note = "the script's program has no rollout steps of a fixed size"
+    if not is_fully_async(source.run):
+        return note
+    parts = [source[f"async_training.{name}"] for name in ("trigger_parameter_sync_step", "require_batches")]
+    parts.append(source[f"{_ACTOR}.ppo_mini_batch_size"])
+    return f"{note}; it hands weights over after {' × '.join(map(str, parts))} = {math.prod(parts)} prompts"
 
 
 def _step(source: Source) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
-from dapo_mcore.foreign.tables.verl_defaults import is_megatron
+from dapo_mcore.foreign.tables.verl_defaults import is_fully_async, is_megatron
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _MEGATRON = f"{_ACTOR}.megatron"
@@ -119,7 +119,7 @@ def _more_ranks(source: Source) -> list[str]:
 def server_places(source: Source) -> Iterator[Outcome]:
     """Yield where servers run and how weights reach them."""
     nodes, _ = _gpus(source)
-    shared = not _is_one_step_off(source) and source["actor_rollout_ref.hybrid_engine"] is not False
+    shared = not _generates_apart(source) and source["actor_rollout_ref.hybrid_engine"] is not False
     key = "actor_rollout_ref.hybrid_engine"
     note = "servers and training take turns on the GPUs" if shared else "servers have GPUs of their own"
     yield Outcome("converted", (key,), "rollout.sglang.colocated", shared, note)
@@ -150,9 +150,14 @@ def _is_one_step_off(source: Source) -> bool:
     return "one_step_off" in source.run.entry
 
 
+def _generates_apart(source: Source) -> bool:
+    """Return True for programs whose servers have GPUs of their own: trainer.nnodes counts those of training alone."""
+    return _is_one_step_off(source) or is_fully_async(source.run)
+
+
 def _gpus(source: Source) -> tuple[str, str]:
     """Return the keys of the nodes, and of the GPUs on each, that generate."""
-    place = "rollout" if _is_one_step_off(source) else "trainer"
+    place = "rollout" if _generates_apart(source) else "trainer"
     return f"{place}.nnodes", f"{place}.n_gpus_per_node"
 
 

@@ -31,7 +31,9 @@ def test_layouts() -> None:
         {**MEGATRON, "policy.megatron_cfg.tensor_model_parallel_size": 4, "policy.megatron_cfg.sequence_parallel": True}
     )
     assert (found["parallel.tensor_parallel"], found["parallel.sequence_parallel"]) == (4, True)
-    assert "parallel.tensor_parallel" in imported({"policy.dtensor_cfg.tensor_parallel_size": 2}).asked
+    dtensor = imported({"policy.dtensor_cfg.tensor_parallel_size": 2, "policy.dtensor_cfg.cpu_offload": True})
+    assert dtensor.asked["parallel.tensor_parallel"].sources == ("policy.dtensor_cfg.tensor_parallel_size",)
+    assert dtensor.kind_of("policy.dtensor_cfg.cpu_offload") == "meaningless"
 
 
 def test_optimizers() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from dapo_mcore.foreign.convert import convert
 from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
-from tests.foreign.verl_runs import A, R, asked, lost, ours
+from tests.foreign.verl_runs import GRPO, A, R, asked, imported, lost, ours
 
 MEGATRON = f"{A}.megatron"
 ONE_STEP_OFF = "verl.experimental.one_step_off_policy.main_ppo"
@@ -58,6 +58,25 @@ def test_one_step_off_policy() -> None:
     assert found["algo.old_logprobs"] == "rollout" and asked(settings, ONE_STEP_OFF) == []
     without = {**settings, "algorithm.rollout_correction.bypass_mode": False}
     assert asked(without, ONE_STEP_OFF) == ["algo.tis.mode"]
+
+
+def test_the_fully_asynchronous_program_counts_gpus_prompts_and_evaluations_apart() -> None:
+    """verl/experimental/fully_async_policy: 12 × 8 GPUs generate, 4 × 8 train; weights are handed over after 4 × 1 × 128 prompts."""
+    settings = {
+        "trainer.nnodes": 4, "rollout.nnodes": 12, "rollout.n_gpus_per_node": 8, f"{R}.tensor_model_parallel_size": 4,
+        "rollout.total_rollout_steps": 204800, "trainer.total_epochs": 10, "rollout.test_freq": 20, "data.train_batch_size": 0,
+        f"{A}.ppo_mini_batch_size": 128, f"{A}.strategy": "megatron",
+    }  # fmt: skip
+    entry = "verl.experimental.fully_async_policy.fully_async_main"
+    found = ours(settings, entry)
+    assert (found["rollout.sglang.num_servers"], found["rollout.sglang.colocated"]) == (24, False)
+    assert found["eval.every"] == 20 and "num_epochs" not in found
+    questions = imported({**GRPO, **settings}, entry).asked
+    assert list(questions) == ["num_rollout_steps", "sampling.train_batch_prompts"]
+    assert "204800 prompts" in questions["num_rollout_steps"].note
+    assert "4 × 1 × 128 = 512 prompts" in questions["sampling.train_batch_prompts"].note
+    in_epochs = {**settings, "rollout.total_rollout_steps": None}
+    assert ours(in_epochs, entry)["num_epochs"] == 10
 
 
 def test_an_unknown_number_of_nodes_is_one_question() -> None:
