@@ -269,7 +269,7 @@ class Controller:
             self.sinks.write(0, metrics | times)
 
     def pass_rate(self, prompts: Sequence[Prompt], seed: int) -> float:
-        """Return the share of right answers with one sample per prompt, sampled as in training."""
+        """Return the mean correctness of one sample per prompt, sampled as in training."""
         rollout = self.config.rollout
         params = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, seed)
         samples = Responder(self.answerer, self.reward, self.decode).samples(prompts, params)

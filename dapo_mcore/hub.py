@@ -108,8 +108,8 @@ def _cached(repo: HubRepo, problem: str, options: dict[str, Any]) -> str:
         option = f" --revision {repo.revision}" if repo.revision else ""
         kind = " --repo-type dataset" if repo.kind == "dataset" else ""
         raise ConfigError(
-            f"{repo.setting}: {repo} is not in the cache {constants.HF_HUB_CACHE}, and {problem}; correct the name, or run `hf download {repo.name}"
-            f"{option}{kind}` on a machine that reaches the hub and copy its cache here (HF_HOME names it), or give a folder"
+            f"{repo.setting}: {repo} is not in the cache {constants.HF_HUB_CACHE}, and {problem}; correct the name, or run "
+            f"`hf download {repo.name}{option}{kind}` on a machine that reaches the hub and copy its cache here (HF_HOME names it), or give a folder"
         ) from error
 
 

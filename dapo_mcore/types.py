@@ -164,12 +164,12 @@ class Sample:
     @property
     def void(self) -> bool:
         """True if there is nothing to learn from: no token of the policy, or neither an answer nor a right outcome."""
-        return not self.rollout.loss_mask.any() or not (self.score.acc or self.score.answered)
+        return not self.rollout.loss_mask.any() or not (self.score.right or self.score.answered)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All responses to one prompt. Example: with G = 2 and accuracies (True, False) the group varies, so it is trained on."""
+    """All responses to one prompt. Example: with G = 2 and accuracies (1.0, 0.0) the group varies, so it is trained on."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]

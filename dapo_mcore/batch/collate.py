@@ -60,7 +60,7 @@ def select(batch: TrainBatch, samples: Sequence[int] | np.ndarray) -> TrainBatch
 
 
 def _check_answers(groups: Sequence[Group]) -> None:
-    right = [sample for group in groups for sample in group.samples if sample.scored and sample.score.acc]
+    right = [sample for group in groups for sample in group.samples if sample.scored and sample.score.right]
     if unnamed := sum(not sample.score.answered for sample in right):
         raise RewardError(
             f"reward.filter_void leaves out samples without an answer, but the reward function names none for {unnamed} of "

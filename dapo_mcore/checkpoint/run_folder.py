@@ -73,8 +73,8 @@ def commit(partial: Path, folder: Path) -> None:
 
 
 def drop_old(newest: Path, keep: int | None, warn: Callable[[str], None], best: Collection[Path] = ()) -> None:
-    """Delete all checkpoints but `newest`, the latest `keep` - 1 others (None: all), and the `best`. A failure costs a warning, and is tried
-    again after the next checkpoint. The target of a symbolic link is left alone."""
+    """Delete all checkpoints but `newest`, the latest `keep` - 1 others (None: all), and the `best`. A failure costs a warning,
+    and is tried again after the next checkpoint. The target of a symbolic link is left alone."""
     others = [path for path in all_checkpoints(newest.parents[1]) if path != newest]
     for path in others[: 0 if keep is None else max(0, len(others) + 1 - keep)]:
         if path in best:

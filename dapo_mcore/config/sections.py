@@ -180,8 +180,8 @@ class CheckpointConfig(Section):
             )
         if (self.keep_best > 0) != (self.best_metric is not None):
             raise ValueError(
-                f"keep_best {self.keep_best} keeps the checkpoints with the best best_metric, which is {self.best_metric or 'null'}; set both, "
-                "such as keep_best 1 and best_metric val/aime/mean@32, or neither"
+                f"keep_best {self.keep_best} keeps the checkpoints with the best best_metric, which is "
+                f"{self.best_metric or 'null'}; set both, such as keep_best 1 and best_metric val/aime/mean@32, or neither"
             )
         if self.keep_rollouts and not self.at_end:
             raise ValueError(

@@ -106,7 +106,7 @@ def check_checkpoint_space(config: Config, values: int, free: int) -> Finding:
         return wrong(
             "checkpoint space",
             f"{folder} has {size_of(free)} free, but {shown} need {size_of(needed)}",
-            "make room, choose another output_dir, or lower checkpoint.keep" if plan.keep else "or set checkpoint.keep",
+            f"make room, choose another output_dir, or {'lower' if plan.keep else 'set'} checkpoint.keep",
         )
     return ok("checkpoint space", f"{size_of(free)} free in {folder} for {shown}")
 

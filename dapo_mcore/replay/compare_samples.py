@@ -74,7 +74,7 @@ def _compare_columns(name: str, columns: dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def _columns_of_rewards(a: BatchRecord, b: BatchRecord) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    origins = {"score": "scores", "penalty": "penalties", "right": "accs"}
+    origins = {"score": "scores", "penalty": "penalties", "acc": "accs"}
     columns = {name: (getattr(a.origins, own), getattr(b.origins, own)) for name, own in origins.items()}
     return {
         "reward": (a.batch.rewards, b.batch.rewards),

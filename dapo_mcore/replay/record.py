@@ -323,6 +323,7 @@ def read_batch(run_dir: Path, step: int) -> BatchRecord:
         raise RecordError(str(error)) from error
     if missing := [name for name in (*_names(TrainBatch), *_names(Origins)) if name not in arrays]:
         raise RecordError(f"{path} lacks {', '.join(missing)}; another version wrote it: use that one")
+    arrays["accs"] = arrays["accs"].astype(np.float64)  # earlier versions wrote bools
     return BatchRecord(
         TrainBatch(**{name: arrays[name] for name in _names(TrainBatch)}),
         Origins(**{name: arrays[name] for name in _names(Origins)}),

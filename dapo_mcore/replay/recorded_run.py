@@ -14,7 +14,7 @@ import yaml
 
 from dapo_mcore.config.file import load_config
 from dapo_mcore.config.schema import Config
-from dapo_mcore.errors import RecordError
+from dapo_mcore.errors import ConfigError, RecordError
 from dapo_mcore.replay.record import (
     Digests,
     StartRecord,
@@ -97,12 +97,21 @@ def setting_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Diff
 
 
 def changed_keys(before: Path, config: Config) -> str:
-    """Return a clause with the keys that an earlier configuration sets otherwise: ` in seed, optimizer.lr`; empty if it is damaged."""
+    """Return a clause with the keys that an earlier configuration sets otherwise: ` in seed, optimizer.lr`; empty if there is none, or
+    it is damaged."""
     try:
-        changed = setting_differences(read_settings(before), config.model_dump(mode="json"))
+        changed = setting_differences(_with_defaults(before), config.model_dump(mode="json"))
     except RecordError:
         return ""
-    return f" in {', '.join(own.name for own in changed)}"
+    return f" in {', '.join(own.name for own in changed)}" if changed else ""
+
+
+def _with_defaults(path: Path) -> dict[str, Any]:
+    """Return a written configuration with the defaults of keys that its version did not have, if this version can read it."""
+    try:
+        return load_config(path).model_dump(mode="json")
+    except ConfigError:
+        return read_settings(path)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

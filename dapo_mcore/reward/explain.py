@@ -1,15 +1,17 @@
 """Explanation, step by step, of why a response got its score.
 
-Change here: what `dapo-mcore reward-explain` prints. The reward function itself gives the score.
+Change here: what `dapo-mcore reward-explain` prints, and the command that messages suggest. The reward function itself gives the score.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from typing import Any, get_args
 
+from dapo_mcore.config.reward import RewardConfig
 from dapo_mcore.errors import DataError, RewardError, shortened
 from dapo_mcore.reward.attempt import Attempt, Outcome, Transcript, judged
 from dapo_mcore.reward.by_source import TABLE, rule_for
@@ -46,6 +48,27 @@ def explain(attempt: Attempt, rule: Rule | None = None) -> list[str]:
     """
     heading, *lines = _explain(attempt, rule or Rule())
     return [heading, *(f"  {line}" for line in _transcript_lines(attempt)), *lines]
+
+
+def shell_command(config: RewardConfig, source: str, answer: str, response: str) -> str:
+    """Return the shell command, in one line, that explains the score of a response to a row of this data source."""
+    function = rule_for(source, config.by_source) if config.function == "by_source" else config.function
+    options = ["--adapter", config.adapter] if config.adapter != "verl" else []
+    if config.strict_box:
+        options += ["--strict-box"]
+    if config.kwargs and ":" in str(function):
+        options += ["--kwargs", json.dumps(config.kwargs)]
+    if source:
+        options += ["--source", source]
+    command = shlex.join(["dapo-mcore", "reward-explain", "--function", str(function), *options])
+    truth = shlex.quote(answer) if answer.isprintable() else _quoted(answer)
+    return f"{command} --answer {truth} --text {_quoted(response)}"
+
+
+def _quoted(text: str) -> str:
+    """Return a text in one line, as bash and zsh read it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"$'{escaped}'"
 
 
 def read_transcript(text: str) -> Transcript:

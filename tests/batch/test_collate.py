@@ -1,5 +1,7 @@
 """Groups as flat arrays: offsets, masks and statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -87,6 +89,14 @@ def test_the_void_filter_needs_a_reward_function_that_names_answers():
     group = make_group("train:1", [1], make_sample([3]), make_sample([4], reward=-1))
     with pytest.raises(RewardError, match=r"names none for 1 of 1 right samples; let it return `pred`"):
         to_train_batch([group], overlong_filter=False, filter_void=True)
+
+
+def test_a_little_credit_without_an_answer_is_void_and_needs_no_name():
+    form = make_sample([3])
+    form = replace(form, score=replace(form.score, acc=0.1))
+    group = make_group("train:1", [1], form, make_sample([4], pred="8"))
+    batch = to_train_batch([group], overlong_filter=False, filter_void=True)
+    assert batch.num_loss_tokens.tolist() == [0, 1]
 
 
 def test_select_keeps_order_and_group_numbers():

@@ -54,6 +54,8 @@ def test_a_disk_must_hold_a_new_checkpoint_beside_those_that_are_kept(tmp_path: 
     assert needs.check_checkpoint_space(config, values, 12 * values + 4 * values).state is State.OK
     every = written(tmp_path, model_folder, "checkpoint.every=10", "checkpoint.keep=null", "num_rollout_steps=70")
     assert "8 more of" in needs.check_checkpoint_space(every, values, 10**13).detail
+    remedy = needs.check_checkpoint_space(every, values, 0).remedy
+    assert remedy == "make room, choose another output_dir, or set checkpoint.keep"
     never = written(tmp_path, model_folder, "checkpoint.at_end=false")
     assert needs.check_checkpoint_space(never, values, 0).state is State.OK
 

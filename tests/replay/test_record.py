@@ -73,6 +73,14 @@ def test_a_step_and_its_batch_are_read_back_bit_for_bit(tmp_path):
             assert getattr(part, name).dtype == array.dtype and np.array_equal(getattr(part, name), array), name
 
 
+def test_correctness_of_an_earlier_version_is_read_as_a_number(tmp_path):
+    batch = batch_record()
+    bools = replace(batch, origins=replace(batch.origins, accs=batch.origins.accs > 0))
+    records.write_step(tmp_path, step_record(3), records.write_batch(tmp_path, 3, bools))
+    accs = records.read_batch(tmp_path, 3).origins.accs
+    assert accs.dtype == np.float64 and np.array_equal(accs, batch.origins.accs)
+
+
 def test_origins_name_seed_versions_and_score_of_each_sample():
     origins = batch_record().origins
     assert origins.seeds.tolist() == [2**63 - 1, 5, -1, -1]

@@ -41,6 +41,10 @@ def test_changed_keys_are_named_and_a_damaged_configuration_names_none(tmp_path)
         changed_keys(before, load_config(QUICKSTART, ["checkpoint.resume=4", "seed=3"]))
         == " in seed, checkpoint.resume"
     )
+    older = "".join(line for line in before.read_text().splitlines(True) if "rejection_divisor" not in line)
+    before.write_text(older)
+    assert changed_keys(before, load_config(QUICKSTART, ["seed=3"])) == " in seed"
+    assert changed_keys(before, load_config(QUICKSTART)) == ""
     before.write_text("seed: [")
     assert changed_keys(before, load_config(QUICKSTART)) == ""
 

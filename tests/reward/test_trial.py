@@ -46,7 +46,7 @@ def test_a_function_that_scores_nothing_is_an_error(tmp_path: Path, text: str, w
     made = config(write(tmp_path, text), reward={"workers": workers})
     with pytest.raises(RewardError, match=r"reward.function '.*' gives no score for f row 0, neither") as error:
         build_tried_rewards(made, {"data": prompts("a")})
-    assert why in str(error.value) and "--answer 0 --text 0 tries it" in str(error.value)
+    assert why in str(error.value) and "--source a --answer 0 --text $'0' tries it" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,10 @@ def test_a_source_of_several_sets_is_tried_once(tmp_path: Path) -> None:
     function = write(tmp_path, f"open({str(count)!r}, 'a').write('x'); return 1.0")
     build_tried_rewards(config(function), {"data": prompts("a", "a", "a"), "eval.sets.x": prompts("a")})
     assert count.read_text() == "xxxx", "the answer and a wrong response of two rows"
+
+
+def test_a_column_of_many_sources_is_tried_in_part(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    function = write(tmp_path, f"open({str(count)!r}, 'a').write('x'); return 1.0")
+    build_tried_rewards(config(function), {"data": prompts(*map(str, range(100)))})
+    assert len(count.read_text()) == 16 * 2

@@ -1,17 +1,15 @@
 """Why not one response of a first rollout step is right: the usual causes, with what the step shows of each.
 
-Change here: which causes are told, and the command that tries the reward function on a response.
+Change here: which causes are told.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 
 from dapo_mcore.config.schema import Config
-from dapo_mcore.reward.by_source import rule_for
-from dapo_mcore.types import Group, Prompt, Sample
+from dapo_mcore.reward.explain import shell_command
+from dapo_mcore.types import Group, Sample
 
 _LONGEST_TEXT = 300
 """Characters of a response in the command: as many as math_dapo and gsm8k look at."""
@@ -30,9 +28,11 @@ def why_none_right(groups: Sequence[Group], step: int, config: Config, num_cut_p
     shown = max(
         pairs, key=lambda pair: (bool(pair[1].text.strip()), not pair[1].rollout.truncated)
     )  # the first of equal ones
+    prompt, sample = shown
+    command = shell_command(config.reward, prompt.source, prompt.answer, sample.text[-_LONGEST_TEXT:])
     return (
         f"warning: none of the {len(pairs)} responses of rollout step {step} is right. {causes}. "
-        f"Read {config.run_dir}/samples/step_{step:06d}.jsonl, and try one: {_command(*shown, config)}"
+        f"Read {config.run_dir}/samples/step_{step:06d}.jsonl, and try one: {command}"
     )
 
 
@@ -49,25 +49,3 @@ def _causes(samples: Sequence[Sample], config: Config, num_cut_prompts: int) -> 
         longest = config.data.max_prompt_tokens
         causes.append(f"{num_cut_prompts} prompts are cut to data.max_prompt_tokens {longest}")
     return [*causes, "a chat model needs data.chat_template, a base model often plain text"]
-
-
-def _command(prompt: Prompt, sample: Sample, config: Config) -> str:
-    """Return a shell command that explains the score of a response."""
-    reward, options = config.reward, []
-    function = rule_for(prompt.source, reward.by_source) if reward.function == "by_source" else reward.function
-    if reward.adapter != "verl":
-        options += ["--adapter", reward.adapter]
-    if reward.strict_box:
-        options += ["--strict-box"]
-    if reward.kwargs and ":" in str(function):
-        options += ["--kwargs", json.dumps(reward.kwargs)]
-    if prompt.source:
-        options += ["--source", prompt.source]
-    words = ["dapo-mcore", "reward-explain", "--function", str(function), *options, "--answer", prompt.answer]
-    return f"{shlex.join(words)} --text {_quoted(sample.text[-_LONGEST_TEXT:])}"
-
-
-def _quoted(text: str) -> str:
-    """Return a text in one line, as bash and zsh read it."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-    return f"$'{escaped}'"
