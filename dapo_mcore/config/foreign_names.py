@@ -31,7 +31,8 @@ _MODEL, _OPTIM, _MEGATRON = "actor_rollout_ref.model", f"{_ACTOR}.optim", f"{_AC
 _COV = f"{_ACTOR}.policy_loss"
 _TRACKERS = "observe.wandb_project, observe.mlflow_experiment, observe.swanlab_project"
 _EPOCHS = "every prompt once per epoch; or num_rollout_steps"
-_NODES = "GPUs / tensor_parallel of a server; training takes its GPUs from torchrun --nnodes and --nproc-per-node"
+TRAINING_GPUS = "training takes its GPUs from torchrun --nnodes and --nproc-per-node"
+_NODES = f"GPUs / tensor_parallel of a server; {TRAINING_GPUS}"
 
 VERL: Mapping[str, Name] = {
     "trainer.experiment_name": Name("name", "letters, digits, dots, dashes and underscores"),

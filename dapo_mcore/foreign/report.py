@@ -109,7 +109,15 @@ def _converted(conversion: Conversion) -> Iterator[str]:
             rows.setdefault(_source(conversion, outcome), []).append(outcome)
     if rows:
         yield "CONVERTED: another name and another value or unit"
-        yield from _table((source, f"→ {_became(outcomes)}") for source, outcomes in rows.items())
+        yield from _table(
+            (source, f"→ {_became(outcomes)}{_beside_a_loss(conversion, outcomes)}")
+            for source, outcomes in rows.items()
+        )
+
+
+def _beside_a_loss(conversion: Conversion, outcomes: Sequence[Outcome]) -> str:
+    keys = {setting.key for outcome in outcomes for setting in conversion.places(outcome)}
+    return "; LOST says what this leaves out" if any(conversion.kind_of(key) == "lost" for key in keys) else ""
 
 
 def _kept(conversion: Conversion) -> Iterator[str]:

@@ -91,3 +91,11 @@ def test_a_number_of_a_set_alone_is_told_and_no_row_is_wide() -> None:
     assert "→ eval.sets.a.limit: 64" in text and "eval.sets.a.deduplicate" not in text
     wide = [line for line in text.splitlines() if len(line) > 130 and not line.startswith(("LOST", "TO DECIDE"))]
     assert "recompute_num_layers=1" in text and wide == []
+
+
+def test_what_is_written_beside_a_loss_points_to_it() -> None:
+    text = report(
+        imported({**SETTINGS, "algorithm.adv_estimator": "grpo", "reward_model.reward_manager": "elliptical"})
+    )
+    assert text.count("reward_model.reward_manager=elliptical") == 2
+    assert "LOST says what this leaves out" in " ".join(text.partition("CONVERTED")[2].split())

@@ -57,10 +57,15 @@ def lengths(source: Source) -> Iterator[Outcome]:
     places = ["data", *(["eval.sets.validation"] if is_evaluated(source) else [])]
     if source[prompt] is None or source[prompt] >= source[whole]:
         note = f"there prompts and responses share {source[whole]} tokens; here each has a limit"
+        free = source[whole] - source[response]
+        note += f": {free} leave each prompt its response" if free > 0 else ""
         yield asked("data.max_prompt_tokens", note, whole)
         for place in places[1:]:
             yield asked(f"{place}.max_prompt_tokens", "as data.max_prompt_tokens", whole)
-        yield asked("rollout.max_response_tokens", f"the rest of {source[whole]} tokens", whole)
+        if free > 0:
+            yield became(source, "rollout.max_response_tokens", source[response], response)
+        else:
+            yield asked("rollout.max_response_tokens", f"the rest of {source[whole]} tokens", whole)
         return
     for place in places:
         yield became(source, f"{place}.max_prompt_tokens", source[prompt], prompt)

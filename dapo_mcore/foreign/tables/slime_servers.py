@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dapo_mcore.config.foreign_names import TRAINING_GPUS
 from dapo_mcore.config.sglang import OWNED_ARGS
 from dapo_mcore.foreign.table import Outcome, Source, asked, became
 
@@ -46,9 +47,7 @@ def num_servers(source: Source) -> Iterator[Outcome]:
     keys = ("rollout-num-gpus",) if own is not None else ("actor-num-nodes", "actor-num-gpus-per-node")
     for key in ("actor-num-nodes", "actor-num-gpus-per-node"):
         if key not in keys and source.gives(key):
-            yield Outcome(
-                "meaningless", (key,), note="training takes its GPUs from torchrun --nnodes and --nproc-per-node"
-            )
+            yield Outcome("meaningless", (key,), note=TRAINING_GPUS)
     gpus, size = actor if own is None else own, source["rollout-num-gpus-per-engine"]
     if not gpus or (own is None and not shared):
         yield asked(

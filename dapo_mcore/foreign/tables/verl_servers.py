@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from dapo_mcore.config.foreign_names import TRAINING_GPUS
 from dapo_mcore.foreign.table import Outcome, Source, asked, became, gone
 from dapo_mcore.foreign.tables.verl_defaults import is_fully_async, is_megatron
 
@@ -93,6 +94,10 @@ def num_servers(source: Source) -> Iterator[Outcome]:
         note = "GPUs / tensor_parallel of a server; with several nodes also rollout.sglang.placement=nodes and rollout.sglang.host=node"
         yield asked(ours, f"the script takes the number of nodes from outside: {note}", nodes, per_node, size)
         return
+    if _generates_apart(source):
+        for key in ("trainer.nnodes", "trainer.n_gpus_per_node"):
+            if source.gives(key):
+                yield Outcome("meaningless", (key,), note=TRAINING_GPUS)
     gpus = source[nodes] * source[per_node]
     if others := _more_ranks(source):
         yield asked(

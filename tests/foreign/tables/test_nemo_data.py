@@ -23,6 +23,9 @@ def test_limits_of_prompts_and_responses() -> None:
     )
     assert ours({**limits, "policy.generation.max_new_tokens": 500})["rollout.max_response_tokens"] == 500
     assert {"data.max_prompt_tokens", "rollout.max_response_tokens"} <= set(imported({}).asked)
+    shared = {"policy.max_total_sequence_length": 16384, "policy.generation.max_new_tokens": 4096}
+    assert ours(shared)["rollout.max_response_tokens"] == 4096
+    assert "12288 leave each prompt its response" in imported(shared).asked["data.max_prompt_tokens"].note
 
 
 def test_data_by_name_is_asked_for() -> None:

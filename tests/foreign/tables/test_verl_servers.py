@@ -71,6 +71,7 @@ def test_the_fully_asynchronous_program_counts_gpus_prompts_and_evaluations_apar
     found = ours(settings, entry)
     assert (found["rollout.sglang.num_servers"], found["rollout.sglang.colocated"]) == (24, False)
     assert found["eval.every"] == 20 and "num_epochs" not in found
+    assert "torchrun" in next(o.note for o in imported(settings, entry).outcomes if o.sources == ("trainer.nnodes",))
     questions = imported({**GRPO, **settings}, entry).asked
     assert list(questions) == ["num_rollout_steps", "sampling.train_batch_prompts"]
     assert "204800 prompts" in questions["num_rollout_steps"].note
