@@ -178,7 +178,7 @@ def correction(source: Source) -> Iterator[Outcome]:
         yield from slime_mis.correction(source, own)
     elif source["use-tis"]:
         yield gone("a correction of your own; nearest: algo.tis, algo.rejection", own, objective=True)
-        yield asked("algo.tis.mode", "the weights in its place: off, truncate, mask or icepop", own)
+        yield asked("algo.tis.mode", "the weights in its place: off, truncate, mask or icepop", own, "use-tis")
     if source["use-rollout-logprobs"]:
         yield became(source, "algo.old_logprobs", "rollout", "use-rollout-logprobs", note="those of the engine")
     ahead = source.run.entry == "train_async.py"

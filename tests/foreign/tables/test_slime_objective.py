@@ -126,3 +126,4 @@ def test_importance_weights() -> None:
     assert losses({**bounds, **icepop}) == {}
     mine = {"custom-tis-function-path": "my.module.weights"}
     assert losses({**bounds, **mine}) == {"custom-tis-function-path": True}
+    assert imported({**bounds, **mine}).kind_of("use-tis") == "asked", "its switch is not without effect"
