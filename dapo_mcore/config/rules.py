@@ -62,7 +62,11 @@ def _check_server_lengths(c: Settings) -> None:
     options = c.rollout.sglang.server_args if c.rollout.engine == "sglang" else {}
     for option in ("context-length", "max-total-tokens"):
         given = options.get(option)
-        if isinstance(given, int) and given < longest + 2:
+        if given is not None and not isinstance(given, int):
+            raise ValueError(
+                f"rollout.sglang.server_args {option} is {given!r}; give a whole number of tokens, without quotes"
+            )
+        if given is not None and given < longest + 2:
             raise ValueError(
                 f"rollout.sglang.server_args {option} {given} is too short: the longest sequence is {keys} = {longest} tokens, and "
                 f"SGLang leaves 2 positions empty; give at least {longest + 2}, or leave {option} out"

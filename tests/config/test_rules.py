@@ -35,6 +35,10 @@ RULES: list[tuple[list[str], str]] = [
         "22528 tokens, and SGLang leaves 2 positions empty; give at least 22530, or leave context-length out",
     ),
     (
+        [*SERVERS, "rollout.sglang.server_args={max-total-tokens: '65536'}"],
+        "server_args max-total-tokens is '65536'; give a whole number of tokens, without quotes",
+    ),
+    (
         [
             *SERVERS,
             "rollout.sglang.server_args={max-total-tokens: 30000}",
