@@ -104,3 +104,9 @@ def test_any_value_of_any_key_is_converted_or_refused_in_a_line(table: Table, en
                 convert(ForeignRun(table.dialect, Path("run"), entry, "", settings), table)
             except ConfigError as error:
                 assert "\n" not in str(error) and key in str(error)
+
+
+@pytest.mark.parametrize("table", [VERL, SLIME, NEMO], ids=lambda table: table.dialect)
+def test_a_setting_is_under_one_title_of_meaningless_ones(table: Table) -> None:
+    keys = [key for rule in table.rules if rule.title for key in rule.keys]
+    assert len(keys) == len(set(keys)), sorted({key for key in keys if keys.count(key) > 1})
