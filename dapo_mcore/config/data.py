@@ -145,7 +145,7 @@ class EvalConfig(Section):
     temperature: EvalTemperature = 1.0
     """0 is greedy."""
     top_p: TopP = 1.0
-    """Draw from the most probable tokens that together have this probability; 1: from all."""
+    """Nucleus sampling: draw from the most probable tokens that together have this probability; 1: from all."""
     top_k: TopK = -1
     """Draw from the k most probable tokens; -1: from all."""
     max_response_tokens: Tokens | None = None

@@ -39,7 +39,12 @@ def foreign(key: str) -> Foreign | None:
 
 def meant_by(name: str) -> list[str]:
     """Return our keys that the last part of a foreign key stands for, in dialects' order: `n` is rollout.group_size."""
-    return list(dict.fromkeys(entry.name.keys[0] for entry in _by_end().get(_plain(name), ())))
+    return list(dict.fromkeys(entry.name.keys[0] for entry in ending(name)))
+
+
+def ending(name: str) -> list[Foreign]:
+    """Return the foreign keys whose last part is `name`."""
+    return _by_end().get(_plain(name), [])
 
 
 def misspelt(key: str) -> str:

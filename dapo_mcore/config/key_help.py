@@ -6,6 +6,7 @@ Change here: which keys a word finds, and how they are shown. The texts stand be
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from dapo_mcore.config.data import DataConfig
-from dapo_mcore.config.foreign_lookup import foreign, misspelt
+from dapo_mcore.config.foreign_lookup import ending, foreign, misspelt
 from dapo_mcore.config.keys import is_section, nearest_keys, options
 from dapo_mcore.config.schema import Config
 from dapo_mcore.config.values import Section
@@ -44,22 +45,28 @@ def describe_keys(words: Sequence[str]) -> str:
 
 
 def _found(word: str, keys: Sequence[Key]) -> tuple[list[Key], str]:
-    """Return the keys that the word finds, and what to say of it."""
-    plain = word.partition("=")[0]
+    """Return the keys that the word finds, and what to say of it. Names of ours come first, then foreign ones, then texts."""
+    plain = word.partition("=")[0].strip()
     if chosen := [key for key in keys if _has(key.name, plain)]:
         return chosen, ""
-    if other := foreign(plain):
-        return [key for key in keys if key.name in other.name.keys], f"{plain} is {other}"
-    if chosen := [key for key in keys if plain.lower() in key.text.lower()]:
+    if others := [found] if (found := foreign(plain)) else ending(plain):
+        ours = {name for other in others for name in other.name.keys}
+        return [key for key in keys if key.name in ours], "\n".join(f"{plain} is {other}" for other in others)
+    if chosen := [key for key in keys if _bare(plain) in _bare(key.text)]:
         return chosen, ""
     near = misspelt(plain) or " or ".join(nearest_keys(plain.split(".")))
     hint = f"did you mean {near}?" if near else "`dapo-mcore keys` prints all"
     raise ConfigError(f"no key has {word!r} in its name or its text; {hint}")
 
 
+def _bare(text: str) -> str:
+    """Return the text so that `clip-higher`, `Clip higher` and `clip_higher` are the same."""
+    return re.sub(r"[\s_-]+", "", text.lower())
+
+
 def _has(name: str, word: str) -> bool:
     """Return True if a part of the key has the word in it; a word with dots must be whole parts."""
-    return f".{word}." in f".{name}." if "." in word else word in name
+    return f".{word}." in f".{name}." if "." in word else _bare(word) in _bare(name)
 
 
 def _keys(section: type[Section], prefix: str) -> Iterator[Key]:

@@ -16,6 +16,10 @@ from dapo_mcore.config.values import FilePath, Seconds, Section, Tokens
 _CANNOT_HANG = ("math_dapo", "gsm8k", "math_boxed")
 
 
+FUNCTIONS = ("math_dapo", "gsm8k", "math_boxed", "math_verify", "by_source")
+"""Words for reward functions of ours (reward/plugins.py)."""
+
+
 class OverlongConfig(Section):
     """Soft overlong punishment (paper eq. 13) and overlong filtering."""
 
@@ -108,6 +112,12 @@ class RewardConfig(Section):
             )
         if self.strict_box and self.function != "math_dapo":
             raise ValueError(f"strict_box is a form of function math_dapo, not of {self.function}; drop one of the two")
+        for function in self.functions:
+            if function not in FUNCTIONS and ":" not in function:
+                raise ValueError(
+                    f"function {function!r} is neither {', '.join(FUNCTIONS)} nor an import path; write package.module:function or "
+                    "path/to/file.py:function"
+                )
         if "by_source" in self.by_source.values():
             raise ValueError("by_source names itself as the rule of a source; name another function")
         self._check_kwargs()

@@ -34,7 +34,7 @@ class RolloutConfig(Section):
     temperature: Temperature = 1.0
     """Log-probs are taken at this temperature in training, too."""
     top_p: TopP = 1.0
-    """Draw from the most probable tokens that together have this probability; 1: from all."""
+    """Nucleus sampling: draw from the most probable tokens that together have this probability; 1: from all."""
     top_k: TopK = -1
     """Draw from the k most probable tokens; -1: from all."""
     stop: StopList = Field(default_factory=list)

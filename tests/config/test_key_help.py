@@ -35,7 +35,16 @@ def test_every_key_has_a_text() -> None:
         ("rollout.stop", ["rollout.stop"]),  # and no start_timeout_s of rollout.sglang
         ("algo.kl", ["algo.kl.coef", "algo.kl.estimator", "algo.kl.place"]),
         ("eval.every=20", ["eval.every"]),
-        ("Clip-Higher", ["algo.clip_high"]),  # only its text has it
+        ("clip_higher", ["algo.clip_high"]),  # its text has it, as clip-higher
+        (
+            "warm up",
+            [
+                f"{section}warmup_{unit}"
+                for section in ("optimizer.", "critic.optimizer.")
+                for unit in ("updates", "rollout_steps")
+            ]
+            + ["critic.warmup_steps", "warm_start.warmup_updates"],
+        ),
     ],
 )
 def test_a_word_finds_names_then_texts(word: str, found: list[str]) -> None:
@@ -46,6 +55,10 @@ def test_a_foreign_name_is_answered_with_ours() -> None:
     told = describe_keys(["trainer.test_freq", "rollout.n"])
     assert told.startswith("trainer.test_freq is verl's name for eval.every")
     assert names(told)[2:] == ["eval.every", "rollout.group_size"]
+    short = describe_keys(["overlong_filtering"])
+    assert short.startswith(
+        "overlong_filtering is NeMo-RL's name for reward.overlong.filter\n\nreward.overlong.filter: false"
+    )
 
 
 def test_words_that_are_nowhere_are_an_error_with_the_nearest_key() -> None:

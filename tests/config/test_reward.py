@@ -41,6 +41,11 @@ def test_rules_of_sources_that_cannot_hang_need_no_worker() -> None:
     [
         ({"function": "by_source", "by_source": {"a": "by_source"}}, "names itself as the rule of a source"),
         ({"function": "by_source", "by_source": {"a": "math_verify"}, "workers": 0}, "needs workers of at least 1"),
+        (
+            {"function": "deepscaler"},
+            "function 'deepscaler' is neither math_dapo, .* nor an import path; write package.module:f",
+        ),
+        ({"function": "by_source", "by_source": {"a": "dapo"}}, "function 'dapo' is neither"),
         ({"kwargs": {"weight": 1}}, "kwargs are for imported functions, and math_dapo calls none; leave out weight"),
         ({"function": "a:f", "kwargs": {"day": date(2026, 1, 1)}}, "kwargs go to other processes as JSON"),
     ],

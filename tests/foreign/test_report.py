@@ -25,7 +25,7 @@ def test_the_worst_comes_first() -> None:
     assert lines[0] == (
         "run.sh: 10 settings of verl: 2 kept, 1 converted, 4 meaningless here, 2 lost, 1 not known to the table"
     )
-    assert lines[1] == "What it leaves out has the defaults of verl b178a3c (2026-01-29): 1 to decide."
+    assert lines[1] == "What it leaves out has the defaults of verl b178a3c (2026-01-29): 3 to decide."
     titles = [line.split(" (")[0].split(":")[0] for line in lines if line[:1].isupper()]
     assert titles == [
         "What it leaves out has the defaults of verl b178a3c", "LOST, AND IT CHANGES WHAT IS OPTIMISED", "LOST", "TO DECIDE",
@@ -79,7 +79,7 @@ def test_the_configuration_whose_defaults_hold_is_named() -> None:
 
 def test_a_lost_program_is_no_lost_default() -> None:
     text = report(imported({**SETTINGS, "algorithm.adv_estimator": "grpo"}, entry="recipe.spin.main_spin"))
-    assert "defaults of verl b178a3c (2026-01-29): 1 to decide." in text
+    assert "defaults of verl b178a3c (2026-01-29): 3 to decide." in text
     assert text.splitlines()[0].endswith("; its program is lost")
 
 

@@ -10,8 +10,10 @@ from dapo_mcore.foreign.settings import ForeignRun, ForeignSetting
 from dapo_mcore.foreign.tables.verl import VERL
 
 A, R, M = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
-GRPO: dict[str, Any] = {"algorithm.adv_estimator": "grpo", f"{R}.n": 8}
-"""The estimator, so that no critic is wanted, and the group that it needs."""
+GRPO: dict[str, Any] = {
+    "algorithm.adv_estimator": "grpo", f"{R}.n": 8, f"{M}.path": "models/m", "data.train_files": "train.parquet",
+}  # fmt: skip
+"""The estimator, so that no critic is wanted, the group that it needs, and what a run cannot be without."""
 
 
 def verl_run(settings: dict[str, Any], entry: str = "verl.trainer.main_ppo", config: str = "") -> ForeignRun:

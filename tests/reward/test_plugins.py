@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dapo_mcore.config.reward import FUNCTIONS
 from dapo_mcore.errors import RewardError
 from dapo_mcore.reward.attempt import Attempt, Outcome, judged
 from dapo_mcore.reward.plugins import Rule, build_judge
@@ -227,3 +228,8 @@ def test_a_signature_that_does_not_fit_is_refused_at_the_start(name: str, adapte
 def test_signatures_that_fit_in_another_way():
     assert outcome("anything").score == 4
     assert judged(build_judge(Rule("builtins:max", "trl")), Attempt("q", "7", "7")).failure
+
+
+def test_the_words_that_the_configuration_takes_are_functions() -> None:
+    for word in FUNCTIONS:
+        build_judge(Rule(function=word, adapter="verl", strict_box=False))

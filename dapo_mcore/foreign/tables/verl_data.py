@@ -26,11 +26,11 @@ _VISION = re.compile(r"(?i)(?<![a-z])(vl|vlm|vision|llava|internvl|multimodal)(?
 def files(source: Source) -> Iterator[Outcome]:
     """Yield the training files."""
     key = "data.train_files"
-    paths = as_list(source.path(key))
+    paths = as_list(source.path(key)) if source.gives(key) else []
     if paths:
         yield Outcome("same" if source.path(key) == paths else "converted", (key,), "data.files", paths, "a list")
     else:
-        yield asked("data.files", "the script names no file", key)
+        yield asked("data.files", "the script names no file that could be read", key)
 
 
 def as_list(value: Any) -> list[str]:

@@ -193,3 +193,8 @@ def test_packing_has_a_switch_per_backend() -> None:
     off = {f"{M}.use_remove_padding": False}
     assert ours(off)["batch.packing"] is False
     assert ours({**off, f"{A}.strategy": "megatron"})["batch.packing"] is True
+
+
+def test_the_model_and_the_files_of_verls_own_defaults_are_asked_for() -> None:
+    """They are placeholders, which a script relies on only where they could not be read in it."""
+    assert {"model.path", "data.files"} <= imported({"algorithm.adv_estimator": "grpo", f"{R}.n": 8}).asked.keys()
