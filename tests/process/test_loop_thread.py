@@ -8,7 +8,7 @@ from threading import Event, current_thread
 
 import pytest
 
-from dapo_mcore.process.loop_thread import LoopThread
+from dapo_mcore.process.loop_thread import LoopThread, gather_all
 
 
 async def name_of_thread() -> str:
@@ -31,3 +31,23 @@ def test_coroutines_run_in_the_thread_until_it_is_closed():
     with pytest.raises(CancelledError):
         future.result(60)
     loop.close()
+
+
+async def add(a: int, b: int) -> int:
+    await asyncio.sleep(0)
+    return a + b
+
+
+async def fail() -> int:
+    raise ValueError("one of them")
+
+
+def test_gathered_coroutines_give_their_results_in_order() -> None:
+    assert asyncio.run(gather_all(add(number, 1) for number in range(3))) == [1, 2, 3]
+
+
+def test_an_error_of_one_ends_the_others_first() -> None:
+    ended = Event()
+    with pytest.raises(ValueError, match="one of them"):
+        asyncio.run(gather_all([forever(ended), fail()]))
+    assert ended.is_set()

@@ -26,7 +26,7 @@ _VISION = re.compile(r"(?i)(?<![a-z])(vl|vlm|vision|llava|internvl|multimodal)(?
 def files(source: Source) -> Iterator[Outcome]:
     """Yield the training files."""
     key = "data.train_files"
-    paths = as_list(source.path(key)) if source.gives(key) else []
+    paths = as_list(source.path(key))
     if paths:
         yield Outcome("same" if source.path(key) == paths else "converted", (key,), "data.files", paths, "a list")
     else:

@@ -15,7 +15,6 @@ _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _CORRECTION = "algorithm.rollout_correction"
 
 _COMMON: Mapping[str, Any] = {
-    "data.train_files": "~/data/rlhf/gsm8k/train.parquet",
     "data.val_files": "~/data/rlhf/gsm8k/test.parquet",
     "data.prompt_key": "prompt",
     "data.reward_fn_key": "data_source",
@@ -27,7 +26,6 @@ _COMMON: Mapping[str, Any] = {
     "data.shuffle": True,
     "data.train_max_samples": -1,
     "data.val_max_samples": -1,
-    "actor_rollout_ref.model.path": "~/models/deepseek-llm-7b-chat",
     "actor_rollout_ref.model.enable_gradient_checkpointing": True,
     "actor_rollout_ref.hybrid_engine": True,
     f"{_ACTOR}.ppo_mini_batch_size": 256,
@@ -102,6 +100,7 @@ _COMMON: Mapping[str, Any] = {
     "trainer.project_name": "verl_examples",
     "trainer.logger": ["console", "wandb"],
 }
+"""Without the model and the training files, for which verl has placeholders."""
 _FSDP: Mapping[str, Any] = {
     f"{_ACTOR}.strategy": "fsdp",
     f"{_ACTOR}.grad_clip": 1.0,

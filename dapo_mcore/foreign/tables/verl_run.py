@@ -79,7 +79,7 @@ def epochs(source: Source) -> Iterator[Outcome]:
 def model_path(source: Source) -> Iterator[Outcome]:
     """Yield the model."""
     path = f"{_MODEL}.path"
-    if source.gives(path) and source.path(path):
+    if source.path(path):
         yield became(source, "model.path", source.path(path), path)
     else:
         yield asked("model.path", "the script names no model that could be read", path)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dapo_mcore.process.loop_thread import LoopThread
+from dapo_mcore.process.loop_thread import LoopThread, gather_all
 from dapo_mcore.rollout.agent.call_format import Call
 from dapo_mcore.rollout.agent.episode import Dialect, Episode
 from dapo_mcore.types import ContinuousEngine, Rollout, RolloutEngine, SamplingParams, ToolCall
@@ -148,14 +148,7 @@ class ContinuousToolEngine(_ToolEngine):
         return [Episode(prompt, params, self._dialect, number) for number, prompt in enumerate(prompts)]
 
     async def _play_all(self, episodes: Sequence[Episode]) -> list[Rollout]:
-        tasks = [asyncio.create_task(self._play(episode)) for episode in episodes]
-        try:
-            return await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        return await gather_all(map(self._play, episodes))
 
     async def _play(self, episode: Episode) -> Rollout:
         session = self._new_session()

@@ -18,6 +18,7 @@ import numpy as np
 from dapo_mcore.config.sglang import SGLangConfig
 from dapo_mcore.data.stops import StopTexts
 from dapo_mcore.errors import RolloutError
+from dapo_mcore.process.loop_thread import gather_all
 from dapo_mcore.rollout.sglang.client.api import sampling_params
 from dapo_mcore.rollout.sglang.client.http import RequestFailed
 from dapo_mcore.rollout.sglang.client.reply import Dropped, VersionRule, check_length, cut_at_text, read_reply
@@ -72,17 +73,10 @@ class Requests:
         task.add_done_callback(self._tasks.discard)
         seeds = np.random.SeedSequence(params.seed).generate_state(len(prompts), np.uint64) >> np.uint64(1)
         law = sampling_params(params, self._stops, self._texts.texts if self._texts else ())
-        samples = [
-            asyncio.create_task(self._sample(prompt.tolist(), {**law, "sampling_seed": int(seed)}, rule))
+        return await gather_all(
+            self._sample(prompt.tolist(), {**law, "sampling_seed": int(seed)}, rule)
             for prompt, seed in zip(prompts, seeds)
-        ]
-        try:
-            return await asyncio.gather(*samples)
-        except BaseException:
-            for sample in samples:
-                sample.cancel()
-            await asyncio.gather(*samples, return_exceptions=True)
-            raise
+        )
 
     async def _sample(self, token_ids: list[int], law: dict[str, Any], rule: Callable[[], VersionRule]) -> Rollout:
         """Return one sample from whichever server makes it. Each try starts from the prompt."""
